@@ -1,0 +1,163 @@
+"""Peak memory: of an aggregator against its number of clients, and of the client library beyond the script's own model.
+
+``python -m bench.memory --clients 4 16 64``; ``python -m bench.memory --library``. A JSON line each. The aggregator's
+clients are made by hand and hold no model, so that many of them fit one machine; each pulls and pushes in every round.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from isthmus.client.context import Context
+from isthmus.client.participation import Participation
+from isthmus.client.replicas import Replicas
+from isthmus.tensors import specs_of
+from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
+from isthmus_contracts.transport import channel
+
+from .job import POOL, SERVER_NAME, UID, Job, aggregator, client_environment, connections_of_their_own, peak_memory
+from .noop_clients import Weights
+
+CHUNK = bytes(1 << 20)
+CHAINS = ("None", "Int8", "TopK+Int8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, nargs="*", default=[4, 16, 64])
+    parser.add_argument("--parameters", type=int, default=100_000_000, help="of the model, float32")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--library", action="store_true", help="measure the client library instead")
+    parser.add_argument("--chains", nargs="*", default=CHAINS, help="of the library's uploads")
+    parser.add_argument("--participate", choices=["alone", "federated"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.participate:
+        participate(options.parameters, federated=options.participate == "federated")
+    elif options.library:
+        for chain in options.chains:
+            print(json.dumps(library(options.parameters, chain)), flush=True)
+    else:
+        fewest = 0
+        for clients in options.clients:
+            peak = server(clients, options.parameters, options.rounds)
+            fewest = fewest or peak
+            size = options.parameters * 4
+            bound = int(2.5 * size + 400e6)
+            line = {
+                "bench": "memory",
+                "clients": clients,
+                "model_bytes": size,
+                "aggregator_peak_bytes": peak,
+                "of_models": round(peak / size, 3),
+                "of_fewest_clients": round(peak / fewest, 3),
+                "bound_bytes": bound,
+                "of_bound": round(peak / bound, 3),
+            }
+            print(json.dumps(line), flush=True)
+
+
+def server(clients: int, parameters: int, rounds: int) -> int:
+    """The peak memory of an aggregator."""
+    connections_of_their_own()
+    with tempfile.TemporaryDirectory() as scratch, aggregator(Path(scratch), clients, rounds) as job:
+        with ThreadPoolExecutor(clients) as pool:
+            for done in as_completed([pool.submit(by_hand, job, index, parameters) for index in range(clients)]):
+                done.result()
+        return job.peak_memory()
+
+
+def by_hand(job: Job, index: int, parameters: int) -> None:
+    """A client that holds no model: what it pulls it throws away, and what it pushes is zeros."""
+    size = parameters * 4
+    specs = specs_of(Weights(parameters, "meta").tensors)
+    digest = xxhash.xxh3_128()
+    for chunk in zeros(size):
+        digest.update(chunk)
+    with channel(f"127.0.0.1:{job.port}", job.client, SERVER_NAME) as connection:
+        stub = FederationStub(connection)
+        over = threading.Event()
+
+        def hello() -> Iterator[pb.ClientMessage]:
+            yield pb.ClientMessage(hello=pb.Hello(job_uid=UID, pool=POOL, index=index, instance=str(index)))
+            over.wait()
+
+        def update(header: pb.UpdateHeader, pushing: "Future[Any]") -> Iterator[pb.UpdateChunk]:
+            yield pb.UpdateChunk(header=header)
+            pushing.result().initial_metadata()  # as the library does it: there is room for the rest
+            for chunk in zeros(size):
+                yield pb.UpdateChunk(data=bytes(chunk))
+            yield pb.UpdateChunk(trailer=pb.Trailer(checksum=digest.hexdigest()))
+
+        for message in stub.Control(hello()):
+            offer = message.offer
+            if offer.kind == pb.Offer.TRAIN:
+                for _ in stub.Pull(pb.PullRequest(job_uid=UID, round=offer.base_round, digest=offer.base_digest)):
+                    pass
+            if offer.kind in (pb.Offer.TRAIN, pb.Offer.INITIALIZE):
+                header = pb.UpdateHeader(
+                    job_uid=UID, pool=POOL, index=index, instance=str(index), round=offer.round, num_examples=1,
+                    base_digest=offer.base_digest, tensors=specs,
+                )  # fmt: skip
+                pushing: Future[Any] = Future()
+                pushing.set_result(stub.Push.future(update(header, pushing)))
+                reply = pushing.result().result()
+                if reply.verdict != pb.PushReply.ACCEPTED:
+                    raise RuntimeError(reply.message)
+        over.set()
+
+
+def zeros(size: int) -> Iterable[memoryview]:
+    return (memoryview(CHUNK)[: size - start] for start in range(0, size, len(CHUNK)))
+
+
+def library(parameters: int, chain: str) -> dict[str, object]:
+    """The peak memory of a script that holds a model, alone and as a client, with an optimizer-free round."""
+    command = [sys.executable, "-m", "bench.memory", "--parameters", str(parameters), "--participate"]
+    alone = int(subprocess.run([*command, "alone"], check=True, capture_output=True).stdout)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        aggregator(Path(scratch), 1, 3, compression={"upload": chain}) as job,
+    ):
+        environment = client_environment(job)
+        run = subprocess.run([*command, "federated"], check=True, stdout=subprocess.PIPE, env=environment)
+    size = parameters * 4
+    beyond = int(run.stdout) - alone
+    return {
+        "bench": "client_memory",
+        "upload": chain,
+        "model_bytes": size,
+        "beyond_own_bytes": beyond,
+        "of_models": round(beyond / size, 3),
+        "of_bound": round(beyond / (2 * size), 3),
+    }
+
+
+def participate(parameters: int, *, federated: bool) -> None:
+    """A script that holds a model; prints its peak memory."""
+    torch.set_num_threads(1)
+    model = Weights(parameters)
+    for tensor in model.tensors.values():
+        tensor.fill_(0.5)
+    if federated:
+        part = Participation(model, None, None, Context(POOL, 0, 1, 0, 1), Replicas(), threading.Event())
+        for rnd in part.rounds():
+            for tensor in model.tensors.values():
+                tensor.add_(0.001)
+            rnd.submit(num_examples=1)
+    print(peak_memory(os.getpid()))
+
+
+if __name__ == "__main__":
+    main()

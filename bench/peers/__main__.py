@@ -1,0 +1,68 @@
+"""No-op rounds of Flower and NVFlare, side by side with Isthmus in the same run: ``python -m bench.peers``.
+
+Each is installed from PyPI into a virtual environment of its own, once, and runs as its own documentation deploys it:
+Flower with a SuperLink and a SuperNode for each client, NVFlare in its proof-of-concept mode. A JSON line for each.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ..rounds import Case, measure
+from . import flower, nvflare
+from .environments import environment
+from .observed import Observed
+
+SYSTEMS: dict[str, tuple[str, Callable[[Path, int, int, int, Path], Observed]]] = {
+    "flower": ("Flower's SuperLink", flower.run),
+    "nvflare": ("NVFlare", nvflare.run),
+}
+# Ours, and how many rounds the others do: theirs take seconds, and the first two do not count.
+CASES = {
+    "tiny": (Case(8, 10_000, 50, 3), 6),
+    "medium": (Case(16, 2_500_000, 2, 3), 5),
+    "large": (Case(4, 100_000_000, 1, 2), 4),
+}
+
+
+def main() -> None:
+    """Parses the command line and measures."""
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=["tiny", "medium"])
+    parser.add_argument("--systems", nargs="*", choices=list(SYSTEMS), default=list(SYSTEMS))
+    options = parser.parse_args()
+    programs = {name: environment(name) for name in options.systems}
+    for name in options.cases:
+        case, rounds = CASES[name]
+        # Before each of the others, so that all meet about the same other load.
+        for system, directory in programs.items():
+            ours = measure(case, case.clients)
+            title, run = SYSTEMS[system]
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+                theirs = run(directory, case.clients, case.parameters, rounds, Path(scratch))
+            print(json.dumps(line(case, title, ours, theirs)), flush=True)
+
+
+def line(case: Case, title: str, ours: dict[str, float], theirs: Observed) -> dict[str, object]:
+    """One system beside Isthmus."""
+    seconds, own = statistics.median(theirs.seconds), ours["round_seconds"]
+    return {
+        "bench": "peers",
+        "system": title,
+        "clients": case.clients,
+        "model_bytes": case.parameters * 4,
+        "rounds": len(theirs.seconds),
+        "round_seconds": round(seconds, 4),
+        "isthmus_round_seconds": own,
+        "bare_grpc_seconds": ours["bare_grpc_seconds"],
+        "times_isthmus": round(seconds / own, 1),
+        "server_peak_bytes": theirs.server_peak,
+        "isthmus_peak_bytes": ours["aggregator_peak_bytes"],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Rounds of FedAvg in which nothing is trained, for NVFlare; runs in NVFlare's own environment.
+
+``python job.py CLIENTS PARAMETERS ROUNDS TIMES``.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
+from nvflare.recipe import poc_env
+
+# It waits this long for its server to listen before it submits the job; on a busy machine three seconds are too few.
+poc_env.SERVICE_START_TIMEOUT = 30
+clients, parameters, rounds = map(int, sys.argv[1:4])
+checkpoint = Path.cwd() / "initial.npy"
+np.save(checkpoint, np.zeros(parameters, dtype=np.float32))
+recipe = NumpyFedAvgRecipe(
+    name="noop", initial_ckpt=str(checkpoint), min_clients=clients, num_rounds=rounds,
+    train_script=str(Path(__file__).with_name("client.py")), train_args=sys.argv[4],
+)  # fmt: skip
+environment = poc_env.PocEnv(num_clients=clients, extra={"login_timeout": 120})
+try:
+    run = recipe.execute(environment)
+    print(run.get_status(), run.get_result())
+finally:
+    environment.stop(clean_up=True)

@@ -1,0 +1,126 @@
+"""A federation in one process: the real strategies and the client library's real corrections, and no wire.
+
+Under the asynchronous strategies time is virtual, and the clients differ in speed.
+"""
+
+import dataclasses
+import itertools
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from isthmus.aggregator.history import rebase
+from isthmus.client.corrections import Ingredients, correction_of
+from isthmus.client.names import Names
+from isthmus.strategies import Strategy, Update, make_strategy
+from isthmus.tensors import State, snapshot
+from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.rounds import Stragglers
+from isthmus_contracts.strategy import Strategy as Spec
+from isthmus_examples.training import Examples, Settings, evaluate, train
+
+# The slowest client takes up to so many times as long as the fastest.
+_SPREAD = 4.0
+# With no bound on staleness: where every update makes a model, each is about as stale as there are other clients.
+_STRAGGLERS = Stragglers()
+
+
+class Client:
+    """One client's data, and what it remembers from round to round."""
+
+    def __init__(self, index: int, data: Examples, settings: Settings) -> None:
+        self.name = f"pool/{index}"
+        self._index = index
+        self._data = data
+        self._settings = settings
+        self._memory: State = {}
+
+    def update(self, spec: Spec, companion: State, model: nn.Module, seed: int) -> Update:
+        """Trains the model for one round, as the client library would have it of an offer."""
+        parameters = {name: repr(value) for name, value in spec.values.items()}
+        offer = pb.Offer(kind=pb.Offer.TRAIN, algorithm=spec.algorithm, parameters=parameters)
+        names = Names.of(model, model.state_dict())
+        measured = evaluate(model, self._data) if spec.algorithm == "QFedAvg" else {}
+        correction = correction_of(offer, names, measured, Ingredients(self._memory, companion))
+        optimizer = torch.optim.SGD(model.parameters(), lr=self._settings.learning_rate)
+        correction.attach(optimizer)
+        train(model, self._data, optimizer, self._settings, seed * 1000 + self._index)
+        scalars = correction.scalars({})
+        self._memory = correction.outcome() or {}
+        correction.close()
+        return Update(self.name, len(self._data), snapshot(model.state_dict()), scalars=scalars)
+
+
+def federate(spec: Spec, model: nn.Module, clients: list[Client], rounds: int, seed: int) -> Iterator[int]:
+    """Trains as the strategy has it; yields the number of each round, its global model loaded."""
+    with tempfile.TemporaryDirectory() as scratch:
+        strategy = make_strategy(spec, Path(scratch), len(clients))
+        if spec.round_size is None:
+            yield from by_rounds(spec, strategy, model, clients, rounds, seed)
+        else:
+            yield from without_waiting(spec, strategy, model, clients, rounds, seed)
+
+
+def by_rounds(
+    spec: Spec, strategy: Strategy, model: nn.Module, clients: list[Client], rounds: int, seed: int
+) -> Iterator[int]:
+    """Every client in every round."""
+    state = snapshot(model.state_dict())
+    for number in range(1, rounds + 1):
+        strategy.begin(state)
+        for client in clients:
+            model.load_state_dict(state)
+            strategy.accept(client.update(spec, strategy.companion(), model, seed * 1000 + number))
+        state = snapshot(strategy.finish())
+        model.load_state_dict(state)
+        yield number
+
+
+@dataclass
+class Task:
+    """A client at work: since which round, from which model, and until when."""
+
+    client: Client
+    round: int
+    base: State
+    ends: float
+
+
+def without_waiting(
+    spec: Spec, strategy: Strategy, model: nn.Module, clients: list[Client], rounds: int, seed: int
+) -> Iterator[int]:
+    """Rounds end with their first updates; whoever has handed in begins again with the next model, the others go on.
+
+    There are as many updates as in so many rounds of all clients, and their count in such rounds is what is yielded.
+    """
+    dice, size = random.Random(seed), spec.round_size  # noqa: S311 - a simulation
+    assert size is not None
+    pace = {client.name: dice.uniform(1.0, _SPREAD) for client in clients}
+    state, now, updates = snapshot(model.state_dict()), 0.0, 0
+    at_work: dict[str, Task] = {}
+    for number in itertools.count(1):
+        for client in clients:
+            if client.name not in at_work:
+                at_work[client.name] = Task(client, number, state, now + pace[client.name] * dice.uniform(0.8, 1.2))
+        strategy.begin(state)
+        for task in sorted(at_work.values(), key=lambda task: task.ends)[:size]:
+            del at_work[task.client.name]
+            model.load_state_dict(task.base)
+            update = task.client.update(spec, {}, model, seed * 1000 + number)
+            if staleness := number - task.round:
+                update = dataclasses.replace(update, discount=_STRAGGLERS.weight(staleness))
+                if strategy.rebases:
+                    rebase(update.tensors, task.base, state, ())
+            strategy.accept(update)
+            now, updates = task.ends, updates + 1
+        state = snapshot(strategy.finish())
+        if updates % len(clients) < size:
+            model.load_state_dict(state)
+            yield updates // len(clients)
+        if updates >= rounds * len(clients):
+            return

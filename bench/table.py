@@ -1,0 +1,227 @@
+"""Markdown tables of the benchmarks' JSON lines: ``python -m bench.table FILE...``, or from standard input.
+
+Other lines are passed over, so that a log will do. ``--into docs/benchmarks.md`` puts each table between the comments
+``<!-- table: NAME -->`` and ``<!-- end -->`` of that file; tables that the lines say nothing of stay as they are.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's title, and what stands in it; empty for lines that lack it."""
+
+    title: str
+    key: str
+    show: Callable[[Any], str] = str
+
+
+def size(count: float) -> str:
+    """A number of bytes in a unit that fits: 40 kB, 1.2 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB" if count < 1000 else f"{count:.0f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Milliseconds below one second."""
+    return f"{seconds * 1000:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+
+
+def fixed(digits: int) -> Callable[[float], str]:
+    """So many digits after the point."""
+    return lambda value: f"{value:.{digits}f}"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage."""
+    return f"{share:.2%}".replace("%", " %")
+
+
+def percentages(shares: Iterable[float]) -> str:
+    """Several, without the sign."""
+    return " ".join(f"{share * 100:.2f}" for share in shares)
+
+
+def assignments(parameters: Mapping[str, str]) -> str:
+    """A strategy's parameters."""
+    return ", ".join(f"{name} {value}" for name, value in parameters.items()) or "defaults"
+
+
+_MODEL = Column("model", "model_bytes", size)
+_CLIENTS = Column("clients", "clients")
+_ACCURACY = (Column("accuracy", "accuracy", percent), Column("each seed", "accuracies", percentages))
+
+TABLES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
+    "rounds": (
+        "Whole no-op rounds",
+        (
+            _CLIENTS,
+            _MODEL,
+            Column("Isthmus", "round_seconds", duration),
+            Column("bare gRPC", "bare_grpc_seconds", duration),
+            Column("bare TCP", "tcp_seconds", duration),
+            Column("times bare gRPC", "times_bare_grpc", fixed(2)),
+            Column("of its rate", "of_bare_grpc_rate", fixed(2)),
+            Column("of which checkpoint", "checkpoint_seconds", duration),
+            Column("aggregator's peak", "aggregator_peak_bytes", size),
+        ),
+    ),
+    "wire": (
+        "One client's pull and push",
+        (
+            _MODEL,
+            Column("pull, GB/s", "pull_GBps", fixed(2)),
+            Column("times bare gRPC's time", "pull_times_bare_grpc", fixed(2)),
+            Column("times TCP's", "pull_times_tcp", fixed(2)),
+            Column("push, GB/s", "push_GBps", fixed(2)),
+            Column("times bare gRPC's time", "push_times_bare_grpc", fixed(2)),
+            Column("times TCP's", "push_times_tcp", fixed(2)),
+        ),
+    ),
+    "aggregation": (
+        "Aggregation alone",
+        (
+            Column("strategy", "strategy"),
+            _MODEL,
+            Column("accept, GB/s", "accept_GBps", fixed(2)),
+            Column("torch's add, GB/s", "add_GBps", fixed(2)),
+            Column("of its rate", "of_add_rate", fixed(2)),
+            Column("finish", "finish_seconds", duration),
+        ),
+    ),
+    "memory": (
+        "The aggregator's peak memory",
+        (
+            _CLIENTS,
+            _MODEL,
+            Column("peak", "aggregator_peak_bytes", size),
+            Column("models", "of_models", fixed(2)),
+            Column("of the peak with fewest clients", "of_fewest_clients", fixed(3)),
+            Column("bound: 2.5 models + 400 MB", "bound_bytes", size),
+            Column("of the bound", "of_bound", fixed(2)),
+        ),
+    ),
+    "client_memory": (
+        "The client library's peak memory, beyond the script's own",
+        (
+            Column("upload", "upload"),
+            _MODEL,
+            Column("beyond", "beyond_own_bytes", size),
+            Column("models", "of_models", fixed(2)),
+            Column("of the bound: 2 models", "of_bound", fixed(2)),
+        ),
+    ),
+    "codecs": (
+        "Codecs: bytes and speed",
+        (
+            Column("chain", "chain"),
+            Column("bytes per parameter", "bytes_per_parameter", fixed(3)),
+            Column("stated", "stated", fixed(3)),
+            Column("encode, GB/s", "encode_GBps", fixed(2)),
+            Column("decode, GB/s", "decode_GBps", fixed(2)),
+        ),
+    ),
+    "codec_accuracy": (
+        "Codecs: accuracy",
+        (
+            Column("upload", "chain"),
+            Column("download", "download"),
+            Column("bytes of an update", "upload_bytes", "{:,}".format),
+            Column("of raw", "of_raw", fixed(3)),
+            *_ACCURACY,
+        ),
+    ),
+    "strategies": (
+        "Strategies",
+        (
+            Column("strategy", "strategy"),
+            Column("parameters", "parameters", assignments),
+            *_ACCURACY,
+            Column("after the last round", "final_accuracy", percent),
+        ),
+    ),
+    "peers": (
+        "No-op rounds of others, in the same run",
+        (
+            Column("system", "system"),
+            _CLIENTS,
+            _MODEL,
+            Column("round", "round_seconds", duration),
+            Column("times Isthmus", "times_isthmus", fixed(1)),
+            Column("server's peak", "server_peak_bytes", size),
+            Column("note", "note"),
+        ),
+    ),
+}
+
+
+def read(lines: Iterable[str]) -> list[Line]:
+    """The benchmarks' lines among any others."""
+    found: list[Line] = []
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and value.get("bench") in TABLES:
+            found.append(value)
+    return found
+
+
+def tables(lines: Iterable[Line]) -> str:
+    """A table for each benchmark, in the order of :data:`TABLES`; columns that no line fills are left out."""
+    parts = []
+    lines = list(lines)
+    for name, (title, columns) in TABLES.items():
+        if rows := [line for line in lines if line["bench"] == name]:
+            parts.append(f"### {title}\n\n{_table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def _table(columns: Iterable[Column], rows: list[Line]) -> str:
+    filled = [column for column in columns if any(column.key in row for row in rows)]
+    cells = [[column.show(row[column.key]) if column.key in row else "" for column in filled] for row in rows]
+    titles = [column.title for column in filled]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *cells))
+
+
+def filled_in(text: str, lines: Iterable[Line]) -> str:
+    """A document with the tables of these lines in their places; those that it has no place for are left out."""
+    by_name: dict[str, list[Line]] = {}
+    for line in lines:
+        by_name.setdefault(line["bench"], []).append(line)
+    for name, rows in by_name.items():
+        place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        table = _table(TABLES[name][1], rows)
+        text = place.sub(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", text)  # type: ignore[misc]
+    return text
+
+
+def main() -> None:
+    """Parses the command line and prints, or fills in."""
+    parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
+    parser.add_argument("--into", type=Path, metavar="DOCUMENT")
+    options = parser.parse_args()
+    texts = [file.read_text(encoding="utf-8") for file in options.files] or [sys.stdin.read()]
+    lines = read(line for text in texts for line in text.splitlines())
+    if options.into is None:
+        print(tables(lines))
+    else:
+        options.into.write_text(filled_in(options.into.read_text(encoding="utf-8"), lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

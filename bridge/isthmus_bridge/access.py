@@ -1,0 +1,173 @@
+"""What the policy permits: pure decisions about one caller and one request."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from isthmus_contracts.pb import bridge_pb2 as pb
+
+from .policy import Environment, Identity, Policy
+from .slurm.model import Gres
+
+
+@dataclass(frozen=True)
+class Denial:
+    """The policy says no. ``rule`` is the policy's own name for what forbids it."""
+
+    rule: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"policy {self.rule}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Grant:
+    """The policy says yes: names have become what they stand for."""
+
+    partition: str
+    account: str
+    qos: str
+    environment: Environment
+    data: str
+    """Path of the data set; empty: none."""
+    image: str
+    """The job's image, where the environment runs it."""
+    gres: tuple[Gres, ...]
+    endpoint: str
+    """Where the tasks find the aggregator, host:port: its own address, or the relay's."""
+
+
+def identify(policy: Policy, uris: Sequence[str]) -> Identity | Denial:
+    """The caller, from the URIs in its certificate."""
+    for identity in policy.identities:
+        if identity.uri in uris:
+            return identity
+    shown = ", ".join(uris) if uris else "a certificate without a URI"
+    return Denial("identities", f"{shown!r} is not known at this site")
+
+
+def accounts_of(policy: Policy, identity: Identity) -> list[str]:
+    """The accounts that a caller may charge; the first is its default."""
+    return policy.accounts if identity.accounts is None else identity.accounts
+
+
+def partitions_of(policy: Policy, identity: Identity) -> list[str]:
+    """The partitions that a caller may use; the first is its default."""
+    return policy.partitions if identity.partitions is None else identity.partitions
+
+
+def decide(policy: Policy, identity: Identity, spec: pb.PoolSpec) -> Grant | Denial:
+    """Checks a well-formed spec against every rule."""
+    who = identity.uri
+    if not any(fnmatchcase(spec.namespace, pattern) for pattern in identity.namespaces):
+        return _not_allowed("namespaces", spec.namespace, who, identity.namespaces)
+    partitions = partitions_of(policy, identity)
+    partition = spec.partition or next(iter(partitions), "")
+    if partition not in partitions:
+        return _not_allowed("partitions", partition, who, partitions)
+    accounts = accounts_of(policy, identity)
+    account = spec.account or next(iter(accounts), "")
+    if account and account not in accounts:
+        return _not_allowed("accounts", account, who, accounts)
+    if spec.qos and spec.qos not in policy.qos:
+        return _not_allowed("qos", spec.qos, who, policy.qos)
+    environment = policy.environments.get(spec.environment)
+    if environment is None:
+        return _not_allowed("environments", spec.environment, who, policy.environments)
+    if denial := _image(environment, spec, who):
+        return denial
+    data = policy.data_sets.get(spec.data_ref) if spec.data_ref else None
+    if spec.data_ref and data is None:
+        return _not_allowed("data_sets", spec.data_ref, who, policy.data_sets)
+    for name in spec.env:
+        if pattern := next((pattern for pattern in policy.env_denied if fnmatchcase(name, pattern)), None):
+            return Denial("env_denied", f"{name!r} is not allowed for {who}; denied: {pattern}")
+    if denial := _caps(policy, spec):
+        return denial
+    gres = tuple(Gres(item.name, item.type, item.count) for item in spec.gres)
+    image = spec.image if environment.runs_image else ""
+    endpoint = _endpoint(policy, spec, who)
+    if isinstance(endpoint, Denial):
+        return endpoint
+    return Grant(partition, account, spec.qos, environment, str(data or ""), image, gres, endpoint)
+
+
+def too_many(
+    policy: Policy, identity: Identity, spec: pb.PoolSpec, live: Sequence[pb.PoolSpec], recent: int
+) -> Denial | None:
+    """Whether a caller may have one more pool. ``live``: those it has; ``recent``: how many it asked for in a day."""
+    limits = policy.limits
+    if len(live) >= limits.pools:
+        return Denial("limits.pools", f"{identity.uri} has {len(live)} live pools; at most {limits.pools}")
+    if limits.pools_per_day is not None and recent >= limits.pools_per_day:
+        message = f"{identity.uri} has asked for {recent} pools within a day; at most {limits.pools_per_day}"
+        return Denial("limits.pools_per_day", message)
+    caps: dict[str, int | None] = {
+        "total_tasks": limits.total_tasks,
+        "total_cpus": limits.total_cpus,
+        "total_memory_mib": limits.total_memory_mib,
+        **{f"total_gres.{name}": most for name, most in limits.total_gres.items()},
+    }
+    totals = Counter[str]()
+    for one in live:
+        totals.update(_amounts(one))
+    mine = _amounts(spec)
+    for rule, most in caps.items():
+        if most is not None and mine[rule] and totals[rule] + mine[rule] > most:
+            message = f"{mine[rule]} more than the {totals[rule]} that {identity.uri} has; at most {most}"
+            return Denial(f"limits.{rule}", message)
+    return None
+
+
+def _amounts(spec: pb.PoolSpec) -> Counter[str]:
+    amounts = Counter(
+        total_tasks=spec.replicas,
+        total_cpus=spec.replicas * spec.cpus_per_task,
+        total_memory_mib=spec.replicas * spec.memory_mib,
+    )
+    for gres in spec.gres:
+        amounts[f"total_gres.{gres.name}"] += spec.replicas * gres.count
+    return amounts
+
+
+def _endpoint(policy: Policy, spec: pb.PoolSpec, who: str) -> str | Denial:
+    endpoint = spec.federation.endpoint
+    if not spec.federation.via_bridge:
+        return endpoint
+    if policy.relay is None:
+        return Denial("relay", "this site's bridge relays nothing; its nodes must reach the aggregator themselves")
+    if any(fnmatchcase(endpoint, pattern) for pattern in policy.relay.destinations):
+        return policy.relay.address
+    return _not_allowed("relay.destinations", endpoint, who, policy.relay.destinations)
+
+
+def _image(environment: Environment, spec: pb.PoolSpec, who: str) -> Denial | None:
+    if not environment.runs_image:
+        return None
+    if any(fnmatchcase(spec.image, pattern) for pattern in environment.images):
+        return None
+    return _not_allowed(f"environments.{spec.environment}.images", spec.image, who, environment.images)
+
+
+def _caps(policy: Policy, spec: pb.PoolSpec) -> Denial | None:
+    limits = policy.limits
+    for name in ("replicas", "cpus_per_task", "memory_mib", "time_limit_seconds"):
+        wanted, most = getattr(spec, name), getattr(limits, name)
+        if wanted > most:
+            return Denial(f"limits.{name}", f"{wanted} is more than the {most} that the site allows")
+    totals: dict[str, int] = {}
+    for gres in spec.gres:
+        totals[gres.name] = totals.get(gres.name, 0) + gres.count
+    for name, count in totals.items():
+        if name not in limits.gres:
+            return _not_allowed("limits.gres", name, "any identity", limits.gres)
+        if count > limits.gres[name]:
+            return Denial("limits.gres", f"{name}:{count} is more than the {limits.gres[name]} that the site allows")
+    return None
+
+
+def _not_allowed(rule: str, value: str, who: str, allowed: Iterable[str]) -> Denial:
+    listed = ", ".join(allowed) or "none"
+    return Denial(rule, f"{value!r} is not allowed for {who}; allowed: {listed}")

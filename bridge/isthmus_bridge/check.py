@@ -1,0 +1,102 @@
+"""Explains a policy in plain lines, and finds what would not work at this machine."""
+
+import datetime as dt
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from isthmus_contracts.pki import Credentials, expiry
+
+from .access import accounts_of, partitions_of
+from .policy import Environment, Identity, Policy
+from .server import slurm_adapter
+from .slurm.model import SlurmError
+
+_SOON = dt.timedelta(days=30)
+
+
+def explain(policy: Policy, uri: str | None = None) -> Iterator[str]:
+    """What each identity, or the given one, may do."""
+    yield f"site {policy.site}"
+    chosen = [identity for identity in policy.identities if uri in (None, identity.uri)]
+    if not chosen:
+        known = ", ".join(identity.uri for identity in policy.identities)
+        yield f"{uri} may do nothing: it is not among the identities ({known})"
+    for identity in chosen:
+        yield from _identity(policy, identity)
+
+
+def _identity(policy: Policy, identity: Identity) -> Iterator[str]:
+    limits = policy.limits
+    partitions, accounts = partitions_of(policy, identity), accounts_of(policy, identity)
+    yield f"{identity.uri} may submit"
+    yield f"  for jobs of the namespaces: {', '.join(identity.namespaces)}"
+    yield f"  to the partitions: {_listed(partitions)} (default: {next(iter(partitions), 'none')})"
+    yield f"  to the accounts: {_listed(accounts)} (default: {next(iter(accounts), 'of Slurm')})"
+    yield f"  with QOS: {_listed(policy.qos)}"
+    yield "  in the environments:"
+    for name, environment in sorted(policy.environments.items()):
+        yield f"    {name}: {_environment(environment)}"
+    yield f"  with the data sets: {_listed([f'{name} ({path})' for name, path in sorted(policy.data_sets.items())])}"
+    gres = ", ".join(f"{name}:{count}" for name, count in sorted(limits.gres.items()))
+    yield (
+        f"  at most {limits.replicas} tasks a pool and {limits.pools} pools at a time; each task at most"
+        f" {limits.cpus_per_task} CPUs, {limits.memory_mib} MiB, {limits.time_limit_seconds} s,"
+        f" generic resources: {gres or 'none'}"
+    )
+
+
+def _environment(environment: Environment) -> str:
+    if environment.apptainer:
+        kind = f"Apptainer image {environment.apptainer}"
+    elif environment.prefix:
+        kind = f"command prefix {' '.join(environment.prefix)}"
+        if environment.images:
+            kind += f", images {', '.join(environment.images)}"
+    elif environment.modules:
+        kind = f"modules {' '.join(environment.modules)}"
+        if environment.venv:
+            kind += f", venv {environment.venv}"
+    else:
+        kind = f"venv {environment.venv}"
+    return kind + (f", {len(environment.setup)} set-up lines" if environment.setup else "")
+
+
+def problems(policy: Policy) -> Iterator[str]:
+    """What would fail here and now, one line each."""
+    yield from _directory(policy)
+    yield from _tls(policy.tls_dir)
+    for name, environment in sorted(policy.environments.items()):
+        for path in (environment.venv, environment.apptainer):
+            if path is not None and not path.exists():
+                yield f"environments.{name}: {path} does not exist on this machine"
+    for name, path in sorted(policy.data_sets.items()):
+        if not path.exists():
+            yield f"data_sets.{name}: {path} does not exist on this machine"
+    try:
+        slurm_adapter(policy).jobs()
+    except SlurmError as error:
+        yield f"slurm: {error}"
+
+
+def _directory(policy: Policy) -> Iterator[str]:
+    path = policy.run_dir
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        yield f"run_dir: {existing} is not writable by this user"
+    if path.exists() and path.stat().st_mode & 0o022:
+        yield f"run_dir: others may write to {path}"
+
+
+def _tls(directory: Path) -> Iterator[str]:
+    try:
+        ends = expiry(Credentials.read(directory).certificate)
+    except (OSError, ValueError) as error:
+        yield f"tls_dir: {error}"
+        return
+    if ends < dt.datetime.now(dt.UTC) + _SOON:
+        yield f"tls_dir: the bridge's certificate ends {ends:%Y-%m-%d}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,148 @@
+"""The command line: ``isthmus-bridge serve | check | doctor | status | schema | certs``."""
+
+import argparse
+import datetime as dt
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__, certificates, check, doctor, logs, status
+from .journal import JournalError
+from .policy import Policy, PolicyError, load, schema
+from .server import ServerError, serve
+
+# What follows isthmus://operator/ in a certificate.
+_CLUSTER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0 well, 1 not, 2 wrong usage or policy."""
+    options = _parser().parse_args(argv)
+    try:
+        return int(options.command(options))
+    except PolicyError as error:
+        return _complain(str(error), 2)
+    except (ServerError, JournalError) as error:
+        return _complain(str(error), 1)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    logs.set_up(options.log_level)
+    serve(_policy(options), lambda: _policy(options))
+    return 0
+
+
+def _policy(options: argparse.Namespace) -> Policy:
+    """The policy file, with what the command line says instead."""
+    policy = load(options.policy)
+    changes: dict[str, object] = {}
+    if options.listen:
+        changes["listen"] = options.listen
+    if options.metrics_listen:
+        changes["metrics_listen"] = None if options.metrics_listen == "off" else options.metrics_listen
+    if changes:
+        # Checked again as a whole: an address from the command line obeys the policy's rules.
+        policy = _changed(policy, changes)
+    return policy
+
+
+def _changed(policy: Policy, changes: dict[str, object]) -> Policy:
+    from .policy import parse
+
+    return parse({**policy.model_dump(mode="json"), **changes})
+
+
+def _check(options: argparse.Namespace) -> int:
+    policy = load(options.policy)
+    good = True
+    for line in check.explain(policy, options.identity):
+        print(line)
+    for problem in check.problems(policy):
+        good = False
+        print(f"problem: {problem}")
+    if good:
+        print("no problems found")
+    return 0 if good else 1
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    good = True
+    for well, line in doctor.examine(load(options.policy)):
+        good = good and well
+        print(f"{'ok     ' if well else 'PROBLEM'}  {line}")
+    return 0 if good else 1
+
+
+def _status(options: argparse.Namespace) -> int:
+    try:
+        for line in status.show(load(options.policy).status_path):
+            print(line)
+    except status.StatusError as error:
+        return _complain(str(error), 1)
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    print(schema(), end="")
+    return 0
+
+
+def _certs(options: argparse.Namespace) -> int:
+    for cluster in options.operator:
+        if _CLUSTER.fullmatch(cluster) is None:
+            return _complain(f"--operator: {cluster!r} is no name of a cluster", 2)
+    if not options.host and not options.operator:
+        return _complain("give --host, --operator or both", 2)
+    try:
+        for line in certificates.make(options.dir, options.host, options.operator, dt.timedelta(days=options.days)):
+            print(line)
+    except (OSError, ValueError) as error:
+        return _complain(f"{options.dir}: {error}", 1)
+    return 0
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"isthmus-bridge: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="isthmus-bridge", description="Isthmus at an HPC site.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    one = commands.add_parser("serve", help="take requests and submit jobs")
+    one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
+    one.add_argument("--listen", metavar="HOST:PORT", help="instead of the policy's")
+    one.add_argument("--metrics-listen", metavar="HOST:PORT", help="instead of the policy's; `off`: none")
+    one.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    one.set_defaults(command=_serve)
+
+    one = commands.add_parser("check", help="check a policy, and tell what identities may do under it")
+    one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
+    one.add_argument("--identity", metavar="URI", help="this one only, e.g. isthmus://operator/prod")
+    one.set_defaults(command=_check)
+
+    one = commands.add_parser("doctor", help="look whether Slurm can be used from here, and what it offers")
+    one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
+    one.set_defaults(command=_doctor)
+
+    one = commands.add_parser("status", help="the live pools, as the running bridge sees them")
+    one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
+    one.set_defaults(command=_status)
+
+    one = commands.add_parser("schema", help="print the policy's JSON schema, for editors and checks")
+    one.set_defaults(command=_schema)
+
+    one = commands.add_parser("certs", help="make the site's CA and certificates; again: add to them, or renew")
+    one.add_argument("--dir", type=Path, required=True, help="where to write them")
+    one.add_argument("--host", action="append", default=[], metavar="NAME", help="name or address of the bridge")
+    one.add_argument("--operator", action="append", default=[], metavar="CLUSTER", help="a cluster that may call")
+    one.add_argument("--days", type=int, default=365, help="how long they are valid (default: %(default)s)")
+    one.set_defaults(command=_certs)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

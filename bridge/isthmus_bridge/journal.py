@@ -1,0 +1,248 @@
+"""The bridge's memory: one SQLite file, one writer, every change on disk before it counts."""
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from isthmus_contracts.pb import bridge_pb2 as pb
+
+from .observation import Observation
+
+
+class JournalError(Exception):
+    """The journal cannot be opened or is not ours. ``str()`` is one line."""
+
+
+class State(StrEnum):
+    """How far a pool has come."""
+
+    RESERVED = "RESERVED"  # recorded; sbatch has not been run, or is known not to have submitted
+    SUBMITTING = "SUBMITTING"  # sbatch was about to run: recorded before it starts
+    UNKNOWN = "UNKNOWN"  # sbatch's answer is missing or doubtful: the pool must be looked up
+    SUBMITTED = "SUBMITTED"  # Slurm has one array
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing will change any more."""
+        return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
+
+
+OVER = tuple(state.value for state in State if state.over)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the journal knows about one key."""
+
+    key: str
+    identity: str
+    state: State
+    version: int = 0
+    spec: bytes = b""
+    """The PoolSpec without credentials; empty: a tombstone, cancelled before it was asked for."""
+    digest: str = ""
+    cancel: bool = False
+    message: str = ""
+    array_id: int = 0
+    submissions: int = 0
+    """How often sbatch was run."""
+    doubt_since: float = 0.0
+    """When sbatch was over, in the state UNKNOWN; when the tasks were first missed, in SUBMITTED."""
+    absences: int = 0
+    """Healthy look-ups since then that found nothing."""
+    retry_at: float = 0.0
+    """No submission before this time."""
+    created_at: float = 0.0
+    submitted_at: float = 0.0
+    finished_at: float = 0.0
+    stale: str = ""
+    """Why Slurm cannot be asked at the moment; the observation is then the last one."""
+    observation: Observation = field(default_factory=Observation)
+
+    def pool_spec(self) -> pb.PoolSpec:
+        """The spec as a message."""
+        return pb.PoolSpec.FromString(self.spec)
+
+
+_COLUMNS: Mapping[str, str] = {
+    "key": "TEXT PRIMARY KEY",
+    "identity": "TEXT NOT NULL",
+    "state": "TEXT NOT NULL",
+    "version": "INTEGER NOT NULL",
+    "spec": "BLOB NOT NULL",
+    "digest": "TEXT NOT NULL",
+    "cancel": "INTEGER NOT NULL",
+    "message": "TEXT NOT NULL",
+    "array_id": "INTEGER NOT NULL",
+    "submissions": "INTEGER NOT NULL",
+    "doubt_since": "REAL NOT NULL",
+    "absences": "INTEGER NOT NULL",
+    "retry_at": "REAL NOT NULL",
+    "created_at": "REAL NOT NULL",
+    "submitted_at": "REAL NOT NULL",
+    "finished_at": "REAL NOT NULL",
+    "stale": "TEXT NOT NULL",
+    "observation": "TEXT NOT NULL",
+}
+# "ISTH", in the file's header: no other program's database is taken for a journal.
+_APPLICATION = 0x49535448
+_SCHEMA_VERSION = 1
+_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM pools"  # noqa: S608 - our own column names
+_INSERT = f"INSERT INTO pools ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608
+
+
+class Journal:
+    """The table of pools. Every method is one transaction, durable when it returns; threads may share it."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time, patience: float = 5.0) -> None:
+        """``patience``: how long to wait for another process to let go of the file. Raises :class:`JournalError`."""
+        self._clock = clock
+        self._lock = threading.RLock()
+        self.changed = threading.Condition(self._lock)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._connection = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
+            # Exclusive: a second bridge on the same journal must not run, and WAL then needs no shared memory, which
+            # network file systems lack.
+            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL"):
+                self._connection.execute(f"PRAGMA {pragma}")
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._migrate(path)
+            self._connection.execute("COMMIT")
+            path.chmod(0o600)
+        except sqlite3.OperationalError as error:
+            reason = "another bridge uses it" if "locked" in str(error) else str(error)
+            raise JournalError(f"journal {path}: {reason}") from None
+        except sqlite3.DatabaseError as error:
+            raise JournalError(f"journal {path}: {error}") from None
+
+    def _migrate(self, path: Path) -> None:
+        application = self._connection.execute("PRAGMA application_id").fetchone()[0]
+        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        if (application, version) == (0, 0):
+            columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())
+            self._connection.execute(f"CREATE TABLE pools ({columns})")
+            self._connection.execute("CREATE INDEX pools_version ON pools (version)")
+            self._connection.execute(f"PRAGMA application_id={_APPLICATION}")
+            self._connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
+        elif (application, version) != (_APPLICATION, _SCHEMA_VERSION):
+            raise JournalError(f"journal {path}: made by another program or a newer bridge")
+        last = self._connection.execute("SELECT max(version) FROM pools").fetchone()[0]
+        self._version: int = last or 0
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._lock:
+            self._connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Groups several calls into one commit."""
+        with self._lock:
+            if self._connection.in_transaction:
+                yield
+                return
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+            self.changed.notify_all()
+
+    def get(self, key: str) -> Entry | None:
+        """The entry of a key."""
+        found = self._query(f"{_SELECT} WHERE key = ?", key)
+        return found[0] if found else None
+
+    def live(self) -> list[Entry]:
+        """All pools that are not over, oldest first."""
+        marks = ", ".join("?" * len(OVER))
+        return self._query(f"{_SELECT} WHERE state NOT IN ({marks}) ORDER BY created_at, key", *OVER)
+
+    def since(self, identity: str, version: int) -> list[Entry]:
+        """The caller's pools that changed after ``version``, oldest change first."""
+        return self._query(f"{_SELECT} WHERE identity = ? AND version > ? ORDER BY version", identity, version)
+
+    def finished_before(self, moment: float) -> list[Entry]:
+        """Pools that were over before that time."""
+        marks = ", ".join("?" * len(OVER))
+        return self._query(f"{_SELECT} WHERE state IN ({marks}) AND finished_at < ?", *OVER, moment)
+
+    def live_specs(self, identity: str) -> list[pb.PoolSpec]:
+        """What the caller's pools that are not over were asked to be."""
+        marks = ", ".join("?" * len(OVER))
+        sql = f"SELECT spec FROM pools WHERE identity = ? AND state NOT IN ({marks})"  # noqa: S608
+        with self._lock:
+            rows = self._connection.execute(sql, (identity, *OVER)).fetchall()
+        return [pb.PoolSpec.FromString(row[0]) for row in rows]
+
+    def count_since(self, identity: str, moment: float) -> int:
+        """How many pools the caller has asked for since then."""
+        sql = "SELECT count(*) FROM pools WHERE identity = ? AND created_at > ? AND length(spec) > 0"
+        with self._lock:
+            return int(self._connection.execute(sql, (identity, moment)).fetchone()[0])
+
+    def insert(self, entry: Entry) -> Entry:
+        """Records a new key. Raises ``sqlite3.IntegrityError`` where it exists."""
+        with self.transaction():
+            stored = replace(entry, version=self._next_version())
+            self._connection.execute(_INSERT, _row(stored))
+            return stored
+
+    def update(self, key: str, **changes: Any) -> Entry:
+        """Changes fields of an entry, gives it a new version, and returns it. Raises ``KeyError``."""
+        with self.transaction():
+            entry = self.get(key)
+            if entry is None:
+                raise KeyError(key)
+            stored = replace(entry, **changes, version=self._next_version())
+            columns = ", ".join(f"{name} = ?" for name in _COLUMNS)
+            self._connection.execute(f"UPDATE pools SET {columns} WHERE key = ?", (*_row(stored), key))  # noqa: S608
+            return stored
+
+    def delete(self, key: str) -> None:
+        """Forgets a key."""
+        with self.transaction():
+            self._connection.execute("DELETE FROM pools WHERE key = ?", (key,))
+
+    def _next_version(self) -> int:
+        # Not below the clock: where a journal was lost, watchers who saw higher versions still see what is new.
+        self._version = max(self._version + 1, int(self._clock() * 1000))
+        return self._version
+
+    def _query(self, sql: str, *values: Any) -> list[Entry]:
+        with self._lock:
+            return [_entry(row) for row in self._connection.execute(sql, values).fetchall()]
+
+
+def _row(entry: Entry) -> tuple[Any, ...]:
+    values = []
+    for name in _COLUMNS:
+        value = getattr(entry, name)
+        if name == "observation":
+            value = value.to_json()
+        elif name == "cancel":
+            value = int(value)
+        elif name == "state":
+            value = str(value)
+        values.append(value)
+    return tuple(values)
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    fields = dict(zip(_COLUMNS, row, strict=True))
+    fields["state"] = State(fields["state"])
+    fields["cancel"] = bool(fields["cancel"])
+    fields["observation"] = Observation.from_json(fields["observation"])
+    return Entry(**fields)

@@ -1,0 +1,70 @@
+"""Looks where Slurm's queue no longer tells: the accounts, and the marks that tasks leave in their pool's directory."""
+
+from collections.abc import Callable, Sequence
+
+from isthmus_contracts.identities import slurm_job_name
+
+from .journal import Entry
+from .observation import Observation, choose, resolve
+from .policy import Policy
+from .run_directory import RunDirectory
+from .slurm.model import SlurmAdapter, SlurmError, TaskRecord
+
+
+class Lookup:
+    """Asks the accounts sparingly: they are slower than the queue and tell nothing new every second."""
+
+    def __init__(self, policy: Policy, adapter: SlurmAdapter, clock: Callable[[], float]) -> None:
+        self._policy = policy
+        self._adapter = adapter
+        self._clock = clock
+        self._spacing = policy.slurm.absence_seconds / policy.slurm.absence_lookups
+        self._counted: dict[str, float] = {}
+        self._asked: dict[str, float] = {}
+
+    def counts(self, key: str) -> bool:
+        """Whether a look-up that finds nothing now is far enough from the last to count as one more."""
+        now = self._clock()
+        if now < self._counted.get(key, 0.0) + self._spacing:
+            return False
+        self._counted[key] = now
+        return True
+
+    def forget(self, key: str) -> None:
+        """The pool is over."""
+        self._counted.pop(key, None)
+        self._asked.pop(key, None)
+
+    def elsewhere(self, entry: Entry) -> int | None:
+        """The array of a doubtful submission that the queue does not show.
+
+        None: this look-up was healthy and found nothing. Raises :class:`SlurmError`: it says nothing.
+        """
+        run = RunDirectory(self._policy.run_dir, entry.key)
+        try:
+            if self._adapter.submission_may_run(run.path):
+                raise SlurmError("an earlier sbatch for it still runs")
+            if marks := run.marks():
+                return min(mark.array_id for mark in marks.values())
+        except OSError as error:
+            raise SlurmError(f"cannot read {run.path}: {error.strerror}") from None
+        choice = choose(self._history(entry), 0)
+        return choice.array_id if choice else None
+
+    def ends(
+        self, entry: Entry, observation: Observation, missing: Sequence[int], *, first: bool
+    ) -> tuple[Observation, list[int]]:
+        """How those tasks ended, as far as it can be found out, and which stay unknown. Raises :class:`SlurmError`."""
+        try:
+            marks = RunDirectory(self._policy.run_dir, entry.key).marks()
+        except OSError as error:
+            raise SlurmError(f"cannot read the pool's directory: {error.strerror}") from None
+        now = self._clock()
+        history: Sequence[TaskRecord] = []
+        if first or now >= self._asked.get(entry.key, 0.0) + self._spacing:
+            self._asked[entry.key] = now
+            history = self._history(entry)
+        return resolve(observation, missing, entry.array_id, history, marks)
+
+    def _history(self, entry: Entry) -> Sequence[TaskRecord]:
+        return self._adapter.history([slurm_job_name(entry.key)], entry.created_at)

@@ -1,0 +1,113 @@
+"""The bridge's Prometheus metrics."""
+
+from collections.abc import Iterable
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from . import __version__
+
+_WAITS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 86400, 3 * 86400, 7 * 86400)
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
+
+
+class Metrics:
+    """All of them, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.submissions = Counter(
+            "isthmus_bridge_submissions_total", "Runs of sbatch by result: accepted, refused, deferred, ambiguous",
+            ["result"], registry=r,
+        )  # fmt: skip
+        for result in ("accepted", "refused", "deferred", "ambiguous"):  # from 0, so that the first one shows in a rate
+            self.submissions.labels(result)
+        self.adoptions = Counter(
+            "isthmus_bridge_adoptions_total", "Arrays found in Slurm after a doubtful submission", registry=r
+        )
+        self.extras = Counter(
+            "isthmus_bridge_extra_arrays_cancelled_total", "Arrays cancelled because their pool has another or is over",
+            registry=r,
+        )  # fmt: skip
+        self.lookup_failures = Counter(
+            "isthmus_bridge_lookup_failures_total", "Look-ups in Slurm that failed", registry=r
+        )
+        self.denials = Counter(
+            "isthmus_bridge_denials_total", "Requests that the site's policy denied", ["rule"], registry=r
+        )
+        self.requests = Counter(
+            "isthmus_bridge_requests_total", "Requests by method and gRPC status", ["method", "code"], registry=r
+        )
+        self.pools = Gauge("isthmus_bridge_pools", "Pools that are not over, by journal state", ["state"], registry=r)
+        self.tasks = Gauge(
+            "isthmus_bridge_tasks", "Tasks of the pools that are not over, by what their Slurm state means",
+            ["state"], registry=r,
+        )  # fmt: skip
+        self.slurm_up = Gauge("isthmus_bridge_slurm_up", "1 while squeue answers, else 0", registry=r)
+        self.last_poll = Gauge("isthmus_bridge_last_poll_timestamp_seconds", "When squeue last answered", registry=r)
+        self.commands = Histogram(
+            "isthmus_bridge_slurm_command_seconds", "Run time of Slurm's programs", ["program"],
+            buckets=_SECONDS, registry=r,
+        )  # fmt: skip
+        self.command_failures = Counter(
+            "isthmus_bridge_slurm_command_failures_total", "Runs of Slurm's programs that failed", ["program"],
+            registry=r,
+        )  # fmt: skip
+        self.queue_wait = Histogram(
+            "isthmus_bridge_queue_wait_seconds", "From a pool's submission to the start of each task",
+            buckets=_WAITS, registry=r,
+        )  # fmt: skip
+
+        self.relay_connections = Gauge(
+            "isthmus_bridge_relay_connections", "Connections that the relay joins at the moment", registry=r
+        )
+        self.relay_bytes = Counter(
+            "isthmus_bridge_relay_bytes_total", "Bytes passed on: to-aggregator, to-client", ["direction"],
+            registry=r,
+        )  # fmt: skip
+        self.relay_refused = Counter(
+            "isthmus_bridge_relay_refused_total",
+            "Connections that the relay ended by itself: unknown, limit, unreachable, not-tls, timeout", ["reason"],
+            registry=r,
+        )  # fmt: skip
+        self.certificate_expiry = Gauge(
+            "isthmus_bridge_certificate_expiry_timestamp_seconds", "When the bridge's own certificate ends", registry=r
+        )
+        self.info = Gauge("isthmus_bridge_info", "Always 1; tells the version", ["version"], registry=r)
+        self.info.labels(__version__).set(1)
+
+    def command(self, program: str, seconds: float, good: bool) -> None:
+        """Notes one run of one of Slurm's programs."""
+        self.commands.labels(program).observe(seconds)
+        if not good:
+            self.command_failures.labels(program).inc()
+
+    def count(self, gauge: Gauge, known: Iterable[str], counts: dict[str, int]) -> None:
+        """Sets a gauge by state: also to 0 where nothing is in a state any more."""
+        for state in known:
+            gauge.labels(state).set(counts.get(state, 0))
+
+    def serve(self, address: str, site: str) -> tuple[WSGIServer, Thread]:
+        """Serves /metrics at host:port until the server is shut down. Raises ``OSError``."""
+        host, _, port = address.rpartition(":")
+        told = CollectorRegistry(auto_describe=False)
+        told.register(_OfSite(self.registry, site))
+        return start_http_server(int(port), host.strip("[]"), told)
+
+
+class _OfSite(Collector):
+    """Gives every sample the label ``site``: one Prometheus looks at many sites."""
+
+    def __init__(self, registry: CollectorRegistry, site: str) -> None:
+        self._registry = registry
+        self._label = {"site": site}
+
+    def collect(self) -> Iterable[Metric]:
+        """What the registry holds, labelled; made anew for each scrape."""
+        for family in self._registry.collect():
+            family.samples = [sample._replace(labels={**self._label, **sample.labels}) for sample in family.samples]
+            yield family

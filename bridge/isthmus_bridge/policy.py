@@ -1,0 +1,281 @@
+"""The site's policy file: its form, and reading it with one-line errors. Decisions are in :mod:`.access`."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from isthmus_contracts.fields import DnsLabel, EnvName, SlurmName
+from isthmus_contracts.identities import BRIDGE_PORT, RESERVED_ENV_PREFIX
+
+PLACEHOLDERS = ("tls_dir", "work_dir", "data", "image")
+_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+_LISTEN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})")
+
+
+class PolicyError(ValueError):
+    """The policy file cannot be used. ``str()`` is one line that names every fault."""
+
+
+def _printable(text: str) -> str:
+    if not text or any(ord(character) < 32 or ord(character) == 127 for character in text):
+        raise ValueError("must not be empty or hold control characters")
+    return text
+
+
+def _absolute(path: Path) -> Path:
+    text = str(path)
+    # A colon separates the two sides of a container's bind mount; the rest is Slurm's notation for log files.
+    if not path.is_absolute() or any(ord(c) < 32 or c in "%\\:" for c in text):
+        raise ValueError(f"{text!r} must be an absolute path without %, \\, : and control characters")
+    return path
+
+
+def _host_port(text: str) -> str:
+    match = _LISTEN.fullmatch(text)
+    if match is None or int(match[2]) > 65535:
+        raise ValueError(f"{text!r} is not HOST:PORT")
+    return text
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+Line = Annotated[str, Field(max_length=4096), AfterValidator(_printable)]
+Listen = Annotated[str, AfterValidator(_host_port)]
+IdentityUri = Annotated[str, Field(max_length=512), AfterValidator(_printable)]
+# YAML reads 1.50 as a number; an environment holds text.
+Value = Annotated[str, Field(max_length=4096), BeforeValidator(lambda v: str(v) if type(v) in (int, float) else v)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Identity(_Part):
+    """Who may ask, and for what."""
+
+    uri: IdentityUri
+    """The URI in the caller's certificate."""
+    accounts: list[SlurmName] | None = None
+    """Slurm accounts of this caller; the first is the default. Default: the site's."""
+    namespaces: list[Line] = ["*"]
+    """Patterns (``*``, ``?``) of the Kubernetes namespaces whose jobs may come."""
+    partitions: list[SlurmName] | None = None
+    """Default: the site's."""
+
+
+class Inside(_Part):
+    """How a container calls the directories that its prefix binds."""
+
+    tls_dir: AbsolutePath | None = None
+    work_dir: AbsolutePath | None = None
+    data: AbsolutePath | None = None
+
+
+class Environment(_Part):
+    """One way to run the script: exactly one of venv, modules (with or without a venv), apptainer and prefix."""
+
+    venv: AbsolutePath | None = None
+    modules: list[Line] = []
+    apptainer: AbsolutePath | None = None
+    options: list[Line] = []
+    """Of ``apptainer exec``: ``--nv``, more binds."""
+    prefix: list[Line] = []
+    """Written before the script's command line. May name {tls_dir}, {work_dir}, {data} and {image}; an argument with
+    {data} is left out where the pool has no data set."""
+    images: list[Line] = []
+    """Patterns of the images that {image} may become."""
+    inside: Inside = Inside()
+    setup: list[Line] = []
+    """Lines of bash, run before the script; the first that fails ends the task."""
+    env: dict[EnvName, Value] = {}
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        kinds = {
+            "venv": bool(self.venv) and not self.modules,
+            "modules": bool(self.modules),
+            "apptainer": bool(self.apptainer),
+            "prefix": bool(self.prefix),
+        }
+        if sum(kinds.values()) != 1:
+            raise ValueError("needs exactly one of venv, modules, apptainer and prefix")
+        if self.venv and (self.apptainer or self.prefix):
+            raise ValueError("venv goes with modules or alone")
+        if self.options and not self.apptainer:
+            raise ValueError("options goes with apptainer")
+        if self.inside != Inside() and not self.prefix:
+            raise ValueError("inside goes with prefix")
+        names = {name for argument in self.prefix for name in _PLACEHOLDER.findall(argument)}
+        if unknown := sorted(names - set(PLACEHOLDERS)):
+            raise ValueError(f"prefix: unknown placeholder {{{unknown[0]}}}; it knows {', '.join(PLACEHOLDERS)}")
+        if self.prefix and _PLACEHOLDER.search(self.prefix[0]):
+            raise ValueError("prefix: the program itself must not be a placeholder")
+        if ("image" in names) != bool(self.images):
+            raise ValueError("a prefix with {image} needs images, the patterns that it may become, and only such a one")
+        if reserved := [name for name in self.env if name.startswith(RESERVED_ENV_PREFIX)]:
+            raise ValueError(f"env.{reserved[0]}: names that begin with {RESERVED_ENV_PREFIX} are reserved")
+        return self
+
+    @property
+    def runs_image(self) -> bool:
+        """Whether the job's own image is run."""
+        return bool(self.images)
+
+
+class Limits(_Part):
+    """Caps on every request."""
+
+    replicas: Annotated[int, Field(ge=1)] = 256
+    cpus_per_task: Annotated[int, Field(ge=1)] = 64
+    memory_mib: Annotated[int, Field(ge=1)] = 262_144
+    time_limit_seconds: Annotated[int, Field(ge=60)] = 86_400
+    gres: dict[SlurmName, Annotated[int, Field(ge=0)]] = {}
+    """Most of each generic resource per task; what is not listed is not allowed."""
+    running_tasks: Annotated[int, Field(ge=1)] | None = None
+    """Tasks of a pool that run at the same time; the others wait. Default: all of them."""
+    pools: Annotated[int, Field(ge=1)] = 32
+    """Live pools of one identity."""
+    pools_per_day: Annotated[int, Field(ge=1)] | None = None
+    """Pools that one identity may ask for within 24 hours."""
+    total_tasks: Annotated[int, Field(ge=1)] | None = None
+    """Tasks of all live pools of one identity together; likewise the following."""
+    total_cpus: Annotated[int, Field(ge=1)] | None = None
+    total_memory_mib: Annotated[int, Field(ge=1)] | None = None
+    total_gres: dict[SlurmName, Annotated[int, Field(ge=0)]] = {}
+    """Of each generic resource; what is not listed has no such limit."""
+
+
+class RelaySettings(_Part):
+    """Passes the clients' TLS connections on to the aggregators, where the compute nodes cannot reach them."""
+
+    listen: Listen
+    """Where the compute nodes reach the relay."""
+    address: Listen
+    """The same as they dial it, host:port."""
+    destinations: Annotated[list[Line], Field(min_length=1)]
+    """Patterns (``*``, ``?``) of the aggregators' host:port that it may dial."""
+    connections: Annotated[int, Field(ge=1, le=100_000)] = 4096
+    """Open at the same time, over all pools. Each pool may have two for each client, and a few."""
+
+
+class SlurmSettings(_Part):
+    """How to reach Slurm."""
+
+    bin_dir: AbsolutePath | None = None
+    """Directory of sbatch and its siblings, where PATH does not lead to them."""
+    conf: AbsolutePath | None = None
+    """SLURM_CONF for them. Default: the bridge's own environment."""
+    command_timeout_seconds: Annotated[float, Field(ge=0.5, le=600)] = 30.0
+    poll_seconds: Annotated[float, Field(ge=0.1, le=60)] = 1.5
+    """Pause between two looks at the queue while pools live."""
+    absence_lookups: Annotated[int, Field(ge=2, le=100)] = 3
+    """Healthy look-ups that must find nothing before a doubtful submission counts as not made."""
+    absence_seconds: Annotated[float, Field(ge=1, le=86_400)] = 45.0
+    """The time over which they must do so."""
+    warning_seconds: Annotated[int, Field(ge=5, le=3600)] = 60
+    """A task gets SIGTERM this long before its time limit."""
+
+
+class Policy(_Part):
+    """One HPC site."""
+
+    site: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=63)]
+    run_dir: AbsolutePath
+    """On a file system that the nodes share, writable by the bridge's user; private directories of the pools."""
+    journal: AbsolutePath | None = None
+    """Default: journal.db in run_dir."""
+    tls_dir: AbsolutePath
+    """Holds ca.crt, tls.crt and tls.key of the bridge."""
+    listen: Listen = f"0.0.0.0:{BRIDGE_PORT}"
+    metrics_listen: Listen | None = "127.0.0.1:9090"
+    """null: no metrics."""
+    identities: Annotated[list[Identity], Field(min_length=1)]
+    partitions: Annotated[list[SlurmName], Field(min_length=1)]
+    """Those that may be used; the first is the default."""
+    accounts: list[SlurmName] = []
+    """Empty: no account may be named."""
+    qos: list[SlurmName] = []
+    """Empty: none may be named; without one Slurm takes its default."""
+    environments: Annotated[dict[DnsLabel, Environment], Field(min_length=1)]
+    data_sets: dict[DnsLabel, AbsolutePath] = {}
+    env_denied: list[Line] = [
+        "LD_*", "BASH_ENV", "BASH_FUNC_*", "ENV", "SHELLOPTS", "BASHOPTS", "IFS", "PS4", "SLURM_*", "SBATCH_*",
+        "SRUN_*", "APPTAINER*", "SINGULARITY*", "CH_*",
+    ]  # fmt: skip
+    """Patterns of variables that a job must not set: they would act on the shell, the scheduler or the container."""
+    limits: Limits = Limits()
+    relay: RelaySettings | None = None
+    """Left out: pools that ask for it are denied."""
+    slurm: SlurmSettings = SlurmSettings()
+    retention_days: Annotated[float, Field(ge=1, le=3650)] = 30.0
+    """How long a finished pool's logs and its place in the journal are kept."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        uris = [identity.uri for identity in self.identities]
+        for number, identity in enumerate(self.identities):
+            where = f"identities[{number}]"
+            if uris.index(identity.uri) != number:
+                raise ValueError(f"{where}.uri: {identity.uri!r} is listed twice")
+            for field, allowed in (("accounts", self.accounts), ("partitions", self.partitions)):
+                for name in getattr(identity, field) or []:
+                    if name not in allowed:
+                        raise ValueError(f"{where}.{field}: {name!r} is not among the site's {field}")
+        return self
+
+    @property
+    def status_path(self) -> Path:
+        """Where the running bridge writes down what `isthmus-bridge status` shows."""
+        return self.journal_path.with_name("status.json")
+
+    @property
+    def journal_path(self) -> Path:
+        """Where the journal lies."""
+        return self.journal or self.run_dir / "journal.db"
+
+
+def load(path: Path) -> Policy:
+    """Reads and checks a policy file. Raises :class:`PolicyError`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PolicyError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return parse(content)
+    except PolicyError as error:
+        raise PolicyError(f"{path}: {error}") from None
+
+
+def schema() -> str:
+    """The policy's JSON schema. What it cannot say (one field goes with another) only :func:`parse` checks."""
+    content = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Policy.model_json_schema()}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def parse(content: Any) -> Policy:
+    """Checks a policy. Raises :class:`PolicyError`."""
+    if not isinstance(content, dict):
+        raise PolicyError("a policy is a mapping")
+    try:
+        return Policy.model_validate(content)
+    except ValidationError as error:
+        raise PolicyError("; ".join(_sentence(item) for item in error.errors())) from None
+
+
+def _sentence(item: Any) -> str:
+    path = ""
+    for part in item["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    if item["type"] == "missing":
+        return f"{path}: is missing"
+    if item["type"] == "extra_forbidden":
+        return f"{path}: unknown field"
+    message = str(item["ctx"]["error"]) if item["type"] == "value_error" else item["msg"]
+    return f"{path}: {message}" if path else message

@@ -1,0 +1,225 @@
+"""What callers may do with pools. Each request is recorded first; submitting and following happen behind."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.pki import Credentials
+
+from .access import Denial, decide, too_many
+from .journal import Entry, Journal, State
+from .policy import Identity, Policy
+from .requests import check_key, check_spec, differences, digest
+from .rules import Rules
+from .run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
+
+_MAX_REASON = 400
+DAY = 86400.0
+
+
+class NoSuchPool(Exception):
+    """The caller has no pool of this key."""
+
+
+class KeyTaken(Exception):
+    """The key belongs to another caller."""
+
+
+class SpecDiffers(Exception):
+    """The key exists with another spec. ``str()`` names the fields."""
+
+
+class Denied(Exception):
+    """The policy forbids it. ``transient``: not now, but perhaps later."""
+
+    def __init__(self, denial: Denial, *, transient: bool = False) -> None:
+        super().__init__(str(denial))
+        self.denial = denial
+        self.transient = transient
+
+
+class Pools:
+    """The requests of the bridge protocol, without the protocol."""
+
+    def __init__(
+        self,
+        rules: Rules,
+        journal: Journal,
+        advance: Callable[[str], None],
+        wake: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """``advance`` starts work on a key and returns at once; ``wake`` calls for a look at the queue."""
+        self._rules = rules
+        self._journal = journal
+        self._advance = advance
+        self._wake = wake
+        self._clock = clock
+        self._keys = _KeyLocks()
+
+    @property
+    def _policy(self) -> Policy:
+        return self._rules.current
+
+    def ensure(self, identity: Identity, key: str, spec: pb.PoolSpec) -> Entry:
+        """Records the pool, once. Raises RequestError, Denied, KeyTaken, SpecDiffers, ``OSError``."""
+        check_key(key)
+        check_spec(spec)
+        with self._keys.held(key):
+            entry = self._journal.get(key)
+            if entry is not None:
+                return self._again(identity, entry, spec)
+            grant = decide(self._policy, identity, spec)
+            if isinstance(grant, Denial):
+                raise Denied(grant)
+            entry = self._record(identity, key, spec)
+        log.info("recorded", extra={"key": key, "pool": _title(spec), "replicas": spec.replicas})
+        self._advance(key)
+        self._wake()
+        return entry
+
+    def _record(self, identity: Identity, key: str, spec: pb.PoolSpec) -> Entry:
+        run = RunDirectory(self._policy.run_dir, key)
+        # A script without an entry: the journal was lost, or set back. The array may live.
+        known = run.script.exists()
+        # Before the entry: one that is recorded can be submitted, also by a bridge that starts after a crash.
+        run.create(_credentials(spec))
+        now = self._clock()
+        entry = Entry(
+            key=key,
+            identity=identity.uri,
+            state=State.UNKNOWN if known else State.RESERVED,
+            spec=_without_credentials(spec),
+            digest=digest(spec),
+            created_at=now,
+            doubt_since=now if known else 0.0,
+            message="looking for the array in Slurm: the journal has lost this pool" if known else "",
+        )
+        with self._journal.transaction():
+            live = self._journal.live_specs(identity.uri)
+            recent = self._journal.count_since(identity.uri, now - DAY)
+            denial = too_many(self._policy, identity, spec, live, recent)
+            if denial is None:
+                return self._journal.insert(entry)
+        if known:
+            run.forget_credentials()
+        else:
+            run.remove()
+        raise Denied(denial, transient=True)
+
+    def _again(self, identity: Identity, entry: Entry, spec: pb.PoolSpec) -> Entry:
+        if entry.identity != identity.uri:
+            raise KeyTaken(entry.key)
+        if entry.digest and entry.digest != digest(spec):
+            names = ", ".join(differences(entry.pool_spec(), spec))
+            raise SpecDiffers(f"key {entry.key} exists with another spec; it differs in: {names}")
+        if entry.spec and not entry.state.over:
+            # Tasks that start later get the newest credentials.
+            RunDirectory(self._policy.run_dir, entry.key).write_credentials(_credentials(spec))
+        return entry
+
+    def get(self, identity: Identity, key: str) -> Entry:
+        """The caller's pool. Raises RequestError, NoSuchPool."""
+        check_key(key)
+        entry = self._journal.get(key)
+        if entry is None or entry.identity != identity.uri:
+            raise NoSuchPool(key)
+        return entry
+
+    def cancel(self, identity: Identity, key: str, reason: str) -> Entry:
+        """Records that the pool must end. Raises RequestError, NoSuchPool."""
+        check_key(key)
+        message = "cancelled" + (f": {_one_line(reason)}" if reason else "")
+        with self._keys.held(key):
+            entry = self._journal.get(key)
+            now = self._clock()
+            if entry is None:
+                log.info("cancelled before it was asked for", extra={"key": key})
+                return self._journal.insert(
+                    Entry(key=key, identity=identity.uri, state=State.CANCELLED, cancel=True, message=message,
+                          created_at=now, finished_at=now)
+                )  # fmt: skip
+            if entry.identity != identity.uri:
+                raise NoSuchPool(key)
+            if entry.state.over or entry.cancel:
+                return entry
+            entry = self._journal.update(key, cancel=True, message=message)
+        log.info("to be cancelled", extra={"key": key, "reason": message})
+        self._advance(key)
+        self._wake()
+        return entry
+
+    def changes(self, identity: Identity, since: int, timeout: float) -> list[Entry]:
+        """The caller's pools that changed after that version; waits for one to change where none has."""
+        with self._journal.changed:
+            entries = self._journal.since(identity.uri, since)
+            if not entries:
+                self._journal.changed.wait(timeout)
+                entries = self._journal.since(identity.uri, since)
+            return entries
+
+    def wake_watchers(self) -> None:
+        """Has those who wait for changes look again."""
+        with self._journal.changed:
+            self._journal.changed.notify_all()
+
+    def wait(self, key: str, done: Callable[[Entry], bool], timeout: float) -> Entry | None:
+        """The pool once ``done`` holds, or as it is when the time is over."""
+        deadline = time.monotonic() + timeout
+        with self._journal.changed:
+            while True:
+                entry = self._journal.get(key)
+                left = deadline - time.monotonic()
+                if entry is None or done(entry) or left <= 0:
+                    return entry
+                self._journal.changed.wait(left)
+
+
+class _KeyLocks:
+    """One lock per key in use: requests for the same key run one after another."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._locks: dict[str, tuple[threading.Lock, int]] = {}
+
+    @contextmanager
+    def held(self, key: str) -> Iterator[None]:
+        with self._guard:
+            lock, users = self._locks.get(key, (threading.Lock(), 0))
+            self._locks[key] = (lock, users + 1)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._guard:
+                lock, users = self._locks[key]
+                if users == 1:
+                    del self._locks[key]
+                else:
+                    self._locks[key] = (lock, users - 1)
+
+
+def _credentials(spec: pb.PoolSpec) -> Credentials:
+    federation = spec.federation
+    return Credentials(federation.ca_certificate, federation.certificate, federation.private_key)
+
+
+def _without_credentials(spec: pb.PoolSpec) -> bytes:
+    plain = pb.PoolSpec()
+    plain.CopyFrom(spec)
+    for secret in ("ca_certificate", "certificate", "private_key"):
+        plain.federation.ClearField(secret)
+    return plain.SerializeToString()
+
+
+def _one_line(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)[:_MAX_REASON]
+
+
+def _title(spec: pb.PoolSpec) -> str:
+    return f"{spec.namespace}/{spec.job}/{spec.pool}"

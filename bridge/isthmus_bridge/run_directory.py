@@ -1,0 +1,158 @@
+"""The private directory of one pool, on the file system that the nodes share.
+
+``batch.sh`` the script; ``code/`` the job's files; ``tls/`` the clients' credentials while the pool lives; ``tasks/``
+the marks that say which task began and how it ended; ``logs/`` one file per task; ``work/`` the tasks' own
+directories.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from isthmus_contracts.pki import Credentials
+
+TAIL_LINES = 20
+TAIL_BYTES = 4096
+# Array id, Slurm's restart count, then the exit code or the node.
+_MARK = re.compile(r"(\d{1,10}) (\d{1,6}) ([A-Za-z0-9._-]{1,255})\n?")
+_MARK_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What one task wrote down about itself."""
+
+    array_id: int
+    node: str = ""
+    exit_code: int | None = None
+    """None: it has not ended, or could not say so."""
+
+
+class RunDirectory:
+    """Files of one pool."""
+
+    def __init__(self, root: Path, key: str) -> None:
+        self.path = root / key
+        self.script = self.path / "batch.sh"
+        self.tls = self.path / "tls"
+        self.code = self.path / "code"
+        self._logs = self.path / "logs"
+        self._tasks = self.path / "tasks"
+
+    @property
+    def log_pattern(self) -> str:
+        """The logs' names in Slurm's notation."""
+        return f"{self._logs}/%a.log"
+
+    def log(self, index: int) -> Path:
+        """The log of one task."""
+        return self._logs / f"{index}.log"
+
+    def create(self, credentials: Credentials) -> None:
+        """Lays the directory out. May be repeated. Raises ``OSError``."""
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for directory in (self.path, self._logs, self._tasks, self.path / "work"):
+            directory.mkdir(mode=0o700, exist_ok=True)
+        self.write_credentials(credentials)
+
+    def write_credentials(self, credentials: Credentials) -> None:
+        """Puts each file in its place at once: a task that starts meanwhile reads whole ones. Raises ``OSError``."""
+        self.tls.mkdir(mode=0o700, exist_ok=True)
+        wanted = credentials.files()
+        if all(_content(self.tls / name) == content for name, content in wanted.items()):
+            return
+        with tempfile.TemporaryDirectory(prefix=".tls", dir=self.path) as fresh:
+            credentials.write(Path(fresh))
+            for name in wanted:
+                (Path(fresh) / name).replace(self.tls / name)
+
+    def write_code(self, files: Mapping[str, bytes]) -> None:
+        """Lays out what each task copies into its working directory: names are checked by then. Raises ``OSError``."""
+        if not files:
+            return
+        self.code.mkdir(mode=0o700, exist_ok=True)
+        for name, content in files.items():
+            (self.code / name).write_bytes(content)
+
+    def write_script(self, text: str) -> None:
+        """Writes the batch script. Raises ``OSError``."""
+        descriptor = os.open(self.script, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o700)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+
+    def forget_credentials(self) -> None:
+        """Removes the credentials: the pool is over. Raises ``OSError``."""
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.tls)
+
+    def remove(self) -> None:
+        """Removes everything. Raises ``OSError``."""
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.path)
+
+    def marks(self) -> dict[int, Marks]:
+        """What the tasks wrote down, by index. Files that make no sense are left out."""
+        found: dict[int, Marks] = {}
+        for index, kind, array_id, last in self._read_marks():
+            old = found.get(index)
+            if old is not None and old.array_id != array_id:
+                # The exit of an earlier start is no news of this one.
+                if kind == "exit":
+                    continue
+                old = None
+            node = last if kind == "start" else old.node if old else ""
+            code = int(last) if kind == "exit" and last.isdecimal() else old.exit_code if old else None
+            found[index] = Marks(array_id, node, code)
+        return found
+
+    def _read_marks(self) -> Iterator[tuple[int, str, int, str]]:
+        try:
+            names = sorted(entry.name for entry in self._tasks.iterdir())
+        except FileNotFoundError:
+            return
+        for kind in ("start", "exit"):
+            for name in names:
+                index, _, ending = name.partition(".")
+                if ending != kind or not index.isdecimal():
+                    continue
+                match = _MARK.fullmatch(_content(self._tasks / name, _MARK_BYTES).decode("utf-8", "replace"))
+                if match is not None:
+                    yield int(index), kind, int(match[1]), match[3]
+
+    def tail(self, index: int, lines: int = TAIL_LINES, limit: int = TAIL_BYTES) -> str:
+        """The last lines of a task's log, bounded in bytes too; empty where there is none (yet)."""
+        data, cut = _end(self.log(index), limit)
+        text = data.decode("utf-8", "replace").replace("\0", "\ufffd")
+        listed = text.splitlines()
+        if cut and len(listed) > 1:
+            # The first line begins somewhere in its middle.
+            listed = listed[1:]
+        return "\n".join(listed[-lines:])
+
+
+def _content(path: Path, limit: int = 1 << 20) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(limit)
+    except OSError:
+        return b""
+
+
+def _end(path: Path, limit: int) -> tuple[bytes, bool]:
+    try:
+        # Not through a link, and no waiting at a pipe: what the tasks leave here is theirs to choose.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return b"", False
+    with os.fdopen(descriptor, "rb") as file:
+        try:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - limit))
+            return file.read(limit), size > limit
+        except OSError:
+            return b"", False

@@ -1,0 +1,219 @@
+"""Puts the parts together and runs them: journal, Slurm adapter, submitter, reconciler, gRPC server, metrics."""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from isthmus_contracts.identities import slurm_job_name
+from isthmus_contracts.pb import bridge_pb2_grpc as rpc
+from isthmus_contracts.pki import Credentials, expiry
+from isthmus_contracts.transport import SERVER_OPTIONS, server_credentials
+
+from .housekeeping import keep_house
+from .journal import Journal
+from .metrics import Metrics
+from .policy import Policy, PolicyError
+from .pools import Pools
+from .reconciler import Reconciler
+from .relay.server import Relay, Route, routes
+from .rules import Rules
+from .service import MAX_WATCHERS, BridgeService
+from .slurm.cli import CliAdapter
+from .slurm.model import SlurmAdapter
+from .submitter import Submitter
+
+log = logging.getLogger(__name__)
+
+_SUBMIT_THREADS = 4
+_REQUEST_THREADS = MAX_WATCHERS + 16
+_STOP_SECONDS = 5.0
+_SIGNAL_SECONDS = 0.25
+_HOUSEKEEPING_SECONDS = 3600.0
+_MAX_MESSAGE = 4 << 20
+
+
+class ServerError(Exception):
+    """The bridge cannot start. ``str()`` is one line."""
+
+
+class Dispatcher:
+    """Runs a function for keys in a few threads; a key that waits for its turn already is not queued again."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="submit")
+        self._queued: set[str] = set()
+        self._lock = threading.Lock()
+        self.function: Callable[[str], None] = lambda key: None
+
+    def __call__(self, key: str) -> None:
+        """Has the function called soon."""
+        with self._lock:
+            if key in self._queued:
+                return
+            self._queued.add(key)
+        try:
+            self._pool.submit(self._run, key)
+        except RuntimeError:  # shutting down: the next start goes on
+            with self._lock:
+                self._queued.discard(key)
+
+    def _run(self, key: str) -> None:
+        with self._lock:
+            self._queued.discard(key)
+        try:
+            self.function(key)
+        except Exception:
+            log.exception("work on the pool broke off", extra={"key": key})
+
+    def close(self) -> None:
+        """Waits for what runs: an sbatch that has begun is heard out."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Bridge:
+    """A running bridge."""
+
+    def __init__(self, policy: Policy, adapter: SlurmAdapter | None = None) -> None:
+        self.metrics = Metrics()
+        self._policy = policy
+        self.rules = Rules(policy)
+        policy.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._adapter = adapter or slurm_adapter(policy, self.metrics)
+        self._journal = Journal(policy.journal_path)
+        self._dispatch = Dispatcher(_SUBMIT_THREADS)
+        submitter = Submitter(self.rules, self._journal, self._adapter, self.metrics, time.time)
+        self._dispatch.function = submitter.advance
+        self._reconciler = Reconciler(policy, self._journal, self._adapter, submitter, self.metrics, self._dispatch)
+        self.pools = Pools(self.rules, self._journal, self._dispatch, self._reconciler.wake.set)
+        self._service = BridgeService(self.rules, self.pools, self._adapter, self.metrics)
+        self._relay = Relay(policy.relay, self._route, self.metrics) if policy.relay else None
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._requests = ThreadPoolExecutor(_REQUEST_THREADS, thread_name_prefix="rpc")
+        self._server: grpc.Server | None = None
+        self.port = 0
+
+    def start(self) -> None:
+        """Begins to serve. Raises :class:`ServerError`."""
+        keep_house(self._policy, self._journal, time.time())
+        server = grpc.server(
+            self._requests,
+            options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", _MAX_MESSAGE)],
+        )
+        rpc.add_BridgeServicer_to_server(self._service, server)
+        try:
+            credentials = Credentials.read(self._policy.tls_dir)
+            ends = expiry(credentials.certificate)
+            self.metrics.certificate_expiry.set(ends.timestamp())
+            self.port = server.add_secure_port(self._policy.listen, server_credentials(credentials))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ServerError(f"cannot serve at {self._policy.listen} with {self._policy.tls_dir}: {error}") from None
+        if self._policy.metrics_listen:
+            try:
+                self.metrics.serve(self._policy.metrics_listen, self._policy.site)
+            except OSError as error:
+                raise ServerError(f"cannot serve metrics at {self._policy.metrics_listen}: {error.strerror}") from None
+        if self._relay is not None and self._policy.relay is not None:
+            try:
+                self._relay.start()
+            except OSError as error:
+                raise ServerError(f"cannot relay at {self._policy.relay.listen}: {error.strerror}") from None
+        for target in (self._reconcile, self._housekeep):
+            thread = threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        server.start()
+        self._server = server
+        host = self._policy.listen.rpartition(":")[0]
+        log.info(
+            "serving", extra={"listen": f"{host}:{self.port}", "site": self._policy.site,
+                              "certificate_until": ends.isoformat()},
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """Ends. Slurm's jobs go on; what is being submitted is heard out and recorded."""
+        self._service.close()
+        if self._relay is not None:
+            self._relay.stop()
+        if self._server is not None:
+            self._server.stop(_STOP_SECONDS).wait()
+        # A cancelled call's handler may still be at work, in the journal too.
+        self._requests.shutdown(wait=True)
+        self._stop.set()
+        self._reconciler.wake.set()
+        self._dispatch.close()
+        for thread in self._threads:
+            thread.join()
+        self._journal.close()
+        log.info("stopped")
+
+    @property
+    def relay_port(self) -> int:
+        """The port at which the relay listens; 0 where there is none."""
+        return self._relay.port if self._relay is not None else 0
+
+    def _route(self, server_name: str) -> Route | None:
+        """Where the relay takes a client that asks for this name."""
+        specs = (entry.pool_spec() for entry in self._journal.live() if entry.spec)
+        relayed = (
+            (spec.federation.server_name, spec.federation.endpoint, spec.replicas)
+            for spec in specs
+            if spec.federation.via_bridge
+        )
+        return routes(relayed).get(server_name)
+
+    def _reconcile(self) -> None:
+        self._reconciler.run(self._stop)
+
+    def _housekeep(self) -> None:
+        while not self._stop.wait(_HOUSEKEEPING_SECONDS):
+            try:
+                keep_house(self.rules.current, self._journal, time.time())
+            except Exception:
+                log.exception("housekeeping broke off")
+
+
+def slurm_adapter(policy: Policy, metrics: Metrics | None = None) -> CliAdapter:
+    """The adapter that the policy asks for."""
+    slurm = policy.slurm
+    adapter = CliAdapter(
+        slurm_job_name(""), bin_dir=slurm.bin_dir, conf=slurm.conf, timeout=slurm.command_timeout_seconds,
+        observer=metrics.command if metrics else lambda program, seconds, good: None,
+    )  # fmt: skip
+    return adapter
+
+
+def serve(policy: Policy, reread: Callable[[], Policy]) -> None:
+    """Serves until SIGTERM or SIGINT; SIGHUP puts what ``reread`` returns in force.
+
+    Raises :class:`ServerError`, :class:`~.journal.JournalError`.
+    """
+    stop, hangup = threading.Event(), threading.Event()
+    signal.signal(signal.SIGHUP, lambda *_: hangup.set())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        bridge = Bridge(policy)
+    except OSError as error:
+        raise ServerError(f"run_dir {policy.run_dir}: {error.strerror}") from None
+    bridge.start()
+    # Not one long wait: a signal that another thread took wakes nobody, and Python's handler runs in this one.
+    while not stop.wait(_SIGNAL_SECONDS):
+        if hangup.is_set():
+            hangup.clear()
+            _reload(bridge.rules, reread)
+    bridge.stop()
+
+
+def _reload(rules: Rules, reread: Callable[[], Policy]) -> None:
+    try:
+        changed = rules.replace(reread())
+    except PolicyError as error:
+        log.error("the policy was not read anew: %s", error)
+    else:
+        log.info("the policy was read anew; changed: %s", ", ".join(changed) or "nothing")

@@ -1,0 +1,193 @@
+"""The gRPC face of :class:`~.pools.Pools`: who calls, what went wrong in gRPC's words, and nothing else."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import grpc
+
+from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.pb import bridge_pb2_grpc as rpc
+from isthmus_contracts.transport import peer_uris
+
+from . import __version__
+from .access import Denial, accounts_of, identify, partitions_of
+from .journal import Entry, State
+from .metrics import Metrics
+from .outcome import to_pool
+from .policy import Identity, Policy
+from .pools import Denied, KeyTaken, NoSuchPool, Pools, SpecDiffers
+from .requests import RequestError
+from .rules import Rules
+from .run_directory import TAIL_LINES, RunDirectory
+from .slurm.model import SlurmAdapter, SlurmError
+
+log = logging.getLogger(__name__)
+
+# EnsurePool waits so long for Slurm's answer, CancelPool for the end: mostly enough, never long.
+ANSWER_SECONDS = 10.0
+MAX_TAIL_LINES = 1000
+MAX_TAIL_BYTES = 256 * 1024
+_CHUNK = 32 * 1024
+# Each watcher holds a thread.
+MAX_WATCHERS = 32
+MAX_WATCHERS_PER_CALLER = 8
+_WATCH_SECONDS = 1.0
+
+Context = grpc.ServicerContext
+
+_UNFINISHED = (State.RESERVED, State.SUBMITTING)
+
+
+class BridgeService(rpc.BridgeServicer):
+    """See bridge.proto."""
+
+    def __init__(
+        self,
+        rules: Rules,
+        pools: Pools,
+        adapter: SlurmAdapter,
+        metrics: Metrics,
+        answer_seconds: float = ANSWER_SECONDS,
+    ) -> None:
+        self._rules = rules
+        self._pools = pools
+        self._adapter = adapter
+        self._metrics = metrics
+        self._answer_seconds = answer_seconds
+        self._watchers: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+
+    @property
+    def _policy(self) -> Policy:
+        return self._rules.current
+
+    def close(self) -> None:
+        """Ends the watchers' streams: they would keep a stopping server waiting."""
+        self._closing.set()
+        self._pools.wake_watchers()
+
+    def EnsurePool(self, request: pb.EnsurePoolRequest, context: Context) -> pb.Pool:
+        """Makes the pool exist."""
+        with self._call("EnsurePool", context) as caller:
+            entry = self._pools.ensure(caller, request.key, request.spec)
+            if entry.state in _UNFINISHED:
+                entry = self._wait(entry, lambda e: e.state not in _UNFINISHED or bool(e.message), context)
+            return to_pool(entry)
+
+    def GetPool(self, request: pb.GetPoolRequest, context: Context) -> pb.Pool:
+        """One pool."""
+        with self._call("GetPool", context) as caller:
+            return to_pool(self._pools.get(caller, request.key))
+
+    def WatchPools(self, request: pb.WatchPoolsRequest, context: Context) -> Iterator[pb.Pool]:
+        """The caller's pools as they change."""
+        with self._call("WatchPools", context) as caller, self._watching(caller):
+            seen = request.since
+            while context.is_active() and not self._closing.is_set():
+                for entry in self._pools.changes(caller, seen, _WATCH_SECONDS):
+                    yield to_pool(entry)
+                    seen = entry.version
+
+    def CancelPool(self, request: pb.CancelPoolRequest, context: Context) -> pb.Pool:
+        """Ends a pool."""
+        with self._call("CancelPool", context) as caller:
+            entry = self._pools.cancel(caller, request.key, request.reason)
+            if not entry.state.over:
+                entry = self._wait(entry, lambda e: e.state.over, context)
+            return to_pool(entry)
+
+    def TailLog(self, request: pb.TailLogRequest, context: Context) -> Iterator[pb.LogChunk]:
+        """The end of one task's log."""
+        with self._call("TailLog", context) as caller:
+            entry = self._pools.get(caller, request.key)
+            replicas = entry.pool_spec().replicas
+            if request.index >= replicas:
+                raise RequestError("index", f"must be below {replicas}, not {request.index}")
+            lines = min(request.lines or TAIL_LINES, MAX_TAIL_LINES)
+            text = RunDirectory(self._policy.run_dir, entry.key).tail(request.index, lines, MAX_TAIL_BYTES)
+            data = text.encode()
+            for start in range(0, len(data), _CHUNK):
+                yield pb.LogChunk(data=data[start : start + _CHUNK])
+
+    def DescribeSite(self, request: pb.DescribeSiteRequest, context: Context) -> pb.Site:
+        """What the caller may use here."""
+        with self._call("DescribeSite", context) as caller:
+            description = self._adapter.describe()
+            return pb.Site(
+                name=self._policy.site,
+                slurm_version=description.version,
+                cluster=description.cluster,
+                partitions=partitions_of(self._policy, caller),
+                environments=sorted(self._policy.environments),
+                accounts=accounts_of(self._policy, caller),
+                data_sets=sorted(self._policy.data_sets),
+                bridge_version=__version__,
+            )
+
+    def _wait(self, entry: Entry, done: Callable[[Entry], bool], context: Context) -> Entry:
+        left = context.time_remaining()
+        # Answer before the caller gives up.
+        timeout = self._answer_seconds if left is None else min(self._answer_seconds, max(0.0, left * 0.8))
+        return self._pools.wait(entry.key, done, timeout) or entry
+
+    @contextmanager
+    def _call(self, method: str, context: Context) -> Iterator[Identity]:
+        """Names the caller, and turns what is raised inside into gRPC's status."""
+        code = grpc.StatusCode.OK
+        try:
+            caller = identify(self._policy, peer_uris(context))
+            if isinstance(caller, Denial):
+                raise Denied(caller)
+            yield caller
+        except Exception as error:
+            code, message = self._status(method, error)
+            _abort(context, code, message)
+        finally:
+            self._metrics.requests.labels(method, code.name).inc()
+
+    def _status(self, method: str, error: Exception) -> tuple[grpc.StatusCode, str]:
+        match error:
+            case RequestError():
+                return grpc.StatusCode.INVALID_ARGUMENT, str(error)
+            case Denied():
+                self._metrics.denials.labels(error.denial.rule).inc()
+                log.warning("denied: %s", error, extra={"method": method})
+                transient = grpc.StatusCode.RESOURCE_EXHAUSTED
+                return transient if error.transient else grpc.StatusCode.PERMISSION_DENIED, str(error)
+            case NoSuchPool():
+                return grpc.StatusCode.NOT_FOUND, f"no pool {error} at site {self._policy.site}"
+            case KeyTaken():
+                return grpc.StatusCode.ALREADY_EXISTS, f"key {error} belongs to another caller"
+            case SpecDiffers():
+                return grpc.StatusCode.FAILED_PRECONDITION, str(error)
+            case SlurmError():
+                return grpc.StatusCode.UNAVAILABLE, f"Slurm does not answer: {error}"
+            case OSError():
+                # The site's own trouble (a full disk): it may pass.
+                log.exception("request failed", extra={"method": method})
+                return grpc.StatusCode.UNAVAILABLE, f"the site's bridge cannot work: {error.strerror}"
+            case _:
+                log.exception("request failed", extra={"method": method})
+                return grpc.StatusCode.INTERNAL, "the bridge failed; its log says why"
+
+    @contextmanager
+    def _watching(self, caller: Identity) -> Iterator[None]:
+        with self._lock:
+            mine = self._watchers.get(caller.uri, 0)
+            if mine >= MAX_WATCHERS_PER_CALLER or sum(self._watchers.values()) >= MAX_WATCHERS:
+                raise Denied(Denial("watchers", f"{caller.uri} watches {mine} times already"), transient=True)
+            self._watchers[caller.uri] = mine + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watchers[caller.uri] -= 1
+
+
+def _abort(context: Context, code: grpc.StatusCode, message: str) -> NoReturn:
+    context.abort(code, message)
+    raise AssertionError("abort() raises")

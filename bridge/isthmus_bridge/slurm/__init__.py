@@ -1,0 +1,1 @@
+"""Slurm behind one small interface: :class:`~isthmus_bridge.slurm.model.SlurmAdapter`."""

@@ -1,0 +1,103 @@
+"""Runs one program with a time limit and bounded output, and without a shell."""
+
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_CHUNK = 65536
+
+
+class CommandTimeout(Exception):
+    """The program did not end in time, and was killed with all that it had started in its session."""
+
+
+class CommandOutputTooLong(Exception):
+    """The program wrote more than allowed, and was killed."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a program ended and what it wrote."""
+
+    status: int
+    output: str
+    errors: str
+
+
+Runner = Callable[..., Result]
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    timeout: float,
+    max_output: int = 1 << 20,
+    inherit: Sequence[int] = (),
+    directory: Path | None = None,
+) -> Result:
+    """Runs ``argv``. Raises ``OSError``, :class:`CommandTimeout` and :class:`CommandOutputTooLong`.
+
+    Of the errors only the first 64 KiB are kept. ``inherit``: file descriptors that the program gets.
+    """
+    process = subprocess.Popen(
+        list(argv),
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=directory,
+        # A group of its own, so that a time-out ends a wrapper's children too.
+        start_new_session=True,
+        pass_fds=tuple(inherit),
+    )
+    try:
+        output, errors = _collect(process, time.monotonic() + timeout, max_output, argv[0])
+        return Result(process.returncode, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace"))
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    finally:
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()
+
+
+def _collect(process: subprocess.Popen[bytes], deadline: float, limit: int, name: str) -> tuple[bytes, bytes]:
+    assert process.stdout is not None and process.stderr is not None
+    taken: dict[int, bytearray] = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
+    out = process.stdout.fileno()
+    with selectors.DefaultSelector() as selector:
+        for descriptor in taken:
+            selector.register(descriptor, selectors.EVENT_READ)
+        while selector.get_map():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise CommandTimeout(f"{name} did not answer in time")
+            # A program may end while a stray child of it still holds its output open.
+            ready = selector.select(min(left, 0.5))
+            if not ready and process.poll() is not None:
+                break
+            for key, _ in ready:
+                chunk = os.read(key.fd, _CHUNK)
+                if not chunk:
+                    selector.unregister(key.fd)
+                elif key.fd != out:
+                    taken[key.fd] += chunk[: max(0, _CHUNK - len(taken[key.fd]))]
+                else:
+                    taken[out] += chunk
+                    if len(taken[out]) > limit:
+                        raise CommandOutputTooLong(f"{name} wrote more than {limit} bytes")
+    try:
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        raise CommandTimeout(f"{name} did not end in time") from None
+    return bytes(taken[out]), bytes(taken[process.stderr.fileno()])

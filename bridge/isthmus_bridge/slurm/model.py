@@ -1,0 +1,122 @@
+"""What the bridge asks of Slurm and what Slurm answers, whatever adapter carries it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+class SlurmError(Exception):
+    """Slurm could not be asked, or its answer is not understood. It says nothing about what exists."""
+
+
+class SubmissionRefused(SlurmError):
+    """Slurm said no: nothing was submitted. ``transient``: the same request may pass later."""
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
+
+
+class SubmissionAmbiguous(SlurmError):
+    """Nobody knows whether the job was submitted: it must be looked up by its name."""
+
+
+@dataclass(frozen=True)
+class Gres:
+    """A generic resource of each task."""
+
+    name: str
+    type: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One job array, ready to submit. Every field has been checked against the site's policy."""
+
+    name: str
+    script: Path
+    directory: Path
+    """Private to the pool; the working directory of the batch script."""
+    output: str
+    """Pattern of the tasks' log files, in Slurm's notation (%a: the task's index)."""
+    tasks: int
+    comment: str
+    partition: str
+    account: str
+    qos: str
+    time_limit_seconds: int
+    warning_seconds: int
+    """The batch script gets SIGTERM this long before the time limit."""
+    cpus_per_task: int
+    memory_mib: int
+    at_once: int = 0
+    """How many tasks may run at the same time; 0: all."""
+    gres: tuple[Gres, ...] = ()
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What Slurm says about some tasks of an array: one that started, or all those that never did."""
+
+    job_id: int
+    """Slurm's id of this very task; the array's own where the tasks have not been told apart yet."""
+    array_id: int
+    name: str
+    indices: tuple[int, ...] | None
+    """None where Slurm does not say which tasks it means."""
+    state: str
+    reason: str = ""
+    exit_code: int = 0
+    signal: int = 0
+    restarts: int = 0
+    start: float = 0.0
+    """Seconds since the epoch: of the start, or of the expected one; 0 where unknown."""
+    submitted: float = 0.0
+    node: str = ""
+    ends: float = 0.0
+    """Seconds since the epoch: when the time limit ends a task that runs; 0 where there is none, or it does not run."""
+
+
+@dataclass(frozen=True)
+class SiteDescription:
+    """The cluster, as Slurm describes it."""
+
+    version: str
+    cluster: str
+    accounting: str
+    """Who answers about finished jobs: ``sacct``, ``sacct -c``, or nothing (empty)."""
+    max_array_size: int
+    """The highest index of an array is below this."""
+
+
+class SlurmAdapter(Protocol):
+    """The way to Slurm. Every method raises :class:`SlurmError` where Slurm does not answer properly."""
+
+    def submit(self, submission: Submission) -> int:
+        """Submits, and returns the array's id. Raises :class:`SubmissionRefused`, :class:`SubmissionAmbiguous`."""
+        ...
+
+    def submission_may_run(self, directory: Path) -> bool:
+        """Whether a submission from this directory may still be under way, begun by this or a former process."""
+        ...
+
+    def jobs(self) -> Sequence[TaskRecord]:
+        """Every array of the bridge that the controller knows, finished ones included, in one request."""
+        ...
+
+    def history(self, names: Sequence[str], since: float) -> Sequence[TaskRecord]:
+        """What the accounts say about the arrays with these names, submitted at ``since`` or later.
+
+        Empty where the site keeps no accounts that can be read; see :class:`SiteDescription`.
+        """
+        ...
+
+    def cancel(self, name: str, array_id: int) -> None:
+        """Asks for the end of an array. Touches nothing where the id meanwhile belongs to a job of another name."""
+        ...
+
+    def describe(self) -> SiteDescription:
+        """Version and settings of the cluster."""
+        ...

@@ -1,0 +1,139 @@
+"""Reads what Slurm's programs print in the delimited formats that :mod:`.cli` asks for. Pure, and strict.
+
+A row that is not understood raises: half an answer must not look like the absence of a job.
+"""
+
+import re
+from collections.abc import Iterator
+
+from .model import SlurmError, TaskRecord
+from .states import normal
+
+# No field of Slurm's holds this character: reasons and node lists hold commas and bars.
+SEPARATOR = "\x1f"
+
+# Widths are given where a default would cut off; without a number a field is as wide as its content.
+SQUEUE_FIELDS = (
+    "JobID", "ArrayJobID", "ArrayTaskID", "Name", "State", "exit_code", "RestartCnt", "StartTime", "EndTime",
+    "SubmitTime", "NodeList", "Reason",
+)  # fmt: skip
+SQUEUE_FORMAT = ",".join(
+    f"{field}:{'64' if field == 'Name' else ''}{SEPARATOR}" for field in SQUEUE_FIELDS
+)  # A job's name decides whether a pool exists: never let it be cut.
+SACCT_FIELDS = ("JobID", "JobIDRaw", "JobName", "State", "ExitCode", "NodeList", "Submit", "Start", "Reason", "UID")
+SACCT_FORMAT = ",".join(SACCT_FIELDS)
+
+_NOTHING = frozenset({"", "N/A", "n/a", "(null)", "None", "None assigned", "Unknown"})
+_MAX_INDEX = 4_000_001  # Slurm's own bound of MaxArraySize
+_RANGE = re.compile(r"(\d{1,7})(?:-(\d{1,7})(?::(\d{1,7}))?)?")
+_SACCT_ID = re.compile(r"(\d+)(?:_(?:(\d+)|\[([^\]]*)\]))?")
+
+
+def squeue(text: str, prefix: str) -> list[TaskRecord]:
+    """Rows of ``squeue -O`` whose job name begins with ``prefix``. Raises :class:`SlurmError`."""
+    records = []
+    for row in _rows(text, len(SQUEUE_FIELDS) + 1):  # each field ends with the separator
+        job, array, indices, name, state, status, restarts, start, end, submitted, node, reason, _ = row
+        if not name.startswith(prefix):
+            continue
+        code, signal = exit_status(status)
+        records.append(
+            TaskRecord(
+                job_id=_number(job),
+                # N/A where the job is no array: then it is none of ours, but its name says otherwise.
+                array_id=_number(job if array in _NOTHING else array),
+                name=name,
+                indices=expand(indices),
+                state=normal(state),
+                reason="" if reason in _NOTHING else reason,
+                exit_code=code,
+                signal=signal,
+                restarts=_number(restarts),
+                start=_time(start),
+                submitted=_time(submitted),
+                node="" if node in _NOTHING else node,
+                ends=_time(end) if normal(state) == "RUNNING" else 0.0,
+            )
+        )
+    return records
+
+
+def sacct(text: str, names: frozenset[str], uid: int) -> list[TaskRecord]:
+    """Rows of ``sacct -P`` of these job names and this user. Raises :class:`SlurmError`."""
+    records = []
+    for row in _rows(text, len(SACCT_FIELDS)):
+        shown, raw, name, state, status, node, submitted, start, reason, owner = row
+        # `sacct -c` knows no filter: other users' jobs, and their imitations of our names, are in its answer.
+        if name not in names or owner != str(uid):
+            continue
+        match = _SACCT_ID.fullmatch(shown)
+        if match is None:
+            raise SlurmError(f"sacct: {shown!r} is no job id")
+        array, index, several = match.groups()
+        code, signal = exit_status(status)
+        records.append(
+            TaskRecord(
+                job_id=_number(raw.partition("_")[0]),
+                array_id=int(array),
+                name=name,
+                indices=(int(index),) if index else expand(several) if several else None,
+                state=normal(state),
+                reason="" if reason in _NOTHING else reason,
+                exit_code=code,
+                signal=signal,
+                start=_time(start),
+                submitted=_time(submitted),
+                node="" if node in _NOTHING else node,
+            )
+        )
+    return records
+
+
+def expand(expression: str) -> tuple[int, ...] | None:
+    """Task indices: ``3``, ``0-9``, ``0,4-8:2%3``; None for ``N/A``. Raises :class:`SlurmError`."""
+    if expression in _NOTHING:
+        return None
+    indices: list[int] = []
+    for part in expression.partition("%")[0].strip("[]").split(","):
+        match = _RANGE.fullmatch(part)
+        if match is None:
+            raise SlurmError(f"squeue: {expression[:80]!r} is no list of task indices")
+        first = int(match[1])
+        last = int(match[2]) if match[2] else first
+        step = int(match[3]) if match[3] else 1
+        if last > _MAX_INDEX or step < 1:
+            raise SlurmError(f"squeue: {expression[:80]!r} is no list of task indices")
+        indices.extend(range(first, last + 1, step))
+    return tuple(indices)
+
+
+def exit_status(text: str) -> tuple[int, int]:
+    """Exit code and signal from squeue's wait status (``1280``) or from ``5:0``. Raises :class:`SlurmError`."""
+    if text in _NOTHING:
+        return 0, 0
+    code, colon, signal = text.partition(":")
+    if colon:
+        return _number(code), _number(signal)
+    status = _number(code)
+    return (status >> 8) & 0xFF, status & 0x7F
+
+
+def _rows(text: str, fields: int) -> Iterator[list[str]]:
+    for line in text.split("\n"):
+        if not line.strip():
+            continue
+        row = [field.strip() for field in line.split(SEPARATOR)]
+        if len(row) != fields:
+            raise SlurmError(f"a row of {len(row)} fields instead of {fields}: {line[:120]!r}")
+        yield row
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise SlurmError(f"{text[:40]!r} is no number")
+    return int(text)
+
+
+def _time(text: str) -> float:
+    # SLURM_TIME_FORMAT=%s makes it seconds since the epoch; words stand for unknown.
+    return float(text) if text.isdecimal() else 0.0

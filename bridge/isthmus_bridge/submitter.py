@@ -1,0 +1,183 @@
+"""Brings a recorded pool to Slurm: the one place that runs sbatch."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from isthmus_contracts.identities import slurm_job_name
+from isthmus_contracts.pb import bridge_pb2 as pb
+
+from . import script
+from .access import Denial, Grant, decide
+from .journal import Entry, Journal, State
+from .metrics import Metrics
+from .policy import Policy
+from .rules import Rules
+from .run_directory import RunDirectory
+from .slurm.model import SlurmAdapter, SlurmError, Submission, SubmissionRefused
+
+log = logging.getLogger(__name__)
+
+# A refusal that may pass (a submit limit, a full queue) is tried again this often, for so long.
+RETRY_SECONDS = 30.0
+PATIENCE_SECONDS = 3600.0
+# A batch script's end needs some time, but not most of its run.
+_LARGEST_WARNING_SHARE = 3
+
+
+class Submitter:
+    """Turns RESERVED into SUBMITTED. Safe to call for any key at any time, from any thread."""
+
+    def __init__(
+        self, rules: Rules, journal: Journal, adapter: SlurmAdapter, metrics: Metrics, clock: Callable[[], float]
+    ) -> None:
+        self._rules = rules
+        self._journal = journal
+        self._adapter = adapter
+        self._metrics = metrics
+        self._clock = clock
+        self._busy: set[str] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def _policy(self) -> Policy:
+        return self._rules.current
+
+    def advance(self, key: str) -> None:
+        """Submits the pool if that is what it waits for; at most one thread at a time does so for a key."""
+        with self._claimed(key) as mine:
+            if mine:
+                self._advance(key)
+
+    def busy(self, key: str) -> bool:
+        """Whether a thread is at work on that key."""
+        with self._lock:
+            return key in self._busy
+
+    def _advance(self, key: str) -> None:
+        entry = self._journal.get(key)
+        if entry is None or entry.state is not State.RESERVED:
+            return
+        if entry.cancel:
+            self._over(entry, State.CANCELLED, entry.message)
+            return
+        if self._clock() < entry.retry_at:
+            return
+        spec = entry.pool_spec()
+        # Decided anew: the policy may have changed since the pool was recorded.
+        grant = self._decide(entry, spec)
+        if isinstance(grant, Denial):
+            self._over(entry, State.FAILED, str(grant))
+            return
+        run = RunDirectory(self._policy.run_dir, key)
+        try:
+            run.write_code(spec.code)
+            run.write_script(script.render(key, spec, grant, run.path, run.tls))
+        except OSError as error:
+            self._defer(entry, f"cannot write {run.script}: {error.strerror}")
+            return
+        if self._begin(key):
+            self._submit(key, submission(self._policy, key, spec, grant, run))
+
+    def _decide(self, entry: Entry, spec: pb.PoolSpec) -> Grant | Denial:
+        for identity in self._policy.identities:
+            if identity.uri == entry.identity:
+                return decide(self._policy, identity, spec)
+        return Denial("identities", f"{entry.identity!r} is not known at this site any more")
+
+    def _begin(self, key: str) -> bool:
+        """Makes the intent durable. False where the pool was cancelled meanwhile."""
+        with self._journal.transaction():
+            entry = self._journal.get(key)
+            if entry is None or entry.state is not State.RESERVED or entry.cancel:
+                return False
+            self._journal.update(key, state=State.SUBMITTING, submissions=entry.submissions + 1, message="")
+        return True
+
+    def _submit(self, key: str, submission: Submission) -> None:
+        try:
+            array_id = self._adapter.submit(submission)
+        except SubmissionRefused as error:
+            self._refused(key, error)
+        except Exception as error:
+            # Whatever happened, sbatch may have been heard.
+            if not isinstance(error, SlurmError):
+                log.exception("submission broke off", extra={"key": key})
+            self._metrics.submissions.labels("ambiguous").inc()
+            self._journal.update(
+                key, state=State.UNKNOWN, doubt_since=self._clock(), absences=0,
+                message=f"looking for the array in Slurm: {error}",
+            )  # fmt: skip
+            log.warning("submission in doubt: %s", error, extra={"key": key})
+        else:
+            self._metrics.submissions.labels("accepted").inc()
+            self._journal.update(
+                key, state=State.SUBMITTED, array_id=array_id, submitted_at=self._clock(), doubt_since=0.0, absences=0
+            )
+            log.info("submitted as job %d", array_id, extra={"key": key, "slurm_job": array_id})
+
+    def _refused(self, key: str, error: SubmissionRefused) -> None:
+        entry = self._journal.get(key)
+        assert entry is not None
+        if error.transient and self._clock() < entry.created_at + PATIENCE_SECONDS:
+            self._metrics.submissions.labels("deferred").inc()
+            self._defer(entry, str(error))
+        else:
+            self._metrics.submissions.labels("refused").inc()
+            self._over(entry, State.FAILED, str(error))
+
+    def _defer(self, entry: Entry, message: str) -> None:
+        log.warning("will submit later: %s", message, extra={"key": entry.key})
+        self._journal.update(entry.key, state=State.RESERVED, retry_at=self._clock() + RETRY_SECONDS, message=message)
+
+    def _over(self, entry: Entry, state: State, message: str) -> None:
+        self._journal.update(entry.key, state=state, message=message, finished_at=self._clock())
+        log.info("pool is over: %s", message or state, extra={"key": entry.key, "state": str(state)})
+        forget_credentials(self._policy, entry.key)
+
+    @contextmanager
+    def _claimed(self, key: str) -> Iterator[bool]:
+        with self._lock:
+            mine = key not in self._busy
+            self._busy.add(key)
+        try:
+            yield mine
+        finally:
+            if mine:
+                with self._lock:
+                    self._busy.discard(key)
+
+
+def forget_credentials(policy: Policy, key: str) -> None:
+    """Removes a finished pool's credentials; a failure is logged and tried again at the next start."""
+    try:
+        RunDirectory(policy.run_dir, key).forget_credentials()
+    except OSError as error:
+        log.error("cannot remove the pool's credentials: %s", error, extra={"key": key})
+
+
+def warning_seconds(policy: Policy, spec: pb.PoolSpec) -> int:
+    """How long before its time limit a task of this pool is warned."""
+    return min(policy.slurm.warning_seconds, spec.time_limit_seconds // _LARGEST_WARNING_SHARE)
+
+
+def submission(policy: Policy, key: str, spec: pb.PoolSpec, grant: Grant, run: RunDirectory) -> Submission:
+    """What Slurm is asked for, once the policy has granted it."""
+    return Submission(
+        name=slurm_job_name(key),
+        script=run.script,
+        directory=run.path,
+        output=run.log_pattern,
+        tasks=spec.replicas,
+        at_once=policy.limits.running_tasks or 0,
+        comment=script.comment(spec),
+        partition=grant.partition,
+        account=grant.account,
+        qos=grant.qos,
+        time_limit_seconds=spec.time_limit_seconds,
+        warning_seconds=warning_seconds(policy, spec),
+        cpus_per_task=spec.cpus_per_task,
+        memory_mib=spec.memory_mib,
+        gres=grant.gres,
+    )

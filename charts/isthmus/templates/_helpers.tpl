@@ -1,0 +1,118 @@
+{{- define "isthmus.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "isthmus.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- else if contains (include "isthmus.name" .) .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name (include "isthmus.name" .) | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "isthmus.operator" -}}
+{{- include "isthmus.fullname" . }}-operator
+{{- end -}}
+
+{{- define "isthmus.serviceAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "isthmus.operator" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Cluster-scoped names carry the namespace, so that two releases of one name do not meet. */}}
+{{- define "isthmus.clusterName" -}}
+{{- printf "%s:%s" .Release.Namespace (include "isthmus.operator" .) -}}
+{{- end -}}
+
+{{- define "isthmus.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "isthmus.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: operator
+{{- end -}}
+
+{{- define "isthmus.testLabels" -}}
+app.kubernetes.io/name: {{ include "isthmus.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: test
+{{- end -}}
+
+{{- define "isthmus.labels" -}}
+{{ include "isthmus.selectorLabels" . }}
+app.kubernetes.io/part-of: isthmus
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "isthmus.image" -}}
+{{- with .Values.image -}}
+{{- if .digest -}}
+{{ .repository }}@{{ .digest }}
+{{- else -}}
+{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Rules of the operator in a served namespace: docs/operator.md says what each is for. */}}
+{{- define "isthmus.servedRules" -}}
+- apiGroups: [isthmus.dev]
+  resources: [federatedjobs]
+  verbs: [get, list, watch, patch, delete]
+- apiGroups: [isthmus.dev]
+  resources: [federatedjobs/status]
+  verbs: [patch]
+- apiGroups: [isthmus.dev]
+  resources: [federatedjobs/finalizers]
+  verbs: [update]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [get, list, watch, create, delete]
+- apiGroups: [""]
+  resources: [services, configmaps, secrets, persistentvolumeclaims]
+  verbs: [get, create, patch]
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
+  verbs: [get, create, patch]
+- apiGroups: [policy]
+  resources: [poddisruptionbudgets]
+  verbs: [get, create, patch]
+- apiGroups: [""]
+  resources: [events]
+  verbs: [create]
+{{- end -}}
+
+{{/* Rules of the operator outside of namespaces. */}}
+{{- define "isthmus.clusterRules" -}}
+{{- if .Values.sites.enabled -}}
+- apiGroups: [isthmus.dev]
+  resources: [hpcsites]
+  verbs: [get, list, watch]
+- apiGroups: [isthmus.dev]
+  resources: [hpcsites/status]
+  verbs: [patch]
+{{- if not .Values.operator.cluster }}
+- apiGroups: [""]
+  resources: [namespaces]
+  resourceNames: [kube-system]
+  verbs: [get]
+{{- end }}
+- apiGroups: [""]
+  resources: [nodes]
+  verbs: [get]
+{{- end -}}
+{{- end -}}
+
+{{- define "isthmus.subjects" -}}
+- kind: ServiceAccount
+  name: {{ include "isthmus.serviceAccount" . }}
+  namespace: {{ .Release.Namespace }}
+{{- end -}}

@@ -1,0 +1,383 @@
+"""The FederatedJob's spec. The CRD is generated from it; :mod:`.manifest` turns its verdicts into one line."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from .compression import Compression
+from .fields import (
+    PATTERN_METRIC,
+    PATTERN_OBJECT_NAME,
+    Argument,
+    Decimal,
+    DnsLabel,
+    EnvName,
+    HostPort,
+    Image,
+    PodTemplate,
+    Quantity,
+    Resource,
+    SlurmName,
+    Text,
+    list_map,
+)
+from .identities import RESERVED_ENV_PREFIX, RESERVED_POOL_NAMES
+from .rounds import Selection, Stragglers
+from .strategy import Strategy
+from .tracking import Tracking
+
+
+class EnvVar(Resource):
+    """One environment variable of the training script."""
+
+    name: EnvName
+    """Name of the variable. Names that begin with ISTHMUS_ are reserved."""
+    value: Text = ""
+    """Its value, taken literally."""
+
+    @field_validator("name")
+    @classmethod
+    def _not_reserved(cls, name: str) -> str:
+        if name.startswith(RESERVED_ENV_PREFIX):
+            raise ValueError(f"names that begin with {RESERVED_ENV_PREFIX} are reserved for Isthmus")
+        return name
+
+
+class ConfigChange(Resource):
+    """Settings that change in the course of training."""
+
+    from_round: Annotated[int, Field(ge=1, le=1_000_000)]
+    """The first round that they hold in."""
+    config: dict[str, Text]
+    """Each replaces the setting of its name in task.config, until a later change does."""
+
+
+class ConfigMapRef(Resource):
+    """Names a ConfigMap of the job's namespace."""
+
+    name: Annotated[str, Field(pattern=PATTERN_OBJECT_NAME, max_length=253)]
+
+
+class Code(Resource):
+    """Small files, such as the training script itself."""
+
+    config_map_ref: ConfigMapRef
+    """Its files are copied when the job is accepted: later changes of the ConfigMap do not reach the job."""
+
+
+class Task(Resource):
+    """The training script: the same one runs in both worlds."""
+
+    image: Image
+    """OCI image of the cloud clients and, unless aggregator.image is set, of the aggregator. HPC clients run the
+    environment that the site named."""
+    command: Annotated[list[Argument], Field(min_length=1, max_length=128)]
+    """The script's command line, as a list; no shell is involved."""
+    env: Annotated[list[EnvVar], Field(max_length=128, json_schema_extra=list_map("name"))] = []
+    """Environment variables of the script."""
+    code: Code | None = None
+    """Files that are laid into the working directory of every client, in both worlds, and of the aggregator."""
+    config: dict[str, Text] = {}
+    """Settings that reach the script as rnd.config in every round."""
+    config_changes: Annotated[list[ConfigChange], Field(max_length=256, json_schema_extra=list_map("fromRound"))] = []
+    """Settings that change from a round on: a lower learning rate, say."""
+
+    def config_of(self, round_number: int) -> dict[str, str]:
+        """The settings of a round."""
+        settings = dict(self.config)
+        for change in sorted(self.config_changes, key=lambda change: change.from_round):
+            if change.from_round <= round_number:
+                settings |= change.config
+        return settings
+
+    @field_validator("config_changes")
+    @classmethod
+    def _one_a_round(cls, changes: list[ConfigChange]) -> list[ConfigChange]:
+        rounds = [change.from_round for change in changes]
+        if twice := next((number for number in rounds if rounds.count(number) > 1), None):
+            raise ValueError(f"two changes begin in round {twice}; merge them into one")
+        return changes
+
+
+class Objective(Resource):
+    """The metric that tells models apart: status.bestMetric follows it."""
+
+    metric: Annotated[str, Field(pattern=PATTERN_METRIC, max_length=64)] = "accuracy"
+    """Its name, as the script's evaluation function returns it."""
+    goal: Literal["Maximize", "Minimize"] = "Maximize"
+    """Whether more is better."""
+    target: Decimal | None = None
+    """The job is complete as soon as a round's model is this good, whatever rounds are left. Default: all rounds."""
+
+
+class Checkpoint(Resource):
+    """Where the aggregator keeps its checkpoints and the final model."""
+
+    storage: Literal["PersistentVolumeClaim", "EmptyDir"] = "PersistentVolumeClaim"
+    """PersistentVolumeClaim survives the loss of the aggregator's pod; EmptyDir only a restart within the pod, and the
+    model goes with the pod."""
+    size: Quantity = "1Gi"
+    """Size of the volume: at least (keep + 3) times the model and the strategy's state (FedAvgM: one model more;
+    FedAdagrad, FedAdam and FedYogi: two); for the robust rules one model more for each update of a round."""
+    storage_class_name: DnsLabel | None = None
+    """Storage class of the claim. Default: the cluster's default class."""
+    keep: Annotated[int, Field(ge=1, le=1000)] = 3
+    """How many of the newest checkpoints are kept."""
+
+
+class Expose(Resource):
+    """How HPC clients reach the aggregator."""
+
+    type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = "ClusterIP"
+    """Type of the aggregator's Service. ClusterIP suits sites whose nodes reach the cluster's network."""
+    address: HostPort | None = None
+    """A fixed host:port that HPC clients use instead of the Service's own address (a gateway, a tunnel)."""
+
+
+class Aggregator(Resource):
+    """The aggregator's pod."""
+
+    image: Image | None = None
+    """Image of the aggregator. Default: task.image."""
+    template: PodTemplate = {}
+    """Pod template overrides. The container is named aggregator."""
+    checkpoint: Checkpoint = Checkpoint()
+    expose: Expose = Expose()
+    disruption_budget: Literal["None", "Protect"] = "None"
+    """Protect: a PodDisruptionBudget keeps drains from evicting the aggregator. Without it, a drained aggregator starts
+    elsewhere and resumes from its checkpoint."""
+
+
+class CloudPool(Resource):
+    """Clients that run as pods of this cluster."""
+
+    template: PodTemplate = {}
+    """Pod template overrides: resources, nodeSelector, tolerations, volumes. The container is named client."""
+
+    min_replicas: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    """So few remain once every client of the HPC pools is connected. Default: replicas."""
+    max_replicas: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Grows up to this, by one for each HPC client that waits in a queue. Default: replicas."""
+
+
+class SiteRef(Resource):
+    """Names an HPCSite."""
+
+    name: DnsLabel
+
+
+class GenericResource(Resource):
+    """A generic resource (GRES) of a Slurm job, per task."""
+
+    name: SlurmName
+    type: SlurmName | None = None
+    count: Annotated[int, Field(ge=1, le=1024)] = 1
+
+
+class HpcResources(Resource):
+    """What one client of an HPC pool gets."""
+
+    cpus_per_task: Annotated[int, Field(ge=1, le=4096)] = 1
+    """CPUs of one client."""
+    memory_mib: Annotated[int, Field(ge=1, le=64 * 1024 * 1024, alias="memoryMiB")] = 1024
+    """Memory of one client."""
+    gres: Annotated[list[GenericResource], Field(max_length=16, json_schema_extra=list_map("name"))] = []
+    """Generic resources of one client, such as gpu."""
+
+
+class HpcPool(Resource):
+    """Clients that run as the tasks of one Slurm job array."""
+
+    site_ref: SiteRef
+    """The HPCSite, made by the platform's admin."""
+    partition: SlurmName | None = None
+    """Default: the site's default partition."""
+    account: SlurmName | None = None
+    """Slurm account to charge. Default: what the site's policy maps the caller to."""
+    qos: SlurmName | None = None
+    time_limit_seconds: Annotated[int, Field(ge=60, le=365 * 86400)] = 3600
+    """Time limit of each task."""
+    resources: HpcResources = HpcResources()
+    environment: DnsLabel
+    """An environment that the site's admin named: never a path or a script."""
+    data_ref: DnsLabel | None = None
+    """A data set that the site's admin named; the script finds its path in ISTHMUS_DATA."""
+    max_queue_seconds: Annotated[int, Field(ge=60, le=365 * 86400)] = 86400
+    """How long the pool may wait in the queue before it counts as failed."""
+
+
+class Pool(Resource):
+    """A group of like clients. Exactly one of cloud and hpc says where they run."""
+
+    name: Annotated[DnsLabel, Field(max_length=32)]
+    replicas: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """Number of clients."""
+    role: Literal["Train", "Evaluate"] = "Train"
+    """Evaluate: its clients only measure each new global model, with the script's evaluation function, and train
+    nothing."""
+    cloud: CloudPool | None = None
+    hpc: HpcPool | None = None
+
+    @property
+    def size(self) -> int:
+        """The most clients that it ever has: what its clients' numbers are counted by."""
+        most = self.cloud.max_replicas if self.cloud is not None else None
+        return self.replicas if most is None else most
+
+    @property
+    def fewest(self) -> int:
+        """The clients that it has at least, as long as nothing fails."""
+        least = self.cloud.min_replicas if self.cloud is not None else None
+        return self.replicas if least is None else least
+
+    @field_validator("name")
+    @classmethod
+    def _not_reserved(cls, name: str) -> str:
+        if name in RESERVED_POOL_NAMES:
+            raise ValueError(f"{name!r} is reserved")
+        return name
+
+    @model_validator(mode="after")
+    def _one_world(self) -> Self:
+        if (self.cloud is None) == (self.hpc is None):
+            has = "has neither cloud nor hpc" if self.cloud is None else "has both cloud and hpc"
+            raise ValueError(f"pool {self.name!r} {has}; give exactly one of them")
+        return self
+
+
+class FederatedJobSpec(Resource):
+    """One training run over the clients of one or more pools."""
+
+    suspend: bool = False
+    """Stops the clients and the aggregator; the checkpoints stay, and training resumes from them."""
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)]
+    """Number of rounds."""
+    task: Task
+    strategy: Strategy = Strategy()
+    selection: Selection = Selection()
+    stragglers: Stragglers = Stragglers()
+    compression: Compression = Compression()
+    objective: Objective = Objective()
+    tracking: Tracking = Tracking()
+    aggregator: Aggregator = Aggregator()
+    pools: Annotated[list[Pool], Field(min_length=1, max_length=64, json_schema_extra=list_map("name"))]
+    """Where the clients run."""
+    backoff_limit: Annotated[int, Field(ge=0, le=1000)] = 3
+    """How often each client (in HPC pools: the array) is started again after a failure of its own."""
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=10 * 365 * 86400)] | None = None
+    """The job fails if it is not complete this long after it began."""
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=10 * 365 * 86400)] | None = None
+    """The job is deleted this long after it completed or failed. Default: never."""
+
+    @property
+    def total_clients(self) -> int:
+        """Number of clients over all pools."""
+        return sum(pool.size for pool in self.pools)
+
+    @property
+    def trainers(self) -> int:
+        """Number of clients that train, at the least."""
+        return sum(pool.fewest for pool in self.pools if pool.role == "Train")
+
+    @property
+    def most_trainers(self) -> int:
+        """Number of clients that train, when cloud pools have grown as far as they may."""
+        return sum(pool.size for pool in self.pools if pool.role == "Train")
+
+    @property
+    def min_clients(self) -> int:
+        """The quorum that is in force."""
+        return self.selection.min_clients or min(2, self.trainers)
+
+    @property
+    def min_updates(self) -> int:
+        """The fewest updates that make a round."""
+        return self.stragglers.min_updates or min(self.min_clients, self.strategy.round_size or self.min_clients)
+
+    @property
+    def folds_late(self) -> bool:
+        """Whether an update that comes after its round counts in a later one."""
+        return self.stragglers.late == "Fold" or self.strategy.round_size is not None
+
+    @property
+    def checkpoints_kept(self) -> int:
+        """How many of the newest checkpoints are kept: also those that late updates may have begun with."""
+        keep = self.aggregator.checkpoint.keep
+        return max(keep, self.stragglers.max_staleness + 1) if self.folds_late else keep
+
+    def pool(self, name: str) -> Pool:
+        """The pool of that name. Raises ``KeyError``."""
+        for pool in self.pools:
+            if pool.name == name:
+                return pool
+        raise KeyError(name)
+
+    def first_client(self, name: str) -> int:
+        """The job-wide number of the named pool's client 0. Raises ``KeyError``."""
+        first = 0
+        for pool in self.pools:
+            if pool.name == name:
+                return first
+            first += pool.size
+        raise KeyError(name)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        names = [pool.name for pool in self.pools]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise ValueError(f"pools[{number}].name: {name!r} is taken; each pool needs a name of its own")
+        self._check_bursts()
+        if not self.trainers:
+            raise ValueError("pools: all of them have the role Evaluate; at least one must train")
+        for field, number, never in (
+            ("selection.minClients", self.min_clients, "it could never start"),
+            ("stragglers.minUpdates", self.min_updates, "no round could end"),
+        ):
+            if number > self.trainers:
+                which = "all pools" if all(pool.role == "Train" for pool in self.pools) else "all pools that train"
+                raise ValueError(f"{field}: {number} is more than the {self.trainers} clients of {which}; {never}")
+        if self.min_updates < self.strategy.fewest_updates:
+            raise ValueError(
+                f"stragglers.minUpdates: {self.min_updates} is too few for {self.strategy.algorithm}, which needs"
+                f" {self.strategy.fewest_updates} updates (2 byzantine + 3) to tell the wrong ones"
+            )
+        size = self.strategy.round_size
+        if size is not None and self.min_updates > size:
+            raise ValueError(
+                f"stragglers.minUpdates: {self.min_updates} is more than the {size} with which a round of"
+                f" {self.strategy.algorithm} ends"
+            )
+        if self.folds_late and self.strategy.one_voice:
+            raise ValueError(
+                f"stragglers.late: Fold does not go with {self.strategy.algorithm}, which gives each client one voice a"
+                " round"
+            )
+        if self.strategy.deterministic and (by_time := self._decided_by_time()):
+            raise ValueError(
+                f"strategy.deterministic: which updates a round gets must not depend on speed, as {by_time} has it"
+            )
+        return self
+
+    def _check_bursts(self) -> None:
+        for number, pool in enumerate(self.pools):
+            if pool.cloud is None or (pool.cloud.min_replicas is None and pool.cloud.max_replicas is None):
+                continue
+            path = f"pools[{number}].cloud"
+            if all(other.hpc is None for other in self.pools):
+                field = "maxReplicas" if pool.cloud.max_replicas is not None else "minReplicas"
+                raise ValueError(f"{path}.{field}: there is no HPC pool whose queue it could follow")
+            if not pool.fewest <= pool.replicas <= pool.size:
+                raise ValueError(
+                    f"{path}: minReplicas, replicas ({pool.replicas}) and maxReplicas must rise in this order"
+                )
+
+    def _decided_by_time(self) -> str | None:
+        """The first setting, if any, by which chance decides whose updates count."""
+        if self.strategy.round_size is not None:
+            return f"strategy.algorithm {self.strategy.algorithm}"
+        if self.selection.policy == "Adaptive":
+            return "selection.policy Adaptive"
+        if float(self.selection.over_select):
+            return "selection.overSelect"
+        return "stragglers.late Fold" if self.folds_late else None

@@ -1,0 +1,133 @@
+"""The FederatedJob's status, its condition types and reasons."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .fields import Resource, list_map
+
+Phase = Literal["Pending", "Rejected", "Starting", "Running", "Suspended", "Complete", "Failed"]
+
+
+class ConditionType(StrEnum):
+    """Conditions of a FederatedJob (and REACHABLE of an HPCSite)."""
+
+    ACCEPTED = "Accepted"  # the manifest is valid and its sites exist
+    AGGREGATOR_READY = "AggregatorReady"
+    QUORUM_REACHED = "QuorumReached"  # enough clients are connected for a round
+    SUSPENDED = "Suspended"
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+    REACHABLE = "Reachable"
+
+
+class Reason(StrEnum):
+    """Reasons of conditions and events."""
+
+    VALID = "Valid"
+    INVALID_SPEC = "InvalidSpec"
+    TEMPLATE_NOT_ALLOWED = "TemplateNotAllowed"  # a pod template asks for what the platform's admin has not allowed
+    SITE_NOT_FOUND = "SiteNotFound"
+    SITE_NOT_ALLOWED = "SiteNotAllowed"
+    SITE_UNREACHABLE = "SiteUnreachable"
+    SITE_REACHABLE = "SiteReachable"
+    CREDENTIALS_MISSING = "CredentialsMissing"
+    POLICY_DENIED = "PolicyDenied"
+    AGGREGATOR_STARTING = "AggregatorStarting"
+    AGGREGATOR_RUNNING = "AggregatorRunning"
+    AGGREGATOR_LOST = "AggregatorLost"
+    AGGREGATOR_FAILED = "AggregatorFailed"
+    AGGREGATOR_FINISHED = "AggregatorFinished"
+    WAITING_FOR_CLIENTS = "WaitingForClients"
+    ENOUGH_CLIENTS = "EnoughClients"
+    SUSPENDED = "SuspendedByUser"
+    NOT_SUSPENDED = "NotSuspended"
+    ROUNDS_COMPLETED = "RoundsCompleted"
+    TARGET_REACHED = "TargetReached"  # objective.target, before the last round
+    QUORUM_IMPOSSIBLE = "QuorumImpossible"  # too many clients are out of restarts
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    QUEUE_TIMEOUT = "QueueTimeout"
+    CLIENT_FAILED = "ClientFailed"
+    TIME_LIMIT_REACHED = "TimeLimitReached"  # of an HPC pool with rounds left: the next attempt follows
+
+
+class Condition(Resource):
+    """metav1.Condition."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str = ""
+    last_transition_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    observed_generation: int | None = None
+
+
+class RoundsStatus(Resource):
+    """Progress in rounds."""
+
+    current: int = 0
+    completed: int = 0
+    total: int = 0
+
+
+class PoolStatus(Resource):
+    """Clients of one pool."""
+
+    name: str
+    desired: int = 0
+    queued: int = 0
+    """Not started yet: pending pods, or tasks in the Slurm queue."""
+    ready: int = 0
+    """Connected to the aggregator."""
+    failed: int = 0
+    reason: str = ""
+    """Why the queue does not move, or the last failure."""
+    jobs: list[str] = []
+    """Slurm job ids."""
+    attempt: int = 0
+    """Of HPC pools: how often the array was submitted anew."""
+
+
+class MetricStatus(Resource):
+    """The newest value of a metric, over the held-out data of all clients that evaluate."""
+
+    name: str
+    value: str
+    round: int
+
+
+class ModelStatus(Resource):
+    """The newest committed global model."""
+
+    uri: str
+    round: int
+    sha256: str
+
+
+class ClientsStatus(Resource):
+    """Clients over all pools."""
+
+    ready: int = 0
+    total: int = 0
+    summary: str = ""
+    """ready/total, for the table of kubectl get."""
+
+
+class FederatedJobStatus(Resource):
+    """What the operator observed."""
+
+    observed_generation: int | None = None
+    phase: Phase | None = None
+    """For display only; programs read the conditions."""
+    message: str | None = None
+    """In one line, what the job waits for or died of."""
+    conditions: Annotated[list[Condition], Field(json_schema_extra=list_map("type"))] = []
+    rounds: RoundsStatus | None = None
+    clients: ClientsStatus | None = None
+    pools: Annotated[list[PoolStatus], Field(json_schema_extra=list_map("name"))] = []
+    metrics: Annotated[list[MetricStatus], Field(json_schema_extra=list_map("name"))] = []
+    best_metric: MetricStatus | None = None
+    model: ModelStatus | None = None
+    start_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
+    completion_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None

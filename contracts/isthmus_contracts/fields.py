@@ -1,0 +1,53 @@
+"""Typed fields that the custom resources share. Each pattern reaches the CRD's schema as it stands."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+PATTERN_DECIMAL = r"^[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
+PATTERN_DNS_LABEL = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
+# Of a Kubernetes object whose name need not be a label.
+PATTERN_OBJECT_NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+# A file of task.code: no path, not hidden, and never an option of a command.
+PATTERN_FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+PATTERN_ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+# What a Slurm site names: partitions, accounts, QOS, resources. Starts with a letter or digit, so never an option.
+PATTERN_SLURM_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"
+PATTERN_METRIC = r"^[A-Za-z_][A-Za-z0-9_.-]*$"
+PATTERN_QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
+PATTERN_HOST_PORT = r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):[0-9]{1,5}$"
+# A class in a Python module.
+PATTERN_CLASS = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
+# An OCI reference. Starts with a letter or digit, so never an option of a command.
+PATTERN_IMAGE = r"^[A-Za-z0-9][A-Za-z0-9._/:@+-]*$"
+
+Decimal = Annotated[str, Field(pattern=PATTERN_DECIMAL, max_length=32)]
+DnsLabel = Annotated[str, Field(pattern=PATTERN_DNS_LABEL, max_length=63)]
+EnvName = Annotated[str, Field(pattern=PATTERN_ENV_NAME, max_length=128)]
+SlurmName = Annotated[str, Field(pattern=PATTERN_SLURM_NAME, max_length=64)]
+Quantity = Annotated[str, Field(pattern=PATTERN_QUANTITY, max_length=32)]
+ClassReference = Annotated[str, Field(pattern=PATTERN_CLASS, max_length=256)]
+HostPort = Annotated[str, Field(pattern=PATTERN_HOST_PORT, max_length=260)]
+Image = Annotated[str, Field(pattern=PATTERN_IMAGE, max_length=512)]
+Argument = Annotated[str, Field(max_length=4096)]
+Text = Annotated[str, Field(max_length=4096)]
+# A pod template (or a part of one), passed through as it is.
+PodTemplate = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
+
+
+def list_map(*keys: str) -> dict[str, Any]:
+    """Schema marks of a list whose items are told apart by ``keys`` (the API server refuses duplicates)."""
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys)}
+
+
+class Resource(BaseModel):
+    """Base of every model in a custom resource: camelCase outside, immutable, unknown fields refused."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        populate_by_name=True,
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+    )

@@ -1,0 +1,79 @@
+"""The HPCSite: how the cluster reaches one site's bridge, and which namespaces may use it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .federatedjob_status import Condition
+from .fields import DnsLabel, HostPort, Resource, Text, list_map
+
+HostName = Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")]
+NamespacePattern = Annotated[str, Field(max_length=63, pattern=r"^(\*|[a-z0-9]([-a-z0-9]*[a-z0-9])?)$")]
+
+
+Cidr = Annotated[str, Field(max_length=49, pattern=r"^[0-9A-Fa-f:.]+/[0-9]{1,3}$")]
+
+
+class SecretRef(Resource):
+    """Names a Secret with ca.crt, tls.crt and tls.key."""
+
+    name: DnsLabel
+    namespace: DnsLabel
+
+
+class BridgeTls(Resource):
+    """Mutual TLS with the bridge."""
+
+    secret_ref: SecretRef
+    """Secret with ca.crt (the site's CA), tls.crt and tls.key (this cluster's client certificate)."""
+    server_name: HostName | None = None
+    """The name in the bridge's certificate. Default: the endpoint's host."""
+
+
+class HpcSiteSpec(Resource):
+    """An HPC site, as the platform's admin describes it."""
+
+    endpoint: HostPort
+    """host:port of the site's bridge."""
+    tls: BridgeTls
+    aggregator_access: Literal["Direct", "ViaBridge"] = "Direct"
+    """How the site's compute nodes reach the aggregators: Direct dials their address; ViaBridge dials the bridge, which
+    passes the TLS bytes on, end to end encrypted (the site's policy must have a relay)."""
+    allowed_namespaces: Annotated[list[NamespacePattern], Field(min_length=1, max_length=1000)]
+    """Namespaces whose FederatedJobs may use the site; "*" allows all."""
+
+    client_cidrs: Annotated[list[Cidr], Field(min_length=1, max_length=64, alias="clientCIDRs")] = ["0.0.0.0/0", "::/0"]
+    """From where the site's clients reach aggregators, for their NetworkPolicies. Default: from anywhere."""
+
+    def allows(self, namespace: str) -> bool:
+        """Whether jobs of that namespace may use the site."""
+        return "*" in self.allowed_namespaces or namespace in self.allowed_namespaces
+
+
+class Orphan(Resource):
+    """A pool whose job was let go."""
+
+    namespace: str
+    job: str
+    pool: str
+    since: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+
+
+class HpcSiteStatus(Resource):
+    """What the bridge last said."""
+
+    observed_generation: int | None = None
+    conditions: Annotated[list[Condition], Field(json_schema_extra=list_map("type"))] = []
+    """Reachable."""
+    slurm_version: str | None = None
+    cluster: str | None = None
+    """Slurm's name of the cluster."""
+    bridge_version: str | None = None
+    partitions: list[str] = []
+    environments: list[str] = []
+    accounts: list[str] = []
+    data_sets: list[str] = []
+    orphans: dict[str, Orphan] = {}
+    """Pools that may still run here, by key: their jobs were deleted while the site was out of reach. Each is cancelled
+    as soon as the site answers, and then goes from this list."""
+    message: Text | None = None

@@ -1,0 +1,86 @@
+"""Names that more than one part must spell alike: labels, environment, certificate identities, file names."""
+
+import hashlib
+
+GROUP = "isthmus.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+
+# Labels and finalizer of everything that the operator makes.
+LABEL_JOB = f"{GROUP}/job"
+LABEL_JOB_UID = f"{GROUP}/job-uid"
+LABEL_ROLE = f"{GROUP}/role"  # aggregator | client
+LABEL_POOL = f"{GROUP}/pool"
+LABEL_INDEX = f"{GROUP}/index"
+LABEL_ATTEMPT = f"{GROUP}/attempt"
+LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+MANAGED_BY = "isthmus-operator"
+# Asks the operator for the end of a Slurm task's log, as JSON: id, pool, index, lines. The answer is in a ConfigMap.
+ANNOTATION_LOG_REQUEST = f"{GROUP}/log-request"
+# A label of Kueue's: it goes on to the pods, which Kueue then admits.
+LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
+FINALIZER = f"{GROUP}/cleanup"
+
+# A training script's environment inside a federation. A client without ENV_ENDPOINT runs on its own.
+RESERVED_ENV_PREFIX = "ISTHMUS_"
+ENV_ENDPOINT = "ISTHMUS_ENDPOINT"  # host:port of the aggregator
+ENV_SERVER_NAME = "ISTHMUS_SERVER_NAME"  # the name in the aggregator's certificate
+ENV_TLS_DIR = "ISTHMUS_TLS_DIR"  # holds CA_FILE, CERTIFICATE_FILE, KEY_FILE
+ENV_JOB_UID = "ISTHMUS_JOB_UID"
+ENV_JOB = "ISTHMUS_JOB"  # namespace/name
+ENV_POOL = "ISTHMUS_POOL"
+ENV_INDEX = "ISTHMUS_INDEX"  # within the pool, from 0
+ENV_POOL_SIZE = "ISTHMUS_POOL_SIZE"
+ENV_CLIENT = "ISTHMUS_CLIENT"  # within the job, from 0
+ENV_CLIENTS = "ISTHMUS_CLIENTS"  # of the whole job
+ENV_ATTEMPT = "ISTHMUS_ATTEMPT"  # rises with every start by the scheduler
+ENV_SCRATCH = "ISTHMUS_SCRATCH"  # a directory that a client's restart finds again, where there is one
+ENV_DATA = "ISTHMUS_DATA"  # path of the pool's data set, where the site names one
+
+# Files of a TLS directory: the keys of a kubernetes.io/tls Secret.
+CA_FILE = "ca.crt"
+CERTIFICATE_FILE = "tls.crt"
+KEY_FILE = "tls.key"
+
+# Each pool's Secret is named after it, beside those of the aggregator and of its observer.
+RESERVED_POOL_NAMES = frozenset({"aggregator", "observer"})
+
+AGGREGATOR_PORT = 7443
+METRICS_PORT = 9090
+BRIDGE_PORT = 7444
+
+
+def log_answer(job: str) -> str:
+    """The ConfigMap in which the operator answers :data:`ANNOTATION_LOG_REQUEST`."""
+    return f"{job}-log"
+
+
+def aggregator_server_name(job_uid: str) -> str:
+    """The DNS name in the certificate of a job's aggregator; clients check it whatever address they dial."""
+    return f"{job_uid}.aggregator.{GROUP}"
+
+
+def client_identity(job_uid: str, pool: str) -> str:
+    """The URI (certificate SAN) that every client of a pool presents."""
+    return f"isthmus://job/{job_uid}/pool/{pool}"
+
+
+def observer_identity(job_uid: str) -> str:
+    """The URI that whoever observes a job's aggregator presents: the operator, or the local runner."""
+    return f"isthmus://job/{job_uid}/observer"
+
+
+def operator_identity(cluster: str) -> str:
+    """The URI that a cluster's operator presents to bridges; a site's policy names it."""
+    return f"isthmus://operator/{cluster}"
+
+
+def pool_key(cluster: str, job_uid: str, pool: str, generation: int, attempt: int) -> str:
+    """The exactly-once key of one attempt of a pool at a site: 32 lower-case hexadecimal digits."""
+    text = "\x00".join((cluster, job_uid, pool, str(generation), str(attempt)))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def slurm_job_name(key: str) -> str:
+    """The name that a pool's job array bears in Slurm: how the bridge finds it again."""
+    return f"isthmus-{key}"

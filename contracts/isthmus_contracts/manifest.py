@@ -1,0 +1,196 @@
+"""Reads FederatedJob manifests. One verdict everywhere: the operator and ``isthmus run`` both come through here."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from .code import check_files
+from .federatedjob import FederatedJobSpec
+from .fields import PATTERN_CLASS, PATTERN_DECIMAL, PATTERN_DNS_LABEL, PATTERN_ENV_NAME
+from .hpcsite import HpcSiteSpec
+from .identities import API_VERSION
+
+# The aggregator's Service is named <job>-aggregator and must fit a DNS label.
+MAX_JOB_NAME = 50
+KIND = "FederatedJob"
+
+_PLAIN_PATTERNS = {
+    PATTERN_CLASS: "of the form module:Class",
+    PATTERN_DECIMAL: "a decimal number, in quotes",
+    PATTERN_DNS_LABEL: "lower-case letters, digits and hyphens, beginning with a letter",
+    PATTERN_ENV_NAME: "letters, digits and underscores, not beginning with a digit",
+}
+
+_PLAIN_TYPES = {
+    "string_type": "a string (put it in quotes)",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "dict_type": "a mapping",
+    "list_type": "a list",
+    "model_type": "a mapping",
+}
+
+
+class ManifestError(ValueError):
+    """A manifest cannot be accepted. ``str()`` is one line that names every field at fault."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class FederatedJob:
+    """A valid manifest: its name, its namespace and its typed spec."""
+
+    name: str
+    namespace: str
+    spec: FederatedJobSpec
+
+
+def parse_federated_job(manifest: Any) -> FederatedJob:
+    """Validates one FederatedJob object. Raises :class:`ManifestError`."""
+    if not isinstance(manifest, Mapping):
+        raise ManifestError([f"a manifest is a mapping, not {_shown(manifest)}"])
+    problems = []
+    if manifest.get("apiVersion") != API_VERSION:
+        problems.append(f"apiVersion: must be {API_VERSION}, not {_shown(manifest.get('apiVersion'))}")
+    if manifest.get("kind") != KIND:
+        problems.append(f"kind: must be {KIND}, not {_shown(manifest.get('kind'))}")
+    metadata = manifest.get("metadata")
+    name, namespace = "", "default"
+    if not isinstance(metadata, Mapping) or not isinstance(metadata.get("name"), str):
+        problems.append("metadata.name: is missing")
+    else:
+        name, namespace = metadata["name"], metadata.get("namespace") or "default"
+        problems += check_job_name(name)
+    unknown = sorted(str(key) for key in manifest if key not in ("apiVersion", "kind", "metadata", "spec", "status"))
+    problems += [f"{key}: unknown field" for key in unknown]
+    spec = None
+    if "spec" not in manifest:
+        problems.append("spec: is missing")
+    else:
+        try:
+            spec = parse_spec(manifest["spec"])
+        except ManifestError as error:
+            problems += error.problems
+    if problems or spec is None:
+        raise ManifestError(problems)
+    return FederatedJob(name, namespace, spec)
+
+
+def check_job_name(name: str) -> list[str]:
+    """What is wrong with a job's name: its pods and its Service are named after it."""
+
+    if not re.fullmatch(PATTERN_DNS_LABEL, name):
+        return [f"metadata.name: {name!r} is not {_PLAIN_PATTERNS[PATTERN_DNS_LABEL]}"]
+    if len(name) > MAX_JOB_NAME:
+        return [f"metadata.name: {len(name)} characters are too many; the Service's name leaves {MAX_JOB_NAME}"]
+    return []
+
+
+def parse_spec(spec: Any) -> FederatedJobSpec:
+    """Validates a FederatedJob's spec. Raises :class:`ManifestError`."""
+    try:
+        return FederatedJobSpec.model_validate(spec)
+    except ValidationError as error:
+        raise ManifestError(_one_liners(error)) from None
+
+
+def parse_site_spec(spec: Any) -> HpcSiteSpec:
+    """Validates an HPCSite's spec. Raises :class:`ManifestError`."""
+    try:
+        return HpcSiteSpec.model_validate(spec)
+    except ValidationError as error:
+        raise ManifestError(_one_liners(error)) from None
+
+
+def load_federated_job(path: Path) -> FederatedJob:
+    """Reads the one FederatedJob of a YAML file, passing over other documents. Raises :class:`ManifestError`."""
+    try:
+        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ManifestError([f"{path}: {error.strerror or error}"]) from None
+    except UnicodeDecodeError:
+        raise ManifestError([f"{path}: is not UTF-8 text"]) from None
+    except yaml.YAMLError as error:
+        raise ManifestError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from None
+    jobs = [document for document in documents if isinstance(document, Mapping) and document.get("kind") == KIND]
+    if len(jobs) != 1:
+        found = "no FederatedJob" if not jobs else f"{len(jobs)} FederatedJobs"
+        raise ManifestError([f"{path}: holds {found}; one is needed"])
+    return parse_federated_job(jobs[0])
+
+
+def load_code(path: Path, job: FederatedJob) -> dict[str, bytes]:
+    """The files of a job's ``task.code``, from the ConfigMap that stands beside it in the same YAML file.
+
+    Raises :class:`ManifestError`.
+    """
+    if job.spec.task.code is None:
+        return {}
+    name = job.spec.task.code.config_map_ref.name
+    field = "spec.task.code.configMapRef.name"
+    for document in yaml.safe_load_all(path.read_text(encoding="utf-8")):
+        if not isinstance(document, Mapping) or document.get("kind") != "ConfigMap":
+            continue
+        if (document.get("metadata") or {}).get("name") == name:
+            files = {str(key): str(text).encode() for key, text in (document.get("data") or {}).items()}
+            if problem := check_files(files):
+                raise ManifestError([f"{field}: ConfigMap {name!r}: {problem}"])
+            return files
+    raise ManifestError([f"{field}: without a cluster, the ConfigMap {name!r} must stand in {path} too"])
+
+
+def _one_liners(error: ValidationError) -> list[str]:
+    return [_one_liner(dict(item)) for item in error.errors(include_url=False)]
+
+
+def _one_liner(item: dict[str, Any]) -> str:
+    """One pydantic error as ``path: what is wrong, and how to mend it``."""
+    path = "spec"
+    for part in item["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    kind, context, value = item["type"], item.get("ctx", {}), _shown(item.get("input"))
+    if kind == "value_error":
+        message = str(context["error"])
+        # A check that spans fields names its own path, below the model that made it.
+        joined = message.split(":", 1)[0]
+        is_path = ":" in message and " " not in joined
+        return f"{path}.{message}" if is_path else f"{path}: {message}"
+    if kind == "missing":
+        return f"{path}: is missing"
+    if kind == "extra_forbidden":
+        return f"{path}: unknown field"
+    if kind == "literal_error":
+        return f"{path}: must be one of {context['expected'].replace(' or ', ', ').replace(chr(39), '')}, not {value}"
+    if kind == "string_pattern_mismatch":
+        pattern = context["pattern"]
+        plain = _PLAIN_PATTERNS.get(pattern)
+        return f"{path}: {value} is not {plain}" if plain else f"{path}: {value} does not match {pattern}"
+    if kind == "greater_than_equal":
+        return f"{path}: must be at least {context['ge']}, not {value}"
+    if kind == "less_than_equal":
+        return f"{path}: must be at most {context['le']}, not {value}"
+    if kind == "too_short":
+        return f"{path}: needs at least {context['min_length']} item(s)"
+    if wanted := _PLAIN_TYPES.get(kind):
+        return f"{path}: must be {wanted}, not {value}"
+    return f"{path}: {item['msg']}, not {value}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,1 @@
+"""Generated protobuf and gRPC stubs (``make generate``); the ``.proto`` files beside them are the source."""

@@ -1,0 +1,144 @@
+"""Certificates: a small CA per job (or per site) and the leaf certificates that it signs. ECDSA P-256, TLS 1.2+."""
+
+import datetime as dt
+import ipaddress
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from .identities import CA_FILE, CERTIFICATE_FILE, KEY_FILE
+
+# Clocks of sites differ: certificates are valid from a little earlier.
+_CLOCK_SKEW = dt.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What one end of a connection holds, in PEM."""
+
+    ca: bytes
+    certificate: bytes
+    key: bytes
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Reads ca.crt, tls.crt and tls.key. Raises ``OSError``."""
+        return cls(*((directory / name).read_bytes() for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE)))
+
+    def write(self, directory: Path) -> None:
+        """Writes the three files, readable by their owner only, into a directory that only the owner may enter."""
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            descriptor = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+
+    def files(self) -> dict[str, bytes]:
+        """The three files by name: also the data of a kubernetes.io/tls Secret."""
+        return {CA_FILE: self.ca, CERTIFICATE_FILE: self.certificate, KEY_FILE: self.key}
+
+
+class Authority:
+    """A certificate authority."""
+
+    def __init__(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
+        self._certificate = certificate
+        self._key = key
+
+    @classmethod
+    def create(cls, name: str, lifetime: dt.timedelta) -> Self:
+        """Makes a new self-signed authority."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = _name(name)
+        builder = _builder(subject, subject, key, lifetime).add_extension(x509.BasicConstraints(True, 0), critical=True)
+        builder = builder.add_extension(
+            x509.KeyUsage(False, False, False, False, False, key_cert_sign=True, crl_sign=True, encipher_only=False,
+                          decipher_only=False),
+            critical=True,
+        )  # fmt: skip
+        return cls(builder.sign(key, hashes.SHA256()), key)
+
+    @classmethod
+    def load(cls, certificate: bytes, key: bytes) -> Self:
+        """Reads an authority from PEM. Raises ``ValueError``."""
+        private = serialization.load_pem_private_key(key, None)
+        if not isinstance(private, ec.EllipticCurvePrivateKey):
+            raise ValueError("the CA's key is not an elliptic-curve key")
+        return cls(x509.load_pem_x509_certificate(certificate), private)
+
+    @property
+    def certificate(self) -> bytes:
+        """The CA certificate in PEM."""
+        return self._certificate.public_bytes(serialization.Encoding.PEM)
+
+    @property
+    def key(self) -> bytes:
+        """The CA's private key in PEM."""
+        return _pem(self._key)
+
+    @property
+    def expires(self) -> dt.datetime:
+        """End of the CA's validity (UTC)."""
+        return self._certificate.not_valid_after_utc
+
+    def issue(
+        self, name: str, lifetime: dt.timedelta, *, hosts: Sequence[str] = (), uris: Sequence[str] = ()
+    ) -> Credentials:
+        """Signs a new key for a server (``hosts``: DNS names or addresses) or a client (``uris``: its identities)."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        usages = [ExtendedKeyUsageOID.SERVER_AUTH] * bool(hosts) + [ExtendedKeyUsageOID.CLIENT_AUTH] * bool(uris)
+        alternatives: list[x509.GeneralName] = [_host(host) for host in hosts]
+        alternatives += [x509.UniformResourceIdentifier(uri) for uri in uris]
+        certificate = (
+            _builder(_name(name), self._certificate.subject, key, lifetime)
+            .add_extension(x509.BasicConstraints(False, None), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+            .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        return Credentials(self.certificate, certificate.public_bytes(serialization.Encoding.PEM), _pem(key))
+
+
+def expiry(certificate: bytes) -> dt.datetime:
+    """End of a PEM certificate's validity (UTC). Raises ``ValueError``."""
+    return x509.load_pem_x509_certificate(certificate).not_valid_after_utc
+
+
+def _name(name: str) -> x509.Name:
+    # An X.509 common name holds at most 64 characters; identities live in the alternative names.
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
+
+
+def _host(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, lifetime: dt.timedelta
+) -> x509.CertificateBuilder:
+    now = dt.datetime.now(dt.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _CLOCK_SKEW)
+        .not_valid_after(now + lifetime)
+    )
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )

@@ -1,0 +1,156 @@
+"""The aggregation rules that a manifest may name, and their parameters: defaults and bounds, known to every part."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from .fields import ClassReference, Decimal, Resource
+
+Algorithm = Literal[
+    "FedAvg", "FedProx", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi",
+    "CoordinateMedian", "TrimmedMean", "Krum", "MultiKrum", "GeometricMedian",
+    "FedNova", "QFedAvg", "SCAFFOLD", "FedDyn",
+    "FedBuff", "FedAsync",
+    "Custom",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One number that an algorithm takes."""
+
+    default: float
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    whole: bool = False
+
+    def problem(self, text: str) -> str | None:
+        """What is wrong with a value, or ``None``."""
+        value = float(text)
+        if not math.isfinite(value):
+            return f"must be finite, not {text}"
+        if self.whole and value != int(value):
+            return f"must be a whole number, not {text}"
+        if self.at_least is not None and value < self.at_least:
+            return f"must be at least {self.at_least:g}, not {text}"
+        if self.above is not None and value <= self.above:
+            return f"must be above {self.above:g}, not {text}"
+        if self.below is not None and value >= self.below:
+            return f"must be below {self.below:g}, not {text}"
+        if self.at_most is not None and value > self.at_most:
+            return f"must be at most {self.at_most:g}, not {text}"
+        return None
+
+
+def _rate(default: float) -> Parameter:
+    return Parameter(default, above=0.0)
+
+
+def _decay(default: float) -> Parameter:
+    return Parameter(default, at_least=0.0, below=1.0)
+
+
+def _count(default: int) -> Parameter:
+    return Parameter(default, at_least=0.0, whole=True)
+
+
+# Each rule's paper, and what its parameters mean, stands in the module of its strategy and in docs/strategies.md.
+ALGORITHM_PARAMETERS: Mapping[Algorithm, Mapping[str, Parameter]] = {
+    "FedAvg": {},
+    "FedProx": {"mu": Parameter(0.01, at_least=0.0)},
+    "FedAvgM": {"learningRate": _rate(1.0), "momentum": _decay(0.9)},
+    "FedAdagrad": {"learningRate": _rate(0.1), "beta1": _decay(0.0), "tau": _rate(1e-3)},
+    "FedAdam": {"learningRate": _rate(0.01), "beta1": _decay(0.9), "beta2": _decay(0.99), "tau": _rate(1e-3)},
+    "FedYogi": {"learningRate": _rate(0.01), "beta1": _decay(0.9), "beta2": _decay(0.99), "tau": _rate(1e-3)},
+    "CoordinateMedian": {},
+    "TrimmedMean": {"trim": Parameter(0.1, at_least=0.0, below=0.5)},
+    "Krum": {"byzantine": _count(1)},
+    "MultiKrum": {"byzantine": _count(1), "keep": _count(0)},
+    "GeometricMedian": {"smoothing": _rate(1e-6)},
+    "FedNova": {},
+    "QFedAvg": {"q": Parameter(1.0, at_least=0.0), "learningRate": _rate(0.1)},
+    "SCAFFOLD": {"learningRate": _rate(1.0)},
+    "FedDyn": {"alpha": _rate(0.1)},
+    "FedBuff": {"bufferSize": Parameter(10, at_least=1.0, whole=True), "learningRate": _rate(1.0)},
+    "FedAsync": {"mixing": Parameter(0.6, above=0.0, at_most=1.0)},
+    "Custom": {},
+}
+# Rules that give every client one voice a round: an update from an earlier round would be a second one.
+_ONE_VOICE = frozenset({"CoordinateMedian", "TrimmedMean", "Krum", "MultiKrum", "GeometricMedian"})
+
+
+class Strategy(Resource):
+    """How the updates of a round become the next global model."""
+
+    algorithm: Algorithm = "FedAvg"
+    """FedAvg: mean weighted by examples (McMahan et al. 2017). FedProx: the same, with a proximal term of weight mu
+    in the clients' loss (Li et al. 2020). FedAvgM: momentum on the server (Hsu et al. 2019). FedAdagrad, FedAdam,
+    FedYogi: adaptive optimizers on the server (Reddi et al. 2021). CoordinateMedian, TrimmedMean (Yin et al. 2018),
+    Krum, MultiKrum (Blanchard et al. 2017) and GeometricMedian (Pillutla et al. 2022) withstand clients whose updates
+    are wrong. FedNova: for clients that take different numbers of steps (Wang et al. 2020). QFedAvg: fairness (Li et
+    al. 2020). SCAFFOLD (Karimireddy et al. 2020) and FedDyn (Acar et al. 2021) keep clients from drifting apart.
+    FedBuff (Nguyen et al. 2022) and FedAsync (Xie et al. 2019) are asynchronous: a round ends with its first bufferSize
+    updates, or its first one, and those that are still under way count in a later round, by their staleness.
+    Custom: the strategy that class names."""
+    class_: Annotated[ClassReference | None, Field(alias="class")] = None
+    """Of Custom alone: module:Class in the aggregator's image, a subclass of isthmus.strategies.Strategy."""
+    parameters: dict[str, Decimal] = {}
+    """Parameters of the algorithm, as decimal strings; docs/strategies.md lists them with their defaults. FedProx: mu
+    (default 0.01)."""
+    deterministic: bool = False
+    """Combines the updates of a round in the order of the clients, not of their arrival: the same updates make the same
+    model, bit for bit. They wait on disk for the end of the round (one model's size each)."""
+
+    @model_validator(mode="after")
+    def _known_parameters(self) -> Self:
+        known = ALGORITHM_PARAMETERS[self.algorithm]
+        for name, text in self.parameters.items():
+            if self.algorithm == "Custom":
+                # It knows best what it takes.
+                if problem := Parameter(0.0).problem(text):
+                    raise ValueError(f"parameters.{name}: {problem}")
+                continue
+            if name not in known:
+                takes = f"it takes {', '.join(known)}" if known else "it takes none"
+                raise ValueError(f"parameters.{name}: unknown for {self.algorithm}; {takes}")
+            if problem := known[name].problem(text):
+                raise ValueError(f"parameters.{name}: {problem}")
+        return self
+
+    @model_validator(mode="after")
+    def _class_of_custom(self) -> Self:
+        if self.algorithm == "Custom" and self.class_ is None:
+            raise ValueError("class: is missing; Custom needs module:Class")
+        if self.algorithm != "Custom" and self.class_ is not None:
+            raise ValueError(f"class: goes with the algorithm Custom, not with {self.algorithm}")
+        return self
+
+    @property
+    def fewest_updates(self) -> int:
+        """The fewest updates of a round for which the algorithm keeps its promise."""
+        if "byzantine" not in ALGORITHM_PARAMETERS[self.algorithm]:
+            return 1
+        return 2 * int(self.values["byzantine"]) + 3
+
+    @property
+    def round_size(self) -> int | None:
+        """With how many updates a round of an asynchronous algorithm ends; ``None``: the algorithm goes by rounds."""
+        if self.algorithm == "FedAsync":
+            return 1
+        return int(self.values["bufferSize"]) if self.algorithm == "FedBuff" else None
+
+    @property
+    def one_voice(self) -> bool:
+        """Whether no client may have two updates in one round."""
+        return self.algorithm in _ONE_VOICE
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Every parameter of the algorithm: the given value, or else the default."""
+        defaults = {name: parameter.default for name, parameter in ALGORITHM_PARAMETERS[self.algorithm].items()}
+        return defaults | {name: float(text) for name, text in self.parameters.items()}

@@ -1,0 +1,1 @@
+"""Ordinary PyTorch scripts, each with the four lines that make it federated."""

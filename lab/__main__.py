@@ -1,0 +1,117 @@
+"""The command line: `python -m lab VERB`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from lab import check
+from lab.cluster import PARTS, Lab
+from lab.errors import LabError, say
+from lab.paths import DEFAULT_DIRECTORY
+
+
+def main() -> int:
+    """Run one verb; a LabError becomes one message and exit status 1."""
+    # Files are for other users too (Slurm's daemons, jobs), whatever the caller's habit.
+    os.umask(0o022)
+    arguments = _parser().parse_args()
+    lab = Lab(arguments.dir)
+    try:
+        return _perform(arguments, lab)
+    except LabError as error:
+        say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted; `python -m lab down` removes what was started")
+        return 130
+
+
+def _perform(arguments: argparse.Namespace, lab: Lab) -> int:
+    parts = [arguments.only] if getattr(arguments, "only", None) else list(PARTS)
+    match arguments.verb:
+        case "install":
+            lab.install(parts, companions=arguments.only is None)
+            say("installed")
+        case "up":
+            lab.up(parts)
+        case "down":
+            lab.down()
+        case "status":
+            return _status(lab)
+        case "env":
+            for key, value in lab.env().items():
+                print(f"export {key}={shlex.quote(value)}")
+        case "exec":
+            _exec(lab, arguments.command, arguments.user)
+        case "load-image":
+            print(lab.load_image(Path(arguments.file)))
+        case "check":
+            check.run(lab)
+        case "services":
+            # Only this verb needs dnslib.
+            from lab import services
+
+            services.serve(lab.paths)
+    return 0
+
+
+def _status(lab: Lab) -> int:
+    rows = lab.daemons()
+    for part in PARTS:
+        print(f"{part}: {'running' if lab.running(part) else 'not running'}")
+    for name, pid, memory in rows:
+        print(f"  {name:<24} {f'pid {pid}' if pid else 'ENDED':<12} {memory:>5} MiB")
+    print(f"directory: {lab.paths.root}   network namespace: {lab.netns}   node address: {lab.node_address}")
+    # As in init scripts: 3 says that it does not run.
+    return 0 if rows and all(pid for _, pid, _ in rows) else 3
+
+
+def _exec(lab: Lab, command: list[str], user: str | None) -> None:
+    """Become the command."""
+    words = command[1:] if command[:1] == ["--"] else command
+    if not words:
+        raise LabError("exec needs a command: python -m lab exec -- kubectl get pods")
+    lab.require_up()
+    sys.stdout.flush()
+    argv = lab.command(words, user)
+    os.execvpe(argv[0], argv, {**os.environ, **lab.env(user)})  # noqa: S606
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab", description="Real Kubernetes and real Slurm on one Debian machine."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.add_argument(
+            "--dir", help=f"the lab's directory (default {DEFAULT_DIRECTORY}); each has a lab of its own"
+        )
+        return added
+
+    for name, text in (
+        ("install", "install packages and build or fetch every program, without starting anything"),
+        ("up", "start the lab; does nothing where it runs, clears up first where it crashed"),
+    ):
+        verb(name, text).add_argument("--only", choices=PARTS, help="only this part")
+    verb("down", "stop everything and remove every trace but the cache")
+    verb("status", "show the lab's daemons; exit status 3 when something does not run")
+    verb("env", "print the variables of commands in the lab, for a shell to eval")
+    run = verb("exec", "run a command in the lab's network with its KUBECONFIG, SLURM_CONF and PATH")
+    run.add_argument("--user", help="run it as this user, for instance isthmus (default: root)")
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …")
+    verb("load-image", "import an image archive into the cluster").add_argument(
+        "file", help="docker-archive or OCI tar"
+    )
+    verb("check", "smoke-test what runs: pods, DNS, Services, storage, logs, exec; job arrays and accounting")
+    verb("services", "serve DNS and volumes inside the lab (started by `up`)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

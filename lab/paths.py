@@ -1,0 +1,96 @@
+"""Where everything of a lab lies. Nothing here touches the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+# Not under a home: Slurm jobs run unprivileged and must be able to pass every folder above.
+DEFAULT_DIRECTORY = Path("/var/tmp/isthmus-lab")  # noqa: S108
+DEFAULT_NAME = "isthmus-lab"
+
+
+def cache_directory() -> Path:
+    """Build results and downloads, shared by all labs of this user and kept by `down`."""
+    configured = os.environ.get("ISTHMUS_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "isthmus"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The layout under one lab's directory."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, directory: str | os.PathLike[str] | None = None) -> Paths:
+        """The lab at a directory; by default the one that this process runs in (`lab exec`), else the usual one."""
+        return cls(Path(os.path.realpath(directory or os.environ.get("ISTHMUS_LAB") or DEFAULT_DIRECTORY)))
+
+    @property
+    def name(self) -> str:
+        """Names the namespace and the cgroup; distinct for each directory, so that labs live side by side."""
+        if self.root == DEFAULT_DIRECTORY:
+            return DEFAULT_NAME
+        return f"{DEFAULT_NAME}-{hashlib.sha256(str(self.root).encode()).hexdigest()[:8]}"
+
+    @property
+    def marker(self) -> Path:
+        """Says that the directory is a lab's, and so may be removed by `down`."""
+        return self.root / ".isthmus-lab"
+
+    @property
+    def bin(self) -> Path:
+        return self.root / "bin"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log"
+
+    @property
+    def home(self) -> Path:
+        """The home of the lab's unprivileged user."""
+        return self.root / "home"
+
+    @property
+    def volumes(self) -> Path:
+        """The directories behind PersistentVolumes."""
+        return self.root / "volumes"
+
+    @property
+    def kubeconfig(self) -> Path:
+        return self.root / "kubeconfig"
+
+    @property
+    def kubernetes(self) -> Path:
+        """Certificates, configuration and state of Kubernetes."""
+        return self.root / "kubernetes"
+
+    @property
+    def containerd_socket(self) -> Path:
+        return self.run / "containerd.sock"
+
+    @property
+    def slurm(self) -> Path:
+        """Configuration and state of Slurm."""
+        return self.root / "slurm"
+
+    @property
+    def slurm_conf(self) -> Path:
+        return self.slurm / "slurm.conf"
+
+    @property
+    def user_python(self) -> Path:
+        """A virtual environment for the lab's user, where the caller's own is closed to it."""
+        return self.root / "python"
+
+    @property
+    def user_state(self) -> Path:
+        """Caches that kubectl and helm would otherwise write to the caller's home."""
+        return self.root / "user-state"

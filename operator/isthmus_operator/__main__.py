@@ -1,0 +1,155 @@
+"""``isthmus-operator``: the command line."""
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+# Before gRPC is loaded: a peer that does not answer is told by status codes, its lines about each attempt are noise.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+import kopf
+
+from . import __version__
+from .app import App
+from .handlers import build_registry
+from .render.restrict import ALLOWANCES
+from .settings import Settings
+
+_YES = ("1", "true")
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the operator until it is told to stop."""
+    settings = parse(sys.argv[1:] if arguments is None else arguments)
+    _log(settings)
+    everywhere = not settings.namespaces
+    app = App(settings)
+    kopf.run(
+        registry=build_registry(app),
+        ready_flag=app.health.ready,
+        clusterwide=everywhere,
+        namespaces=list(settings.namespaces),
+        standalone=True,
+    )
+
+
+def parse(arguments: Sequence[str]) -> Settings:
+    """Reads flags, and the environment for those that are not given. Exits with 2 for what makes no sense."""
+    parser = argparse.ArgumentParser(prog="isthmus-operator", description="Runs FederatedJobs.")
+    default = Settings()
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("-A", "--all-namespaces", action="store_true", help="serve every namespace")
+    where.add_argument("-n", "--namespace", action="append", metavar="NS", help="serve this namespace; repeatable")
+    parser.add_argument("--cluster", default=_env("CLUSTER", ""), help="what tells this cluster from others at a site")
+    parser.add_argument("--no-sites", dest="sites", action="store_false", default=_env("NO_SITES", "") not in _YES,
+                        help="serve no HPC sites: then no cluster-scoped right is needed")  # fmt: skip
+    parser.add_argument("--no-network-policies", dest="network_policies", action="store_false",
+                        default=_env("NO_NETWORK_POLICIES", "") not in _YES,
+                        help="make none: somebody else does, or the network does not enforce them")  # fmt: skip
+    parser.add_argument("--metrics", type=_address, default=_env("METRICS", default.metrics), metavar="HOST:PORT")
+    parser.add_argument("--health", type=_address, default=_env("HEALTH", default.health), metavar="HOST:PORT")
+    parser.add_argument("--workers", type=_positive, default=_env("WORKERS", default.workers), metavar="N",
+                        help="jobs reconciled at the same time")  # fmt: skip
+    parser.add_argument("--api-concurrency", type=_positive, metavar="N",
+                        default=_env("API_CONCURRENCY", default.api_concurrency),
+                        help="requests to the API server at the same time")  # fmt: skip
+    parser.add_argument("--request-timeout", type=_seconds, metavar="SECONDS",
+                        default=_env("REQUEST_TIMEOUT", default.request_timeout))  # fmt: skip
+    parser.add_argument("--resync", type=_seconds, default=_env("RESYNC", default.resync), metavar="SECONDS",
+                        help="how often a running job is looked at")  # fmt: skip
+    parser.add_argument("--site-give-up", type=_seconds, metavar="SECONDS",
+                        default=_env("SITE_GIVE_UP", default.site_give_up),
+                        help="how long a deleted job waits for a site that does not answer")  # fmt: skip
+    parser.add_argument("--allow-in-templates", type=_allowances, metavar="WHAT,...",
+                        default=_env("ALLOW_IN_TEMPLATES", ""),
+                        help=f"what users' pod templates may ask for: {', '.join(ALLOWANCES)}")  # fmt: skip
+    parser.add_argument("--webhook", type=_address, default=_env("WEBHOOK", "") or None, metavar="HOST:PORT",
+                        help="serve the admission webhook here")  # fmt: skip
+    parser.add_argument("--webhook-tls", default=_env("WEBHOOK_TLS", default.webhook_tls), metavar="DIR",
+                        help="tls.crt and tls.key of the webhook")  # fmt: skip
+    parser.add_argument("--log-level", choices=_LEVELS, default=_env("LOG_LEVEL", default.log_level))
+    parser.add_argument("--log-format", choices=("plain", "json"), default=_env("LOG_FORMAT", default.log_format))
+    parser.add_argument("--version", action="version", version=__version__)
+    given = parser.parse_args(arguments)
+    namespaces = given.namespace or [item for item in _env("NAMESPACES", "").split(",") if item]
+    everywhere = given.all_namespaces or (not given.namespace and _env("ALL_NAMESPACES", "") in _YES)
+    if everywhere == bool(namespaces) and not (given.all_namespaces and not given.namespace):
+        parser.error("give --all-namespaces, or --namespace for each namespace to serve")
+    for namespace in namespaces:
+        if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", namespace):
+            parser.error(f"--namespace: {namespace!r} is no namespace's name")
+    if given.log_level not in _LEVELS or given.log_format not in ("plain", "json"):
+        parser.error("ISTHMUS_LOG_LEVEL or ISTHMUS_LOG_FORMAT has an unknown value")
+    return Settings(
+        namespaces=() if everywhere else tuple(dict.fromkeys(namespaces)),
+        cluster=given.cluster,
+        sites=given.sites,
+        network_policies=given.network_policies,
+        metrics=given.metrics,
+        health=given.health,
+        workers=given.workers,
+        api_concurrency=given.api_concurrency,
+        request_timeout=given.request_timeout,
+        resync=given.resync,
+        site_give_up=given.site_give_up,
+        allow_in_templates=given.allow_in_templates,
+        webhook=given.webhook or "",
+        webhook_tls=given.webhook_tls,
+        log_level=given.log_level,
+        log_format=given.log_format,
+    )
+
+
+def _env(name: str, default: object) -> str:
+    # Text, so that argparse checks it as it checks a flag.
+    return os.environ.get(f"ISTHMUS_{name}") or str(default)
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return text
+
+
+def _allowances(text: str) -> frozenset[str]:
+    given = frozenset(part.strip() for part in text.split(",") if part.strip())
+    if unknown := sorted(given - set(ALLOWANCES)):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: unknown; choose of {', '.join(ALLOWANCES)}")
+    return given
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+def _log(settings: Settings) -> None:
+    formats = {"plain": kopf.LogFormat.PLAIN, "json": kopf.LogFormat.JSON}
+    kopf.configure(
+        debug=settings.log_level == "debug",
+        quiet=settings.log_level in ("warning", "error"),
+        log_format=formats[settings.log_format],
+    )
+    # Its request lines at debug level would drown everything else.
+    for name in ("urllib3", "asyncio", "aiohttp", "kubernetes"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

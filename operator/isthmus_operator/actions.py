@@ -1,0 +1,146 @@
+"""What a plan may ask for. Each action is data; effects/ carries it out, in order, and repeating one does no harm."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from isthmus_contracts.pb import bridge_pb2
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """Writes the record and the finalizers of the FederatedJob itself."""
+
+    record: str | None = None
+    finalizers: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Apply:
+    """Server-side apply of a Service, ConfigMap or PersistentVolumeClaim."""
+
+    body: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return str(self.body["kind"])
+
+    @property
+    def name(self) -> str:
+        return str(self.body["metadata"]["name"])
+
+
+@dataclass(frozen=True)
+class CopyCode:
+    """Copies a user's ConfigMap, so that every client of a job gets the same files whatever becomes of it."""
+
+    source: str
+    name: str
+
+
+@dataclass(frozen=True)
+class CreateAuthority:
+    """Makes the job's CA."""
+
+    secret: str
+    days: int
+
+
+@dataclass(frozen=True)
+class IssueCertificate:
+    """Has the job's CA sign a certificate."""
+
+    secret: str
+    name: str
+    days: int
+    hosts: tuple[str, ...] = ()
+    uris: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CreatePod:
+    """Makes a pod; one of that name that exists is left alone."""
+
+    body: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.body["metadata"]["name"])
+
+
+@dataclass(frozen=True)
+class DeletePod:
+    """Deletes exactly that pod."""
+
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
+class EnsurePool:
+    """Has the site run a pool."""
+
+    pool: str
+    site: str
+    key: str
+    secret: str  # with the pool's certificate
+    spec: bridge_pb2.PoolSpec  # without the certificate and the files
+    code: str = ""  # the ConfigMap with the files
+
+
+@dataclass(frozen=True)
+class CancelPool:
+    """Has the site end a pool."""
+
+    pool: str
+    site: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RecordOrphan:
+    """Notes at the HPCSite what is still to be cancelled there once the site answers."""
+
+    pool: str
+    site: str
+    key: str
+
+
+@dataclass(frozen=True)
+class DeleteJob:
+    """Deletes the FederatedJob (its time to live is over)."""
+
+
+@dataclass(frozen=True)
+class Emit:
+    """Writes a Kubernetes event."""
+
+    type: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+Action = (
+    SaveJob
+    | Apply
+    | CopyCode
+    | CreateAuthority
+    | IssueCertificate
+    | CreatePod
+    | DeletePod
+    | EnsurePool
+    | CancelPool
+    | RecordOrphan
+    | DeleteJob
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do now, what to show, and when to look again."""
+
+    actions: tuple[Action, ...] = ()
+    status: Mapping[str, Any] = field(default_factory=dict)
+    events: tuple[Emit, ...] = ()  # once the actions and the status are through
+    requeue: float = 600.0  # seconds

@@ -1,0 +1,170 @@
+"""The operator's parts, put together."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import prometheus_client
+
+from isthmus_contracts import identities as ids
+
+from .draft import Limits
+from .effects.apply import Effects
+from .effects.bridge import Bridges
+from .effects.kube import Kube, KubeError
+from .effects.observe import Observer
+from .effects.observer import Aggregators
+from .health import Health, serve
+from .jobstore import JobStore, Key, SiteStore
+from .metrics import REGISTRY, JobsCollector
+from .observed import Job
+from .podstore import PodStore
+from .reconcile import JobReconciler
+from .settings import Settings
+from .sites import SiteReconciler
+from .tasklogs import TaskLogs
+from .webhook import Webhook
+from .workqueue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+_SITE_WORKERS = 8
+_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+
+class App:
+    """Everything that lives as long as the operator."""
+
+    queue: WorkQueue[Key]
+    site_queue: WorkQueue[str]
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.jobs = JobStore()
+        self.pods = PodStore()
+        self.sites = SiteStore()
+        self.health = Health()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stops: list[Any] = []
+
+    async def start(self) -> None:
+        """Connects, and starts the queues and the servers. Returns once there is something to watch."""
+        settings = self.settings
+        kube = Kube.connect(settings.api_concurrency, settings.request_timeout)
+        self._serve()
+        await _wait_for_resources(kube)
+        await kube.discover()
+        cluster = settings.cluster or (await _cluster_uid(kube) if settings.sites else "none")
+        bridges, aggregators = Bridges(kube, self.sites), Aggregators()
+        limits = Limits(
+            cluster=cluster,
+            resync=settings.resync,
+            site_give_up=settings.site_give_up,
+            network_policies=settings.network_policies,
+            namespace=_own_namespace(),
+            allowed=settings.allow_in_templates,
+        )
+        observer = Observer(kube, self.pods, self.sites, bridges, aggregators, limits)
+        effects = Effects(kube, self.jobs, self.pods, bridges)
+        jobs = JobReconciler(
+            self.jobs, self.pods, observer, effects, aggregators, TaskLogs(kube, bridges, cluster), limits
+        )
+        sites = SiteReconciler(kube, self.sites, bridges, self.site_changed, settings.resync)
+        self.queue = WorkQueue(jobs.reconcile, workers=settings.workers)
+        self.site_queue = WorkQueue(sites.reconcile, workers=_SITE_WORKERS)
+        self.health.watch(self.queue)
+        self.health.watch(self.site_queue)
+        coroutines = [self.queue.run(), self.site_queue.run(), self.health.run()]
+        if settings.webhook:
+            webhook = Webhook(jobs.accepted, self.sites, settings.allow_in_templates, settings.namespaces)
+            coroutines.append(webhook.serve(*_address(settings.webhook), Path(settings.webhook_tls)))
+        for coroutine in coroutines:
+            task = asyncio.create_task(coroutine)
+            task.add_done_callback(self._ended)
+            self._tasks.append(task)
+        self._stops = [kube, bridges, aggregators]
+        where = ", ".join(settings.namespaces) or "all namespaces"
+        log.info("serving %s as cluster %s", where, cluster)
+
+    async def stop(self) -> None:
+        """Stops at once: whatever was under way is taken up again by the next operator."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for part in self._stops:
+            closed = part.close()
+            if closed is not None:
+                await closed
+
+    def site_changed(self, name: str) -> None:
+        """Wakes the jobs that use a site."""
+        for job in self.jobs.all():
+            if _uses(job, name):
+                self.queue.add((job.namespace, job.name))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Nothing here ends by itself: if it does, the liveness probe has the operator restarted."""
+        if not task.cancelled():
+            log.critical("a part of the operator ended", exc_info=task.exception())
+            self.health.broken = True
+
+    def _serve(self) -> None:
+        host, port = _address(self.settings.metrics)
+        REGISTRY.register(JobsCollector(self._statuses, lambda: dict(self.sites.reachable)))
+        prometheus_client.start_http_server(port, host, REGISTRY)
+        serve(self.health, *_address(self.settings.health))
+
+    def _statuses(self) -> list[tuple[str, str, Mapping[str, Any]]]:
+        return [(job.namespace, job.name, job.status) for job in self.jobs.all()]
+
+
+async def _wait_for_resources(kube: Kube) -> None:
+    """Until the CRDs are there: kopf would not notice them later."""
+    told = False
+    while True:
+        try:
+            await kube.probe(f"/apis/{ids.API_VERSION}")
+            return
+        except KubeError as error:
+            if not told:
+                log.warning("waiting for the API %s: %s", ids.API_VERSION, error)
+                told = True
+            await asyncio.sleep(2)
+
+
+async def _cluster_uid(kube: Kube) -> str:
+    while True:
+        try:
+            body = await kube.get("Namespace", "", "kube-system")
+        except KubeError as error:
+            if error.code in (401, 403):
+                words = f"cannot read the namespace kube-system ({error}); name the cluster with --cluster"
+                raise SystemExit(words) from error
+            log.warning("waiting for the API server: %s", error)
+            await asyncio.sleep(2)
+            continue
+        if body is None:
+            raise SystemExit("there is no namespace kube-system; name the cluster with --cluster")
+        return str(body["metadata"]["uid"])
+
+
+def _own_namespace() -> str:
+    """Where the operator's pod is; empty outside of a cluster."""
+    try:
+        return _NAMESPACE_FILE.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _uses(job: Job, site: str) -> bool:
+    for pool in job.spec.get("pools") or ():
+        if isinstance(pool, Mapping) and ((pool.get("hpc") or {}).get("siteRef") or {}).get("name") == site:
+            return True
+    return False
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)

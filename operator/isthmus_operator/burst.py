@@ -1,0 +1,46 @@
+"""How many clients a cloud pool has: more while HPC clients wait in their queues, fewer once all of them are there."""
+
+from isthmus_contracts.federatedjob import Pool
+
+from .draft import Draft
+from .record import CloudRecord
+
+
+def wanted(draft: Draft, pool: Pool, record: CloudRecord) -> int:
+    """The pool's number of clients now, which the record remembers."""
+    if pool.size == pool.fewest:
+        return pool.replicas
+    before, target = record.size or pool.replicas, _target(draft, pool)
+    # It grows at once; it shrinks only for clients that are there, not for such as are about to be.
+    now = target if target > before or _connected(draft) else before
+    record.size = 0 if now == pool.replicas else now
+    return now
+
+
+def _target(draft: Draft, pool: Pool) -> int:
+    waiting, running, all_known = 0, 0, True
+    for other in draft.spec.pools:
+        if other.hpc is None:
+            continue
+        entry, view = draft.record.hpc.get(other.name), draft.observed.pools.get(other.name)
+        if entry is None or view is None or view.attempt != entry.attempt:
+            all_known = False
+            continue
+        waiting += view.queued
+        running += view.running
+    if waiting:
+        return min(pool.size, pool.replicas + waiting)
+    return pool.fewest if all_known and running >= _hpc_clients(draft) else pool.replicas
+
+
+def _connected(draft: Draft) -> bool:
+    """Whether every HPC client is connected to the aggregator."""
+    said = draft.observed.federation
+    if said is None:
+        return False
+    there = sum(said.connected.get(pool.name, 0) for pool in draft.spec.pools if pool.hpc is not None)
+    return there >= _hpc_clients(draft)
+
+
+def _hpc_clients(draft: Draft) -> int:
+    return sum(pool.replicas for pool in draft.spec.pools if pool.hpc is not None)

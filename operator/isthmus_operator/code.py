@@ -1,0 +1,33 @@
+"""The files of ``task.code``, as they lie in ConfigMaps."""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from typing import Any
+
+from isthmus_contracts.code import check_files
+
+from . import names
+from .observed import Job
+from .render.pod import owned
+
+
+def files_of(config_map: Mapping[str, Any] | None) -> dict[str, bytes]:
+    """The files of a ConfigMap. What does not decode is left out."""
+    found = {str(name): str(text).encode() for name, text in ((config_map or {}).get("data") or {}).items()}
+    for name, text in ((config_map or {}).get("binaryData") or {}).items():
+        try:
+            found[str(name)] = base64.b64decode(text, validate=True)
+        except (binascii.Error, TypeError, ValueError):
+            continue
+    return found
+
+
+def copy(job: Job, source: str, config_map: Mapping[str, Any] | None) -> dict[str, Any] | str:
+    """The job's own copy, or in one line why there can be none."""
+    if config_map is None:
+        return f"spec.task.code.configMapRef.name: there is no ConfigMap {source!r} in namespace {job.namespace}"
+    if problem := check_files(files_of(config_map)):
+        return f"spec.task.code: ConfigMap {source!r}: {problem}"
+    content = {key: config_map[key] for key in ("data", "binaryData") if config_map.get(key)}
+    return owned(job, "ConfigMap", names.code(job.name), {**content, "immutable": True})

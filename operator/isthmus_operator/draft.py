@@ -1,0 +1,99 @@
+"""The plan while it is being made: what its parts read, and where they put what they decide."""
+
+import datetime as dt
+from dataclasses import dataclass, field
+from typing import Literal
+
+from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.federatedjob_status import Reason
+
+from .actions import Action, Emit
+from .observed import Job, Observed
+from .record import Record
+
+# Events of one pass: a thousand clients that fail alike are told once each up to here, and then counted.
+MAX_EVENTS = 10
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the operator's flags set."""
+
+    cluster: str = "cluster"
+    resync: float = 3.0
+    idle: float = 600.0
+    site_give_up: float = 3600.0
+    grace: float = 30.0  # for clients to end by themselves once training is complete
+    starts_per_pass: int = 200
+    aggregator_crashes: int = 8  # in a row, without a completed round
+    network_policies: bool = False
+    namespace: str = ""  # the operator's own, where it runs in the cluster
+    allowed: frozenset[str] = frozenset()  # what pod templates may ask for beyond the restricted standard
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The job is over."""
+
+    outcome: Literal["Complete", "Failed"]
+    reason: Reason
+    message: str
+
+
+@dataclass
+class PoolOutcome:
+    """What a part of the plan found out about one pool."""
+
+    name: str
+    desired: int
+    queued: int = 0
+    failed: int = 0
+    reason: str = ""
+    jobs: list[str] = field(default_factory=list)
+    attempt: int = 0
+    possible: int = 0  # clients that are there or may yet come
+    blocked: Reason | None = None  # why the rest will not
+
+
+@dataclass
+class Draft:
+    """One pass over one job."""
+
+    job: Job
+    observed: Observed
+    now: dt.datetime
+    limits: Limits
+    spec: FederatedJobSpec
+    record: Record
+    actions: list[Action] = field(default_factory=list)
+    events: list[Emit] = field(default_factory=list)
+    requeue: float = 600.0
+    unsaid: int = 0
+    starts: int = 0  # client pods that this pass makes
+
+    def wake_in(self, seconds: float) -> None:
+        """Looks again no later than that."""
+        self.requeue = max(0.1, min(self.requeue, seconds))
+
+    def wake_at(self, moment: dt.datetime) -> None:
+        """Looks again no later than then."""
+        self.wake_in((moment - self.now).total_seconds())
+
+    def reached(self, moment: dt.datetime) -> bool:
+        """Whether the moment has come; if not, looks again when it has."""
+        if self.now >= moment:
+            return True
+        self.wake_at(moment)
+        return False
+
+    def emit(self, type_: Literal["Normal", "Warning"], reason: Reason, message: str) -> None:
+        """Adds an event, up to a bound."""
+        if len(self.events) < MAX_EVENTS:
+            self.events.append(Emit(type_, reason, message))
+        else:
+            self.unsaid += 1
+
+    def refused(self, key: str) -> bool:
+        """Whether the API server refused this object a moment ago; looks again when it may be tried anew."""
+        refusal = self.observed.refusals.get(key)
+        return refusal is not None and not self.reached(refusal.retry_at)

@@ -1,0 +1,226 @@
+"""Carries out a plan's actions, in their order; client pods, the many, several at a time."""
+
+import asyncio
+import datetime as dt
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import certificates, code, names
+from ..actions import (
+    Action,
+    Apply,
+    CancelPool,
+    CopyCode,
+    CreateAuthority,
+    CreatePod,
+    DeleteJob,
+    DeletePod,
+    Emit,
+    EnsurePool,
+    IssueCertificate,
+    RecordOrphan,
+    SaveJob,
+)
+from ..jobstore import JobStore
+from ..memory import JobMemory
+from ..metrics import ACTIONS, EVENTS, STATUS_WRITES
+from ..observed import Job, ProblemKind
+from ..podstore import PodStore, job_uid_of
+from ..status import timestamp
+from ..text import one_line
+from .bridge import BridgeError, Bridges
+from .kube import Kube, KubeError
+
+log = logging.getLogger(__name__)
+
+_EVENT_MESSAGE = 1024  # what the API server takes
+
+
+class Effects:
+    """Changes the world."""
+
+    def __init__(self, kube: Kube, jobs: JobStore, pods: PodStore, bridges: Bridges) -> None:
+        self._kube = kube
+        self._jobs = jobs
+        self._pods = pods
+        self._bridges = bridges
+
+    async def save(self, job: Job, action: SaveJob) -> Job:
+        """Writes the job's record and finalizers, on top of exactly the version that the plan saw."""
+        metadata: dict[str, Any] = {"resourceVersion": job.resource_version}
+        if action.record is not None:
+            metadata["annotations"] = {names.ANNOTATION_RECORD: action.record}
+        if action.finalizers is not None:
+            metadata["finalizers"] = list(action.finalizers)
+        ACTIONS.labels("SaveJob").inc()
+        body = await self._kube.patch("FederatedJob", job.namespace, job.name, {"metadata": metadata})
+        return self._renewed(job, body)
+
+    async def write_status(self, job: Job, patch: Mapping[str, Any]) -> Job:
+        """Writes the difference in the status."""
+        STATUS_WRITES.inc()
+        body = await self._kube.patch("FederatedJob", job.namespace, job.name, {"status": patch}, "status")
+        return self._renewed(job, body)
+
+    async def refresh(self, job: Job) -> None:
+        """Reads the job anew: what is known of it is outdated."""
+        body = await self._kube.get("FederatedJob", job.namespace, job.name)
+        if body is None:
+            self._jobs.drop((job.namespace, job.name), job.uid)
+        else:
+            self._jobs.put(body)
+
+    def _renewed(self, job: Job, body: Mapping[str, Any]) -> Job:
+        self._jobs.put(body)
+        return self._jobs.get((job.namespace, job.name)) or job
+
+    async def emit(self, job: Job, event: Emit, now: dt.datetime) -> None:
+        """Writes a Kubernetes event; one that is lost is only logged."""
+        EVENTS.labels(event.reason).inc()
+        body = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"generateName": f"{job.name}.", "namespace": job.namespace},
+            "involvedObject": {
+                "apiVersion": "isthmus.dev/v1alpha1",
+                "kind": "FederatedJob",
+                "namespace": job.namespace,
+                "name": job.name,
+                "uid": job.uid,
+            },
+            "type": event.type,
+            "reason": event.reason,
+            "message": event.message[:_EVENT_MESSAGE],
+            "source": {"component": "isthmus-operator"},
+            "firstTimestamp": timestamp(now),
+            "lastTimestamp": timestamp(now),
+            "count": 1,
+        }
+        try:
+            await self._kube.create(body)
+        except KubeError as error:
+            log.warning("%s/%s: event %s is lost: %s", job.namespace, job.name, event.reason, error)
+
+    async def perform(self, job: Job, memory: JobMemory, actions: Sequence[Action], now: dt.datetime) -> None:
+        """Carries out every action but SaveJob. A refusal is remembered for the next plan; trouble with the API server
+        as such is raised, once what is under way has ended."""
+        group: list[Action] = []
+        for action in actions:
+            # The aggregator goes first: where a quota is short, clients without it are of no use.
+            leads = isinstance(action, CreatePod) and action.name == names.aggregator(job.name)
+            if isinstance(action, CreatePod | DeletePod) and not leads:
+                group.append(action)
+                continue
+            await self._together(job, memory, group, now)
+            group = []
+            await self._one(job, memory, action, now)
+        await self._together(job, memory, group, now)
+
+    async def _together(self, job: Job, memory: JobMemory, group: Sequence[Action], now: dt.datetime) -> None:
+        results = await asyncio.gather(
+            *(self._one(job, memory, action, now) for action in group), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _one(self, job: Job, memory: JobMemory, action: Action, now: dt.datetime) -> None:
+        ACTIONS.labels(type(action).__name__).inc()
+        match action:
+            case Apply():
+                await self._make(memory, f"{action.kind}/{action.name}", action.body, now)
+            case CopyCode():
+                source = await self._kube.get("ConfigMap", job.namespace, action.source)
+                copied = code.copy(job, action.source, source)
+                if isinstance(copied, str):
+                    memory.refuse(f"ConfigMap/{action.name}", copied, now)
+                else:
+                    await self._make(memory, f"ConfigMap/{action.name}", copied, now)
+            case CreateAuthority():
+                body = certificates.authority_secret(job, action.secret, action.days)
+                await self._make(memory, f"Secret/{action.secret}", body, now)
+            case IssueCertificate():
+                authority = memory.dependents.authority if memory.dependents else None
+                if authority is not None:
+                    body = certificates.leaf_secret(job, authority, action)
+                    await self._make(memory, f"Secret/{action.secret}", body, now)
+            case CreatePod():
+                await self._create_pod(job, memory, action, now)
+            case DeletePod():
+                await self._kube.delete("Pod", job.namespace, action.name, action.uid)
+            case EnsurePool() | CancelPool():
+                await self._ask_site(job, memory, action, now)
+            case RecordOrphan():
+                orphan = {"namespace": job.namespace, "job": job.name, "pool": action.pool, "since": timestamp(now)}
+                body = {"status": {"orphans": {action.key: orphan}}}
+                try:
+                    await self._kube.patch("HPCSite", "", action.site, body, "status")
+                except KubeError as error:
+                    if error.code != 404:
+                        raise
+                    log.warning(
+                        "%s/%s: there is no HPCSite %s to note its orphan at", job.namespace, job.name, action.site
+                    )
+            case DeleteJob():
+                await self._kube.delete("FederatedJob", job.namespace, job.name, job.uid)
+            case SaveJob():
+                raise AssertionError("SaveJob comes before all others")
+
+    async def _make(self, memory: JobMemory, key: str, body: Mapping[str, Any], now: dt.datetime) -> None:
+        try:
+            await self._kube.apply(body)
+        except KubeError as error:
+            if not error.definite:
+                raise
+            memory.refuse(key, one_line(str(error)), now)
+            log.warning("%s is refused: %s", key, error)
+        else:
+            memory.made(key)
+        # What is there is read anew before pods are made from it.
+        if memory.dependents is not None:
+            memory.dependents.loaded = dt.datetime.min.replace(tzinfo=dt.UTC)
+
+    async def _create_pod(self, job: Job, memory: JobMemory, action: CreatePod, now: dt.datetime) -> None:
+        key = f"Pod/{action.name}"
+        try:
+            body = await self._kube.create(action.body)
+        except KubeError as error:
+            if error.code != 409:
+                if not error.definite:
+                    raise
+                memory.refuse(key, one_line(str(error)), now)
+                return
+            known = await self._kube.get("Pod", job.namespace, action.name)
+            if known is None or job_uid_of(known) != job.uid:
+                # Of another job, or of an earlier one of this name that is still going.
+                memory.refuse(key, "a pod of that name exists and is not this job's", now)
+                return
+            body = known
+        memory.made(key)
+        self._pods.put(body)
+
+    async def _code(self, job: Job, action: EnsurePool) -> Mapping[str, Any]:
+        if not action.code:
+            return {}
+        found = await self._kube.get("ConfigMap", job.namespace, action.code)
+        if found is None:
+            raise BridgeError(ProblemKind.UNREACHABLE, f"ConfigMap {action.code} is missing")
+        return found
+
+    async def _ask_site(self, job: Job, memory: JobMemory, action: EnsurePool | CancelPool, now: dt.datetime) -> None:
+        try:
+            if isinstance(action, CancelPool):
+                await self._bridges.cancel(action.site, action.key, 0, action.reason)
+            else:
+                secret = await self._kube.get("Secret", job.namespace, action.secret)
+                credentials = certificates.load_credentials(secret)
+                if credentials is None:
+                    raise BridgeError(ProblemKind.UNREACHABLE, f"Secret {action.secret} is missing")
+                files = code.files_of(await self._code(job, action))
+                await self._bridges.ensure(action.site, action.key, action.spec, credentials, files)
+        except BridgeError as error:
+            memory.trouble(action.pool, error.kind, str(error), now)
+            log.warning("%s/%s: pool %s at %s: %s", job.namespace, job.name, action.pool, action.site, error)
+        else:
+            memory.answered(action.pool)

@@ -1,0 +1,215 @@
+"""The sites' bridges, over gRPC with mutual TLS."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+from grpc import aio
+
+from isthmus_contracts.hpcsite import HpcSiteSpec
+from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.pb.bridge_pb2_grpc import BridgeStub
+from isthmus_contracts.pki import Credentials, expiry
+from isthmus_contracts.transport import aio_channel
+
+from ..certificates import load_credentials
+from ..jobstore import SiteStore
+from ..metrics import BRIDGE_CALLS, BRIDGE_SECONDS, SITE_CERTIFICATE_EXPIRY
+from ..observed import PoolPhase, PoolView, ProblemKind
+from ..text import last_lines, one_line
+from .kube import Kube, KubeError
+
+if TYPE_CHECKING:
+    from isthmus_contracts.pb.bridge_pb2_grpc import BridgeAsyncStub
+
+Answer = TypeVar("Answer")
+
+CALL_SECONDS = 20.0
+# A rotated Secret is noticed this soon.
+_CREDENTIALS_SECONDS = 60.0
+_DENIED = (grpc.StatusCode.PERMISSION_DENIED,)
+_REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
+
+
+class BridgeError(Exception):
+    """A site did not do as it was asked."""
+
+    def __init__(self, kind: ProblemKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass
+class _Line:
+    """An open channel to one bridge."""
+
+    identity: str  # of endpoint, Secret and credentials
+    checked: float
+    channel: aio.Channel
+    stub: "BridgeAsyncStub"
+
+
+class Bridges:
+    """Every site's bridge; channels are kept open."""
+
+    def __init__(self, kube: Kube, sites: SiteStore) -> None:
+        self._kube = kube
+        self._sites = sites
+        self._lines: dict[str, _Line] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    async def ensure(
+        self, site: str, key: str, spec: pb.PoolSpec, credentials: Credentials, code: Mapping[str, bytes]
+    ) -> PoolView:
+        """Has the site run a pool. ``code``: files by name."""
+        request = pb.EnsurePoolRequest(key=key, spec=spec)
+        request.spec.code.update(code)
+        request.spec.federation.ca_certificate = credentials.ca
+        request.spec.federation.certificate = credentials.certificate
+        request.spec.federation.private_key = credentials.key
+        answer = await self._call(site, "EnsurePool", lambda stub: stub.EnsurePool(request, timeout=CALL_SECONDS))
+        return pool_view(answer, spec.attempt)
+
+    async def get(self, site: str, key: str, attempt: int) -> PoolView:
+        """Asks for a pool."""
+        request = pb.GetPoolRequest(key=key)
+        try:
+            answer = await self._call(site, "GetPool", lambda stub: stub.GetPool(request, timeout=CALL_SECONDS))
+        except _NotFoundError:
+            return PoolView(attempt, PoolPhase.ABSENT)
+        return pool_view(answer, attempt)
+
+    async def cancel(self, site: str, key: str, attempt: int, reason: str) -> PoolView:
+        """Has the site end a pool."""
+        request = pb.CancelPoolRequest(key=key, reason=reason)
+        answer = await self._call(site, "CancelPool", lambda stub: stub.CancelPool(request, timeout=CALL_SECONDS))
+        return pool_view(answer, attempt)
+
+    async def tail(self, site: str, key: str, index: int, lines: int) -> bytes:
+        """The end of one task's log. ``lines``: 0 for as many as the site likes."""
+        request = pb.TailLogRequest(key=key, index=index, lines=lines)
+
+        async def read(stub: "BridgeAsyncStub") -> bytes:
+            return b"".join([chunk.data async for chunk in stub.TailLog(request, timeout=CALL_SECONDS)])
+
+        return await self._call(site, "TailLog", read)
+
+    async def describe(self, site: str) -> pb.Site:
+        """Asks the site about itself."""
+        request = pb.DescribeSiteRequest()
+        return await self._call(site, "DescribeSite", lambda stub: stub.DescribeSite(request, timeout=CALL_SECONDS))
+
+    async def close(self) -> None:
+        """Closes every channel."""
+        for line in list(self._lines.values()):
+            await line.channel.close()
+        self._lines.clear()
+
+    async def forget(self, site: str) -> None:
+        """The site is gone."""
+        with suppress(KeyError):  # it was never called
+            SITE_CERTIFICATE_EXPIRY.remove(site)
+        line = self._lines.pop(site, None)
+        if line is not None:
+            await line.channel.close()
+
+    async def _call(self, site: str, method: str, call: "Callable[[BridgeAsyncStub], Awaitable[Answer]]") -> Answer:
+        started, code = time.monotonic(), "OK"
+        try:
+            stub = await self._stub(site)
+            return await call(stub)
+        except BridgeError:
+            code = "NO_CREDENTIALS"
+            raise
+        except aio.AioRpcError as error:
+            code = error.code().name
+            raise _translated(error) from None
+        finally:
+            BRIDGE_CALLS.labels(site, method, code).inc()
+            BRIDGE_SECONDS.labels(site, method).observe(time.monotonic() - started)
+
+    async def _stub(self, site: str) -> "BridgeAsyncStub":
+        async with self._locks.setdefault(site, asyncio.Lock()):
+            spec = self._sites.specs.get(site)
+            if spec is None:
+                raise BridgeError(ProblemKind.UNREACHABLE, f"there is no HPCSite {site}")
+            line = self._lines.get(site)
+            same = line is not None and line.identity.startswith(_place(spec))
+            if line is not None and same and time.monotonic() - line.checked < _CREDENTIALS_SECONDS:
+                return line.stub
+            credentials = await self._credentials(spec)
+            identity = _place(spec) + hashlib.sha256(b"".join(credentials.files().values())).hexdigest()
+            if line is None or line.identity != identity:
+                if line is not None:
+                    await line.channel.close()
+                channel = aio_channel(spec.endpoint, credentials, spec.tls.server_name)
+                with suppress(ValueError):  # no certificate at all: the call will say so
+                    SITE_CERTIFICATE_EXPIRY.labels(site).set(expiry(credentials.certificate).timestamp())
+                stub: Any = BridgeStub(channel)
+                line = self._lines[site] = _Line(identity, 0.0, channel, stub)
+            line.checked = time.monotonic()
+            return line.stub
+
+    async def _credentials(self, spec: HpcSiteSpec) -> Credentials:
+        ref = spec.tls.secret_ref
+        try:
+            secret = await self._kube.get("Secret", ref.namespace, ref.name)
+        except KubeError as error:
+            message = f"Secret {ref.namespace}/{ref.name} cannot be read: {error}"
+            raise BridgeError(ProblemKind.UNREACHABLE, message) from error
+        credentials = load_credentials(secret)
+        if credentials is None:
+            what = "is missing" if secret is None else "lacks ca.crt, tls.crt or tls.key"
+            raise BridgeError(ProblemKind.UNREACHABLE, f"Secret {ref.namespace}/{ref.name} {what}")
+        return credentials
+
+
+class _NotFoundError(BridgeError):
+    pass
+
+
+def pool_view(pool: pb.Pool, attempt: int) -> PoolView:
+    """Cuts a bridge's answer down to what the plan looks at."""
+    failed = [task for task in pool.tasks if task.log_tail or task.exit_code or task.signal]
+    failure = ""
+    if failed:
+        task = failed[-1]
+        how = f"signal {task.signal}" if task.signal else f"exit code {task.exit_code}"
+        failure = f"task {task.index} {task.state} ({how})\n{last_lines(task.log_tail)}".rstrip()
+    name = pb.Pool.Phase.Name(pool.phase)
+    return PoolView(
+        attempt=attempt,
+        phase=PoolPhase(name) if name in PoolPhase.__members__ else PoolPhase.UNKNOWN,
+        message=one_line(pool.message),
+        job_id=pool.slurm_job_id,
+        queued=pool.queued,
+        running=pool.running,
+        succeeded=pool.succeeded,
+        failed=pool.failed,
+        reason=one_line(pool.reason, 100),
+        expected_start=pool.expected_start,
+        submitted_at=pool.submitted_at,
+        failure=failure,
+        timed_out=pool.time_limit_reached,
+    )
+
+
+def _place(spec: HpcSiteSpec) -> str:
+    secret = spec.tls.secret_ref
+    return f"{spec.endpoint} {spec.tls.server_name or ''} {secret.namespace}/{secret.name} "
+
+
+def _translated(error: aio.AioRpcError) -> BridgeError:
+    details = one_line(error.details() or "")
+    if error.code() is grpc.StatusCode.NOT_FOUND:
+        return _NotFoundError(ProblemKind.REFUSED, details)
+    if error.code() in _DENIED:
+        return BridgeError(ProblemKind.DENIED, details)
+    if error.code() in _REFUSED:
+        return BridgeError(ProblemKind.REFUSED, details)
+    return BridgeError(ProblemKind.UNREACHABLE, f"{error.code().name}: {details}")

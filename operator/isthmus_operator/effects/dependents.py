@@ -1,0 +1,104 @@
+"""Reads a job's Secrets, Service, ConfigMap and claim: by name, so that the operator need not list Secrets."""
+
+import asyncio
+import datetime as dt
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from isthmus_contracts import identities as ids
+from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.manifest import ManifestError, parse_spec
+
+from .. import certificates, names
+from ..memory import Dependents
+from ..observed import Job, ServiceView
+from ..plan_base import certificates as wanted_certificates
+from ..podstore import job_uid_of
+from .kube import Kube
+
+Objects = dict[str, Mapping[str, Any]]  # by Kind/name
+
+
+async def load(kube: Kube, job: Job, now: dt.datetime, network_policies: bool) -> Dependents:
+    """Reads them all."""
+    file = f"ConfigMap/{names.job_file(job.name)}"
+    objects = await _get(kube, job, [file])
+    accepted = _accepted(objects.get(file), job)
+    spec = accepted or _spec(job)
+    if spec is not None:
+        objects |= await _get(kube, job, _expected(job, spec, network_policies))
+    ours = {key: body for key, body in objects.items() if job_uid_of(body) == job.uid}
+    foreign = tuple(sorted(set(objects) - set(ours)))
+    result = Dependents(now, accepted, frozenset(ours), foreign)
+    service = ours.get(f"Service/{names.aggregator(job.name)}")
+    if service is not None:
+        result.service = service_view(service)
+    code = ours.get(f"ConfigMap/{names.code(job.name)}")
+    if code is not None:
+        result.code = tuple(sorted({**(code.get("data") or {}), **(code.get("binaryData") or {})}))
+    result.authority = certificates.load_authority(ours.get(f"Secret/{names.authority(job.name)}"), now)
+    if result.authority is not None and spec is not None:
+        good = set()
+        for wanted in wanted_certificates(job, spec):
+            credentials = certificates.load_credentials(ours.get(f"Secret/{wanted.secret}"))
+            if certificates.serves(credentials, result.authority, now):
+                good.add(wanted.secret)
+                if wanted.secret == names.observer_tls(job.name):
+                    result.observer = credentials
+        result.certificates = frozenset(good)
+    return result
+
+
+def service_view(body: Mapping[str, Any]) -> ServiceView:
+    """Cuts a Service down to its addresses."""
+    spec = body.get("spec") or {}
+    ports = spec.get("ports") or ()
+    node_port = next((port.get("nodePort") or 0 for port in ports if port.get("port") == ids.AGGREGATOR_PORT), 0)
+    ingress = ((body.get("status") or {}).get("loadBalancer") or {}).get("ingress") or ()
+    first: Mapping[str, Any] = next(iter(ingress), {})
+    cluster_ip = str(spec.get("clusterIP") or "")
+    return ServiceView(
+        "" if cluster_ip == "None" else cluster_ip, int(node_port), str(first.get("ip") or first.get("hostname") or "")
+    )
+
+
+def _expected(job: Job, spec: FederatedJobSpec, network_policies: bool) -> list[str]:
+    secrets = [names.authority(job.name), *(wanted.secret for wanted in wanted_certificates(job, spec))]
+    keys = [f"Service/{names.aggregator(job.name)}", *(f"Secret/{secret}" for secret in secrets)]
+    if network_policies:
+        keys += [f"NetworkPolicy/{name}" for name in (names.aggregator(job.name), names.clients_policy(job.name))]
+    if spec.aggregator.disruption_budget == "Protect":
+        keys.append(f"PodDisruptionBudget/{names.aggregator(job.name)}")
+    if spec.task.code is not None:
+        keys.append(f"ConfigMap/{names.code(job.name)}")
+    if spec.aggregator.checkpoint.storage == "PersistentVolumeClaim":
+        keys.append(f"PersistentVolumeClaim/{names.checkpoints(job.name)}")
+    return keys
+
+
+async def _get(kube: Kube, job: Job, keys: list[str]) -> Objects:
+    bodies = await asyncio.gather(*(kube.get(*_place(key, job)) for key in keys))
+    return {key: body for key, body in zip(keys, bodies, strict=True) if body is not None}
+
+
+def _place(key: str, job: Job) -> tuple[str, str, str]:
+    kind, _, name = key.partition("/")
+    return kind, job.namespace, name
+
+
+def _accepted(body: Mapping[str, Any] | None, job: Job) -> FederatedJobSpec | None:
+    """The spec that was accepted. One that does not parse any more (a newer operator) is taken from the manifest."""
+    if body is None or job_uid_of(body) != job.uid:
+        return None
+    try:
+        return parse_spec(json.loads(body["data"][names.JOB_FILE])["spec"])
+    except (KeyError, TypeError, ValueError):
+        return _spec(job)
+
+
+def _spec(job: Job) -> FederatedJobSpec | None:
+    try:
+        return parse_spec(job.spec)
+    except ManifestError:
+        return None

@@ -1,0 +1,209 @@
+"""The API server: plain JSON requests, in threads, because the client library blocks.
+
+The library's typed models are left aside: they cost memory, and every object here is a mapping anyway.
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlencode
+
+import urllib3
+from kubernetes import client, config
+from urllib3.exceptions import HTTPError
+
+from isthmus_contracts import identities as ids
+
+from ..metrics import API_REQUESTS
+
+FIELD_MANAGER = ids.MANAGED_BY
+_MERGE_PATCH = "application/merge-patch+json"
+_APPLY_PATCH = "application/apply-patch+yaml"
+
+_PLURALS = {
+    "Pod": "pods",
+    "Service": "services",
+    "Secret": "secrets",
+    "ConfigMap": "configmaps",
+    "PersistentVolumeClaim": "persistentvolumeclaims",
+    "Event": "events",
+    "Namespace": "namespaces",
+    "Node": "nodes",
+    "NetworkPolicy": "networkpolicies",
+    "PodDisruptionBudget": "poddisruptionbudgets",
+    "FederatedJob": "federatedjobs",
+    "HPCSite": "hpcsites",
+}
+_GROUPS = {"NetworkPolicy": "networking.k8s.io/v1", "PodDisruptionBudget": "policy/v1"}
+_OUR_KINDS = ("FederatedJob", "HPCSite")
+
+
+class KubeError(Exception):
+    """The API server said no, or nothing. ``code`` is 0 where there was no answer."""
+
+    def __init__(self, code: int, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+
+    @property
+    def definite(self) -> bool:
+        """Whether the request certainly had no effect, and will have none if it is merely repeated at once."""
+        return 400 <= self.code < 500 and self.code not in (408, 429)
+
+
+def path(kind: str, namespace: str = "", name: str = "", subresource: str = "") -> str:
+    """The URL path of an object or a collection."""
+    group = ids.API_VERSION if kind in _OUR_KINDS else _GROUPS.get(kind)
+    root = f"/apis/{group}" if group else "/api/v1"
+    parts = [root, f"namespaces/{namespace}" if namespace else "", _PLURALS[kind], name, subresource]
+    return "/".join(part for part in parts if part)
+
+
+class Kube:
+    """Requests to the API server."""
+
+    def __init__(self, configuration: client.Configuration, concurrency: int, timeout: float) -> None:
+        self._configuration = configuration
+        self._pool = connections(configuration, concurrency)
+        self._timeout = timeout
+        self._policy = _GROUPS["PodDisruptionBudget"]
+        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="kube")
+
+    @classmethod
+    def connect(cls, concurrency: int, timeout: float) -> "Kube":
+        """Uses the pod's service account, or else the kubeconfig."""
+        configuration = client.Configuration()
+        load: Any = config  # the library's loaders carry no types
+        try:
+            load.load_incluster_config(client_configuration=configuration)
+        except config.ConfigException:
+            load.load_kube_config(client_configuration=configuration, persist_config=False)
+        return cls(configuration, concurrency, timeout)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def probe(self, where: str) -> None:
+        """Raises unless the API server answers well at a path."""
+        await self._request("GET", where)
+
+    async def discover(self) -> None:
+        """Finds out how an older API server (before 1.21) calls what we make."""
+        try:
+            await self.probe(f"/apis/{self._policy}")
+        except KubeError as error:
+            if error.code != 404:
+                raise
+            self._policy = "policy/v1beta1"
+
+    async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
+        """An object, or None where there is none."""
+        try:
+            return await self._request("GET", path(kind, namespace, name))
+        except KubeError as error:
+            if error.code == 404:
+                return None
+            raise
+
+    async def list(self, kind: str, namespace: str, labels: str) -> dict[str, Any]:
+        """The objects with these labels."""
+        return await self._request("GET", path(kind, namespace), query={"labelSelector": labels})
+
+    async def create(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Creates an object."""
+        where = path(body["kind"], body["metadata"].get("namespace", ""))
+        return await self._request("POST", where, body, query={"fieldManager": FIELD_MANAGER})
+
+    async def apply(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Server-side apply."""
+        if body["apiVersion"] == _GROUPS["PodDisruptionBudget"]:
+            body = {**body, "apiVersion": self._policy}
+        metadata = body["metadata"]
+        where = path(body["kind"], metadata.get("namespace", ""), metadata["name"])
+        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        return await self._request("PATCH", where, body, query, _APPLY_PATCH)
+
+    async def patch(
+        self, kind: str, namespace: str, name: str, body: Mapping[str, Any], subresource: str = ""
+    ) -> dict[str, Any]:
+        """JSON merge patch."""
+        where = path(kind, namespace, name, subresource)
+        return await self._request("PATCH", where, body, {"fieldManager": FIELD_MANAGER}, _MERGE_PATCH)
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
+        """Deletes exactly the object with that uid; one that is gone is no error."""
+        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+        try:
+            await self._request("DELETE", path(kind, namespace, name), body)
+        except KubeError as error:
+            # 409: another object bears the name by now.
+            if error.code not in (404, 409):
+                raise
+
+    async def _request(
+        self,
+        method: str,
+        where: str,
+        body: Mapping[str, Any] | None = None,
+        query: Mapping[str, str] | None = None,
+        content_type: str = "application/json",
+    ) -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._send, method, where, body, query, content_type)
+
+    def _send(
+        self,
+        method: str,
+        where: str,
+        body: Mapping[str, Any] | None,
+        query: Mapping[str, str] | None,
+        content_type: str,
+    ) -> dict[str, Any]:
+        headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": ids.MANAGED_BY}
+        # Refreshes a token that rotates.
+        token = self._configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
+        if token:
+            headers["Authorization"] = token
+        where = where.replace(f"/apis/{_GROUPS['PodDisruptionBudget']}/", f"/apis/{self._policy}/")
+        url = self._configuration.host.rstrip("/") + where + (f"?{urlencode(query)}" if query else "")
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            answer = self._pool.request(method, url, body=data, headers=headers, timeout=self._timeout, retries=False)
+        except (HTTPError, OSError) as error:
+            API_REQUESTS.labels(method, "none").inc()
+            raise KubeError(0, f"no answer from the API server: {error}") from error
+        API_REQUESTS.labels(method, str(answer.status)).inc()
+        content = _parsed(answer.data)
+        if answer.status >= 400:
+            message = str(content.get("message") or answer.data[:200].decode("utf-8", "replace") or answer.reason)
+            raise KubeError(answer.status, message, str(content.get("reason", "")))
+        return content
+
+
+def connections(configuration: client.Configuration, size: int) -> urllib3.PoolManager:
+    """Connections to the API server, as the library's configuration says."""
+    options: dict[str, Any] = {
+        "num_pools": 4,
+        "maxsize": size,
+        "cert_reqs": "CERT_REQUIRED" if configuration.verify_ssl else "CERT_NONE",
+        "ca_certs": configuration.ssl_ca_cert,
+        "cert_file": configuration.cert_file,
+        "key_file": configuration.key_file,
+    }
+    if configuration.tls_server_name:
+        options["server_hostname"] = configuration.tls_server_name
+    if configuration.proxy:
+        return urllib3.ProxyManager(configuration.proxy, proxy_headers=configuration.proxy_headers, **options)
+    return urllib3.PoolManager(**options)
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(data)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

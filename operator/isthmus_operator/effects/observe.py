@@ -1,0 +1,151 @@
+"""Gathers what a plan looks at."""
+
+import asyncio
+import datetime as dt
+
+from isthmus_contracts import identities as ids
+from isthmus_contracts.federatedjob import FederatedJobSpec
+
+from .. import certificates, names
+from ..draft import Limits
+from ..jobstore import SiteStore
+from ..memory import Dependents, JobMemory
+from ..observed import FederationView, Job, Observed, PodView, PoolView
+from ..plan import load_record
+from ..podstore import PodStore
+from ..record import HpcRecord
+from ..render import hpc as render_hpc
+from ..status import finished
+from . import dependents
+from .bridge import BridgeError, Bridges
+from .kube import Kube, KubeError
+from .observer import Aggregators
+
+# Objects that nobody should touch are looked at every so many resyncs, in case somebody did.
+_DEPENDENTS_RESYNCS = 20
+# A watch may lose a deletion while it is down: a list finds the ghosts.
+_PODS_AGE = dt.timedelta(minutes=10)
+
+
+class Observer:
+    """Sees a job's surroundings."""
+
+    def __init__(
+        self,
+        kube: Kube,
+        pods: PodStore,
+        sites: SiteStore,
+        bridges: Bridges,
+        aggregators: Aggregators,
+        limits: Limits,
+    ) -> None:
+        self._kube = kube
+        self._pods = pods
+        self._sites = sites
+        self._bridges = bridges
+        self._aggregators = aggregators
+        self._cluster = limits.cluster
+        self._policies = limits.network_policies
+        self._dependents_age = dt.timedelta(seconds=_DEPENDENTS_RESYNCS * limits.resync)
+
+    async def observe(self, job: Job, memory: JobMemory, now: dt.datetime) -> Observed:
+        """Looks around. The aggregator is asked last: see ``Observed.federation``."""
+        idle = job.deleted is not None or finished(job.status) is not None
+        if not idle:
+            await self._list_pods(job, memory, now)
+        pools, base = await asyncio.gather(
+            self._ask_sites(job, memory, now), self._look_at_dependents(job, memory, now, idle)
+        )
+        pods = self._pods.of(job.uid)
+        aggregator = next((pod for pod in pods if pod.role == names.ROLE_AGGREGATOR), None)
+        federation, error = await self._ask_aggregator(job, base, aggregator)
+        return Observed(
+            pods=pods,
+            accepted=base.accepted,
+            present=base.present,
+            foreign=base.foreign,
+            code=base.code,
+            authority=certificates.fingerprint(base.authority) if base.authority is not None else "",
+            certificates=base.certificates,
+            service=base.service,
+            node_address=await self._node_address(base.accepted, memory, aggregator),
+            sites=dict(self._sites.specs),
+            pools=pools,
+            problems=dict(memory.problems),
+            refusals=dict(memory.refusals),
+            federation=federation,
+            federation_error=error,
+        )
+
+    async def _list_pods(self, job: Job, memory: JobMemory, now: dt.datetime) -> None:
+        if memory.pods_listed is not None and now - memory.pods_listed < _PODS_AGE:
+            return
+        known = [pod.uid for pod in self._pods.of(job.uid)]
+        listed = await self._kube.list("Pod", job.namespace, f"{ids.LABEL_JOB_UID}={job.uid}")
+        self._pods.replace(job.uid, listed.get("items") or (), known)
+        memory.pods_listed = now
+
+    async def _look_at_dependents(self, job: Job, memory: JobMemory, now: dt.datetime, idle: bool) -> Dependents:
+        known = memory.dependents
+        if known is None and idle:
+            # Nothing is made for it any more.
+            return Dependents(now)
+        if known is None or (not idle and (now - known.loaded > self._dependents_age or _incomplete(known))):
+            known = memory.dependents = await dependents.load(self._kube, job, now, self._policies)
+        return known
+
+    async def _ask_sites(self, job: Job, memory: JobMemory, now: dt.datetime) -> dict[str, PoolView]:
+        record = load_record(job)
+        pending = {name: pool for name, pool in record.hpc.items() if not pool.ended and (pool.authority or pool.seen)}
+        views = await asyncio.gather(*(self._ask_site(job, memory, now, *item) for item in pending.items()))
+        return {name: view for name, view in zip(pending, views, strict=True) if view is not None}
+
+    async def _ask_site(
+        self, job: Job, memory: JobMemory, now: dt.datetime, name: str, record: HpcRecord
+    ) -> PoolView | None:
+        problem = memory.problems.get(name)
+        if problem is not None and now < problem.retry_at:
+            return None
+        key = render_hpc.key(self._cluster, job, name, record.attempt)
+        try:
+            view = await self._bridges.get(record.site, key, record.attempt)
+        except BridgeError as error:
+            memory.trouble(name, error.kind, str(error), now)
+            return None
+        memory.answered(name)
+        return view
+
+    async def _ask_aggregator(
+        self, job: Job, base: Dependents, pod: PodView | None
+    ) -> tuple[FederationView | None, str]:
+        if pod is None or pod.phase != "Running" or not pod.ip or base.observer is None:
+            await self._aggregators.forget(job.uid)
+            return None, ""
+        answer = await self._aggregators.ask(job.uid, pod.ip, base.observer)
+        return (None, answer) if isinstance(answer, str) else (answer, "")
+
+    async def _node_address(self, spec: FederatedJobSpec | None, memory: JobMemory, pod: PodView | None) -> str:
+        """The address of the aggregator's node: what a NodePort needs."""
+        if pod is None or not pod.node or spec is None or spec.aggregator.expose.type != "NodePort":
+            return ""
+        if pod.node not in memory.node_addresses:
+            try:
+                node = await self._kube.get("Node", "", pod.node)
+            except KubeError:
+                # Not allowed to read nodes: the pod tells the internal address.
+                node = None
+            addresses = ((node or {}).get("status") or {}).get("addresses") or ()
+            found = {item.get("type"): str(item.get("address")) for item in addresses}
+            address = found.get("ExternalIP") or found.get("InternalIP") or pod.host_ip
+            if not address:
+                return ""
+            memory.node_addresses[pod.node] = address
+        return memory.node_addresses[pod.node]
+
+
+def _incomplete(known: Dependents) -> bool:
+    """Whether something is still missing that may have come since: then the objects are looked at each time."""
+    service, accepted = known.service, known.accepted
+    if accepted is None or known.foreign or known.authority is None or service is None:
+        return True
+    return accepted.aggregator.expose.type == "LoadBalancer" and not service.ingress

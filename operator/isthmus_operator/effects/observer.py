@@ -1,0 +1,74 @@
+"""Asks aggregators how the training goes."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from isthmus_contracts import identities as ids
+from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.pb.federation_pb2_grpc import ObserverStub
+from isthmus_contracts.pki import Credentials
+from isthmus_contracts.transport import aio_channel
+
+from ..federation import view
+from ..metrics import OBSERVER_ERRORS
+from ..observed import FederationView
+from ..text import one_line
+
+log = logging.getLogger(__name__)
+
+CALL_SECONDS = 4.0
+
+
+@dataclass
+class _Line:
+    address: str
+    credentials: Credentials
+    channel: aio.Channel
+
+
+_SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+class Aggregators:
+    """One channel per running aggregator, kept open."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, _Line] = {}
+
+    async def ask(self, job_uid: str, ip: str, credentials: Credentials) -> FederationView | str:
+        """The aggregator's status, or why there is none. It is asked at its pod's address: no Service, no DNS."""
+        address = f"[{ip}]:{ids.AGGREGATOR_PORT}" if ":" in ip else f"{ip}:{ids.AGGREGATOR_PORT}"
+        line = self._lines.get(job_uid)
+        if line is None or line.address != address or line.credentials != credentials:
+            await self.forget(job_uid)
+            channel = aio_channel(address, credentials, ids.aggregator_server_name(job_uid))
+            line = self._lines[job_uid] = _Line(address, credentials, channel)
+        stub: Any = ObserverStub(line.channel)
+        try:
+            answer = await stub.GetStatus(pb.GetStatusRequest(job_uid=job_uid), timeout=CALL_SECONDS)
+        except aio.AioRpcError as error:
+            OBSERVER_ERRORS.labels(error.code().name).inc()
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                # The next call dials at once, whatever this channel's back-off.
+                await self.forget(job_uid)
+            if error.code() in _SILENT:
+                # gRPC words this differently from call to call; a status that followed would be written each time.
+                log.debug("%s: %s: %s", address, error.code().name, error.details())
+                return f"no answer from {address}"
+            return f"{error.code().name}: {one_line(error.details() or '', 200)}"
+        return view(answer)
+
+    async def forget(self, job_uid: str) -> None:
+        """Closes a channel."""
+        line = self._lines.pop(job_uid, None)
+        if line is not None:
+            await line.channel.close()
+
+    async def close(self) -> None:
+        """Closes every channel."""
+        for job_uid in list(self._lines):
+            await self.forget(job_uid)

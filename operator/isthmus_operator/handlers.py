@@ -1,0 +1,91 @@
+"""What kopf does for us: it watches FederatedJobs, HPCSites and pods.
+
+Every event only wakes a queue; what is to be done follows from the state, never from the event. So kopf stores nothing
+on the objects, and needs no finalizer of its own.
+"""
+
+import logging
+from typing import Any
+
+import kopf
+
+from isthmus_contracts import identities as ids
+
+from .app import App
+from .podstore import job_of
+
+
+def build_registry(app: App) -> kopf.OperatorRegistry:
+    """The handlers of one operator."""
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.login(registry=registry)
+    def login(**kwargs: Any) -> Any:
+        return kopf.login_via_client(**kwargs)
+
+    @kopf.on.startup(registry=registry)
+    async def startup(settings: kopf.OperatorSettings, **_: Any) -> None:
+        configure(settings)
+        await app.start()
+
+    @kopf.on.cleanup(registry=registry)
+    async def cleanup(**_: Any) -> None:
+        await app.stop()
+
+    @kopf.on.event(ids.GROUP, ids.VERSION, "federatedjobs", registry=registry)
+    async def job_event(event: Any, **_: Any) -> None:
+        body = event["object"]
+        key = (body["metadata"]["namespace"], body["metadata"]["name"])
+        if event["type"] == "DELETED":
+            app.jobs.drop(key, body["metadata"]["uid"])
+            app.queue.add(key)
+        elif app.jobs.put(body):
+            app.queue.add(key)
+
+    @kopf.on.event("", "v1", "pods", labels={ids.LABEL_MANAGED_BY: ids.MANAGED_BY}, registry=registry)
+    async def pod_event(event: Any, **_: Any) -> None:
+        body = event["object"]
+        if event["type"] == "DELETED":
+            app.pods.drop(body)
+        else:
+            app.pods.put(body)
+        app.queue.add(job_of(body))
+
+    async def site_event(event: Any, **_: Any) -> None:
+        body = event["object"]
+        name = body["metadata"]["name"]
+        if event["type"] == "DELETED":
+            app.sites.drop(name)
+            app.site_changed(name)
+        elif app.sites.put(body):
+            app.site_changed(name)
+        else:
+            return
+        app.site_queue.add(name)
+
+    if app.settings.sites:
+        kopf.on.event(ids.GROUP, ids.VERSION, "hpcsites", registry=registry)(site_event)
+
+    _silence()
+    return registry
+
+
+def configure(settings: kopf.OperatorSettings) -> None:
+    """kopf's own settings."""
+    # Only our pods are sent to us.
+    settings.watching.label_selectors["pods"] = f"{ids.LABEL_MANAGED_BY}={ids.MANAGED_BY}"
+    # A watch that hears nothing for a while may be dead.
+    settings.watching.server_timeout = 300
+    settings.watching.connect_timeout = 15
+    settings.networking.request_timeout = 60
+    settings.queueing.worker_limit = 64
+    # The resources are known, and namespaces are named: no rights to watch CRDs or namespaces are needed.
+    settings.scanning.disabled = True
+    settings.posting.enabled = False
+    settings.peering.standalone = True
+
+
+def _silence() -> None:
+    # One line per handled event says nothing here.
+    for name in ("kopf.objects", "kopf.activities"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,70 @@
+"""Probes that mean something: whether the event loop turns and the work goes on, answered from outside of both."""
+
+import asyncio
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from .metrics import LOOP_LAG
+from .workqueue import WorkQueue
+
+_BEAT = 1.0
+# Older than this, the loop hangs; a look that takes longer than this is stuck.
+MAX_BEAT_AGE = 30.0
+MAX_LOOK = 900.0
+
+
+class Health:
+    """What the probes look at."""
+
+    def __init__(self) -> None:
+        self._beat = time.monotonic()
+        self._queues: list[WorkQueue[str] | WorkQueue[tuple[str, str]]] = []
+        self.broken = False  # a part that should run for ever has ended
+        self.ready = threading.Event()  # the watches are up
+
+    def watch(self, queue: "WorkQueue[str] | WorkQueue[tuple[str, str]]") -> None:
+        """Includes a queue."""
+        self._queues.append(queue)
+
+    async def run(self) -> None:
+        """Beats until cancelled."""
+        while True:
+            expected = time.monotonic() + _BEAT
+            await asyncio.sleep(_BEAT)
+            self._beat = time.monotonic()
+            LOOP_LAG.set(max(0.0, self._beat - expected))
+
+    def report(self) -> dict[str, object]:
+        """The state, with the verdict of the liveness probe."""
+        age = time.monotonic() - self._beat
+        look = max((queue.oldest() for queue in self._queues), default=0.0)
+        return {
+            "alive": not self.broken and age < MAX_BEAT_AGE and look < MAX_LOOK,
+            "ready": self.ready.is_set(),
+            "secondsSinceBeat": round(age, 1),
+            "longestLookSeconds": round(look, 1),
+        }
+
+
+def serve(health: Health, host: str, port: int) -> ThreadingHTTPServer:
+    """Serves /healthz and /readyz from a thread of its own: a hung loop cannot keep it from saying so."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            report = health.report()
+            good = {"/healthz": report["alive"], "/readyz": report["alive"] and report["ready"]}.get(self.path)
+            body = json.dumps(report).encode()
+            self.send_response(404 if good is None else 200 if good else 503)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Probes are not worth a line."""
+
+    server = ThreadingHTTPServer((host, port), Handler)
+    threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
+    return server

@@ -1,0 +1,68 @@
+"""What the operator keeps of a job between two looks. All of it can be lost: it is only spared work."""
+
+import datetime as dt
+from dataclasses import dataclass, field
+
+from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.pki import Authority, Credentials
+
+from .observed import PoolProblem, ProblemKind, Refusal, ServiceView
+
+_FIRST_RETRY = 5.0  # seconds; doubled each time
+_LONGEST_RETRY = 60.0
+
+
+@dataclass
+class Dependents:
+    """The job's objects other than pods."""
+
+    loaded: dt.datetime
+    accepted: FederatedJobSpec | None = None
+    present: frozenset[str] = frozenset()
+    foreign: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
+    authority: Authority | None = None
+    certificates: frozenset[str] = frozenset()
+    observer: Credentials | None = None
+    service: ServiceView | None = None
+
+
+@dataclass
+class JobMemory:
+    """One job."""
+
+    uid: str
+    dependents: Dependents | None = None
+    pods_listed: dt.datetime | None = None
+    refusals: dict[str, Refusal] = field(default_factory=dict)
+    refused_times: dict[str, int] = field(default_factory=dict)
+    problems: dict[str, PoolProblem] = field(default_factory=dict)
+    problem_times: dict[str, int] = field(default_factory=dict)
+    log_answered: str = ""  # the request that was answered last
+    status_written: dt.datetime | None = None
+    node_addresses: dict[str, str] = field(default_factory=dict)
+
+    def refuse(self, key: str, message: str, now: dt.datetime) -> None:
+        """Remembers that an object could not be made."""
+        times = self.refused_times[key] = self.refused_times.get(key, 0) + 1
+        self.refusals[key] = Refusal(message, now + _delay(times))
+
+    def made(self, key: str) -> None:
+        """Forgets a refusal."""
+        self.refusals.pop(key, None)
+        self.refused_times.pop(key, None)
+
+    def trouble(self, pool: str, kind: ProblemKind, message: str, now: dt.datetime) -> None:
+        """Remembers that a site did not do as it was asked."""
+        times = self.problem_times[pool] = self.problem_times.get(pool, 0) + 1
+        delay = _delay(times) if kind is ProblemKind.UNREACHABLE else dt.timedelta(seconds=_LONGEST_RETRY)
+        self.problems[pool] = PoolProblem(kind, message, now + delay)
+
+    def answered(self, pool: str) -> None:
+        """Forgets a trouble."""
+        self.problems.pop(pool, None)
+        self.problem_times.pop(pool, None)
+
+
+def _delay(times: int) -> dt.timedelta:
+    return dt.timedelta(seconds=min(_FIRST_RETRY * 2 ** min(times - 1, 10), _LONGEST_RETRY))

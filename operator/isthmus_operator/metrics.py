@@ -1,0 +1,102 @@
+"""Metrics of the operator. One series per job's pool and state at most, never one per client."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from isthmus_contracts.federatedjob_status import Phase
+
+from . import __version__
+
+REGISTRY = CollectorRegistry()
+
+API_REQUESTS = Counter(
+    "isthmus_operator_api_requests", "Requests to the API server.", ["method", "code"], registry=REGISTRY
+)
+RECONCILE_SECONDS = Histogram(
+    "isthmus_operator_reconcile_seconds",
+    "Time that one look at one job took, effects included.",
+    registry=REGISTRY,
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
+)
+RECONCILE_ERRORS = Counter(
+    "isthmus_operator_reconcile_errors", "Looks at a job that an error cut short.", registry=REGISTRY
+)
+ACTIONS = Counter("isthmus_operator_actions", "Actions carried out, by kind.", ["action"], registry=REGISTRY)
+QUEUE_DEPTH = Gauge("isthmus_operator_queue_depth", "Jobs that wait for a worker.", registry=REGISTRY)
+WORKERS_BUSY = Gauge("isthmus_operator_workers_busy", "Workers that look at a job.", registry=REGISTRY)
+BRIDGE_CALLS = Counter(
+    "isthmus_operator_bridge_calls",
+    "Calls to bridges, by their outcome.",
+    ["site", "method", "code"],
+    registry=REGISTRY,
+)
+BRIDGE_SECONDS = Histogram(
+    "isthmus_operator_bridge_call_seconds", "Time that a call to a bridge took.", ["site", "method"], registry=REGISTRY
+)
+OBSERVER_ERRORS = Counter(
+    "isthmus_operator_observer_errors", "Calls to aggregators that failed.", ["code"], registry=REGISTRY
+)
+STATUS_WRITES = Counter("isthmus_operator_status_writes", "Writes of a FederatedJob's status.", registry=REGISTRY)
+EVENTS = Counter("isthmus_operator_events", "Kubernetes events written.", ["reason"], registry=REGISTRY)
+ADMISSION = Counter(
+    "isthmus_operator_admission_reviews", "Manifests that the webhook judged.", ["verdict"], registry=REGISTRY
+)
+LOOP_LAG = Gauge("isthmus_operator_loop_lag_seconds", "How late the event loop runs.", registry=REGISTRY)
+SITE_CERTIFICATE_EXPIRY = Gauge(
+    "isthmus_operator_site_certificate_expiry_timestamp_seconds",
+    "When the certificate ends with which the operator calls a site.",
+    ["site"],
+    registry=REGISTRY,
+)
+INFO = Gauge("isthmus_operator_info", "Always 1; tells the version.", ["version"], registry=REGISTRY)
+INFO.labels(__version__).set(1)
+
+JobStatus = tuple[str, str, Mapping[str, Any]]  # namespace, name, status
+
+
+class JobsCollector(Collector):
+    """Reads the jobs' statuses when Prometheus asks, so that a deleted job leaves no series behind."""
+
+    def __init__(self, jobs: Callable[[], Iterable[JobStatus]], sites: Callable[[], Mapping[str, bool]]) -> None:
+        self._jobs = jobs
+        self._sites = sites
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """The families, made anew for each scrape."""
+        phases = GaugeMetricFamily("isthmus_operator_jobs", "FederatedJobs by phase.", labels=["phase"])
+        clients = GaugeMetricFamily(
+            "isthmus_operator_pool_clients",
+            "Clients of a pool by state: desired, queued, ready, failed.",
+            labels=["namespace", "job", "pool", "state"],
+        )
+        rounds = GaugeMetricFamily(
+            "isthmus_operator_rounds_completed", "Rounds that a job completed.", labels=["namespace", "job"]
+        )
+        conditions = GaugeMetricFamily(
+            "isthmus_operator_job_condition",
+            "A condition of a job: 1 if it is True, else 0.",
+            labels=["namespace", "job", "condition"],
+        )
+        counts: dict[str, int] = dict.fromkeys(get_args(Phase), 0)
+        for namespace, name, status in self._jobs():
+            phase = str(status.get("phase") or "Pending")
+            counts[phase] = counts.get(phase, 0) + 1
+            for pool in status.get("pools") or ():
+                for state in ("desired", "queued", "ready", "failed"):
+                    clients.add_metric([namespace, name, str(pool.get("name")), state], float(pool.get(state) or 0))
+            for condition in status.get("conditions") or ():
+                holds = float(condition.get("status") == "True")
+                conditions.add_metric([namespace, name, str(condition.get("type"))], holds)
+            rounds.add_metric([namespace, name], float((status.get("rounds") or {}).get("completed") or 0))
+        for phase, count in sorted(counts.items()):
+            phases.add_metric([phase], count)
+        reachable = GaugeMetricFamily(
+            "isthmus_operator_site_reachable", "Whether a site's bridge answers.", labels=["site"]
+        )
+        for site, value in sorted(self._sites().items()):
+            reachable.add_metric([site], float(value))
+        return (phases, clients, conditions, rounds, reachable)

@@ -1,0 +1,64 @@
+"""Names of everything that the operator makes for a job: deterministic, so that a repeated step makes nothing twice."""
+
+from isthmus_contracts import identities as ids
+
+ANNOTATION_RECORD = f"{ids.GROUP}/record"  # on the FederatedJob: see record.py
+ANNOTATION_AUTHORITY = f"{ids.GROUP}/authority"  # on pods: which CA signed what they mount
+ROLE_AGGREGATOR = "aggregator"
+ROLE_CLIENT = "client"
+JOB_FILE = "job.json"
+
+
+def aggregator(job: str) -> str:
+    """The aggregator's pod and Service."""
+    return f"{job}-aggregator"
+
+
+def job_file(job: str) -> str:
+    """The ConfigMap that records the accepted job."""
+    return f"{job}-job"
+
+
+def clients_policy(job: str) -> str:
+    """The NetworkPolicy of the clients' pods."""
+    return f"{job}-clients"
+
+
+def code(job: str) -> str:
+    """The ConfigMap with the job's own copy of its files."""
+    return f"{job}-code"
+
+
+def checkpoints(job: str) -> str:
+    """The aggregator's PersistentVolumeClaim."""
+    return f"{job}-checkpoints"
+
+
+def authority(job: str) -> str:
+    """The Secret with the job's CA and its key; no pod mounts it."""
+    return f"{job}-ca"
+
+
+def aggregator_tls(job: str) -> str:
+    """The Secret with the aggregator's certificate."""
+    return f"{job}-aggregator-tls"
+
+
+def observer_tls(job: str) -> str:
+    """The Secret with the certificate with which the operator asks the aggregator."""
+    return f"{job}-observer-tls"
+
+
+def pool_tls(job: str, pool: str) -> str:
+    """The Secret with the certificate of a pool's clients."""
+    return f"{job}-{pool}-tls"
+
+
+def client(job: str, pool: str, index: int, attempt: int) -> str:
+    """One start of one cloud client."""
+    return f"{job}-{pool}-{index}-{attempt}"
+
+
+def labels(job: str, job_uid: str) -> dict[str, str]:
+    """Labels of every object of a job."""
+    return {ids.LABEL_MANAGED_BY: ids.MANAGED_BY, ids.LABEL_JOB: job, ids.LABEL_JOB_UID: job_uid}

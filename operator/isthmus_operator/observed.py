@@ -1,0 +1,197 @@
+"""What the operator saw: immutable views, cut down to what the plan looks at."""
+
+import datetime as dt
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.hpcsite import HpcSiteSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A FederatedJob as the API server holds it."""
+
+    name: str
+    namespace: str
+    uid: str
+    generation: int
+    created: dt.datetime
+    spec: Mapping[str, Any]
+    status: Mapping[str, Any] = field(default_factory=dict)
+    record: str = ""  # the annotation, as it stands
+    log_request: str = ""  # likewise
+    queue: str = ""  # Kueue's
+    finalizers: tuple[str, ...] = ()
+    deleted: dt.datetime | None = None
+    resource_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PodView:
+    """A pod of a job."""
+
+    name: str
+    uid: str
+    role: str
+    pool: str = ""
+    index: int = 0
+    attempt: int = 0
+    phase: str = "Pending"
+    deleting: bool = False
+    ready: bool = False
+    created: dt.datetime | None = None
+    finished: dt.datetime | None = None  # when its main container ended
+    exit_code: int | None = None
+    reason: str = ""  # why it ended: Evicted, OOMKilled, Error, ...
+    message: str = ""  # its termination message
+    disrupted: bool = False  # ended by the cluster, not by its own doing
+    waiting: str = ""  # why it does not run yet
+    restarts: int = 0
+    last_exit_code: int | None = None  # of the container's previous run
+    last_message: str = ""
+    ip: str = ""
+    host_ip: str = ""
+    node: str = ""
+    authority: str = ""
+    resource_version: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether its containers are over for good."""
+        return self.phase in ("Succeeded", "Failed")
+
+    @property
+    def active(self) -> bool:
+        """Whether it runs, or may yet, and nobody has deleted it."""
+        return not self.ended and not self.deleting
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceView:
+    """The aggregator's Service."""
+
+    cluster_ip: str = ""
+    node_port: int = 0
+    ingress: str = ""  # host or address of the load balancer
+
+
+class PoolPhase(StrEnum):
+    """The bridge's phases, and ABSENT: the site knows no such key."""
+
+    ABSENT = "ABSENT"
+    SUBMITTING = "SUBMITTING"
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    UNKNOWN = "UNKNOWN"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """What the site said about one attempt of an HPC pool."""
+
+    attempt: int
+    phase: PoolPhase
+    message: str = ""
+    job_id: str = ""
+    queued: int = 0
+    running: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    reason: str = ""
+    expected_start: float = 0.0
+    submitted_at: float = 0.0
+    failure: str = ""  # the last lines of a failed task
+    timed_out: bool = False  # its time limit ended it
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing of it is left in the queue or on a node."""
+        return self.phase in (PoolPhase.SUCCEEDED, PoolPhase.FAILED, PoolPhase.CANCELLED)
+
+
+class ProblemKind(StrEnum):
+    """Why a site gave no answer, or not the one that was asked for."""
+
+    UNREACHABLE = "unreachable"
+    DENIED = "denied"
+    REFUSED = "refused"  # the site finds the request malformed
+
+
+@dataclass(frozen=True, slots=True)
+class PoolProblem:
+    """The newest trouble with a pool's site; gone once a call succeeds."""
+
+    kind: ProblemKind
+    message: str
+    retry_at: dt.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The API server did not make an object."""
+
+    message: str
+    retry_at: dt.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A value that the aggregator reports."""
+
+    name: str
+    value: float
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """The newest committed model."""
+
+    path: str
+    round: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class FederationView:
+    """What the aggregator says of the training."""
+
+    phase: str  # the name of a FederationStatus.Phase
+    message: str = ""
+    current_round: int = 0
+    completed_rounds: int = 0
+    total_rounds: int = 0
+    connected: Mapping[str, int] = field(default_factory=dict)  # clients by pool
+    failures: Mapping[str, str] = field(default_factory=dict)  # the newest by pool
+    metrics: tuple[Metric, ...] = ()
+    best: Metric | None = None
+    model: ModelView | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Everything around a job at one moment."""
+
+    pods: tuple[PodView, ...] = ()
+    accepted: FederatedJobSpec | None = None  # from the job's ConfigMap
+    present: frozenset[str] = frozenset()  # names of other objects that exist and are this job's: Kind/name
+    code: tuple[str, ...] = ()  # names of the files of task.code
+    foreign: tuple[str, ...] = ()  # Kind/name of objects that bear our names and are not this job's
+    authority: str = ""  # fingerprint of the job's CA; empty: there is none, or it must be made anew
+    certificates: frozenset[str] = frozenset()  # Secrets whose certificates are good for a while
+    service: ServiceView | None = None
+    node_address: str = ""  # of the aggregator's node
+    sites: Mapping[str, HpcSiteSpec] = field(default_factory=dict)
+    pools: Mapping[str, PoolView] = field(default_factory=dict)
+    problems: Mapping[str, PoolProblem] = field(default_factory=dict)
+    refusals: Mapping[str, Refusal] = field(default_factory=dict)  # by Kind/name
+    # Asked last, after everything above was seen: clients end once the aggregator is complete, so it is not concluded
+    # from their end that they are missing.
+    federation: FederationView | None = None
+    federation_error: str = ""  # why the aggregator did not answer

@@ -1,0 +1,136 @@
+"""The aggregator's pod: start it, tell its crashes from its verdicts, replace it when it is lost."""
+
+import datetime as dt
+from dataclasses import dataclass
+from typing import Literal
+
+from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.federatedjob_status import Reason
+
+from . import names
+from .actions import CreatePod, DeletePod
+from .draft import Draft, Verdict
+from .federation import from_termination
+from .observed import FederationView, PodView
+from .render import aggregator
+from .text import last_lines, one_line
+
+# A pod that failed before its container could run (evicted, refused by the node) is kept this long, so that a node
+# that refuses every pod is not asked in a tight loop.
+_REPLACE_DELAY = dt.timedelta(seconds=5)
+
+
+@dataclass(frozen=True)
+class AggregatorOutcome:
+    """The AggregatorReady condition, what the aggregator says, and whether that ends the job."""
+
+    status: Literal["True", "False"]
+    reason: Reason
+    message: str
+    federation: FederationView | None = None
+    verdict: Verdict | None = None
+
+
+def plan_aggregator(draft: Draft, ready_to_start: bool) -> AggregatorOutcome:
+    """Plans the aggregator of a job that shall run."""
+    pod = aggregator_pod(draft)
+    if pod is None:
+        if not ready_to_start:
+            refused = [item for item in draft.observed.refusals.items() if not item[0].startswith("Pod/")]
+            words = "; ".join(_refused(key, refusal.message) for key, refusal in refused)
+            return _down(Reason.AGGREGATOR_STARTING, words or "its Secrets, Service and volume are being made")
+        key = f"Pod/{names.aggregator(draft.job.name)}"
+        if not draft.refused(key):
+            seen = draft.observed
+            draft.actions.append(CreatePod(aggregator.pod(draft.job, draft.spec, seen.authority, seen.code)))
+        refusal = draft.observed.refusals.get(key)
+        message = f"the API server refused its pod: {refusal.message}" if refusal else "its pod is being made"
+        return _down(Reason.AGGREGATOR_LOST if draft.record.aggregator.pod else Reason.AGGREGATOR_STARTING, message)
+    verdict, federation = judge(draft, pod)
+    if verdict is not None:
+        reason = Reason.AGGREGATOR_FINISHED if verdict.outcome == "Complete" else Reason.AGGREGATOR_FAILED
+        return AggregatorOutcome("False", reason, verdict.message, federation, verdict)
+    if pod.deleting and not draft.record.aggregator.pod:
+        return _down(Reason.AGGREGATOR_STARTING, "the pod from before the suspension is still ending", federation)
+    if pod.deleting:
+        where = f" on node {pod.node}" if pod.node else ""
+        return _down(Reason.AGGREGATOR_LOST, f"its pod is being deleted{where}; a new one follows", federation)
+    if pod.ended or _foreign_authority(draft, pod):
+        if not pod.ended or draft.reached((pod.finished or pod.created or draft.now) + _REPLACE_DELAY):
+            draft.actions.append(DeletePod(pod.name, pod.uid))
+        why = one_line(pod.reason or pod.message or "it ended") if pod.ended else "its certificates were made anew"
+        return _down(Reason.AGGREGATOR_LOST, f"its pod is replaced: {why}", federation)
+    if verdict := _count_crashes(draft, pod):
+        return AggregatorOutcome("False", Reason.AGGREGATOR_FAILED, verdict.message, federation, verdict)
+    if pod.ready:
+        return AggregatorOutcome("True", Reason.AGGREGATOR_RUNNING, "", federation)
+    if pod.restarts:
+        return _down(Reason.AGGREGATOR_LOST, f"it is restarted after a crash: {_last_words(pod)}", federation)
+    return _down(Reason.AGGREGATOR_STARTING, pod.waiting or "its pod is starting", federation)
+
+
+def aggregator_pod(draft: Draft) -> PodView | None:
+    """The aggregator's pod, if there is one."""
+    name = names.aggregator(draft.job.name)
+    return next((pod for pod in draft.observed.pods if pod.name == name), None)
+
+
+def judge(draft: Draft, pod: PodView) -> tuple[Verdict | None, FederationView | None]:
+    """Whether the aggregator has ended the job, by its own status or by its last words; and what it says."""
+    last = from_termination(pod.message if pod.ended else pod.last_message)
+    for said in (draft.observed.federation, last):
+        if said is not None and said.phase == "COMPLETE":
+            return _complete(said.completed_rounds, draft.spec), said
+        if said is not None and said.phase == "FAILED":
+            return _failed(said.message), said
+    federation = draft.observed.federation or last
+    # Exit code 0 without a message that says otherwise: a message can be lost, the code not. But a pod that was being
+    # deleted may also end with 0 because it was told to go.
+    if pod.phase == "Succeeded" and last is None and not pod.deleting:
+        return _complete(draft.spec.rounds, draft.spec), federation
+    return None, federation
+
+
+def _count_crashes(draft: Draft, pod: PodView) -> Verdict | None:
+    record = draft.record.aggregator
+    if record.pod != pod.uid:
+        record.pod, record.restarts = pod.uid, 0
+    if pod.restarts > record.restarts:
+        # A round that was completed since the last crash makes good for the crashes before.
+        completed = int((draft.job.status.get("rounds") or {}).get("completed", 0))
+        if completed > record.round:
+            record.round, record.crashes = completed, 0
+        record.crashes += pod.restarts - record.restarts
+        record.restarts = pod.restarts
+    if record.crashes < draft.limits.aggregator_crashes:
+        return None
+    return _failed(f"the aggregator crashed {record.crashes} times without completing a round: {_last_words(pod)}")
+
+
+def _refused(key: str, message: str) -> str:
+    # What the operator itself refuses names the manifest's field.
+    return message if message.startswith("spec.") else f"the API server refused {key}: {message}"
+
+
+def _last_words(pod: PodView) -> str:
+    return last_lines(pod.last_message, 3) or f"exit code {pod.last_exit_code}"
+
+
+def _foreign_authority(draft: Draft, pod: PodView) -> bool:
+    return bool(draft.observed.authority) and pod.authority != draft.observed.authority
+
+
+def _complete(rounds: int, spec: FederatedJobSpec) -> Verdict:
+    goal = spec.objective
+    if goal.target is not None and rounds < spec.rounds:
+        reached = f"{goal.metric} reached {goal.target} after {rounds} rounds"
+        return Verdict("Complete", Reason.TARGET_REACHED, reached)
+    return Verdict("Complete", Reason.ROUNDS_COMPLETED, f"{rounds} rounds completed")
+
+
+def _failed(message: str) -> Verdict:
+    return Verdict("Failed", Reason.AGGREGATOR_FAILED, message or "the aggregator gave up")
+
+
+def _down(reason: Reason, message: str, federation: FederationView | None = None) -> AggregatorOutcome:
+    return AggregatorOutcome("False", reason, message, federation)

@@ -1,0 +1,87 @@
+"""What everything else of a job stands on: the job file, certificates, the Service, the claim."""
+
+from isthmus_contracts import identities as ids
+from isthmus_contracts.federatedjob import FederatedJobSpec
+
+from . import names
+from .actions import Apply, CopyCode, CreateAuthority, IssueCertificate
+from .draft import Draft
+from .observed import Job
+from .render import aggregator, protect
+
+_YEAR = 365
+_DAY_SECONDS = 86400
+
+
+def certificate_days(spec: FederatedJobSpec) -> int:
+    """Lifetime of a job's certificates: outlives its deadline, and never less than a year."""
+    deadline = (spec.active_deadline_seconds or 0) // _DAY_SECONDS
+    return max(_YEAR, deadline + 2 * 30)
+
+
+def certificates(job: Job, spec: FederatedJobSpec) -> list[IssueCertificate]:
+    """Every certificate that the job needs."""
+    days, service = certificate_days(spec), names.aggregator(job.name)
+    hosts = (
+        ids.aggregator_server_name(job.uid),
+        service,
+        f"{service}.{job.namespace}",
+        f"{service}.{job.namespace}.svc",
+        f"{service}.{job.namespace}.svc.cluster.local",
+    )
+    wanted = [
+        IssueCertificate(names.aggregator_tls(job.name), f"{job.name} aggregator", days, hosts=hosts),
+        IssueCertificate(
+            names.observer_tls(job.name), f"{job.name} observer", days, uris=(ids.observer_identity(job.uid),)
+        ),
+    ]
+    wanted += [
+        IssueCertificate(
+            names.pool_tls(job.name, pool.name),
+            f"{job.name} {pool.name}",
+            days,
+            uris=(ids.client_identity(job.uid, pool.name),),
+        )
+        for pool in spec.pools
+    ]
+    return wanted
+
+
+def plan_base(draft: Draft) -> bool:
+    """Asks for what is missing. Returns whether all of it is there, so that pods can be made."""
+    job, spec, observed = draft.job, draft.spec, draft.observed
+    bodies = [aggregator.service(job, spec)]
+    if observed.accepted is None:
+        bodies.insert(0, aggregator.job_file(job, spec))
+    if spec.aggregator.checkpoint.storage == "PersistentVolumeClaim":
+        bodies.append(aggregator.claim(job, spec))
+    if draft.limits.network_policies:
+        hpc = [pool.hpc.site_ref.name for pool in spec.pools if pool.hpc is not None]
+        outside = [cidr for name in hpc if name in observed.sites for cidr in observed.sites[name].client_cidrs]
+        bodies += [protect.aggregator_policy(job, draft.limits.namespace, outside), protect.clients_policy(job)]
+    if spec.aggregator.disruption_budget == "Protect":
+        bodies.append(protect.disruption_budget(job))
+    missing = [Apply(body) for body in bodies]
+    missing = [item for item in missing if f"{item.kind}/{item.name}" not in observed.present]
+    draft.actions += [item for item in missing if not draft.refused(f"{item.kind}/{item.name}")]
+    complete = not missing
+    key = f"ConfigMap/{names.code(job.name)}"
+    if spec.task.code is not None and key not in observed.present:
+        complete = False
+        if not draft.refused(key):
+            draft.actions.append(CopyCode(spec.task.code.config_map_ref.name, names.code(job.name)))
+    authority = names.authority(job.name)
+    if not observed.authority:
+        complete = False
+        if not draft.refused(f"Secret/{authority}"):
+            draft.actions.append(CreateAuthority(authority, certificate_days(spec) + _YEAR))
+    # Once there is a CA: what it signs can be told from what an earlier one signed only then.
+    else:
+        for wanted in certificates(job, spec):
+            if wanted.secret not in observed.certificates:
+                complete = False
+                if not draft.refused(f"Secret/{wanted.secret}"):
+                    draft.actions.append(wanted)
+    if not complete:
+        draft.wake_in(draft.limits.resync)
+    return complete

@@ -1,0 +1,223 @@
+"""HPC pools: one attempt at a time, by way of the site's bridge."""
+
+import datetime as dt
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from isthmus_contracts.federatedjob import HpcPool, Pool
+from isthmus_contracts.federatedjob_status import Reason
+
+from . import names
+from .actions import CancelPool, EnsurePool
+from .draft import Draft, PoolOutcome
+from .observed import PoolPhase, PoolView, ProblemKind
+from .record import HpcRecord
+from .render import hpc as render
+from .text import last_lines, one_line
+
+_FIRST_DELAY = 10  # seconds before an array is submitted anew; doubled each time
+_LONGEST_DELAY = 300
+
+
+def plan_hpc_pool(draft: Draft, pool: Pool, ready_to_start: bool) -> PoolOutcome:
+    """Plans one HPC pool of a job that shall run."""
+    assert pool.hpc is not None
+    record = draft.record.hpc.get(pool.name)
+    view = _current(draft, pool.name)
+    if record is not None and view is not None:
+        _note(draft, pool, record, view)
+    if record is not None and not record.over:
+        _advance(draft, pool, record, view)
+        view = _current(draft, pool.name)
+    if record is not None and record.over:
+        _settle(draft, pool.name, record, record.message)
+    elif ready_to_start:
+        record = _ensure(draft, pool, pool.hpc, record, view)
+    return _outcome(draft, pool, record, view)
+
+
+def plan_cancel(draft: Draft, reason: str) -> bool:
+    """Ends every pool of the job, also those that its spec no longer names. Returns whether nothing is left of any."""
+    settled = [_settle(draft, name, record, reason) for name, record in draft.record.hpc.items()]
+    return all(settled)
+
+
+def wants_site(draft: Draft, pool: HpcPool) -> Reason | None:
+    """Why the pool's site cannot be used, if so."""
+    site = draft.observed.sites.get(pool.site_ref.name)
+    if site is None:
+        return Reason.SITE_NOT_FOUND
+    if not site.allows(draft.job.namespace):
+        return Reason.SITE_NOT_ALLOWED
+    return None
+
+
+def _current(draft: Draft, name: str) -> PoolView | None:
+    """What the site says of the attempt that the record names."""
+    view, record = draft.observed.pools.get(name), draft.record.hpc.get(name)
+    return view if view is not None and record is not None and view.attempt == record.attempt else None
+
+
+def _note(draft: Draft, pool: Pool, record: HpcRecord, view: PoolView) -> None:
+    """Remembers what later passes need to know of this attempt."""
+    if view.phase is not PoolPhase.ABSENT:
+        record.seen = True
+    if view.running + view.succeeded + view.failed:
+        record.ran = True
+    assert pool.hpc is not None
+    waits = view.phase is PoolPhase.PENDING and not record.ran and not record.cancelling and view.submitted_at > 0
+    if waits and not record.over:
+        limit = dt.timedelta(seconds=pool.hpc.max_queue_seconds)
+        if draft.reached(dt.datetime.fromtimestamp(view.submitted_at, dt.UTC) + limit):
+            record.over = Reason.QUEUE_TIMEOUT
+            record.message = f"waited in the queue for more than {pool.hpc.max_queue_seconds} s ({view.reason})"
+            draft.emit("Warning", Reason.QUEUE_TIMEOUT, f"pool {pool.name} {record.message}")
+
+
+def _advance(draft: Draft, pool: Pool, record: HpcRecord, view: PoolView | None) -> None:
+    """Goes on to the next attempt once this one is over."""
+    authority = draft.observed.authority
+    if authority and record.authority and record.authority != authority and not record.ended:
+        # Its tasks hold certificates of a CA that is gone: none can join.
+        _settle(draft, pool.name, record, "the job's certificates were made anew")
+    elif record.cancelling and not record.ended:
+        # Asked to end (by a suspension that is over by now): it does, and the next attempt follows.
+        _settle(draft, pool.name, record, "the job was suspended")
+    if not record.ended and (view is None or not view.ended):
+        return
+    if not record.cancelling and view is not None and view.timed_out:
+        # No failure of its own: training takes longer than one allocation.
+        draft.emit("Normal", Reason.TIME_LIMIT_REACHED, f"pool {pool.name} is submitted anew: its time limit ended it")
+    elif not record.cancelling and view is not None:
+        record.failures += 1
+        words = _failure(view) or f"its tasks ended ({view.phase.lower()}) before the training was complete"
+        if record.failures > draft.spec.backoff_limit:
+            record.over, record.message = Reason.CLIENT_FAILED, f"out of restarts: {words}"
+            draft.emit("Warning", Reason.CLIENT_FAILED, f"pool {pool.name} is {record.message}")
+            return
+        delay = min(_FIRST_DELAY * 2 ** min(record.failures - 1, 16), _LONGEST_DELAY)
+        record.retry_at = int(draft.now.timestamp()) + delay
+        draft.emit("Warning", Reason.CLIENT_FAILED, f"pool {pool.name} is submitted anew in {delay} s: {words}")
+    record.attempt += 1
+    record.seen = record.ran = record.cancelling = record.ended = False
+    record.authority = ""
+
+
+def _ensure(
+    draft: Draft, pool: Pool, hpc: HpcPool, record: HpcRecord | None, view: PoolView | None
+) -> HpcRecord | None:
+    problem = draft.observed.problems.get(pool.name)
+    if view is not None and view.phase is not PoolPhase.ABSENT:
+        draft.wake_in(draft.limits.resync)
+        return record
+    if record is not None and record.cancelling:
+        return record
+    # An attempt that was asked for and has not been looked up since is looked up first.
+    unknown = record is not None and record.authority != "" and view is None
+    if unknown and (problem is None or problem.kind is ProblemKind.UNREACHABLE):
+        draft.wake_in(draft.limits.resync)
+        return record
+    address = render.endpoint(draft.spec, draft.observed)
+    if wants_site(draft, hpc) is not None or not address:
+        draft.wake_in(draft.limits.resync)
+        return record
+    if problem is not None and not draft.reached(problem.retry_at):
+        return record
+    if record is not None and not draft.reached(dt.datetime.fromtimestamp(record.retry_at, dt.UTC)):
+        return record
+    if record is None:
+        record = draft.record.hpc[pool.name] = HpcRecord(hpc.site_ref.name)
+    record.authority = draft.observed.authority
+    draft.actions.append(
+        EnsurePool(
+            pool=pool.name,
+            site=record.site,
+            key=render.key(draft.limits.cluster, draft.job, pool.name, record.attempt),
+            secret=names.pool_tls(draft.job.name, pool.name),
+            spec=render.pool_spec(draft.job, draft.spec, pool, record.attempt, address, _via_bridge(draft, hpc)),
+            code=names.code(draft.job.name) if draft.spec.task.code is not None else "",
+        )
+    )
+    draft.wake_in(draft.limits.resync)
+    return record
+
+
+def _via_bridge(draft: Draft, hpc: HpcPool) -> bool:
+    site = draft.observed.sites.get(hpc.site_ref.name)
+    return site is not None and site.aggregator_access == "ViaBridge"
+
+
+def _settle(draft: Draft, name: str, record: HpcRecord, reason: str) -> bool:
+    """Has the site end this attempt. Returns whether nothing of it is left."""
+    view, problem = _current(draft, name), draft.observed.problems.get(name)
+    if record.ended:
+        return True
+    there = view is not None and view.phase is not PoolPhase.ABSENT
+    if not record.authority and not record.seen and not there:
+        # Announced, and not asked for yet.
+        record.ended = record.cancelling = True
+        return True
+    if view is not None and view.ended:
+        record.ended = True
+        return True
+    if problem is not None and problem.kind is ProblemKind.DENIED and not record.seen:
+        # The site has never run it, and does not let us speak of it.
+        record.ended = True
+        return True
+    record.cancelling = True
+    draft.wake_in(draft.limits.resync)
+    if problem is None or draft.reached(problem.retry_at):
+        key = render.key(draft.limits.cluster, draft.job, name, record.attempt)
+        draft.actions.append(CancelPool(name, record.site, key, one_line(reason)))
+    return False
+
+
+def _outcome(draft: Draft, pool: Pool, record: HpcRecord | None, view: PoolView | None) -> PoolOutcome:
+    assert pool.hpc is not None
+    outcome = PoolOutcome(pool.name, desired=pool.replicas, possible=pool.replicas)
+    outcome.attempt = record.attempt if record is not None else 0
+    problem = draft.observed.problems.get(pool.name)
+    if view is not None:
+        outcome.queued, outcome.failed = view.queued, view.failed
+        outcome.jobs = [view.job_id] if view.job_id else []
+        outcome.reason = _failure(view) or _queue_reason(view)
+    else:
+        # Out of sight is not gone: show what was last seen.
+        shown: Iterable[Mapping[str, Any]] = draft.job.status.get("pools") or ()
+        before: Mapping[str, Any] = next((item for item in shown if item.get("name") == pool.name), {})
+        outcome.jobs = list(before.get("jobs", ()))
+        outcome.queued = int(before.get("queued", 0)) if record is not None and not record.ended else 0
+    site_problem = wants_site(draft, pool.hpc)
+    if record is not None and record.over:
+        outcome.possible, outcome.blocked = 0, Reason(record.over)
+        outcome.reason = f"{record.over}: {record.message}"
+        outcome.failed = max(outcome.failed, 0 if view is not None and not view.ended else pool.replicas)
+    elif problem is not None and problem.kind is not ProblemKind.UNREACHABLE:
+        outcome.possible, outcome.blocked = 0, Reason.POLICY_DENIED
+        outcome.reason = f"{Reason.POLICY_DENIED}: {problem.message}"
+    elif problem is not None:
+        outcome.reason = f"{Reason.SITE_UNREACHABLE}: {problem.message}"
+    elif site_problem is not None:
+        outcome.reason = f"{site_problem}: HPCSite {pool.hpc.site_ref.name}"
+    elif record is None and not render.endpoint(draft.spec, draft.observed):
+        outcome.reason = "waits for the address at which the aggregator can be reached"
+    last_attempt = record is not None and record.failures >= draft.spec.backoff_limit
+    if last_attempt and view is not None and view.phase in (PoolPhase.PENDING, PoolPhase.RUNNING):
+        # A task that is lost now stays lost.
+        outcome.possible = min(outcome.possible, view.queued + view.running)
+    return outcome
+
+
+def _failure(view: PoolView) -> str:
+    return last_lines(view.failure) if view.failed else ""
+
+
+def _queue_reason(view: PoolView) -> str:
+    if view.phase is PoolPhase.UNKNOWN:
+        return one_line(view.message)
+    if not view.queued or not view.reason:
+        return ""
+    if not view.expected_start:
+        return view.reason
+    start = dt.datetime.fromtimestamp(view.expected_start, dt.UTC)
+    return f"{view.reason} (expected start {start:%Y-%m-%dT%H:%MZ})"

@@ -1,0 +1,170 @@
+"""The pods of every job, as far as they are known: fed by the watch, by what was just created, and by lists.
+
+A watch alone is not enough: an event may still be on its way when its pod's creation has long been answered, and a
+deletion may be missed while the watch is down. So answers count at once, and a list now and then sweeps up ghosts.
+"""
+
+import datetime as dt
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from isthmus_contracts import identities as ids
+
+from . import names
+from .observed import PodView
+from .status import parse_timestamp
+
+_CONTAINERS = {names.ROLE_AGGREGATOR: "aggregator", names.ROLE_CLIENT: "client"}
+# A kubelet or a controller ended these pods, not their program.
+_DISRUPTIONS = {
+    "Evicted", "NodeLost", "NodeShutdown", "Shutdown", "Terminated", "Preempting", "Preempted", "NodeAffinity",
+    "UnexpectedAdmissionError", "OutOfcpu", "OutOfmemory", "OutOfpods", "OutOfephemeral-storage",
+}  # fmt: skip
+_NODE_IS_SHORT = "The node was low on resource"
+_ON_THE_WAY = {"", "ContainerCreating", "PodInitializing"}
+_REMEMBERED = 10_000  # uids of deleted pods
+
+
+class PodStore:
+    """Views of pods by job uid and pod name."""
+
+    def __init__(self) -> None:
+        self._pods: dict[str, dict[str, PodView]] = {}
+        self._gone: dict[str, None] = {}  # uids, oldest first: what arrives late must not bring them back
+
+    def of(self, job_uid: str) -> tuple[PodView, ...]:
+        """The pods of a job."""
+        return tuple(self._pods.get(job_uid, {}).values())
+
+    def put(self, body: Mapping[str, Any]) -> None:
+        """Takes in an object of the API server, unless something newer is known."""
+        job_uid, pod = job_uid_of(body), view(body)
+        if not job_uid or pod.uid in self._gone:
+            return
+        pods = self._pods.setdefault(job_uid, {})
+        known = pods.get(pod.name)
+        if known is None or known.uid != pod.uid or _newer(pod, known):
+            pods[pod.name] = pod
+
+    def drop(self, body: Mapping[str, Any]) -> None:
+        """Takes in a deletion."""
+        metadata = body.get("metadata") or {}
+        self._forget(job_uid_of(body), str(metadata.get("name")), str(metadata.get("uid")))
+
+    def replace(self, job_uid: str, bodies: Iterable[Mapping[str, Any]], known_before: Iterable[str]) -> None:
+        """Takes in a list of all pods of a job. ``known_before``: uids known when the list was asked for."""
+        seen = set()
+        for body in bodies:
+            seen.add(str(body["metadata"]["uid"]))
+            self.put(body)
+        ghosts = set(known_before) - seen
+        for pod in self.of(job_uid):
+            if pod.uid in ghosts:
+                self._forget(job_uid, pod.name, pod.uid)
+
+    def forget_job(self, job_uid: str) -> None:
+        """The job is gone."""
+        self._pods.pop(job_uid, None)
+
+    def _forget(self, job_uid: str, name: str, uid: str) -> None:
+        self._gone[uid] = None
+        while len(self._gone) > _REMEMBERED:
+            del self._gone[next(iter(self._gone))]
+        pods = self._pods.get(job_uid, {})
+        if name in pods and pods[name].uid == uid:
+            del pods[name]
+        if not pods:
+            self._pods.pop(job_uid, None)
+
+
+def job_uid_of(body: Mapping[str, Any]) -> str:
+    """The uid of the job that an object belongs to."""
+    return str(((body.get("metadata") or {}).get("labels") or {}).get(ids.LABEL_JOB_UID, ""))
+
+
+def job_of(body: Mapping[str, Any]) -> tuple[str, str]:
+    """Namespace and name of the job that an object belongs to."""
+    metadata = body.get("metadata") or {}
+    return str(metadata.get("namespace", "")), str((metadata.get("labels") or {}).get(ids.LABEL_JOB, ""))
+
+
+def view(body: Mapping[str, Any]) -> PodView:
+    """Cuts a pod down to what the plan looks at."""
+    metadata, status = body["metadata"], body.get("status") or {}
+    labels = metadata.get("labels") or {}
+    role = labels.get(ids.LABEL_ROLE, "")
+    container = _container(status, _CONTAINERS.get(role, role))
+    state = container.get("state") or {}
+    ended, last = state.get("terminated") or {}, (container.get("lastState") or {}).get("terminated") or {}
+    conditions = {item.get("type"): item for item in status.get("conditions") or ()}
+    phase = str(status.get("phase") or "Pending")
+    reason = str(status.get("reason") or ended.get("reason") or "")
+    disrupted = conditions.get("DisruptionTarget", {}).get("status") == "True"
+    return PodView(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        role=role,
+        pool=labels.get(ids.LABEL_POOL, ""),
+        index=_number(labels.get(ids.LABEL_INDEX)),
+        attempt=_number(labels.get(ids.LABEL_ATTEMPT)),
+        phase=phase,
+        deleting=metadata.get("deletionTimestamp") is not None,
+        ready=conditions.get("Ready", {}).get("status") == "True",
+        created=parse_timestamp(metadata.get("creationTimestamp")),
+        finished=_finished(status, ended, conditions) if phase in ("Succeeded", "Failed") else None,
+        exit_code=ended.get("exitCode"),
+        reason=reason,
+        message=str(ended.get("message") or status.get("message") or ""),
+        disrupted=disrupted or (str(status.get("reason")) in _DISRUPTIONS and not _own_excess(status)),
+        waiting=_waiting(state, conditions),
+        restarts=int(container.get("restartCount") or 0),
+        last_exit_code=last.get("exitCode"),
+        last_message=str(last.get("message") or ""),
+        ip=str(status.get("podIP") or ""),
+        host_ip=str(status.get("hostIP") or ""),
+        node=str((body.get("spec") or {}).get("nodeName") or ""),
+        authority=str((metadata.get("annotations") or {}).get(names.ANNOTATION_AUTHORITY, "")),
+        resource_version=str(metadata.get("resourceVersion", "")),
+    )
+
+
+def _own_excess(status: Mapping[str, Any]) -> bool:
+    """Whether the kubelet evicted a pod for what the pod itself used beyond its own limit: a node that is short of
+    something says so first."""
+    message = str(status.get("message") or "")
+    return status.get("reason") == "Evicted" and "exceed" in message and not message.startswith(_NODE_IS_SHORT)
+
+
+def _container(status: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found: Iterable[Mapping[str, Any]] = status.get("containerStatuses") or ()
+    return next((item for item in found if item.get("name") == name), {})
+
+
+def _finished(
+    status: Mapping[str, Any], ended: Mapping[str, Any], conditions: Mapping[Any, Mapping[str, Any]]
+) -> dt.datetime | None:
+    times = (ended.get("finishedAt"), conditions.get("Ready", {}).get("lastTransitionTime"), status.get("startTime"))
+    return next((moment for text in times if (moment := parse_timestamp(text)) is not None), None)
+
+
+def _waiting(state: Mapping[str, Any], conditions: Mapping[Any, Mapping[str, Any]]) -> str:
+    """Why a pod does not run, where that is more than that it is being started."""
+    scheduled = conditions.get("PodScheduled", {})
+    if scheduled.get("status") == "False":
+        return f"{scheduled.get('reason', 'Unschedulable')}: {scheduled.get('message', '')}".rstrip(": ")
+    waiting = state.get("waiting") or {}
+    reason = str(waiting.get("reason") or "")
+    if reason in _ON_THE_WAY:
+        return ""
+    return f"{reason}: {waiting.get('message', '')}".rstrip(": ")
+
+
+def _newer(pod: PodView, known: PodView) -> bool:
+    try:
+        return int(pod.resource_version) >= int(known.resource_version)
+    except ValueError:
+        return True
+
+
+def _number(text: object) -> int:
+    return int(text) if isinstance(text, str) and text.isascii() and text.isdigit() else 0

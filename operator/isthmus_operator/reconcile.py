@@ -1,0 +1,135 @@
+"""One look at one job: observe, plan, apply."""
+
+import asyncio
+import datetime as dt
+import logging
+import time
+
+from isthmus_contracts.federatedjob import FederatedJobSpec
+
+from .actions import Plan, SaveJob
+from .draft import Limits
+from .effects.apply import Effects
+from .effects.kube import KubeError
+from .effects.observe import Observer
+from .effects.observer import Aggregators
+from .jobstore import JobStore, Key
+from .memory import JobMemory
+from .metrics import RECONCILE_SECONDS
+from .observed import Job
+from .plan import plan
+from .podstore import PodStore
+from .status import finished, is_urgent, merge_patch
+from .tasklogs import TaskLogs
+
+log = logging.getLogger(__name__)
+
+# Counters in the status are written at most this often; transitions at once.
+_STATUS_INTERVAL = dt.timedelta(seconds=3)
+_AT_ONCE = 0.05
+_SOON = 0.3
+
+
+class JobReconciler:
+    """Brings jobs forward, each by one step per call."""
+
+    def __init__(
+        self,
+        jobs: JobStore,
+        pods: PodStore,
+        observer: Observer,
+        effects: Effects,
+        aggregators: Aggregators,
+        logs: TaskLogs,
+        limits: Limits,
+    ) -> None:
+        self._jobs = jobs
+        self._pods = pods
+        self._observer = observer
+        self._effects = effects
+        self._aggregators = aggregators
+        self._logs = logs
+        self._limits = limits
+        self._memories: dict[Key, JobMemory] = {}
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Looks at a job; returns after how many seconds to look again, or None: only when something happens."""
+        job = self._jobs.get(key)
+        memory = self._memories.get(key)
+        if memory is not None and (job is None or job.uid != memory.uid):
+            await self._forget(key, memory)
+            memory = None
+        if job is None:
+            return None
+        if memory is None:
+            memory = self._memories[key] = JobMemory(job.uid)
+        started = time.monotonic()
+        try:
+            return await self._step(job, memory)
+        except KubeError as error:
+            if error.code not in (404, 409):
+                raise
+            # Someone was quicker, or the job is gone: look at what is there now.
+            await self._effects.refresh(job)
+            return _SOON
+        finally:
+            RECONCILE_SECONDS.observe(time.monotonic() - started)
+
+    def accepted(self, namespace: str, name: str, uid: str) -> FederatedJobSpec | None:
+        """The spec that is in force, as far as it was looked at since the operator started."""
+        memory = self._memories.get((namespace, name))
+        known = memory.dependents if memory is not None and memory.uid == uid else None
+        return known.accepted if known is not None else None
+
+    async def _step(self, job: Job, memory: JobMemory) -> float:
+        await self._logs.answer(job, memory)
+        now = dt.datetime.now(dt.UTC)
+        observed = await self._observer.observe(job, memory, now)
+        # Asking took a moment; what is decided now is decided by the clock of now.
+        now = dt.datetime.now(dt.UTC)
+        decided = plan(job, observed, now, self._limits)
+        actions = list(decided.actions)
+        first = actions[0] if actions else None
+        releases = job.deleted is not None and isinstance(actions[-1] if actions else None, SaveJob)
+        if isinstance(first, SaveJob) and not releases:
+            job = await self._effects.save(job, first)
+            actions = actions[1:]
+        shown = await self._show(job, memory, decided, now)
+        if releases:
+            # Last of all: with the finalizer the job itself goes.
+            await self._effects.perform(job, memory, [item for item in actions if not isinstance(item, SaveJob)], now)
+            final = actions[-1]
+            assert isinstance(final, SaveJob)
+            await self._effects.save(job, final)
+            return self._limits.idle
+        if actions:
+            log.info("%s/%s: %s", job.namespace, job.name, _summary(decided))
+            await self._effects.perform(job, memory, actions, now)
+            return min(decided.requeue, _SOON)
+        if finished(job.status) or job.deleted is not None:
+            await self._aggregators.forget(job.uid)
+        return decided.requeue if shown else min(decided.requeue, _STATUS_INTERVAL.total_seconds())
+
+    async def _show(self, job: Job, memory: JobMemory, decided: Plan, now: dt.datetime) -> bool:
+        """Writes the status and the events. Returns whether the status is up to date; if not, it was put off."""
+        patch = merge_patch(job.status, decided.status)
+        recent = memory.status_written is not None and now - memory.status_written < _STATUS_INTERVAL
+        put_off = bool(patch) and recent and not is_urgent(job.status, decided.status)
+        if patch and not put_off:
+            await self._effects.write_status(job, patch)
+            memory.status_written = now
+        await asyncio.gather(*(self._effects.emit(job, event, now) for event in decided.events))
+        return not put_off
+
+    async def _forget(self, key: Key, memory: JobMemory) -> None:
+        self._memories.pop(key, None)
+        self._pods.forget_job(memory.uid)
+        await self._aggregators.forget(memory.uid)
+
+
+def _summary(decided: Plan) -> str:
+    counts: dict[str, int] = {}
+    for action in decided.actions:
+        name = type(action).__name__
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(name if count == 1 else f"{count} {name}" for name, count in counts.items())

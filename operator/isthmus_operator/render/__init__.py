@@ -1,0 +1,1 @@
+"""Pure builders of everything that the operator asks for."""

@@ -1,0 +1,92 @@
+"""The aggregator: its job file, Service, claim and pod."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from isthmus_contracts import identities as ids
+from isthmus_contracts.federatedjob import FederatedJobSpec
+
+from .. import names
+from ..observed import Job
+from .pod import TLS_DIR, base_spec, finish, lay_code, metadata, owned
+
+CONTAINER = "aggregator"
+JOB_DIR = "/etc/isthmus/job"
+STATE_DIR = "/var/lib/isthmus"
+
+
+def job_file(job: Job, spec: FederatedJobSpec) -> dict[str, Any]:
+    """The ConfigMap with the accepted job. Immutable: it is also the record of what was accepted."""
+    content = {
+        "name": job.name,
+        "namespace": job.namespace,
+        "uid": job.uid,
+        "spec": spec.model_dump(mode="json", by_alias=True),
+    }
+    text = json.dumps(content, indent=1)
+    return owned(job, "ConfigMap", names.job_file(job.name), {"data": {names.JOB_FILE: text}, "immutable": True})
+
+
+def service(job: Job, spec: FederatedJobSpec) -> dict[str, Any]:
+    """The Service at which clients find the aggregator."""
+    body = {
+        "type": spec.aggregator.expose.type,
+        "selector": {ids.LABEL_JOB_UID: job.uid, ids.LABEL_ROLE: names.ROLE_AGGREGATOR},
+        "ports": [
+            {"name": "grpc", "port": ids.AGGREGATOR_PORT, "targetPort": ids.AGGREGATOR_PORT, "protocol": "TCP"},
+        ],
+    }
+    return owned(job, "Service", names.aggregator(job.name), {"spec": body})
+
+
+def claim(job: Job, spec: FederatedJobSpec) -> dict[str, Any]:
+    """The claim that holds checkpoints and the final model."""
+    checkpoint = spec.aggregator.checkpoint
+    body: dict[str, Any] = {
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": checkpoint.size}},
+    }
+    if checkpoint.storage_class_name is not None:
+        body["storageClassName"] = checkpoint.storage_class_name
+    return owned(job, "PersistentVolumeClaim", names.checkpoints(job.name), {"spec": body})
+
+
+def pod(job: Job, spec: FederatedJobSpec, authority: str, code: Sequence[str] = ()) -> dict[str, Any]:
+    """The aggregator's pod. ``authority``: the CA of the certificates that it mounts; ``code``: the names of the job's
+    files, which may hold a strategy of its own. Raises ``TemplateError``."""
+    checkpoint = spec.aggregator.checkpoint
+    container = {
+        "name": CONTAINER,
+        "image": spec.aggregator.image or spec.task.image,
+        "command": [
+            "python", "-m", "isthmus.aggregator",
+            "--job", f"{JOB_DIR}/{names.JOB_FILE}",
+            "--tls", TLS_DIR,
+            "--state", STATE_DIR,
+            "--listen", f"0.0.0.0:{ids.AGGREGATOR_PORT}",
+            "--metrics", f"0.0.0.0:{ids.METRICS_PORT}",
+        ],
+        "ports": [
+            {"name": "grpc", "containerPort": ids.AGGREGATOR_PORT, "protocol": "TCP"},
+            {"name": "metrics", "containerPort": ids.METRICS_PORT, "protocol": "TCP"},
+        ],
+        "readinessProbe": {"tcpSocket": {"port": ids.AGGREGATOR_PORT}, "periodSeconds": 2, "failureThreshold": 3},
+        "volumeMounts": [
+            {"name": "isthmus-job", "mountPath": JOB_DIR, "readOnly": True},
+            {"name": "isthmus-state", "mountPath": STATE_DIR},
+        ],
+    }  # fmt: skip
+    # Restarted in place after a crash: quicker than a new pod, and an emptyDir keeps the checkpoints.
+    body = base_spec(container, names.aggregator_tls(job.name), restart="OnFailure")
+    state: dict[str, Any] = {"name": "isthmus-state"}
+    if checkpoint.storage == "PersistentVolumeClaim":
+        state["persistentVolumeClaim"] = {"claimName": names.checkpoints(job.name)}
+    else:
+        state["emptyDir"] = {"sizeLimit": checkpoint.size}
+    config = {"name": names.job_file(job.name), "items": [{"key": names.JOB_FILE, "path": names.JOB_FILE}]}
+    lay_code(body, job, code)
+    body["volumes"] += [{"name": "isthmus-job", "configMap": config}, state]
+    pod_metadata = metadata(job, names.aggregator(job.name), {ids.LABEL_ROLE: names.ROLE_AGGREGATOR})
+    pod_metadata["annotations"] = {names.ANNOTATION_AUTHORITY: authority}
+    return finish(pod_metadata, body, spec.aggregator.template, CONTAINER, ())

@@ -1,0 +1,69 @@
+"""Client pods."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from isthmus_contracts import identities as ids
+from isthmus_contracts.federatedjob import FederatedJobSpec, Pool
+
+from .. import names
+from ..observed import Job
+from .pod import TLS_DIR, base_spec, finish, lay_code, metadata
+
+CONTAINER = "client"
+
+
+def endpoint(job: Job) -> str:
+    """Where clients in this cluster dial. Relative to the cluster's domain, which has no fixed name: with the usual
+    ndots of 5 the search list completes it."""
+    return f"{names.aggregator(job.name)}.{job.namespace}.svc:{ids.AGGREGATOR_PORT}"
+
+
+class ClientPods:
+    """Renders the pods of one cloud pool: the template is merged once, each pod is a copy of it.
+
+    Raises ``TemplateError``.
+    """
+
+    def __init__(self, job: Job, spec: FederatedJobSpec, pool: Pool, authority: str, code: Sequence[str] = ()) -> None:
+        self._job = job
+        self._pool = pool
+        self._first = spec.first_client(pool.name)
+        container = {
+            "name": CONTAINER,
+            "image": spec.task.image,
+            "command": list(spec.task.command),
+            "env": [{"name": item.name, "value": item.value} for item in spec.task.env],
+        }
+        body = base_spec(container, names.pool_tls(job.name, pool.name), restart="Never")
+        lay_code(body, job, code)
+        pod_metadata = metadata(
+            job,
+            names.client(job.name, pool.name, 0, 0),
+            {ids.LABEL_ROLE: names.ROLE_CLIENT, ids.LABEL_POOL: pool.name},
+        )
+        pod_metadata["annotations"] = {names.ANNOTATION_AUTHORITY: authority}
+        shared = {
+            ids.ENV_ENDPOINT: endpoint(job),
+            ids.ENV_SERVER_NAME: ids.aggregator_server_name(job.uid),
+            ids.ENV_TLS_DIR: TLS_DIR,
+            ids.ENV_JOB_UID: job.uid,
+            ids.ENV_JOB: f"{job.namespace}/{job.name}",
+            ids.ENV_POOL: pool.name,
+            ids.ENV_POOL_SIZE: str(pool.size),
+            ids.ENV_CLIENTS: str(spec.total_clients),
+        }
+        template: Mapping[str, Any] = pool.cloud.template if pool.cloud else {}
+        reserved = [{"name": name, "value": value} for name, value in shared.items()]
+        self._base = finish(pod_metadata, body, template, CONTAINER, reserved)
+
+    def pod(self, index: int, attempt: int) -> dict[str, Any]:
+        """One start of one client."""
+        body = copy.deepcopy(self._base)
+        body["metadata"]["name"] = names.client(self._job.name, self._pool.name, index, attempt)
+        body["metadata"]["labels"] |= {ids.LABEL_INDEX: str(index), ids.LABEL_ATTEMPT: str(attempt)}
+        main = next(item for item in body["spec"]["containers"] if item["name"] == CONTAINER)
+        own = {ids.ENV_INDEX: index, ids.ENV_CLIENT: self._first + index, ids.ENV_ATTEMPT: attempt}
+        main["env"] += [{"name": name, "value": str(value)} for name, value in own.items()]
+        return body

@@ -1,0 +1,71 @@
+"""What a site's bridge is asked for."""
+
+from isthmus_contracts import identities as ids
+from isthmus_contracts.federatedjob import FederatedJobSpec, Pool
+from isthmus_contracts.pb import bridge_pb2
+
+from ..observed import Job, Observed
+
+# The part of a pool's key that would tell changed pools of one job apart: a pool's spec does not change.
+GENERATION = 1
+
+
+def key(cluster: str, job: Job, pool: str, attempt: int) -> str:
+    """The exactly-once key of one attempt."""
+    return ids.pool_key(cluster, job.uid, pool, GENERATION, attempt)
+
+
+def endpoint(spec: FederatedJobSpec, observed: Observed) -> str:
+    """Where HPC clients dial; empty while it is not known."""
+    expose, service = spec.aggregator.expose, observed.service
+    if expose.address is not None:
+        return expose.address
+    if service is None:
+        return ""
+    if expose.type == "NodePort":
+        return _host_port(observed.node_address, service.node_port)
+    if expose.type == "LoadBalancer":
+        return _host_port(service.ingress, ids.AGGREGATOR_PORT)
+    return _host_port(service.cluster_ip, ids.AGGREGATOR_PORT)
+
+
+def pool_spec(
+    job: Job, spec: FederatedJobSpec, pool: Pool, attempt: int, address: str, via_bridge: bool
+) -> bridge_pb2.PoolSpec:
+    """The request for one attempt, but for the certificate."""
+    hpc = pool.hpc
+    assert hpc is not None
+    return bridge_pb2.PoolSpec(
+        job_uid=job.uid,
+        namespace=job.namespace,
+        job=job.name,
+        pool=pool.name,
+        attempt=attempt,
+        replicas=pool.replicas,
+        first_client=spec.first_client(pool.name),
+        total_clients=spec.total_clients,
+        partition=hpc.partition or "",
+        account=hpc.account or "",
+        qos=hpc.qos or "",
+        time_limit_seconds=hpc.time_limit_seconds,
+        cpus_per_task=hpc.resources.cpus_per_task,
+        memory_mib=hpc.resources.memory_mib,
+        gres=[
+            bridge_pb2.GenericResource(name=item.name, type=item.type or "", count=item.count)
+            for item in hpc.resources.gres
+        ],
+        environment=hpc.environment,
+        data_ref=hpc.data_ref or "",
+        image=spec.task.image,
+        command=list(spec.task.command),
+        env={item.name: item.value for item in spec.task.env},
+        federation=bridge_pb2.Federation(
+            endpoint=address, server_name=ids.aggregator_server_name(job.uid), via_bridge=via_bridge
+        ),
+    )
+
+
+def _host_port(host: str, port: int) -> str:
+    if not host or not port:
+        return ""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,168 @@
+"""What the aggregator's pod and the clients' pods have in common."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from isthmus_contracts import identities as ids
+
+from .. import names
+from ..observed import Job
+from .merge import TemplateError, merge_template
+
+USER = 65532  # of the images; any other works that may read the mounted certificates through fsGroup
+TLS_DIR = "/etc/isthmus/tls"
+WORK_DIR = "/work"
+_OWN_PREFIX = "isthmus-"  # of volumes: no template can take them
+
+_POD_SECURITY = {
+    "runAsNonRoot": True,
+    "runAsUser": USER,
+    "runAsGroup": USER,
+    "fsGroup": USER,
+    "fsGroupChangePolicy": "OnRootMismatch",
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+_CONTAINER_SECURITY = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+}
+_DEFAULT_ENV = (
+    {"name": "HOME", "value": "/tmp"},  # noqa: S108 - in the container
+    {"name": "PYTHONUNBUFFERED", "value": "1"},
+)
+
+
+def owner_reference(job: Job) -> dict[str, Any]:
+    """Makes the FederatedJob the owner: what it owns goes with it."""
+    return {
+        "apiVersion": ids.API_VERSION,
+        "kind": "FederatedJob",
+        "name": job.name,
+        "uid": job.uid,
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
+
+
+def metadata(job: Job, name: str, extra: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Metadata of an object of the job."""
+    return {
+        "name": name,
+        "namespace": job.namespace,
+        "labels": {
+            **names.labels(job.name, job.uid),
+            **(extra or {}),
+            # Kueue admits each pod by itself: only pods bear its label.
+            **({ids.LABEL_QUEUE: job.queue} if job.queue and ids.LABEL_ROLE in (extra or {}) else {}),
+        },
+        "ownerReferences": [owner_reference(job)],
+    }
+
+
+def owned(job: Job, kind: str, name: str, content: Mapping[str, Any], group: str = "v1") -> dict[str, Any]:
+    """An object of the job: core/v1, if no other group is given."""
+    return {"apiVersion": group, "kind": kind, "metadata": metadata(job, name), **content}
+
+
+def base_spec(container: Mapping[str, Any], tls_secret: str, restart: str) -> dict[str, Any]:
+    """A pod spec that meets the restricted Pod Security Standard."""
+    return {
+        "restartPolicy": restart,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": dict(_POD_SECURITY),
+        "containers": [
+            {
+                "workingDir": WORK_DIR,
+                # The last lines of its output tell why it failed, unless it wrote its own message.
+                "terminationMessagePolicy": "FallbackToLogsOnError",
+                "securityContext": dict(_CONTAINER_SECURITY),
+                **container,
+                "env": list({item["name"]: item for item in (*_DEFAULT_ENV, *container.get("env", ()))}.values()),
+                "volumeMounts": [
+                    {"name": "isthmus-tls", "mountPath": TLS_DIR, "readOnly": True},
+                    {"name": "isthmus-tmp", "mountPath": "/tmp"},  # noqa: S108
+                    {"name": "isthmus-work", "mountPath": WORK_DIR},
+                    *container.get("volumeMounts", ()),
+                ],
+            }
+        ],
+        "volumes": [
+            {"name": "isthmus-tls", "secret": {"secretName": tls_secret, "defaultMode": 0o440}},
+            {"name": "isthmus-tmp", "emptyDir": {}},
+            {"name": "isthmus-work", "emptyDir": {}},
+        ],
+    }
+
+
+def lay_code(spec: dict[str, Any], job: Job, files: Sequence[str]) -> None:
+    """Mounts the job's files, one by one, into the working directory: the rest of it stays writable."""
+    if not files:
+        return
+    spec["volumes"].append({"name": "isthmus-code", "configMap": {"name": names.code(job.name)}})
+    (container,) = spec["containers"]
+    container["volumeMounts"] += [
+        {"name": "isthmus-code", "mountPath": f"{WORK_DIR}/{name}", "subPath": name, "readOnly": True} for name in files
+    ]
+
+
+def finish(
+    pod_metadata: dict[str, Any],
+    spec: dict[str, Any],
+    template: Mapping[str, Any],
+    container: str,
+    reserved_env: Sequence[Mapping[str, str]],
+) -> dict[str, Any]:
+    """Merges the user's template into a pod, and then restores what no template may change.
+
+    Raises :class:`TemplateError`.
+    """
+    _refuse_reserved(template)
+    pod = merge_template({"metadata": pod_metadata, "spec": spec}, template, container)
+    pod["metadata"]["labels"] = {**(pod["metadata"].get("labels") or {}), **pod_metadata["labels"]}
+    annotations = {**(pod["metadata"].get("annotations") or {}), **pod_metadata.get("annotations", {})}
+    pod["metadata"]["annotations"] = annotations
+    pod["spec"]["restartPolicy"] = spec["restartPolicy"]
+    main = next(item for item in pod["spec"]["containers"] if item["name"] == container)
+    env = [item for item in main.get("env") or [] if not item["name"].startswith(ids.RESERVED_ENV_PREFIX)]
+    main["env"] = [*env, *reserved_env]
+    for added in (*pod["spec"]["containers"], *(pod["spec"].get("initContainers") or ())):
+        _harden(added)
+    return {"apiVersion": "v1", "kind": "Pod", **pod}
+
+
+def _harden(container: dict[str, Any]) -> None:
+    """A container that a template adds is no exception to the restricted standard, unless it says so."""
+    security = container.get("securityContext")
+    if security is None or isinstance(security, Mapping):
+        base = {key: _CONTAINER_SECURITY[key] for key in ("allowPrivilegeEscalation", "capabilities")}
+        container["securityContext"] = {**base, **(security or {})}
+
+
+def _refuse_reserved(template: Mapping[str, Any]) -> None:
+    """Says so where a template sets what would be taken back silently."""
+    spec = template.get("spec")
+    if not isinstance(spec, Mapping):
+        return
+    for number, volume in enumerate(_items(spec, "volumes")):
+        if str(volume.get("name", "")).startswith(_OWN_PREFIX):
+            raise TemplateError(f"spec.volumes[{number}].name: names that begin with {_OWN_PREFIX} are reserved")
+    for kind in ("containers", "initContainers"):
+        for number, container in enumerate(_items(spec, kind)):
+            path = f"spec.{kind}[{number}]"
+            for item, env in enumerate(_items(container, "env")):
+                if str(env.get("name", "")).startswith(ids.RESERVED_ENV_PREFIX):
+                    raise TemplateError(
+                        f"{path}.env[{item}].name: names that begin with {ids.RESERVED_ENV_PREFIX} are reserved"
+                    )
+            for item, mount in enumerate(_items(container, "volumeMounts")):
+                if str(mount.get("mountPath", "")).rstrip("/") == TLS_DIR:
+                    raise TemplateError(f"{path}.volumeMounts[{item}].mountPath: {TLS_DIR} is reserved")
+    if spec.get("restartPolicy") is not None:
+        raise TemplateError("spec.restartPolicy: is set by Isthmus")
+
+
+def _items(mapping: Any, key: str) -> list[Mapping[str, Any]]:
+    value = mapping.get(key) if isinstance(mapping, Mapping) else None
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []

@@ -1,0 +1,25 @@
+"""What the command line sets."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every flag of the operator; see ``isthmus-operator --help``."""
+
+    namespaces: tuple[str, ...] = ()  # empty: all
+    cluster: str = ""  # empty: the uid of kube-system
+    sites: bool = True
+    metrics: str = "0.0.0.0:8080"
+    health: str = "0.0.0.0:8081"
+    workers: int = 16
+    api_concurrency: int = 16
+    request_timeout: float = 30.0
+    resync: float = 3.0
+    site_give_up: float = 3600.0
+    network_policies: bool = True
+    allow_in_templates: frozenset[str] = frozenset()  # see render/restrict.py
+    webhook: str = ""  # empty: none is served
+    webhook_tls: str = "/etc/isthmus/webhook"
+    log_level: str = "info"
+    log_format: str = "plain"

@@ -1,0 +1,59 @@
+"""Answers users who ask for a Slurm task's log: they may write to their FederatedJob, and not to the site's bridge."""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from isthmus_contracts import identities as ids
+
+from .effects.bridge import BridgeError, Bridges
+from .effects.kube import Kube, KubeError
+from .memory import JobMemory
+from .observed import Job
+from .plan import load_record
+from .render.hpc import key
+from .render.pod import owned
+
+log = logging.getLogger(__name__)
+
+_MAX_LINES = 1000
+_MAX_BYTES = 256 * 1024  # of a ConfigMap that every look at the job may read
+
+
+class TaskLogs:
+    """Reads from the bridge what the annotation asks for, and puts it into a ConfigMap of the job's."""
+
+    def __init__(self, kube: Kube, bridges: Bridges, cluster: str) -> None:
+        self._kube = kube
+        self._bridges = bridges
+        self._cluster = cluster
+
+    async def answer(self, job: Job, memory: JobMemory) -> None:
+        """Answers once; a request that was answered before an operator's restart is answered again."""
+        if not job.log_request or job.deleted is not None or memory.log_answered == job.log_request:
+            return
+        memory.log_answered = job.log_request
+        try:
+            request = json.loads(job.log_request)
+            pool, index, lines = str(request["pool"]), int(request["index"]), int(request.get("lines", 0))
+            if index < 0 or not 0 <= lines <= _MAX_LINES:
+                raise ValueError("index or lines out of range")
+            said = {"id": str(request["id"])[:64], **await self._read(job, pool, index, lines)}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            log.warning("%s/%s: malformed log request: %s", job.namespace, job.name, error)
+            return
+        try:
+            await self._kube.apply(owned(job, "ConfigMap", ids.log_answer(job.name), {"data": said}))
+        except KubeError as error:
+            log.warning("%s/%s: the log cannot be handed on: %s", job.namespace, job.name, error)
+
+    async def _read(self, job: Job, pool: str, index: int, lines: int) -> Mapping[str, Any]:
+        record = load_record(job).hpc.get(pool)
+        if record is None:
+            return {"error": f"pool {pool!r} has not been submitted to a site"}
+        try:
+            data = await self._bridges.tail(record.site, key(self._cluster, job, pool, record.attempt), index, lines)
+        except BridgeError as error:
+            return {"error": f"{record.site}: {error}"}
+        return {"attempt": str(record.attempt), "log": data[-_MAX_BYTES:].decode("utf-8", "replace")}

@@ -1,0 +1,120 @@
+"""Whether a manifest is acceptable, and which later changes of it count. Pure."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from isthmus_contracts.federatedjob import FederatedJobSpec, Pool
+from isthmus_contracts.federatedjob_status import Reason
+from isthmus_contracts.manifest import ManifestError, check_job_name, parse_spec
+
+from .observed import Job, Observed
+from .render import aggregator
+from .render.client import ClientPods
+from .render.merge import TemplateError
+from .render.restrict import violations
+
+# What may change while a job lives. Everything else needs a new job.
+LIVE_FIELDS = ("suspend", "backoff_limit", "active_deadline_seconds", "ttl_seconds_after_finished")
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Why a manifest is not accepted."""
+
+    reason: Reason
+    message: str
+    waits: bool = False  # for the admin rather than for a mended manifest
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """The spec that is in force."""
+
+    spec: FederatedJobSpec
+    message: str = ""  # about changes that do not count
+
+
+def examine(job: Job, observed: Observed, allowed: frozenset[str] = frozenset()) -> Acceptance | Rejection:
+    """The one verdict over a manifest: the accepted spec stays in force whatever is edited later.
+
+    ``allowed``: what templates may ask for; see :mod:`.render.restrict`.
+    """
+    if observed.accepted is not None:
+        # Its record is an object that the namespace's users can write: it is not believed in what matters.
+        if forbidden := _forbidden(job, observed.accepted, allowed):
+            return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(forbidden), waits=True)
+        try:
+            return _live(observed.accepted, parse_spec(job.spec))
+        except ManifestError as error:
+            return Acceptance(observed.accepted, f"the changed manifest is invalid and is ignored: {error}")
+    try:
+        wanted = _valid_spec(job)
+    except ManifestError as error:
+        return Rejection(Reason.INVALID_SPEC, str(error))
+    if forbidden := _forbidden(job, wanted, allowed):
+        return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(forbidden))
+    for number, pool in enumerate(wanted.pools):
+        if pool.hpc is None:
+            continue
+        field = f"spec.pools[{number}].hpc.siteRef.name"
+        site = observed.sites.get(pool.hpc.site_ref.name)
+        if site is None:
+            message = f"{field}: there is no HPCSite {pool.hpc.site_ref.name!r}; see kubectl get hpcsites"
+            return Rejection(Reason.SITE_NOT_FOUND, message, waits=True)
+        if not site.allows(job.namespace):
+            message = f"{field}: HPCSite {pool.hpc.site_ref.name!r} does not allow namespace {job.namespace}"
+            return Rejection(Reason.SITE_NOT_ALLOWED, message, waits=True)
+    return Acceptance(wanted)
+
+
+def _valid_spec(job: Job) -> FederatedJobSpec:
+    problems = check_job_name(job.name)
+    if problems:
+        raise ManifestError(problems)
+    spec = parse_spec(job.spec)
+    for path, render in _templates(job, spec):
+        try:
+            render()
+        except TemplateError as error:
+            problems.append(f"{path}.{error}")
+    if problems:
+        raise ManifestError(problems)
+    return spec
+
+
+def _forbidden(job: Job, spec: FederatedJobSpec, allowed: frozenset[str]) -> list[str]:
+    """What templates ask for that the admin has not allowed."""
+    problems = []
+    for path, render in _templates(job, spec):
+        try:
+            problems += [f"{path}.{problem}" for problem in violations(render(), allowed)]
+        except TemplateError as error:
+            problems.append(f"{path}.{error}")
+    return problems
+
+
+def _templates(job: Job, spec: FederatedJobSpec) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Each pod template that is not empty, by its path, and how to render a pod of it."""
+    if spec.aggregator.template:
+        yield "spec.aggregator.template", lambda: aggregator.pod(job, spec, "")
+    for number, pool in enumerate(spec.pools):
+        if pool.cloud is not None and pool.cloud.template:
+            yield f"spec.pools[{number}].cloud.template", partial(_client, job, spec, pool)
+
+
+def _client(job: Job, spec: FederatedJobSpec, pool: Pool) -> dict[str, Any]:
+    return ClientPods(job, spec, pool, "").pod(0, 0)
+
+
+def _live(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> Acceptance:
+    spec = accepted.model_copy(update={name: getattr(wanted, name) for name in LIVE_FIELDS})
+    changed = [
+        f"spec.{info.alias or name}"
+        for name, info in FederatedJobSpec.model_fields.items()
+        if getattr(spec, name) != getattr(wanted, name)
+    ]
+    if not changed:
+        return Acceptance(spec)
+    return Acceptance(spec, f"changes of {', '.join(changed)} are ignored: they need a new job")

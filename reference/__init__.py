@@ -1,0 +1,1 @@
+"""The generated pages of the documentation: ``python -m reference docs/reference``, as ``make generate`` does."""

@@ -1,0 +1,58 @@
+"""The command line: ``python -m release version | dist | check``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import dist, version
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        options.command(options)
+    except version.ReleaseError as error:
+        print(f"release: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _version(options: argparse.Namespace) -> None:
+    if options.new:
+        for name in version.write(options.new):
+            print(f"wrote {options.new} into {name}")
+        return
+    print(version.current())
+    for name, found in version.stated():
+        if found != version.current():
+            raise version.ReleaseError(f"{name} says {found}: run `python -m release version {version.current()}`")
+
+
+def _dist(options: argparse.Namespace) -> None:
+    dist.make(options.parts or list(dist.PARTS), options.output)
+
+
+def _check(options: argparse.Namespace) -> None:
+    dist.check(options.output.absolute())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="release", description="Make a release; docs/releases.md explains.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    one = commands.add_parser("version", help="tell the version and see that all files agree, or write a new one")
+    one.add_argument("new", nargs="?", metavar="VERSION")
+    one.set_defaults(command=_version)
+    one = commands.add_parser("dist", help="make what a release holds")
+    one.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(dist.PARTS)}; all if none is named")
+    one.add_argument("--output", type=Path, default=Path("dist"), help="default: %(default)s")
+    one.set_defaults(command=_dist)
+    one = commands.add_parser("check", help="install the wheels into clean virtual environments, and compare versions")
+    one.add_argument("--output", type=Path, default=Path("dist"), help="where they are (default: %(default)s)")
+    one.set_defaults(command=_check)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

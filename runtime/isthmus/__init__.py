@@ -1,0 +1,38 @@
+"""Isthmus for training scripts.
+
+import isthmus
+
+for rnd in isthmus.rounds(model, evaluate=lambda: {"accuracy": accuracy(model, held_out)}):
+    loss = train(model, loader, rnd.config)
+    rnd.submit(num_examples=len(data), loss=loss)
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .client.context import Context, context
+    from .client.round import Round
+    from .client.rounds import rounds
+    from .client.session import FederationError
+
+__version__ = version("isthmus")
+__all__ = ["Context", "FederationError", "Round", "context", "rounds"]
+
+# torch takes seconds to import: the command line and the aggregator's start-up wait for it only where they need it.
+_HOMES = {
+    "Context": ".client.context",
+    "context": ".client.context",
+    "FederationError": ".client.session",
+    "Round": ".client.round",
+    "rounds": ".client.rounds",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'isthmus' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,5 @@
+"""``python -m isthmus`` is the ``isthmus`` command."""
+
+from .cli import main
+
+main()

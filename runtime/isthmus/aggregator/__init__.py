@@ -1,0 +1,1 @@
+"""The aggregator: one process per FederatedJob that runs the rounds. ``python -m isthmus.aggregator``."""

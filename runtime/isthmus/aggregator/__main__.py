@@ -1,0 +1,163 @@
+"""``python -m isthmus.aggregator``: serves one job until it is complete.
+
+Exit codes: 0 complete; 1 failed for good; 143 stopped by SIGTERM (it resumes when started again).
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from google.protobuf.json_format import MessageToJson
+from grpc import aio
+from prometheus_client import start_http_server
+
+from isthmus_contracts.manifest import ManifestError
+from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.pb.federation_pb2_grpc import add_ObserverServicer_to_server
+from isthmus_contracts.transport import SERVER_OPTIONS, renewed_server_credentials
+
+from ..strategies import StrategyError, make_strategy
+from .checkpoints import CheckpointError, CheckpointStore
+from .federation import Federation
+from .job import load_job
+from .metrics import AggregatorMetrics
+from .service import FederationService, ObserverService
+from .tracking.tracker import make_tracker
+
+log = logging.getLogger("isthmus.aggregator")
+
+# After completion: how long clients may take to hear it and go, and an observer to read it. Seconds.
+FAREWELL_SECONDS = 15.0
+LINGER_SECONDS = 30.0
+# How long the sinks of tracking may take for what they have not written yet: at the end, and when told to stop, which
+# must be over within a pod's grace period. Seconds.
+TRACKING_SECONDS = 30.0
+TRACKING_SECONDS_WHEN_STOPPED = 5.0
+# Kubernetes keeps this much of a termination message.
+_TERMINATION_MESSAGE_BYTES = 4096
+
+
+def main() -> None:
+    """Parses the command line and serves."""
+    parser = argparse.ArgumentParser(prog="python -m isthmus.aggregator", description=__doc__)
+    parser.add_argument("--job", type=Path, required=True, help="job file: JSON with name, namespace, uid and spec")
+    parser.add_argument("--tls", type=Path, required=True, help="directory with ca.crt, tls.crt and tls.key")
+    parser.add_argument("--state", type=Path, required=True, help="directory of the checkpoints and the final model")
+    parser.add_argument("--listen", default="127.0.0.1:7443", help="host:port of the gRPC service; port 0 picks one")
+    parser.add_argument("--metrics", default="127.0.0.1:9090", help="host:port of /metrics; port 0 picks one")
+    parser.add_argument("--ports-file", type=Path, help="where to write the ports, as JSON, once it listens")
+    parser.add_argument("--termination-log", type=Path, default=Path("/dev/termination-log"),
+                        help="the final status goes here, where the file exists")  # fmt: skip
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        sys.exit(asyncio.run(serve(arguments)))
+    except (ManifestError, CheckpointError, StrategyError) as error:
+        _terminate(arguments.termination_log, pb.FederationStatus(phase=pb.FederationStatus.FAILED, message=str(error)))
+        print(f"isthmus.aggregator: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+async def serve(arguments: argparse.Namespace) -> int:
+    """Serves until the job is complete or a signal arrives; returns the exit code."""
+    job = load_job(arguments.job)
+    try:
+        credentials = renewed_server_credentials(arguments.tls)
+    except OSError as error:
+        raise ManifestError([f"{error.filename}: {error.strerror}"]) from None
+    metrics = AggregatorMetrics(job.namespace, job.name)
+    store = CheckpointStore(arguments.state, job.uid, job.spec.checkpoints_kept)
+    strategy = make_strategy(job.spec.strategy, arguments.state, job.spec.most_trainers)
+    tracker = make_tracker(job, arguments.state)
+    federation = Federation(job, store, strategy, metrics, tracker)
+    observer = ObserverService(federation)
+
+    server = aio.server(options=SERVER_OPTIONS)
+    server.add_generic_rpc_handlers((FederationService(federation).handler(),))
+    add_ObserverServicer_to_server(observer, server)
+    try:
+        port = server.add_secure_port(arguments.listen, credentials)
+        host, _, metrics_port = arguments.metrics.rpartition(":")
+        metrics_server, _ = start_http_server(int(metrics_port), host, metrics.registry)
+    except (RuntimeError, OSError) as error:
+        raise ManifestError([f"cannot listen on {arguments.listen} or {arguments.metrics}: {error}"]) from None
+    await server.start()
+    if arguments.ports_file:
+        _write_atomically(
+            arguments.ports_file, json.dumps({"port": port, "metrics_port": metrics_server.server_address[1]})
+        )
+    log.info("serving %s/%s on port %d", job.namespace, job.name, port)
+
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    training = asyncio.create_task(federation.run())
+    stopping = asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait({training, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not training.done():
+            log.info("stopped by a signal after round %d", federation.status().completed_rounds)
+            federation.dismiss(pb.Stop.RESTARTING, "the aggregator was told to stop")
+            return 143
+        try:
+            training.result()
+        except StrategyError as error:
+            federation.dismiss(pb.Stop.FAILED, str(error))
+            tracker.fail(str(error))
+            raise
+        _terminate(arguments.termination_log, federation.status())
+        await _farewell(federation, observer, stopped)
+        return 0
+    finally:
+        for task in (training, stopping):
+            task.cancel()
+        await server.stop(grace=1.0)
+        patience = TRACKING_SECONDS_WHEN_STOPPED if stopped.is_set() else TRACKING_SECONDS
+        await asyncio.to_thread(tracker.close, patience)
+        metrics_server.shutdown()
+
+
+async def _farewell(federation: Federation, observer: ObserverService, stopped: asyncio.Event) -> None:
+    """Stays until the clients have gone and somebody has read that the job is complete."""
+
+    async def all_gone() -> None:
+        while any(client.connected for client in federation.members):  # noqa: ASYNC110 - a moment, at the very end
+            await asyncio.sleep(0.05)
+
+    with suppress(TimeoutError):
+        async with asyncio.timeout(FAREWELL_SECONDS):
+            await all_gone()
+    seen = asyncio.create_task(observer.completion_seen.wait())
+    signalled = asyncio.create_task(stopped.wait())
+    await asyncio.wait({seen, signalled}, timeout=LINGER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    for task in (seen, signalled):
+        task.cancel()
+
+
+def _terminate(path: Path, status: pb.FederationStatus) -> None:
+    """Leaves the final status where the kubelet picks it up."""
+    if not path.exists():
+        return
+    text = MessageToJson(status, indent=None)
+    if len(text.encode()) > _TERMINATION_MESSAGE_BYTES:
+        for pool in status.pools:
+            del pool.failures[:]
+        text = MessageToJson(status, indent=None)
+    with suppress(OSError):
+        path.write_text(text, encoding="utf-8")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What the aggregator knows of each client from earlier rounds; it is committed with each round's model."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
+
+from .membership import ClientId
+
+# How much the newest observation counts in a moving average.
+_NEWEST = 0.3
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """One client's past."""
+
+    examples: int = 0
+    """Of its newest update."""
+    loss: float | None = None
+    """The training loss that came with it."""
+    seconds: float | None = None
+    """From offer to update, as a moving average."""
+    reliability: float = 1.0
+    """Share of its rounds that it handed in for, as a moving average."""
+    asked: int = 0
+    """The newest round that it was asked to take part in; 0: none."""
+    counted: tuple[int, ...] = ()
+    """The rounds, not too long ago for an update to come late, for which it trained an update that is counted."""
+
+    @property
+    def known(self) -> bool:
+        """Whether it has ever handed in."""
+        return self.seconds is not None
+
+
+@dataclass(frozen=True)
+class Report:
+    """One accepted update, as far as it tells of its client."""
+
+    round: int
+    """That it was trained for."""
+    examples: int
+    loss: float | None
+    seconds: float
+
+
+@dataclass
+class ClientBook:
+    """The records of all clients that were ever asked."""
+
+    records: dict[ClientId, ClientRecord] = field(default_factory=dict)
+
+    def of(self, client: ClientId) -> ClientRecord:
+        """A client's record; an empty one for a client that is not known."""
+        return self.records.get(client, ClientRecord())
+
+    def settled(
+        self, round_number: int, asked: Iterable[ClientId], missed: Mapping[ClientId, float | None],
+        reports: Iterable[tuple[ClientId, Report]], horizon: int,
+    ) -> "ClientBook":  # fmt: skip
+        """The book after a round.
+
+        ``missed``: who was asked and did not hand in, and for how many seconds it has been at work without having
+        failed, if it has not: such a client is slow, not unreliable. ``horizon``: how late updates may be.
+        """
+        book = ClientBook(dict(self.records))
+        for client in asked:
+            book.records[client] = replace(book.of(client), asked=round_number)
+        for client, seconds in missed.items():
+            record = book.of(client)
+            if seconds is None:
+                book.records[client] = replace(record, reliability=_moved(record.reliability, 0.0))
+            elif record.seconds is not None:
+                book.records[client] = replace(record, seconds=max(record.seconds, seconds))
+        for client, report in reports:
+            record = book.of(client)
+            book.records[client] = replace(
+                record,
+                examples=report.examples,
+                loss=report.loss,
+                seconds=report.seconds if record.seconds is None else _moved(record.seconds, report.seconds),
+                reliability=_moved(record.reliability, 1.0),
+                counted=tuple(number for number in (*record.counted, report.round) if number >= round_number - horizon),
+            )
+        return book
+
+    def text(self) -> str:
+        """The book, to be written beside a model."""
+        return json.dumps([[*client, *astuple(record)] for client, record in sorted(self.records.items())])
+
+    @classmethod
+    def of_text(cls, text: str) -> "ClientBook":
+        """What :meth:`text` wrote. Raises ``ValueError`` for anything else."""
+        try:
+            return cls({(pool, index): _record(*values) for pool, index, *values in json.loads(text)})
+        except TypeError as error:
+            raise ValueError(f"not a book of clients: {error}") from None
+
+
+def _record(*values: Any) -> ClientRecord:
+    record = ClientRecord(*values)
+    return replace(record, counted=tuple(record.counted))
+
+
+def _moved(average: float, newest: float) -> float:
+    return round(average + _NEWEST * (newest - average), 6)

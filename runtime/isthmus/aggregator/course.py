@@ -1,0 +1,59 @@
+"""Where a job's training stands: what the parts of the aggregator share."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from isthmus_contracts.pb import federation_pb2 as pb
+
+from ..strategies import StrategyError
+from ..tensors import State
+from .bell import Bell
+from .decisions import RoundState
+from .membership import ClientId
+from .model import GlobalModel
+from .progress import WeightedMeans
+from .tensorfile import SMALL_BYTES
+
+
+@dataclass
+class Course:
+    """Changed on the event loop only, but for what folding books in :attr:`round` when it fails."""
+
+    phase: pb.FederationStatus.Phase.ValueType = pb.FederationStatus.WAITING
+    message: str = ""
+    """Why it waits; empty when all is well."""
+    started: float = field(default_factory=time.time)
+    model: GlobalModel | None = None
+    """The newest committed one."""
+    round: RoundState | None = None
+    """The one in progress."""
+    round_started: float = 0.0
+    """Seconds since the epoch."""
+    closing: bool = False
+    """The round's result is being computed: nothing is accepted any more."""
+    training: WeightedMeans = field(default_factory=WeightedMeans)
+    """What the clients measured while they trained for the round in progress."""
+    examples: int = 0
+    """Of the updates of the round in progress."""
+    initializer: ClientId | None = None
+    """Who was asked for the first weights."""
+    initial: State | None = None
+    """These weights."""
+    broken: StrategyError | None = None
+    """What a user's strategy died of: the job cannot go on."""
+    final: tuple[str, str] | None = None
+    """The final model's path and SHA-256, once it is written."""
+    open: asyncio.Event = field(default_factory=asyncio.Event)
+    """Updates are counted: not so between rounds."""
+    changes: Bell = field(default_factory=Bell)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the model is so small that a thread's errand takes longer than the work on it."""
+        return self.model is not None and self.model.size <= SMALL_BYTES
+
+    @property
+    def completed(self) -> int:
+        """Committed rounds."""
+        return self.model.round if self.model else 0

@@ -1,0 +1,93 @@
+"""The decisions of a round, apart from everything that carries them out."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from .clientbook import Report
+from .membership import ClientId
+
+# How long a client whose connection broke in the middle of a round may take to come back (or its successor to start)
+# before the round goes on without it, where enough others have handed in. Seconds.
+LOST_CLIENT_GRACE = 30.0
+
+
+@dataclass
+class RoundState:
+    """What has happened in the current round. Times are monotonic seconds."""
+
+    number: int
+    started: float
+    deadline: float
+    selected: set[ClientId] = field(default_factory=set)
+    accepted: set[ClientId] = field(default_factory=set)
+    rejected: set[ClientId] = field(default_factory=set)
+    """Clients whose update was invalid: they get another chance in the next round, or when this one starts over."""
+    target: int | None = None
+    """With so many updates it ends, whoever is still at work; ``None``: it waits for everybody."""
+    late: set[tuple[ClientId, int]] = field(default_factory=set)
+    """Updates of earlier rounds (their client and that round) that count in this one."""
+    reports: list[tuple[ClientId, Report]] = field(default_factory=list)
+    """Of every update that counts."""
+
+    @property
+    def updates(self) -> int:
+        """How many count."""
+        return len(self.accepted) + len(self.late)
+
+
+@dataclass(frozen=True)
+class Presence:
+    """What a round needs to know of one client."""
+
+    ready: bool
+    failed: bool
+    lost_at: float
+
+
+class Verdict(Enum):
+    """What to do with a round."""
+
+    COMMIT = auto()
+    WAIT = auto()
+    MORE = auto()  # too few of the selected can still hand in: take others in, where there are any
+    EXTEND = auto()  # the deadline passed without enough updates: start the clock again
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict, and when to look again at the latest (monotonic seconds)."""
+
+    verdict: Verdict
+    look_again: float
+
+
+def decide(state: RoundState, presence: dict[ClientId, Presence], min_updates: int, now: float) -> Decision:
+    """What to do with the round, given who is there."""
+    outstanding, look_again = _outstanding(state, presence, now)
+    enough = state.updates >= min_updates
+    full = state.target is not None and state.updates >= state.target
+    if enough and (full or not outstanding):
+        return Decision(Verdict.COMMIT, now)
+    if now >= state.deadline:
+        return Decision(Verdict.COMMIT if enough else Verdict.EXTEND, now)
+    if state.updates + len(outstanding) < min_updates:
+        return Decision(Verdict.MORE, look_again)
+    return Decision(Verdict.WAIT, look_again)
+
+
+def _outstanding(
+    state: RoundState, presence: dict[ClientId, Presence], now: float
+) -> tuple[Collection[ClientId], float]:
+    """The selected clients that may still hand in, and when that may change by time alone."""
+    outstanding, look_again = [], state.deadline
+    for client in state.selected - state.accepted - state.rejected:
+        seen = presence.get(client, Presence(False, False, 0.0))
+        if seen.failed:
+            continue
+        if seen.ready:
+            outstanding.append(client)
+        elif now < seen.lost_at + LOST_CLIENT_GRACE:
+            outstanding.append(client)
+            look_again = min(look_again, seen.lost_at + LOST_CLIENT_GRACE)
+    return outstanding, look_again

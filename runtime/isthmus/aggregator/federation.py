@@ -1,0 +1,444 @@
+"""The rounds of one job: who is offered work, what is accepted, and when a round is committed.
+
+Everything here runs on one event loop; folding, checkpoints and checks of large tensors run in threads. A round moves
+on only through :mod:`.decisions`; this module carries the decisions out.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from isthmus_contracts.compression import NONE
+from isthmus_contracts.pb import federation_pb2 as pb
+
+from ..strategies import Strategy
+from ..tensors import State
+from . import messages
+from .checkpoints import Checkpoint, CheckpointError, CheckpointStore, RoundRecord
+from .clientbook import ClientBook
+from .compression import Broadcast, Compression
+from .course import Course
+from .decisions import LOST_CLIENT_GRACE, Decision, Presence, RoundState, Verdict, decide
+from .intake import Intake
+from .job import Job
+from .ledger import RoundLedger
+from .membership import Client, ClientId, Membership
+from .metrics import AggregatorMetrics
+from .model import GlobalModel
+from .progress import Progress, WeightedMeans
+from .reporter import Reporter
+from .selection import choose
+from .tracking.tracker import Tracker
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 10.0
+# The clients' last measurement, of the final model, may take this long. Seconds.
+EVALUATION_DEADLINE = 300.0
+CHECKPOINT_RETRY = 5.0
+_TRAIN_PREFIX = "train_"
+# What is committed with a model.
+_RECORD, _CLIENTS = "record", "clients"
+T = TypeVar("T")
+
+
+class Federation:
+    """Runs a job's rounds over whatever clients are there. ``run()`` returns when training is complete."""
+
+    def __init__(
+        self, job: Job, store: CheckpointStore, strategy: Strategy, metrics: AggregatorMetrics, tracker: Tracker
+    ) -> None:
+        self.job = job
+        self.spec = job.spec
+        self.metrics = metrics
+        self.members = Membership(job.spec, job.uid)
+        self.compression = Compression(job.uid, job.spec)
+        self.course = Course()
+        self.ledger = RoundLedger(metrics)
+        # One thread, first in first out: updates are folded one by one, and a round's result is computed after them.
+        self._folder = ThreadPoolExecutor(1, "fold")
+        self.intake = Intake(job, self.course, self.members, self.compression, strategy, self.ledger, self._folder)
+        self._store = store
+        self._strategy = strategy
+        self._tracker = tracker
+        self.progress = Progress(job.spec.objective)
+        self._contributors: set[ClientId] = set()  # to the newest committed round
+        self._evaluations = WeightedMeans()
+        self._record: RoundRecord | None = None  # of the newest committed round
+        self._offer: pb.ServerMessage | None = None  # of the round in progress: the same for all
+        self._reporter = Reporter(job.spec, self.course, self.members, self.progress, tracker, store.directory, metrics)
+
+    # ---- the course of training
+
+    async def run(self) -> None:
+        """All rounds, from the newest checkpoint on. Raises :class:`CheckpointError`."""
+        self.metrics.rounds_planned.set(self.spec.rounds)
+        await asyncio.to_thread(self._store.open)
+        checkpoint = await asyncio.to_thread(self._store.latest)
+        if checkpoint is None:
+            checkpoint = await self._initialize()
+        else:
+            self.progress.restore(await self._records(checkpoint))
+            log.info("resuming after round %d of %d", checkpoint.round, self.spec.rounds)
+            self._strategy.load_state(checkpoint.strategy)
+            await self._remember(checkpoint)
+        await self._adopt(checkpoint)
+        while checkpoint.round < self.spec.rounds and not self.progress.reached:
+            await self._wait_for_quorum()
+            checkpoint = await self._train(checkpoint)
+        self.course.open.set()  # whoever waits hears that it is over
+        self.intake.receptions.clear()
+        await self._evaluate_final()
+        path, sha256 = await self._persist(lambda: self._store.write_final(checkpoint))
+        self.course.final = (path.name, sha256)
+        self._tracker.finish(path, sha256)
+        self.course.phase, self.course.message = pb.FederationStatus.COMPLETE, ""
+        log.info("complete: %d rounds, model in %s", checkpoint.round, path)
+        self.dismiss(pb.Stop.COMPLETE, "training is complete")
+        self._reporter.refresh()
+        self.course.changes.ring()
+
+    def dismiss(self, reason: "pb.Stop.Reason.ValueType", message: str) -> None:
+        """Tells every client to stop."""
+        for client in self.members:
+            client.send(messages.stop(reason, message))
+
+    async def _initialize(self) -> Checkpoint:
+        """The first model: the initial weights of the first client that is there."""
+        await self._wait_for_quorum()
+        self.course.phase = pb.FederationStatus.INITIALIZING
+        while self.course.initial is None:
+            ready = self.members.trainers()
+            if ready and self.course.initializer not in [client.id for client in ready]:
+                self.course.initializer = ready[0].id
+                log.info("asking %s for the initial weights", ready[0].name)
+                ready[0].send(messages.INITIALIZE)
+            await self._changed()
+        initial = self.course.initial
+        checkpoint = await self._persist(lambda: self._store.save(0, initial))
+        self.course.initial = None  # it is as large as the model
+        return checkpoint
+
+    async def _wait_for_quorum(self) -> None:
+        while (ready := len(self.members.trainers())) < self.spec.min_clients:
+            self.course.phase = pb.FederationStatus.WAITING
+            self.course.message = f"{ready} of {self.spec.min_clients} needed clients are connected"
+            await self._changed()
+        self.course.message = ""
+
+    async def _train(self, base: Checkpoint) -> Checkpoint:
+        """One round on top of ``base``; returns when its checkpoint is durable."""
+        state = self._begin_round(base)
+        while True:
+            if self.course.broken is not None:
+                raise self.course.broken
+            decision = self._decide(state)
+            if decision.verdict is Verdict.COMMIT:
+                break
+            if decision.verdict is Verdict.MORE:
+                self._take_in_more(state)
+            elif decision.verdict is Verdict.EXTEND:
+                self._extend(state)
+                continue
+            await self._changed(until=decision.look_again)
+        self.course.closing = True
+        self.course.open.clear()
+        result, broadcast = await asyncio.get_running_loop().run_in_executor(
+            self._folder, self.compression.settle, self._strategy.finish, state.number, base.state, base.sha256
+        )
+        record, book = self._record_of(state), self._settled_book(state)
+        notes = {_RECORD: record.text()}
+        if self._keeps_book:
+            notes[_CLIENTS] = book.text()
+        checkpoint = await self._persist(lambda: self._store.save(state.number, result, self._strategy.state(), notes))
+        self.intake.book = book
+        await self._conclude(state, record)
+        await self._adopt(checkpoint, broadcast)
+        return checkpoint
+
+    def _begin_round(self, base: Checkpoint) -> RoundState:
+        number, now = base.round + 1, time.monotonic()
+        ready = [client.id for client in self.members.trainers()]
+        choice = choose(self.spec, number, ready, self.intake.book)
+        state = RoundState(number, now, now + self.spec.stragglers.round_deadline_seconds, target=choice.target)
+        # Whoever has this round's work in hand, from before a restart of ours, has not done it for nothing.
+        working = [client.id for client in self.members.trainers() if client.works_on(number, base.sha256)]
+        state.selected.update(choice.clients, working)
+        self._strategy.begin(base.state)
+        self.ledger.begin()
+        self._offer = None
+        self.course.round, self.course.round_started, self.course.closing = state, time.time(), False
+        self.course.training, self.course.examples = WeightedMeans(), 0
+        self.course.phase, self.course.message = pb.FederationStatus.TRAINING, ""
+        self.course.open.set()
+        log.info("round %d: %d of %d ready clients", number, len(state.selected), len(ready))
+        for client in self.members.trainers():
+            if client.id in state.selected:
+                self._ask(client, state)
+        self.course.changes.ring()
+        return state
+
+    def _decide(self, state: RoundState) -> Decision:
+        presence = {
+            client.id: Presence(client.ready, client.failed, client.lost_at)
+            for client in self.members
+            if client.id in state.selected
+        }
+        return decide(state, presence, self.spec.min_updates, time.monotonic())
+
+    def _take_in_more(self, state: RoundState) -> None:
+        """Clients that the round did not select, or that came later, take the places of those that are lost."""
+        for client in self.members.trainers():
+            if client.id not in state.selected:
+                state.selected.add(client.id)
+                self._ask(client, state)
+        have, need = state.updates, self.spec.min_updates
+        self.course.message = f"round {state.number} has {have} of {need} needed updates; waiting for clients"
+
+    def _extend(self, state: RoundState) -> None:
+        log.warning(
+            "round %d: %d of %d needed updates at the deadline; it goes on",
+            state.number, state.updates, self.spec.min_updates,
+        )  # fmt: skip
+        state.deadline = time.monotonic() + self.spec.stragglers.round_deadline_seconds
+        state.rejected.clear()
+        for client in self.members.trainers():
+            if client.id in state.selected - state.accepted:
+                self._ask(client, state)
+
+    async def _records(self, checkpoint: Checkpoint) -> list[RoundRecord]:
+        """The records up to a checkpoint, whose own may not have come so far as the file when we were killed."""
+        records = self._store.records(checkpoint.round)
+        if _RECORD in checkpoint.notes and (not records or records[-1].round < checkpoint.round):
+            records.append(RoundRecord.of_text(checkpoint.notes[_RECORD]))
+            await self._write_down(records[-1])
+        self._record = records[-1] if records and records[-1].round == checkpoint.round else None
+        return records
+
+    async def _remember(self, checkpoint: Checkpoint) -> None:
+        """Takes up what earlier processes knew of the clients, and of models that late updates may come from."""
+        if not self._keeps_book:
+            return
+        try:
+            self.intake.book = ClientBook.of_text(checkpoint.notes.get(_CLIENTS, "[]"))
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.file.path}: {error}; remove it to go on from the one before") from None
+        await asyncio.to_thread(self.intake.history.restore, self._store, checkpoint.round)
+
+    @property
+    def _keeps_book(self) -> bool:
+        return self.spec.folds_late or self.spec.selection.policy == "Adaptive"
+
+    def _settled_book(self, state: RoundState) -> ClientBook:
+        """What is known of the clients, after a round."""
+        if not self._keeps_book:
+            return self.intake.book
+        now, missed = time.monotonic(), {}
+        for client_id in state.selected - state.accepted:
+            client = self.members.get(client_id)
+            at_work = client is not None and client.ready and client_id not in state.rejected
+            missed[client_id] = client.took(state.number, now) if client is not None and at_work else None
+        return self.intake.book.settled(
+            state.number, state.selected, missed, state.reports, self.spec.stragglers.max_staleness
+        )
+
+    def _record_of(self, state: RoundState) -> RoundRecord:
+        """What a round comes to."""
+        means = {_train_name(name): value for name, value in self.course.training.means().items()}
+        seconds = time.monotonic() - state.started
+        return RoundRecord(state.number, seconds, state.updates, self.course.examples, means, time.time())
+
+    async def _conclude(self, state: RoundState, record: RoundRecord) -> None:
+        """Books a round whose checkpoint is durable."""
+        await self._close_evaluations()
+        record.seconds, record.time = time.monotonic() - state.started, time.time()
+        away = {client.id for client in self.members if not client.ready}
+        self.ledger.close(record, state.selected, state.accepted, away | state.rejected)
+        self._record = record
+        await self._write_down(record)
+        self.progress.take(state.number, record.metrics)
+        self.course.round, self._contributors = None, state.accepted | {client for client, _ in state.late}
+        self.metrics.round_seconds.observe(record.seconds)
+        log.info("round %d committed: %d updates, %.2f s", state.number, state.updates, record.seconds)
+
+    async def _adopt(self, checkpoint: Checkpoint, broadcast: Broadcast | None = None) -> None:
+        """Makes a durable checkpoint the global model, and tells the clients."""
+        self.course.model = GlobalModel.of(checkpoint, self.spec.total_clients, broadcast)
+        self.metrics.model_bytes.set(self.course.model.size)
+        self._evaluations = WeightedMeans()
+        self.intake.history.add(checkpoint)
+        for client in self.members:
+            client.send(messages.committed(checkpoint.round))
+            self._ask_evaluator(client)
+        self.course.changes.ring()
+
+    async def _evaluate_final(self) -> None:
+        """The clients measure the final model on their held-out data."""
+        assert self.course.model is not None
+        self.course.phase = pb.FederationStatus.EVALUATING
+        offered: set[ClientId] = set()
+        started = time.monotonic()
+        until = started + EVALUATION_DEADLINE
+        while time.monotonic() < until:
+            ready = self.members.ready()
+            evaluators = [client for client in ready if client.evaluates]
+            for client in evaluators:
+                if client.id not in offered:
+                    offered.add(client.id)
+                    self._send_offer(client, messages.evaluate(self.course.model, self.compression))
+            # After a restart of ours, the clients need a moment to come back.
+            all_back = len(self.members.trainers()) >= self.spec.min_clients
+            settled_at = started if all_back else started + LOST_CLIENT_GRACE
+            if time.monotonic() < settled_at:
+                await self._changed(until=settled_at)
+            elif self._awaited(evaluators) <= self._evaluations.clients():
+                break
+            else:
+                await self._changed(until=until)
+        await self._close_evaluations()
+
+    def _awaited(self, evaluators: list[Client]) -> set[ClientId]:
+        """Whose evaluation of the final model is waited for: a straggler may be at an earlier round for long."""
+        waited_for = {client.id for client in evaluators if client.id in self._contributors or not client.trains}
+        return waited_for or {client.id for client in evaluators}
+
+    async def _close_evaluations(self) -> None:
+        """Books what the clients measured of the current model."""
+        if self.course.model is None or not len(self._evaluations):
+            return
+        means = self._evaluations.means()
+        self.progress.take(self.course.model.round, means)
+        if self._record is not None and self._record.round == self.course.model.round:
+            self._record.metrics.update(means)
+            await self._write_down(self._record)
+        told = ", ".join(f"{name}={value:.4f}" for name, value in means.items())
+        log.info("round %d: %s", self.course.model.round, told)
+
+    async def _write_down(self, record: RoundRecord) -> None:
+        await self._persist(lambda: self._store.append(record), is_checkpoint=False)
+        self._tracker.take(record)
+
+    async def _persist(self, write: Callable[[], T], *, is_checkpoint: bool = True) -> T:
+        """Writes to the state directory, again and again while that fails: a full disk costs time, never a round."""
+        while True:
+            started = time.monotonic()
+            try:
+                # A record is a line, which is not synced: not worth a thread's errand.
+                result = await asyncio.to_thread(write) if is_checkpoint else write()
+            except OSError as error:
+                self.metrics.checkpoint_failures.inc()
+                what = "checkpoint" if is_checkpoint else "round's record"
+                self.course.message = f"the {what} cannot be written: {error.strerror or error}; trying again"
+                log.error("%s", self.course.message)
+                self.course.changes.ring()
+                await asyncio.sleep(CHECKPOINT_RETRY)
+            else:
+                if is_checkpoint:
+                    self.ledger.checkpointed(time.monotonic() - started)
+                self.course.message = ""
+                return result
+
+    # ---- what clients say
+
+    def join(self, hello: pb.Hello) -> Client:
+        """A client's hello: it is welcomed and told what there is for it now. Raises :class:`membership.Refusal`."""
+        client = self.members.admit(hello)
+        client.send(pb.ServerMessage(welcome=pb.Welcome(heartbeat_seconds=HEARTBEAT_SECONDS, rounds=self.spec.rounds)))
+        if self.course.model is not None:
+            client.send(messages.committed(self.course.model.round))
+            self._ask_evaluator(client)
+        match self.course.phase:
+            case pb.FederationStatus.COMPLETE:
+                client.send(messages.stop(pb.Stop.COMPLETE, "training is complete"))
+            case pb.FederationStatus.INITIALIZING if client.id == self.course.initializer:
+                client.send(messages.INITIALIZE)
+            case pb.FederationStatus.EVALUATING if client.evaluates and self.course.model is not None:
+                self._send_offer(client, messages.evaluate(self.course.model, self.compression))
+            case _:
+                self._ask_again(client)
+        log.info("%s joined (attempt %d)", client.name, client.attempt)
+        self.course.changes.ring()
+        return client
+
+    def _ask_again(self, client: Client) -> None:
+        """Repeats the offer that a client had before it came back, or we did."""
+        state, model = self.course.round, self.course.model
+        if state is None or model is None or self.course.closing:
+            return
+        if client.works_on(state.number, model.digest):
+            state.selected.add(client.id)
+        if client.id in state.selected - state.accepted - state.rejected:
+            self._ask(client, state)
+
+    def _ask_evaluator(self, client: Client) -> None:
+        """A client that trains nothing measures every model."""
+        if self.course.model is not None and client.ready and client.evaluates and not client.trains:
+            self._send_offer(client, messages.evaluate(self.course.model, self.compression))
+
+    def leave(self, client: Client, outbox: "asyncio.Queue[pb.ServerMessage | None]") -> None:
+        """A control stream has ended."""
+        self.members.leave(client, outbox)
+        log.info("%s disconnected", client.name)
+        self.course.changes.ring()
+
+    def hear(self, client: Client, message: pb.ClientMessage) -> None:
+        """Any later message of a client."""
+        client.last_heard = time.monotonic()
+        match message.WhichOneof("message"):
+            case "heartbeat":
+                client.stage = message.heartbeat.stage
+            case "evaluation":
+                self._take_evaluation(client, message.evaluation)
+            case "failure":
+                self.members.fail(client, message.failure)
+                log.warning("%s failed: %s", client.name, message.failure.message)
+                self.course.changes.ring()
+            case "leaving":
+                log.info("%s leaves: %s", client.name, message.leaving.reason)
+
+    def _take_evaluation(self, client: Client, evaluation: pb.Evaluation) -> None:
+        if self.course.model is None or evaluation.model_digest != self.course.model.digest:
+            return
+        self._evaluations.add(client.id, max(evaluation.num_examples, 1), evaluation.metrics)
+        waited_for = self.course.round.selected if self.course.round else set()
+        evaluators = {member.id for member in self.members if member.id in waited_for and member.evaluates}
+        if evaluators and evaluators <= self._evaluations.clients():
+            self.progress.take(self.course.model.round, self._evaluations.means())
+        self.course.changes.ring()
+
+    @property
+    def companion(self) -> State:
+        """What the strategy sends along with the model."""
+        return self._strategy.companion()
+
+    # ---- offers and status
+
+    def _ask(self, client: Client, state: RoundState) -> None:
+        """Offers the round's work to a client."""
+        assert self.course.model is not None
+        client.offered(state.number, time.monotonic())
+        if self._offer is None:
+            self._offer = messages.train(self.spec, state.number, self.course.model, self.compression)
+        self._send_offer(client, self._offer)
+
+    def _send_offer(self, client: Client, message: pb.ServerMessage) -> None:
+        if client.connected and message.offer.model and self.course.model is not None:
+            self.ledger.sent(client.id[0], NONE, self.course.model.size)
+        client.send(message)
+
+    def status(self) -> pb.FederationStatus:
+        """What the operator sees."""
+        return self._reporter.status()
+
+    async def _changed(self, until: float | None = None) -> None:
+        """Waits for a change, or until the given time (monotonic seconds)."""
+        self._reporter.refresh_soon()
+        self.course.changes.tell()
+        await self.course.changes.wait(until)
+
+
+def _train_name(name: str) -> str:
+    return name if name.startswith(_TRAIN_PREFIX) else _TRAIN_PREFIX + name

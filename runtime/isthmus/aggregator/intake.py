@@ -1,0 +1,209 @@
+"""Updates: which are wanted, and how each is counted once."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TypeVar
+
+from isthmus_contracts.pb import federation_pb2 as pb
+
+from ..strategies import Strategy, StrategyError, Update
+from ..tensors import State, non_finite
+from . import messages, refusal
+from .clientbook import ClientBook, Report
+from .compression import Compression
+from .course import Course
+from .decisions import RoundState
+from .history import History, rebase
+from .job import Job
+from .ledger import RoundLedger
+from .membership import ClientId, Membership
+from .receptions import Receptions
+from .refusal import Fault, Reason, StorageError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Intake:
+    """Answers pushes. What it accepts has been folded, or waits for it in ``folder``, when it answers."""
+
+    def __init__(
+        self, job: Job, course: Course, members: Membership, compression: Compression, strategy: Strategy,
+        ledger: RoundLedger, folder: Executor,
+    ) -> None:  # fmt: skip
+        self._spec = job.spec
+        self._course = course
+        self._members = members
+        self._compression = compression
+        self._strategy = strategy
+        self._ledger = ledger
+        self._folder = folder
+        self._folds_late = job.spec.folds_late
+        self.history = History(job.spec.stragglers.max_staleness + 1 if self._folds_late else 1)
+        self.book = ClientBook()
+        """Of the committed rounds."""
+        self.receptions = Receptions()
+
+    def precheck(self, header: pb.UpdateHeader) -> pb.PushReply | None:
+        """The answer to an update that need not even be received; ``None`` where it is wanted."""
+        client_id = (header.pool, header.index)
+        if self._members.is_fenced(client_id, header.attempt):
+            return refusal.reply(pb.PushReply.FENCED, "a newer attempt of this client has taken over")
+        if header.round == 0:
+            return self._precheck_initial(client_id, header)
+        if (answer := self._precheck_round(header, client_id)) is not None:
+            return answer
+        assert self._course.model is not None and self._course.round is not None
+        if self._course.closing:
+            return refusal.reply(pb.PushReply.CLOSED, f"round {self._course.round.number} has ended without it")
+        fault = refusal.examine(header, self._course.model, self._compression, self._strategy)
+        return self.reject(header, fault) if fault else None
+
+    def _precheck_initial(self, client_id: ClientId, header: pb.UpdateHeader) -> pb.PushReply | None:
+        if self._course.model is not None or self._course.initial is not None:
+            return messages.reply(pb.PushReply.ACCEPTED, "the model has its initial weights")
+        if self._course.phase != pb.FederationStatus.INITIALIZING or client_id != self._course.initializer:
+            message = "nobody asked this client for initial weights"
+            return refusal.reply(pb.PushReply.STALE, message, Reason.NOT_SELECTED)
+        fault = refusal.examine_initial(header)
+        return self.reject(header, fault) if fault else None
+
+    def _precheck_round(self, header: pb.UpdateHeader, client_id: ClientId) -> pb.PushReply | None:
+        """The answer to an update whose round, or whose turn, is not now."""
+        state, model = self._course.round, self._course.model
+        if self._folds_late and header.round in self.book.of(client_id).counted:
+            return messages.reply(pb.PushReply.ACCEPTED, "counted before", self._course.completed)
+        if state is None or model is None or header.round > state.number:
+            return refusal.reply(pb.PushReply.STALE, f"round {header.round} is not in progress")
+        if header.round < state.number:
+            return self._precheck_late(header, client_id, state)
+        if header.base_digest != model.digest:
+            return refusal.reply(pb.PushReply.STALE, "it was trained from another model than this round's")
+        if client_id not in state.selected:
+            message = f"the client is not in round {state.number}"
+            return refusal.reply(pb.PushReply.STALE, message, Reason.NOT_SELECTED)
+        if client_id in state.accepted:
+            return messages.reply(pb.PushReply.ACCEPTED, "counted before", state.number)
+        return None
+
+    def _precheck_late(self, header: pb.UpdateHeader, client_id: ClientId, state: RoundState) -> pb.PushReply | None:
+        if not self._folds_late:
+            return refusal.reply(pb.PushReply.STALE, f"round {header.round} is over")
+        if (client_id, header.round) in state.late:
+            return messages.reply(pb.PushReply.ACCEPTED, "counted before", state.number)
+        if state.number - header.round > self._spec.stragglers.max_staleness:
+            return refusal.reply(
+                pb.PushReply.STALE, f"round {header.round} is over for more than stragglers.maxStaleness rounds"
+            )
+        if self.base(header) is None:
+            return refusal.reply(pb.PushReply.STALE, "the model that it was trained from is not known")
+        return None
+
+    def base(self, header: pb.UpdateHeader) -> State | None:
+        """The model that an update was trained from, if it is the present one or a recent one."""
+        return self.history.find(header.round - 1, header.base_digest)
+
+    async def opened(self) -> None:
+        """Waits between two rounds, and after a restart, where an update that comes then counts in the next one."""
+        waits = self._course.phase in (pb.FederationStatus.TRAINING, pb.FederationStatus.WAITING)
+        if self._folds_late and self._course.model is not None and waits:
+            await self._course.open.wait()
+
+    async def accept(self, header: pb.UpdateHeader, tensors: State) -> pb.PushReply:
+        """Takes a complete update: checks its values, then counts it once."""
+        await self.opened()
+        bad = await self._aside(non_finite, tensors)
+        if (reply := self.precheck(header)) is not None:  # the world may have moved on meanwhile
+            return reply
+        if bad is not None:
+            return self.reject(header, refusal.not_finite(bad))
+        if header.round == 0:
+            self._course.initial = tensors
+            self._course.changes.ring()
+            return messages.reply(pb.PushReply.ACCEPTED, "")
+        state = self._course.round
+        assert state is not None
+        number = state.number
+        update = self._update(header, tensors, number - header.round)
+        # From here to the submission nothing awaits: whatever is accepted is folded before the round's result is made.
+        self._count(header, state)
+        if self._course.is_small:
+            problem = self._fold(update, header, state)
+        else:
+            folding = asyncio.get_running_loop().run_in_executor(self._folder, self._fold, update, header, state)
+            # A client that goes away meanwhile cancels its call, but not the folding.
+            problem = await asyncio.shield(folding)
+        self._course.changes.ring()
+        if self._course.broken is not None:
+            return refusal.reply(pb.PushReply.STALE, str(self._course.broken))
+        if problem is not None:
+            # A rule that keeps updates on disk, and the disk is full: the client tries again.
+            self._course.message = f"an update cannot be kept: {problem}; trying again"
+            raise StorageError(self._course.message)
+        return messages.reply(pb.PushReply.ACCEPTED, "", number)
+
+    def _update(self, header: pb.UpdateHeader, tensors: State, staleness: int) -> Update:
+        discount = self._spec.stragglers.weight(staleness) if staleness else 1.0
+        name, buffers, scalars = f"{header.pool}/{header.index}", frozenset(header.buffers), dict(header.scalars)
+        return Update(name, header.num_examples, tensors, buffers, scalars, discount)
+
+    def _count(self, header: pb.UpdateHeader, state: RoundState) -> None:
+        client_id = (header.pool, header.index)
+        if header.round < state.number:
+            state.late.add((client_id, header.round))
+        else:
+            state.accepted.add(client_id)
+            state.rejected.discard(client_id)
+        client = self._members.get(client_id)
+        seconds = client.took(header.round, time.monotonic()) if client is not None else 0.0
+        report = Report(header.round, header.num_examples, header.metrics.get("loss"), seconds)
+        state.reports.append((client_id, report))
+        self._course.examples += header.num_examples
+        self._course.training.add(client_id, header.num_examples, header.metrics)
+        self._ledger.submitted(header, state.number - header.round)
+
+    def _discount(self, header: pb.UpdateHeader, state: RoundState) -> None:
+        """Takes back what :meth:`_count` did."""
+        client_id = (header.pool, header.index)
+        if header.round < state.number:
+            state.late.discard((client_id, header.round))
+        else:
+            state.accepted.discard(client_id)
+        state.reports[:] = [entry for entry in state.reports if (entry[0], entry[1].round) != (client_id, header.round)]
+        self._course.examples -= header.num_examples
+        self._ledger.withdrawn(header)
+
+    def _fold(self, update: Update, header: pb.UpdateHeader, state: RoundState) -> str | None:
+        """Folds an update in; returns what kept it from being counted, if anything."""
+        started = time.monotonic()
+        try:
+            if header.round < state.number and self._strategy.rebases:
+                old, model = self.base(header), self._course.model
+                assert old is not None and model is not None
+                rebase(update.tensors, old, model.checkpoint.state, update.buffers)
+            self._strategy.accept(update)
+        except OSError as error:
+            self._discount(header, state)
+            return error.strerror or str(error)
+        except StrategyError as error:
+            self._course.broken = error
+            return str(error)
+        self._ledger.folded(header.pool, time.monotonic() - started)
+        self.receptions.give_back(update.tensors)
+        return None
+
+    def reject(self, header: pb.UpdateHeader, fault: Fault) -> pb.PushReply:
+        """Refuses an update for good: the round does not wait for this client any longer."""
+        if self._course.round is not None and header.round == self._course.round.number:
+            self._course.round.rejected.add((header.pool, header.index))
+            self._course.changes.ring()
+        log.warning("%s/%d: update of round %d refused: %s", header.pool, header.index, header.round, fault)
+        return refusal.reply(pb.PushReply.INVALID, fault.message, fault.reason)
+
+    async def _aside(self, work: Callable[[State], T], state: State) -> T:
+        """Does the work in a thread, unless the model is small."""
+        return work(state) if self._course.is_small else await asyncio.to_thread(work, state)

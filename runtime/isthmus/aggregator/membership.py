@@ -1,0 +1,170 @@
+"""Who is there: the clients of a job, their attempts and their control streams."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.pb import federation_pb2 as pb
+
+ClientId = tuple[str, int]
+"""(pool, index within the pool)"""
+
+# The newest failures of a pool that the status shows.
+_SHOWN_FAILURES = 5
+_REMEMBERED_OFFERS = 8
+
+
+@dataclass
+class Client:
+    """One client: a slot of a pool, whatever process fills it at the moment."""
+
+    id: ClientId
+    attempt: int = -1
+    instance: str = ""
+    evaluates: bool = False
+    outbox: "asyncio.Queue[pb.ServerMessage | None] | None" = None
+    """Messages for its control stream (``None`` ends it); ``None`` while it is not connected."""
+    lost_at: float = 0.0
+    """When its stream ended (monotonic seconds); 0 if it never had one."""
+    failed: bool = False
+    """Its script raised, and no newer process has come since."""
+    work: tuple[int, str] = (0, "")
+    """What it had in hand when it came: the round, and the digest of the model that it began with."""
+    trains: bool = True
+    """It is not of a pool that only evaluates."""
+    offers: dict[int, float] = field(default_factory=dict)
+    """When it was first offered its newest rounds (monotonic seconds)."""
+    last_heard: float = 0.0
+    stage: str = ""
+
+    @property
+    def connected(self) -> bool:
+        return self.outbox is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be given work."""
+        return self.connected and not self.failed
+
+    @property
+    def name(self) -> str:
+        return f"{self.id[0]}/{self.id[1]}"
+
+    def send(self, message: pb.ServerMessage) -> None:
+        """Queues a message; one for a client that is gone is dropped, since it is told again when it comes back."""
+        if self.outbox is not None:
+            self.outbox.put_nowait(message)
+
+    def offered(self, round_number: int, now: float) -> None:
+        """Notes an offer; repeated, the first one counts."""
+        self.offers.setdefault(round_number, now)
+        for old in sorted(self.offers)[:-_REMEMBERED_OFFERS]:
+            del self.offers[old]
+
+    def works_on(self, round_number: int, base_digest: str) -> bool:
+        """Whether it said, when it came, that it has this round's work in hand."""
+        return self.work == (round_number, base_digest)
+
+    def took(self, round_number: int, now: float) -> float:
+        """Seconds since it was offered a round; 0 where that was before a restart."""
+        return now - self.offers.get(round_number, now)
+
+
+class Refusal(Exception):
+    """A hello that cannot be accepted; carries what to tell the client."""
+
+    def __init__(self, reason: "pb.Stop.Reason.ValueType", message: str) -> None:
+        super().__init__(message)
+        self.stop = pb.Stop(reason=reason, message=message)
+
+
+@dataclass
+class Membership:
+    """All clients that were ever seen."""
+
+    spec: FederatedJobSpec
+    job_uid: str
+    _clients: dict[ClientId, Client] = field(default_factory=dict)
+    _failures: dict[str, deque[pb.ClientFailure]] = field(default_factory=dict)
+
+    def admit(self, hello: pb.Hello) -> Client:
+        """Takes a client in; an older process of the same client is told to stop. Raises :class:`Refusal`."""
+        if hello.job_uid != self.job_uid:
+            raise Refusal(pb.Stop.REFUSED, f"this is the aggregator of job {self.job_uid}, not of {hello.job_uid}")
+        try:
+            pool = self.spec.pool(hello.pool)
+        except KeyError:
+            raise Refusal(pb.Stop.REFUSED, f"the job has no pool {hello.pool!r}") from None
+        if hello.index >= pool.size:
+            raise Refusal(
+                pb.Stop.REFUSED, f"pool {pool.name} has {pool.size} clients; index {hello.index} is not one of them"
+            )
+        client_id = (hello.pool, hello.index)
+        client = self._clients.setdefault(client_id, Client(client_id, trains=pool.role == "Train"))
+        if hello.attempt < client.attempt:
+            raise Refusal(pb.Stop.FENCED, f"attempt {client.attempt} of {client.name} has taken over")
+        if client.outbox is not None:
+            if client.instance != hello.instance:
+                message = f"a newer process (attempt {hello.attempt}) of {client.name} has taken over"
+                client.send(pb.ServerMessage(stop=pb.Stop(reason=pb.Stop.FENCED, message=message)))
+            client.outbox.put_nowait(None)
+        client.attempt, client.instance, client.evaluates = hello.attempt, hello.instance, hello.evaluates
+        client.work = (hello.round, hello.base_digest)
+        client.outbox, client.failed = asyncio.Queue(), False
+        client.last_heard = time.monotonic()
+        return client
+
+    def leave(self, client: Client, outbox: "asyncio.Queue[pb.ServerMessage | None]") -> None:
+        """The control stream that ``outbox`` fed has ended; a newer stream of the same client is not touched."""
+        if client.outbox is outbox:
+            client.outbox, client.lost_at = None, time.monotonic()
+
+    def fail(self, client: Client, failure: pb.Failure) -> None:
+        """The client's script raised."""
+        client.failed = True
+        recent = self._failures.setdefault(client.id[0], deque(maxlen=_SHOWN_FAILURES))
+        recent.append(
+            pb.ClientFailure(
+                index=client.id[1],
+                attempt=client.attempt,
+                message=failure.message[:500],
+                traceback=failure.traceback[-2000:],
+                time=time.time(),
+            )
+        )
+
+    def is_fenced(self, client_id: ClientId, attempt: int) -> bool:
+        """Whether a newer attempt of the client is known."""
+        client = self._clients.get(client_id)
+        return client is not None and attempt < client.attempt
+
+    def get(self, client_id: ClientId) -> Client | None:
+        return self._clients.get(client_id)
+
+    def __iter__(self) -> Iterator[Client]:
+        return iter(self._clients.values())
+
+    def trainers(self) -> list[Client]:
+        """The clients that can be given a round's work, in a stable order."""
+        return [client for client in self.ready() if client.trains]
+
+    def ready(self) -> list[Client]:
+        """The clients that can be given work, in a stable order; also those that only evaluate."""
+        order = {pool.name: number for number, pool in enumerate(self.spec.pools)}
+        clients = [client for client in self if client.ready]
+        return sorted(clients, key=lambda client: (order[client.id[0]], client.id[1]))
+
+    def pool_statuses(self) -> list[pb.PoolStatus]:
+        """Counts by pool, in the manifest's order."""
+        statuses = {
+            pool.name: pb.PoolStatus(name=pool.name, failures=self._failures.get(pool.name, ()))
+            for pool in self.spec.pools
+        }
+        for client in self:
+            status = statuses[client.id[0]]
+            status.connected += client.ready
+            status.failed += client.failed
+        return list(statuses.values())

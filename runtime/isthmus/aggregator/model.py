@@ -1,0 +1,85 @@
+"""The global model, as it is served."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from isthmus_contracts.compression import NONE
+from isthmus_contracts.pb import federation_pb2 as pb
+
+from ..codecs import Encoded
+from ..framing import model_messages
+from ..tensors import CHUNK_BYTES, specs_of
+from .checkpoints import Checkpoint
+from .compression import Broadcast
+
+# A model up to this size goes out with the offers: a call less for each client and round, against a message that stands
+# in a queue.
+INLINE_BYTES = 256 << 10
+# What gRPC may hold of a model that all clients pull: of each one's chunk it keeps a few copies until it is on its way.
+PULL_BYTES = 16 << 20
+SMALLEST_CHUNK_BYTES = 1 << 16
+# The messages of one up to this size lie ready for all clients; a larger one is read from its file for each.
+SHARED_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class GlobalModel:
+    """A committed model, ready to be sent."""
+
+    checkpoint: Checkpoint
+    specs: list[pb.TensorSpec]
+    broadcast: Broadcast | None
+    """Its encoded form, where the job asks for one."""
+    chunk_bytes: int = CHUNK_BYTES
+    """Of a raw stream."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, clients: int, broadcast: Broadcast | None = None) -> "GlobalModel":
+        """A checkpoint's model, for so many clients: the more may pull it at the same time the less each is sent at
+        once."""
+        chunk_bytes = min(max(PULL_BYTES // max(clients, 1), SMALLEST_CHUNK_BYTES), CHUNK_BYTES)
+        return cls(checkpoint, specs_of(checkpoint.state), broadcast, chunk_bytes)
+
+    def stream(self, request: pb.PullRequest) -> tuple[Iterable[tuple[bytes, int]], str]:
+        """The answer to a Pull, as framing makes it, and the name of its encoding.
+
+        Raw and not large: made once for all clients.
+        """
+        if self.broadcast is not None and self.broadcast.suits(request):
+            encoded = self.broadcast.encoded
+            return self._encode(encoded), str(encoded.chain)
+        return self._plain if self.size <= SHARED_BYTES else self._read(), NONE
+
+    def _read(self) -> Iterator[tuple[bytes, int]]:
+        """The raw stream, out of the checkpoint's file."""
+        header = pb.ModelHeader(round=self.round, digest=self.digest, tensors=self.specs)
+        return model_messages(header, self.checkpoint.file.chunks(self.chunk_bytes), self.checkpoint.file.checksum)
+
+    def _encode(self, encoded: Encoded) -> Iterator[tuple[bytes, int]]:
+        header = pb.ModelHeader(round=self.round, digest=self.digest, tensors=encoded.specs, codecs=encoded.chain.names)
+        return model_messages(header, encoded.chunks, encoded.checksum)
+
+    @cached_property
+    def inline(self) -> bytes:
+        """What an offer carries: the answer to a Pull, where it is small and the same for all; otherwise nothing."""
+        if self.broadcast is None and self.size <= INLINE_BYTES and len(self._plain) == 1:
+            return self._plain[0][0]
+        return b""
+
+    @cached_property
+    def _plain(self) -> list[tuple[bytes, int]]:
+        return list(self._read())
+
+    @property
+    def round(self) -> int:
+        return self.checkpoint.round
+
+    @property
+    def digest(self) -> str:
+        return self.checkpoint.sha256
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(spec.size for spec in self.specs)

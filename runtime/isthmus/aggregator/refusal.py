@@ -1,0 +1,120 @@
+"""Why an update is refused: a small closed set of reasons, which the reply and the metrics name alike."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from isthmus_contracts.pb import federation_pb2 as pb
+
+from ..codecs import CodecError
+from ..strategies import Strategy
+from ..tensors import ChecksumError, TransferError, TruncatedError, misannounced, mismatch
+from .compression import Compression
+from .model import GlobalModel
+
+# Floats count exactly up to here. A negative number of a client in another language arrives as one far above.
+MOST_EXAMPLES = 2**53
+# Where a refusal is a gRPC status, because the stream is to be sent again, its trailing metadata bear the reason.
+REASON_METADATA = "isthmus-reason"
+
+
+class Reason(StrEnum):
+    """All there are: a metric has a series for each."""
+
+    # For good: the round does not wait for this update any longer.
+    NON_FINITE = "non_finite"
+    MISSING_TENSOR = "missing_tensor"
+    UNKNOWN_TENSOR = "unknown_tensor"
+    SHAPE = "shape"
+    DTYPE = "dtype"
+    SIZE = "size"
+    DUPLICATE = "duplicate"
+    EXAMPLES = "examples"
+    CODEC = "codec"
+    SCALARS = "scalars"
+    # To be sent again.
+    CHECKSUM = "checksum"
+    TRUNCATED = "truncated"
+    MALFORMED = "malformed"
+    STORAGE = "storage"
+    # Nothing wrong with it, but nobody waits for it.
+    STALE = "stale"
+    CLOSED = "closed"
+    FENCED = "fenced"
+    NOT_SELECTED = "not_selected"
+
+
+_OF_VERDICT = {
+    pb.PushReply.STALE: Reason.STALE,
+    pb.PushReply.CLOSED: Reason.CLOSED,
+    pb.PushReply.FENCED: Reason.FENCED,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with an update, in a word and in a line."""
+
+    reason: Reason
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class StorageError(TransferError):
+    """A complete update cannot be kept at the moment: it is to be sent again."""
+
+
+def examine(header: pb.UpdateHeader, model: GlobalModel, compression: Compression, strategy: Strategy) -> Fault | None:
+    """What is wrong with an update, as far as its header tells."""
+    if not 1 <= header.num_examples <= MOST_EXAMPLES:
+        return Fault(Reason.EXAMPLES, "num_examples must be at least 1" + _as_signed(header.num_examples))
+    if problem := compression.problem(header):
+        return Fault(Reason.CODEC, problem)
+    if found := mismatch(model.specs, header.tensors):
+        return Fault(Reason(found.aspect), found.message)
+    if not header.codecs and (found := misannounced(header.tensors)):
+        return Fault(Reason(found.aspect), found.message)
+    if problem := strategy.problem_with(header.scalars):
+        return Fault(Reason.SCALARS, problem)
+    return None
+
+
+def examine_initial(header: pb.UpdateHeader) -> Fault | None:
+    """The same for initial weights, which there is no model yet to compare with."""
+    if header.codecs:
+        return Fault(Reason.CODEC, "initial weights travel raw")
+    found = misannounced(header.tensors)
+    return Fault(Reason(found.aspect), found.message) if found else None
+
+
+def not_finite(tensor: str) -> Fault:
+    """A tensor holds what no training should make."""
+    return Fault(Reason.NON_FINITE, f"{tensor} holds NaN or infinity")
+
+
+def fault_of(error: TransferError) -> Fault:
+    """What a failed reception comes to."""
+    match error:
+        case ChecksumError():
+            reason = Reason.CHECKSUM
+        case TruncatedError():
+            reason = Reason.TRUNCATED
+        case StorageError():
+            reason = Reason.STORAGE
+        case CodecError():
+            reason = Reason.CODEC
+        case _:
+            reason = Reason.MALFORMED
+    return Fault(reason, str(error))
+
+
+def reply(verdict: "pb.PushReply.Verdict.ValueType", message: str, reason: Reason | None = None) -> pb.PushReply:
+    """The answer to an update that is not taken. STALE, CLOSED and FENCED are reasons by themselves."""
+    return pb.PushReply(verdict=verdict, message=message, reason=reason or _OF_VERDICT[verdict])
+
+
+def _as_signed(number: int) -> str:
+    if number < 1 << 63:
+        return f" and at most 2**53, not {number}" if number else ""
+    return f", not {number - (1 << 64)}"

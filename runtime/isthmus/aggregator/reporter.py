@@ -1,0 +1,70 @@
+"""What the world sees of a job's training: its status and its metrics."""
+
+import asyncio
+from pathlib import Path
+
+from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.pb import federation_pb2 as pb
+
+from .course import Course
+from .membership import Membership
+from .metrics import AggregatorMetrics
+from .progress import Progress
+from .tracking.tracker import Tracker
+
+# Metrics follow the state at most this much later. Seconds.
+_METRICS_PACE = 0.2
+
+
+class Reporter:
+    """Reads where training stands; changes nothing but metrics."""
+
+    def __init__(
+        self, spec: FederatedJobSpec, course: Course, members: Membership, progress: Progress, tracker: Tracker,
+        directory: Path, metrics: AggregatorMetrics,
+    ) -> None:  # fmt: skip
+        self._spec = spec
+        self._course = course
+        self._members = members
+        self._progress = progress
+        self._tracker = tracker
+        self._directory = directory
+        self._metrics = metrics
+        self._due: asyncio.TimerHandle | None = None
+
+    def status(self) -> pb.FederationStatus:
+        """What the operator sees."""
+        course, state = self._course, self._course.round
+        completed = course.completed
+        status = pb.FederationStatus(
+            phase=course.phase,
+            message=course.message or self._tracker.note,
+            current_round=state.number if state else completed,
+            completed_rounds=completed,
+            total_rounds=self._spec.rounds,
+            min_clients=self._spec.min_clients,
+            pools=self._members.pool_statuses(),
+            metrics=[self._progress.newest[name] for name in sorted(self._progress.newest)],
+            best=self._progress.best,
+            selected=len(state.selected) if state else 0,
+            submitted=state.updates if state else 0,
+            round_started=course.round_started,
+            started=course.started,
+        )
+        if course.final is not None:
+            status.model.path, status.model.sha256 = course.final
+            status.model.round = completed
+        elif course.model is not None:
+            path = course.model.checkpoint.file.path.relative_to(self._directory)
+            status.model.CopyFrom(pb.ModelStatus(path=str(path), round=completed, sha256=course.model.digest))
+        return status
+
+    def refresh_soon(self) -> None:
+        """Brings the metrics up to date in a moment."""
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_later(_METRICS_PACE, self.refresh)
+
+    def refresh(self) -> None:
+        """Brings the metrics up to date."""
+        self._due = None
+        self._metrics.show(self.status(), self._course.round.number if self._course.round else 0)

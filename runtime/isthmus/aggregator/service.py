@@ -1,0 +1,234 @@
+"""The gRPC face of a federation: who may call, and how streams become updates and models become streams."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from isthmus_contracts.compression import NONE
+from isthmus_contracts.identities import client_identity, observer_identity
+from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.pb.federation_pb2_grpc import ObserverServicer
+from isthmus_contracts.transport import peer_uris
+
+from ..codecs import CodecError
+from ..framing import SERVICE, Frame, receive_update, update_frame
+from ..tensors import State, TransferError
+from . import messages, refusal
+from .companion import companion_messages
+from .federation import Federation
+from .membership import Client, Refusal
+
+log = logging.getLogger(__name__)
+
+Context = aio.ServicerContext[Any, Any]
+
+_RESULTS = {
+    pb.PushReply.ACCEPTED: "accepted",
+    pb.PushReply.STALE: "stale",
+    pb.PushReply.INVALID: "invalid",
+    pb.PushReply.FENCED: "fenced",
+    pb.PushReply.CLOSED: "closed",
+}
+
+
+class _OutdatedError(Exception):
+    """The global model has changed while an update was on its way."""
+
+
+class FederationService:
+    """Serves clients. Each presents a certificate for its pool of this job."""
+
+    def __init__(self, federation: Federation) -> None:
+        self._federation = federation
+        self._intake = federation.intake
+        self._metrics = federation.metrics
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """For a server. The tensors' messages stay as they are: :mod:`..framing` reads and makes them."""
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Control": grpc.stream_stream_rpc_method_handler(
+                self.Control, pb.ClientMessage.FromString, pb.ServerMessage.SerializeToString
+            ),
+            "Pull": grpc.unary_stream_rpc_method_handler(self.Pull, pb.PullRequest.FromString),
+            "Push": grpc.stream_unary_rpc_method_handler(self.Push, None, pb.PushReply.SerializeToString),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def Control(
+        self, request_iterator: AsyncIterator[pb.ClientMessage], context: Context
+    ) -> AsyncIterator[pb.ServerMessage]:
+        """See federation.proto."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None or not first.HasField("hello"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello")
+            return
+        await self._authenticate(context, first.hello.pool)
+        try:
+            client = self._federation.join(first.hello)
+        except Refusal as refusal:
+            log.warning("%s/%d refused: %s", first.hello.pool, first.hello.index, refusal)
+            yield pb.ServerMessage(stop=refusal.stop)
+            return
+        outbox = client.outbox
+        assert outbox is not None
+        reader = asyncio.create_task(self._read(request_iterator, client, outbox))
+        try:
+            async for message in messages.spoken(outbox):
+                yield message
+                if message.HasField("stop"):
+                    return
+        finally:
+            reader.cancel()
+            self._federation.leave(client, outbox)
+
+    async def _read(
+        self,
+        incoming: AsyncIterator[pb.ClientMessage],
+        client: Client,
+        outbox: "asyncio.Queue[pb.ServerMessage | None]",
+    ) -> None:
+        with suppress(aio.AioRpcError, asyncio.CancelledError):
+            async for message in incoming:
+                if client.outbox is outbox:  # a fenced process is not listened to any more
+                    self._federation.hear(client, message)
+        outbox.put_nowait(None)
+
+    async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:
+        """See federation.proto."""
+        pool = await self._authenticate(context)
+        model = self._federation.course.model
+        if model is None or request.digest != model.digest:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "that model is not the current one")
+            return
+        if request.companion:
+            async for message, size in companion_messages(model, self._federation.companion):
+                self._federation.ledger.sent(pool, NONE, size)
+                yield message
+            return
+        stream, codec = model.stream(request)
+        for message, size in stream:
+            # Before it goes: nothing comes back from here when a client hangs up.
+            self._federation.ledger.sent(pool, codec, size)
+            yield message
+
+    async def Push(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.PushReply:
+        """See federation.proto."""
+        stream = aiter(request_iterator)
+        first = _first_frame(await anext(stream, b""))
+        if first is None or first.header is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a header")
+        assert first is not None and first.header is not None
+        header, started = first.header, time.monotonic()
+        await self._authenticate(context, header.pool)
+        await self._intake.opened()
+        reply = self._intake.precheck(header)
+        if reply is not None and reply.verdict == pb.PushReply.ACCEPTED:
+            self._count(header, "repeated")
+            return reply
+        if reply is None:
+            try:
+                async with self._intake.receptions.place(self._federation.course.model) as room:
+                    if first.checksum is None:
+                        # The client waits for it before it sends more than its first message.
+                        await context.send_initial_metadata(())
+                    reply = await self._receive(header, first, stream, room, started)
+            except CodecError as error:  # sent again it would be the same
+                reply = self._intake.precheck(header) or self._intake.reject(header, refusal.fault_of(error))
+            except TransferError as error:
+                fault = refusal.fault_of(error)
+                self._count(header, "corrupt", fault.reason)
+                log.warning("%s/%d: update of round %d refused: %s", header.pool, header.index, header.round, fault)
+                reason = ((refusal.REASON_METADATA, fault.reason.value),)
+                await context.abort(grpc.StatusCode.DATA_LOSS, fault.message, reason)
+        assert reply is not None
+        self._count(header, _RESULTS[reply.verdict], reply.reason)
+        return reply
+
+    def _count(self, header: pb.UpdateHeader, result: str, reason: str = "") -> None:
+        self._metrics.updates.labels(**self._metrics.bound, pool=header.pool, result=result).inc()
+        if reason:
+            self._metrics.refused.labels(**self._metrics.bound, pool=header.pool, reason=reason).inc()
+
+    async def _receive(
+        self,
+        header: pb.UpdateHeader,
+        first: Frame[pb.UpdateHeader],
+        stream: AsyncIterator[bytes],
+        room: State,
+        started: float,
+    ) -> pb.PushReply:
+        """Takes in a whole update; whatever is wrong with the stream refuses all of it. Raises ``TransferError``."""
+        reception = self._federation.compression.reception(header, self._intake.base(header), room)
+        model = self._federation.course.model
+
+        def still_wanted() -> None:
+            """A slow client must not hold the base model of a Delta for ever."""
+            nonlocal model
+            if self._federation.course.model is not model:
+                model = self._federation.course.model
+                if self._intake.precheck(header) is not None:
+                    raise _OutdatedError
+
+        try:
+            tensors, size = await receive_update(first, stream, reception, still_wanted)
+        except _OutdatedError:
+            reply = self._intake.precheck(header)
+            return reply or refusal.reply(pb.PushReply.STALE, "its round is over")
+        codec = "+".join(header.codecs) or NONE
+        self._federation.ledger.received(header.pool, codec, size, time.monotonic() - started)
+        return await self._intake.accept(header, tensors)
+
+    async def _authenticate(self, context: Context, pool: str | None = None) -> str:
+        """The pool in the caller's certificate, which must be the one that it speaks for."""
+        uris = peer_uris(context)
+        for candidate in self._federation.spec.pools:
+            if client_identity(self._federation.job.uid, candidate.name) in uris and pool in (None, candidate.name):
+                return candidate.name
+        log.warning("%s refused: its certificate is for %s", context.peer(), ", ".join(uris) or "nobody")
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the certificate is not one of this pool's of this job")
+        raise AssertionError("abort raises")
+
+
+def _first_frame(message: bytes) -> Frame[pb.UpdateHeader] | None:
+    try:
+        return update_frame(message)
+    except TransferError:
+        return None
+
+
+class ObserverService(ObserverServicer):
+    """Serves whoever watches the job: the operator, or the local runner."""
+
+    def __init__(self, federation: Federation) -> None:
+        self._federation = federation
+        self.completion_seen = asyncio.Event()
+        """An observer has read a status that says COMPLETE."""
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.FederationStatus:
+        """See federation.proto."""
+        await self._authenticate(context)
+        status = self._federation.status()
+        self._seen(status)
+        return status
+
+    async def WatchStatus(self, request: pb.GetStatusRequest, context: Context) -> AsyncIterator[pb.FederationStatus]:
+        """See federation.proto."""
+        await self._authenticate(context)
+        async for _ in self._federation.course.changes.listen():
+            status = self._federation.status()
+            yield status
+            self._seen(status)
+
+    def _seen(self, status: pb.FederationStatus) -> None:
+        if status.phase == pb.FederationStatus.COMPLETE:
+            self.completion_seen.set()
+
+    async def _authenticate(self, context: Context) -> None:
+        if observer_identity(self._federation.job.uid) not in peer_uris(context):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the certificate is not this job's observer's")

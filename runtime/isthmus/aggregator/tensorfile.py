@@ -1,0 +1,132 @@
+"""Safetensors files, written and read without a copy of the model in memory.
+
+The library's own writer makes a second copy of every tensor; the format is simple enough to stream: the header's length
+(8 bytes, little-endian), the header (JSON), and the tensors' bytes. The library reads what this module writes.
+Source: https://huggingface.co/docs/safetensors, "Format".
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import safe_open
+
+from ..tensors import CHUNK_BYTES, State, bytes_view, specs_of
+
+# Below this the errand of a thread takes longer than the work.
+SMALL_BYTES = 1 << 20
+_PIECE = 16 << 20
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file, as its writer or a first reading knows it."""
+
+    path: Path
+    sha256: str
+    """Of the whole file."""
+    checksum: str
+    """xxh3-128 of the tensors' bytes in the file's order: what a stream of them carries."""
+    data_offset: int
+    size: int
+    """Bytes of the tensors."""
+
+    def chunks(self, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """The tensors' bytes, ``size`` at a time. The file may be unlinked meanwhile."""
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.data_offset)
+            while chunk := file.read(size):
+                yield chunk
+
+
+def write(path: Path, state: State, metadata: Mapping[str, str]) -> TensorFile:
+    """Writes a file and makes its content durable; its name is not. Raises ``OSError``."""
+    header, offset = {"__metadata__": dict(metadata)}, 0
+    for spec in specs_of(state):
+        offsets = [offset, offset + spec.size]
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}  # type: ignore[dict-item]
+        offset += spec.size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    lead = len(text).to_bytes(8, "little") + text
+    with path.open("wb", buffering=0) as file:
+        if offset <= SMALL_BYTES:
+            # Not file.write: unbuffered, it may write a part of it and not complain.
+            _write_all(file.fileno(), memoryview(b"".join([lead, *map(bytes_view, state.values())])))
+            digests = _digests(lead, state)
+        else:
+            # Hashing and writing both leave the interpreter free: together they take as long as the slower one.
+            with ThreadPoolExecutor(1) as hasher:
+                hashing = hasher.submit(_digests, lead, state)
+                _write_all(file.fileno(), memoryview(lead))
+                for piece in _pieces(state):
+                    _write_all(file.fileno(), piece)
+                digests = hashing.result()
+        os.fsync(file.fileno())
+    return TensorFile(path, *digests, len(lead), offset)
+
+
+def read(path: Path) -> tuple[TensorFile, State, dict[str, str]]:
+    """A file, its tensors (mapped, not read) and its metadata. Raises ``OSError`` or ``SafetensorError``."""
+    with safe_open(path, framework="pt") as opened:
+        metadata = dict(opened.metadata() or {})
+    sha256, checksum = hashlib.sha256(), xxhash.xxh3_128()
+    with path.open("rb") as file:
+        lead = file.read(8)
+        lead += file.read(int.from_bytes(lead, "little"))
+        sha256.update(lead)
+        while piece := file.read(_PIECE):
+            sha256.update(piece)
+            checksum.update(piece)
+    file_bytes = path.stat().st_size
+    found = TensorFile(path, sha256.hexdigest(), checksum.hexdigest(), len(lead), file_bytes - len(lead))
+    return found, mapped(path), metadata
+
+
+def mapped(path: Path) -> State:
+    """The tensors, in the file's order, backed by the file: they take memory only where they are touched."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    names = sorted(header, key=lambda name: tuple(header[name]["data_offsets"]))
+    with safe_open(path, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in names}
+
+
+def _digests(lead: bytes, state: State) -> tuple[str, str]:
+    sha256, checksum = hashlib.sha256(lead), xxhash.xxh3_128()
+    for piece in _pieces(state):
+        sha256.update(piece)
+        checksum.update(piece)
+    return sha256.hexdigest(), checksum.hexdigest()
+
+
+def _pieces(state: State) -> Iterator[memoryview]:
+    for tensor in state.values():
+        view = bytes_view(tensor)
+        for start in range(0, len(view), _PIECE):
+            yield view[start : start + _PIECE]
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def save_plain(path: Path, state: State) -> None:
+    """``torch.save``, made durable. Raises ``OSError``."""
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # so it calls what the file said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,62 @@
+"""A run on an MLflow tracking server."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from .sink import Sink
+
+_UID = "isthmus.job_uid"
+# Our own thread tries again; a call that does not come through should say so soon. The user's settings win.
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # Nobody asked to tell a third party about this job.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+class MLflowSink(Sink):
+    """One run for each job, which a restarted aggregator finds by the job's uid."""
+
+    name = "MLflow"
+    requirement = "isthmus[mlflow]"
+
+    def __init__(self, uri: str, experiment: str, job: str, uid: str, parameters: Mapping[str, str]) -> None:
+        self._uri = uri
+        self._experiment = experiment
+        self._job = job
+        self._uid = uid
+        self._parameters = parameters
+        self._client: Any = None
+        self._run = ""
+
+    def open(self) -> None:
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        from mlflow.entities import Param
+        from mlflow.tracking import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=self._uri)
+        experiment = self._client.get_experiment_by_name(self._experiment)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(self._experiment)
+        found = self._client.search_runs([number], f"tags.`{_UID}` = '{self._uid}'", max_results=1)
+        if found:
+            self._run = found[0].info.run_id
+            self._client.update_run(self._run, status="RUNNING")
+            return
+        run = self._client.create_run(number, tags={_UID: self._uid}, run_name=self._job)
+        self._run = run.info.run_id
+        parameters = [Param(name, value) for name, value in self._parameters.items()]
+        self._client.log_batch(self._run, params=parameters)
+
+    def write(self, round_number: int, time: float, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, int(time * 1000), round_number) for name, value in values.items()]
+        self._client.log_batch(self._run, metrics=metrics)
+
+    def finish(self, succeeded: bool, tags: Mapping[str, str]) -> None:
+        for name, value in tags.items():
+            self._client.set_tag(self._run, name, value)
+        self._client.set_terminated(self._run, "FINISHED" if succeeded else "FAILED")

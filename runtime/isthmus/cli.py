@@ -1,0 +1,95 @@
+"""The ``isthmus`` command. Each verb imports what it needs when it runs: ``--version`` waits for nothing."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from isthmus_contracts.manifest import FederatedJob, ManifestError, load_code, load_federated_job
+
+from . import __version__
+
+EXIT_BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line, carries it out, and exits."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # What follows `--` is a script's.
+    end = words.index("--") if "--" in words else len(words)
+    options = _parser().parse_args(words[:end])
+    options.rest = words[end + 1 :]
+    if getattr(options, "cluster", False):
+        try:
+            from .cluster.commands import carry_out
+        except ImportError:
+            _refuse("this verb needs what `pip install 'isthmus[cluster]'` installs")
+        sys.exit(carry_out(options))
+    try:
+        job = load_federated_job(options.manifest)
+    except ManifestError as error:
+        _refuse(str(error))
+    sys.exit(options.verb(job, options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    # Installed as kubectl-fj, it is kubectl's: `kubectl fj status`.
+    name = "kubectl fj" if Path(sys.argv[0]).name == "kubectl-fj" else "isthmus"
+    parser = argparse.ArgumentParser(prog=name, description="Federated training across Kubernetes and Slurm.")
+    parser.add_argument("--version", action="version", version=f"isthmus {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = verbs.add_parser("run", help="run a FederatedJob on this machine, without any cluster")
+    run.add_argument("manifest", type=Path, metavar="JOB.yaml")
+    run.add_argument("--dir", type=Path, help="where checkpoints, logs and the model go (default: runs/NAME)")
+    earlier = run.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="go on from the checkpoints of an earlier run")
+    earlier.add_argument("--overwrite", action="store_true", help="remove an earlier run, and start over")
+    run.set_defaults(verb=_run)
+
+    validate = verbs.add_parser("validate", help="check a FederatedJob's manifest")
+    validate.add_argument("manifest", type=Path, metavar="JOB.yaml")
+    validate.set_defaults(verb=_validate)
+
+    from .cluster.verbs import add_verbs
+
+    add_verbs(verbs)
+    return parser
+
+
+def _run(job: FederatedJob, options: argparse.Namespace) -> int:
+    from .local.rundir import RunDirectoryError
+    from .local.runner import run_job
+    from .local.view import make_view
+
+    try:
+        code = load_code(options.manifest, job)
+    except ManifestError as error:
+        _refuse(str(error))
+
+    root = options.dir or Path("runs") / job.name
+    again = ["isthmus", "run", str(options.manifest), *(["--dir", str(options.dir)] if options.dir else []), "--resume"]
+    view = make_view(job.spec.rounds)
+    try:
+        return run_job(
+            job, root, view, code=code, resume=options.resume, overwrite=options.overwrite, again=shlex.join(again)
+        )  # fmt: skip
+    except RunDirectoryError as error:
+        problem = str(error)
+    finally:
+        view.close()
+    _refuse(problem)
+
+
+def _validate(job: FederatedJob, options: argparse.Namespace) -> int:
+    spec = job.spec
+    size = f"{spec.rounds} rounds, {spec.total_clients} clients in {len(spec.pools)} pool(s)"
+    print(f"{options.manifest}: FederatedJob {job.name} is valid: {size}")
+    return 0
+
+
+def _refuse(problem: str) -> NoReturn:
+    print(f"isthmus: {problem}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)

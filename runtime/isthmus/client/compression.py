@@ -1,0 +1,108 @@
+"""What a client keeps between rounds so that less has to travel."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from isthmus_contracts import identities
+from isthmus_contracts.pb import federation_pb2 as pb
+
+from ..codecs import KNOWN, Chain, Decoder, Encoded, ErrorFeedback, download_seed, encode, parse_chain, upload_seed
+from ..tensors import Reception, State, snapshot
+from .session import Session
+
+_DELTA = "Delta"
+
+
+class Compression:
+    """Decodes the global model, and encodes updates as the offers ask for.
+
+    Beside the script's own model it holds, at most: the memory of the global model as it was pulled (where an update
+    finds its place that travels raw, and the new residual of a sparse one), with TopK the residual, and the finished
+    update in its encoded form.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._base: State = {}
+        self._base_digest = ""
+        self._decodable: tuple[str, ...] = KNOWN
+        self._feedback: ErrorFeedback | None = None
+        self._room: State = {}
+
+    def request(self, offer: pb.Offer) -> pb.PullRequest:
+        """Asks for an offer's model."""
+        return pb.PullRequest(
+            job_uid=self._session.job_uid,
+            round=offer.base_round,
+            digest=offer.base_digest,
+            codecs=self._decodable,
+            base_digest=self._base_digest,
+        )
+
+    def reception(self, header: pb.ModelHeader) -> Reception | Decoder:
+        """What takes in a global model. Raises :class:`TransferError`."""
+        room, self._room = self._room, {}
+        if not header.codecs:
+            return Reception(header.tensors, room)
+        chain = parse_chain(header.codecs)
+        return Decoder(header.tensors, chain, download_seed(self._session.job_uid, header.round), self._base, room)
+
+    def distrust(self) -> None:
+        """The model could not be decoded: from now on it shall come raw."""
+        self._decodable, self._base, self._base_digest = (), {}, ""
+
+    def pulled(self, offer: pb.Offer, state: State, live: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """Keeps an offer's model, which has been loaded into the script's, where the job takes differences from it."""
+        self._base, self._base_digest = {}, ""
+        # A model may have adopted what it loaded instead of copying it; training would change it under our hands.
+        own = {tensor.data_ptr() for tensor in live().values() if isinstance(tensor, torch.Tensor)}
+        if _DELTA not in (*offer.codecs[:1], *offer.model_codecs[:1]):
+            self._room = {name: tensor for name, tensor in state.items() if tensor.data_ptr() not in own}
+        else:
+            self._base = {
+                name: tensor.clone() if tensor.data_ptr() in own else tensor for name, tensor in state.items()
+            }
+            self._base_digest = offer.base_digest
+
+    def finished(self, offer: pb.Offer, live: Mapping[str, torch.Tensor]) -> State | Encoded:
+        """The script's trained weights as they will travel, independent of what it does to them later.
+
+        Raises :class:`TransferError`.
+        """
+        chain = parse_chain(offer.codecs)
+        if not chain.names:
+            room, self._room = self._room, {}
+            return snapshot(live, room)
+        place = self._session.context
+        seed = upload_seed(self._session.job_uid, offer.round, place.pool, place.index)
+        keep_base = _DELTA in offer.model_codecs
+        room, self._room = self._room, {}
+        encoded = encode(live, chain, seed, self._base, self._residual(chain), keep_base=keep_base, room=room)
+        if not keep_base:
+            self._base, self._base_digest = {}, ""
+        return encoded
+
+    def dropped(self, update: State | Encoded) -> None:
+        """The update is not needed any more."""
+        if not isinstance(update, Encoded):
+            self._room = update
+
+    def accepted(self, update: State | Encoded, round_number: int) -> None:
+        """The update was accepted: what it left out is now the residual. Again: nothing happens."""
+        if isinstance(update, Encoded) and update.residual is not None:
+            assert self._feedback is not None
+            residual, update.residual = update.residual, None
+            self._feedback.advance(residual, round_number)
+
+    def _residual(self, chain: Chain) -> State | None:
+        if not chain.sparse:
+            return None
+        if self._feedback is None:
+            scratch = os.environ.get(identities.ENV_SCRATCH)
+            place = self._session.context
+            directory = Path(scratch) if scratch else None
+            self._feedback = ErrorFeedback(directory, self._session.job_uid, place.pool, place.index)
+        return self._feedback.residual

@@ -1,0 +1,135 @@
+"""What a strategy changes in a client's training, and what it wants to know of it."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from ..tensors import State
+from .gradscaler import add_unscaled, gradient_scale
+from .names import Names
+from .steps import StepMeter
+
+
+class Correction:
+    """One round's. This one, for strategies that leave the clients alone, does nothing."""
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Hooks into an optimizer, before its first step of the round."""
+
+    def scalars(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What goes into the update's header, once training is over. Raises ``ValueError`` where it is not known."""
+        return {}
+
+    def outcome(self) -> State | None:
+        """What the client shall remember if its update is accepted, if anything; to be asked before :meth:`close`."""
+        return None
+
+    def close(self) -> None:
+        """Ends it: the round is over."""
+
+
+class CountedSteps(Correction):
+    """FedNova: the number of steps."""
+
+    def __init__(self, names: Names) -> None:
+        self._meter = StepMeter(names)
+
+    def scalars(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {"steps": _positive(self._meter.steps, "FedNova")}
+
+    def close(self) -> None:
+        self._meter.close()
+
+
+class InitialLoss(Correction):
+    """q-FedAvg: the loss at the global model, as the script's metrics tell it, or else its evaluation function."""
+
+    def __init__(self, evaluation: Mapping[str, float]) -> None:
+        self._evaluation = evaluation
+
+    def scalars(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        for name, source in (("initial_loss", metrics), ("loss", self._evaluation), ("eval_loss", self._evaluation)):
+            if name in source:
+                return {"loss": max(source[name], 1e-10)}
+        raise ValueError(
+            "QFedAvg needs the loss at the global model: pass initial_loss to rnd.submit(),"
+            " or let the evaluation function return it as loss"
+        )
+
+
+class DriftCorrection(Correction):
+    """Adds to each gradient, before every step, what keeps clients from drifting apart; remembers something of it."""
+
+    name = ""
+
+    def __init__(self, names: Names, memory: State) -> None:
+        self._names = names
+        self._memory = memory
+        self._meter = StepMeter(names)
+        self._handles: list[RemovableHandle] = []
+        self._tracked: dict[str, torch.Tensor] = {}
+        self._anchors: dict[str, torch.Tensor] = {}
+        self._corrections: dict[str, torch.Tensor] = {}
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = self._names.find(parameter)
+                if name is not None and name not in self._tracked:
+                    self._tracked[name] = parameter
+                    self._anchors[name] = parameter.detach().clone()
+                    constant = self.constant(name, parameter)
+                    if constant is not None:
+                        self._corrections[name] = constant.to(parameter)
+        self._handles.append(optimizer.register_step_pre_hook(self._correct))
+
+    @abstractmethod
+    def constant(self, name: str, parameter: torch.Tensor) -> torch.Tensor | None:
+        """What is added to a parameter's gradient in every step of the round."""
+
+    def moving(self, name: str, parameter: torch.Tensor) -> torch.Tensor | None:
+        """What is added besides, and changes from step to step."""
+        return None
+
+    def remembered(self, name: str, change: torch.Tensor) -> torch.Tensor:
+        """What to remember of a parameter, given its change in the round; both in single precision or better."""
+        raise NotImplementedError
+
+    def outcome(self) -> State | None:
+        if not self._tracked:
+            raise RuntimeError(f"{self.name} needs rnd.wrap(optimizer) before the first step of the round")
+        result = dict(self._memory)
+        with torch.no_grad():
+            for name, parameter in self._tracked.items():
+                wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+                change = parameter.detach().to("cpu", wide) - self._anchors[name].to("cpu", wide)
+                result[name] = self.remembered(name, change)
+        return result
+
+    def close(self) -> None:
+        self._meter.close()
+        for handle in self._handles:
+            handle.remove()
+        self._anchors.clear()
+        self._corrections.clear()
+
+    def _correct(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        scale = gradient_scale(optimizer)
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    name = self._names.find(parameter)
+                    if parameter.grad is None or name not in self._anchors:
+                        continue
+                    for term in (self._corrections.get(name), self.moving(name, parameter)):
+                        if term is not None:
+                            add_unscaled(parameter.grad, term, scale)
+
+
+def _positive(value: float, algorithm: str) -> float:
+    if value <= 0:
+        raise ValueError(f"{algorithm} counts the steps of torch optimizers, and none of this model's took one")
+    return value

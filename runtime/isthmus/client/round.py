@@ -1,0 +1,66 @@
+"""One round of training, as the script sees it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from .correction import Correction
+
+Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
+
+
+@dataclass
+class Round:
+    """One round of training, as the script sees it."""
+
+    number: int
+    """From 1."""
+    config: dict[str, str]
+    """The manifest's task.config, as it stands in this round."""
+    _correction: Correction = field(default_factory=Correction)
+    _hand_in: "Callable[[int, dict[str, float]], None] | None" = None
+    _told_to_stop: Callable[[], bool] = bool
+    _submitted: bool = False
+    _wrapped: list[torch.optim.Optimizer] = field(default_factory=list)
+
+    def wrap(self, optimizer: Optimizer) -> Optimizer:
+        """Adds the correction that the job's strategy asks for (FedProx, SCAFFOLD, FedDyn); returns the same optimizer.
+
+        To be called with a fresh optimizer, before the first step of the round. Again: nothing happens.
+        """
+        if not any(known is optimizer for known in self._wrapped):
+            self._wrapped.append(optimizer)
+            self._correction.attach(optimizer)
+        return optimizer
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the scheduler asked this process to end: submit what there is, with the true number of examples.
+
+        With torch.distributed: whether it asked any rank to. Every rank gets the same answer, and so every rank must
+        ask equally often in a round: each waits for the others. Raises :class:`FederationError` where one does not.
+        """
+        return self._told_to_stop()
+
+    @property
+    def submitted(self) -> bool:
+        """Whether :meth:`submit` has been called."""
+        return self._submitted
+
+    def submit(self, *, num_examples: int, **metrics: float) -> None:
+        """Hands the model's present weights in; returns once the aggregator has answered.
+
+        ``num_examples`` is the update's weight; ``metrics`` (loss, accuracy, ...) are averaged over
+        the clients with it. With torch.distributed every rank calls it, and what rank 0 says counts: the number of
+        examples is that of all ranks together.
+        Raises ``ValueError`` for a count below 1 and ``RuntimeError`` if called twice in a round.
+        """
+        if self._submitted:
+            raise RuntimeError(f"round {self.number}: submit() was called twice")
+        if isinstance(num_examples, bool) or int(num_examples) != num_examples or num_examples < 1:
+            raise ValueError(f"num_examples must be a whole number of at least 1, not {num_examples!r}")
+        self._submitted = True
+        if self._hand_in is not None:
+            self._hand_in(int(num_examples), {name: float(value) for name, value in metrics.items()})

@@ -1,0 +1,86 @@
+"""``isthmus.rounds``: the loop that a training script writes."""
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+
+from .context import context
+from .evaluation import Evaluate
+from .follower import Follower
+from .participation import Participation
+from .replicas import Group, Replicas, replicas_here
+from .round import Round
+from .session import FederationError
+from .shared_state import Model, Parameters, SharedState
+
+log = logging.getLogger("isthmus")
+
+
+def rounds(model: Model, evaluate: Evaluate | None = None, parameters: Parameters = None) -> Iterator[Round]:
+    """The rounds of the federation, the global weights loaded into ``model`` at the start of each.
+
+    ``evaluate`` measures the global model whenever a new one is there, the final one included: it is called without
+    arguments, its weights loaded into ``model``, and returns named numbers. An entry ``num_examples`` is their weight.
+    ``parameters`` chooses the tensors that travel, all of them if it is not given: ``"trainable"``, those parameters
+    that require a gradient; a list of patterns such as ``"*.lora_*"``; or a function from a name to a bool.
+    Outside a federation there is one round. Raises :class:`FederationError` where the federation ends badly,
+    ``ValueError`` for ``parameters`` that choose nothing, and ``SystemExit`` (143) where the process is told to stop
+    while it waits.
+
+    In an initialised torch.distributed process group every rank loops through the same rounds; rank 0 alone is
+    connected, and its numbers count.
+    """
+    replicas = replicas_here(stopping := threading.Event())
+    if isinstance(replicas, Group) and replicas.rank:
+        if replicas.join():
+            yield from Follower(model, evaluate, parameters, replicas).rounds()
+        else:
+            replicas.close(0.0)
+            yield from _alone(model, evaluate, parameters, prints=False)
+        return
+    try:
+        place = context()
+        if place.federated:
+            _show_log()
+            _require_group(replicas)
+            participation = Participation(model, evaluate, parameters, place, replicas, stopping)
+    except Exception as error:
+        replicas.fail(error)
+        replicas.close(patience=5.0)
+        raise
+    if place.federated:
+        replicas.say("federated")
+        yield from participation.rounds()
+    else:
+        replicas.say("alone")
+        replicas.close(patience=60.0)
+        yield from _alone(model, evaluate, parameters, prints=True)
+
+
+def _alone(model: Model, evaluate: Evaluate | None, parameters: Parameters, *, prints: bool) -> Iterator[Round]:
+    """The one round of a script outside a federation, where nothing travels."""
+    SharedState(model, parameters)
+    yield Round(number=1, config={})
+    if evaluate is not None:
+        measured = evaluate()
+        if prints:
+            print("  ".join(f"{name}={value:.4f}" for name, value in measured.items()))
+
+
+def _require_group(replicas: Replicas) -> None:
+    """Raises :class:`FederationError` for one of torchrun's processes that would speak as if it were the only one."""
+    if not isinstance(replicas, Group) and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise FederationError(
+            f"this is one of WORLD_SIZE={os.environ['WORLD_SIZE']} processes:"
+            " call torch.distributed.init_process_group() before isthmus.rounds(), so that they are one client"
+        )
+
+
+def _show_log() -> None:
+    """Our few lines belong into the client's log, unless the script has set up logging of its own."""
+    if not log.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s isthmus: %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)

@@ -1,0 +1,216 @@
+"""The client's connection to its aggregator: one control stream that survives the aggregator's restarts."""
+
+import logging
+import os
+import queue
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from isthmus_contracts import identities
+from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
+from isthmus_contracts.pki import Credentials
+from isthmus_contracts.transport import channel
+
+from .. import __version__
+from ..framing import PULL, PUSH
+from .context import Context
+from .stages import Stages
+
+log = logging.getLogger("isthmus")
+
+# An aggregator that is away this long will not come back. Seconds.
+GIVE_UP_AFTER = 1800.0
+_FIRST_BACKOFF, _LONGEST_BACKOFF = 0.2, 5.0
+_WARN_EVERY = 15.0
+# Closing waits at most this long for what is on its way. Seconds.
+_FAREWELL_SECONDS = 5.0
+# cygrpc's ForkManagedThread runs a function of this name, and Python names threads after it.
+_GRPC_THREAD_NAME = "(_run)"
+# What no waiting mends: the aggregator is there and does not want this client.
+_FATAL = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT)
+
+
+class FederationError(RuntimeError):
+    """The federation has ended for this client, and not well. ``str()`` says why."""
+
+
+class Session:
+    """Keeps the control stream up, in threads of its own, and hands what the aggregator says to the script's thread."""
+
+    def __init__(self, context: Context, evaluates: bool, stopping: threading.Event) -> None:
+        environ = os.environ
+        self.job_uid = environ.get(identities.ENV_JOB_UID, "")
+        self.endpoint = environ[identities.ENV_ENDPOINT]
+        self.context = context
+        self.instance = uuid.uuid4().hex
+        self.incoming: queue.Queue[pb.ServerMessage | FederationError] = queue.Queue()
+        """Offers, commits and stops, in the order of their arrival."""
+        self.stages = Stages()
+        self.over = threading.Event()
+        """The aggregator has ended our part: it need not be there any more."""
+        self.stopping = stopping
+        """The process was told to stop."""
+        directory = Path(environ.get(identities.ENV_TLS_DIR, ""))
+        try:
+            credentials = Credentials.read(directory)
+        except OSError as error:
+            raise FederationError(
+                f"cannot read the client's certificate: {error.filename}: {error.strerror}"
+                f" ({identities.ENV_TLS_DIR} must name a directory with ca.crt, tls.crt and tls.key)"
+            ) from None
+        self._earlier_threads = set(threading.enumerate())
+        self._channel = channel(self.endpoint, credentials, environ.get(identities.ENV_SERVER_NAME))
+        self._control = FederationStub(self._channel).Control
+        # The messages of the calls that hold tensors are framing's.
+        self.pull: Callable[[pb.PullRequest], Iterator[bytes]] = self._channel.unary_stream(
+            PULL, request_serializer=pb.PullRequest.SerializeToString
+        )
+        self._push: grpc.StreamUnaryMultiCallable[bytes, pb.PushReply] = self._channel.stream_unary(
+            PUSH, response_deserializer=pb.PushReply.FromString
+        )
+        # On the wire a stream of one message is a single message, and gRPC needs no thread to send it.
+        push_one: grpc.UnaryUnaryMultiCallable[bytes, pb.PushReply] = self._channel.unary_unary(
+            PUSH, response_deserializer=pb.PushReply.FromString
+        )
+        self.push_one: Callable[[bytes], pb.PushReply] = push_one
+        self._hello = pb.Hello(
+            job_uid=self.job_uid,
+            pool=context.pool,
+            index=context.index,
+            attempt=context.attempt,
+            instance=self.instance,
+            version=__version__,
+            evaluates=evaluates,
+        )
+        self._outgoing: queue.Queue[pb.ClientMessage | None] = queue.Queue()  # of the present stream
+        self._heartbeat_seconds = 10.0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="isthmus-control", daemon=True)
+        self._thread.start()
+
+    def works_on(self, round_number: int, base_digest: str) -> None:
+        """Notes what is in hand, for the next hello: an aggregator that restarts shall not pass it over."""
+        hello = pb.Hello()
+        hello.CopyFrom(self._hello)
+        hello.round, hello.base_digest = round_number, base_digest
+        self._hello = hello
+
+    def push(self, messages: Iterator[bytes]) -> pb.PushReply:
+        """Sends an update's messages: the first one, and the others when the aggregator has room for them.
+
+        What it does not read yet would lie in its memory, megabytes for each client, as flow control lets it through.
+        """
+        call: Future[Any] = Future()
+
+        def in_turn() -> Iterator[bytes]:
+            yield next(messages)
+            call.result().initial_metadata()
+            yield from messages
+
+        pushing: Any = self._push.future(in_turn())
+        call.set_result(pushing)
+        try:
+            reply: pb.PushReply = pushing.result()
+        except grpc.FutureCancelledError:
+            raise pushing from None  # the call itself is the error that tells why
+        return reply
+
+    def send(self, message: pb.ClientMessage) -> None:
+        """Queues a message for the control stream. One that a breaking stream swallows is lost: what matters is asked
+        for again after the next hello."""
+        self._outgoing.put(message)
+
+    def close(self) -> None:
+        """Lets what is queued go out, and ends the stream."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._outgoing.put(None)
+            self._thread.join(timeout=_FAREWELL_SECONDS)
+            self._channel.close()
+            self._join_grpc_threads()
+
+    def _join_grpc_threads(self) -> None:
+        """Waits for gRPC's own threads: one that wakes while the interpreter shuts down aborts the process."""
+        until = time.monotonic() + _FAREWELL_SECONDS
+        for thread in threading.enumerate():
+            if thread not in self._earlier_threads and thread.daemon and thread.name.endswith(_GRPC_THREAD_NAME):
+                thread.join(timeout=max(until - time.monotonic(), 0.0))
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
+    def _run(self) -> None:
+        """Connects, listens, and connects again, until the session is closed or the aggregator says stop."""
+        backoff, last_contact, last_warning = _FIRST_BACKOFF, time.monotonic(), 0.0
+        while not self._closed.is_set():
+            try:
+                for message in self._control(self._new_stream()):
+                    backoff, last_contact = _FIRST_BACKOFF, time.monotonic()
+                    if self._take(message):
+                        return
+            except grpc.RpcError as error:
+                code, details = error.code(), error.details()
+                if self._closed.is_set():
+                    return
+                if code in _FATAL:
+                    self.incoming.put(FederationError(f"the aggregator at {self.endpoint} refuses us: {details}"))
+                    return
+                now = time.monotonic()
+                if now - last_contact > GIVE_UP_AFTER:
+                    self.incoming.put(
+                        FederationError(
+                            f"no contact with the aggregator at {self.endpoint} for {now - last_contact:.0f} s"
+                        )
+                    )
+                    return
+                if now - last_warning > _WARN_EVERY:
+                    last_warning = now
+                    log.warning("aggregator %s: %s; trying again", self.endpoint, details or code.name)
+            # A little randomness keeps a thousand clients from coming back at the same instant.
+            self._closed.wait(backoff * random.uniform(0.5, 1.0))  # noqa: S311
+            backoff = min(backoff * 2, _LONGEST_BACKOFF)
+
+    def _new_stream(self) -> Iterator[pb.ClientMessage]:
+        """A new stream's messages. It gets a queue of its own, since gRPC may still read the broken one's."""
+        previous, self._outgoing = self._outgoing, queue.Queue()
+        previous.put(None)
+        if self._closed.is_set():
+            self._outgoing.put(None)
+        return self._requests(self._outgoing)
+
+    def _requests(self, outgoing: "queue.Queue[pb.ClientMessage | None]") -> Iterator[pb.ClientMessage]:
+        yield pb.ClientMessage(hello=self._hello)
+        while True:
+            try:
+                message = outgoing.get(timeout=self._heartbeat_seconds)
+            except queue.Empty:
+                message = pb.ClientMessage(heartbeat=pb.Heartbeat(stage=self.stages.current))
+            if message is None:
+                return
+            yield message
+
+    def _take(self, message: pb.ServerMessage) -> bool:
+        """Whether this message was the last."""
+        match message.WhichOneof("message"):
+            case "welcome":
+                self._heartbeat_seconds = message.welcome.heartbeat_seconds or self._heartbeat_seconds
+                log.info("connected to %s as %s/%d", self.endpoint, self.context.pool, self.context.index)
+            case "stop" if message.stop.reason == pb.Stop.RESTARTING:
+                return False
+            case "stop":
+                self.over.set()
+                self.incoming.put(message)
+                return True
+            case _:
+                self.incoming.put(message)
+        return False

@@ -1,0 +1,120 @@
+"""``isthmus submit``: a script on this machine becomes a FederatedJob, without an image of its own."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from isthmus_contracts.code import check_files
+from isthmus_contracts.identities import API_VERSION
+from isthmus_contracts.manifest import ManifestError, check_job_name, parse_federated_job
+
+_POOL = re.compile(
+    r"(?P<name>[a-z][a-z0-9-]*)=(?P<replicas>\d+)(?:@(?P<site>[a-z][a-z0-9-]*)(?:/(?P<environment>[a-z][a-z0-9-]*))?)?"
+)
+
+
+def documents(
+    script: Path,
+    files: Sequence[Path],
+    arguments: Sequence[str],
+    *,
+    name: str | None,
+    image: str,
+    rounds: int,
+    pools: Sequence[str],
+    algorithm: str,
+    config: Sequence[str],
+    template: Path | None,
+) -> list[dict[str, Any]]:
+    """The ConfigMap with the script and its files, and the FederatedJob that runs it.
+
+    ``template``: a FederatedJob manifest whose spec everything not said here is taken from.
+    Raises :class:`ManifestError`, whose words name the flag or the field.
+    """
+    name = name or re.sub(r"[^a-z0-9]+", "-", script.stem.lower()).strip("-")
+    if problems := check_job_name(name):
+        raise ManifestError([f"{problems[0]}; choose one with --name"])
+    content = _content([script, *files])
+    spec: dict[str, Any] = _template(template) if template is not None else {}
+    task = dict(spec.get("task") or {})
+    task |= {"image": image or task.get("image"), "command": ["python", script.name, *arguments]}
+    task["code"] = {"configMapRef": {"name": f"{name}-files"}}
+    if task["image"] is None:
+        raise ManifestError(["--image: is missing: the image with Python, PyTorch and isthmus that runs the script"])
+    if config:
+        task["config"] = {**(task.get("config") or {}), **dict(_setting(item) for item in config)}
+    spec["task"] = task
+    if rounds or "rounds" not in spec:
+        spec["rounds"] = rounds or 10
+    if algorithm:
+        spec["strategy"] = {"algorithm": algorithm}
+    if pools or "pools" not in spec:
+        spec["pools"] = [_pool(text) for text in pools or ["cloud=2"]]
+    job = {"apiVersion": API_VERSION, "kind": "FederatedJob", "metadata": {"name": name}, "spec": spec}
+    parse_federated_job(job)
+    code = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": f"{name}-files"}, "data": content}
+    return [code, job]
+
+
+def dump(objects: Sequence[dict[str, Any]]) -> str:
+    """As YAML that ``kubectl apply`` and ``isthmus run`` take."""
+    return yaml.safe_dump_all(objects, sort_keys=False)
+
+
+def again(script: Path, name: str) -> str:
+    """How to follow the job, for the user to read."""
+    return f"submitted {script} as FederatedJob {name}; follow it with: {shlex.join(['isthmus', 'status', name])}"
+
+
+def _content(paths: Sequence[Path]) -> dict[str, str]:
+    content: dict[str, str] = {}
+    for path in paths:
+        if path.name in content:
+            raise ManifestError([f"{path}: another file has this name; they are laid side by side"])
+        try:
+            content[path.name] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ManifestError(
+                [f"{path}: is not UTF-8 text; data belongs into a volume or the site's data sets"]
+            ) from None
+        except OSError as error:
+            raise ManifestError([f"{path}: {error.strerror or error}"]) from None
+    if problem := check_files({file: text.encode() for file, text in content.items()}):
+        raise ManifestError([f"the files: {problem}"])
+    return content
+
+
+def _template(path: Path) -> dict[str, Any]:
+    try:
+        found = [item for item in yaml.safe_load_all(path.read_text(encoding="utf-8")) if isinstance(item, dict)]
+    except OSError as error:
+        raise ManifestError([f"{path}: {error.strerror or error}"]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ManifestError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from None
+    jobs = [item for item in found if item.get("kind") == "FederatedJob" and isinstance(item.get("spec"), dict)]
+    if len(jobs) != 1:
+        raise ManifestError([f"{path}: holds {len(jobs)} FederatedJobs; one is needed"])
+    return dict(jobs[0]["spec"])
+
+
+def _pool(text: str) -> dict[str, Any]:
+    match = _POOL.fullmatch(text)
+    if match is None:
+        raise ManifestError([f"--pool: {text!r} is not NAME=CLIENTS or NAME=CLIENTS@SITE/ENVIRONMENT"])
+    pool: dict[str, Any] = {"name": match["name"], "replicas": int(match["replicas"])}
+    if match["site"] is None:
+        return {**pool, "cloud": {}}
+    if match["environment"] is None:
+        raise ManifestError([f"--pool: {text!r} lacks the site's environment: {text}/ENVIRONMENT; see isthmus sites"])
+    return {**pool, "hpc": {"siteRef": {"name": match["site"]}, "environment": match["environment"]}}
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, found, value = text.partition("=")
+    if not found or not name:
+        raise ManifestError([f"--config: {text!r} is not NAME=VALUE"])
+    return name, value

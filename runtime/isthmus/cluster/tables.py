@@ -1,0 +1,103 @@
+"""What ``status`` and ``sites`` show. Pure: from objects to tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+Body = Mapping[str, Any]
+_COLOURS = {"Complete": "green", "Failed": "red", "Rejected": "red", "Running": "cyan", "Suspended": "yellow"}
+
+
+def condition(body: Body, type_: str) -> bool:
+    """Whether a condition of an object is True."""
+    found = (body.get("status") or {}).get("conditions") or ()
+    return any(item.get("type") == type_ and item.get("status") == "True" for item in found)
+
+
+def over(job: Body) -> bool:
+    """Whether nothing of a job will change any more."""
+    return condition(job, "Complete") or condition(job, "Failed")
+
+
+def job_view(job: Body) -> Group:
+    """One job: how far it is, how good, and each pool's clients and queue."""
+    status, spec = job.get("status") or {}, job.get("spec") or {}
+    phase = str(status.get("phase") or "Pending")
+    rounds = status.get("rounds") or {}
+    metrics = [f"{item['name']} {item['value']} (round {item['round']})" for item in status.get("metrics") or ()]
+    best = status.get("bestMetric")
+    head = Text.assemble(
+        (job["metadata"]["name"], "bold"), "  ", (phase, _COLOURS.get(phase, "")),
+        f"  round {rounds.get('completed', 0)}/{rounds.get('total', spec.get('rounds', 0))}",
+        f"  clients {(status.get('clients') or {}).get('summary', '0/0')}",
+    )  # fmt: skip
+    lines: list[Any] = [head]
+    if metrics:
+        lines.append(Text(", ".join(metrics) + (f"; best {best['value']} (round {best['round']})" if best else "")))
+    if status.get("message"):
+        lines.append(Text(str(status["message"])))
+    table = Table(box=None, pad_edge=False)
+    for title in ("pool", "world"):
+        table.add_column(title)
+    for title in ("clients", "queued", "connected", "failed"):
+        table.add_column(title, justify="right")
+    table.add_column("Slurm jobs")
+    table.add_column("reason")
+    seen = {pool.get("name"): pool for pool in status.get("pools") or ()}
+    for pool in spec.get("pools") or ():
+        shown = seen.get(pool["name"], {})
+        world = "cloud" if "cloud" in pool else f"hpc {((pool.get('hpc') or {}).get('siteRef') or {}).get('name', '')}"
+        counts = [
+            shown.get("desired", pool.get("replicas", 1)),
+            *(shown.get(key, 0) for key in ("queued", "ready", "failed")),
+        ]
+        reason = str(shown.get("reason", "")).strip().splitlines()
+        table.add_row(
+            pool["name"],
+            world,
+            *map(str, counts),
+            ", ".join(shown.get("jobs") or ()),
+            Text(reason[-1] if reason else ""),
+        )
+    lines.append(table)
+    if status.get("model"):
+        lines.append(Text(f"model of round {status['model']['round']}: isthmus model get {job['metadata']['name']}"))
+    return Group(*lines)
+
+
+def jobs_table(jobs: Sequence[Body]) -> Table:
+    """A namespace's jobs, one a line."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("name", "phase", "round", "clients", "best"):
+        table.add_column(title)
+    for job in jobs:
+        status = job.get("status") or {}
+        rounds = status.get("rounds") or {}
+        best = status.get("bestMetric") or {}
+        table.add_row(
+            job["metadata"]["name"], str(status.get("phase") or "Pending"),
+            f"{rounds.get('completed', 0)}/{rounds.get('total', (job.get('spec') or {}).get('rounds', 0))}",
+            (status.get("clients") or {}).get("summary", ""),
+            f"{best['name']} {best['value']}" if best else "",
+        )  # fmt: skip
+    return table
+
+
+def sites_table(sites: Sequence[Body], namespace: str) -> Table:
+    """The sites, and what a job of the namespace may name in a manifest."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("site", "reachable", "open to you", "environments", "partitions", "data sets"):
+        table.add_column(title)
+    for site in sites:
+        status, spec = site.get("status") or {}, site.get("spec") or {}
+        allowed = spec.get("allowedNamespaces") or ()
+        table.add_row(
+            site["metadata"]["name"],
+            "yes" if condition(site, "Reachable") else "no",
+            "yes" if "*" in allowed or namespace in allowed else "no",
+            *(", ".join(status.get(key) or ()) for key in ("environments", "partitions", "dataSets")),
+        )
+    return table

@@ -1,0 +1,21 @@
+"""Codecs: what becomes of tensors before they travel, and back. docs/compression.md tells users about them."""
+
+from .base import CodecError, SegmentCodec, download_seed, upload_seed
+from .chain import KNOWN, Chain, parse_chain
+from .decoding import Decoder
+from .encoding import Encoded, encode
+from .feedback import ErrorFeedback
+
+__all__ = [
+    "KNOWN",
+    "Chain",
+    "CodecError",
+    "Decoder",
+    "Encoded",
+    "ErrorFeedback",
+    "SegmentCodec",
+    "download_seed",
+    "encode",
+    "parse_chain",
+    "upload_seed",
+]

@@ -1,0 +1,27 @@
+"""The difference from a model that both sides hold.
+
+Konecny et al., "Federated Learning: Strategies for Improving Communication Efficiency" (2016), section 1: what is
+compressed is the update, which is small against the weights, so the same relative error is a small absolute one.
+"""
+
+import torch
+
+
+def difference(values: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    """The values minus the base, in float32; without a base the values themselves. Never a view of its arguments."""
+    if base is None:
+        return values.to(torch.float32, copy=True)
+    # Half precision is subtracted in single precision, which holds the difference exactly.
+    if values.dtype == torch.float64:
+        return (values - base).to(torch.float32)
+    return values.float() - base.float()
+
+
+def applied(change: torch.Tensor, base: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Writes the base plus the change into ``out``, which may be the base itself."""
+    if base is None:
+        out.copy_(change)
+    elif out.dtype in (torch.float32, torch.float64):
+        torch.add(base, change, out=out)
+    else:
+        out.copy_(base.float() + change)

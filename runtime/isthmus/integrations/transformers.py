@@ -1,0 +1,61 @@
+"""For scripts that train with Hugging Face's Trainer (``pip install isthmus[transformers]``).
+
+for rnd in isthmus.rounds(model):
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[FederatedCallback(rnd)])
+    trainer.train()
+"""
+
+import math
+from typing import Any
+
+import torch
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        f"isthmus.integrations.transformers needs Transformers: pip install isthmus[transformers] ({error})"
+    ) from None
+
+from ..client.round import Round
+
+
+class FederatedCallback(TrainerCallback):  # type: ignore[misc]
+    """Takes part in a round with one ``trainer.train()``.
+
+    Wraps the optimizer, stops where the round is to stop, and submits when training has ended: the mean loss, and
+    ``num_examples``, by default the data set's size, or its part that was used where training went through less of it.
+    Raises ``ValueError`` for a data set without a length, where ``num_examples`` is not given.
+    """
+
+    def __init__(self, rnd: Round, num_examples: int | None = None) -> None:
+        self._round = rnd
+        self._given = num_examples
+        self._metrics: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        while not isinstance(inner := getattr(optimizer, "optimizer", None), type(None)):
+            optimizer = inner  # Accelerate's wrapper has hooks that nobody calls
+        if isinstance(optimizer, torch.optim.Optimizer):
+            self._round.wrap(optimizer)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self._round.should_stop:
+            control.should_training_stop = True
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "train_loss" in logs:  # of the whole training, when it has ended
+            self._metrics = {"loss": float(logs["train_loss"])}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        self._round.submit(num_examples=self._examples(state.epoch, train_dataloader), **self._metrics)
+
+    def _examples(self, epochs: float, loader: Any) -> int:
+        if self._given is not None:
+            return self._given
+        try:
+            size = len(loader.dataset)
+        except (AttributeError, TypeError):
+            raise ValueError("the data set has no length: pass num_examples to FederatedCallback") from None
+        return math.ceil(size * min(epochs, 1.0) - 1e-6)

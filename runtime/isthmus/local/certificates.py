@@ -1,0 +1,23 @@
+"""The certificates of one local run: as the operator issues them for a job, but from a CA that ends with the run."""
+
+import datetime as dt
+from pathlib import Path
+
+from isthmus_contracts import identities as ids
+from isthmus_contracts.manifest import FederatedJob
+from isthmus_contracts.pki import Authority, Credentials
+
+# A local run is short; a resumed one gets new certificates.
+_LIFETIME = dt.timedelta(days=90)
+AGGREGATOR = ".aggregator"  # no pool can have this name
+
+
+def issue_certificates(job: FederatedJob, uid: str, directory: Path) -> Credentials:
+    """Writes a directory for the aggregator and one per pool; returns what the runner itself observes with."""
+    authority = Authority.create(f"isthmus {job.name}", _LIFETIME)
+    server = authority.issue("aggregator", _LIFETIME, hosts=[ids.aggregator_server_name(uid)])
+    server.write(directory / AGGREGATOR)
+    for pool in job.spec.pools:
+        client = authority.issue(pool.name, _LIFETIME, uris=[ids.client_identity(uid, pool.name)])
+        client.write(directory / pool.name)
+    return authority.issue("runner", _LIFETIME, uris=[ids.observer_identity(uid)])

@@ -1,0 +1,157 @@
+"""What the user sees of a local run: live progress in a terminal, plain lines anywhere else."""
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .rounds import Round
+
+
+@dataclass(frozen=True)
+class PoolView:
+    """The clients of one pool."""
+
+    name: str
+    kind: str
+    """cloud or hpc: the world that the manifest puts it in."""
+    size: int
+    running: int
+    connected: int
+    failed: int
+    """Given up."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment."""
+
+    activity: str
+    """What it is doing, in a few words."""
+    completed: int
+    total: int
+    pools: list[PoolView] = field(default_factory=list)
+
+
+class View(Protocol):
+    """Shows a run. What is told stays; a shown snapshot replaces the one before."""
+
+    def tell(self, line: str) -> None:
+        """Something happened."""
+
+    def warn(self, line: str) -> None:
+        """Something went wrong."""
+
+    def tell_round(self, done: Round) -> None:
+        """A round is over."""
+
+    def show(self, snapshot: Snapshot) -> None:
+        """How things stand."""
+
+    def close(self) -> None:
+        """The run is over."""
+
+
+def make_view(total: int) -> View:
+    """The view that suits standard output."""
+    console = Console(highlight=False)
+    return LiveView(console, total) if console.is_terminal and not console.is_dumb_terminal else PlainView(total)
+
+
+def round_line(done: Round, total: int) -> str:
+    """``round 3/20: 4 updates, accuracy 0.9123, train_loss 0.3341, 0.52 s``"""
+    parts = [f"{done.updates} update{'s' if done.updates != 1 else ''}"]
+    parts += [f"{count} {what}" for count, what in ((done.late, "late"), (done.failed, "failed")) if count]
+    parts += format_metrics(done.metrics)
+    return f"round {done.number}/{total}: {', '.join([*parts, f'{done.seconds:.2f} s'])}"
+
+
+def format_metrics(metrics: Mapping[str, float]) -> list[str]:
+    """``name value`` for each metric, by name, with about four digits that matter."""
+    return [f"{name} {format_value(value)}" for name, value in sorted(metrics.items())]
+
+
+def format_value(value: float) -> str:
+    """Four decimals for ordinary sizes, four significant digits for the rest."""
+    return f"{value:.4f}" if value == 0 or 1e-3 <= math.fabs(value) < 1e4 else f"{value:.4g}"
+
+
+class PlainView:
+    """Lines for a pipe or a file: one per round, and what else happens once."""
+
+    def __init__(self, total: int, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self._total = total
+        self._out = out or sys.stdout
+        self._err = err or sys.stderr
+        self._activity = ""
+
+    def tell(self, line: str) -> None:
+        print(line, file=self._out, flush=True)
+
+    def warn(self, line: str) -> None:
+        print(line, file=self._err, flush=True)
+
+    def tell_round(self, done: Round) -> None:
+        self.tell(round_line(done, self._total))
+
+    def show(self, snapshot: Snapshot) -> None:
+        if snapshot.activity != self._activity:
+            self._activity = snapshot.activity
+            self.tell(snapshot.activity)
+
+    def close(self) -> None:
+        self._out.flush()
+
+
+class LiveView:
+    """A progress bar over a table of pools, at the bottom of a terminal; rounds and events scroll above it."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._total = total
+        self._last: Round | None = None
+        self._snapshot = Snapshot("", 0, total)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds,"),
+            TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left"),
+            console=console, speed_estimate_period=300,
+        )  # fmt: skip
+        self._live = Live(console=console, refresh_per_second=8, get_renderable=self._render, transient=True)
+        self._live.start()
+
+    def tell(self, line: str) -> None:
+        self._console.print(line, markup=False, soft_wrap=True)
+
+    def warn(self, line: str) -> None:
+        self._console.print(line, style="red", markup=False, soft_wrap=True)
+
+    def tell_round(self, done: Round) -> None:
+        self._last = done
+        self.tell(round_line(done, self._total))
+
+    def show(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        if not self._progress.task_ids:  # what an earlier run did must not count as this one's speed
+            self._progress.add_task("", total=self._total, completed=snapshot.completed)
+        self._progress.update(self._progress.task_ids[0], completed=snapshot.completed, description=snapshot.activity)
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _render(self) -> Group:
+        table = Table(box=None, pad_edge=False)
+        for title in ("pool", "world"):
+            table.add_column(title)
+        for title in ("clients", "running", "connected", "failed"):
+            table.add_column(title, justify="right")
+        for pool in self._snapshot.pools:
+            counts = (pool.size, pool.running, pool.connected, pool.failed)
+            table.add_row(pool.name, pool.kind, *map(str, counts), style="red" if pool.failed else None)
+        newest = "   ".join(format_metrics(self._last.metrics)) if self._last else ""
+        return Group("", table, newest, self._progress)

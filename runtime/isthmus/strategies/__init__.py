@@ -1,0 +1,55 @@
+"""Strategies: how the updates of a round become the next global model."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from isthmus_contracts.strategy import Strategy as StrategySpec
+
+from .base import Setup, Strategy, Update
+from .coordinate_median import CoordinateMedian
+from .custom import Custom, StrategyError
+from .deterministic import Deterministic
+from .fedadagrad import FedAdagrad
+from .fedadam import FedAdam
+from .fedasync import FedAsync
+from .fedavg import FedAvg
+from .fedavgm import FedAvgM
+from .fedbuff import FedBuff
+from .feddyn import FedDyn
+from .fednova import FedNova
+from .fedyogi import FedYogi
+from .geometric_median import GeometricMedian
+from .krum import Krum, MultiKrum
+from .qfedavg import QFedAvg
+from .scaffold import Scaffold
+from .trimmed_mean import TrimmedMean
+
+__all__ = ["Setup", "Strategy", "StrategyError", "Update", "make_strategy"]
+
+# FedProx differs from FedAvg on the client's side alone.
+_RULES: Mapping[str, Callable[[Setup], Strategy]] = {
+    "FedAvg": FedAvg,
+    "FedProx": FedAvg,
+    "FedAvgM": FedAvgM,
+    "FedAdagrad": FedAdagrad,
+    "FedAdam": FedAdam,
+    "FedYogi": FedYogi,
+    "CoordinateMedian": CoordinateMedian,
+    "TrimmedMean": TrimmedMean,
+    "Krum": Krum,
+    "MultiKrum": MultiKrum,
+    "GeometricMedian": GeometricMedian,
+    "FedNova": FedNova,
+    "QFedAvg": QFedAvg,
+    "SCAFFOLD": Scaffold,
+    "FedDyn": FedDyn,
+    "FedBuff": FedBuff,
+    "FedAsync": FedAsync,
+}
+
+
+def make_strategy(spec: StrategySpec, directory: Path | None = None, clients: int = 1) -> Strategy:
+    """The server's side of the manifest's algorithm. Raises :class:`ManifestError` for a class that will not load."""
+    setup = Setup(spec.values, directory, clients)
+    rule = Custom(spec.class_, setup) if spec.class_ is not None else _RULES[spec.algorithm](setup)
+    return Deterministic(rule, directory) if spec.deterministic and not rule.order_free else rule

@@ -1,0 +1,125 @@
+"""The strategy interface."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..tensors import State
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a strategy is made from."""
+
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """The manifest's, with the defaults of those that it leaves out."""
+    directory: Path | None = None
+    """Where large working files may lie; ``None``: in the system's directory for temporary files."""
+    clients: int = 1
+    """Of the whole job, whether they take part in a round or not."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's contribution to a round, checked and complete."""
+
+    client: str
+    num_examples: int
+    tensors: State
+    """The client's trained weights: names, shapes and dtypes as in the global model."""
+    buffers: frozenset[str] = frozenset()
+    """Which of them no optimizer trains, such as batch-norm statistics: they are averaged, whatever the rule does to
+    the others."""
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    """What the strategy asked for in its :attr:`Strategy.scalars`."""
+    discount: float = 1.0
+    """Above 0, at most 1: by how much the update counts less because it is late."""
+
+    @property
+    def weight(self) -> float:
+        """Its number of examples, discounted."""
+        return self.num_examples * self.discount
+
+
+class Strategy(ABC):
+    """Folds updates into a running result, one at a time, so that memory does not grow with the number of clients.
+
+    One round is ``begin``, then ``accept`` for every update, then ``finish``. The calls come from one thread at a time.
+    A class of this kind is made from a :class:`Setup`.
+    """
+
+    scalars: tuple[str, ...] = ()
+    """Numbers above zero that every update must bring along, each by its name; what clients know how to tell is
+    ``steps``, ``travel`` and ``loss``, each under the algorithms that ask for it."""
+    rebases = True
+    """Whether an update from an older global model comes as that update's change on top of the present one; where not,
+    it comes as the client made it."""
+    order_free = False
+    """Whether the result is the same, bit for bit, whatever the order of the updates."""
+
+    @abstractmethod
+    def begin(self, model: State) -> None:
+        """Starts a round from the current global model (not to be changed)."""
+
+    @abstractmethod
+    def accept(self, update: Update) -> None:
+        """Folds one update in. The update's memory may be reused afterwards."""
+
+    @abstractmethod
+    def finish(self) -> State:
+        """The next global model. At least one update has been accepted.
+
+        Its tensors may be the strategy's own, which change at the next ``begin``.
+        """
+
+    def companion(self) -> State:
+        """Tensors that clients may ask for beside the model that the last round made."""
+        return {}
+
+    def problem_with(self, scalars: Mapping[str, float]) -> str | None:
+        """What is wrong with the numbers in an update's header, if anything."""
+        for name in self.scalars:
+            if name not in scalars:
+                return f"{type(self).__name__} needs {name} from every client, and the update has none"
+            if not (math.isfinite(scalars[name]) and scalars[name] > 0):
+                return f"{name} must be a finite number above 0, not {scalars[name]}"
+        return None
+
+    def state(self) -> State:
+        """What the rounds to come need of the past, beside the model: it is written with each checkpoint.
+
+        Called after ``finish``; the tensors may be the strategy's own.
+        """
+        return {}
+
+    def load_state(self, state: State) -> None:  # noqa: B027 - most rules remember nothing
+        """Takes up the state of the newest checkpoint, before the first ``begin`` of a restarted aggregator.
+
+        The state is empty, or another rule's, where the job has changed its strategy meanwhile: then this one starts
+        afresh.
+        """
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What to sum in: never narrower than the tensors themselves, and at least single precision."""
+    return torch.float32 if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float64
+
+
+def narrow(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Back to the model's own dtype; integers and booleans are rounded (in place)."""
+    return value.to(dtype) if dtype.is_floating_point else value.round_().to(dtype)
+
+
+def group(name: str, state: State) -> State:
+    """The tensors under names that say whose they are: a part of a strategy's :meth:`Strategy.state`."""
+    return {f"{name}/{key}": tensor for key, tensor in state.items()}
+
+
+def ungroup(name: str, state: State) -> State:
+    """The tensors that :func:`group` named so."""
+    prefix = f"{name}/"
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}

@@ -1,0 +1,72 @@
+"""What the rules share that weight the clients' changes, rather than their weights."""
+
+from collections.abc import Callable
+
+import torch
+
+from ..tensors import State
+from .base import Setup, Strategy, Update, narrow, wide
+
+
+class ChangeRule(Strategy):
+    """Sums each client's change of the global model, with a weight of the rule's choice.
+
+    What no optimizer trains (the statistics of batch-norm layers, counters) is averaged as in FedAvg.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._model: State = {}
+        self._sums: State = {}
+        self._buffers: frozenset[str] = frozenset()
+        self._weight = 0.0
+        self._updates = 0
+
+    def begin(self, model: State) -> None:
+        self._model = model
+        self._weight, self._updates = 0.0, 0
+        self._sums = zeros_like(model, self._sums)
+
+    def accept(self, update: Update) -> None:
+        self._weight += update.weight
+        self._updates += 1
+        self._buffers = update.buffers
+        self.fold(update)
+
+    def fold(self, update: Update) -> None:
+        """Adds an update to the sums: each change counts by its number of examples, unless a rule has it otherwise."""
+        self.add(update, update.weight)
+
+    def add(self, update: Update, weight: float) -> None:
+        """Adds a client's changes to the sums, those of trained tensors with the given weight."""
+        for name, total in self._sums.items():
+            share = weight if self.is_trained(name) else update.weight
+            total.add_(self.change(update, name), alpha=share)
+
+    def change(self, update: Update, name: str) -> torch.Tensor:
+        """By how much an update moves a tensor, in the precision of the sums."""
+        dtype = self._sums[name].dtype
+        return update.tensors[name].to(dtype) - self._model[name].to(dtype)
+
+    def is_trained(self, name: str) -> bool:
+        """Whether the rule applies to a tensor, of the clients' kind since the last update."""
+        return name not in self._buffers and self._model[name].is_floating_point()
+
+    def moved(self, step: Callable[[str, torch.Tensor], torch.Tensor]) -> State:
+        """The next model: each trained tensor moved by ``step(name, sum of changes)``, the others by their mean."""
+        result: State = {}
+        for name, old in self._model.items():
+            total = self._sums[name]
+            change = step(name, total) if self.is_trained(name) else total.div(self._weight)
+            result[name] = narrow(change + old.to(change.dtype), old.dtype)
+        return result
+
+
+def zeros_like(model: State, earlier: State) -> State:
+    """A sum for every tensor of a model, at zero; in the memory of earlier ones where they fit."""
+    sums = earlier
+    if earlier.keys() != model.keys():
+        sums = {name: torch.empty_like(tensor, dtype=wide(tensor.dtype)) for name, tensor in model.items()}
+    for total in sums.values():
+        total.zero_()
+    return sums

@@ -1,0 +1,39 @@
+"""Federated averaging."""
+
+import torch
+
+from ..tensors import State
+from .base import Setup, Strategy, Update, narrow
+from .changes import zeros_like
+
+
+class FedAvg(Strategy):
+    """Mean of the clients' weights, weighted by their numbers of examples.
+
+    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (2017), algorithm 1.
+    Integer and boolean buffers (such as batch-norm counters) are averaged in double precision and rounded.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self._model: State = {}
+        self._sums: State = {}
+        self._weight = 0.0
+
+    def begin(self, model: State) -> None:
+        self._model = model
+        self._weight = 0.0
+        self._sums = zeros_like(model, self._sums)
+
+    def accept(self, update: Update) -> None:
+        self._weight += update.weight
+        for name, total in self._sums.items():
+            tensor = update.tensors[name]
+            total.add_(tensor if tensor.is_floating_point() else tensor.to(total.dtype), alpha=update.weight)
+
+    def finish(self) -> State:
+        # In place: it is the new model until the next round begins.
+        return {name: narrow(self._sums[name].div_(self._weight), old.dtype) for name, old in self._model.items()}
+
+    def _mean(self, name: str) -> torch.Tensor:
+        """A tensor's mean over the clients so far, in the precision that it was summed in."""
+        return self._sums[name].div(self._weight)

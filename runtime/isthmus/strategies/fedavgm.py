@@ -1,0 +1,25 @@
+"""FedAvg with momentum on the server."""
+
+import torch
+
+from .base import Setup
+from .server_optimizer import ServerOptimizer
+
+
+class FedAvgM(ServerOptimizer):
+    """v = momentum v + change; the model moves by learningRate v.
+
+    Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification"
+    (2019), section 4.3.
+    """
+
+    slots = ("v",)
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self._momentum = setup.parameters["momentum"]
+
+    def step(self, change: torch.Tensor, *memory: torch.Tensor) -> torch.Tensor:
+        (v,) = memory
+        v.mul_(self._momentum).add_(change)
+        return torch.mul(v, self._rate, out=change)

@@ -1,0 +1,235 @@
+"""Tensors on the wire: what a state dict looks like as a stream of chunks, and back.
+
+A stream is the little-endian, contiguous bytes of the tensors in the order of their specs, cut into chunks without
+regard to tensor borders, and an xxh3-128 checksum of all of it.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import xxhash
+
+from isthmus_contracts.pb.federation_pb2 import TensorSpec
+
+State = dict[str, torch.Tensor]
+Data = bytes | memoryview
+
+# Far below gRPC's default limit of 4 MiB a message, and large enough that the per-message cost does not show.
+CHUNK_BYTES = 1 << 20
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # safetensors' names
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class TransferError(ValueError):
+    """A stream of tensors is not what it should be. ``str()`` says how."""
+
+
+class TruncatedError(TransferError):
+    """It ended before everything was there."""
+
+
+class ChecksumError(TransferError):
+    """Everything is there, but something was damaged on the way."""
+
+
+def snapshot(state: Mapping[str, torch.Tensor], room: State | None = None) -> State:
+    """A contiguous copy in main memory, safe from later training steps; in ``room`` (see :func:`allocate`).
+
+    Raises :class:`TransferError`.
+    """
+    return {
+        name: roomy(name, checked(name, tensor).shape, tensor.dtype, room).copy_(tensor.detach())
+        for name, tensor in state.items()
+    }
+
+
+def checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, if it can travel. Raises :class:`TransferError`."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TransferError(f"{name} is a {type(tensor).__name__}, not a tensor")
+    if tensor.dtype not in _NAMES:
+        raise TransferError(f"{name} has dtype {tensor.dtype}, which cannot travel")
+    return tensor
+
+
+def specs_of(state: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
+    """What goes into a stream's header."""
+    return [
+        TensorSpec(
+            name=name, dtype=_NAMES[tensor.dtype], shape=tensor.shape, size=tensor.numel() * tensor.element_size()
+        )
+        for name, tensor in state.items()
+    ]
+
+
+def chunks_of(state: Mapping[str, torch.Tensor]) -> Iterator[Data]:
+    """The stream's bytes, at most :data:`CHUNK_BYTES` at a time. Small tensors share a chunk, large ones are views."""
+    gathered = bytearray()
+    for tensor in state.values():
+        view = bytes_view(tensor)
+        start = 0
+        while start < len(view):
+            part = view[start : start + CHUNK_BYTES - len(gathered)]
+            start += len(part)
+            if not gathered and len(part) == CHUNK_BYTES:
+                yield part
+                continue
+            gathered += part
+            if len(gathered) == CHUNK_BYTES:
+                yield bytes(gathered)
+                gathered.clear()
+    if gathered:
+        yield bytes(gathered)
+
+
+def checksum_of(state: Mapping[str, torch.Tensor]) -> str:
+    """The checksum of the stream's bytes."""
+    digest = xxhash.xxh3_128()
+    for tensor in state.values():
+        digest.update(bytes_view(tensor))
+    return digest.hexdigest()
+
+
+class Reception:
+    """Takes a stream's chunks and makes tensors of them; allocates what the specs announce, and no more."""
+
+    def __init__(self, specs: Iterable[TensorSpec], room: State | None = None) -> None:
+        """``room``: see :func:`allocate`."""
+        self._tensors: State = {}
+        self._views: list[memoryview] = []
+        specs = list(specs)
+        if (problem := misannounced(specs)) is not None:
+            raise TransferError(problem.message)
+        for spec in specs:
+            tensor = allocate(spec, room)
+            self._tensors[spec.name] = tensor
+            self._views.append(bytes_view(tensor))
+        self._digest = xxhash.xxh3_128()
+        self._current = 0  # which view is being filled
+        self._filled = 0  # how far
+        self.received = 0  # bytes
+
+    def write(self, data: Data) -> None:
+        """Takes one chunk. Raises :class:`TransferError` where there is more than announced."""
+        self._digest.update(data)
+        self.received += len(data)
+        source = memoryview(data)
+        while source:
+            if self._current == len(self._views):
+                raise TransferError("more data than the header announced")
+            view = self._views[self._current]
+            part = source[: len(view) - self._filled]
+            view[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            source = source[len(part) :]
+            if self._filled == len(view):
+                self._current, self._filled = self._current + 1, 0
+
+    def finish(self, checksum: str) -> State:
+        """The tensors, once everything is there and the checksum fits. Raises :class:`TransferError`."""
+        while self._current < len(self._views) and not len(self._views[self._current]):
+            self._current += 1
+        if self._current < len(self._views):
+            raise TruncatedError(f"the stream ended early, after {self.received} bytes")
+        if self._digest.hexdigest() != checksum:
+            raise ChecksumError("the checksum does not fit the data")
+        return self._tensors
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """What is wrong with specs, in a word and in a line."""
+
+    aspect: Literal["missing_tensor", "unknown_tensor", "dtype", "shape", "size", "duplicate"]
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def misannounced(specs: Iterable[TensorSpec]) -> Mismatch | None:
+    """Why the specs of a raw stream cannot be right, whatever the model is."""
+    seen = set()
+    for spec in specs:
+        if spec.name in seen:
+            return Mismatch("duplicate", f"{spec.name} is announced twice")
+        seen.add(spec.name)
+        if spec.dtype not in _DTYPES:
+            return Mismatch("dtype", f"{spec.name} has the unknown dtype {spec.dtype!r}")
+        if math.prod(spec.shape) * dtype_of(spec).itemsize != spec.size:
+            shape = list(spec.shape)
+            return Mismatch("size", f"{spec.name}: {spec.size} bytes do not fit {spec.dtype} of shape {shape}")
+    return None
+
+
+def mismatch(expected: Sequence[TensorSpec], offered: Sequence[TensorSpec]) -> Mismatch | None:
+    """In what the offered specs differ from the expected ones; ``None`` where they agree."""
+    wanted = {spec.name: spec for spec in expected}
+    given = {spec.name: spec for spec in offered}
+    if missing := [name for name in wanted if name not in given]:
+        return Mismatch("missing_tensor", f"tensors are missing: {', '.join(missing[:5])}")
+    if unknown := [name for name in given if name not in wanted]:
+        return Mismatch("unknown_tensor", f"unknown tensors: {', '.join(unknown[:5])}")
+    for name, spec in wanted.items():
+        other = given[name]
+        if other.dtype != spec.dtype:
+            return Mismatch("dtype", f"{name} is {other.dtype}, but the model's is {spec.dtype}")
+        if list(other.shape) != list(spec.shape):
+            shapes = f"{list(other.shape)}, but the model's has {list(spec.shape)}"
+            return Mismatch("shape", f"{name} has shape {shapes}")
+    return None
+
+
+def non_finite(state: Mapping[str, torch.Tensor]) -> str | None:
+    """The first tensor that holds NaN or infinity, if any."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.numel():
+            # In one pass without a copy: infinite where a value is, NaN where one is.
+            least, most = torch.aminmax(tensor)
+            if not (math.isfinite(least) and math.isfinite(most)):
+                return name
+    return None
+
+
+def dtype_of(spec: TensorSpec) -> torch.dtype:
+    """What a spec announces. Raises :class:`TransferError`."""
+    if spec.dtype not in _DTYPES:
+        raise TransferError(f"{spec.name} has the unknown dtype {spec.dtype!r}")
+    return _DTYPES[spec.dtype]
+
+
+def allocate(spec: TensorSpec, room: State | None = None) -> torch.Tensor:
+    """Memory for what a spec announces. Raises :class:`TransferError`.
+
+    ``room``: tensors that nobody needs any more; where one fits it is used again, since to touch fresh memory takes
+    several times as long as to fill it.
+    """
+    return roomy(spec.name, tuple(spec.shape), dtype_of(spec), room)
+
+
+def roomy(name: str, shape: Sequence[int], dtype: torch.dtype, room: State | None) -> torch.Tensor:
+    """The spare tensor of that name, where it fits, or a new one. Its contents are undefined."""
+    spare = (room or {}).get(name)
+    if spare is not None and (spare.dtype, tuple(spare.shape)) == (dtype, tuple(shape)) and spare.is_contiguous():
+        return spare
+    return torch.empty(tuple(shape), dtype=dtype)
+
+
+def bytes_view(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor, as bytes."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

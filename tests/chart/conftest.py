@@ -1,0 +1,135 @@
+"""Helm, found in PATH or in the cache of `python -m lab install`, and what it renders."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "charts" / "isthmus"
+NAMESPACE = "isthmus-system"
+Manifest = dict[str, Any]
+
+GROUP = "monitoring.coreos.com"
+# Kinds of the Prometheus Operator, and their versions; and the options that make Helm believe that a cluster has them.
+MONITORING = {"ServiceMonitor": "v1", "PodMonitor": "v1", "PrometheusRule": "v1", "ScrapeConfig": "v1alpha1"}
+WITH_MONITORING = [
+    word for kind, version in MONITORING.items() for word in ("--api-versions", f"{GROUP}/{version}/{kind}")
+]
+
+DIGEST = f"sha256:{'0' * 64}"
+# Values, from the defaults to everything at once.
+MATRIX: dict[str, Manifest] = {
+    "defaults": {},
+    "namespaces": {
+        "scope": {"type": "Namespaces", "namespaces": ["team-a", "team-b"]},
+        "rbac": {"siteSecrets": [{"namespace": "sites", "names": ["lumi-tls", "juwels-tls"]}]},
+    },
+    "bare": {
+        "crds": {"enabled": False},
+        "rbac": {"create": False, "aggregate": False},
+        "serviceAccount": {"create": False, "name": "somebody-elses"},
+        "metrics": {"service": {"enabled": False}},
+    },
+    "tenant": {
+        "scope": {"type": "Namespaces", "namespaces": ["team-a"]},
+        "crds": {"enabled": False},
+        "rbac": {"aggregate": False},
+        "sites": {"enabled": False},
+        "webhook": {"enabled": False},
+    },
+    "everything": {
+        "fullnameOverride": "federation",
+        "commonLabels": {"team": "platform"},
+        "image": {"repository": "registry.example/isthmus-operator", "digest": DIGEST, "pullPolicy": "Always"},
+        "imagePullSecrets": [{"name": "registry"}],
+        "crds": {"keep": False},
+        "operator": {
+            "cluster": "prod-1",
+            "workers": 4,
+            "resyncSeconds": 1.5,
+            "logFormat": "plain",
+            "allowInTemplates": ["host-path", "service-account"],
+            "extraArgs": ["--log-level=debug"],
+            "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy.example:3128"}],
+        },
+        "serviceAccount": {"annotations": {"example.com/role": "isthmus"}},
+        "podAnnotations": {"example.com/scrape": "true"},
+        "podLabels": {"example.com/tier": "control"},
+        "nodeSelector": {"kubernetes.io/os": "linux"},
+        "tolerations": [{"key": "control", "operator": "Exists", "effect": "NoSchedule"}],
+        "affinity": {"nodeAffinity": {}},
+        "priorityClassName": "system-cluster-critical",
+        "metrics": {"port": 9102, "service": {"annotations": {"a": "b"}, "labels": {"c": "d"}}},
+        "health": {"port": 9103},
+        "monitoring": {
+            "enabled": True,
+            "serviceMonitor": {"interval": "30s", "labels": {"release": "prometheus"}},
+            "podMonitor": {"interval": "1m", "labels": {"release": "prometheus"}},
+            "bridges": {"targets": ["login1.example:9090", "10.0.0.7:9464"], "labels": {"release": "prometheus"}},
+            "prometheusRule": {"disabled": ["IsthmusQueueWait"], "runbookUrl": "https://docs.example/runbooks"},
+            "dashboards": {"namespace": "grafana", "annotations": {"grafana_folder": "Isthmus"}},
+        },
+        "networkPolicy": {
+            "enabled": True,
+            "metricsFrom": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
+            "egress": [{"ports": [{"port": 443, "protocol": "TCP"}]}, {"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}],
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Helm:
+    """One version of Helm, always used offline."""
+
+    program: Path
+
+    def run(self, *arguments: str, values: dict[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
+        command = [str(self.program), *arguments]
+        if values is not None:
+            command += ["--values", "-"]
+        return subprocess.run(command, input=yaml.safe_dump(values or {}), capture_output=True, text=True, check=False)
+
+    def template(self, values: dict[str, Any], *options: str) -> list[Manifest]:
+        """What the chart renders, as new objects."""
+        return copy.deepcopy(_rendered(self, json.dumps(values), options))
+
+
+@cache
+def _rendered(helm: Helm, values: str, options: tuple[str, ...]) -> list[Manifest]:
+    # Rendering takes a second, and many tests look at the same.
+    arguments = ("template", "isthmus", str(CHART), "--namespace", NAMESPACE, *options)
+    result = helm.run(*arguments, values=json.loads(values))
+    assert result.returncode == 0, result.stderr
+    return [document for document in yaml.load_all(result.stdout, Loader=yaml.CSafeLoader) if document]
+
+
+def _find(names: tuple[str, ...], major: str) -> Path | None:
+    cache = Path(os.environ.get("ISTHMUS_CACHE") or Path.home() / ".cache" / "isthmus")
+    found = [shutil.which(name) for name in names]
+    candidates = [Path(path) for path in found if path]
+    candidates += [path for name in names for path in sorted(cache.glob(f"client-tools-*/{name}"))]
+    for candidate in candidates:
+        version = subprocess.run([candidate, "version", "--short"], capture_output=True, text=True, check=False).stdout
+        if version.startswith(major):
+            return candidate
+    return None
+
+
+@pytest.fixture(scope="session", params=["v3", "v4"])
+def helm(request: pytest.FixtureRequest, require: Callable[[bool, str], None]) -> Helm:
+    """Both supported major versions, one after the other."""
+    program = _find(("helm", f"helm{request.param[1]}"), request.param)
+    require(program is not None, f"Helm {request.param} is missing: `python -m lab install` fetches it")
+    assert program is not None
+    return Helm(program)

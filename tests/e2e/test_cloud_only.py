@@ -1,0 +1,29 @@
+"""A job without any HPC pool: what also runs on a cluster that has no site."""
+
+from .conftest import Platform, eventually
+
+
+def test_a_cloud_only_job_completes(cluster: Platform, job: str) -> None:
+    manifest = cluster.manifest(job, rounds=3, selection__minClients=2, stragglers__minUpdates=2)
+    del manifest["spec"]["pools"][1]
+    cluster.apply(manifest)
+    cluster.wait_for_completion(job)
+    assert cluster.status(job)["rounds"]["completed"] == 3
+    cluster.delete(job)
+
+
+def test_a_script_that_raises_in_a_pod(cluster: Platform, job: str) -> None:
+    manifest = cluster.manifest(job, backoffLimit=0, selection__minClients=2, stragglers__minUpdates=2)
+    del manifest["spec"]["pools"][1]
+    manifest["spec"]["task"]["command"] = ["python", "-c", "raise ValueError('no such column: age')"]
+    cluster.apply(manifest)
+
+    def failed() -> dict[str, str]:
+        condition: dict[str, str] = cluster.condition(job, "Failed")
+        return condition if condition.get("status") == "True" else {}
+
+    condition = eventually("the job has failed", failed, 120)
+    assert condition["reason"] == "QuorumImpossible"
+    (pool,) = cluster.status(job)["pools"]
+    assert pool["failed"] >= 1  # with the first the quorum is out of reach: the other is not waited for
+    assert "ValueError: no such column: age" in pool["reason"]

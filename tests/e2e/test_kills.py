@@ -1,0 +1,74 @@
+"""Whatever is killed in the middle of a run, the job completes."""
+
+from collections.abc import Callable
+
+import pytest
+
+from .conftest import SYSTEM, Platform, eventually, run, say
+
+ROUNDS = 14
+
+
+def kill_client_pod(platform: Platform, job: str) -> None:
+    pod = platform.pods(job, "client")[0]["metadata"]["name"]
+    say(run("kubectl", "delete", "pod", pod, "--grace-period=0", "--force", check=False))
+
+
+def kill_slurm_task(platform: Platform, job: str) -> None:
+    task = next(line.split()[0] for line in platform.slurm.squeue() if "RUNNING" in line)
+    say(run("scancel", "--signal=KILL", "--full", task, check=False) + f"killed {task}")
+
+
+def kill_aggregator(platform: Platform, job: str) -> None:
+    say(run("kubectl", "delete", "pod", f"{job}-aggregator", "--grace-period=0", "--force", check=False))
+
+
+def kill_bridge(platform: Platform, job: str) -> None:
+    platform.slurm.kill_bridge()
+    before = platform.completed(job)
+    platform.wait_for_round(job, before + 1)  # training does not need it
+    platform.slurm.start_bridge()
+
+
+def kill_api_server(platform: Platform, job: str) -> None:
+    """In the middle of a round: training goes on without it, and no client is started again."""
+    lab = platform.slurm.lab
+    before = {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in platform.pods(job, "client")}
+    rounds = platform.completed(job)
+    lab.kill_daemon("kube-apiserver")
+    lab.restart_daemon("kube-apiserver")
+    eventually("the API server is back", lambda: "ok" in run("kubectl", "get", "--raw", "/readyz", check=False), 60)
+    platform.wait_for_round(job, rounds + 1)
+    after = {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in platform.pods(job, "client")}
+    assert after == before
+    # The rounds' own records: none was begun twice, every client's update counted in each.
+    log = run("kubectl", "logs", f"{job}-aggregator")
+    say("\n".join(line for line in log.splitlines() if "committed" in line))
+    assert "resuming after round" not in log
+    assert "3 updates" not in log
+
+
+def kill_operator(platform: Platform, job: str) -> None:
+    say(run("kubectl", "-n", SYSTEM, "delete", "pod", "-l", "app.kubernetes.io/name=isthmus", "--grace-period=0",
+            "--force", check=False))  # fmt: skip
+
+
+@pytest.mark.parametrize("kill", [kill_client_pod, kill_slurm_task, kill_aggregator, kill_bridge, kill_operator,
+                                  kill_api_server])  # fmt: skip
+def test_the_job_completes_all_the_same(platform: Platform, job: str, kill: Callable[[Platform, str], None]) -> None:
+    # Long enough rounds that the kill falls into the middle; a killed Slurm task leaves three clients.
+    manifest = platform.manifest(
+        job, rounds=ROUNDS, task__config__localEpochs="25", selection__minClients=3, stragglers__minUpdates=2
+    )
+    platform.apply(manifest)
+    platform.wait_for_round(job, 3)
+    assert platform.completed(job) < ROUNDS
+    kill(platform, job)
+    platform.wait_for_completion(job)
+    assert platform.completed(job) == ROUNDS
+    # At most one array per attempt of the pool was ever submitted.
+    status = platform.status(job)
+    pool = next(pool for pool in status["pools"] if pool["name"] == "hpc")
+    assert len(pool["jobs"]) <= pool.get("attempt", 0) + 1
+    platform.delete(job)
+    eventually("Slurm has nothing of it", lambda: not platform.slurm.squeue())

@@ -1,0 +1,95 @@
+"""Monitoring on: a run over pods and Slurm, a real Prometheus, and data in every panel of every dashboard."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from charts.dashboards.data import Window, evaluate
+
+from .conftest import SITE, SYSTEM, Platform, eventually, get, run, say
+from .monitoring import ADDRESS, EVERY, Prometheus, now
+
+BRIDGE = "127.0.0.1:9464"
+GROUP = "monitoring.coreos.com"
+
+
+def test_the_chart_made_monitors_alerts_and_dashboards(cluster: Platform) -> None:
+    say(run("helm", "test", "isthmus", "--namespace", SYSTEM, "--timeout", "120s"))
+    boards = [json.loads(text) for item in get("configmaps", SYSTEM, "-l", "grafana_dashboard=1")
+              for text in item["data"].values()]  # fmt: skip
+    assert {board["uid"] for board in boards} == {"isthmus-fleet", "isthmus-job", "isthmus-site"}
+    if cluster.site is None:
+        return  # somebody's cluster may lack the Prometheus Operator
+    # Nothing of what we set is unknown to the API: it would have been dropped.
+    for kind, plain in (("servicemonitors", "endpoints"), ("podmonitors", "podMetricsEndpoints")):
+        (monitor,) = get(f"{kind}.{GROUP}", SYSTEM)
+        assert monitor["spec"][plain][0] == {
+            "port": "metrics",
+            "path": "/metrics",
+            "interval": "15s",
+            "honorLabels": True,
+        }
+    (rule,) = get(f"prometheusrules.{GROUP}", SYSTEM)
+    (group,) = rule["spec"]["groups"]
+    assert {alert["alert"] for alert in group["rules"]} >= {"IsthmusOperatorStalled", "IsthmusCertificateExpiry"}
+
+
+@pytest.mark.timeout(900)
+def test_every_panel_of_every_dashboard_has_data(
+    platform: Platform, job: str, tmp_path: Path, require: Callable[[bool, str], None]
+) -> None:
+    require(shutil.which("prometheus") is not None, "Prometheus is missing: install Debian's package prometheus")
+    with Prometheus(tmp_path, BRIDGE) as prometheus:
+        eventually("the bridge is scraped", lambda: ("isthmus-bridges", "") in prometheus.up(), 30)
+        began = now()
+        platform.apply(platform.manifest(f"{job}-denied", pools__1__hpc__partition="forbidden"))
+        # Of four clients three are asked, and a round ends with the two fastest: there is always one that is late.
+        changes = {
+            "rounds": 30,
+            "compression": {"upload": "Int8"},
+            "selection": {"policy": "Random", "fraction": "0.5", "overSelect": "0.5", "minClients": 2},
+            "stragglers": {"minUpdates": 2},
+        }
+        platform.apply(platform.manifest(job, task__config__localEpochs="8", **changes))
+        aggregator = ("isthmus", f"{job}-aggregator")
+        eventually("all three services are scraped", lambda: _all_three(prometheus.up(), aggregator), 120)
+        say(f"scraped: {sorted(prometheus.up())}")
+        platform.wait_for_completion(job)
+        ended = prometheus.last(f'isthmus_rounds_completed{{job="{job}"}}')
+        run("kubectl", "-n", platform.namespace, "delete", "fj", f"{job}-denied", "--timeout=60s")
+
+        window = Window(began, ended, EVERY)
+        empty = []
+        for board in _shipped():
+            variables = {"__rate_interval": "10s", "namespace": platform.namespace, "job": job, "site": SITE}
+            shown = evaluate(board, ADDRESS, variables, window)
+            series = sum(len(found) for item in shown for found in item.results)
+            say(f"{board['title']}: {len(shown)} panels, {series} series in {ended - began:.0f} s")
+            empty += [f"{board['title']}: {item.panel['title']}: {query}" for item in shown for query in item.empty]
+            if directory := os.environ.get("ISTHMUS_PICTURES"):
+                from charts.dashboards.picture import draw
+
+                draw(board["title"], shown, Path(directory) / f"{board['uid']}.png")
+        assert not empty, "\n".join(["no data for:", *empty])
+
+        # The rules are evaluated, none is in error, and a healthy platform alarms nobody.
+        (rules,) = prometheus.get("rules")["groups"]
+        assert {rule["health"] for rule in rules["rules"]} == {"ok"}, rules
+        assert not [alert for alert in prometheus.get("alerts")["alerts"] if alert["state"] == "firing"]
+
+
+def _all_three(up: set[tuple[str, str]], aggregator: tuple[str, str]) -> bool:
+    operator = any(pool == "isthmus" and pod.startswith("isthmus-operator-") for pool, pod in up)
+    return operator and aggregator in up and ("isthmus-bridges", "") in up
+
+
+def _shipped() -> list[dict[str, Any]]:
+    """The dashboards as the cluster has them."""
+    maps = yaml.safe_load(run("kubectl", "-n", SYSTEM, "get", "configmaps", "-l", "grafana_dashboard=1", "-o", "yaml"))
+    return [json.loads(text) for item in maps["items"] for text in item["data"].values()]

@@ -1,0 +1,109 @@
+"""The three tutorials, done as they say, one after the other: a site opens, a platform connects it, a user trains."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from ..walkthrough import ROOT, Step, Walk
+from .conftest import CLUSTER, REPOSITORY, Platform, eventually, run, say
+
+BRIDGE_PORT = 7455
+METRICS_PORT = 9475
+
+
+@dataclass
+class Place:
+    """What the examples' names stand for here."""
+
+    platform: Platform
+    site: Path
+    rootfs: Path
+    walks: list[Walk] = field(default_factory=list)
+    """Whoever follows a page; ended last, because only a bridge that lives can cancel a deleted job's tasks."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Text of the pages, and what takes its place; longer ones first."""
+        lab = self.platform.slurm.lab
+        container = (
+            f"prefix: [ch-run, --set-env, '--bind={{tls_dir}}:/mnt', {self.rootfs}, --]\n    inside: {{tls_dir: /mnt}}"
+        )
+        return {
+            "login1.example:7444": f"{lab.node_address}:{BRIDGE_PORT}",
+            "login1.example": lab.node_address,
+            "0.0.0.0:7444": f"{lab.node_address}:{BRIDGE_PORT}",
+            "127.0.0.1:9090": f"127.0.0.1:{METRICS_PORT}",
+            "/home/isthmus/": f"{self.site}/",
+            "/scratch/isthmus/run": f"{self.site}/run",
+            "venv: /appl/isthmus/venv": container,
+            "operator-prod": f"operator-{CLUSTER}",
+            "operator.cluster=prod": f"operator.cluster={CLUSTER}",
+            "--operator prod": f"--operator {CLUSTER}",
+            "isthmus://operator/prod": f"isthmus://operator/{CLUSTER}",
+            "registry.example": REPOSITORY,
+            # The lab has no registry; and tests are impatient.
+            "=true --wait": "=true --set image.pullPolicy=Never --set operator.resyncSeconds=1 --wait",
+        }
+
+
+@pytest.fixture
+def place(cluster: Platform, tmp_path: Path) -> Iterator[Place]:
+    if cluster.site is None:
+        pytest.skip("the tutorials need a Slurm site: only the lab has one")
+    site = cluster.site
+    directory = Path(site.lab.home) / "tutorial"
+    directory.mkdir()
+    shutil.chown(directory, site.lab.user)
+    here = Place(cluster, directory, site.rootfs)
+    try:
+        yield here
+    finally:
+        run("kubectl", "delete", "fj", "both-worlds", "my-digits", "--ignore-not-found", "--timeout=120s", check=False)
+        run("kubectl", "delete", "hpcsite", "lumi", "--ignore-not-found", check=False)
+        run("kubectl", "delete", "configmap", "my-code", "--ignore-not-found", check=False)
+        run("kubectl", "-n", "isthmus-system", "delete", "secret", "site-lumi", "--ignore-not-found", check=False)
+        for walk in here.walks:
+            walk.close()
+        shutil.rmtree(directory)
+
+
+@pytest.mark.timeout(900)  # three tutorials, with two whole trainings
+def test_the_tutorials(place: Place, tmp_path: Path) -> None:
+    lab = place.platform.slurm.lab
+    python = lab.user_python()
+    admin = Walk(
+        place.site,
+        lab.env(lab.user),
+        {"isthmus-bridge ": f"{python} -m isthmus_bridge.cli ", **place.names},
+        lambda argv: lab.command(argv, user=lab.user),
+    )
+    place.walks.append(admin)
+    admin.follow("tutorials/site-admin.md", lambda step: "curl" not in step.command)
+    eventually("the bridge serves", lambda: _serves(f"http://127.0.0.1:{METRICS_PORT}/metrics"), 60)
+    admin.follow("tutorials/site-admin.md", lambda step: "curl" in step.command)
+    assert 'isthmus_bridge_slurm_up{site="lumi"}' in admin.said[-1]
+
+    (tmp_path / "charts").symlink_to(ROOT / "charts")
+    shutil.copytree(place.site / "certs" / f"operator-{CLUSTER}", tmp_path / f"operator-{CLUSTER}")
+    engineer = Walk(tmp_path, dict(os.environ), place.names)
+    engineer.follow("tutorials/platform-engineer.md")
+    assert any("both-worlds" in said and "Complete" in said for said in engineer.said)
+
+    scientist = Walk(tmp_path, dict(os.environ), place.names)
+    scientist.follow("tutorials/data-scientist.md", _in_the_cluster)
+    assert any("kubectl get fj my-digits" in said and "Complete" in said for said in scientist.said)
+    for walk in (admin, engineer, scientist):
+        say("\n".join(walk.said))
+
+
+def _in_the_cluster(step: Step) -> bool:
+    return not step.command or step.command.startswith("kubectl")
+
+
+def _serves(address: str) -> bool:
+    return subprocess.run(["curl", "-sf", "--max-time", "2", address], capture_output=True, check=False).returncode == 0

@@ -1,0 +1,190 @@
+"""Real aggregators and real clients, as processes, over real gRPC and mTLS on loopback."""
+
+import datetime as dt
+import json
+import os
+import signal
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isthmus_contracts import identities
+from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.pb.federation_pb2_grpc import ObserverStub
+from isthmus_contracts.pki import Authority, Credentials
+from isthmus_contracts.transport import channel
+
+from . import forked
+from .forked import Forked
+
+DAY = dt.timedelta(days=1)
+UID = "5d2c"
+POOL = "pool"
+SERVER_NAME = identities.aggregator_server_name(UID)
+
+
+def eventually(what: str, check: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """The first true value of ``check`` within the time, or a failure that says what was waited for."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if value := check():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds:.0f} s: {what}")
+
+
+@dataclass
+class Federation:
+    """One job: its directory, its authority, its processes."""
+
+    directory: Path
+    spec: dict[str, Any]
+    authority: Authority = field(default_factory=lambda: Authority.create("test", DAY))
+    port: int = 0
+    metrics_port: int = 0
+    processes: list[Forked] = field(default_factory=list)
+    aggregator: Forked | None = None
+
+    @property
+    def state(self) -> Path:
+        return self.directory / "state"
+
+    def credentials(self, pool: str = POOL, uid: str = UID) -> Credentials:
+        return self.authority.issue("client", DAY, uris=[identities.client_identity(uid, pool)])
+
+    def start_aggregator(self, arguments: Sequence[Any] = (), *, wait: bool = True) -> None:
+        """Starts it (again): on a port of its own the first time, on the same one ever after."""
+        job = {"name": "job", "namespace": "default", "uid": UID, "spec": self.spec}
+        (self.directory / "job.json").write_text(json.dumps(job))
+        if not (self.directory / "server").exists():
+            self.authority.issue("aggregator", DAY, hosts=[SERVER_NAME]).write(self.directory / "server")
+        ports = self.directory / "ports.json"
+        ports.unlink(missing_ok=True)
+        self.aggregator = self.start(
+            "aggregator", ["-m", "isthmus.aggregator", "--job", "job.json", "--tls", "server", "--state", "state",
+                           "--listen", f"127.0.0.1:{self.port}", "--metrics", "127.0.0.1:0", "--ports-file", ports,
+                           *arguments], {},
+        )  # fmt: skip
+        if wait:
+            self.wait_for_port()
+
+    def wait_for_port(self) -> None:
+        """Until the aggregator listens."""
+        ports = self.directory / "ports.json"
+        eventually("the aggregator listens", ports.exists)
+        found = json.loads(ports.read_text())
+        self.port, self.metrics_port = found["port"], found["metrics_port"]
+
+    def start_client(
+        self, script: Path, index: int = 0, attempt: int = 0, credentials: Credentials | None = None, **env: str
+    ) -> Forked:
+        """Starts a client of the only pool."""
+        return self.start(
+            f"client-{index}-{attempt}", [script], self.client_environment(index, attempt, credentials, **env)
+        )
+
+    def client_environment(
+        self, index: int = 0, attempt: int = 0, credentials: Credentials | None = None, **env: str
+    ) -> dict[str, str]:
+        """What a client of the only pool finds in its environment; writes its certificate."""
+        tls = self.directory / f"client-{index}-{attempt}"
+        (credentials or self.credentials()).write(tls)
+        return {
+            identities.ENV_ENDPOINT: f"127.0.0.1:{self.port}",
+            identities.ENV_SERVER_NAME: SERVER_NAME,
+            identities.ENV_TLS_DIR: str(tls),
+            identities.ENV_JOB_UID: UID,
+            identities.ENV_POOL: POOL,
+            identities.ENV_INDEX: str(index),
+            identities.ENV_CLIENT: str(index),
+            identities.ENV_CLIENTS: str(self.spec["pools"][0]["replicas"]),
+            identities.ENV_POOL_SIZE: str(self.spec["pools"][0]["replicas"]),
+            identities.ENV_ATTEMPT: str(attempt),
+            **env,
+        }
+
+    def start(self, name: str, arguments: list[Any], env: dict[str, str]) -> Forked:
+        """Starts Python in a process that has torch already, with its output in ``NAME.log``."""
+        log = self.directory / f"{name}.log"
+        log.touch()
+        process = forked.start([str(each) for each in arguments], self.directory, log, {**os.environ, **env})
+        self.processes.append(process)
+        return process
+
+    def log(self, name: str) -> str:
+        return (self.directory / f"{name}.log").read_text()
+
+    def status(self) -> pb.FederationStatus:
+        observer = self.authority.issue("observer", DAY, uris=[identities.observer_identity(UID)])
+        with channel(f"127.0.0.1:{self.port}", observer, SERVER_NAME) as connection:
+            return ObserverStub(connection).GetStatus(pb.GetStatusRequest(job_uid=UID), timeout=10)
+
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    def wait_for(self, what: Callable[[pb.FederationStatus], bool], seconds: float = 90.0) -> pb.FederationStatus:
+        """The first status that is as wanted."""
+        found: pb.FederationStatus = eventually("the status is so", lambda: what(s := self.status()) and s, seconds)
+        return found
+
+    def wait_for_round(self, number: int, seconds: float = 90.0) -> None:
+        eventually(f"{number} rounds are complete", lambda: self.status().completed_rounds >= number, seconds)
+
+    def wait_for_completion(self, seconds: float = 90.0) -> pb.FederationStatus:
+        status: pb.FederationStatus = eventually(
+            "training is complete", lambda: (s := self.status()).phase == pb.FederationStatus.COMPLETE and s, seconds
+        )
+        self.wait_for_exit()
+        return status
+
+    def wait_for_exit(self) -> None:
+        assert self.aggregator is not None
+        assert self.aggregator.wait(30) == 0, self.log("aggregator")
+
+    def kill_aggregator(self) -> None:
+        assert self.aggregator is not None
+        self.aggregator.send_signal(signal.SIGKILL)
+        self.aggregator.wait()
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[Callable[..., Federation]]:
+    """Makes federations: ``federation(clients, rounds, **spec)``."""
+    made: list[Federation] = []
+
+    def make(clients: int, rounds: int, **spec: Any) -> Federation:
+        full = {
+            "rounds": rounds,
+            "task": {"image": "unused", "command": ["python"], "config": {"rate": "0.1"}},
+            "selection": {"minClients": clients},
+            "pools": [{"name": POOL, "replicas": clients, "cloud": {}}],
+            **spec,
+        }
+        directory = tmp_path / f"job{len(made)}"
+        directory.mkdir()
+        made.append(Federation(directory, full))
+        return made[-1]
+
+    yield make
+    for job in made:
+        job.close()
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """The training script of these tests: linear regression on data that the client's number decides."""
+    path = tmp_path / "train.py"
+    path.write_text((Path(__file__).parent / "linear.py").read_text())
+    return path

@@ -1,0 +1,73 @@
+"""A training script for tests: linear regression, every client on data that its number decides.
+
+PAUSE: seconds a round takes longer. BREAK: "round:exception" raises there. NAN: round in which the weights are NaN.
+WIDTH: of a hidden layer that makes the model larger. SCALE: what the trained weights are multiplied by. STEPS: of the
+optimizer in a round. Each client leaves a list of the rounds that it trained, and of the digests of the weights that
+it began them with.
+"""
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import torch
+
+import isthmus
+
+
+def data(client: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(client)
+    inputs = torch.randn(10 + 7 * client, 5, generator=generator)
+    return inputs, inputs @ torch.arange(5.0) + client
+
+
+def build() -> torch.nn.Module:
+    torch.manual_seed(0)
+    width = int(os.environ.get("WIDTH", "0"))
+    wide = [torch.nn.Linear(8, width), torch.nn.ReLU(), torch.nn.Linear(width, width), torch.nn.ReLU(),
+            torch.nn.Linear(width, 8)] if width else []  # fmt: skip
+    return torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), *wide, torch.nn.Linear(8, 1))
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
+
+
+def train(model: torch.nn.Module, client: int, optimizer: torch.optim.Optimizer, steps: int = 3) -> float:
+    inputs, targets = data(client)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (model(inputs).squeeze(1) - targets).square().mean()
+        loss.backward()
+        optimizer.step()
+    return float(loss)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    client = isthmus.context().client
+    model = build()
+    bad_round, _, exception = os.environ.get("BREAK", "0:").partition(":")
+    for rnd in isthmus.rounds(model, evaluate=lambda: {"score": float(client), "num_examples": client + 1}):
+        with Path(f"trained-{client}").open("a") as file:
+            file.write(f"{rnd.number}\n")
+        with Path(f"began-{client}").open("a") as file:
+            file.write(f"{rnd.number} {digest(model.state_dict())}\n")
+        if rnd.number == int(bad_round):
+            raise ValueError(exception)
+        time.sleep(float(os.environ.get("PAUSE", "0")))
+        optimizer = rnd.wrap(torch.optim.SGD(model.parameters(), lr=float(rnd.config["rate"])))
+        loss = train(model, client, optimizer, int(os.environ.get("STEPS", "3")))
+        if rnd.number == int(os.environ.get("NAN", "0")):
+            with torch.no_grad():
+                next(model.parameters()).fill_(float("nan"))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(float(os.environ.get("SCALE", "1")))
+        rnd.submit(num_examples=len(data(client)[0]), loss=loss)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The aggregator is killed at every point between a chunk's arrival and the last word about a commit."""
+
+import json
+import random
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isthmus_contracts import identities
+
+from .conftest import DAY, POOL, SERVER_NAME, UID, Federation, eventually
+from .test_faults import trained, updates
+
+Make = Callable[..., Federation]
+CLIENTS = 2
+SIGKILLED = -9
+
+
+class Nursery:
+    """A process that has imported torch, and forks others, which begin at once."""
+
+    def __init__(self) -> None:
+        program = Path(__file__).parent / "doomed.py"
+        self._process = subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def start(
+        self, argv: list[Any], cwd: Path, log: str, kill_at: int | str | None = None, **env: str
+    ) -> dict[str, int]:
+        request = {"argv": list(map(str, argv)), "cwd": str(cwd), "env": env, "log": log, "kill_at": kill_at}
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        answer: dict[str, int] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+@pytest.fixture(scope="module")
+def nurseries() -> Iterator[tuple[Nursery, Nursery]]:
+    pair = Nursery(), Nursery()
+    yield pair
+    for nursery in pair:
+        nursery.close()
+
+
+def free_port() -> int:
+    """Below the ports that outgoing connections take."""
+    while True:
+        port = random.randrange(20000, 30000)  # noqa: S311
+        with socket.socket() as trial:
+            if trial.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+
+
+def run(
+    job: Federation, script: Path, nurseries: tuple[Nursery, Nursery], kills: Iterable[int | str], **environment: str
+) -> list[str]:
+    """Runs a job to its end; returns the points at which its aggregators were killed."""
+    aggregators, clients = nurseries
+    port = free_port()
+    description = {"name": "job", "namespace": "default", "uid": UID, "spec": job.spec}
+    (job.directory / "job.json").write_text(json.dumps(description))
+    job.authority.issue("aggregator", DAY, hosts=[SERVER_NAME]).write(job.directory / "server")
+    job.credentials().write(job.directory / "client")
+    for index in range(CLIENTS):
+        env = {
+            identities.ENV_ENDPOINT: f"127.0.0.1:{port}", identities.ENV_SERVER_NAME: SERVER_NAME,
+            identities.ENV_TLS_DIR: "client", identities.ENV_JOB_UID: UID, identities.ENV_POOL: POOL,
+            identities.ENV_INDEX: str(index), identities.ENV_CLIENT: str(index), **environment,
+        }  # fmt: skip
+        clients.start([script], job.directory, f"client-{index}-0.log", **env)
+    argv = ["aggregator", "--job", "job.json", "--tls", "server", "--state", "state",
+            "--listen", f"127.0.0.1:{port}", "--metrics", "127.0.0.1:0"]  # fmt: skip
+    points = []
+    for kill_at in kills:
+        status = aggregators.start(argv, job.directory, "aggregator.log", kill_at)["status"]
+        assert status == SIGKILLED, (status, kill_at, job.log("aggregator"))
+        points.append((job.directory / "points").read_text().splitlines()[-1])
+    assert aggregators.start(argv, job.directory, "aggregator.log", 0)["status"] == 0, job.log("aggregator")
+    for index in range(CLIENTS):
+        eventually(
+            f"client {index} is done",
+            lambda name=f"client-{index}-0": "training is complete" in job.log(name),  # type: ignore[misc]
+        )
+    return points
+
+
+def verify(job: Federation, rounds: int) -> bytes:
+    assert updates(job) == dict.fromkeys(range(1, rounds + 1), CLIENTS)
+    for client in range(CLIENTS):
+        # Nothing was trained twice, and nothing that was trained is missing.
+        assert trained(job, client) == Counter(range(1, rounds + 1))
+    return (job.state / "model.safetensors").read_bytes()
+
+
+def passed(job: Federation) -> list[str]:
+    """The points of the last aggregator's life."""
+    return (job.directory / "points").read_text().splitlines()
+
+
+# Of these, some fall between two lives of the sweep, whose messages come in another order each time.
+NAMED = (
+    "Reception.write", "Intake._count", "Intake._fold", "Deterministic.accept", "FedAvg.finish", "os.fsync",
+    "Path.rename", "CheckpointStore.save", "CheckpointStore.append", "Client.send",
+)  # fmt: skip
+
+
+def test_at_every_point_of_a_round(federation: Make, script: Path, nurseries: tuple[Nursery, Nursery]) -> None:
+    """Each life of the aggregator ends one point later than the one before, and then each at a point of a name."""
+    rounds, first, last = 40, 5, 100
+    undisturbed, killed = (federation(CLIENTS, rounds, strategy={"deterministic": True}) for _ in range(2))
+    run(undisturbed, script, nurseries, [])
+    named = [f"{side} {name}" for name in NAMED for side in ("before", "after")]
+    points = run(killed, script, nurseries, [*range(first, last), *named])
+    # The longest life went through a whole round and began another.
+    begun = [number for number, point in enumerate(passed(undisturbed)) if point == "before Federation._begin_round"]
+    assert begun[2] - begun[1] < last - first - 2 * CLIENTS
+    assert points[-len(named) :] == named
+    assert len(set(points)) > 25
+    assert verify(killed, rounds) == verify(undisturbed, rounds)
+
+
+def test_at_random_points_with_a_larger_model_and_codecs(
+    federation: Make, script: Path, nurseries: tuple[Nursery, Nursery]
+) -> None:
+    """Several chunks, threads that fold, models that lie in files, and codecs of both directions."""
+    rounds, seed = 12, random.randrange(1 << 30)  # noqa: S311
+    print(f"seed {seed}")
+    spec = {"strategy": {"algorithm": "FedAvgM", "deterministic": True},
+            "compression": {"upload": "Int8", "download": "Delta+Float16"},
+            "task": {"image": "unused", "command": ["python"], "config": {"rate": "0.0001"}}}  # fmt: skip
+    undisturbed, killed = (federation(CLIENTS, rounds, **spec) for _ in range(2))
+    run(undisturbed, script, nurseries, [], WIDTH="600")
+    assert any("Decoder.write" in point for point in passed(undisturbed))
+    kills = random.Random(seed).choices(range(5, 130), k=12)  # noqa: S311
+    run(killed, script, nurseries, kills, WIDTH="600")
+    assert verify(killed, rounds) == verify(undisturbed, rounds)

@@ -1,0 +1,124 @@
+"""The wire, spoken by hand: what is damaged, stale or repeated is answered as the protocol says."""
+
+from collections.abc import Callable, Iterator
+
+import grpc
+import pytest
+import torch
+
+from isthmus.tensors import checksum_of, chunks_of, specs_of
+from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
+from isthmus_contracts.transport import channel
+
+from .conftest import POOL, SERVER_NAME, UID, Federation, eventually
+
+STATE = {"w": torch.arange(300_000, dtype=torch.float32)}
+
+
+class HandMadeClient:
+    """A client without the library."""
+
+    def __init__(self, job: Federation, index: int = 0, attempt: int = 0) -> None:
+        self.job, self.index, self.attempt = job, index, attempt
+        self.instance = f"i{index}-{attempt}"
+        self.channel = channel(f"127.0.0.1:{job.port}", job.credentials(), SERVER_NAME)
+        self.stub = FederationStub(self.channel)
+        hello = pb.Hello(job_uid=UID, pool=POOL, index=index, attempt=attempt, instance=self.instance)
+        self.messages = self.stub.Control(self._talk(pb.ClientMessage(hello=hello)))
+
+    def close(self) -> None:
+        open_channel, self.channel = self.channel, None  # type: ignore[assignment]
+        if open_channel is not None:
+            open_channel.close()
+
+    def _talk(self, hello: pb.ClientMessage) -> Iterator[pb.ClientMessage]:
+        yield hello
+        eventually("the test is over", lambda: self.channel is None, 120)
+
+    def offer(self) -> pb.Offer:
+        return next(message.offer for message in self.messages if message.HasField("offer"))
+
+    def header(self, round_number: int, digest: str = "", **changes: object) -> pb.UpdateHeader:
+        header = pb.UpdateHeader(
+            job_uid=UID, pool=POOL, index=self.index, round=round_number, base_digest=digest, num_examples=5,
+            tensors=specs_of(STATE), attempt=self.attempt, instance=self.instance,
+        )  # fmt: skip
+        header.MergeFrom(pb.UpdateHeader(**changes))  # type: ignore[arg-type]
+        return header
+
+    def push(self, header: pb.UpdateHeader, data: list[bytes] | None = None, checksum: str | None = "") -> pb.PushReply:
+        # Not as the library frames it: a header, data and a trailer in messages of their own are as good.
+        parts = [pb.UpdateChunk(header=header)]
+        parts += [pb.UpdateChunk(data=bytes(chunk)) for chunk in (data if data is not None else chunks_of(STATE))]
+        if checksum is not None:
+            parts.append(pb.UpdateChunk(trailer=pb.Trailer(checksum=checksum or checksum_of(STATE))))
+        return self.stub.Push(iter(parts), timeout=30)
+
+
+@pytest.fixture
+def clients(federation: Callable[..., Federation]) -> Iterator[list[HandMadeClient]]:
+    job = federation(2, 2)
+    job.start_aggregator()
+    made = [HandMadeClient(job, index) for index in range(2)]
+    yield made
+    for client in made:
+        client.close()
+
+
+def test_a_round_by_hand(clients: list[HandMadeClient]) -> None:
+    first, second = clients
+    assert first.offer().kind == pb.Offer.INITIALIZE
+    assert first.push(first.header(0)).verdict == pb.PushReply.ACCEPTED
+    offer = first.offer()
+    assert (offer.kind, offer.round, offer.base_round) == (pb.Offer.TRAIN, 1, 0)
+    digest = offer.base_digest
+
+    def status() -> tuple[int, int]:
+        seen = first.job.status()
+        return seen.completed_rounds, seen.submitted
+
+    # A cut stream and a damaged one: refused whole, and the round still waits for this client.
+    for data, checksum in (([b"\0" * 1000], None), ([b"\0" * STATE["w"].nbytes], "")):
+        with pytest.raises(grpc.RpcError) as error:
+            first.push(first.header(1, digest), data, checksum)
+        assert error.value.code() == grpc.StatusCode.DATA_LOSS
+    assert status() == (0, 0)
+    # Stale ones.
+    assert first.push(first.header(2, digest)).verdict == pb.PushReply.STALE
+    assert first.push(first.header(1, "another model")).verdict == pb.PushReply.STALE
+    # A good one, and its repetition: accepted, and counted once.
+    assert first.push(first.header(1, digest)).verdict == pb.PushReply.ACCEPTED
+    assert first.push(first.header(1, digest)).verdict == pb.PushReply.ACCEPTED
+    assert status() == (0, 1)
+    # What does not fit the model is refused by name.
+    strange = second.header(1, digest)
+    strange.tensors[0].name = "v"
+    reply = second.push(strange)
+    assert (reply.verdict, reply.message) == (pb.PushReply.INVALID, "tensors are missing: w")
+    assert second.push(second.header(1, digest, codecs=["Zip"])).message == "unknown codecs: Zip"
+    unasked = second.push(second.header(1, digest, codecs=["Delta", "Int8"]))
+    assert (unasked.verdict, unasked.message) == (pb.PushReply.INVALID, "the job's uploads are None, not Delta+Int8")
+    empty = second.header(1, digest)
+    empty.num_examples = 0
+    assert second.push(empty).message == "num_examples must be at least 1"
+    # The round does not wait for a client whose update was refused for good, but two updates are needed.
+    assert second.push(second.header(1, digest)).verdict == pb.PushReply.ACCEPTED
+    eventually("the round is committed", lambda: status()[0] == 1)
+    metrics = first.job.metrics()
+    for result, count in (("accepted", 3), ("repeated", 1), ("stale", 2), ("corrupt", 2), ("invalid", 4)):
+        assert f'pool="{POOL}",result="{result}"}} {count}.0' in metrics
+
+
+def test_nobody_else_may_observe(clients: list[HandMadeClient]) -> None:
+    from isthmus_contracts.pb.federation_pb2_grpc import ObserverStub
+
+    with pytest.raises(grpc.RpcError) as error:
+        ObserverStub(clients[0].channel).GetStatus(pb.GetStatusRequest(job_uid=UID), timeout=10)
+    assert error.value.code() == grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_only_the_current_model_is_served(clients: list[HandMadeClient]) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        list(clients[0].stub.Pull(pb.PullRequest(job_uid=UID, digest="other"), timeout=10))
+    assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION

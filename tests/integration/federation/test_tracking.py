@@ -1,0 +1,79 @@
+"""TensorBoard's and MLflow's own readers find what a run wrote; and a server that is away stops nothing."""
+
+import json
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import UID, Federation
+
+Make = Callable[..., Federation]
+
+
+def test_real_sinks(
+    federation: Make,
+    script: Path,
+    tmp_path: Path,
+    require: Callable[[bool, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    try:
+        from mlflow.tracking import MlflowClient
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError as error:
+        require(False, f"{error}: pip install tensorboard tensorboardX mlflow-skinny")
+    # MLflow wants to be asked twice for its store of plain files; without a server there is no other that is light.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = (tmp_path / "mlruns").as_uri()
+    tracking = {"tensorBoard": {}, "mlflow": {"trackingUri": uri, "experiment": "digits"}}
+    job = federation(2, 6, tracking=tracking, objective={"metric": "score"})
+    job.start_aggregator()
+    clients = [job.start_client(script, index, PAUSE="0.1") for index in range(2)]
+    job.wait_for_round(3)
+    job.kill_aggregator()  # as hard as it gets: what is then in the queue is lost, but the run goes on under its name
+    job.start_aggregator()
+    status = job.wait_for_completion()
+    assert [client.wait(30) for client in clients] == [0, 0], job.log("client-0-0")
+    lines = (job.state / "rounds.jsonl").read_text().splitlines()
+    records = {record["round"]: record for record in map(json.loads, lines)}
+
+    accumulator = EventAccumulator(str(job.state / "tensorboard"), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    losses = {event.step: event.value for event in accumulator.Scalars("train_loss")}
+    scores = {event.step: event.value for event in accumulator.Scalars("score")}
+    for number in (5, 6):
+        assert losses[number] == pytest.approx(records[number]["metrics"]["train_loss"])
+        assert scores[number] == pytest.approx(2 / 3)
+    assert {event.value for event in accumulator.Scalars("round/updates")} == {2.0}
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "job")
+    assert run.data.params["strategy"] == "FedAvg"
+    assert run.data.params["config.rate"] == "0.1"
+    assert run.data.tags["isthmus.job_uid"] == UID
+    assert run.data.tags["model.sha256"] == status.model.sha256
+    assert run.data.tags["model.uri"] == (job.state / "model.safetensors").as_uri()
+    history = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "train_loss")}
+    assert history[6] == pytest.approx(records[6]["metrics"]["train_loss"])
+
+
+def test_a_server_that_is_away_stops_nothing(federation: Make, script: Path) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        uri = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        job = federation(1, 100_000, tracking={"mlflow": {"trackingUri": uri}})
+        job.start_aggregator()
+        job.start_client(script, PAUSE="0.05")
+        status = job.wait_for(lambda status: "MLflow does not take the metrics" in status.message)
+        job.wait_for_round(status.completed_rounds + 3)
+        assert job.log("aggregator").count("MLflow does not take the metrics") == 1
+        assert job.aggregator is not None
+        job.aggregator.send_signal(signal.SIGTERM)
+        assert job.aggregator.wait(60) == 143
+        assert "entries were not written" in job.log("aggregator")

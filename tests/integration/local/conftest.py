@@ -1,0 +1,116 @@
+"""Real ``isthmus run`` processes, watched from outside."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import yaml
+
+DEADLINE = 120.0
+
+
+class Run:
+    """One ``isthmus run``."""
+
+    def __init__(self, manifest: Path, directory: Path, *options: str) -> None:
+        self.directory = directory
+        self._files = [manifest.with_suffix(f".{time.monotonic_ns()}.{name}") for name in ("out", "err")]
+        with self._files[0].open("w") as out, self._files[1].open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "isthmus", "run", str(manifest), "--dir", str(directory), *options],
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                cwd=manifest.parent,
+            )
+
+    @property
+    def out(self) -> str:
+        return self._files[0].read_text()
+
+    @property
+    def err(self) -> str:
+        return self._files[1].read_text()
+
+    def wait_for_line(self, start: str) -> None:
+        """Waits for an output line that begins so; fails at once if the run ends without it."""
+
+        def seen() -> bool:
+            ended = self.process.poll() is not None
+            found = any(line.startswith(start) for line in self.out.splitlines())
+            assert found or not ended, f"ended without {start!r}: {self.out}\n{self.err}"
+            return found
+
+        self.wait_for(seen, f"{start!r} in {self.out}\n{self.err}")
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Waits until the condition holds; fails after the deadline."""
+        end = time.monotonic() + DEADLINE
+        while not condition():
+            assert time.monotonic() < end, f"not within {DEADLINE:.0f} s: {what}"
+            time.sleep(0.05)
+
+    def finish(self) -> int:
+        """Its exit code."""
+        return self.process.wait(DEADLINE)
+
+    def processes(self) -> dict[int, str]:
+        """Every live process of this run, by id: the environment or the command line names its directory."""
+        mark = os.fsencode(self.directory)
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) in (self.process.pid, os.getpid()):
+                continue
+            try:
+                command = (entry / "cmdline").read_bytes()
+                if command and (mark in command or mark in (entry / "environ").read_bytes()):
+                    found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
+            except OSError:  # gone, or another user's
+                continue
+        return found
+
+    def pid(self, word: str) -> int:
+        """The process whose command line holds the word."""
+        return next(pid for pid, command in self.processes().items() if word in command)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+
+
+class Start(Protocol):
+    """``start(spec, *options)`` runs a job of two clients, one in each pool, in the test's directory.
+
+    Without a task in the spec, the script is the one that counts rounds in its weights.
+    """
+
+    def __call__(self, spec: dict[str, Any], *options: str) -> Run: ...
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts runs; those that are left at the end are killed."""
+    runs: list[Run] = []
+
+    def start_one(spec: dict[str, Any], *options: str) -> Run:
+        manifest = tmp_path / "job.yaml"
+        pools = [
+            {"name": "cloud", "replicas": 1, "cloud": {}},
+            {"name": "hpc", "replicas": 1, "hpc": {"siteRef": {"name": "s"}, "environment": "e"}},
+        ]
+        task = {"image": "unused", "command": ["python", str(Path(__file__).with_name("counting_script.py"))]}
+        job = {"apiVersion": "isthmus.dev/v1alpha1", "kind": "FederatedJob", "metadata": {"name": "demo"}}
+        manifest.write_text(yaml.safe_dump({**job, "spec": {"pools": pools, "task": task, **spec}}))
+        runs.append(Run(manifest, tmp_path / "run", *options))
+        return runs[-1]
+
+    yield start_one
+    for run in runs:
+        run.kill()

@@ -1,0 +1,20 @@
+"""A training script for tests: every round adds one to every weight. FAIL names a client that raises in round 2."""
+
+import os
+
+import torch
+
+import isthmus
+
+context = isthmus.context()
+model = torch.nn.Linear(3, 2)
+for parameter in model.parameters():
+    torch.nn.init.zeros_(parameter)
+
+for rnd in isthmus.rounds(model, evaluate=lambda: {"accuracy": float(model.bias.detach()[0])}):
+    if os.environ.get("FAIL") == str(context.client) and rnd.number >= 2:
+        raise ValueError(f"client {context.client} has had enough")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    rnd.submit(num_examples=context.client + 1, loss=1 / rnd.number)

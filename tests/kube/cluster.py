@@ -1,0 +1,345 @@
+"""A real cluster by way of kubectl, and the operator as a process of its own."""
+
+import base64
+import functools
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import urllib3
+import yaml
+from kubernetes import client, config
+
+from isthmus_operator.effects.kube import connections
+
+ROOT = Path(__file__).parents[2]
+IMAGE = "isthmus.lab/busybox:1"
+ACCOUNT = "isthmus-operator"
+T = TypeVar("T")
+
+# Stands in for the aggregator: is ready at once, and ends as it is told to through its volume.
+AGGREGATOR = """\
+trap 'exit 143' TERM
+httpd -p 7443
+while true; do
+  if [ -e /var/lib/isthmus/complete ]; then
+    echo '{"phase":"COMPLETE","completedRounds":3,"totalRounds":3,"best":{"name":"accuracy","value":0.93612,"round":3},
+      "model":{"path":"model.safetensors","round":3,"sha256":"ab"}}' >/dev/termination-log
+    exit 0
+  fi
+  if [ -e /var/lib/isthmus/fail ]; then
+    echo '{"phase":"FAILED","message":"the models do not fit"}' >/dev/termination-log
+    exit 1
+  fi
+  if [ -e /var/lib/isthmus/crash ]; then rm /var/lib/isthmus/crash; echo 'out of luck' >&2; exit 3; fi
+  sleep 0.2
+done
+"""
+# Stands in for a client: waits until it is told to end.
+CLIENT = """\
+trap 'exit 143' TERM
+while true; do
+  if [ -e /tmp/hoard ]; then exec tail /dev/zero; fi
+  if [ -e /tmp/fill ]; then rm /tmp/fill; dd if=/dev/zero of=/tmp/data bs=1M count=8; fi
+  if [ -e /tmp/fail ]; then echo 'Traceback (most recent call last):' >&2; echo 'ValueError: no data' >&2; exit 1; fi
+  sleep 0.2
+done
+"""
+
+
+def eventually(
+    check: Callable[[], T],
+    what: str,
+    seconds: float = 60.0,
+    every: float = 0.2,
+    show: Callable[[], object] | None = None,
+) -> T:
+    """The first true value of ``check``; fails after a while, showing the last one or what ``show`` finds."""
+    until = time.monotonic() + seconds
+    while True:
+        value = check()
+        if value:
+            return value
+        if time.monotonic() > until:
+            raise AssertionError(f"not within {seconds:.0f} s: {what} (last: {show() if show else value!r})")
+        time.sleep(every)
+
+
+def kubectl(*arguments: str, stdin: Any = None, check: bool = True) -> str:
+    """Runs kubectl; its output. Without ``check``, what it complains about comes with it."""
+    text = None if stdin is None else json.dumps(stdin)
+    done = subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True, timeout=120, check=False)
+    if check and done.returncode:
+        raise AssertionError(f"kubectl {' '.join(arguments)}: {done.stdout}{done.stderr}")
+    return done.stdout if check else done.stdout + done.stderr
+
+
+@functools.cache
+def _api() -> tuple[str, urllib3.PoolManager]:
+    configuration = client.Configuration()
+    load: Any = config
+    load.load_kube_config(client_configuration=configuration)
+    token = configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
+    pool = connections(configuration, 4)
+    pool.headers = {"Authorization": token} if token else {}
+    return configuration.host.rstrip("/"), pool
+
+
+def read(path: str) -> dict[str, Any]:
+    """What the API server holds at a path; empty where there is nothing. Tests look often: a kubectl each time would
+    keep the processors busy with itself."""
+    host, pool = _api()
+    answer = pool.request("GET", host + path, timeout=30, retries=3)
+    if answer.status == 404:
+        return {}
+    assert answer.status == 200, answer.data
+    return dict(answer.json())
+
+
+_PLACES = {
+    "fj": "/apis/isthmus.dev/v1alpha1/namespaces/{}/federatedjobs",
+    "pod": "/api/v1/namespaces/{}/pods",
+    "service": "/api/v1/namespaces/{}/services",
+    "serviceaccount": "/api/v1/namespaces/{}/serviceaccounts",
+    "secret": "/api/v1/namespaces/{}/secrets",
+    "configmap": "/api/v1/namespaces/{}/configmaps",
+    "persistentvolumeclaim": "/api/v1/namespaces/{}/persistentvolumeclaims",
+    "networkpolicy": "/apis/networking.k8s.io/v1/namespaces/{}/networkpolicies",
+    "poddisruptionbudget": "/apis/policy/v1beta1/namespaces/{}/poddisruptionbudgets",
+    "event": "/api/v1/namespaces/{}/events",
+}
+
+
+def pod_template(container: str, **spec: Any) -> dict[str, Any]:
+    """A template whose pods end soon when they are told to."""
+    return {"spec": {"terminationGracePeriodSeconds": 1, "containers": [{"name": container}], **spec}}
+
+
+def manifest(name: str = "demo", *, cloud: int = 2, **spec: Any) -> dict[str, Any]:
+    """A FederatedJob that runs with stand-ins."""
+    client = pod_template("client")
+    aggregator = pod_template("aggregator")
+    aggregator["spec"]["containers"][0]["command"] = ["sh", "-c", AGGREGATOR]
+    pools = [{"name": "cloud", "replicas": cloud, "cloud": {"template": client}}] if cloud else []
+    return {
+        "apiVersion": "isthmus.dev/v1alpha1",
+        "kind": "FederatedJob",
+        "metadata": {"name": name},
+        "spec": {
+            "rounds": 3,
+            "task": {"image": IMAGE, "command": ["sh", "-c", CLIENT]},
+            "aggregator": {"template": aggregator},
+            "pools": pools,
+            **spec,
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """One namespace of a test."""
+
+    name: str
+
+    def kubectl(self, *arguments: str, stdin: Any = None, check: bool = True) -> str:
+        return kubectl("-n", self.name, *arguments, stdin=stdin, check=check)
+
+    def apply(self, *objects: dict[str, Any], check: bool = True) -> str:
+        return self.kubectl(
+            "apply", "-f", "-", stdin={"apiVersion": "v1", "kind": "List", "items": list(objects)}, check=check
+        )
+
+    def get(self, kind: str, name: str) -> dict[str, Any]:
+        """An object; empty where there is none."""
+        return read(f"{_PLACES[kind]}/{name}".format(self.name))
+
+    def items(self, kind: str, labels: str = "app.kubernetes.io/managed-by=isthmus-operator") -> list[dict[str, Any]]:
+        query = urllib.parse.urlencode({"labelSelector": labels})
+        return list(read(f"{_PLACES[kind]}?{query}".format(self.name))["items"])
+
+    def names(self, kind: str) -> set[str]:
+        """Names of the operator's objects of a kind."""
+        return {item["metadata"]["name"] for item in self.items(kind)}
+
+    def running(self) -> set[str]:
+        """Names of pods that run and are not being deleted."""
+        return {
+            item["metadata"]["name"]
+            for item in self.items("pod")
+            if item["status"].get("phase") == "Running" and not item["metadata"].get("deletionTimestamp")
+        }
+
+    def status(self, name: str = "demo") -> dict[str, Any]:
+        return dict(self.get("fj", name).get("status") or {})
+
+    def condition(self, type_: str, name: str = "demo") -> str:
+        """``Status/Reason``; empty where there is none."""
+        for item in self.status(name).get("conditions") or ():
+            if item["type"] == type_:
+                return f"{item['status']}/{item['reason']}"
+        return ""
+
+    def pool(self, pool: str = "cloud", name: str = "demo") -> dict[str, Any]:
+        return next((dict(item) for item in self.status(name).get("pools") or () if item["name"] == pool), {})
+
+    def until(self, type_: str, wanted: str, name: str = "demo", seconds: float = 60.0) -> None:
+        """Waits for a condition."""
+        eventually(lambda: self.condition(type_, name) == wanted, f"{name} {type_}={wanted}", seconds)
+
+    def events(self, reason: str) -> list[str]:
+        """Messages of a FederatedJob's events."""
+        return [
+            item["message"]
+            for item in self.items("event", "")
+            if item["involvedObject"]["kind"] == "FederatedJob" and item["reason"] == reason
+        ]
+
+    def tell(self, pod: str, path: str) -> None:
+        """Makes a stand-in do something: makes a file in its pod."""
+        self.kubectl("exec", pod, "--", "touch", path)
+
+    def leftovers(self) -> list[str]:
+        """Everything of the operator's that is still there."""
+        kinds = ("pod", "service", "secret", "configmap", "persistentvolumeclaim", "networkpolicy")
+        return [f"{kind}/{name}" for kind in kinds for name in self.names(kind)]
+
+    def until_bare(self, seconds: float = 240.0) -> None:
+        """Waits until nothing of the operator's is left."""
+        eventually(lambda: not self.leftovers(), "nothing is left", seconds, show=self.leftovers)
+
+
+def documented_rules() -> dict[str, list[dict[str, Any]]]:
+    """The RBAC rules as docs/operator.md lists them, so that the tests run with those and no others."""
+    text = (ROOT / "docs" / "operator.md").read_text(encoding="utf-8")
+    section = text.split("## RBAC", 1)[1].split("\n## ", 1)[0]
+    served, cluster = section.split("Cluster-scoped", 1)
+    return {"served": [_rule(row) for row in _rows(served)], "cluster": [_rule(row) for row in _rows(cluster)]}
+
+
+def _rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def _rule(cells: list[str]) -> dict[str, Any]:
+    group, resource, verbs = cells[:3]
+    named = re.findall(r"`([^`]+)`", resource)
+    rule: dict[str, Any] = {
+        "apiGroups": ["" if group == "core" else group.strip("`")],
+        "resources": [named[0]],
+        "verbs": [verb.strip() for verb in verbs.split(",")],
+    }
+    if "only" in resource:
+        rule["resourceNames"] = [named[1]]
+    return rule
+
+
+def grant(namespace: str) -> str:
+    """Makes a service account with exactly the documented rights; tells the name of its cluster role and binding."""
+    rules = documented_rules()
+    subject = [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": namespace}]
+    api = "rbac.authorization.k8s.io"
+    cluster_name = f"{ACCOUNT}-{namespace}"
+    meta, wide = {"name": ACCOUNT, "namespace": namespace}, {"name": cluster_name}
+    ref = {"apiGroup": api, "name": ACCOUNT, "kind": "Role"}
+    wide_ref = {"apiGroup": api, "name": cluster_name, "kind": "ClusterRole"}
+    objects: list[dict[str, Any]] = [
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta},
+        {"apiVersion": f"{api}/v1", "kind": "Role", "metadata": meta, "rules": rules["served"]},
+        {"apiVersion": f"{api}/v1", "kind": "RoleBinding", "metadata": meta, "subjects": subject, "roleRef": ref},
+        {"apiVersion": f"{api}/v1", "kind": "ClusterRole", "metadata": wide, "rules": rules["cluster"]},
+        {"apiVersion": f"{api}/v1", "kind": "ClusterRoleBinding", "metadata": wide, "subjects": subject,
+         "roleRef": wide_ref},
+    ]  # fmt: skip
+    kubectl("create", "-f", "-", stdin={"apiVersion": "v1", "kind": "List", "items": objects})
+    return cluster_name
+
+
+def kubeconfig(namespace: str, path: Path) -> Path:
+    """Credentials of the service account."""
+    config = yaml.safe_load(kubectl("config", "view", "--minify", "--raw", "-o", "yaml"))
+    token = kubectl("-n", namespace, "create", "token", ACCOUNT, "--duration=1h").strip()
+    config["users"] = [{"name": "operator", "user": {"token": token}}]
+    config["contexts"] = [
+        {"name": "operator", "context": {"cluster": config["clusters"][0]["name"], "user": "operator"}}
+    ]
+    config["current-context"] = "operator"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@dataclass
+class Operator:
+    """The operator, serving one namespace with its own service account."""
+
+    namespace: str
+    config: Path
+    log: Path
+    options: tuple[str, ...] = ()
+    process: subprocess.Popen[bytes] | None = None
+    metrics_port: int = field(default_factory=free_port)
+    health_port: int = field(default_factory=free_port)
+
+    def start(self, *options: str) -> None:
+        """Starts it and waits until it is ready."""
+        command = [
+            sys.executable, "-m", "isthmus_operator", "--namespace", self.namespace, "--resync", "1",
+            "--metrics", f"127.0.0.1:{self.metrics_port}", "--health", f"127.0.0.1:{self.health_port}",
+            *self.options, *options,
+        ]  # fmt: skip
+        with self.log.open("ab") as log:
+            environment = {"KUBECONFIG": str(self.config), "PATH": "/usr/bin:/bin", "HOME": str(self.log.parent)}
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        eventually(self.ready, "the operator is ready", 30)
+
+    def ready(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.log.read_text(encoding="utf-8")
+        return "alive" in self.ask(self.health_port, "/readyz")
+
+    def metrics(self) -> str:
+        return self.ask(self.metrics_port, "/metrics")
+
+    @staticmethod
+    def ask(port: int, path: str) -> str:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+                return str(answer.read().decode())
+        except OSError:
+            return ""
+
+    def kill(self) -> None:
+        """As a node would lose it."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(10)
+
+
+def tls_secret(name: str, files: dict[str, bytes]) -> dict[str, Any]:
+    """A Secret with certificates."""
+    data = {key: base64.b64encode(value).decode() for key, value in files.items()}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "type": "kubernetes.io/tls", "data": data}

@@ -1,0 +1,143 @@
+"""Fixtures: CRDs, a namespace of the test's own, the operator in it, and a bridge that does as it is told."""
+
+import base64
+import datetime as dt
+import json
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from isthmus_contracts.pki import Authority
+
+from .bridge import FakeBridge
+from .cluster import ROOT, Namespace, Operator, eventually, free_port, grant, kubeconfig, kubectl, manifest
+
+CRDS = ("federatedjobs.isthmus.dev", "hpcsites.isthmus.dev")
+
+
+_made: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def crds(require: Callable[[bool, str], None]) -> None:
+    """The resources are known to the cluster."""
+    present = bool(os.environ.get("KUBECONFIG")) and shutil.which("kubectl") is not None
+    require(present, "no cluster: run `python -m lab exec -- pytest tests/kube`, or set KUBECONFIG")
+    before = kubectl("get", "crd", "-o", "name", check=False)
+    _made.extend(name for name in CRDS if name not in before)
+    kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
+    for name in CRDS:
+        kubectl("wait", "--for=condition=Established", "--timeout=30s", f"crd/{name}")
+    eventually(lambda: "federatedjobs" in kubectl("api-resources", "--api-group=isthmus.dev", check=False), "discovery")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Leaves the cluster as it was, before tests elsewhere install the chart with its own CRDs."""
+    if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
+        while _made:
+            kubectl("delete", "crd", _made.pop(), "--timeout=60s")
+
+
+@contextmanager
+def made_namespace() -> Iterator[Namespace]:
+    """A namespace that is gone afterwards, whatever was left in it."""
+    name = f"kube-{uuid.uuid4().hex[:8]}"
+    kubectl("create", "namespace", name)
+    space = Namespace(name)
+    # Pods wait for it on some versions.
+    eventually(lambda: space.get("serviceaccount", "default"), "the default service account")
+    try:
+        yield space
+    finally:
+        for job in json.loads(space.kubectl("get", "fj", "-o", "json"))["items"]:
+            free = {"metadata": {"finalizers": None}}
+            space.kubectl("patch", "fj", job["metadata"]["name"], "--type=merge", "-p", json.dumps(free), check=False)
+        space.kubectl("delete", "pods", "--all", "--grace-period=0", "--force", check=False)
+        kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def namespace(crds: None) -> Iterator[Namespace]:
+    """A namespace of the test's own."""
+    with made_namespace() as space:
+        yield space
+
+
+@pytest.fixture(scope="module")
+def bare(crds: None) -> Iterator[Namespace]:
+    """A namespace for tests that leave nothing in it, and need no operator."""
+    with made_namespace() as space:
+        yield space
+
+
+@pytest.fixture
+def operator(namespace: Namespace, tmp_path: Path) -> Iterator[Operator]:
+    """The operator, with the rights that the documentation lists and no more."""
+    wide = grant(namespace.name)
+    process = Operator(namespace.name, kubeconfig(namespace.name, tmp_path / "kubeconfig"), tmp_path / "operator.log")
+    process.start()
+    yield process
+    process.stop()
+    print(process.log.read_text(encoding="utf-8"))
+    kubectl("delete", "clusterrole,clusterrolebinding", wide)
+
+
+@pytest.fixture
+def bridge(namespace: Namespace) -> Iterator[FakeBridge]:
+    """An HPC site named like the namespace, whose bridge does as the test says."""
+    with FakeBridge() as fake:
+        namespace.apply(fake.secret())
+        kubectl("apply", "-f", "-", stdin=fake.site(namespace.name))
+        yield fake
+    kubectl("delete", "hpcsite", namespace.name)
+
+
+@pytest.fixture
+def webhook(namespace: Namespace, operator: Operator, tmp_path: Path) -> Iterator[None]:
+    """The operator's admission webhook, as the chart sets it up, for the test's namespace."""
+    authority = Authority.create("webhook", dt.timedelta(days=1))
+    authority.issue("webhook", dt.timedelta(days=1), hosts=["127.0.0.1"]).write(tmp_path / "webhook")
+    address = f"127.0.0.1:{free_port()}"
+    operator.stop()
+    operator.options += ("--webhook", address, "--webhook-tls", str(tmp_path / "webhook"))
+    operator.start()
+    bundle = base64.b64encode(authority.certificate).decode()
+    # Other tests' namespaces have no such webhook.
+    selector = {"matchLabels": {"isthmus.dev/test": namespace.name}}
+    kubectl("label", "namespace", namespace.name, f"isthmus.dev/test={namespace.name}")
+    kinds = {"MutatingWebhookConfiguration": "default", "ValidatingWebhookConfiguration": "validate"}
+    chart = yaml.safe_load_all(
+        subprocess.run(
+            ["helm", "template", "isthmus", ROOT / "charts" / "isthmus", "--show-only", "templates/webhook.yaml"],
+            capture_output=True, check=True, text=True,
+        ).stdout
+    )  # fmt: skip
+    objects = [item for item in chart if item and item["kind"] in kinds]
+    for item in objects:
+        item["metadata"] = {"name": f"{namespace.name}-{kinds[item['kind']]}"}
+        (hook,) = item["webhooks"]
+        hook["clientConfig"] = {"url": f"https://{address}/{kinds[item['kind']]}", "caBundle": bundle}
+        hook["namespaceSelector"] = selector
+        hook["rules"][0]["scope"] = "Namespaced"
+    names = [f"{item['kind']}/{item['metadata']['name']}" for item in objects]
+    kubectl("create", "-f", "-", stdin={"apiVersion": "v1", "kind": "List", "items": objects})
+    try:
+        bad = manifest("probe")
+        bad["spec"]["pools"][0]["name"] = "observer"
+
+        def active() -> bool:
+            said = namespace.kubectl("create", "--dry-run=server", "-f", "-", stdin=bad, check=False)
+            return "denied the request" in said
+
+        eventually(active, "the API server asks the webhook", 30)
+        yield
+    finally:
+        kubectl("delete", *names)

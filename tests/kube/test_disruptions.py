@@ -1,0 +1,109 @@
+"""What clusters do to pods, on the real kubelet: drains, evictions, the OOM killer, a failing API server or etcd."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from lab import Lab
+
+from .cluster import Namespace, Operator, eventually, kubectl, manifest
+
+PODS = {"demo-aggregator", "demo-cloud-0-0", "demo-cloud-1-0"}
+
+
+@pytest.fixture
+def running(namespace: Namespace, operator: Operator) -> Namespace:
+    """A job whose clients have limits."""
+    job = manifest(backoffLimit=3)
+    (client,) = job["spec"]["pools"][0]["cloud"]["template"]["spec"]["containers"]
+    client["resources"] = {"limits": {"memory": "32Mi", "ephemeral-storage": "4Mi"}, "requests": {"cpu": "1m"}}
+    namespace.apply(job)
+    eventually(lambda: namespace.running() >= PODS, "the pods run")
+    namespace.until("AggregatorReady", "True/AggregatorRunning")
+    return namespace
+
+
+@pytest.fixture
+def lab() -> Lab:
+    """The lab that we run in: only there do daemons stop when a test says so."""
+    if "ISTHMUS_LAB" not in os.environ:
+        pytest.skip("stops the cluster's own daemons: only in the lab")
+    return Lab()
+
+
+@pytest.fixture
+def node(running: Namespace) -> Iterator[str]:
+    """The aggregator's node; open for pods again afterwards."""
+    name = str(running.get("pod", "demo-aggregator")["spec"]["nodeName"])
+    yield name
+    kubectl("uncordon", name)
+
+
+def uids(namespace: Namespace) -> dict[str, str]:
+    return {item["metadata"]["name"]: item["metadata"]["uid"] for item in namespace.items("pod")}
+
+
+def test_a_drained_node_costs_no_restarts(running: Namespace, node: str) -> None:
+    kubectl("drain", node, "--pod-selector=isthmus.dev/job=demo", "--ignore-daemonsets", "--delete-emptydir-data",
+            "--force", "--timeout=110s")  # fmt: skip
+    eventually(lambda: "nschedulable" in running.pool().get("reason", ""), "the pool says why it waits")
+    eventually(lambda: running.condition("AggregatorReady").startswith("False/"), "its aggregator is away")
+    kubectl("uncordon", node)
+    wanted = {"demo-aggregator", "demo-cloud-0-1", "demo-cloud-1-1"}
+    eventually(lambda: running.running() == wanted, "everything runs again", 90)
+    assert not running.events("ClientFailed")
+
+
+def test_a_client_that_is_killed_for_its_memory_counts_as_failed(running: Namespace) -> None:
+    running.tell("demo-cloud-0-0", "/tmp/hoard")  # noqa: S108 - in the pod
+    eventually(lambda: "OOMKilled" in running.pool().get("reason", ""), "the pool names the cause")
+    (event,) = eventually(lambda: running.events("ClientFailed"), "it is counted")
+    assert "OOMKilled" in event
+    assert "3 restarts left" in event
+    eventually(lambda: "demo-cloud-0-1" in running.running(), "it is started again")
+
+
+def test_a_client_that_fills_the_disk_is_evicted_and_counts_as_failed(running: Namespace) -> None:
+    running.tell("demo-cloud-1-0", "/tmp/fill")  # noqa: S108
+    eventually(lambda: "Evicted" in running.pool().get("reason", ""), "the kubelet evicts it", 120)
+    (event,) = eventually(lambda: running.events("ClientFailed"), "its own limit: it is counted")
+    assert "exceed" in event
+    eventually(lambda: "demo-cloud-1-1" in running.running(), "it is started again", 60)
+
+
+def test_an_api_server_that_restarts_costs_nothing(running: Namespace, operator: Operator, lab: Lab) -> None:
+    before = uids(running)
+    lab.kill_daemon("kube-apiserver")
+    try:
+        assert operator.process is not None
+        eventually(lambda: 'code="none"' in operator.metrics(), "the operator notices", 60)
+    finally:
+        lab.restart_daemon("kube-apiserver")
+    eventually(lambda: "ok" in kubectl("get", "--raw", "/readyz", check=False), "it is back", 60)
+    assert uids(running) == before
+    # The operator is the same process, and works: what happens now is seen.
+    assert operator.process.poll() is None
+    running.kubectl("delete", "pod", "demo-cloud-0-0", "--wait=false")
+    eventually(lambda: "demo-cloud-0-1" in running.running(), "the watch is back", 90)
+    assert "alive" in operator.ask(operator.health_port, "/readyz")
+    assert not running.events("ClientFailed")
+
+
+def test_an_etcd_that_pauses_costs_nothing(running: Namespace, operator: Operator, lab: Lab) -> None:
+    before = uids(running)
+    (pid,) = [pid for name, pid, _ in lab.daemons() if name == "etcd" and pid]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        said = kubectl("patch", "fj", "demo", "-n", running.name, "--type=merge", "-p", '{"spec":{"backoffLimit":4}}',
+                       "--request-timeout=8s", check=False)  # fmt: skip
+        assert "patched" not in said
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    eventually(lambda: "ok" in kubectl("get", "--raw", "/readyz", check=False), "it is back", 60)
+    running.kubectl("delete", "pod", "demo-cloud-1-0", "--wait=false")
+    eventually(lambda: "demo-cloud-1-1" in running.running(), "the operator goes on", 90)
+    assert uids(running)["demo-aggregator"] == before["demo-aggregator"]
+    assert operator.process is not None
+    assert operator.process.poll() is None

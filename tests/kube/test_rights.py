@@ -1,0 +1,56 @@
+"""The operator's rights: what the documentation lists suffices (every test here runs with it), and gives no more."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from .cluster import ACCOUNT, Namespace, documented_rules, grant, kubectl
+
+FORBIDDEN = [
+    ("list", "secrets"),
+    ("watch", "secrets"),
+    ("delete", "secrets"),
+    ("patch", "pods"),
+    ("create", "pods/exec"),
+    ("create", "serviceaccounts"),
+    ("create", "roles"),
+    ("create", "deployments"),
+    ("create", "federatedjobs"),
+    ("impersonate", "users"),
+    ("create", "serviceaccounts/token"),
+]
+
+
+@pytest.fixture
+def granted(namespace: Namespace) -> Iterator[Namespace]:
+    """A namespace where the operator's service account has its rights."""
+    wide = grant(namespace.name)
+    yield namespace
+    kubectl("delete", "clusterrole,clusterrolebinding", wide)
+
+
+def may(namespace: Namespace, verb: str, resource: str, where: str | None = None) -> bool:
+    kind, _, sub = resource.partition("/")
+    account = f"--as=system:serviceaccount:{namespace.name}:{ACCOUNT}"
+    scope = ["-n", where or namespace.name]
+    said = kubectl("auth", "can-i", verb, kind, f"--subresource={sub}", account, *scope, check=False)
+    return said.split()[-1] == "yes"
+
+
+def test_the_documentation_lists_rules() -> None:
+    rules = documented_rules()
+    assert {"apiGroups": [""], "resources": ["secrets"], "verbs": ["get", "create", "patch"]} in rules["served"]
+    assert {
+        "apiGroups": [""], "resources": ["namespaces"], "verbs": ["get"], "resourceNames": ["kube-system"],
+    } in rules["cluster"]  # fmt: skip
+    assert not [rule for rule in (*rules["served"], *rules["cluster"]) if "*" in str(rule)]
+
+
+def test_what_it_may_not(granted: Namespace) -> None:
+    assert may(granted, "get", "secrets")
+    assert [what for what in FORBIDDEN if may(granted, *what)] == []
+
+
+def test_it_may_nothing_in_other_namespaces(granted: Namespace) -> None:
+    elsewhere = [("get", "secrets"), ("create", "pods"), ("list", "pods"), ("list", "federatedjobs")]
+    assert [what for what in elsewhere if may(granted, *what, "kube-system")] == []

@@ -1,0 +1,166 @@
+"""HPC pools and HPCSites, with a bridge that does as it is told behind real gRPC and mutual TLS."""
+
+import json
+from typing import Any
+
+from isthmus_contracts.pb import bridge_pb2 as pb
+
+from .bridge import FakeBridge
+from .cluster import Namespace, Operator, eventually, kubectl, manifest, read
+
+
+def site(name: str) -> dict[str, Any]:
+    return dict(read(f"/apis/isthmus.dev/v1alpha1/hpcsites/{name}").get("status") or {})
+
+
+def reachable(name: str) -> str:
+    conditions = site(name).get("conditions") or []
+    return next((f"{item['status']}/{item['reason']}" for item in conditions if item["type"] == "Reachable"), "")
+
+
+def mixed(namespace: Namespace, **spec: Any) -> dict[str, Any]:
+    job = manifest(**spec)
+    job["spec"]["pools"].append(FakeBridge.pool(namespace.name))
+    return job
+
+
+def test_a_site_is_described(namespace: Namespace, operator: Operator, bridge: FakeBridge) -> None:
+    eventually(lambda: reachable(namespace.name) == "True/SiteReachable", "the site is reachable")
+    assert site(namespace.name)["slurmVersion"] == "24.11.5"
+    assert site(namespace.name)["partitions"] == ["main"]
+    bridge.down()
+    eventually(lambda: reachable(namespace.name) == "False/SiteUnreachable", "the site is not reachable", 90)
+    assert site(namespace.name)["partitions"] == ["main"]
+
+
+def test_a_site_without_its_secret(namespace: Namespace, operator: Operator, bridge: FakeBridge) -> None:
+    namespace.kubectl("delete", "secret", "bridge")
+    spec = bridge.site(namespace.name, tls={"secretRef": {"name": "absent", "namespace": namespace.name}})
+    kubectl("apply", "-f", "-", stdin=spec)
+    eventually(lambda: reachable(namespace.name) == "False/CredentialsMissing", "the Secret is named", 60)
+
+
+def test_a_pool_from_submission_to_deletion(namespace: Namespace, operator: Operator, bridge: FakeBridge) -> None:
+    namespace.apply(mixed(namespace))
+    eventually(lambda: namespace.pool("lumi").get("reason") == "Resources", "Slurm's reason is shown")
+    assert namespace.pool("lumi")["jobs"] == ["8000"]
+    assert namespace.pool("lumi")["queued"] == 2
+    (request,) = bridge.requests
+    service = namespace.get("service", "demo-aggregator")["spec"]["clusterIP"]
+    assert request.spec.federation.endpoint == f"{service}:7443"
+    assert request.spec.federation.private_key.startswith(b"-----BEGIN")
+    assert (request.spec.first_client, request.spec.total_clients) == (2, 4)
+    bridge.move(pb.Pool.RUNNING, queued=0, running=2, reason="")
+    eventually(lambda: namespace.pool("lumi")["queued"] == 0, "it runs")
+    # A new operator finds it and asks for nothing anew.
+    operator.kill()
+    operator.start()
+    eventually(lambda: "isthmus_operator_bridge_calls_total" in operator.metrics(), "the site is asked")
+    assert len(bridge.requests) == 1
+    namespace.kubectl("delete", "fj", "demo", "--timeout=30s")
+    assert bridge.cancelled == [request.key]
+    namespace.until_bare()
+
+
+def test_a_site_that_appears_later_is_picked_up(namespace: Namespace, operator: Operator) -> None:
+    namespace.apply(mixed(namespace))
+    namespace.until("Accepted", "False/SiteNotFound")
+    assert namespace.status()["phase"] == "Rejected"
+    assert not namespace.leftovers()
+    with FakeBridge() as bridge:
+        namespace.apply(bridge.secret())
+        kubectl("apply", "-f", "-", stdin=bridge.site(namespace.name, allowedNamespaces=["others"]))
+        namespace.until("Accepted", "False/SiteNotAllowed")
+        kubectl("apply", "-f", "-", stdin=bridge.site(namespace.name))
+        namespace.until("Accepted", "True/Valid")
+        eventually(lambda: bridge.requests, "the pool is asked for")
+        namespace.kubectl("delete", "fj", "demo", "--timeout=30s")
+    kubectl("delete", "hpcsite", namespace.name)
+
+
+def test_a_denied_pool_names_the_rule(namespace: Namespace, operator: Operator, bridge: FakeBridge) -> None:
+    bridge.deny = "partitions: gpu is not for you"
+    namespace.apply(mixed(namespace, selection={"minClients": 3}))
+    namespace.until("Failed", "True/PolicyDenied")
+    assert "partitions: gpu is not for you" in namespace.status()["message"]
+    namespace.kubectl("delete", "fj", "demo", "--timeout=30s")
+
+
+def test_a_failed_array_is_submitted_anew(namespace: Namespace, operator: Operator, bridge: FakeBridge) -> None:
+    namespace.apply(mixed(namespace))
+    eventually(lambda: bridge.requests, "the pool is asked for")
+    task = pb.Task(index=1, state="FAILED", exit_code=1, log_tail="Traceback\nValueError: no data")
+    bridge.move(pb.Pool.FAILED, queued=0, running=0, failed=2, tasks=[task])
+    eventually(lambda: any("ValueError: no data" in text for text in namespace.events("ClientFailed")), "it is told")
+    eventually(lambda: len(bridge.requests) == 2, "the next attempt", 60)
+    assert [request.spec.attempt for request in bridge.requests] == [0, 1]
+    eventually(lambda: namespace.pool("lumi")["attempt"] == 1, "the attempt is shown")
+
+
+def test_deletion_while_the_site_is_down(namespace: Namespace, operator: Operator, bridge: FakeBridge) -> None:
+    namespace.apply(mixed(namespace))
+    eventually(lambda: namespace.pool("lumi").get("jobs") == ["8000"], "the pool is there")
+    bridge.down()
+    eventually(lambda: "SiteUnreachable" in namespace.pool("lumi").get("reason", ""), "the site is down", 90)
+    namespace.kubectl("delete", "fj", "demo", "--wait=false")
+    eventually(lambda: "cancelling pool lumi" in namespace.status().get("message", ""), "the job waits", 30)
+    # The rest of it does not.
+    eventually(lambda: not namespace.running(), "its pods end")
+    operator.kill()
+    bridge.up()
+    operator.start()
+    eventually(lambda: not namespace.get("fj", "demo"), "the job is gone", 90)
+    assert len(bridge.cancelled) == 1
+
+
+def test_deletion_gives_up_after_the_stated_time(namespace: Namespace, operator: Operator, bridge: FakeBridge) -> None:
+    operator.stop()
+    operator.start("--site-give-up", "3")
+    namespace.apply(mixed(namespace))
+    eventually(lambda: namespace.pool("lumi").get("jobs") == ["8000"], "the pool is there")
+    bridge.down()
+    namespace.kubectl("delete", "fj", "demo", "--timeout=60s")
+    (message,) = eventually(lambda: namespace.events("SiteUnreachable"), "an event says so")
+    assert f"pool lumi at {namespace.name}" in message
+    # Recorded, and cleaned up once the site is back, whichever operator runs by then.
+    (key,) = bridge.pools
+    orphan = site(namespace.name)["orphans"][key]
+    assert (orphan["namespace"], orphan["job"], orphan["pool"]) == (namespace.name, "demo", "lumi")
+    operator.kill()
+    bridge.up()
+    operator.start()
+    eventually(lambda: bridge.cancelled == [key], "the orphan is cancelled", 90)
+    eventually(lambda: not site(namespace.name).get("orphans"), "nothing is left of it", 60)
+
+
+def test_a_suspended_job_leaves_the_queue(namespace: Namespace, operator: Operator, bridge: FakeBridge) -> None:
+    namespace.apply(mixed(namespace))
+    eventually(lambda: bridge.requests, "the pool is asked for")
+    namespace.kubectl("patch", "fj", "demo", "--type=merge", "-p", '{"spec":{"suspend":true}}')
+    eventually(lambda: bridge.cancelled, "the pool is cancelled")
+    namespace.kubectl("patch", "fj", "demo", "--type=merge", "-p", '{"spec":{"suspend":false}}')
+    eventually(lambda: len(bridge.requests) == 2, "the next attempt")
+    assert bridge.requests[0].key != bridge.requests[1].key
+
+
+def test_a_slurm_tasks_log_is_handed_on(namespace: Namespace, operator: Operator, bridge: FakeBridge) -> None:
+    namespace.apply(mixed(namespace))
+    eventually(lambda: namespace.pool("lumi").get("jobs") == ["8000"], "the pool is there")
+
+    def ask(pool: str, identity: str) -> dict[str, Any]:
+        request = json.dumps({"id": identity, "pool": pool, "index": 1, "lines": 7})
+        namespace.kubectl("annotate", "fj", "demo", f"isthmus.dev/log-request={request}", "--overwrite")
+
+        def answer() -> dict[str, Any]:
+            data = dict(namespace.get("configmap", "demo-log").get("data") or {})
+            return data if data.get("id") == identity else {}
+
+        return eventually(answer, "it is answered")
+
+    assert ask("lumi", "a")["log"] == "task 1: 7 lines\nepoch 1\n"
+    assert "has not been submitted" in ask("other", "b")["error"]
+    # What makes no sense harms nobody.
+    namespace.kubectl("annotate", "fj", "demo", "isthmus.dev/log-request={]", "--overwrite")
+    assert ask("lumi", "c")["attempt"] == "0"
+    namespace.kubectl("delete", "fj", "demo", "--timeout=30s")
+    namespace.until_bare()

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Runs the layers of the tests: all of them, or those that are named.
+#
+#   tests/run.sh [--verbose] [--kubeconfig FILE] [unit integration chart slurm kube e2e]
+#
+# slurm, kube and e2e run in a lab of their own (see docs/lab.md), which needs root on Debian. Where that is missing they
+# skip, saying what to install; with ISTHMUS_REQUIRE_ALL=1 they fail. With --kubeconfig, kube and e2e use that cluster
+# instead; see docs/development.md for what it must have.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=$PWD/.venv/bin/python
+lab_dir=${ISTHMUS_TEST_LAB:-/var/tmp/isthmus-test-lab}
+images=${IMAGES_DIR:-/var/tmp/isthmus-images}
+kubeconfig=
+options=()
+layers=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --verbose) options+=(-s -v) ;;
+    --kubeconfig) kubeconfig=$(realpath "$2"); shift ;;
+    *) layers+=("$1") ;;
+  esac
+  shift
+done
+[ ${#layers[@]} -gt 0 ] || layers=(unit integration chart slurm kube e2e)
+status=0
+
+wanted() {
+  local layer
+  for layer in "${layers[@]}"; do [ "$layer" = "$1" ] && return 0; done
+  return 1
+}
+
+run() { # run COMMAND…: a failure is remembered, and the other layers still run
+  echo "+ $*"
+  "$@" || status=1
+}
+
+paths() { # paths LAYER…: the folders of those that are wanted
+  local layer
+  for layer in "$@"; do ! wanted "$layer" || echo "tests/$layer"; done
+}
+
+mapfile -t here < <(paths unit integration chart)
+if [ ${#here[@]} -gt 0 ]; then
+  run "$python" -m pytest -n auto --dist loadfile "${options[@]}" "${here[@]}"
+fi
+
+mapfile -t there < <(paths slurm kube e2e)
+if [ ${#there[@]} -gt 0 ] && [ -n "$kubeconfig" ]; then
+  KUBECONFIG=$kubeconfig run "$python" -m pytest "${options[@]}" "${there[@]}"
+elif [ ${#there[@]} -gt 0 ]; then
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    echo "The lab needs root on Debian: without it, these layers skip."
+    run "$python" -m pytest "${options[@]}" "${there[@]}"
+  else
+    ready=1
+    "$python" -m lab install || ready=0
+    if [ $ready = 1 ] && wanted e2e; then
+      "$python" images/build --output "$images" --rootfs "$images/rootfs" operator runtime || ready=0
+    fi
+    [ $ready = 1 ] && { "$python" -m lab up --dir "$lab_dir" || ready=0; }
+    if [ $ready = 1 ]; then
+      trap '"$python" -m lab down --dir "$lab_dir"' EXIT
+      ISTHMUS_IMAGES=$images run "$python" -m lab exec --dir "$lab_dir" -- "$python" -m pytest "${options[@]}" "${there[@]}"
+    else
+      echo "tests/run.sh: the lab did not come up; see above"
+      status=1
+    fi
+  fi
+fi
+exit $status

@@ -1,0 +1,81 @@
+"""Real Slurm: run these in the lab, `python -m lab exec -- python -m pytest tests/slurm`, or at a cluster of your own.
+
+In a lab the bridge runs as its unprivileged user, who owns the jobs; elsewhere as whoever runs the tests.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from isthmus_contracts.pb import bridge_pb2_grpc as rpc
+
+from .site import Site, slurm, until
+
+if TYPE_CHECKING:
+    from lab import Lab
+
+HINT = "no Slurm: run `python -m lab exec -- python -m pytest tests/slurm`, or set SLURM_CONF to a cluster's slurm.conf"
+
+
+@pytest.fixture(scope="session")
+def _cluster(require: Callable[[bool, str], None]) -> None:
+    answers = False
+    if "SLURM_CONF" in os.environ:
+        asked = subprocess.run(["sinfo", "-h"], capture_output=True, timeout=60, check=False)
+        answers = asked.returncode == 0
+    require(answers, HINT)
+
+
+@pytest.fixture
+def site(_cluster: None) -> Iterator[Site]:
+    user, python, parent, environ = None, Path(sys.executable), Path(tempfile.gettempdir()), {}
+    if "ISTHMUS_LAB" in os.environ and os.getuid() == 0:
+        from lab import Lab
+
+        lab = Lab()
+        user, python, parent, environ = lab.user, lab.user_python(), lab.home, lab.env(lab.user)
+    one = Site(Path(tempfile.mkdtemp(prefix="bridge-test-", dir=parent)), user, python, environ)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def operator(site: Site) -> rpc.BridgeStub:
+    """A stub for the operator at a bridge that runs."""
+    return site.start()
+
+
+@pytest.fixture
+def lab(_cluster: None, require: Callable[[bool, str], None]) -> "Lab":
+    """The lab that the tests run in: its daemons can be stopped and started, and its nodes taken down."""
+    require("ISTHMUS_LAB" in os.environ and os.getuid() == 0, f"faults of Slurm itself need the lab, as root: {HINT}")
+    from lab import Lab
+
+    return Lab()
+
+
+@pytest.fixture
+def amnesia(lab: "Lab") -> Iterator[Callable[[], None]]:
+    """Makes the controller forget every job, at a site that keeps no accounts of any kind; in the end it does again."""
+    conf = lab.slurm_conf
+    kept = conf.read_text()
+
+    def forget() -> None:
+        lab.stop_slurm_daemon("slurmctld")
+        conf.write_text(re.sub(r"(?m)^JobComp.*\n", "", kept))
+        for path in (conf.parent / "state").glob("job_state*"):
+            path.unlink()
+        lab.start_slurm_daemon("slurmctld")
+
+    yield forget
+    conf.write_text(kept)
+    lab.stop_slurm_daemon("slurmctld")
+    lab.start_slurm_daemon("slurmctld")
+    until(lambda: set(slurm("sinfo", "-h", "-N", "-o", "%T").split()) <= {"idle", "mixed"}, "the nodes are back")

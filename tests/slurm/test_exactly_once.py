@@ -1,0 +1,116 @@
+"""Never two arrays for one key: the bridge dies, and sbatch is slow, hangs, or loses its answer. All of it is real."""
+
+import threading
+
+import grpc
+import pytest
+
+from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.pb import bridge_pb2_grpc as rpc
+
+from .site import Site, ensure, get, over, running, spec, until
+
+
+def test_the_same_request_twice_is_one_array(site: Site, operator: rpc.BridgeStub) -> None:
+    key, wanted = site.key(), spec()
+    first = ensure(operator, key, wanted)
+    second = ensure(operator, key, wanted)
+    assert site.arrays(key) == {first.slurm_job_id} == {second.slurm_job_id}
+    with pytest.raises(grpc.RpcError) as caught:
+        ensure(operator, key, spec(replicas=1))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "differs in: replicas" in (caught.value.details() or "")
+
+
+@pytest.mark.parametrize("end", ["kill", "stop"])
+def test_the_bridge_dies_between_two_requests(site: Site, operator: rpc.BridgeStub, end: str) -> None:
+    key, wanted = site.key(), spec()
+    first = ensure(operator, key, wanted)
+    getattr(site, end)()
+    operator = site.start()
+    second = ensure(operator, key, wanted)
+    assert site.arrays(key) == {first.slurm_job_id} == {second.slurm_job_id}
+    running(operator, key)
+    assert get(operator, key).version > first.version
+
+
+def test_the_bridge_dies_while_a_pool_ends(site: Site, operator: rpc.BridgeStub) -> None:
+    key = site.key()
+    ensure(operator, key, spec(command=["sh", "-c", 'exit "$ISTHMUS_INDEX"']))
+    site.kill()
+    until(lambda: not site.arrays(key), "the tasks have ended")
+    pool = over(site.start(), key)
+    assert (pb.Pool.Phase.Name(pool.phase), pool.succeeded, pool.failed) == ("FAILED", 1, 1)
+    assert not (site.folder / "run" / key / "tls").exists()
+
+
+@pytest.mark.parametrize("mode", ["slow", "hang-after"])
+def test_the_bridge_dies_while_sbatch_runs(site: Site, operator: rpc.BridgeStub, mode: str) -> None:
+    """slow: the orphan submits after the bridge is back. hang-after: it has submitted, and nobody heard the answer."""
+    key, wanted = site.key(), spec()
+    site.mode(mode)
+    threading.Thread(target=_try, args=(operator, key, wanted), daemon=True).start()
+    until(lambda: site.began, "sbatch is at work")
+    site.kill()
+    site.mode("")
+    operator = site.start()
+    ensure(operator, key, wanted)
+    running(operator, key)
+    assert site.arrays(key) == {get(operator, key).slurm_job_id}
+
+
+@pytest.mark.parametrize("mode", ["hang-after", "fail-after"])
+def test_sbatch_submits_but_does_not_say_so(site: Site, mode: str) -> None:
+    site.settings["slurm"]["command_timeout_seconds"] = 3
+    operator = site.start()
+    key, wanted = site.key(), spec()
+    site.mode(mode)
+    ensure(operator, key, wanted)
+    site.mode("")
+    running(operator, key)
+    ensure(operator, key, wanted)
+    assert site.arrays(key) == {get(operator, key).slurm_job_id}
+
+
+def test_sbatch_hangs_without_submitting(site: Site) -> None:
+    site.settings["slurm"]["command_timeout_seconds"] = 2
+    operator = site.start()
+    key, wanted = site.key(), spec()
+    site.mode("hang-before")
+    pool = ensure(operator, key, wanted)
+    assert pb.Pool.Phase.Name(pool.phase) == "UNKNOWN"
+    assert "did not answer in time" in pool.message
+    site.mode("")
+    running(operator, key)
+    assert site.arrays(key) == {get(operator, key).slurm_job_id}
+
+
+def test_cancel_of_a_submission_in_doubt(site: Site) -> None:
+    site.settings["slurm"]["command_timeout_seconds"] = 2
+    operator = site.start()
+    key = site.key()
+    site.mode("hang-after")
+    threading.Thread(target=_try, args=(operator, key, spec()), daemon=True).start()
+    until(lambda: site.began, "sbatch has submitted")
+    operator.CancelPool(pb.CancelPoolRequest(key=key), timeout=30)
+    assert pb.Pool.Phase.Name(over(operator, key).phase) == "CANCELLED"
+    assert site.arrays(key) == set()
+
+
+def test_a_lost_journal_finds_its_arrays_again(site: Site, operator: rpc.BridgeStub) -> None:
+    key, wanted = site.key(), spec()
+    first = ensure(operator, key, wanted)
+    site.kill()
+    for path in (site.folder / "run").glob("journal.db*"):
+        path.unlink()
+    operator = site.start()
+    ensure(operator, key, wanted)
+    running(operator, key)
+    assert site.arrays(key) == {first.slurm_job_id} == {get(operator, key).slurm_job_id}
+
+
+def _try(stub: rpc.BridgeStub, key: str, wanted: pb.PoolSpec) -> None:
+    try:
+        stub.EnsurePool(pb.EnsurePoolRequest(key=key, spec=wanted), timeout=10)
+    except grpc.RpcError as error:
+        assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED), error

@@ -1,0 +1,224 @@
+"""The life of a pool at a real Slurm."""
+
+import re
+import threading
+import time
+
+import grpc
+import pytest
+
+from isthmus_contracts.identities import slurm_job_name
+from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.pb import bridge_pb2_grpc as rpc
+
+from .site import Site, ensure, get, over, running, slurm, spec, tail, until
+
+SHOW = ["python3", "-c", "import os; print(os.getcwd()); [print(f'{k}={v}') for k, v in sorted(os.environ.items())]"]
+
+
+def test_from_submission_to_success_with_the_promised_environment(site: Site, operator: rpc.BridgeStub) -> None:
+    key = site.key()
+    hostile = "a 'b' \"c\" $(touch owned) `id` %x\nsecond line"
+    pool = ensure(operator, key, spec(command=SHOW, env={"GREETING": hostile, "run": "/x"}, environment="system"))
+    assert pool.slurm_job_id.isdecimal() and pool.desired == 2
+    pool = over(operator, key)
+    assert (pb.Pool.Phase.Name(pool.phase), pool.succeeded, pool.failed) == ("SUCCEEDED", 2, 0)
+    text = tail(operator, key, 1) + "\n"
+    assert text.startswith(str(site.folder / "run" / key / "work" / "1") + "\n")
+    for line in (
+        "ISTHMUS_ENDPOINT=aggregator.example:7443", "ISTHMUS_SERVER_NAME=x.aggregator.isthmus.dev",
+        f"ISTHMUS_TLS_DIR={site.folder}/run/{key}/tls", "ISTHMUS_JOB_UID=6f9619ff-8b86-d011-b42d-00cf4fc964ff",
+        "ISTHMUS_JOB=default/fashion", "ISTHMUS_POOL=hpc", "ISTHMUS_INDEX=1", "ISTHMUS_POOL_SIZE=2", "ISTHMUS_CLIENT=4",
+        "ISTHMUS_CLIENTS=5", "ISTHMUS_ATTEMPT=1000", "PYTHONUNBUFFERED=1", f"GREETING={hostile}", "run=/x",
+    ):  # fmt: skip
+        assert f"\n{line}\n" in text
+    names = set(re.findall(r"^([A-Za-z_][A-Za-z0-9_]*)=", text, re.MULTILINE))
+    # From Slurm 23.11 on, slurmd tells the launchers of several MPIs how to start.
+    launchers = ("HYDRA_", "I_MPI_HYDRA_", "OMPI_MCA_", "PRTE_MCA_")
+    own = {name for name in names if not name.startswith(("SLURM", "ISTHMUS_", *launchers))}
+    # Ours, bash's, and what slurmd adds by itself; nothing of the bridge's, and no login environment.
+    assert own <= {
+        "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "PYTHONUNBUFFERED", "VIRTUAL_ENV", "GREETING", "run", "PWD",
+        "OLDPWD", "SHLVL", "_", "HOSTNAME", "TMPDIR", "ENVIRONMENT", "LC_CTYPE",
+    }, own  # fmt: skip
+    assert not (site.folder / "run" / key / "tls").exists(), "the credentials outlived the pool"
+    assert not list((site.folder / "run" / key / "work" / "1").iterdir())
+
+
+def test_a_failing_script_shows_why(site: Site, operator: rpc.BridgeStub) -> None:
+    key = site.key()
+    code = "import os\nprint('epoch 1')\nif os.environ['ISTHMUS_INDEX'] == '1':\n    raise ValueError('no such column')"
+    ensure(operator, key, spec(command=["python3", "-c", code]))
+    pool = over(operator, key)
+    assert (pb.Pool.Phase.Name(pool.phase), pool.succeeded, pool.failed) == ("FAILED", 1, 1)
+    assert pool.message == "1 of 2 tasks did not succeed; task 1: FAILED, exit code 1"
+    (task,) = pool.tasks
+    assert (task.index, task.state, task.exit_code, task.reason) == (1, "FAILED", 1, "NonZeroExitCode")
+    assert task.node
+    assert task.log_tail.splitlines()[0] == "epoch 1"
+    assert task.log_tail.splitlines()[-1] == "ValueError: no such column"
+
+
+def test_one_task_fails_while_the_other_lives(site: Site, operator: rpc.BridgeStub) -> None:
+    key = site.key()
+    script = 'if [ "$ISTHMUS_INDEX" = 0 ]; then kill -9 $$; fi; exec sleep 300'
+    ensure(operator, key, spec(command=["sh", "-c", script]))
+    pool = until(lambda: (p := get(operator, key)).failed == 1 and p, "one task failed")
+    assert (pb.Pool.Phase.Name(pool.phase), pool.running) == ("RUNNING", 1)
+    assert pool.tasks[0].exit_code == 137  # what the script's shell saw
+
+
+def test_waiting_shows_slurms_reason(site: Site, operator: rpc.BridgeStub) -> None:
+    key = site.key()
+    pool = ensure(operator, key, spec(replicas=3, total_clients=6))
+    running(operator, key, 3)
+    slurm("scontrol", "requeuehold", pool.slurm_job_id)
+    pool = until(lambda: (p := get(operator, key)).queued == 3 and p.reason and p, "all wait", 90)
+    assert pb.Pool.Phase.Name(pool.phase) == "PENDING"
+    assert "held" in pool.reason.lower() or "hold" in pool.reason.lower()
+
+
+def test_a_requeued_task_runs_again_as_a_higher_attempt(site: Site, operator: rpc.BridgeStub) -> None:
+    key = site.key()
+    script = 'echo "attempt $ISTHMUS_ATTEMPT"; if [ "$ISTHMUS_ATTEMPT" = 7000 ]; then sleep 300; fi'
+    pool = ensure(operator, key, spec(replicas=1, total_clients=4, attempt=7, command=["sh", "-c", script]))
+    running(operator, key, 1)
+    slurm("scontrol", "requeue", f"{pool.slurm_job_id}_0")
+    assert pb.Pool.Phase.Name(over(operator, key, 180).phase) == "SUCCEEDED"
+    assert re.findall(r"attempt \d+", tail(operator, key, 0)) == ["attempt 7000", "attempt 7001"]
+
+
+def test_the_warning_signal_reaches_the_script(site: Site, operator: rpc.BridgeStub) -> None:
+    key = site.key()
+    script = "trap 'echo partial work handed in; exit 0' TERM; echo ready; while :; do sleep 0.1; done"
+    pool = ensure(operator, key, spec(replicas=1, total_clients=4, command=["sh", "-c", script]))
+    until(lambda: "ready" in tail(operator, key, 0), "the script is ready")
+    # What --signal=B:TERM@60 does a minute before the time limit: to the batch shell alone.
+    slurm("scancel", "--batch", "--signal=TERM", f"{pool.slurm_job_id}_0")
+    assert pb.Pool.Phase.Name(over(operator, key).phase) == "SUCCEEDED"
+    assert "partial work handed in" in tail(operator, key, 0)
+    shown = slurm("scontrol", "show", "job", f"{pool.slurm_job_id}_0")
+    assert "Comment=isthmus default/fashion/hpc" in shown
+
+
+def test_cancel(site: Site, operator: rpc.BridgeStub) -> None:
+    key = site.key()
+    ensure(operator, key, spec())
+    running(operator, key)
+    operator.CancelPool(pb.CancelPoolRequest(key=key, reason="the FederatedJob was deleted"), timeout=30)
+    pool = over(operator, key)
+    assert (pb.Pool.Phase.Name(pool.phase), pool.message) == ("CANCELLED", "cancelled: the FederatedJob was deleted")
+    assert site.arrays(key) == set()
+    late = ensure(operator, key, spec())
+    assert pb.Pool.Phase.Name(late.phase) == "CANCELLED"
+    assert site.arrays(key) == set()
+
+
+def test_cancel_before_it_was_asked_for(site: Site, operator: rpc.BridgeStub) -> None:
+    key = site.key()
+    operator.CancelPool(pb.CancelPoolRequest(key=key), timeout=30)
+    assert pb.Pool.Phase.Name(ensure(operator, key, spec()).phase) == "CANCELLED"
+    assert site.arrays(key) == set()
+
+
+def test_cancelled_by_a_stranger(site: Site, operator: rpc.BridgeStub) -> None:
+    key = site.key()
+    pool = ensure(operator, key, spec())
+    running(operator, key)
+    slurm("scancel", pool.slurm_job_id)
+    pool = over(operator, key)
+    assert (pb.Pool.Phase.Name(pool.phase), pool.message) == (
+        "FAILED",
+        "all tasks were cancelled, but not by the bridge",
+    )
+
+
+def test_what_slurm_refuses_fails_in_slurms_words(site: Site) -> None:
+    site.settings["partitions"].append("no-such-partition")
+    operator = site.start()
+    key = site.key()
+    pool = ensure(operator, key, spec(partition="no-such-partition"))
+    assert pb.Pool.Phase.Name(pool.phase) == "FAILED"
+    assert pool.message == "Slurm refused: Invalid partition name specified"
+    assert site.arrays(key) == set()
+
+
+def test_the_policy_is_final_and_strangers_are_kept_out(site: Site, operator: rpc.BridgeStub) -> None:
+    key = site.key()
+    with pytest.raises(grpc.RpcError) as caught:
+        ensure(operator, key, spec(partition="gpu"))
+    assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert caught.value.details() == (
+        "policy partitions: 'gpu' is not allowed for isthmus://operator/prod; allowed: main, debug"
+    )
+    with pytest.raises(grpc.RpcError) as caught:
+        ensure(site.stub("nobody"), key, spec())
+    assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    with pytest.raises(grpc.RpcError) as caught:
+        get(site.foreign(), key)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    with grpc.insecure_channel(f"127.0.0.1:{site.port}") as plain, pytest.raises(grpc.RpcError) as caught:
+        rpc.BridgeStub(plain).GetPool(pb.GetPoolRequest(key=key), timeout=5)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert site.arrays(key) == set()
+
+
+def test_sighup_puts_a_new_policy_in_force_and_a_faulty_one_not(site: Site, operator: rpc.BridgeStub) -> None:
+    site.reload({**site.settings, "partitions": ["main"]}, "the policy was read anew; changed: partitions")
+    with pytest.raises(grpc.RpcError, match="policy partitions: 'debug' is not allowed"):
+        ensure(operator, site.key(), spec(partition="debug"))
+    site.reload({**site.settings, "partitions": []}, "the policy was not read anew: ")
+    site.reload({**site.settings, "site": "other"}, "the policy was not read anew: site: changes only with a restart")
+    with pytest.raises(grpc.RpcError, match="policy partitions: 'debug' is not allowed"):
+        ensure(operator, site.key(), spec(partition="debug"))
+    assert ensure(operator, site.key(), spec(partition="main")).slurm_job_id
+
+
+def test_watchers_hear_within_about_two_seconds(site: Site, operator: rpc.BridgeStub) -> None:
+    site.settings["slurm"]["poll_seconds"] = 1.5  # the default
+    site.stop()
+    operator = site.start()
+    key = site.key()
+    pool = ensure(operator, key, spec())
+    running(operator, key)
+    stream = operator.WatchPools(pb.WatchPoolsRequest(since=get(operator, key).version))
+    heard = threading.Event()
+
+    def listen() -> None:
+        for seen in stream:
+            if seen.key == key and seen.failed:
+                heard.set()
+                return
+
+    threading.Thread(target=listen, daemon=True).start()
+    slurm("scancel", f"{pool.slurm_job_id}_0")
+    until(lambda: f"{pool.slurm_job_id}_0" not in _active(key), "Slurm has ended the task")
+    ended = time.monotonic()
+    assert heard.wait(10)
+    assert time.monotonic() - ended < 2.5
+    stream.cancel()
+
+
+def _active(key: str) -> list[str]:
+    return slurm("squeue", "-h", "-r", f"--name={slurm_job_name(key)}", "-o", "%i").split()
+
+
+def test_doctor_and_status_tell_an_admin(site: Site, operator: rpc.BridgeStub) -> None:
+    code, text = site.command("doctor")
+    assert (code, "PROBLEM" in text) == (0, False), text
+    assert re.search(r"ok +CLI adapter: works; Slurm \d+\.\d+", text) and "partitions: main, debug are there" in text
+    site.settings["partitions"].append("moon")
+    site.write_policy()
+    code, text = site.command("doctor")
+    assert code == 1 and "PROBLEM  partitions: moon of the policy are not in Slurm, which has " in text
+    key = site.key()
+    job = ensure(operator, key, spec()).slurm_job_id
+    line = until(lambda: next((x for x in site.command("status")[1].splitlines() if key in x), ""), "it is listed")
+    assert line.split()[:2] == [key, "default/fashion/hpc"] and job in line.split()
+
+
+def test_the_site_describes_itself(site: Site, operator: rpc.BridgeStub) -> None:
+    described = operator.DescribeSite(pb.DescribeSiteRequest(), timeout=30)
+    assert re.match(r"\d+\.\d+", described.slurm_version)
+    assert described.cluster
+    assert list(described.environments) == ["plain", "system"]

@@ -1,0 +1,138 @@
+"""Clients in a network without a way out train through the bridge's relay: real Slurm, real aggregator, real TLS."""
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from isthmus_contracts import identities as ids
+from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.pki import Authority
+
+from .site import DAY, Site, ensure, over, spec, tail, until
+
+if TYPE_CHECKING:
+    from lab import Lab
+
+UID, ROUNDS = "relayed-job", 2
+SCRIPT = Path(__file__).parents[1] / "integration" / "federation" / "linear.py"
+# Fails unless the aggregator's own address is out of reach; then it is the training script.
+CHECK = """
+import os, runpy, socket, sys
+try:
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5)
+except OSError as error:
+    print("no way:", error, flush=True)
+else:
+    sys.exit("the aggregator can be reached without the relay")
+runpy.run_path(sys.argv[3], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def island(lab: "Lab") -> Iterator[str]:
+    """A network namespace whose only neighbour, at 10.77.0.1, is the machine that the bridge runs on."""
+    name = f"island-{secrets.token_hex(3)}"
+    link = name[-8:]
+    commands = (
+        ["netns", "add", name],
+        ["-n", name, "link", "set", "lo", "up"],
+        ["link", "add", link, "type", "veth", "peer", "name", "login", "netns", name],
+        ["address", "add", "10.77.0.1/24", "dev", link],
+        ["link", "set", link, "up"],
+        ["-n", name, "address", "add", "10.77.0.2/24", "dev", "login"],
+        ["-n", name, "link", "set", "login", "up"],
+    )
+    try:
+        for command in commands:
+            subprocess.run(["ip", *command], check=True)
+        yield name
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+class Aggregator:
+    """A real one, for two clients of the pool `hpc`."""
+
+    def __init__(self, folder: Path, address: str) -> None:
+        self.authority = Authority.create("job", DAY)
+        self.server_name = ids.aggregator_server_name(UID)
+        self.authority.issue("aggregator", DAY, hosts=[self.server_name]).write(folder / "server")
+        self._folder = folder
+        job: dict[str, Any] = {
+            "name": "relayed", "namespace": "default", "uid": UID,
+            "spec": {
+                "rounds": ROUNDS, "task": {"image": "unused", "command": ["unused"], "config": {"rate": "0.1"}},
+                "pools": [{"name": "hpc", "replicas": 2, "hpc": {"siteRef": {"name": "s"}, "environment": "island"}}],
+            },
+        }  # fmt: skip
+        (folder / "job.json").write_text(json.dumps(job))
+        with (folder / "aggregator.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "isthmus.aggregator", "--job", "job.json", "--tls", "server", "--state", "state",
+                 "--listen", f"{address}:0", "--metrics", "127.0.0.1:0", "--ports-file", "ports.json"],
+                cwd=folder, stdout=log, stderr=log,
+            )  # fmt: skip
+        ports = folder / "ports.json"
+        until(ports.exists, "the aggregator serves")
+        self.address, self.port = address, int(json.loads(ports.read_text())["port"])
+
+    def rounds(self) -> int:
+        """How many it has committed."""
+        lines = (self._folder / "state" / "rounds.jsonl").read_text().splitlines()
+        return len({json.loads(line)["round"] for line in lines})
+
+    def federation(self) -> pb.Federation:
+        """What the clients need, by way of the bridge."""
+        client = self.authority.issue("client", DAY, uris=[ids.client_identity(UID, "hpc")])
+        return pb.Federation(
+            endpoint=f"{self.address}:{self.port}", server_name=self.server_name, via_bridge=True,
+            ca_certificate=client.ca, certificate=client.certificate, private_key=client.key,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def aggregator(lab: "Lab", tmp_path: Path) -> Iterator[Aggregator]:
+    one = Aggregator(tmp_path, lab.node_address)
+    yield one
+    one.process.terminate()
+    one.process.wait(30)
+
+
+@pytest.fixture
+def root_site(lab: "Lab", island: str) -> Iterator[Site]:
+    """A bridge that runs as root, since only root can put a job into another network."""
+    with socket.create_server(("10.77.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    one = Site(Path(tempfile.mkdtemp(prefix="bridge-test-")), None, Path(sys.executable), {})
+    one.settings["environments"]["island"] = {"prefix": ["nsenter", f"--net=/run/netns/{island}", "--"]}
+    one.settings["relay"] = {
+        "listen": f"10.77.0.1:{port}", "address": f"10.77.0.1:{port}", "destinations": [f"{lab.node_address}:*"],
+    }  # fmt: skip
+    yield one
+    one.close()
+
+
+def test_a_pool_without_a_way_out_trains_through_the_relay(root_site: Site, aggregator: Aggregator) -> None:
+    operator = root_site.start()
+    key = root_site.key()
+    command = [sys.executable, "-c", CHECK, aggregator.address, str(aggregator.port), str(SCRIPT)]
+    wanted = spec(
+        job_uid=UID, replicas=2, first_client=0, total_clients=2, environment="island", command=command,
+        memory_mib=500, env={"PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    wanted.federation.CopyFrom(aggregator.federation())
+    ensure(operator, key, wanted)
+    pool = over(operator, key, 180)
+    logs = [tail(operator, key, index) for index in range(2)]
+    assert pb.Pool.Phase.Name(pool.phase) == "SUCCEEDED", (pool, logs)
+    assert all("no way:" in log for log in logs)
+    assert aggregator.rounds() == ROUNDS

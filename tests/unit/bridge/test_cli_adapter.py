@@ -1,0 +1,231 @@
+"""What is run, and how its answers are taken, without Slurm."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from isthmus_bridge.slurm.cli import CliAdapter, arguments, submitted
+from isthmus_bridge.slurm.command import CommandOutputTooLong, CommandTimeout, Result, run
+from isthmus_bridge.slurm.model import Gres, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused
+
+
+def submission(directory: Path, **changes: object) -> Submission:
+    fields: dict[str, object] = {
+        "name": "isthmus-x", "script": directory / "batch.sh", "directory": directory, "output": f"{directory}/%a.log",
+        "tasks": 8, "comment": "isthmus default/fashion/lumi", "partition": "main", "account": "", "qos": "",
+        "time_limit_seconds": 3601, "warning_seconds": 60, "cpus_per_task": 4, "memory_mib": 512,
+    }  # fmt: skip
+    fields.update(changes)
+    return Submission(**fields)  # type: ignore[arg-type]
+
+
+def test_arguments() -> None:
+    listed = arguments(
+        submission(Path("/run/x"), account="p1", qos="q", gres=(Gres("gpu", "a100", 2), Gres("nic", "", 1)))
+    )
+    assert listed[-1] == "/run/x/batch.sh"
+    assert all(argument.startswith("--") for argument in listed[:-1])
+    for expected in (
+        "--array=0-7", "--job-name=isthmus-x", "--time=61", "--mem=512M", "--cpus-per-task=4", "--signal=B:TERM@60",
+        "--partition=main", "--account=p1", "--qos=q", "--gres=gpu:a100:2,nic:1", "--export=ALL", "--requeue",
+        "--output=/run/x/%a.log",
+    ):  # fmt: skip
+        assert expected in listed
+    assert not any(
+        argument.startswith(("--account", "--qos", "--gres")) for argument in arguments(submission(Path("/x")))
+    )
+
+
+NO = "sbatch: error: Batch job submission failed:"
+
+
+def failed(message: str, status: int = 1) -> Result:
+    return Result(status, "", message)
+
+
+@pytest.mark.parametrize(("output", "job"), [("17\n", 17), ("17;cluster\n", 17)])
+def test_accepted(output: str, job: int) -> None:
+    assert submitted(Result(0, output, "sbatch: warning: whatever")) == job
+
+
+@pytest.mark.parametrize(
+    ("message", "transient"),
+    [
+        (f"{NO} Invalid account or account/partition combination specified", False),
+        (f"{NO} Requested time limit is invalid (missing or exceeds some limit)", False),
+        (f"{NO} Invalid job array specification", False),
+        (f"sbatch: error: Memory specification can not be satisfied\n{NO} Requested node configuration", False),
+        (f"sbatch: error: QOSMaxSubmitJobPerUserLimit\n{NO} Job violates policy (job submit limit)", True),
+        (f"{NO} Slurm temporarily unable to accept job, sleeping and retrying", True),
+    ],
+)  # fmt: skip
+def test_refused(message: str, transient: bool) -> None:
+    with pytest.raises(SubmissionRefused) as caught:
+        submitted(failed(message))
+    assert caught.value.transient is transient
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        failed(f"{NO} Socket timed out on send/recv operation"),
+        failed(f"{NO} Unable to contact slurm controller (connect failure)"),
+        failed(f"{NO} Zero Bytes were transmitted or received"),
+        failed("Killed", -9),
+        failed("a wrapper's own words", 3),
+        Result(0, "", ""),
+        Result(0, "Submitted batch job 17\n", ""),
+        Result(0, "17\n18\n", ""),
+    ],
+)
+def test_ambiguous(result: Result) -> None:
+    with pytest.raises(SubmissionAmbiguous):
+        submitted(result)
+
+
+def programs(directory: Path, **scripts: str) -> Path:
+    folder = directory / "bin"
+    folder.mkdir()
+    for name, body in scripts.items():
+        path = folder / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    return folder
+
+
+def adapter(bin_dir: Path, **options: object) -> CliAdapter:
+    environ = {
+        "PATH": "/usr/bin:/bin",
+        "SECRET": "of the bridge",
+        "SBATCH_PARTITION": "gpu",
+        "SLURM_CONF": "/etc/s.conf",
+    }
+    return CliAdapter("isthmus-", bin_dir=bin_dir, environ=environ, **options)  # type: ignore[arg-type]
+
+
+def test_the_jobs_environment_is_not_the_bridges(tmp_path: Path) -> None:
+    bin_dir = programs(tmp_path, sbatch=f"/usr/bin/env >{tmp_path}/env; echo 17")
+    assert adapter(bin_dir).submit(submission(tmp_path)) == 17
+    lines = (line.partition("=") for line in (tmp_path / "env").read_text().splitlines())
+    names = {name for name, _, _ in lines} - {"PWD", "SHLVL", "_"}
+    assert names == {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "SLURM_CONF"}
+
+
+def test_an_sbatch_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
+    bin_dir = programs(tmp_path, sbatch=f"sleep 60 & echo $! >{tmp_path}/child; echo 17; wait")
+    began = time.monotonic()
+    with pytest.raises(SubmissionAmbiguous, match="did not answer in time"):
+        adapter(bin_dir, timeout=0.5).submit(submission(tmp_path))
+    assert time.monotonic() - began < 10
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{(tmp_path / 'child').read_text().strip()}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not adapter(bin_dir).submission_may_run(tmp_path)
+
+
+def submitting_bridge(directory: Path, sbatch: str, **options: object) -> tuple[subprocess.Popen[bytes], CliAdapter]:
+    """A process that is inside sbatch, and an adapter to look at it from outside."""
+    started = directory / "started"
+    bin_dir = programs(directory, sbatch=f"touch {started}; {sbatch}")
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]);"
+        "from test_cli_adapter import adapter, submission;"
+        f"adapter(Path(sys.argv[2]) / 'bin', **{options!r}).submit(submission(Path(sys.argv[2])))"
+    )
+    bridge = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), str(directory)])
+    # The lock alone proves nothing: the bridge takes it before it starts sbatch.
+    try:
+        wait_until(started.exists)
+    except BaseException:
+        bridge.kill()
+        raise
+    return bridge, adapter(bin_dir)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_an_sbatch_that_outlives_the_bridge_is_noticed(tmp_path: Path) -> None:
+    bridge, slurm = submitting_bridge(tmp_path, "sleep 60")
+    try:
+        assert slurm.submission_may_run(tmp_path)
+        children = Path(f"/proc/{bridge.pid}/task/{bridge.pid}/children").read_text().split()
+    finally:
+        bridge.kill()
+        bridge.wait()
+    assert slurm.submission_may_run(tmp_path)
+    with pytest.raises(SubmissionAmbiguous, match="still runs"):
+        slurm.submit(submission(tmp_path))
+    for child in children:
+        os.killpg(int(child), 9)
+    wait_until(lambda: not slurm.submission_may_run(tmp_path))
+
+
+def test_an_orphaned_sbatch_is_ended_all_the_same(tmp_path: Path) -> None:
+    bridge, slurm = submitting_bridge(tmp_path, "sleep 600 & wait", timeout=3)
+    bridge.kill()
+    bridge.wait()
+    assert slurm.submission_may_run(tmp_path)
+    wait_until(lambda: not slurm.submission_may_run(tmp_path))
+
+
+def test_a_missing_program(tmp_path: Path) -> None:
+    (tmp_path / "timeout").symlink_to("/usr/bin/timeout")
+    nowhere = CliAdapter("isthmus-", environ={"PATH": str(tmp_path)})
+    with pytest.raises(SlurmError, match="squeue: not found in PATH"):
+        nowhere.jobs()
+    with pytest.raises(SubmissionRefused) as caught:
+        nowhere.submit(submission(tmp_path))
+    assert caught.value.transient
+
+
+def test_a_failing_question_is_an_error_in_slurms_words(tmp_path: Path) -> None:
+    message = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+    bin_dir = programs(tmp_path, squeue=f"echo '{message}' >&2; exit 1")
+    with pytest.raises(SlurmError, match="squeue failed: slurm_load_jobs error: Unable to contact"):
+        adapter(bin_dir).jobs()
+
+
+CONFIG = (
+    "AccountingStorageType = accounting_storage/{}\nJobCompType = jobcomp/{}\nMaxArraySize = 1001\nClusterName = c\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("storage", "completion", "sacct", "expected"),
+    [
+        ("slurmdbd", "none", "exit 0", "sacct"),
+        ("none", "filetxt", "exit 0", "sacct -c"),
+        ("none", "filetxt", "echo 'sacct: fatal: open: Permission denied' >&2; exit 1", ""),
+        ("none", "none", "exit 0", ""),
+    ],
+)
+def test_who_keeps_the_accounts(tmp_path: Path, storage: str, completion: str, sacct: str, expected: str) -> None:
+    config = CONFIG.format(storage, completion) + "SLURM_VERSION = 22.05.8\n"
+    bin_dir = programs(tmp_path, scontrol=f"printf '%s' '{config}'", sacct=sacct)
+    description = adapter(bin_dir).describe()
+    assert (description.accounting, description.version, description.cluster) == (expected, "22.05.8", "c")
+    assert list(adapter(bin_dir).history(["isthmus-x"], 0.0)) == []
+
+
+def test_commands_are_bounded() -> None:
+    env = {"PATH": "/usr/bin:/bin"}
+    assert run(["/bin/sh", "-c", "echo out; echo err >&2; exit 3"], env=env, timeout=10) == Result(3, "out\n", "err\n")
+    with pytest.raises(CommandOutputTooLong):
+        run(["/bin/sh", "-c", "yes"], env=env, timeout=10, max_output=1000)
+    with pytest.raises(CommandTimeout):
+        run(["/bin/sleep", "60"], env=env, timeout=0.2)
+    assert len(run(["/bin/sh", "-c", "head -c 200000 /dev/zero >&2"], env=env, timeout=10).errors) == 65536
+    with pytest.raises(OSError, match="No such file"):
+        run(["/no/such"], env=env, timeout=1)

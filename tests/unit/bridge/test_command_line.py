@@ -1,0 +1,124 @@
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from isthmus_bridge.cli import main
+from isthmus_bridge.status import StatusFile
+from isthmus_contracts.pki import Credentials
+
+from .world import KEY, OPERATOR, World
+
+
+def policy_file(folder: Path, **changes: object) -> Path:
+    content = {
+        "site": "lumi",
+        "run_dir": str(folder / "run"),
+        "tls_dir": str(folder / "certs" / "server"),
+        "identities": [{"uri": "isthmus://operator/prod", "namespaces": ["team-*"]}],
+        "partitions": ["main", "debug"],
+        "environments": {"venv": {"venv": "/usr"}},
+        "slurm": {"bin_dir": str(folder / "bin")},
+        **changes,
+    }
+    path = folder / "policy.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_certificates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "certs"
+    arguments = ["certs", "--dir", str(folder), "--host", "login1.example", "--operator", "prod"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "isthmus://operator/prod" in said and "login1.example" in said
+    assert oct((folder / "ca.key").stat().st_mode & 0o777) == "0o600"
+    authority = (folder / "ca.crt").read_bytes()
+    for name in ("server", "operator-prod"):
+        assert Credentials.read(folder / name).ca == authority
+    assert main(["certs", "--dir", str(folder), "--operator", "second"]) == 0
+    assert (folder / "ca.crt").read_bytes() == authority, "the authority must stay"
+    assert Credentials.read(folder / "operator-second").ca == authority
+    assert main(["certs", "--dir", str(folder), "--operator", "a/../b"]) == 2
+    assert main(["certs", "--dir", str(folder)]) == 2
+
+
+def test_check_explains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["certs", "--dir", str(tmp_path / "certs"), "--host", "localhost", "--operator", "prod"])
+    capsys.readouterr()
+    path = policy_file(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho 'squeue: error: no controller' >&2\nexit 1\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    assert main(["check", "--policy", str(path), "--identity", "isthmus://operator/prod"]) == 1
+    said = capsys.readouterr().out
+    assert "namespaces: team-*" in said and "partitions: main, debug (default: main)" in said
+    assert "problem: slurm: squeue failed: squeue: error: no controller" in said
+    main(["check", "--policy", str(path), "--identity", "isthmus://operator/none"])
+    assert "isthmus://operator/none may do nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "doctor", "status"])
+def test_a_bad_policy_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    path = policy_file(tmp_path, partitions=[], colour="red")
+    assert main([command, "--policy", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"isthmus-bridge: {path}: ") and "colour: unknown field" in line and "partitions: " in line
+
+
+def test_serve_without_certificates_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["serve", "--policy", str(policy_file(tmp_path)), "--listen", "127.0.0.1:0", "--metrics-listen", "off"])
+        == 1
+    )
+    assert capsys.readouterr().err.splitlines()[-1].startswith("isthmus-bridge: cannot serve at 127.0.0.1:0 with ")
+
+
+def test_status_shows_what_the_bridge_wrote_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = policy_file(tmp_path)
+    assert main(["status", "--policy", str(path)]) == 1
+    assert "the bridge has never run with this policy" in capsys.readouterr().err
+    world = World(tmp_path)
+    world.ensure()
+    world.slurm.arrays[0].states = ["RUNNING", "PENDING", "FAILED"]
+    world.tick()
+    (tmp_path / "run").mkdir(exist_ok=True)
+    file = StatusFile(tmp_path / "run" / "status.json")
+    file.update([world.entry()], time.time())
+    assert main(["status", "--policy", str(path)]) == 0
+    head, columns, row = capsys.readouterr().out.splitlines()
+    assert head.startswith("the bridge runs (pid ") and head.endswith("; 1 live pools")
+    assert columns.split() == [
+        "KEY",
+        "POOL",
+        "CALLER",
+        "PHASE",
+        "JOB",
+        "QUEUED",
+        "RUNNING",
+        "DONE",
+        "FAILED",
+        "SINCE",
+        "WHY",
+    ]
+    assert row.split()[:9] == [KEY, "default/fashion/lumi", OPERATOR, "RUNNING", "100", "1", "1", "0", "1"]
+    assert row.endswith("task 2: FAILED")
+    assert oct((tmp_path / "run" / "status.json").stat().st_mode & 0o777) == "0o600"
+    file.update([], time.time() - 1000)
+    main(["status", "--policy", str(path)])
+    assert "does not run, or hangs" in capsys.readouterr().out
+    assert world.journal is not None
+    world.journal.close()
+
+
+def test_doctor_without_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = policy_file(tmp_path)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("sbatch", "squeue", "scancel", "scontrol", "sacct", "sinfo"):
+        (programs / name).write_text('#!/bin/sh\necho "$0: no controller" >&2\nexit 1\n')
+        (programs / name).chmod(0o755)
+    assert main(["doctor", "--policy", str(path)]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("PROBLEM  CLI adapter: does not work: scontrol failed") and last.endswith("no controller")

@@ -1,0 +1,252 @@
+"""The batch script: hostile values stay values. Rendered, read by bash, and run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from isthmus_bridge.access import Grant, decide
+from isthmus_bridge.policy import Policy
+from isthmus_bridge.script import _only_safe, comment, quote, render
+from isthmus_contracts.pb import bridge_pb2 as pb
+
+from .world import KEY, policy, spec
+
+# Writes what it was given, and who it is told to be.
+PROBE = (
+    "import json, os, sys; json.dump({'argv': sys.argv[1:], 'env': dict(os.environ), 'cwd': os.getcwd()},"
+    " open(os.path.join(os.environ['ISTHMUS_TLS_DIR'], 'seen'), 'w'))"
+)
+PYTHON = sys.executable
+
+# Everything that protobuf can carry, save NUL, which is refused before.
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
+NASTY = st.sampled_from(
+    ["$(touch /tmp/owned)", "`id`", "'; exit 9 #", '"$HOME"', "a\nb", "%x%j%a", "-rf", "--", "\\", "!!", "${x:=1}", "*",
+     "a[$(touch /tmp/owned)]", "~", "\t", "é€😀", "\x1b[31m", "{{ 7*7 }}", "{% raw %}", "{tls_dir}", "$'\\x41'",
+     "\r", ""]
+)  # fmt: skip
+VALUE = st.one_of(NASTY, TEXT, st.tuples(NASTY, TEXT).map("".join))
+# Names that the script uses itself, or that mean something to bash.
+NAMES = st.one_of(
+    st.sampled_from(["run", "index", "work_dir", "code", "stage", "child", "signalled", "launcher", "note", "init",
+                     "PWD", "_", "OPTIND", "HOME"]),
+    st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,12}", fullmatch=True),
+)  # fmt: skip
+# bash sets or guards these itself; a job that names them gets bash's values.
+BASH_OWN = {"_", "UID", "EUID", "PPID", "BASHOPTS", "SHELLOPTS", "PATH"}
+
+SITE_ENVIRONMENTS = {
+    "plain": {"prefix": ["env"]},
+    "nowhere": {"prefix": ["no-such-launcher", "--"]},
+    "venv": {"venv": "/opt/a venv"},
+    "modules": {"modules": ["cray-python/3.11", "it's"], "venv": "/opt/v"},
+    "apptainer": {"apptainer": "/images/isthmus 1.sif", "options": ["--nv"]},
+    "container": {
+        "prefix": [
+            "ch-run", "--bind={tls_dir}:/mnt/0", "--bind={work_dir}:/mnt/1", "--bind={data}:/mnt/2", "{image}", "--",
+        ],
+        "images": ["*"],
+        "inside": {"tls_dir": "/mnt/0", "work_dir": "/mnt/1", "data": "/mnt/2"},
+    },
+    "set-up": {"prefix": ["env"], "setup": ["export SITE='a b'", "false", "touch never"], "env": {"N": 1.5}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    root = tmp_path_factory.mktemp("it's $HOME & co")
+    return policy(root, environments=SITE_ENVIRONMENTS, data_sets={"cohort-a": "/data/co hort"}, env_denied=[])
+
+
+def rendered(site: Policy, request: pb.PoolSpec) -> str:
+    grant = decide(site, site.identities[0], request)
+    assert isinstance(grant, Grant)
+    run_dir = site.run_dir / KEY
+    return render(KEY, request, grant, run_dir, run_dir / "tls")
+
+
+def run(site: Policy, request: pb.PoolSpec, index: int = 1, **env: str) -> "subprocess.CompletedProcess[str]":
+    run_dir = site.run_dir / KEY
+    for name in ("tls", "tasks", "work", "logs"):
+        (run_dir / name).mkdir(parents=True, exist_ok=True)
+    path = run_dir / "batch.sh"
+    path.write_text(rendered(site, request), encoding="utf-8")
+    outer = {"PATH": "/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": str(index), "SLURM_ARRAY_JOB_ID": "77", **env}
+    return subprocess.run(["/bin/bash", path], env=outer, capture_output=True, text=True, timeout=30, check=False)
+
+
+def seen(site: Policy) -> dict[str, object]:
+    content: dict[str, object] = json.loads((site.run_dir / KEY / "tls" / "seen").read_text())
+    return content
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(arguments=st.lists(VALUE, max_size=6), variables=st.dictionaries(NAMES, VALUE, max_size=6))
+@example(arguments=["-c", "--", "-x"], variables={"launcher": "/bin/false", "index": "9", "run": "/etc", "IFS": "/"})
+def test_the_script_gets_exactly_its_arguments_and_variables(
+    site: Policy, arguments: list[str], variables: dict[str, str]
+) -> None:
+    request = spec(command=[PYTHON, "-c", PROBE, *arguments], env=variables)
+    result = run(site, request)
+    assert result.returncode == 0, result.stderr
+    got = seen(site)
+    assert got["argv"] == arguments
+    env = got["env"]
+    assert isinstance(env, dict)
+    for name, value in variables.items():
+        if name not in BASH_OWN:
+            assert env[name] == value
+    assert env["ISTHMUS_INDEX"] == "1" and env["ISTHMUS_JOB_UID"] == request.job_uid
+    assert not Path("/tmp/owned").exists()  # noqa: S108
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    environment=st.sampled_from(sorted(SITE_ENVIRONMENTS)),
+    arguments=st.lists(VALUE, min_size=1, max_size=4),
+    variables=st.dictionaries(NAMES, VALUE, max_size=4),
+    data=st.sampled_from(["", "cohort-a"]),
+)
+def test_every_environment_renders_to_what_bash_reads(
+    site: Policy, environment: str, arguments: list[str], variables: dict[str, str], data: str
+) -> None:
+    text = rendered(site, spec(environment=environment, command=arguments, env=variables, data_ref=data, image="x/y:1"))
+    checked = subprocess.run(["/bin/bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("environment", sorted(SITE_ENVIRONMENTS))
+def test_shellcheck(site: Policy, environment: str, tmp_path: Path, require: object) -> None:
+    import shutil
+
+    assert callable(require)
+    require(shutil.which("shellcheck") is not None, "install Debian's package shellcheck")
+    path = tmp_path / "batch.sh"
+    path.write_text(rendered(site, spec(environment=environment, image="x/y:1", data_ref="cohort-a")))
+    checked = subprocess.run(["shellcheck", "-S", "warning", path], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_no_variable_of_bashs_own_makes_it_run_the_value(site: Policy, tmp_path: Path) -> None:
+    listed = subprocess.run(["/bin/bash", "-c", "compgen -v"], capture_output=True, text=True, check=True)
+    names = listed.stdout.split()
+    names += ["RANDOM", "SRANDOM", "SECONDS", "LINENO", "HISTCMD", "EPOCHSECONDS", "BASHPID", "OPTIND", "COLUMNS",
+              "BASH_COMPAT", "BASH_XTRACEFD", "DIRSTACK", "FUNCNAME", "IGNOREEOF", "TMOUT"]  # fmt: skip
+    owned = tmp_path / "owned"
+    variables = dict.fromkeys(names, f"a[$(touch {owned})]")
+    for name in ("PATH", "BASH_ENV", "ENV", "LD_PRELOAD"):
+        variables.pop(name, None)
+    result = run(site, spec(command=[PYTHON, "-c", PROBE], env=variables))
+    assert not owned.exists()
+    assert result.returncode == 0, result.stderr
+    env = seen(site)["env"]
+    assert isinstance(env, dict)
+    assert env["RANDOM"] == env["OPTIND"] == f"a[$(touch {owned})]"
+
+
+def test_what_the_task_is_told(site: Policy) -> None:
+    result = run(site, spec(command=[PYTHON, "-c", PROBE], data_ref="cohort-a", attempt=4), 2, SLURM_RESTART_COUNT="3")
+    assert result.returncode == 0, result.stderr
+    env, run_dir = seen(site)["env"], site.run_dir / KEY
+    assert isinstance(env, dict)
+    told = {name: value for name, value in env.items() if name.startswith("ISTHMUS_")}
+    assert told == {
+        "ISTHMUS_ENDPOINT": "aggregator.example:7443",
+        "ISTHMUS_SERVER_NAME": "5e2b-uid.aggregator.isthmus.dev",
+        "ISTHMUS_TLS_DIR": str(run_dir / "tls"),
+        "ISTHMUS_JOB_UID": "5e2b-uid",
+        "ISTHMUS_JOB": "default/fashion",
+        "ISTHMUS_POOL": "lumi",
+        "ISTHMUS_POOL_SIZE": "3",
+        "ISTHMUS_INDEX": "2",
+        "ISTHMUS_CLIENT": "4",
+        "ISTHMUS_CLIENTS": "5",
+        "ISTHMUS_ATTEMPT": "4003",
+        "ISTHMUS_DATA": "/data/co hort",
+    }
+    assert env["PYTHONUNBUFFERED"] == "1"
+    assert seen(site)["cwd"] == str(run_dir / "work" / "2")
+    assert (run_dir / "tasks" / "2.exit").read_text() == "77 3 0\n"
+
+
+@pytest.mark.parametrize("code", [0, 1, 7, 143])
+def test_the_exit_code_is_the_commands(site: Policy, code: int) -> None:
+    assert run(site, spec(command=["sh", "-c", f"exit {code}"])).returncode == code
+    assert (site.run_dir / KEY / "tasks" / "1.exit").read_text() == f"77 0 {code}\n"
+
+
+def test_a_command_that_is_not_there(site: Policy) -> None:
+    result = run(site, spec(command=["no-such-program"]))
+    assert result.returncode == 127
+    assert "no-such-program" in result.stderr
+
+
+def test_a_failing_set_up_ends_the_task(site: Policy) -> None:
+    result = run(site, spec(environment="set-up", command=["touch", "never"]))
+    assert result.returncode == 1
+    assert "the task failed while preparing the environment" in result.stderr
+    assert not (site.run_dir / KEY / "work" / "1" / "never").exists()
+
+
+def test_a_container_is_told_the_paths_inside_of_it(site: Policy, tmp_path: Path) -> None:
+    program = tmp_path / "ch-run"
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$ISTHMUS_TLS_DIR" "$ISTHMUS_DATA"\n')
+    program.chmod(0o755)
+    request = spec(environment="container", command=["python3", "x y"], data_ref="cohort-a", image="reg/x:1",
+                   env={"PATH": "/elsewhere"})  # fmt: skip
+    run_dir = site.run_dir / KEY
+    binds = [f"--bind={run_dir}/tls:/mnt/0", f"--bind={run_dir}/work/1:/mnt/1"]
+    command = ["reg/x:1", "--", "python3", "x y"]
+    result = run(site, request, PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert result.stdout.splitlines() == [*binds, "--bind=/data/co hort:/mnt/2", *command, "/mnt/0", "/mnt/2"]
+    request.data_ref = ""
+    result = run(site, request, PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert result.stdout.splitlines() == [*binds, *command, "/mnt/0", ""], "an argument with {data} goes without it"
+
+
+def test_a_prefix_that_the_node_lacks(site: Policy) -> None:
+    result = run(site, spec(environment="nowhere"))
+    assert (result.returncode, result.stderr.strip()) == (
+        127,
+        "isthmus: no-such-launcher is not on this node\n"
+        "isthmus: the task failed while preparing the environment (exit code 127)",
+    )
+
+
+@pytest.mark.parametrize(("handler", "code"), [("trap 'echo bye; exit 5' TERM;", 5), ("", 143)])
+def test_sigterm_reaches_the_script_and_its_own_end_counts(site: Policy, handler: str, code: int) -> None:
+    run(site, spec(command=["true"]))  # lays the directories out
+    path, ready = site.run_dir / KEY / "batch.sh", site.run_dir / KEY / "work" / "1" / "ready"
+    ready.unlink(missing_ok=True)
+    command = ["sh", "-c", f"{handler} touch ready; while :; do sleep 0.05; done"]
+    path.write_text(rendered(site, spec(command=command)))
+    env = {"PATH": "/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "77"}
+    process = subprocess.Popen(["/bin/bash", path], env=env, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
+    while not ready.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)  # to the batch shell alone, as Slurm does
+    assert process.wait(20) == code
+    assert (site.run_dir / KEY / "tasks" / "1.exit").read_text() == f"77 0 {code}\n"
+
+
+def test_the_template_cannot_forget_to_quote() -> None:
+    with pytest.raises(TypeError, match="unquoted value"):
+        _only_safe("text")
+    assert _only_safe(quote("a b")) == "'a b'"
+    with pytest.raises(ValueError, match="NUL"):
+        quote("a\0b")
+
+
+def test_the_comment_in_the_queue() -> None:
+    assert comment(spec()) == "isthmus default/fashion/lumi"
+    assert comment(spec(job="a b\n%j")) == "isthmus default/a_b__j/lumi"

@@ -1,0 +1,208 @@
+"""Over real gRPC with mutual TLS; only Slurm is imagined."""
+
+import contextlib
+import datetime as dt
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from isthmus_bridge.server import Bridge
+from isthmus_bridge.service import MAX_WATCHERS_PER_CALLER
+from isthmus_contracts.identities import operator_identity
+from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.pb import bridge_pb2_grpc as rpc
+from isthmus_contracts.pki import Authority
+from isthmus_contracts.transport import channel
+
+from .world import KEY, NAME, FakeSlurm, policy, spec
+
+DAY = dt.timedelta(days=1)
+Connect = Callable[[str], rpc.BridgeStub]
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority.create("site", DAY)
+
+
+@pytest.fixture
+def slurm() -> FakeSlurm:
+    return FakeSlurm(time.time)
+
+
+@pytest.fixture
+def bridge(tmp_path: Path, authority: Authority, slurm: FakeSlurm) -> Iterator[Bridge]:
+    authority.issue("localhost", DAY, hosts=["localhost"]).write(tmp_path / "tls")
+    site = policy(tmp_path, listen="127.0.0.1:0", metrics_listen=None,
+                  slurm={"poll_seconds": 0.1, "absence_seconds": 1, "absence_lookups": 2})  # fmt: skip
+    running = Bridge(site, slurm)
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def connect(bridge: Bridge, authority: Authority) -> Iterator[Connect]:
+    channels: list[grpc.Channel] = []
+
+    def open_one(cluster: str = "prod", by: Authority = authority) -> rpc.BridgeStub:
+        identity = cluster if ":" in cluster else operator_identity(cluster)
+        credentials = by.issue(cluster, DAY, uris=[identity])
+        if by is not authority:
+            credentials = type(credentials)(authority.certificate, credentials.certificate, credentials.key)
+        channels.append(channel(f"127.0.0.1:{bridge.port}", credentials, "localhost"))
+        return rpc.BridgeStub(channels[-1])
+
+    yield open_one
+    for one in channels:
+        one.close()
+
+
+def refused(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    error = caught.value
+    assert isinstance(error, grpc.Call)
+    return error.code(), error.details() or ""
+
+
+def ensure(stub: rpc.BridgeStub, key: str = KEY, **changes: object) -> pb.Pool:
+    return stub.EnsurePool(pb.EnsurePoolRequest(key=key, spec=spec(**changes)), timeout=20)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.02)
+
+
+def test_a_pools_life(connect: Connect, slurm: FakeSlurm) -> None:
+    stub = connect("prod")
+    pool = ensure(stub)
+    assert (pool.slurm_job_id, pool.desired) == ("100", 3)
+    assert ensure(stub).slurm_job_id == "100"
+    slurm.arrays[0].states = ["RUNNING"] * 3
+    eventually(lambda: stub.GetPool(pb.GetPoolRequest(key=KEY)).phase == pb.Pool.RUNNING)
+    cancelled = stub.CancelPool(pb.CancelPoolRequest(key=KEY, reason="done"), timeout=20)
+    assert (cancelled.phase, cancelled.message) == (pb.Pool.CANCELLED, "cancelled: done")
+    assert slurm.submissions == 1
+
+
+def test_status_codes(connect: Connect) -> None:
+    stub = connect("prod")
+    assert refused(lambda: ensure(stub, key="x"))[0] is grpc.StatusCode.INVALID_ARGUMENT
+    code, details = refused(lambda: ensure(stub, partition="gpu"))
+    assert code is grpc.StatusCode.PERMISSION_DENIED
+    assert details == "policy partitions: 'gpu' is not allowed for isthmus://operator/prod; allowed: main, debug"
+    ensure(stub)
+    code, details = refused(lambda: ensure(stub, replicas=2))
+    assert (code, "differs in: replicas" in details) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+    assert refused(lambda: stub.GetPool(pb.GetPoolRequest(key="no-such-pool")))[0] is grpc.StatusCode.NOT_FOUND
+
+
+def test_strangers_are_kept_out(connect: Connect, bridge: Bridge) -> None:
+    code, details = refused(lambda: connect("nobody").DescribeSite(pb.DescribeSiteRequest()))
+    assert code is grpc.StatusCode.PERMISSION_DENIED
+    assert details == "policy identities: 'isthmus://operator/nobody' is not known at this site"
+    elsewhere = Authority.create("another", DAY)
+    stranger = connect("prod", elsewhere)  # type: ignore[call-arg]
+    assert refused(lambda: stranger.DescribeSite(pb.DescribeSiteRequest(), timeout=5))[0] is grpc.StatusCode.UNAVAILABLE
+    with grpc.insecure_channel(f"127.0.0.1:{bridge.port}") as plain:
+        stub = rpc.BridgeStub(plain)
+        assert refused(lambda: stub.DescribeSite(pb.DescribeSiteRequest(), timeout=5))[0] is grpc.StatusCode.UNAVAILABLE
+
+
+def test_callers_see_only_their_own(connect: Connect) -> None:
+    ensure(connect("prod"))
+    other = connect("other")
+    assert refused(lambda: other.GetPool(pb.GetPoolRequest(key=KEY)))[0] is grpc.StatusCode.NOT_FOUND
+    assert refused(lambda: other.CancelPool(pb.CancelPoolRequest(key=KEY)))[0] is grpc.StatusCode.NOT_FOUND
+    assert refused(lambda: list(other.TailLog(pb.TailLogRequest(key=KEY))))[0] is grpc.StatusCode.NOT_FOUND
+    assert refused(lambda: ensure(other))[0] is grpc.StatusCode.ALREADY_EXISTS
+
+
+def test_watchers_hear_of_changes_at_once_and_skip_what_they_know(connect: Connect, slurm: FakeSlurm) -> None:
+    stub = connect("prod")
+    ensure(stub)
+    stream = stub.WatchPools(pb.WatchPoolsRequest())
+    heard: list[tuple[float, pb.Pool]] = []
+    threading.Thread(target=lambda: _collect(stream, heard), daemon=True).start()
+    eventually(lambda: bool(heard) and heard[-1][1].reason == "Resources")
+    slurm.arrays[0].states[0] = "RUNNING"
+    changed = time.monotonic()
+    eventually(lambda: heard[-1][1].running == 1)
+    assert heard[-1][0] - changed < 2.0
+    stream.cancel()
+    versions = [pool.version for _, pool in heard]
+    assert versions == sorted(set(versions))
+    again = stub.WatchPools(pb.WatchPoolsRequest(since=versions[-1]), timeout=1.5)
+    assert refused(lambda: list(again))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def _collect(stream: Iterator[pb.Pool], heard: list[tuple[float, pb.Pool]]) -> None:
+    with contextlib.suppress(grpc.RpcError):
+        for pool in stream:
+            heard.append((time.monotonic(), pool))
+
+
+def test_watchers_are_limited(connect: Connect) -> None:
+    stub = connect("prod")
+    ensure(stub)
+    streams = [stub.WatchPools(pb.WatchPoolsRequest()) for _ in range(MAX_WATCHERS_PER_CALLER)]
+    assert [next(iter(stream)).key for stream in streams] == [KEY] * MAX_WATCHERS_PER_CALLER
+    assert refused(lambda: next(iter(stub.WatchPools(pb.WatchPoolsRequest()))))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    for stream in streams:
+        stream.cancel()
+
+    def admitted() -> bool:
+        try:
+            return next(iter(stub.WatchPools(pb.WatchPoolsRequest(), timeout=5))).key == KEY
+        except grpc.RpcError:
+            return False
+
+    eventually(admitted)
+
+
+def test_tails_are_bounded(connect: Connect, bridge: Bridge, tmp_path: Path) -> None:
+    stub = connect("prod")
+    ensure(stub)
+    log = tmp_path / "run" / KEY / "logs" / "1.log"
+    log.write_bytes(b"".join(b"%07d\n" % number for number in range(100_000)) + b"\xff end\n")
+
+    def tail(lines: int) -> list[str]:
+        chunks = stub.TailLog(pb.TailLogRequest(key=KEY, index=1, lines=lines))
+        return b"".join(chunk.data for chunk in chunks).decode().splitlines()
+
+    assert tail(2) == ["0099999", "\ufffd end"]
+    assert len(tail(0)) == 20
+    assert len(tail(4_000_000)) == 1000
+    assert (
+        refused(lambda: list(stub.TailLog(pb.TailLogRequest(key=KEY, index=3))))[0] is grpc.StatusCode.INVALID_ARGUMENT
+    )
+    assert list(stub.TailLog(pb.TailLogRequest(key=KEY, index=0))) == []
+    log.unlink()
+    log.symlink_to("/etc/passwd")
+    assert tail(5) == [], "a log that is a link leads elsewhere"
+
+
+def test_describe(connect: Connect) -> None:
+    site = connect("prod").DescribeSite(pb.DescribeSiteRequest())
+    assert (site.name, site.slurm_version, site.cluster) == ("test", "22.05.8", "fake")
+    assert (list(site.partitions), list(site.environments)) == (["main", "debug"], ["plain"])
+
+
+def test_many_requests_for_one_key_at_once_submit_once(connect: Connect, slurm: FakeSlurm) -> None:
+    stub = connect("prod")
+    ids: list[str] = []
+    threads = [threading.Thread(target=lambda: ids.append(ensure(stub).slurm_job_id)) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ids == ["100"] * 16
+    assert len(slurm.living(NAME)) == 1

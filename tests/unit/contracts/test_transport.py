@@ -1,0 +1,69 @@
+"""Certificates that are renewed while a server runs."""
+
+import datetime as dt
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc import aio
+
+from isthmus_contracts.pki import Authority, Credentials
+from isthmus_contracts.transport import aio_channel, renewed_server_credentials
+
+_DAY = dt.timedelta(days=1)
+
+
+@pytest.fixture
+def authority() -> Authority:
+    return Authority.create("job", _DAY)
+
+
+@pytest.fixture
+async def port(authority: Authority, tmp_path: Path) -> AsyncIterator[int]:
+    """A server whose certificate ends in a moment: it is still good for this test."""
+    authority.issue("server", dt.timedelta(seconds=1), hosts=["127.0.0.1"]).write(tmp_path)
+
+    async def answer(request: bytes, context: Any) -> bytes:
+        return request
+
+    server = aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(answer)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("S", {"Echo": handler}),))
+    port = server.add_secure_port("127.0.0.1:0", renewed_server_credentials(tmp_path))
+    await server.start()
+    yield port
+    await server.stop(0)
+
+
+async def echo(channel: aio.Channel) -> bytes:
+    return bytes(await channel.unary_unary("/S/Echo")(b"x", timeout=10))
+
+
+async def test_a_renewed_certificate_costs_no_connection(authority: Authority, port: int, tmp_path: Path) -> None:
+    client = authority.issue("client", _DAY, uris=["isthmus://x"])
+    async with aio_channel(f"127.0.0.1:{port}", client) as kept:
+        # Renewed before anybody had connected: with the first one, which may be over by now, nobody could.
+        authority.issue("server", _DAY, hosts=["127.0.0.1"]).write(tmp_path)
+        assert await echo(kept) == b"x"
+        before = Credentials.read(tmp_path)
+        authority.issue("server", _DAY, hosts=["127.0.0.1"]).write(tmp_path)
+        assert Credentials.read(tmp_path) != before
+        assert await echo(kept) == b"x"
+        async with aio_channel(f"127.0.0.1:{port}", client) as fresh:
+            assert await echo(fresh) == b"x"
+        # Files that are half there, as in the middle of a renewal, change nothing.
+        (tmp_path / "tls.key").unlink()
+        async with aio_channel(f"127.0.0.1:{port}", client) as fresh:
+            assert await echo(fresh) == b"x"
+
+
+async def test_strangers_are_refused_all_the_same(port: int, tmp_path: Path) -> None:
+    other = Authority.create("other", _DAY)
+    stranger = Credentials(
+        Credentials.read(tmp_path).ca, *list(vars(other.issue("c", _DAY, uris=["isthmus://x"])).values())[1:]
+    )
+    async with aio_channel(f"127.0.0.1:{port}", stranger) as channel:
+        with pytest.raises(aio.AioRpcError):
+            await echo(channel)

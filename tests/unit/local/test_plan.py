@@ -1,0 +1,93 @@
+"""Clients, command lines and environments of a local run."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from isthmus.local.plan import LocalClient, backoff, client_environment, local_clients, local_command
+from isthmus_contracts.manifest import FederatedJob, parse_federated_job
+
+
+@pytest.fixture
+def job() -> FederatedJob:
+    return parse_federated_job(
+        {
+            "apiVersion": "isthmus.dev/v1alpha1",
+            "kind": "FederatedJob",
+            "metadata": {"name": "demo", "namespace": "team"},
+            "spec": {
+                "rounds": 1,
+                "task": {"image": "i", "command": ["python"], "env": [{"name": "ALPHA", "value": "0.3"}]},
+                "pools": [
+                    {"name": "cloud", "replicas": 2, "cloud": {}},
+                    {"name": "site", "replicas": 1, "hpc": {"siteRef": {"name": "s"}, "environment": "e"}},
+                ],
+            },
+        }
+    )
+
+
+def environment(job: FederatedJob, base: dict[str, str], attempt: int = 0) -> dict[str, str]:
+    client = local_clients(job)[2]
+    return client_environment(base, job, "uid-1", client, attempt, "127.0.0.1:1", Path("/tls"), Path("/scratch"))
+
+
+def test_clients_of_both_worlds_are_numbered_through(job: FederatedJob) -> None:
+    assert local_clients(job) == [
+        LocalClient("cloud", 0, 2, 0),
+        LocalClient("cloud", 1, 2, 1),
+        LocalClient("site", 0, 1, 2),
+    ]
+
+
+@pytest.mark.parametrize("name", ["python", "python3"])
+def test_python_is_our_own_interpreter(name: str) -> None:
+    assert local_command([name, "-m", "x"]) == [sys.executable, "-m", "x"]
+
+
+def test_other_programs_are_left_alone() -> None:
+    assert local_command(["torchrun", "python"]) == ["torchrun", "python"]
+
+
+def test_a_client_is_told_its_place(job: FederatedJob) -> None:
+    told = environment(job, {}, attempt=2)
+    assert {name: value for name, value in told.items() if name.startswith("ISTHMUS_")} == {
+        "ISTHMUS_ENDPOINT": "127.0.0.1:1",
+        "ISTHMUS_SERVER_NAME": "uid-1.aggregator.isthmus.dev",
+        "ISTHMUS_TLS_DIR": "/tls",
+        "ISTHMUS_JOB_UID": "uid-1",
+        "ISTHMUS_JOB": "team/demo",
+        "ISTHMUS_POOL": "site",
+        "ISTHMUS_INDEX": "0",
+        "ISTHMUS_POOL_SIZE": "1",
+        "ISTHMUS_CLIENT": "2",
+        "ISTHMUS_CLIENTS": "3",
+        "ISTHMUS_ATTEMPT": "2",
+        "ISTHMUS_SCRATCH": "/scratch",
+    }
+    assert told["ALPHA"] == "0.3"
+
+
+def test_the_users_environment_reaches_the_script_but_another_federations_does_not(job: FederatedJob) -> None:
+    told = environment(job, {"HOME": "/h", "ALPHA": "9", "ISTHMUS_POOL": "other", "ISTHMUS_DATA": "/d"})
+    assert (told["HOME"], told["ALPHA"], told["ISTHMUS_POOL"], told["ISTHMUS_DATA"]) == ("/h", "0.3", "site", "/d")
+
+
+def test_programs_beside_our_interpreter_are_found_first(job: FederatedJob) -> None:
+    assert environment(job, {"PATH": "/bin"})["PATH"] == f"{Path(sys.executable).parent}{os.pathsep}/bin"
+
+
+def test_clients_share_the_cores_unless_the_user_says_otherwise(
+    job: FederatedJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert environment(job, {})["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert environment(job, {})["OMP_NUM_THREADS"] == "4"
+    assert environment(job, {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+
+
+def test_waits_grow_up_to_a_limit() -> None:
+    assert [backoff(failures) for failures in (1, 2, 3, 5, 6, 50)] == [1.0, 2.0, 4.0, 16.0, 30.0, 30.0]

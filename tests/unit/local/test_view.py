@@ -1,0 +1,50 @@
+"""What a user reads, in a pipe and in a terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from isthmus.local.rounds import Round
+from isthmus.local.view import LiveView, PlainView, PoolView, Snapshot, format_value, round_line
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.0000"), (0.91234, "0.9123"), (12.5, "12.5000"), (3.2e-5, "3.2e-05"), (1.5e6, "1.5e+06")],
+)
+def test_values_are_short(value: float, text: str) -> None:
+    assert format_value(value) == text
+
+
+def test_a_round_is_one_line() -> None:
+    line = round_line(Round(3, 0.52, 4, {"train_loss": 0.25, "accuracy": 0.9}), 20)
+    assert line == "round 3/20: 4 updates, accuracy 0.9000, train_loss 0.2500, 0.52 s"
+    line = round_line(Round(3, 0.52, 2, {"accuracy": 0.9}, late=1, failed=2), 20)
+    assert line == "round 3/20: 2 updates, 1 late, 2 failed, accuracy 0.9000, 0.52 s"
+    assert round_line(Round(1, 2.0, 1), 1) == "round 1/1: 1 update, 2.00 s"
+
+
+def test_a_pipe_gets_each_activity_once_and_problems_on_the_side() -> None:
+    out, err = io.StringIO(), io.StringIO()
+    view = PlainView(2, out, err)
+    for activity in ("starting", "starting", "training"):
+        view.show(Snapshot(activity, 0, 2))
+    view.tell_round(Round(1, 1.0, 2))
+    view.warn("oh")
+    view.close()
+    assert out.getvalue().splitlines() == ["starting", "training", "round 1/2: 2 updates, 1.00 s"]
+    assert err.getvalue() == "oh\n"
+
+
+def test_a_terminal_gets_a_bar_and_a_table() -> None:
+    screen = io.StringIO()
+    view = LiveView(Console(file=screen, force_terminal=True, width=120, highlight=False), 20)
+    pools = [PoolView("cloud", "cloud", 2, 2, 1, 0), PoolView("lumi", "hpc", 4, 3, 3, 1)]
+    view.show(Snapshot("training", 7, 20, pools))
+    view.tell_round(Round(7, 1.0, 5, {"accuracy": 0.875}))
+    view.warn("lumi-3 is [given] up")
+    view.close()
+    text = screen.getvalue()
+    for part in ("training", "7/20", "cloud", "lumi", "accuracy 0.8750", "lumi-3 is [given] up", "left"):
+        assert part in text

@@ -1,0 +1,36 @@
+"""Flags and their environment."""
+
+import pytest
+
+from isthmus_operator.__main__ import parse
+
+
+def test_flags() -> None:
+    settings = parse(["-n", "a", "--namespace=b", "--cluster=c1", "--resync", "1.5", "--workers=2"])
+    assert settings.namespaces == ("a", "b")
+    assert (settings.cluster, settings.resync, settings.workers) == ("c1", 1.5, 2)
+    assert (settings.metrics, settings.health) == ("0.0.0.0:8080", "0.0.0.0:8081")
+    assert parse(["-A"]).namespaces == ()
+
+
+def test_the_environment_stands_in_for_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_NAMESPACES", "x,y")
+    monkeypatch.setenv("ISTHMUS_SITE_GIVE_UP", "60")
+    settings = parse([])
+    assert (settings.namespaces, settings.site_give_up) == (("x", "y"), 60.0)
+    assert parse(["--all-namespaces"]).namespaces == ()
+    monkeypatch.delenv("ISTHMUS_NAMESPACES")
+    monkeypatch.setenv("ISTHMUS_ALL_NAMESPACES", "1")
+    assert parse([]).namespaces == ()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["-A", "-n", "a"], ["-n", "Not-A-Name"], ["-A", "--resync=0"], ["-A", "--workers=none"],
+     ["-A", "--metrics=8080"], ["-A", "--log-level=loud"], ["-A", "--health=:99999"]],
+)  # fmt: skip
+def test_nonsense_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        parse(arguments)
+    assert error.value.code == 2
+    assert "isthmus-operator: error:" in capsys.readouterr().err

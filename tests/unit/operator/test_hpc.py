@@ -1,0 +1,230 @@
+"""HPC pools: submissions, attempts, cancellation."""
+
+import datetime as dt
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from isthmus_contracts.identities import FINALIZER
+from isthmus_operator import actions as act
+from isthmus_operator.draft import Limits
+from isthmus_operator.observed import Observed, PoolPhase, PoolProblem, PoolView, ProblemKind, ServiceView
+from isthmus_operator.plan import plan
+from isthmus_operator.record import AggregatorRecord, CloudRecord, HpcRecord, Record
+
+from .world import AUTHORITY, NOW, World, aggregator, client, job, of_kind, site, spec, standing
+
+LIMITS = Limits(cluster="c", site_give_up=3600)
+SPEC = spec(hpc=2)
+
+
+def record(**changes: Any) -> str:
+    """What is remembered while everything runs."""
+    pool = replace(HpcRecord("site", authority=AUTHORITY, seen=True), **changes)
+    return Record({"cloud": CloudRecord(2)}, {"lumi": pool}, AggregatorRecord("uid-aggregator")).dump()
+
+
+def around(view: PoolView | None = None, wanted: dict[str, Any] = SPEC, **changes: Any) -> Observed:
+    pods = (aggregator(), client(0), client(1))
+    pools = {"lumi": view} if view is not None else {}
+    return standing(wanted, pods=pods, pools=pools, **changes)
+
+
+def pool_status(decided: act.Plan) -> dict[str, Any]:
+    return next(dict(item) for item in decided.status["pools"] if item["name"] == "lumi")
+
+
+def unreachable(seconds: float = 5) -> dict[str, PoolProblem]:
+    return {"lumi": PoolProblem(ProblemKind.UNREACHABLE, "no route", NOW + dt.timedelta(seconds=seconds))}
+
+
+def test_a_pool_is_asked_for_once_the_address_is_known() -> None:
+    decided = plan(job(SPEC), around(service=ServiceView("")), NOW, LIMITS)
+    assert not of_kind(decided, act.EnsurePool)
+    assert pool_status(decided)["reason"] == "waits for the address at which the aggregator can be reached"
+    decided = plan(job(SPEC), around(), NOW, LIMITS)
+    (ensure,) = of_kind(decided, act.EnsurePool)
+    assert (ensure.site, ensure.secret) == ("site", "demo-lumi-tls")
+    assert ensure.spec.federation.endpoint == "10.96.0.7:7443"
+    assert (ensure.spec.first_client, ensure.spec.total_clients, ensure.spec.replicas) == (2, 4, 2)
+    assert list(ensure.spec.command) == ["python", "t.py"]
+    # The record is written first, so that the pool is found again whatever happens next.
+    assert isinstance(decided.actions[0], act.SaveJob)
+    assert Record.load(decided.actions[0].record or "").hpc["lumi"].site == "site"
+
+
+@pytest.mark.parametrize(
+    ("expose", "endpoint"),
+    [
+        ({"type": "NodePort"}, "192.0.2.7:31443"),
+        ({"type": "LoadBalancer"}, "lb.example:7443"),
+        ({"address": "gateway.example:443"}, "gateway.example:443"),
+        ({"type": "ClusterIP"}, "[fd00::7]:7443"),
+    ],
+)
+def test_where_hpc_clients_dial(expose: dict[str, Any], endpoint: str) -> None:
+    wanted = spec(hpc=2, aggregator={"expose": expose})
+    service = ServiceView("fd00::7", 31443, "lb.example")
+    observed = around(wanted=wanted, service=service, node_address="192.0.2.7")
+    (ensure,) = of_kind(plan(job(wanted), observed, NOW, LIMITS), act.EnsurePool)
+    assert ensure.spec.federation.endpoint == endpoint
+
+
+@pytest.mark.parametrize(("access", "via_bridge"), [("Direct", False), ("ViaBridge", True)])
+def test_the_site_says_how_its_nodes_reach_the_aggregator(access: str, via_bridge: bool) -> None:
+    sites = {"site": site().model_copy(update={"aggregator_access": access})}
+    (ensure,) = of_kind(plan(job(SPEC), around(sites=sites), NOW, LIMITS), act.EnsurePool)
+    assert ensure.spec.federation.via_bridge is via_bridge
+    assert ensure.spec.federation.endpoint == "10.96.0.7:7443"
+
+
+def test_the_same_attempt_has_the_same_key_after_a_restart() -> None:
+    first = of_kind(plan(job(SPEC), around(), NOW, LIMITS), act.EnsurePool)[0]
+    absent = around(PoolView(0, PoolPhase.ABSENT))
+    again = of_kind(plan(job(SPEC, record=record(seen=False)), absent, NOW, LIMITS), act.EnsurePool)[0]
+    assert first.key == again.key
+    assert first.spec == again.spec
+
+
+def test_a_time_limit_is_no_failure_and_costs_no_delay() -> None:
+    view = PoolView(4, PoolPhase.FAILED, failed=2, failure="task 0 TIMEOUT", timed_out=True)
+    decided = plan(job(SPEC, record=record(attempt=4, failures=3)), around(view), NOW, LIMITS)
+    (ensure,) = of_kind(decided, act.EnsurePool)
+    assert ensure.spec.attempt == 5
+    saved = decided.actions[0]
+    assert isinstance(saved, act.SaveJob)
+    assert Record.load(saved.record or "").hpc["lumi"].failures == 3
+
+
+def test_a_waiting_pool_shows_slurms_words() -> None:
+    moment = NOW.timestamp()
+    view = PoolView(
+        0,
+        PoolPhase.PENDING,
+        job_id="8123",
+        queued=2,
+        reason="Priority",
+        expected_start=moment,
+        submitted_at=moment,
+    )
+    decided = plan(job(SPEC, record=record()), around(view), NOW, LIMITS)
+    status = pool_status(decided)
+    assert status["reason"] == "Priority (expected start 2030-01-01T00:00Z)"
+    assert (status["queued"], status["jobs"]) == (2, ["8123"])
+    assert not of_kind(decided, act.EnsurePool)
+
+
+def test_a_site_that_is_down_is_shown_and_forgets_nothing() -> None:
+    view = PoolView(0, PoolPhase.PENDING, job_id="8123", queued=2)
+    before = plan(job(SPEC, record=record()), around(view), NOW, LIMITS).status
+    decided = plan(job(SPEC, record=record(), status=before), around(problems=unreachable()), NOW, LIMITS)
+    status = pool_status(decided)
+    assert status["reason"] == "SiteUnreachable: no route"
+    assert (status["queued"], status["jobs"]) == (2, ["8123"])
+    assert not decided.actions
+
+
+def test_a_denied_pool_names_the_rule_and_the_job_goes_on_if_it_can() -> None:
+    problem = PoolProblem(ProblemKind.DENIED, "rule partitions: gpu is not yours", NOW + dt.timedelta(seconds=60))
+    decided = plan(job(SPEC, record=record(seen=False)), around(problems={"lumi": problem}), NOW, LIMITS)
+    assert pool_status(decided)["reason"] == "PolicyDenied: rule partitions: gpu is not yours"
+    assert "Failed" not in {item["type"] for item in decided.status["conditions"]}
+    later = plan(
+        job(SPEC, record=record(seen=False)), around(problems={"lumi": problem}), NOW + dt.timedelta(seconds=61), LIMITS
+    )
+    assert of_kind(later, act.EnsurePool)
+
+
+def test_a_denied_pool_that_is_needed_fails_the_job() -> None:
+    world = World(spec(hpc=2, selection={"minClients": 3}))
+    world.denied = True
+    world.run()
+    assert world.condition("Failed") == "True/PolicyDenied"
+    assert "rule partitions: no" in world.job.status["message"]
+
+
+def test_a_pool_that_ended_early_is_submitted_anew_within_limits() -> None:
+    wanted = spec(hpc=2, backoffLimit=1)
+    ended = PoolView(0, PoolPhase.FAILED, job_id="17", failed=2, failure="task 1 FAILED (exit code 1)\nValueError: x")
+    first = plan(job(wanted, record=record()), around(ended, wanted), NOW, LIMITS)
+    assert not of_kind(first, act.EnsurePool)
+    assert "submitted anew in 10 s" in next(e.message for e in first.events if e.reason == "ClientFailed")
+    saved = of_kind(first, act.SaveJob)[0].record
+    entry = Record.load(saved).hpc["lumi"]
+    assert (entry.attempt, entry.failures) == (1, 1)
+    second = plan(job(wanted, record=saved), around(None, wanted), NOW + dt.timedelta(seconds=11), LIMITS)
+    (ensure,) = of_kind(second, act.EnsurePool)
+    assert ensure.spec.attempt == 1
+    again = record(attempt=1, failures=1)
+    over = plan(job(wanted, record=again), around(replace(ended, attempt=1), wanted), NOW, LIMITS)
+    assert Record.load(of_kind(over, act.SaveJob)[0].record).hpc["lumi"].over == "ClientFailed"
+    assert "ValueError: x" in pool_status(over)["reason"]
+
+
+def test_a_pool_that_waits_too_long_is_given_up() -> None:
+    wanted = spec(hpc=2)
+    wanted["pools"][1]["hpc"]["maxQueueSeconds"] = 60
+    view = PoolView(0, PoolPhase.PENDING, queued=2, reason="Resources", submitted_at=NOW.timestamp())
+    assert not plan(job(wanted, record=record()), around(view, wanted), NOW, LIMITS).actions
+    late = plan(job(wanted, record=record()), around(view, wanted), NOW + dt.timedelta(seconds=61), LIMITS)
+    assert of_kind(late, act.CancelPool)
+    assert pool_status(late)["reason"].startswith("QueueTimeout: waited in the queue for more than 60 s")
+    assert "QueueTimeout" in {event.reason for event in late.events}
+    # One that has run and was requeued is not.
+    assert not of_kind(
+        plan(job(wanted, record=record(ran=True)), around(view, wanted), NOW + dt.timedelta(seconds=61), LIMITS),
+        act.CancelPool,
+    )
+
+
+def test_the_last_attempts_tasks_that_ended_no_longer_count() -> None:
+    wanted = spec(cloud=0, hpc=3, backoffLimit=0, selection={"minClients": 3})
+    world = World(wanted)
+    world.trains = False
+    for _ in range(6):
+        world.step()
+        world.tick(5)
+    (key,) = world.pools
+    world.pools[key] = replace(world.pools[key], running=2, failed=1, failure="task 0 FAILED (exit code 1)\nOSError")
+    world.run()
+    assert world.condition("Failed") == "True/QuorumImpossible"
+    assert world.pools[key].phase is PoolPhase.CANCELLED
+
+
+def test_deletion_waits_for_the_site() -> None:
+    going = job(SPEC, record=record(), deleted=NOW)
+    decided = plan(going, around(problems=unreachable(-1)), NOW, LIMITS)
+    assert of_kind(decided, act.CancelPool)
+    assert not [item for item in of_kind(decided, act.SaveJob) if item.finalizers is not None]
+    assert decided.status["message"] == "cancelling pool lumi at site (no route)"
+    ended = plan(going, around(PoolView(0, PoolPhase.CANCELLED)), NOW, LIMITS)
+    assert ended.actions[-1] == act.SaveJob(finalizers=())
+
+
+def test_deletion_gives_up_in_the_end_and_says_so() -> None:
+    going = job(SPEC, record=record(), deleted=NOW, finalizers=("other", FINALIZER))
+    decided = plan(going, around(problems=unreachable()), NOW + dt.timedelta(hours=1, seconds=1), LIMITS)
+    assert decided.actions[-1] == act.SaveJob(finalizers=("other",))
+    assert [event.reason for event in decided.events] == ["SiteUnreachable"]
+    assert "lumi at site" in decided.events[0].message
+
+
+def test_an_unknown_key_is_cancelled_too_so_that_a_late_request_cannot_revive_it() -> None:
+    going = job(SPEC, record=record(seen=False), deleted=NOW)
+    decided = plan(going, around(PoolView(0, PoolPhase.ABSENT)), NOW, LIMITS)
+    assert of_kind(decided, act.CancelPool)
+
+
+def test_a_job_whose_site_never_let_it_in_can_go() -> None:
+    problem = PoolProblem(ProblemKind.DENIED, "who are you", NOW)
+    going = job(SPEC, record=record(seen=False), deleted=NOW)
+    assert plan(going, around(problems={"lumi": problem}), NOW, LIMITS).actions[-1] == act.SaveJob(finalizers=())
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_pool_that_the_manifest_no_longer_names_is_cancelled_all_the_same(accepted: bool) -> None:
+    going = job(spec(), record=record(), deleted=NOW)
+    observed = around(PoolView(0, PoolPhase.RUNNING, running=2))
+    decided = plan(going, observed if accepted else replace(observed, accepted=None), NOW, LIMITS)
+    assert [item.site for item in of_kind(decided, act.CancelPool)] == ["site"]

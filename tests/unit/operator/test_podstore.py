@@ -1,0 +1,100 @@
+"""What is known of pods, whatever order the news come in."""
+
+from typing import Any
+
+import pytest
+
+from isthmus_operator.podstore import PodStore, view
+
+from .world import UID
+
+
+def pod(name: str = "demo-cloud-0-0", version: int = 5, **status: Any) -> dict[str, Any]:
+    labels = {
+        "isthmus.dev/job": "demo", "isthmus.dev/job-uid": UID, "isthmus.dev/role": "client",
+        "isthmus.dev/pool": "cloud", "isthmus.dev/index": "0", "isthmus.dev/attempt": "0",
+    }  # fmt: skip
+    metadata = {"name": name, "uid": f"uid-{name}", "resourceVersion": str(version), "labels": labels}
+    return {"metadata": metadata, "spec": {"nodeName": "n1"}, "status": {"phase": "Pending", **status}}
+
+
+def phases(store: PodStore) -> list[str]:
+    return [item.phase for item in store.of(UID)]
+
+
+def test_an_older_version_does_not_replace_a_newer_one() -> None:
+    store = PodStore()
+    store.put(pod(version=7, phase="Running"))
+    store.put(pod(version=5))
+    assert phases(store) == ["Running"]
+
+
+def test_what_was_deleted_does_not_come_back_with_a_late_answer() -> None:
+    store = PodStore()
+    store.drop(pod(version=9))
+    store.put(pod(version=5))
+    assert phases(store) == []
+
+
+def test_a_list_sweeps_up_what_vanished_unseen_but_not_what_came_meanwhile() -> None:
+    store = PodStore()
+    store.put(pod("ghost"))
+    known = [item.uid for item in store.of(UID)]
+    store.put(pod("newcomer"))
+    store.replace(UID, [pod("listed")], known)
+    assert {item.name for item in store.of(UID)} == {"listed", "newcomer"}
+
+
+def test_a_new_pod_of_the_same_name() -> None:
+    store = PodStore()
+    store.put(pod(version=7, phase="Failed"))
+    successor = pod(version=2)
+    successor["metadata"]["uid"] = "another"
+    store.put(successor)
+    assert [item.uid for item in store.of(UID)] == ["another"]
+    store.drop(pod(version=9))
+    assert [item.uid for item in store.of(UID)] == ["another"]
+
+
+def terminated(**state: Any) -> dict[str, Any]:
+    return {"containerStatuses": [{"name": "client", "state": {"terminated": state}, "restartCount": 0}]}
+
+
+def test_a_failure_is_read_from_the_clients_own_container() -> None:
+    status = terminated(exitCode=1, reason="Error", message="boom", finishedAt="2030-01-01T00:00:00Z")
+    status["containerStatuses"].insert(0, {"name": "sidecar", "state": {"terminated": {"exitCode": 0}}})
+    seen = view(pod(**status, phase="Failed"))
+    assert (seen.exit_code, seen.message, seen.disrupted) == (1, "boom", False)
+    assert seen.finished is not None
+
+
+@pytest.mark.parametrize(
+    ("status", "disrupted"),
+    [
+        ({"reason": "Evicted", "message": "low on memory"}, True),
+        ({"conditions": [{"type": "DisruptionTarget", "status": "True"}]}, True),
+        (terminated(exitCode=137, reason="OOMKilled"), False),
+    ],
+)
+def test_who_ended_it(status: dict[str, Any], disrupted: bool) -> None:
+    assert view(pod(**status, phase="Failed")).disrupted is disrupted
+
+
+@pytest.mark.parametrize(
+    ("status", "waiting"),
+    [
+        ({"containerStatuses": [{"name": "client", "state": {"waiting": {"reason": "ContainerCreating"}}}]}, ""),
+        ({"containerStatuses": [{"name": "client", "state": {"waiting": {
+            "reason": "ImagePullBackOff", "message": "no such image"}}}]}, "ImagePullBackOff: no such image"),
+        ({"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3"}]},
+         "Unschedulable: 0/3"),
+    ],
+)  # fmt: skip
+def test_why_it_waits(status: dict[str, Any], waiting: str) -> None:
+    assert view(pod(**status)).waiting == waiting
+
+
+def test_foreign_labels_do_no_harm() -> None:
+    body = pod()
+    body["metadata"]["labels"]["isthmus.dev/index"] = "many"
+    assert view(body).index == 0

@@ -1,0 +1,120 @@
+"""The status: conditions, patches, decimals; and the record beside it."""
+
+import datetime as dt
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus_contracts.federatedjob_status import ConditionType, Reason
+from isthmus_operator.record import AggregatorRecord, ClientRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.status import StatusDraft, decimal, is_urgent, merge_patch, parse_timestamp, timestamp
+
+from .world import NOW, job
+
+LATER = NOW + dt.timedelta(minutes=5)
+
+
+def drafted(status: dict[str, Any], now: dt.datetime, value: bool, reason: Reason) -> dict[str, Any]:
+    draft = StatusDraft(job(status=status), now)
+    draft.set(ConditionType.QUORUM_REACHED, value, reason, "m")
+    return draft.content
+
+
+def test_a_transition_time_moves_only_with_the_status() -> None:
+    first = drafted({}, NOW, False, Reason.WAITING_FOR_CLIENTS)
+    again = drafted(first, LATER, False, Reason.SUSPENDED)
+    assert again["conditions"][0]["lastTransitionTime"] == timestamp(NOW)
+    assert again["conditions"][0]["reason"] == "SuspendedByUser"
+    turned = drafted(again, LATER, True, Reason.ENOUGH_CLIENTS)
+    assert turned["conditions"][0]["lastTransitionTime"] == timestamp(LATER)
+
+
+def test_a_condition_of_someone_else_is_never_lost() -> None:
+    other = {"type": "Audited", "status": "True", "reason": "ByHand", "lastTransitionTime": timestamp(NOW)}
+    content = drafted({"conditions": [other]}, NOW, True, Reason.ENOUGH_CLIENTS)
+    assert content["conditions"][0] == other
+    assert len(content["conditions"]) == 2
+
+
+json_values = st.recursive(
+    st.one_of(st.booleans(), st.integers(), st.text(max_size=3)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=2), inner, max_size=3)),
+    max_leaves=8,
+)
+objects = st.dictionaries(st.text(max_size=2), json_values, max_size=4)
+
+
+def applied(old: Any, patch: dict[str, Any]) -> dict[str, Any]:
+    """RFC 7396."""
+    result = dict(old) if isinstance(old, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, dict):
+            result[key] = applied(result.get(key), value)
+        else:
+            result[key] = value
+    return result
+
+
+@given(old=objects, new=objects)
+def test_a_patch_leads_from_old_to_new(old: dict[str, Any], new: dict[str, Any]) -> None:
+    assert applied(old, merge_patch(old, new)) == new
+    assert merge_patch(new, new) == {}
+
+
+def test_only_transitions_are_urgent() -> None:
+    before = drafted({}, NOW, False, Reason.WAITING_FOR_CLIENTS)
+    assert not is_urgent(before, {**before, "rounds": {"completed": 3}})
+    assert is_urgent(before, {**before, "phase": "Running"})
+    assert is_urgent(before, drafted(before, NOW, True, Reason.ENOUGH_CLIENTS))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.93612, "0.9361"), (1.0, "1"), (123456.0, "1.235e+05"), (1e-7, "1e-07"), (-0.5, "-0.5")]
+)
+def test_decimals_are_short(value: float, text: str) -> None:
+    assert decimal(value) == text
+
+
+def test_times() -> None:
+    assert parse_timestamp("2030-01-01T00:00:00Z") == NOW
+    assert timestamp(NOW) == "2030-01-01T00:00:00Z"
+    assert parse_timestamp("soon") is None
+    assert parse_timestamp(None) is None
+
+
+records = st.builds(
+    Record,
+    st.dictionaries(
+        st.text(max_size=4),
+        st.builds(
+            CloudRecord,
+            st.integers(0, 9),
+            st.dictionaries(st.integers(0, 9), st.builds(ClientRecord, *[st.integers(-1, 9)] * 3), max_size=3),
+        ),
+        max_size=3,
+    ),
+    st.dictionaries(
+        st.text(max_size=4), st.builds(HpcRecord, st.text(max_size=5), st.integers(0, 9), ran=st.booleans()), max_size=3
+    ),
+    st.builds(AggregatorRecord, st.text(max_size=3), *[st.integers(0, 9)] * 3),
+)
+
+
+@given(record=records)
+def test_a_record_survives_writing(record: Record) -> None:
+    assert Record.load(record.dump()) == record
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["nonsense", "[]", '{"cloud":{"a":{}}}', '{"cloud":{"a":{"started":1,"clients":{"0":[1,2,3,4]}}}}',
+     '{"hpc":{"a":{"attempt":1}}}', '{"hpc":{"a":{"site":"s","attempt":"1"}}}', '{"aggregator":{"x":1}}', "5",
+     '{"hpc":{"a":{"site":"s","ran":1}}}', '{"cloud":[]}'],
+)  # fmt: skip
+def test_a_damaged_record_is_told(text: str) -> None:
+    with pytest.raises(ValueError, match="record"):
+        Record.load(text)

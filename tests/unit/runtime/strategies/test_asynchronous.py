@@ -1,0 +1,79 @@
+"""FedBuff and FedAsync against their papers' formulas in NumPy; late updates under the other rules."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from isthmus.aggregator.history import rebase
+from isthmus.strategies import Update
+from isthmus.tensors import State
+
+from .rounds import array, make, model, run, updates
+
+
+def discounted(contributions: list[Update], discounts: list[float]) -> list[Update]:
+    return [replace(update, discount=discount) for update, discount in zip(contributions, discounts, strict=True)]
+
+
+def test_fedbuff_moves_by_the_mean_of_discounted_changes() -> None:
+    strategy, base, discounts = make("FedBuff", learningRate="0.5"), model(), [1.0, 0.5, 0.25]
+    for number in range(2):
+        contributions = discounted(updates(base, 3, seed=number), discounts)
+        total = sum(update.num_examples for update in contributions)
+        step = sum(
+            discount * update.num_examples / total * (array(update.tensors["w"]) - array(base["w"]))
+            for update, discount in zip(contributions, discounts, strict=True)
+        )
+        result = run(strategy, base, contributions)
+        np.testing.assert_allclose(array(result["w"]), array(base["w"]) + 0.5 * step, rtol=1e-5, atol=1e-6)
+        base = result
+
+
+def test_fedbuff_of_fresh_updates_is_fedavg() -> None:
+    base = model()
+    contributions = updates(base, 4, seed=3)
+    torch.testing.assert_close(run(make("FedBuff"), base, contributions), run(make("FedAvg"), base, contributions))
+
+
+def test_fedasync_mixes_updates_in_one_by_one() -> None:
+    base, discounts = model(), [1.0, 0.5]
+    contributions = discounted(updates(base, 2, seed=1), discounts)
+    expected = array(base["w"])
+    for update, discount in zip(contributions, discounts, strict=True):
+        share = 0.8 * discount
+        expected = (1 - share) * expected + share * array(update.tensors["w"])
+    result = run(make("FedAsync", mixing="0.8"), base, contributions)
+    np.testing.assert_allclose(array(result["w"]), expected, rtol=1e-5, atol=1e-6)
+    assert result["seen"].dtype == torch.int64
+    assert not make("FedAsync").rebases
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    ["FedAvg", "FedAvgM", "FedAdam", "FedNova", "QFedAvg", "SCAFFOLD", "FedDyn", "FedBuff"],
+)
+def test_a_discounted_update_counts_as_so_many_fewer_examples(algorithm: str) -> None:
+    base, scalars = model(), {"steps": 3.0, "travel": 0.3, "loss": 0.7}
+    whole = [replace(update, scalars=scalars) for update in updates(base, 3, seed=5)]
+    late = [*whole[:2], replace(whole[2], num_examples=whole[2].num_examples * 2, discount=0.5)]
+    once, twice = run(make(algorithm, clients=3), base, whole), run(make(algorithm, clients=3), base, late)
+    if algorithm == "FedBuff":  # the discount is not made up for
+        total = sum(update.num_examples for update in whole)
+        share = total / (total + whole[2].num_examples)
+        np.testing.assert_allclose(
+            array(twice["w"]) - array(base["w"]), share * (array(once["w"]) - array(base["w"])), rtol=1e-4, atol=1e-6
+        )
+    else:
+        torch.testing.assert_close(once, twice)
+
+
+def test_an_update_of_an_older_model_keeps_its_change() -> None:
+    old, new = model(1), model(2)
+    trained = updates(old, 1, seed=4)[0].tensors
+    moved: State = {name: tensor.clone() for name, tensor in trained.items()}
+    rebase(moved, old, new, {"b"})
+    torch.testing.assert_close(moved["w"] - new["w"], trained["w"] - old["w"])
+    assert torch.equal(moved["b"], trained["b"])  # a buffer
+    assert torch.equal(moved["seen"], trained["seen"])

@@ -1,0 +1,166 @@
+"""Checkpoints: whole or absent, and only of our own job."""
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from isthmus.aggregator.checkpoints import CheckpointError, CheckpointStore, RoundRecord
+
+
+def store(directory: Path, uid: str = "uid", keep: int = 2) -> CheckpointStore:
+    result = CheckpointStore(directory, uid, keep)
+    result.open()
+    return result
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((3,), value), "n": torch.tensor(4)}
+
+
+def test_the_newest_comes_back_and_old_ones_go(tmp_path: Path) -> None:
+    for number in range(4):
+        saved = store(tmp_path).save(number, state(number))
+    latest = store(tmp_path).latest()
+    assert latest is not None
+    assert (latest.round, latest.sha256) == (3, saved.sha256)
+    assert latest.state["w"].tolist() == [3.0] * 3
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "round-000002.safetensors",
+        "round-000003.safetensors",
+    ]
+
+
+def test_a_strategys_state_comes_and_goes_with_its_model(tmp_path: Path) -> None:
+    for number in range(4):
+        store(tmp_path).save(number, state(number), {"m/w": torch.full((3,), 10.0 * number)})
+    latest = store(tmp_path).latest()
+    assert latest is not None
+    assert latest.strategy["m/w"].tolist() == [30.0] * 3
+    assert "m/w" not in load_file(latest.file.path)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4  # two models, two states
+
+
+def test_a_strategys_state_without_its_model_does_not_count(tmp_path: Path) -> None:
+    store(tmp_path).save(1, state(1), {"m/w": torch.ones(3)})
+    store(tmp_path).save(2, state(2), {"m/w": torch.ones(3)}).file.path.unlink()
+    latest = store(tmp_path).latest()
+    assert latest is not None
+    assert (latest.round, latest.strategy["m/w"].tolist()) == (1, [1.0] * 3)
+    store(tmp_path).save(2, state(2))
+    latest = store(tmp_path).latest()
+    assert latest is not None
+    assert (latest.round, latest.strategy) == (2, {})
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert store(tmp_path).latest() is None
+
+
+def test_what_a_crash_left_half_written_is_dropped(tmp_path: Path) -> None:
+    store(tmp_path).save(1, state(1))
+    leftover = tmp_path / "checkpoints" / "round-000002.partial"
+    leftover.write_bytes(b"half")
+    latest = store(tmp_path).latest()
+    assert latest is not None
+    assert latest.round == 1
+    assert not leftover.exists()
+
+
+def test_another_jobs_checkpoints_are_refused(tmp_path: Path) -> None:
+    store(tmp_path).save(1, state(1))
+    with pytest.raises(CheckpointError, match=r"checkpoints of another job \(uid uid\); use an empty directory"):
+        store(tmp_path, uid="other").latest()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    saved = store(tmp_path).save(1, state(1))
+    saved.file.path.write_bytes(b"garbage")
+    with pytest.raises(CheckpointError, match=r"round-000001.safetensors cannot be read .*; remove it"):
+        store(tmp_path).latest()
+
+
+def test_the_final_model_loads_without_us(tmp_path: Path) -> None:
+    saved = store(tmp_path).save(5, state(2))
+    path, _ = store(tmp_path).write_final(saved)
+    plain = torch.load(tmp_path / "model.pt", weights_only=True)
+    for loaded in (plain, load_file(path)):
+        assert loaded["w"].tolist() == [2.0] * 3
+        assert loaded["n"].item() == 4
+
+
+def test_records_survive_a_torn_line_and_forget_uncommitted_rounds(tmp_path: Path) -> None:
+    records = store(tmp_path)
+    records.append(RoundRecord(1, 0.5, 2, 10, {"train_loss": 1.0}))
+    records.append(RoundRecord(1, 0.5, 2, 10, {"train_loss": 1.0, "accuracy": 0.5}))
+    records.append(RoundRecord(2, 0.5, 2, 10))
+    with (tmp_path / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 2, "sec')
+    assert [(record.round, record.metrics) for record in records.records(1)] == [
+        (1, {"train_loss": 1.0, "accuracy": 0.5})
+    ]
+
+
+def test_records_of_older_and_newer_versions_are_read(tmp_path: Path) -> None:
+    (tmp_path / "rounds.jsonl").write_text(
+        '{"round": 1, "seconds": 0.5, "updates": 2, "examples": 10, "metrics": {}, "time": 7.0}\n'
+        "[]\n"
+        '{"round": 2, "seconds": 0.5, "updates": 2, "examples": 10, "late": 1, "yet_unheard_of": {}}\n'
+    )
+    assert [(record.round, record.late, record.stages) for record in store(tmp_path).records(9)] == [
+        (1, 0, {}),
+        (2, 1, {}),
+    ]
+
+
+def test_a_record_after_a_torn_one_is_whole(tmp_path: Path) -> None:
+    records = store(tmp_path)
+    records.append(RoundRecord(1, 0.5, 2, 10))
+    with (tmp_path / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 2, "sec')
+    records.append(RoundRecord(2, 0.5, 2, 10))
+    records.append(RoundRecord(3, 0.5, 2, 10))
+    assert [record.round for record in records.records(9)] == [1, 2, 3]
+    assert (tmp_path / "rounds.jsonl").read_text().count("\n\n") == 0
+
+
+def test_a_full_disk_leaves_neither_a_torn_file_nor_its_remains(
+    tmp_path: Path, file_size_limit: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    saved = store(tmp_path).save(1, {"w": torch.zeros(100_000)})
+    large = {"w": torch.zeros(100_000)}
+    with file_size_limit(100_000):
+        for state in (large, {"w": torch.zeros(1_000_000)}):  # written at once, and piece by piece
+            with pytest.raises(OSError, match="File too large"):
+                store(tmp_path).save(2, state)
+        with pytest.raises(OSError, match="File too large"):
+            store(tmp_path).save(2, {"w": torch.zeros(3)}, large)
+        with pytest.raises(OSError, match="File too large"):
+            store(tmp_path).write_final(saved)
+        assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["round-000001.safetensors"]
+    latest = store(tmp_path).latest()
+    assert latest is not None
+    assert (latest.round, latest.sha256) == (1, saved.sha256)
+    assert store(tmp_path).save(2, large).round == 2
+    store(tmp_path).write_final(saved)
+    assert len(torch.load(tmp_path / "model.pt", weights_only=True)["w"]) == 100_000
+
+
+@pytest.fixture
+def file_size_limit() -> Callable[[int], AbstractContextManager[None]]:
+    """Makes the kernel refuse to let files of this process grow, as a full disk does: in the middle of a write."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

@@ -1,0 +1,86 @@
+"""What clients measure and remember for their strategies."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from isthmus.client.context import Context
+from isthmus.client.correction import Correction, CountedSteps, InitialLoss
+from isthmus.client.feddyn import DynamicRegularizer
+from isthmus.client.memory import Memory
+from isthmus.client.names import Names, buffers_of
+from isthmus.client.scaffold import ControlVariates
+from isthmus.client.steps import StepMeter
+
+RATE = 0.1
+
+
+def parameter() -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.5, "dampening": 0.3}],
+    ids=["plain", "momentum", "nesterov", "dampening"],
+)
+def test_travel_is_how_far_a_unit_gradient_goes(options: dict[str, float]) -> None:
+    weight = parameter()
+    meter = StepMeter(Names({"w": weight}))
+    optimizer = torch.optim.SGD([weight], lr=RATE, **options)  # type: ignore[arg-type]
+    for _ in range(6):
+        weight.grad = torch.ones(2)
+        optimizer.step()
+    meter.close()
+    assert meter.travel == pytest.approx(-weight[0].item())
+    assert meter.steps == pytest.approx(meter.travel / RATE)
+    optimizer.step()
+    assert meter.travel < -weight[0].item()  # it does not count any more
+
+
+def test_other_optimizers_steps_count_once_and_other_models_not_at_all() -> None:
+    weight, foreign = parameter(), parameter()
+    counted = CountedSteps(Names({"w": weight}))
+    with pytest.raises(ValueError, match="FedNova counts the steps of torch optimizers"):
+        counted.scalars({})
+    for optimizer in (torch.optim.Adam([weight]), torch.optim.SGD([foreign], lr=RATE)):
+        for _ in range(4):
+            weight.grad = foreign.grad = torch.ones(2)
+            optimizer.step()
+    counted.close()
+    assert counted.scalars({}) == {"steps": 4.0}
+
+
+def test_where_the_initial_loss_comes_from() -> None:
+    assert InitialLoss({"loss": 2.0}).scalars({"initial_loss": 3.0}) == {"loss": 3.0}
+    assert InitialLoss({"loss": 2.0}).scalars({"loss": 1.0}) == {"loss": 2.0}  # that one is after training
+    assert InitialLoss({"eval_loss": 4.0}).scalars({}) == {"loss": 4.0}
+    with pytest.raises(ValueError, match=r"pass initial_loss to rnd\.submit"):
+        InitialLoss({}).scalars({"loss": 1.0})
+
+
+@pytest.mark.parametrize("correction", [ControlVariates(Names({}), {}, {}), DynamicRegularizer(Names({}), {}, 0.1)])
+def test_a_script_that_does_not_wrap_is_told(correction: Correction) -> None:
+    with pytest.raises(RuntimeError, match=r"needs rnd.wrap\(optimizer\)"):
+        correction.outcome()
+    correction.close()
+
+
+def test_memory_survives_a_restart_where_there_is_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Context(pool="pool", index=3)
+    Memory("SCAFFOLD", "uid", place).advance({"w": torch.ones(2)})
+    assert Memory("SCAFFOLD", "uid", place).tensors == {}
+    monkeypatch.setenv("ISTHMUS_SCRATCH", str(tmp_path / "scratch"))
+    Memory("SCAFFOLD", "uid", place).advance({"w": torch.ones(2)})
+    assert Memory("SCAFFOLD", "uid", place).tensors["w"].tolist() == [1.0, 1.0]
+    assert Memory("SCAFFOLD", "another job", place).tensors == {}
+    assert Memory("FedDyn", "uid", place).tensors == {}
+    next((tmp_path / "scratch").iterdir()).write_bytes(b"garbage")
+    assert Memory("SCAFFOLD", "uid", place).tensors == {}
+
+
+def test_buffers_are_what_no_optimizer_trains() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    names = buffers_of(model, model.state_dict())
+    assert names == ["1.running_mean", "1.running_var", "1.num_batches_tracked"]

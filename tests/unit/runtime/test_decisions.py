@@ -1,0 +1,69 @@
+"""When a round is committed."""
+
+import pytest
+
+from isthmus.aggregator.decisions import LOST_CLIENT_GRACE, Presence, RoundState, Verdict, decide
+from isthmus.aggregator.membership import ClientId
+
+A, B, C, D = [("p", index) for index in range(4)]
+READY = Presence(ready=True, failed=False, lost_at=0.0)
+FAILED = Presence(ready=False, failed=True, lost_at=0.0)
+NOW = 1000.0
+DEADLINE = NOW + 100
+
+
+def lost(seconds_ago: float) -> Presence:
+    return Presence(ready=False, failed=False, lost_at=NOW - seconds_ago)
+
+
+def state(accepted: set[ClientId], selected: set[ClientId], rejected: set[ClientId] | None = None) -> RoundState:
+    return RoundState(1, NOW - 10, DEADLINE, set(selected), set(accepted), set(rejected or ()))
+
+
+@pytest.mark.parametrize(
+    ("accepted", "presence", "min_updates", "now", "verdict"),
+    [
+        # everybody is at work, or has handed in
+        (set(), {A: READY, B: READY}, 2, NOW, Verdict.WAIT),
+        ({A}, {A: READY, B: READY}, 1, NOW, Verdict.WAIT),
+        ({A, B}, {A: READY, B: READY}, 2, NOW, Verdict.COMMIT),
+        # one failed for good: the round goes on if the quorum holds, else it needs more
+        ({A}, {A: READY, B: FAILED}, 1, NOW, Verdict.COMMIT),
+        ({A}, {A: READY, B: FAILED}, 2, NOW, Verdict.MORE),
+        # one is away: it has a while to come back
+        ({A}, {A: READY, B: lost(1)}, 1, NOW, Verdict.WAIT),
+        ({A}, {A: READY, B: lost(LOST_CLIENT_GRACE)}, 1, NOW, Verdict.COMMIT),
+        ({A}, {A: READY, B: lost(LOST_CLIENT_GRACE)}, 2, NOW, Verdict.MORE),
+        # a client may go once it has handed in
+        ({A, B}, {A: lost(50), B: lost(50)}, 2, NOW, Verdict.COMMIT),
+        # the deadline
+        ({A}, {A: READY, B: READY}, 1, DEADLINE, Verdict.COMMIT),
+        ({A}, {A: READY, B: READY}, 2, DEADLINE, Verdict.EXTEND),
+    ],
+)
+def test_verdicts(
+    accepted: set[ClientId], presence: dict[ClientId, Presence], min_updates: int, now: float, verdict: Verdict
+) -> None:
+    assert decide(state(accepted, set(presence)), presence, min_updates, now).verdict is verdict
+
+
+def test_a_refused_update_is_not_waited_for() -> None:
+    decision = decide(state({A}, {A, B}, rejected={B}), {A: READY, B: READY}, 1, NOW)
+    assert decision.verdict is Verdict.COMMIT
+
+
+def test_it_looks_again_when_the_grace_of_a_lost_client_ends() -> None:
+    decision = decide(state({A}, {A, B}), {A: READY, B: lost(10)}, 1, NOW)
+    assert decision.look_again == NOW - 10 + LOST_CLIENT_GRACE
+
+
+def test_a_round_with_a_target_does_not_wait_for_the_rest() -> None:
+    everybody = {A: READY, B: READY, C: READY, D: READY}
+    over_selected = state({A, B}, set(everybody))
+    over_selected.target = 3
+    assert decide(over_selected, everybody, 2, NOW).verdict is Verdict.WAIT
+    # An update of an earlier round counts as well.
+    over_selected.late.add((C, 7))
+    assert decide(over_selected, everybody, 2, NOW).verdict is Verdict.COMMIT
+    # But a target below the minimum does not lower it.
+    assert decide(over_selected, everybody, 4, NOW).verdict is Verdict.WAIT

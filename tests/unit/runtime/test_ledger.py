@@ -1,0 +1,55 @@
+"""A round's books: what reaches its record and the metrics."""
+
+import math
+
+from isthmus.aggregator.checkpoints import RoundRecord
+from isthmus.aggregator.ledger import RoundLedger
+from isthmus.aggregator.metrics import AggregatorMetrics
+from isthmus_contracts.pb import federation_pb2 as pb
+
+
+def header(pool: str, index: int, digest: str = "base", **seconds: float) -> pb.UpdateHeader:
+    return pb.UpdateHeader(pool=pool, index=index, base_digest=digest, seconds=seconds)
+
+
+def test_a_round_is_booked_once_for_each_client_that_counts() -> None:
+    metrics = AggregatorMetrics("team", "job")
+    ledger = RoundLedger(metrics)
+    ledger.sent("cloud", "None", 7)  # before the round
+    ledger.begin()
+    ledger.sent("cloud", "None", 100)
+    ledger.received("cloud", "Delta+Int8", 25, 0.5)
+    ledger.submitted(header("cloud", 0, train=2.0, wait=1.0))
+    ledger.submitted(header("cloud", 0, train=2.0, wait=1.0))  # again, after it could not be kept
+    ledger.submitted(header("lumi", 0, train=4.0, wait=math.nan), staleness=2)
+    ledger.submitted(header("lumi", 1, train=9.0))
+    ledger.withdrawn(header("lumi", 1))  # in the end it was not counted
+    ledger.folded("cloud", 0.25)
+    ledger.checkpointed(0.125)
+    record = RoundRecord(3, 1.0, 2, 10)
+    a, b, c, d = ("cloud", 0), ("lumi", 0), ("lumi", 1), ("lumi", 2)
+    ledger.close(record, selected={a, b, c, d}, completed={a, b}, lost={a, c})
+    assert (record.selected, record.late, record.failed) == (4, 1, 1)
+    assert record.pools == {"cloud": 1, "lumi": 1}
+    assert (record.received_bytes, record.sent_bytes) == (25, 100)
+    assert record.stages == {
+        "push": {"mean": 0.5, "max": 0.5},
+        "fold": {"mean": 0.25, "max": 0.25},
+        "checkpoint": {"mean": 0.125, "max": 0.125},
+        "train": {"mean": 3.0, "max": 4.0},
+        "wait": {"mean": 1.0, "max": 1.0},
+    }
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(name, {"namespace": "team", "job": "job", **labels})
+
+    assert value("isthmus_stage_seconds_sum", stage="train", pool="lumi") == 4.0
+    assert value("isthmus_stage_seconds_count", stage="train", pool="cloud") == 1.0
+    assert value("isthmus_stage_seconds_count", stage="checkpoint", pool="") == 1.0
+    assert value("isthmus_update_staleness_rounds_sum", pool="lumi") == 2.0
+    assert value("isthmus_update_staleness_rounds_count", pool="lumi") == 1.0
+    assert value("isthmus_clients_selected_total", pool="lumi") == 3.0
+    assert value("isthmus_clients_finished_total", pool="cloud", state="completed") == 1.0
+    assert [value("isthmus_clients_finished_total", pool="lumi", state=state) for state in ("late", "failed")] == [1, 1]
+    assert value("isthmus_sent_bytes_total", pool="cloud", codec="None") == 107.0
+    assert value("isthmus_received_bytes_total", pool="cloud", codec="Delta+Int8") == 25.0

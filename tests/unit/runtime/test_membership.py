@@ -1,0 +1,103 @@
+"""Who may join, and who is fenced."""
+
+import pytest
+
+from isthmus.aggregator.membership import Client, Membership, Refusal
+from isthmus.aggregator.progress import Progress, WeightedMeans
+from isthmus_contracts.federatedjob import Objective
+from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.pb import federation_pb2 as pb
+
+SPEC = parse_spec(
+    {
+        "rounds": 1,
+        "task": {"image": "x", "command": ["python"]},
+        "pools": [{"name": "cloud", "replicas": 2, "cloud": {}}, {"name": "a", "replicas": 1, "cloud": {}}],
+    }
+)
+
+
+def hello(pool: str = "cloud", index: int = 0, attempt: int = 0, instance: str = "x", uid: str = "uid") -> pb.Hello:
+    return pb.Hello(job_uid=uid, pool=pool, index=index, attempt=attempt, instance=instance)
+
+
+def drained(client: Client) -> list[pb.ServerMessage | None]:
+    assert client.outbox is not None
+    return [client.outbox.get_nowait() for _ in range(client.outbox.qsize())]
+
+
+@pytest.fixture
+def members() -> Membership:
+    return Membership(SPEC, "uid")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (hello(uid="other"), "not of other"),
+        (hello(pool="moon"), "no pool 'moon'"),
+        (hello(index=2), "pool cloud has 2 clients; index 2 is not one of them"),
+    ],
+)
+def test_strangers_are_refused(members: Membership, bad: pb.Hello, message: str) -> None:
+    with pytest.raises(Refusal, match=message) as refusal:
+        members.admit(bad)
+    assert refusal.value.stop.reason == pb.Stop.REFUSED
+    assert not list(members)
+
+
+def test_a_newer_attempt_fences_the_older(members: Membership) -> None:
+    old = members.admit(hello(attempt=1))
+    outbox = old.outbox
+    assert outbox is not None
+    members.admit(hello(attempt=2, instance="y"))
+    stop = outbox.get_nowait()
+    assert stop is not None
+    assert stop.stop.reason == pb.Stop.FENCED
+    assert outbox.get_nowait() is None
+    with pytest.raises(Refusal, match="attempt 2 of cloud/0 has taken over"):
+        members.admit(hello(attempt=1))
+    assert members.is_fenced(("cloud", 0), 1)
+    assert not members.is_fenced(("cloud", 0), 2)
+
+
+def test_a_reconnect_of_the_same_process_only_ends_the_old_stream(members: Membership) -> None:
+    client = members.admit(hello())
+    old = client.outbox
+    assert old is not None
+    members.admit(hello())
+    assert old.get_nowait() is None
+    members.leave(client, old)  # the old stream's end, noticed late
+    assert client.connected
+
+
+def test_ready_is_in_the_manifests_order(members: Membership) -> None:
+    for pool, index in (("a", 0), ("cloud", 1), ("cloud", 0)):
+        members.admit(hello(pool, index))
+    assert [client.name for client in members.ready()] == ["cloud/0", "cloud/1", "a/0"]
+
+
+def test_failures_are_counted_until_a_newer_process_comes(members: Membership) -> None:
+    client = members.admit(hello())
+    members.fail(client, pb.Failure(message="ValueError: no", traceback="..."))
+    status = members.pool_statuses()[0]
+    assert (status.connected, status.failed, status.failures[0].message) == (0, 1, "ValueError: no")
+    members.admit(hello(attempt=1, instance="y"))
+    assert (members.pool_statuses()[0].connected, members.pool_statuses()[0].failed) == (1, 0)
+
+
+def test_means_weigh_by_examples_and_count_a_client_once() -> None:
+    means = WeightedMeans()
+    means.add(("p", 0), 1, {"loss": 100.0})
+    means.add(("p", 0), 1, {"loss": 4.0, "odd": float("nan")})
+    means.add(("p", 1), 3, {"loss": 0.0, "extra": 2.0})
+    assert means.means() == {"loss": 1.0, "extra": 2.0}
+
+
+@pytest.mark.parametrize(("goal", "best"), [("Maximize", 2), ("Minimize", 1)])
+def test_the_best_follows_the_objective(goal: str, best: int) -> None:
+    progress = Progress(Objective.model_validate({"metric": "score", "goal": goal}))
+    for number, value in ((1, 0.1), (2, 0.9), (3, 0.5)):
+        progress.take(number, {"score": value, "other": 1.0})
+    assert progress.best.round == best
+    assert progress.newest["score"].value == 0.5

@@ -1,0 +1,46 @@
+"""Stage times: what a client measures, and what is believed of it."""
+
+import math
+
+import pytest
+
+from isthmus.aggregator.stages import StageTimes, sound
+from isthmus.client.stages import Stages
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_client_tells_how_long_each_stage_took_since_its_last_update() -> None:
+    clock = Clock()
+    stages = Stages(clock)
+    for stage, seconds in (("pulling", 3.0), ("evaluating", 1.0), ("training", 2.0), ("encoding", 8.0)):
+        clock.now += seconds
+        stages.enter(stage)
+    clock.now += 0.5
+    assert stages.current == "encoding"
+    assert stages.take() == {"wait": 3.0, "pull": 1.0, "evaluate": 2.0, "train": 8.0, "encode": 0.5}
+    # The push itself is not told: the aggregator measures it.
+    stages.enter("pushing")
+    clock.now += 5.0
+    stages.enter("waiting")
+    clock.now += 1.0
+    assert stages.take() == {"encode": 0.0, "wait": 1.0}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0, 1e300])
+def test_what_no_clock_says_is_not_believed(value: float) -> None:
+    assert sound({"train": value, "pull": 2.0, "made-up": 1.0}) == {"pull": 2.0}
+
+
+def test_means_and_maxima() -> None:
+    times = StageTimes()
+    for seconds in (1.0, 2.0, 6.0):
+        times.add("train", seconds)
+    times.add("fold", 0.25)
+    assert times.summary() == {"train": {"mean": 3.0, "max": 6.0}, "fold": {"mean": 0.25, "max": 0.25}}

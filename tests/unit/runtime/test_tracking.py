@@ -1,0 +1,109 @@
+"""Sinks that fail, and what reaches those that do not."""
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from isthmus.aggregator.checkpoints import RoundRecord
+from isthmus.aggregator.tracking.sink import Sink, Worker
+from isthmus.aggregator.tracking.tensorboard import TensorBoardSink
+from isthmus.aggregator.tracking.tracker import Tracker, numbers_of
+
+LONG = 60.0
+
+
+class Recorder(Sink):
+    """Fails as often as it is told, then writes down what it gets."""
+
+    name = "Recorder"
+    requirement = "nothing"
+
+    def __init__(self, failures: int = 0) -> None:
+        self.failures = failures
+        self.written: list[tuple[int, dict[str, float]]] = []
+        self.finished: list[tuple[bool, Mapping[str, str]]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def open(self) -> None:
+        self.gate.wait(LONG)
+
+    def write(self, round_number: int, time: float, values: Mapping[str, float]) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError("nobody there\nand more lines")
+        self.written.append((round_number, dict(values)))
+
+    def finish(self, succeeded: bool, tags: Mapping[str, str]) -> None:
+        self.finished.append((succeeded, tags))
+
+
+def test_each_number_is_told_once() -> None:
+    sink = Recorder()
+    tracker = Tracker([sink])
+    record = RoundRecord(1, 0.5, 2, 10, {"train_loss": 1.0}, 7.0, stages={"train": {"mean": 2.0, "max": 3.0}})
+    tracker.take(record)
+    record.metrics["accuracy"] = 0.5
+    tracker.take(record)
+    tracker.take(record)
+    tracker.take(RoundRecord(2, 0.5, 2, 10, {"train_loss": 0.5}))
+    tracker.finish(Path("/state/model.safetensors"), "abc")
+    tracker.close(LONG)
+    (first, all_values), (second, new_values), (third, _) = sink.written
+    assert (first, second, third) == (1, 1, 2)
+    assert all_values["train_loss"] == 1.0
+    assert all_values["round/train_seconds"] == 2.0
+    assert new_values == {"accuracy": 0.5}
+    assert sink.finished == [(True, {"model.sha256": "abc", "model.uri": "file:///state/model.safetensors"})]
+
+
+def test_a_failing_sink_is_tried_again_and_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    sink, seen = Recorder(failures=3), threading.Event()
+    worker = Worker(sink, retry_seconds=0.01)
+    with caplog.at_level(logging.INFO):
+        worker.put(lambda sink: sink.write(1, 0.0, {"a": 1.0}))
+        worker.put(lambda sink: seen.set())
+        assert seen.wait(LONG)
+        worker.close(LONG)
+    assert sink.written == [(1, {"a": 1.0})]
+    assert worker.note == ""
+    assert [record.message for record in caplog.records] == [
+        "Recorder does not take the metrics: ConnectionError: nobody there; trying again",
+        "Recorder takes the metrics again",
+    ]
+
+
+def test_a_missing_library_is_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    tracker = Tracker([TensorBoardSink(tmp_path)])
+    for number in range(5):
+        tracker.take(RoundRecord(number, 0.5, 2, 10))
+    tracker.close(LONG)
+    assert tracker.note.startswith("TensorBoard is off: ")
+    assert tracker.note.endswith("(pip install 'isthmus[tensorboard]')")
+    assert sum("TensorBoard is off" in record.message for record in caplog.records) == 1
+
+
+def test_what_does_not_fit_is_lost_and_nobody_waits(caplog: pytest.LogCaptureFixture) -> None:
+    sink = Recorder()
+    sink.gate.clear()
+    worker = Worker(sink, backlog=2)
+
+    def work(number: int) -> Callable[[Sink], None]:
+        return lambda sink: sink.write(number, 0.0, {})
+
+    for number in range(10):
+        worker.put(work(number))
+    worker.close(0.1)  # it hangs, and is left behind
+    sink.gate.set()
+    assert any("entries were not written" in record.message for record in caplog.records)
+
+
+def test_names_that_no_sink_takes_are_mended() -> None:
+    assert "f1_macro___x" in numbers_of(RoundRecord(1, 0.0, 1, 1, {"f1:macro:?(x": 1.0}))
