@@ -1,13 +1,11 @@
 """Whatever is killed in the middle of a run, the job completes."""
 
+import re
 from collections.abc import Callable
 
 import pytest
 
 from .conftest import SYSTEM, Platform, eventually, run, say
-
-ROUNDS = 14
-
 
 def kill_client_pod(platform: Platform, job: str) -> None:
     pod = platform.pods(job, "client")[0]["metadata"]["name"]
@@ -45,7 +43,9 @@ def kill_api_server(platform: Platform, job: str) -> None:
     log = run("kubectl", "logs", f"{job}-aggregator")
     say("\n".join(line for line in log.splitlines() if "committed" in line))
     assert "resuming after round" not in log
-    assert "3 updates" not in log
+    # The job may have begun with three clients ready, but none was lost by the kill.
+    counted = {int(n): int(k) for n, k in re.findall(r"round (\d+) committed: (\d+) updates", log)}
+    assert min(k for n, k in counted.items() if n > rounds) >= counted[rounds]
 
 
 def kill_operator(platform: Platform, job: str) -> None:
@@ -53,19 +53,24 @@ def kill_operator(platform: Platform, job: str) -> None:
             "--force", check=False))  # fmt: skip
 
 
+# The API server is away for several rounds, and they must not be the last.
+ROUNDS = {kill_api_server: 40}
+
+
 @pytest.mark.parametrize("kill", [kill_client_pod, kill_slurm_task, kill_aggregator, kill_bridge, kill_operator,
                                   kill_api_server])  # fmt: skip
 def test_the_job_completes_all_the_same(platform: Platform, job: str, kill: Callable[[Platform, str], None]) -> None:
     # Long enough rounds that the kill falls into the middle; a killed Slurm task leaves three clients.
+    rounds = ROUNDS.get(kill, 14)
     manifest = platform.manifest(
-        job, rounds=ROUNDS, task__config__localEpochs="25", selection__minClients=3, stragglers__minUpdates=2
+        job, rounds=rounds, task__config__localEpochs="25", selection__minClients=3, stragglers__minUpdates=2
     )
     platform.apply(manifest)
     platform.wait_for_round(job, 3)
-    assert platform.completed(job) < ROUNDS
+    assert platform.completed(job) < rounds
     kill(platform, job)
     platform.wait_for_completion(job)
-    assert platform.completed(job) == ROUNDS
+    assert platform.completed(job) == rounds
     # At most one array per attempt of the pool was ever submitted.
     status = platform.status(job)
     pool = next(pool for pool in status["pools"] if pool["name"] == "hpc")

@@ -213,8 +213,12 @@ def test_doctor_and_status_tell_an_admin(site: Site, operator: rpc.BridgeStub) -
     assert code == 1 and "PROBLEM  partitions: moon of the policy are not in Slurm, which has " in text
     key = site.key()
     job = ensure(operator, key, spec()).slurm_job_id
-    line = until(lambda: next((x for x in site.command("status")[1].splitlines() if key in x), ""), "it is listed")
-    assert line.split()[:2] == [key, "default/fashion/hpc"] and job in line.split()
+    # The row is there from the reservation on; the job's number comes with sbatch's answer.
+    def listed() -> list[str]:
+        return next((line.split() for line in site.command("status")[1].splitlines() if key in line), [])
+
+    row = until(lambda: (found := listed()) and job in found and found, "it is listed with its job")
+    assert row[:2] == [key, "default/fashion/hpc"]
 
 
 def test_the_site_describes_itself(site: Site, operator: rpc.BridgeStub) -> None:
