@@ -60,7 +60,9 @@ class Federation:
         self.ledger = RoundLedger(metrics)
         # One thread, first in first out: updates are folded one by one, and a round's result is computed after them.
         self._folder = ThreadPoolExecutor(1, "fold")
-        self.intake = Intake(job, self.course, self.members, self.compression, strategy, self.ledger, self._folder)
+        self.intake = Intake(
+            job, self.course, self.members, self.compression, strategy, self.ledger, self._folder, store.directory
+        )
         self._store = store
         self._strategy = strategy
         self._tracker = tracker

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
+from pathlib import Path
 from typing import TypeVar
 
 from isthmus_contracts.pb import federation_pb2 as pb
@@ -33,8 +34,9 @@ class Intake:
 
     def __init__(
         self, job: Job, course: Course, members: Membership, compression: Compression, strategy: Strategy,
-        ledger: RoundLedger, folder: Executor,
+        ledger: RoundLedger, folder: Executor, directory: Path | None = None,
     ) -> None:  # fmt: skip
+        """``directory``: where updates are received that would take too much memory."""
         self._spec = job.spec
         self._course = course
         self._members = members
@@ -46,7 +48,7 @@ class Intake:
         self.history = History(job.spec.stragglers.max_staleness + 1 if self._folds_late else 1)
         self.book = ClientBook()
         """Of the committed rounds."""
-        self.receptions = Receptions()
+        self.receptions = Receptions(directory)
 
     def precheck(self, header: pb.UpdateHeader) -> pb.PushReply | None:
         """The answer to an update that need not even be received; ``None`` where it is wanted."""

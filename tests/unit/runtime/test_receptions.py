@@ -1,0 +1,93 @@
+"""Where updates are received: in memory, and beside a slow client in a file."""
+
+import asyncio
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from isthmus.aggregator import receptions
+from isthmus.aggregator.receptions import Receptions, in_file
+from isthmus.tensors import Reception, State, checksum_of, chunks_of, specs_of
+
+STATE: State = {
+    "weight": torch.arange(6.0).reshape(2, 3),
+    "bias": torch.ones((), dtype=torch.bfloat16),
+    "empty": torch.zeros(0, 4),
+    "steps": torch.tensor([1, 2, 3], dtype=torch.int16),
+}
+
+
+def large() -> Any:
+    """A model of which only one update has a place in memory."""
+    return SimpleNamespace(size=receptions.RECEPTION_BYTES, specs=specs_of(STATE))
+
+
+def test_an_update_received_into_a_file_is_as_it_was_sent(tmp_path: Path) -> None:
+    room = in_file(specs_of(STATE), tmp_path)
+    assert not list(tmp_path.iterdir()), "the file has no name"
+    reception = Reception(specs_of(STATE), room)
+    for chunk in chunks_of(STATE):
+        reception.write(chunk)
+    received = reception.finish(checksum_of(STATE))
+    for name, tensor in STATE.items():
+        assert torch.equal(received[name], tensor), name
+    assert received["weight"].data_ptr() == room["weight"].data_ptr()
+
+
+def test_who_stands_behind_a_slow_client_is_received_into_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receptions, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(receptions, "SMALL_BYTES", 0)
+
+    async def run() -> None:
+        places = Receptions(tmp_path)
+        model = large()
+        async with places.place(model) as slow:
+            assert slow == {}
+            async with places.place(model) as quick:
+                assert set(quick) == {"weight", "bias", "steps"}
+                places.give_back(quick)
+        # What lay in the file is not used again; what lay in memory is.
+        kept = {name: tensor.clone() for name, tensor in STATE.items()}
+        places.give_back(kept)
+        async with places.place(model) as room:
+            assert room is kept
+
+    asyncio.run(run())
+
+
+def test_without_room_for_the_file_it_waits_for_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(receptions, "PATIENCE_SECONDS", 0.01)
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+
+    async def run() -> None:
+        places = Receptions(tmp_path)
+        model = large()
+        order: list[str] = []
+
+        async def second() -> None:
+            async with places.place(model) as room:
+                order.append("second")
+                assert room == {}
+
+        async with places.place(model):
+            task = asyncio.create_task(second())
+            while "no file to receive an update into" not in caplog.text:  # noqa: ASYNC110 - nothing else tells
+                await asyncio.sleep(0.01)
+            order.append("first is done")
+        await task
+        assert order == ["first is done", "second"]
+
+    asyncio.run(asyncio.wait_for(run(), 30))
