@@ -46,6 +46,7 @@ class TaskLogs:
         try:
             await self._kube.apply(owned(job, "ConfigMap", ids.log_answer(job.name), {"data": said}))
         except KubeError as error:
+            memory.log_answered = ""  # at the next look at the job again
             log.warning("%s/%s: the log cannot be handed on: %s", job.namespace, job.name, error)
 
     async def _read(self, job: Job, pool: str, index: int, lines: int) -> Mapping[str, Any]:
