@@ -77,7 +77,7 @@ class Api:
         )
 
     def _request(self, method: str, path: str, body: Object | None = None) -> Any:
-        connection = self._connect(timeout=10)
+        connection = self._connect(timeout=60)
         try:
             payload = json.dumps(body) if body is not None else None
             connection.request(method, path, payload, {"Content-Type": "application/json"})

@@ -45,16 +45,18 @@ def _pods(lab: Lab) -> None:
 
     _output(lab, ["kubectl", "create", "namespace", NAMESPACE])
     kubectl("apply", "-f", "-", text=json.dumps({"apiVersion": "v1", "kind": "List", "items": _objects()}))
-    kubectl("wait", "--for=condition=Ready", "pod", "--all", "--timeout=90s")
+    kubectl("wait", "--for=condition=Ready", "pod", "--all", "--timeout=300s")
     _report("storage", kubectl("get", "pvc", "data", "-o", "jsonpath={.status.phase} to {.spec.volumeName}"))
     _expect("kubectl logs", kubectl("logs", "server"), "serving")
     _expect("kubectl exec", kubectl("exec", "client", "--", "cat", "/etc/resolv.conf"), lab.node_address)
-    fetched = kubectl("exec", "client", "--", "wget", "-qO-", f"http://web.{NAMESPACE}.svc:8080/index.html")
-    _expect("a Service by name, from a pod", fetched, GREETING)
-    fetched = kubectl("exec", "client", "--", "wget", "-qO-", "http://members:8080/index.html")
-    _expect("a headless Service by name, from a pod", fetched, GREETING)
-    fetched = kubectl("exec", "server", "--", "wget", "-qO-", "http://web:8080/index.html")
-    _expect("a pod's own Service, from itself", fetched, GREETING)
+
+    def fetch(pod: str, url: str) -> list[str]:
+        return ["kubectl", "--namespace", NAMESPACE, "exec", pod, "--", "wget", "-qO-", url]
+
+    by_name = f"http://web.{NAMESPACE}.svc:8080/index.html"
+    _expect_answer(lab, "a Service by name, from a pod", fetch("client", by_name))
+    _expect_answer(lab, "a headless Service by name, from a pod", fetch("client", "http://members:8080/index.html"))
+    _expect_answer(lab, "a pod's own Service, from itself", fetch("server", "http://web:8080/index.html"))
     service = kubectl("get", "service", "web", "-o", "jsonpath={.spec.clusterIP} {.spec.ports[0].nodePort}")
     address, node_port = service.split()
     urls = {
@@ -62,9 +64,8 @@ def _pods(lab: Lab) -> None:
         "a NodePort, from the lab's network": f"http://{lab.node_address}:{node_port}/index.html",
     }
     for what, url in urls.items():
-        _expect(what, _output(lab, ["python3", "-c", _FETCH, url]), GREETING)
-    fetched = kubectl("exec", "client", "--", "wget", "-qO-", urls["a NodePort, from the lab's network"])
-    _expect("a NodePort, from a pod", fetched, GREETING)
+        _expect_answer(lab, what, ["python3", "-c", _FETCH, url])
+    _expect_answer(lab, "a NodePort, from a pod", fetch("client", urls["a NodePort, from the lab's network"]))
 
 
 _FETCH = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())"
@@ -121,8 +122,8 @@ def _pod(name: str, script: str, extra: dict[str, Any]) -> dict[str, Any]:
 
 def _slurm(lab: Lab) -> None:
     """A job array over both nodes, as the unprivileged user, and what accounting says of it."""
-    script = "#!/bin/sh\nsleep 1\necho $(id -un) $SLURM_ARRAY_TASK_ID $SLURMD_NODENAME\n"
-    # Together the tasks' cores exceed one node, so that both are used.
+    script = "#!/bin/sh\nsleep 5\necho $(id -un) $SLURM_ARRAY_TASK_ID $SLURMD_NODENAME\n"
+    # Together the tasks' cores exceed one node, so that both are used, if they run at one time.
     name = f"lab-check-{secrets.token_hex(4)}"
     options = ["--parsable", "--array=0-1", "--cpus-per-task=3", f"--job-name={name}", "--output=lab-check-%a.out"]
     submitted = lab.run(["sbatch", *options], lab.user, input=script, text=True, cwd=lab.home, capture_output=True)
@@ -156,11 +157,24 @@ def _output(lab: Lab, argv: list[str], text: str | None = None) -> str:
 
 
 def _until(what: str, holds: Callable[[], bool], explain: Callable[[], str] = str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 180
     while not holds():
         if time.monotonic() > deadline:
-            raise LabError(f"check: not after 30 s: {what}; {explain()}")
+            raise LabError(f"check: not after 180 s: {what}; {explain()}")
         time.sleep(0.2)
+
+
+def _expect_answer(lab: Lab, what: str, argv: list[str]) -> None:
+    """The greeting, as soon as DNS and kube-proxy know the Service."""
+    said: list[str] = [""]
+
+    def answered() -> bool:
+        result = lab.run(argv, capture_output=True, text=True)
+        said[0] = f"{result.stdout}{result.stderr}"
+        return result.returncode == 0 and GREETING in result.stdout
+
+    _until(what, answered, lambda: said[0])
+    _report(what, "works")
 
 
 def _expect(what: str, found: str, wanted: str) -> None:

@@ -108,7 +108,7 @@ class KubernetesCluster:
         self._supervisor.start(name, self._mounts.enter(argv))
 
     def _wait(self, what: str, ready: Callable[[], bool], *names: str) -> None:
-        self._supervisor.wait(what, ready, names, timeout=120)
+        self._supervisor.wait(what, ready, names, timeout=300)
 
     def _config(self, name: str) -> Path:
         return self._paths.kubernetes / name
@@ -228,7 +228,7 @@ class KubernetesCluster:
 
 def _etcd_healthy() -> bool:
     try:
-        with urllib.request.urlopen(f"{ETCD_URL}/health", timeout=2) as answer:  # noqa: S310
+        with urllib.request.urlopen(f"{ETCD_URL}/health", timeout=10) as answer:  # noqa: S310
             return bool(answer.status == 200)
     except OSError:
         return False

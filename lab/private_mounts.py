@@ -52,7 +52,7 @@ class PrivateMounts:
         commands += [f"touch {shlex.quote(str(ready))}", "exec sleep infinity"]
         unshare = ["unshare", "--mount", "--propagation", "slave", "--", "sh", "-c", "\n".join(commands)]
         self._supervisor.start(HOLDER, self._network.enter(unshare))
-        self._supervisor.wait("the private mounts", ready.exists, [HOLDER], timeout=10)
+        self._supervisor.wait("the private mounts", ready.exists, [HOLDER], timeout=60)
 
     def enter(self, argv: Sequence[str | os.PathLike[str]]) -> list[str]:
         """The command line that runs argv in the lab's network and these mounts."""

@@ -49,7 +49,7 @@ def end(pids: Iterable[int], grace: float = 5.0) -> None:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
-        deadline = time.monotonic() + (grace if number == signal.SIGTERM else 5.0)
+        deadline = time.monotonic() + (grace if number == signal.SIGTERM else 30.0)
         while remaining() and time.monotonic() < deadline:
             time.sleep(0.05)
         if not remaining():
@@ -114,7 +114,7 @@ class Supervisor:
         for name in chosen:
             self._record(name).unlink(missing_ok=True)
 
-    def wait(self, what: str, ready: Callable[[], bool], names: Iterable[str], timeout: float = 60.0) -> None:
+    def wait(self, what: str, ready: Callable[[], bool], names: Iterable[str], timeout: float = 180.0) -> None:
         """Wait until ready; fail early, with the end of the log, when one of the daemons it needs has died."""
         needed = list(names)
         deadline = time.monotonic() + timeout

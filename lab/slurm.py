@@ -44,7 +44,7 @@ class SlurmCluster:
         self.start_daemon(CONTROLLER)
         for node in NODES:
             self.start_daemon(f"slurmd-{node}")
-        self._supervisor.wait("the Slurm nodes", self.ready, DAEMONS, timeout=60)
+        self._supervisor.wait("the Slurm nodes", self.ready, DAEMONS, timeout=180)
 
     def start_daemon(self, name: str) -> None:
         """Start one of DAEMONS; munged and the controller are waited for until they answer."""
@@ -61,10 +61,10 @@ class SlurmCluster:
                 f"--log-file={munge / 'munged.log'}",
                 f"--seed-file={munge / 'munged.seed'}",
             )
-            self._supervisor.wait("munged", self._socket.is_socket, [MUNGE], timeout=20)
+            self._supervisor.wait("munged", self._socket.is_socket, [MUNGE], timeout=60)
         elif name == CONTROLLER:
             self._start(CONTROLLER, "/usr/sbin/slurmctld", "-D", "-f", conf)
-            self._supervisor.wait("slurmctld", self._controller_answers, [CONTROLLER], timeout=30)
+            self._supervisor.wait("slurmctld", self._controller_answers, [CONTROLLER], timeout=120)
         else:
             self._start(name, "/usr/sbin/slurmd", "-D", "-N", name.removeprefix("slurmd-"), "-f", conf)
 
@@ -93,7 +93,7 @@ class SlurmCluster:
                 for user in users:
                     self._client("scancel", f"--user={user}", "--signal=KILL", "--full")
                     self._client("scancel", f"--user={user}")
-                deadline = time.monotonic() + 15
+                deadline = time.monotonic() + 60
                 while self._client("squeue", "--noheader").stdout.strip() and time.monotonic() < deadline:
                     time.sleep(0.2)
         self._supervisor.stop(reversed(DAEMONS), grace=3)
@@ -101,7 +101,7 @@ class SlurmCluster:
     def _client(self, *argv: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "SLURM_CONF": str(self._paths.slurm_conf)}
         # A client waits long for a controller that is only starting; ask again instead.
-        command = self._network.enter(["timeout", "10", *argv])
+        command = self._network.enter(["timeout", "20", *argv])
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     def _start(self, name: str, *argv: str) -> None:

@@ -34,7 +34,7 @@ def end_jobs(network: Network) -> None:
 
 def end_everything(paths: Paths, network: Network) -> None:
     """End whatever runs in the lab's network or its pods, `lab exec` sessions included."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     # Repeated, since a process may start another one before it is ended.
     while pids := [*network.pids(), *cgroups.pids(paths.name)]:
         if time.monotonic() > deadline:
@@ -44,12 +44,12 @@ def end_everything(paths: Paths, network: Network) -> None:
 
 def remove_cgroup(name: str) -> None:
     """Remove the pods' cgroup; the kernel takes a moment to let go of ended processes."""
-    for attempt in range(50):
+    for attempt in range(600):
         try:
             cgroups.remove(name)
             return
         except OSError:
-            if attempt == 49:
+            if attempt == 599:
                 raise
             time.sleep(0.1)
 

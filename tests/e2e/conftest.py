@@ -29,7 +29,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def eventually(what: str, check: Callable[[], Any], seconds: float = 120.0, every: float = 0.3) -> Any:
+def eventually(what: str, check: Callable[[], Any], seconds: float = 240.0, every: float = 0.3) -> Any:
     """The first true value of ``check`` within the time, or a failure that says what was waited for."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -41,7 +41,7 @@ def eventually(what: str, check: Callable[[], Any], seconds: float = 120.0, ever
 
 def run(*argv: str | Path, check: bool = True, **options: Any) -> str:
     """Runs a command; its output. A failure shows what it said."""
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False, **options)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=1200, check=False, **options)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(map(str, argv))}: {done.stdout}{done.stderr}")
     return done.stdout + ("" if check else done.stderr)
@@ -161,9 +161,9 @@ class Platform:
             assert failed.get("status") != "True", failed
             return self.completed(name) >= number
 
-        eventually(f"{name} has completed {number} rounds", reached, 240)
+        eventually(f"{name} has completed {number} rounds", reached, 600)
 
-    def wait_for_completion(self, name: str, seconds: int = 300) -> None:
+    def wait_for_completion(self, name: str, seconds: int = 900) -> None:
         say(run("kubectl", "-n", self.namespace, "wait", "--for=condition=Complete", f"fj/{name}",
                 f"--timeout={seconds}s").strip())  # fmt: skip
 
@@ -180,8 +180,8 @@ class Platform:
         return left + (self.site.squeue() if self.site else [])
 
     def delete(self, name: str) -> None:
-        say(run("kubectl", "-n", self.namespace, "delete", "fj", name, "--timeout=120s").strip())
-        eventually(f"nothing is left of {name}", lambda: not self.leftovers(name), 120)
+        say(run("kubectl", "-n", self.namespace, "delete", "fj", name, "--timeout=300s").strip())
+        eventually(f"nothing is left of {name}", lambda: not self.leftovers(name))
 
     def describe(self, name: str) -> str:
         """For a failed test's report."""
@@ -242,7 +242,7 @@ def install(pull_policy: str) -> None:
         run("helm", "install", "isthmus", ROOT / "charts" / "isthmus", "--namespace", SYSTEM, "--create-namespace",
             "--set", f"operator.cluster={CLUSTER}", "--set", f"image.pullPolicy={pull_policy}",
             "--set", f"image.repository={REPOSITORY}/isthmus-operator",
-            "--set", "operator.resyncSeconds=1", "--set", "monitoring.enabled=true", "--wait", "--timeout", "180s")
+            "--set", "operator.resyncSeconds=1", "--set", "monitoring.enabled=true", "--wait", "--timeout", "600s")
     )  # fmt: skip
 
 
@@ -253,7 +253,7 @@ def connect(credentials: Path, endpoint: str) -> None:
     site = yaml.safe_load((ROOT / "examples" / "hpcsite.yaml").read_text())
     site["spec"]["endpoint"] = endpoint
     run("kubectl", "apply", "-f", "-", input=json.dumps(site))
-    say(run("kubectl", "wait", "--for=condition=Reachable", f"hpcsite/{SITE}", "--timeout=60s").strip())
+    say(run("kubectl", "wait", "--for=condition=Reachable", f"hpcsite/{SITE}", "--timeout=240s").strip())
 
 
 @pytest.fixture
@@ -265,3 +265,6 @@ def job(cluster: Platform, request: pytest.FixtureRequest) -> Iterator[str]:
     if request.session.testsfailed > failures:
         print(cluster.describe(name))
     run("kubectl", "-n", cluster.namespace, "delete", "fj", name, "--ignore-not-found", "--timeout=120s", check=False)
+    if cluster.site is not None:
+        # The next test looks into the same queue; a cancelled task stays there for a moment.
+        eventually("Slurm has nothing of it", lambda: not cluster.slurm.squeue())

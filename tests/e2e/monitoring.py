@@ -19,7 +19,7 @@ import yaml
 from .conftest import ROOT, eventually, run
 
 ADDRESS = "http://127.0.0.1:9191"
-EVERY = 1.0  # seconds between two scrapes
+EVERY = 2.0  # seconds between two scrapes
 
 
 class Prometheus:
@@ -49,7 +49,7 @@ class Prometheus:
                 stdout=log, stderr=log,
             )  # fmt: skip
         self._watcher.start()
-        eventually("Prometheus is ready", self._ready, 60)
+        eventually("Prometheus is ready", self._ready)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,7 +60,7 @@ class Prometheus:
 
     def get(self, path: str) -> Any:
         """What the API says under ``path``."""
-        with urllib.request.urlopen(f"{ADDRESS}/api/v1/{path}", timeout=10) as answer:  # noqa: S310 - our own
+        with urllib.request.urlopen(f"{ADDRESS}/api/v1/{path}", timeout=60) as answer:  # noqa: S310 - our own
             return json.load(answer)["data"]
 
     def up(self) -> set[tuple[str, str]]:
@@ -76,7 +76,7 @@ class Prometheus:
     def _ready(self) -> bool:
         assert self._process.poll() is None, (self._directory / "prometheus.log").read_text()
         try:
-            with urllib.request.urlopen(f"{ADDRESS}/-/ready", timeout=2) as answer:  # noqa: S310 - our own
+            with urllib.request.urlopen(f"{ADDRESS}/-/ready", timeout=10) as answer:  # noqa: S310 - our own
                 return bool(answer.status == 200)
         except OSError:
             return False

@@ -2,26 +2,34 @@
 
 import json
 
+import pytest
+
 from .conftest import Platform, eventually, run
+
+pytestmark = pytest.mark.timeout(1800)
 
 
 def test_a_script_that_raises_shows_in_the_pools_status(platform: Platform, job: str) -> None:
-    # Only the HPC clients fail: the module does not exist under this name in their world's command line.
+    # Only the HPC clients fail. The others wait for that: they might have trained all rounds before Slurm begins.
     manifest = platform.manifest(job, backoffLimit=0, selection__minClients=1, stragglers__minUpdates=1, rounds=3)
     manifest["spec"]["task"]["command"] = [
         "python", "-c",
-        "import isthmus, runpy, sys\n"
+        "import isthmus, os, runpy, sys, time\n"
         "sys.argv = ['digits']\n"
         "if isthmus.context().pool == 'hpc': raise ValueError('no such column: age')\n"
+        "while not os.path.exists('/tmp/go'): time.sleep(0.2)\n"
         "runpy.run_module('isthmus_examples.digits', run_name='__main__')\n",
     ]  # fmt: skip
     platform.apply(manifest)
 
     def reason() -> str:
         pools = platform.status(job).get("pools", [])
-        return next((pool["reason"] for pool in pools if pool["name"] == "hpc"), "")
+        return next((pool.get("reason", "") for pool in pools if pool["name"] == "hpc"), "")
 
-    eventually("the traceback is in the pool's status", lambda: "ValueError: no such column: age" in reason(), 180)
+    eventually("the traceback is in the pool's status", lambda: "ValueError: no such column: age" in reason())
+    go = ("python", "-c", "open('/tmp/go', 'w').close(); print('told')")
+    for pod in [pod["metadata"]["name"] for pod in platform.pods(job, "client")]:
+        eventually(f"{pod} is told", lambda pod=pod: "told" in run("kubectl", "exec", pod, "--", *go, check=False))
     platform.wait_for_completion(job)
 
 

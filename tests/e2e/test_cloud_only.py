@@ -1,6 +1,10 @@
 """A job without any HPC pool: what also runs on a cluster that has no site."""
 
+import pytest
+
 from .conftest import Platform, eventually
+
+pytestmark = pytest.mark.timeout(1800)
 
 
 def test_a_cloud_only_job_completes(cluster: Platform, job: str) -> None:
@@ -22,7 +26,7 @@ def test_a_script_that_raises_in_a_pod(cluster: Platform, job: str) -> None:
         condition: dict[str, str] = cluster.condition(job, "Failed")
         return condition if condition.get("status") == "True" else {}
 
-    condition = eventually("the job has failed", failed, 120)
+    condition = eventually("the job has failed", failed)
     assert condition["reason"] == "QuorumImpossible"
     (pool,) = cluster.status(job)["pools"]
     assert pool["failed"] >= 1  # with the first the quorum is out of reach: the other is not waited for

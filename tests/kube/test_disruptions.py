@@ -20,7 +20,7 @@ def running(namespace: Namespace, operator: Operator) -> Namespace:
     (client,) = job["spec"]["pools"][0]["cloud"]["template"]["spec"]["containers"]
     client["resources"] = {"limits": {"memory": "32Mi", "ephemeral-storage": "4Mi"}, "requests": {"cpu": "1m"}}
     namespace.apply(job)
-    eventually(lambda: namespace.running() >= PODS, "the pods run")
+    eventually(lambda: namespace.running() >= PODS, "the pods run", 180)
     namespace.until("AggregatorReady", "True/AggregatorRunning")
     return namespace
 
@@ -41,18 +41,35 @@ def node(running: Namespace) -> Iterator[str]:
     kubectl("uncordon", name)
 
 
+def until_back() -> None:
+    """Waits for the API server. Its words about what is not ready yet have an "ok" in them too."""
+    eventually(lambda: kubectl("get", "--raw", "/readyz", check=False).strip() == "ok", "the API server is back")
+
+
+def delete(namespace: Namespace, pod: str) -> None:
+    """Deletes a pod; the API server may still stumble."""
+    said = ""
+
+    def deleted() -> bool:
+        nonlocal said
+        said = namespace.kubectl("delete", "pod", pod, "--wait=false", check=False)
+        return f'pod "{pod}" deleted' in said or f'pods "{pod}" not found' in said
+
+    eventually(deleted, f"{pod} is deleted", every=1.0, show=lambda: said)
+
+
 def uids(namespace: Namespace) -> dict[str, str]:
     return {item["metadata"]["name"]: item["metadata"]["uid"] for item in namespace.items("pod")}
 
 
 def test_a_drained_node_costs_no_restarts(running: Namespace, node: str) -> None:
     kubectl("drain", node, "--pod-selector=isthmus.dev/job=demo", "--ignore-daemonsets", "--delete-emptydir-data",
-            "--force", "--timeout=110s")  # fmt: skip
+            "--force", "--timeout=240s")  # fmt: skip
     eventually(lambda: "nschedulable" in running.pool().get("reason", ""), "the pool says why it waits")
     eventually(lambda: running.condition("AggregatorReady").startswith("False/"), "its aggregator is away")
     kubectl("uncordon", node)
     wanted = {"demo-aggregator", "demo-cloud-0-1", "demo-cloud-1-1"}
-    eventually(lambda: running.running() == wanted, "everything runs again", 90)
+    eventually(lambda: running.running() == wanted, "everything runs again", 180)
     assert not running.events("ClientFailed")
 
 
@@ -67,10 +84,10 @@ def test_a_client_that_is_killed_for_its_memory_counts_as_failed(running: Namesp
 
 def test_a_client_that_fills_the_disk_is_evicted_and_counts_as_failed(running: Namespace) -> None:
     running.tell("demo-cloud-1-0", "/tmp/fill")  # noqa: S108
-    eventually(lambda: "Evicted" in running.pool().get("reason", ""), "the kubelet evicts it", 120)
+    eventually(lambda: "Evicted" in running.pool().get("reason", ""), "the kubelet evicts it", 240)
     (event,) = eventually(lambda: running.events("ClientFailed"), "its own limit: it is counted")
     assert "exceed" in event
-    eventually(lambda: "demo-cloud-1-1" in running.running(), "it is started again", 60)
+    eventually(lambda: "demo-cloud-1-1" in running.running(), "it is started again")
 
 
 def test_an_api_server_that_restarts_costs_nothing(running: Namespace, operator: Operator, lab: Lab) -> None:
@@ -78,16 +95,16 @@ def test_an_api_server_that_restarts_costs_nothing(running: Namespace, operator:
     lab.kill_daemon("kube-apiserver")
     try:
         assert operator.process is not None
-        eventually(lambda: 'code="none"' in operator.metrics(), "the operator notices", 60)
+        eventually(lambda: 'code="none"' in operator.metrics(), "the operator notices")
     finally:
         lab.restart_daemon("kube-apiserver")
-    eventually(lambda: "ok" in kubectl("get", "--raw", "/readyz", check=False), "it is back", 60)
+    until_back()
     assert uids(running) == before
     # The operator is the same process, and works: what happens now is seen.
     assert operator.process.poll() is None
-    running.kubectl("delete", "pod", "demo-cloud-0-0", "--wait=false")
-    eventually(lambda: "demo-cloud-0-1" in running.running(), "the watch is back", 90)
-    assert "alive" in operator.ask(operator.health_port, "/readyz")
+    delete(running, "demo-cloud-0-0")
+    eventually(lambda: "demo-cloud-0-1" in running.running(), "the watch is back", 240)
+    eventually(operator.ready, "it is well")
     assert not running.events("ClientFailed")
 
 
@@ -101,9 +118,9 @@ def test_an_etcd_that_pauses_costs_nothing(running: Namespace, operator: Operato
         assert "patched" not in said
     finally:
         os.kill(pid, signal.SIGCONT)
-    eventually(lambda: "ok" in kubectl("get", "--raw", "/readyz", check=False), "it is back", 60)
-    running.kubectl("delete", "pod", "demo-cloud-1-0", "--wait=false")
-    eventually(lambda: "demo-cloud-1-1" in running.running(), "the operator goes on", 90)
+    until_back()
+    delete(running, "demo-cloud-1-0")
+    eventually(lambda: "demo-cloud-1-1" in running.running(), "the operator goes on", 240)
     assert uids(running)["demo-aggregator"] == before["demo-aggregator"]
     assert operator.process is not None
     assert operator.process.poll() is None

@@ -14,7 +14,8 @@ PODS = {"demo-aggregator", "demo-cloud-0-0", "demo-cloud-1-0"}
 def running(namespace: Namespace, operator: Operator) -> Namespace:
     """A job whose pods run."""
     namespace.apply(manifest(backoffLimit=1))
-    eventually(lambda: namespace.running() >= PODS, "the pods run")
+    eventually(lambda: namespace.running() >= PODS, "the pods run", 180)
+    namespace.until("AggregatorReady", "True/AggregatorRunning")
     return namespace
 
 
@@ -31,7 +32,6 @@ def test_from_apply_to_delete(running: Namespace, operator: Operator) -> None:
         for item in running.items(kind):
             (owner,) = item["metadata"]["ownerReferences"]
             assert (owner["kind"], owner["uid"]) == ("FederatedJob", job["metadata"]["uid"])
-    running.until("AggregatorReady", "True/AggregatorRunning")
     assert running.condition("Accepted") == "True/Valid"
     assert running.condition("Suspended") == "False/NotSuspended"
     assert running.status()["clients"]["summary"] == "0/2"
@@ -43,7 +43,7 @@ def test_from_apply_to_delete(running: Namespace, operator: Operator) -> None:
     assert f"ISTHMUS_ENDPOINT=demo-aggregator.{running.name}.svc:7443" in seen
 
     running.tell("demo-aggregator", "/var/lib/isthmus/complete")
-    running.kubectl("wait", "--for=condition=Complete", "fj/demo", "--timeout=30s")
+    running.kubectl("wait", "--for=condition=Complete", "fj/demo", "--timeout=120s")
     status = running.status()
     assert status["phase"] == "Complete"
     assert status["bestMetric"] == {"name": "accuracy", "value": "0.9361", "round": 3}
@@ -51,25 +51,28 @@ def test_from_apply_to_delete(running: Namespace, operator: Operator) -> None:
     eventually(lambda: running.events("RoundsCompleted") == ["3 rounds completed"], "an event says so")
     table = running.kubectl("get", "fj")
     assert [word in table for word in ("PHASE", "Complete", "0.9361")] == [True] * 3
-    metrics = operator.metrics()
-    assert 'isthmus_operator_jobs{phase="Complete"} 1.0' in metrics
-    assert f'isthmus_operator_pool_clients{{job="demo",namespace="{running.name}",pool="cloud"' in metrics
+    clients = f'isthmus_operator_pool_clients{{job="demo",namespace="{running.name}",pool="cloud"'
 
-    running.kubectl("delete", "fj", "demo", "--timeout=30s")
+    def counted(number: int, shown: bool) -> bool:
+        metrics = operator.metrics()
+        return f'isthmus_operator_jobs{{phase="Complete"}} {number}.0' in metrics and (clients in metrics) is shown
+
+    eventually(lambda: counted(1, True), "it is counted", show=operator.metrics)
+
+    running.kubectl("delete", "fj", "demo", "--timeout=120s")
     running.until_bare()
-    eventually(lambda: 'isthmus_operator_jobs{phase="Complete"} 0.0' in operator.metrics(), "it counts no more")
-    assert "isthmus_operator_pool_clients{" not in operator.metrics()
+    eventually(lambda: counted(0, False), "it counts no more", show=operator.metrics)
 
 
 def test_deletion_at_once_leaves_nothing(namespace: Namespace, operator: Operator) -> None:
     namespace.apply(manifest())
     eventually(lambda: namespace.names("pod"), "the first pods")
-    namespace.kubectl("delete", "fj", "demo", "--timeout=30s")
+    namespace.kubectl("delete", "fj", "demo", "--timeout=120s")
     namespace.until_bare()
 
 
 def test_foreground_deletion_leaves_nothing(running: Namespace) -> None:
-    running.kubectl("delete", "fj", "demo", "--cascade=foreground", "--timeout=60s")
+    running.kubectl("delete", "fj", "demo", "--cascade=foreground", "--timeout=180s")
     running.until_bare()
 
 
@@ -128,7 +131,7 @@ def test_a_crash_of_the_aggregator_is_not_its_verdict(running: Namespace) -> Non
 
     def restarted() -> bool:
         statuses = running.get("pod", "demo-aggregator")["status"].get("containerStatuses") or [{}]
-        return statuses[0].get("restartCount") == 1 and bool(statuses[0].get("ready"))
+        return statuses[0].get("restartCount", 0) >= 1 and bool(statuses[0].get("ready"))
 
     eventually(restarted, "it runs again")
     running.until("AggregatorReady", "True/AggregatorRunning")
@@ -170,7 +173,6 @@ def test_an_operator_that_was_away_takes_up_where_things_are(running: Namespace,
 
 
 def test_a_steady_job_costs_no_writes(running: Namespace) -> None:
-    running.until("AggregatorReady", "True/AggregatorRunning")
     eventually(lambda: "does not answer" in running.status().get("message", ""), "the stand-in was asked")
     version, since = "", time.monotonic()
 
@@ -181,7 +183,7 @@ def test_a_steady_job_costs_no_writes(running: Namespace) -> None:
             version, since = seen, time.monotonic()
         return time.monotonic() - since > 5  # a few looks of the operator's
 
-    eventually(steady, "nothing is written for 5 s", 60)
+    eventually(steady, "nothing is written for 5 s")
 
 
 def test_the_deadline_and_the_time_to_live(namespace: Namespace, operator: Operator) -> None:
@@ -197,11 +199,14 @@ def test_a_quota_is_told_and_waited_for(namespace: Namespace, operator: Operator
         "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "few"}, "spec": {"hard": {"pods": "2"}},
     }  # fmt: skip
     namespace.apply(quota)
+    # Until it is counted, every pod is refused: the clients could then come before the aggregator.
+    hard = ("get", "resourcequota", "few", "-o", "jsonpath={.status.hard.pods}/{.status.used.pods}")
+    eventually(lambda: namespace.kubectl(*hard) == "2/0", "the quota is in force")
     namespace.apply(manifest())
     eventually(lambda: "exceeded quota" in namespace.pool().get("reason", ""), "the quota is named")
     assert "demo-aggregator" in namespace.names("pod")
     namespace.kubectl("delete", "resourcequota", "few")
-    eventually(lambda: namespace.running() >= PODS, "the last client starts", 90)
+    eventually(lambda: namespace.running() >= PODS, "the last client starts", 240)
 
 
 def test_a_missing_image_is_told(namespace: Namespace, operator: Operator) -> None:
@@ -222,7 +227,7 @@ def test_what_belongs_to_others_is_left_alone(namespace: Namespace, operator: Op
     assert not namespace.names("pod")
     assert set(namespace.get("secret", "demo-cloud-tls")["data"]) == {"mine"}
     namespace.kubectl("delete", "secret", "demo-cloud-tls")
-    eventually(lambda: namespace.running() >= PODS, "then the job starts")
+    eventually(lambda: namespace.running() >= PODS, "then the job starts", 180)
 
 
 def test_what_was_deleted_by_hand_is_made_again(running: Namespace) -> None:
@@ -231,7 +236,7 @@ def test_what_was_deleted_by_hand_is_made_again(running: Namespace) -> None:
     eventually(
         lambda: running.names("service") == {"demo-aggregator"} and "demo-observer-tls" in running.names("secret"),
         "they are back",
-        90,
+        180,
     )
     assert running.running() >= PODS
 

@@ -115,7 +115,7 @@ def test_the_webhook_refuses_it_when_it_is_applied(namespace: Namespace, operato
         assert bool(namespace.get("fj", "demo")) is (what in WAITS)
         if what in WAITS:
             assert f"Warning: {reason}: {message}; the job waits for it" in said
-            namespace.kubectl("delete", "fj", "demo")
+            namespace.kubectl("delete", "fj", "demo", "--timeout=120s")
     # A good one passes, and what follows from the rest of it is written down.
     namespace.apply(manifest())
     assert namespace.get("fj", "demo")["spec"]["selection"]["minClients"] == 2
@@ -152,5 +152,8 @@ def test_the_table_and_the_explanation(namespace: Namespace, operator: Operator)
     header, row = namespace.kubectl("get", "federatedjobs").splitlines()
     assert header.split() == ["NAME", "PHASE", "ROUND", "ROUNDS", "CLIENTS", "BEST", "AGE"]
     assert row.split()[0] == "demo"
-    assert "Number of rounds" in namespace.kubectl("explain", "fj.spec.rounds")
+    # What kubectl explains is published a while after the resource itself.
+    eventually(
+        lambda: "Number of rounds" in namespace.kubectl("explain", "fj.spec.rounds", check=False), "it is explained"
+    )
     assert "demo" in namespace.kubectl("get", "federated", "-o", "name")

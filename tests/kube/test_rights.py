@@ -33,8 +33,10 @@ def may(namespace: Namespace, verb: str, resource: str, where: str | None = None
     kind, _, sub = resource.partition("/")
     account = f"--as=system:serviceaccount:{namespace.name}:{ACCOUNT}"
     scope = ["-n", where or namespace.name]
-    said = kubectl("auth", "can-i", verb, kind, f"--subresource={sub}", account, *scope, check=False)
-    return said.split()[-1] == "yes"
+    said = kubectl("auth", "can-i", verb, kind, f"--subresource={sub}", account, *scope, check=False).split()
+    # The answer comes first; a warning that follows is none.
+    assert said[:1] in (["yes"], ["no"]), said
+    return said[0] == "yes"
 
 
 def test_the_documentation_lists_rules() -> None:

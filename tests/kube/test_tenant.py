@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .cluster import ACCOUNT, ROOT, Namespace, Operator, eventually, kubeconfig, kubectl, manifest
+from .cluster import ACCOUNT, ROOT, Namespace, Operator, eventually, kubeconfig, kubectl, manifest, until_granted
 
 CHART = ROOT / "charts" / "isthmus"
 
@@ -60,14 +60,16 @@ def test_a_namespaces_admin_installs_an_operator_of_their_own(
     arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
     assert "--no-sites" in arguments
     namespace.kubectl("scale", "deployment", "isthmus-operator", "--replicas=0")
+    eventually(lambda: not namespace.items("pod", ""), "the release's own operator is gone")
+    until_granted(namespace.name, wide=False)
     operator = Operator(namespace.name, kubeconfig(namespace.name, tmp_path / "kubeconfig"), tmp_path / "operator.log")
     try:
         operator.start("--no-sites")
         job = {"apiVersion": "v1", "kind": "List", "items": [manifest()]}
         namespace.kubectl("apply", "-f", "-", f"--as={tenant}", stdin=job)
-        eventually(lambda: len(namespace.running()) == 3, "the job runs")
-        assert namespace.events("Valid")
-        namespace.kubectl("delete", "fj", "demo", f"--as={tenant}", "--timeout=60s")
+        eventually(lambda: len(namespace.running()) == 3, "the job runs", 180)
+        eventually(lambda: namespace.events("Valid"), "an event says so")
+        namespace.kubectl("delete", "fj", "demo", f"--as={tenant}", "--timeout=120s")
         namespace.until_bare()
         refused = [line for line in operator.log.read_text().splitlines() if "forbidden" in line.lower()]
         assert not refused

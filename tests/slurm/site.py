@@ -6,9 +6,11 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ esac
 """
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
+def until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
     """Waits for a true answer, and returns it."""
     deadline = time.monotonic() + seconds
     while True:
@@ -54,10 +56,24 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any
 
 
 def slurm(*argv: str, check: bool = True) -> str:
-    """Output of one of Slurm's programs."""
-    result = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
-    assert result.returncode == 0 or not check, f"{argv}: {result.stderr}"
-    return result.stdout
+    """Output of one of Slurm's programs. Those that only ask do so again where a busy controller does not answer."""
+    tries = 5 if argv[0] in ("squeue", "sinfo") else 1
+    while True:
+        result = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+        tries -= 1
+        if result.returncode == 0 or not check:
+            return result.stdout
+        assert tries, f"{argv}: {result.stderr}"
+        time.sleep(1)
+
+
+def free_port(host: str) -> int:
+    """A port for a process that starts later: below those that the kernel gives to connections meanwhile."""
+    for _ in range(100):
+        port = 20_000 + secrets.randbelow(10_000)
+        with suppress(OSError), socket.create_server((host, port)):
+            return port
+    raise AssertionError(f"no free port at {host}")
 
 
 class Site:
@@ -99,7 +115,9 @@ class Site:
             # What is in the run directory is the user's own, and comes and goes.
             tops = [path for path in self.folder.iterdir() if path.name != "run"]
             for path in (self.folder, *tops, *(below for top in tops for below in top.rglob("*"))):
-                shutil.chown(path, self._user, self._user)
+                # An sbatch whose bridge was killed still renames what it writes.
+                with suppress(FileNotFoundError):
+                    shutil.chown(path, self._user, self._user)
 
     def mode(self, mode: str) -> None:
         """How the next sbatch behaves."""
@@ -123,7 +141,7 @@ class Site:
         argv = [*self._as_user, str(self._python), "-m", "isthmus_bridge.cli", verb]
         result = subprocess.run(
             [*argv, "--policy", str(self.folder / "policy.yaml")], capture_output=True, text=True, cwd="/",
-            env={**os.environ, **self._environ}, timeout=60, check=False,
+            env={**os.environ, **self._environ}, timeout=180, check=False,
         )  # fmt: skip
         return result.returncode, result.stdout + result.stderr
 
@@ -137,13 +155,13 @@ class Site:
                 [*self._as_user, str(self._python), "-m", "isthmus_bridge.cli", "serve", "--policy", str(policy)],
                 stderr=errors, text=True, cwd="/", env={**os.environ, **self._environ},
             )  # fmt: skip
-        line = until(lambda: self._log_line(log, begin, "serving"), f"the bridge serves; its log: {log}", 60)
+        line = until(lambda: self._log_line(log, begin, "serving"), f"the bridge serves; its log: {log}", 180)
         self.port = int(line["listen"].rpartition(":")[2])
         return self.stub()
 
     def _log_line(self, log: Path, begin: int, message: str) -> dict[str, Any] | None:
         assert self._process is not None
-        text = log.read_bytes()[begin:].decode()
+        text = log.read_bytes()[begin:].decode(errors="replace")
         assert self._process.poll() is None, f"the bridge ended: {text}"
         lines = (json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}"))
         return next((line for line in lines if line["message"].startswith(message)), None)
@@ -158,7 +176,7 @@ class Site:
         """SIGKILL."""
         assert self._process is not None
         self._process.kill()
-        self._process.wait(30)
+        self._process.wait(120)
 
     def reload(self, settings: Mapping[str, Any], message: str) -> None:
         """Replaces the policy file and sends SIGHUP; waits until the log says so."""
@@ -173,7 +191,7 @@ class Site:
         """SIGTERM; the exit code."""
         assert self._process is not None
         self._process.terminate()
-        return self._process.wait(60)
+        return self._process.wait(120)
 
     def stub(self, cluster: str = "prod", credentials: Credentials | None = None) -> rpc.BridgeStub:
         """A connection of its own."""
@@ -197,10 +215,16 @@ class Site:
 
     def vanish(self, key: str) -> None:
         """Waits until Slurm has no living array of the key."""
-        until(lambda: not self.arrays(key), "the jobs are gone", 60)
+        until(lambda: not self.arrays(key), "the jobs are gone")
 
     def close(self) -> None:
         """Leaves nothing behind."""
+
+        def removed() -> bool:
+            # A program that outlived its bridge may still write into it.
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return not self.folder.exists()
+
         for one in self._channels:
             one.close()
         if self._process is not None and self._process.poll() is None:
@@ -212,7 +236,7 @@ class Site:
             slurm("scancel", f"--name={slurm_job_name(key)}", check=False)
         for key in self._keys:
             self.vanish(key)
-        shutil.rmtree(self.folder)
+        until(removed, f"{self.folder} is removed")
 
 
 def spec(**changes: object) -> pb.PoolSpec:
@@ -232,16 +256,23 @@ def spec(**changes: object) -> pb.PoolSpec:
 
 
 def ensure(stub: rpc.BridgeStub, key: str, wanted: pb.PoolSpec) -> pb.Pool:
-    """EnsurePool."""
-    return stub.EnsurePool(pb.EnsurePoolRequest(key=key, spec=wanted), timeout=60)
+    """EnsurePool, as the operator does it: again, where Slurm takes longer to answer than the bridge lets us wait."""
+
+    def answered() -> pb.Pool | None:
+        pool = stub.EnsurePool(pb.EnsurePoolRequest(key=key, spec=wanted), timeout=60)
+        return None if pool.phase == pb.Pool.SUBMITTING else pool
+
+    pool = until(answered, "sbatch has answered, or the bridge has given it up")
+    assert isinstance(pool, pb.Pool)
+    return pool
 
 
 def get(stub: rpc.BridgeStub, key: str) -> pb.Pool:
     """GetPool."""
-    return stub.GetPool(pb.GetPoolRequest(key=key), timeout=30)
+    return stub.GetPool(pb.GetPoolRequest(key=key), timeout=60)
 
 
-def over(stub: rpc.BridgeStub, key: str, seconds: float = 60.0) -> pb.Pool:
+def over(stub: rpc.BridgeStub, key: str, seconds: float = 180.0) -> pb.Pool:
     """The pool, once it is over."""
 
     def finished() -> pb.Pool | None:
@@ -258,7 +289,12 @@ def running(stub: rpc.BridgeStub, key: str, tasks: int = 2) -> None:
     until(lambda: get(stub, key).running == tasks, f"{tasks} tasks run")
 
 
+def wait_for_output(stub: rpc.BridgeStub, key: str, index: int, words: str) -> None:
+    """Waits until the script itself has said so: Slurm calls a task running before its script has begun."""
+    until(lambda: words in tail(stub, key, index), f"task {index} says: {words}")
+
+
 def tail(stub: rpc.BridgeStub, key: str, index: int, lines: int = 200) -> str:
     """TailLog."""
-    chunks = stub.TailLog(pb.TailLogRequest(key=key, index=index, lines=lines), timeout=30)
+    chunks = stub.TailLog(pb.TailLogRequest(key=key, index=index, lines=lines), timeout=60)
     return b"".join(chunk.data for chunk in chunks).decode()

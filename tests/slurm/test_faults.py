@@ -1,16 +1,16 @@
 """What happens to jobs at a real site: limits, preemption, lost nodes, held jobs, a controller that goes."""
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import grpc
 import pytest
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 
-from .site import Site, ensure, get, over, running, slurm, spec, tail, until
+from .site import Site, ensure, get, over, running, slurm, spec, tail, until, wait_for_output
 
 if TYPE_CHECKING:
     from lab import Lab
@@ -38,13 +38,16 @@ def n2(lab: "Lab") -> Iterator[str]:
 
 def test_the_time_limit(site: Site, operator: rpc.BridgeStub, lab: "Lab") -> None:
     key = site.key()
-    pool = ensure(operator, key, alone(time_limit_seconds=60))
+    asked = time.time()
+    pool = ensure(operator, key, alone(time_limit_seconds=120))
     running(operator, key, 1)
     # Known from the start, so that the next attempt can be there before this one ends.
     seen = get(operator, key)
-    assert 30 < seen.ends_at - seen.submitted_at < 120
+    # Two minutes after the start, which was between these two; Slurm counts whole seconds.
+    assert asked + 118 < seen.ends_at < time.time() + 122
+    wait_for_output(operator, key, 0, "attempt 1000")
     slurm("scontrol", "update", f"jobid={pool.slurm_job_id}", "EndTime=now+2")
-    pool = over(operator, key, 90)
+    pool = over(operator, key)
     assert phase(pool) == "FAILED"
     assert [(task.state, task.reason) for task in pool.tasks] == [("TIMEOUT", "TimeLimit")]
     assert "TIMEOUT" in pool.message
@@ -56,6 +59,7 @@ def test_preemption_puts_a_task_back_into_the_queue(site: Site, operator: rpc.Br
     key = site.key()
     pool = ensure(operator, key, alone())
     running(operator, key, 1)
+    wait_for_output(operator, key, 0, "attempt 1000")
     stranger = slurm("sbatch", "--parsable", "-p", "urgent", "-w", n2, "-n", "4", "--mem=100M", "-o", "/dev/null",
                      "--wrap", "sleep 600").strip()  # fmt: skip
     try:
@@ -72,6 +76,7 @@ def test_a_node_that_dies_and_comes_back(site: Site, operator: rpc.BridgeStub, l
     key = site.key()
     ensure(operator, key, alone())
     running(operator, key, 1)
+    wait_for_output(operator, key, 0, "attempt 1000")
     lab.stop_slurm_daemon(f"slurmd-{n2}", kill=True)
     try:
         # The controller would need SlurmdTimeout, 20 seconds, to see it.
@@ -85,7 +90,7 @@ def test_a_node_that_dies_and_comes_back(site: Site, operator: rpc.BridgeStub, l
 
 def _second_attempt(site: Site, operator: rpc.BridgeStub, key: str) -> None:
     running(operator, key, 1)
-    until(lambda: "attempt 1001" in tail(operator, key, 0), "the second start has begun")
+    wait_for_output(operator, key, 0, "attempt 1001")
     assert re.findall(r"attempt \d+", tail(operator, key, 0)) == ["attempt 1000", "attempt 1001"]
     assert len(site.arrays(key)) == 1
 
@@ -96,13 +101,15 @@ def test_held_waiting_and_suspended(site: Site, operator: rpc.BridgeStub, n2: st
     wanted.replicas = 2
     job = ensure(operator, key, wanted).slurm_job_id
     running(operator, key, 1)
-    # Slurm's main and backfill schedulers write the reason and the expected start at different times.
+    # Slurm's main and backfill schedulers write the reason and the expected start at different times; before the one
+    # task runs, the other is expected to start at once too.
     pool = until(
-        lambda: (p := get(operator, key)).expected_start and p.reason in ("Resources", "Priority") and p,
+        lambda: (
+            (p := get(operator, key)).expected_start > p.submitted_at and p.reason in ("Resources", "Priority") and p
+        ),
         "Slurm tells why the other waits and when it may start",
     )
     assert (phase(pool), pool.running, pool.queued) == ("RUNNING", 1, 1)
-    assert pool.expected_start > pool.submitted_at
     waiting = next(i for i in ("0", "1") if f"{job}_{i}" not in slurm("squeue", "-h", "-t", "R", "-o", "%i").split())
     slurm("scontrol", "hold", f"{job}_{waiting}")
     until(lambda: get(operator, key).reason.startswith("JobHeld"), "the reason says that it is held")
@@ -121,30 +128,23 @@ def test_the_controller_goes_and_comes_back(site: Site, lab: "Lab") -> None:
     operator = site.start()
     key, late = site.key(), site.key()
     wanted = spec()
-    first = ensure(operator, key, wanted)
+    ensure(operator, key, wanted)
     running(operator, key)
+    # Not from the first answer: sbatch may have taken longer than these two seconds, and the array was found later.
+    first = get(operator, key)
     lab.stop_slurm_daemon("slurmctld")
     try:
-        pool = until(lambda: (p := get(operator, key)).phase == pb.Pool.UNKNOWN and p, "the bridge says so", 90)
+        pool = until(lambda: (p := get(operator, key)).phase == pb.Pool.UNKNOWN and p, "the bridge says so", 180)
         assert "Slurm does not answer" in pool.message
         assert (pool.running, pool.failed) == (2, 0), "the last known counts stay"
         # Asked for while nobody can submit: it waits, and is there once.
-        _patiently(operator, late, wanted)
+        assert phase(ensure(operator, late, wanted)) == "UNKNOWN"
     finally:
         lab.start_slurm_daemon("slurmctld")
-    until(lambda: get(operator, key).phase == pb.Pool.RUNNING, "the first pool runs on", 90)
+    until(lambda: get(operator, key).phase == pb.Pool.RUNNING, "the first pool runs on", 180)
     assert site.arrays(key) == {first.slurm_job_id}
     running(operator, late)
     assert site.arrays(late) == {get(operator, late).slurm_job_id}
-
-
-def _patiently(operator: rpc.BridgeStub, key: str, wanted: pb.PoolSpec) -> None:
-    try:
-        pool = operator.EnsurePool(pb.EnsurePoolRequest(key=key, spec=wanted), timeout=3)
-    except grpc.RpcError as error:
-        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    else:
-        assert phase(pool) in ("SUBMITTING", "UNKNOWN")
 
 
 def test_without_accounts_the_tasks_own_marks_tell(

@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from isthmus_contracts import identities as ids
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pki import Authority
 
-from .site import DAY, Site, ensure, over, spec, tail, until
+from .site import DAY, Site, ensure, free_port, over, spec, tail, until
 
 if TYPE_CHECKING:
     from lab import Lab
@@ -82,7 +81,8 @@ class Aggregator:
                 cwd=folder, stdout=log, stderr=log,
             )  # fmt: skip
         ports = folder / "ports.json"
-        until(ports.exists, "the aggregator serves")
+        until(lambda: ports.exists() or self.process.poll() is not None, "the aggregator serves", 180)
+        assert ports.exists(), (folder / "aggregator.log").read_text()
         self.address, self.port = address, int(json.loads(ports.read_text())["port"])
 
     def rounds(self) -> int:
@@ -104,14 +104,13 @@ def aggregator(lab: "Lab", tmp_path: Path) -> Iterator[Aggregator]:
     one = Aggregator(tmp_path, lab.node_address)
     yield one
     one.process.terminate()
-    one.process.wait(30)
+    one.process.wait(120)
 
 
 @pytest.fixture
 def root_site(lab: "Lab", island: str) -> Iterator[Site]:
     """A bridge that runs as root, since only root can put a job into another network."""
-    with socket.create_server(("10.77.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port("10.77.0.1")
     one = Site(Path(tempfile.mkdtemp(prefix="bridge-test-")), None, Path(sys.executable), {})
     one.settings["environments"]["island"] = {"prefix": ["nsenter", f"--net=/run/netns/{island}", "--"]}
     one.settings["relay"] = {
@@ -131,7 +130,7 @@ def test_a_pool_without_a_way_out_trains_through_the_relay(root_site: Site, aggr
     )  # fmt: skip
     wanted.federation.CopyFrom(aggregator.federation())
     ensure(operator, key, wanted)
-    pool = over(operator, key, 180)
+    pool = over(operator, key, 400)
     logs = [tail(operator, key, index) for index in range(2)]
     assert pb.Pool.Phase.Name(pool.phase) == "SUCCEEDED", (pool, logs)
     assert all("no way:" in log for log in logs)

@@ -20,6 +20,7 @@ def walk(tmp_path: Path) -> Walk:
     return Walk(tmp_path, {**os.environ, "PATH": path, "COLUMNS": "120"})
 
 
+@pytest.mark.timeout(900)
 def test_the_quickstart(walk: Walk) -> None:
     walk.follow("quickstart.md")
     ran = "\n".join(walk.said)
@@ -27,6 +28,7 @@ def test_the_quickstart(walk: Walk) -> None:
     assert "model.pt" in ran and '"round": 20' in ran
 
 
+@pytest.mark.timeout(900)
 def test_a_script_is_ported(walk: Walk) -> None:
     walk.follow("tutorials/data-scientist.md", lambda step: "kubectl" not in step.command)
     ran = "\n".join(walk.said)

@@ -28,7 +28,7 @@ POOL = "pool"
 SERVER_NAME = identities.aggregator_server_name(UID)
 
 
-def eventually(what: str, check: Callable[[], Any], seconds: float = 60.0) -> Any:
+def eventually(what: str, check: Callable[[], Any], seconds: float = 180.0) -> Any:
     """The first true value of ``check`` within the time, or a failure that says what was waited for."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -122,21 +122,21 @@ class Federation:
     def status(self) -> pb.FederationStatus:
         observer = self.authority.issue("observer", DAY, uris=[identities.observer_identity(UID)])
         with channel(f"127.0.0.1:{self.port}", observer, SERVER_NAME) as connection:
-            return ObserverStub(connection).GetStatus(pb.GetStatusRequest(job_uid=UID), timeout=10)
+            return ObserverStub(connection).GetStatus(pb.GetStatusRequest(job_uid=UID), timeout=60)
 
     def metrics(self) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60) as answer:
             return str(answer.read().decode())
 
-    def wait_for(self, what: Callable[[pb.FederationStatus], bool], seconds: float = 90.0) -> pb.FederationStatus:
+    def wait_for(self, what: Callable[[pb.FederationStatus], bool], seconds: float = 180.0) -> pb.FederationStatus:
         """The first status that is as wanted."""
         found: pb.FederationStatus = eventually("the status is so", lambda: what(s := self.status()) and s, seconds)
         return found
 
-    def wait_for_round(self, number: int, seconds: float = 90.0) -> None:
+    def wait_for_round(self, number: int, seconds: float = 180.0) -> None:
         eventually(f"{number} rounds are complete", lambda: self.status().completed_rounds >= number, seconds)
 
-    def wait_for_completion(self, seconds: float = 90.0) -> pb.FederationStatus:
+    def wait_for_completion(self, seconds: float = 180.0) -> pb.FederationStatus:
         status: pb.FederationStatus = eventually(
             "training is complete", lambda: (s := self.status()).phase == pb.FederationStatus.COMPLETE and s, seconds
         )
@@ -145,7 +145,11 @@ class Federation:
 
     def wait_for_exit(self) -> None:
         assert self.aggregator is not None
-        assert self.aggregator.wait(30) == 0, self.log("aggregator")
+        assert self.aggregator.wait() == 0, self.log("aggregator")
+
+    def let_go(self) -> None:
+        """Ends the HOLD of the clients that train with linear.py."""
+        (self.directory / "go").touch()
 
     def kill_aggregator(self) -> None:
         assert self.aggregator is not None

@@ -45,8 +45,9 @@ def hurry() -> None:
     """A client looks for an aggregator that is away for a moment, and was away for many."""
     session._FIRST_BACKOFF = transfer._FIRST_BACKOFF = 0.05
     session._LONGEST_BACKOFF = transfer._LONGEST_BACKOFF = 0.2
+    # The last one is also how long a handshake may take.
     options = ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200)
-    transport._CHANNEL_OPTIONS.extend([*options, ("grpc.min_reconnect_backoff_ms", 100)])
+    transport._CHANNEL_OPTIONS.extend([*options, ("grpc.min_reconnect_backoff_ms", 2000)])
 
 
 class Doom:

@@ -33,7 +33,7 @@ class Forked:
     def __init__(self, process: BaseProcess) -> None:
         self._process = process
 
-    def wait(self, timeout: float = 60.0) -> int:
+    def wait(self, timeout: float = 180.0) -> int:
         self._process.join(timeout)
         code = self._process.exitcode
         assert code is not None, f"still there after {timeout:.0f} s"
@@ -49,6 +49,12 @@ class Forked:
 
     def kill(self) -> None:
         self._process.kill()
+
+    def handles(self, number: int) -> bool:
+        """Whether a handler of its own is set for a signal."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+        return bool(int(caught, 16) >> (number - 1) & 1)
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)

@@ -1,9 +1,10 @@
 """A training script for tests: linear regression, every client on data that its number decides.
 
-PAUSE: seconds a round takes longer. BREAK: "round:exception" raises there. NAN: round in which the weights are NaN.
-WIDTH: of a hidden layer that makes the model larger. SCALE: what the trained weights are multiplied by. STEPS: of the
-optimizer in a round. Each client leaves a list of the rounds that it trained, and of the digests of the weights that
-it began them with.
+PAUSE: seconds a round takes longer. HOLD: round from which on it waits for the file ``go``, so that a test that
+disturbs a run never comes after its end. BREAK: "round:exception" raises there. NAN: round in which the weights are
+NaN. WIDTH: of a hidden layer that makes the model larger. SCALE: what the trained weights are multiplied by. STEPS:
+of the optimizer in a round. Each client leaves a list of the rounds that it trained, and of the digests of the
+weights that it began them with.
 """
 
 import hashlib
@@ -58,6 +59,8 @@ def main() -> None:
         if rnd.number == int(bad_round):
             raise ValueError(exception)
         time.sleep(float(os.environ.get("PAUSE", "0")))
+        while rnd.number >= int(os.environ.get("HOLD", "1000000")) and not Path("go").exists():
+            time.sleep(0.01)
         optimizer = rnd.wrap(torch.optim.SGD(model.parameters(), lr=float(rnd.config["rate"])))
         loss = train(model, client, optimizer, int(os.environ.get("STEPS", "3")))
         if rnd.number == int(os.environ.get("NAN", "0")):

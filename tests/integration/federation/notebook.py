@@ -18,7 +18,7 @@ outcomes: list[str] = []
 
 
 def interrupt() -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 600
     while not Path("interrupt").exists() and time.monotonic() < until:
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGINT)

@@ -31,7 +31,7 @@ def join_group() -> None:
         Path("store.partial").write_text(str(store.port))
         Path("store.partial").rename(address)
     else:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180
         while not address.exists():
             assert time.monotonic() < until
             time.sleep(0.01)

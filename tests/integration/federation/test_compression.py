@@ -60,11 +60,12 @@ def test_int8_uploads_train_nearly_the_same_model_for_a_quarter_of_the_bytes(fed
     for upload in ("None", "Int8"):
         job = federation(2, 5, compression={"upload": upload}, aggregator=KEEP, task=SLOW)
         job.start_aggregator()
-        clients = [job.start_client(script, index, WIDTH=WIDTH, PAUSE="0.3") for index in range(2)]
+        clients = [job.start_client(script, index, WIDTH=WIDTH, HOLD="5") for index in range(2)]
         job.wait_for_round(3)  # once completion has been seen there are no metrics to read
         received = bytes_by_codec(job, "received")
+        job.let_go()
         job.wait_for_completion()
-        assert [client.wait(30) for client in clients] == [0, 0], job.log("client-0-0")
+        assert [client.wait() for client in clients] == [0, 0], job.log("client-0-0")
         finals[upload] = flat(checkpoint(job, 5))
         start = flat(checkpoint(job, 0))
         assert updates(job) == dict.fromkeys(range(1, 6), 2)
@@ -78,15 +79,16 @@ def test_int8_uploads_train_nearly_the_same_model_for_a_quarter_of_the_bytes(fed
 def test_every_client_sees_the_model_that_is_checkpointed(federation: Make, script: Path) -> None:
     job = federation(2, 6, compression={"upload": "Int8", "download": "Rotation+Int8"}, aggregator=KEEP, task=SLOW)
     job.start_aggregator()
-    clients = [job.start_client(script, index, WIDTH=WIDTH, PAUSE="0.2") for index in range(2)]
+    clients = [job.start_client(script, index, WIDTH=WIDTH, PAUSE="0.2", HOLD="5") for index in range(2)]
     job.wait_for_round(3)
     sent = bytes_by_codec(job, "sent")
     # The initial model goes raw to both; later ones are differences from the model before.
     assert sent["Delta+Rotation+Int8"] > 0
     job.kill_aggregator()
     job.start_aggregator()
+    job.let_go()
     job.wait_for_completion()
-    assert [client.wait(30) for client in clients] == [0, 0], job.log("client-0-0")
+    assert [client.wait() for client in clients] == [0, 0], job.log("client-0-0")
     seen = [beginnings(job, client) for client in range(2)]
     assert seen[0] == seen[1]
     assert seen[0] == {number: linear.digest(checkpoint(job, number - 1)) for number in range(1, 7)}
@@ -98,7 +100,8 @@ def test_kills_with_error_feedback_train_nothing_twice(federation: Make, script:
     scratch = job.directory / "scratch"
     job.start_aggregator()
     survivor, victim = (
-        job.start_client(script, index, WIDTH=WIDTH, PAUSE="0.2", ISTHMUS_SCRATCH=str(scratch)) for index in range(2)
+        job.start_client(script, index, WIDTH=WIDTH, PAUSE="0.2", HOLD="7", ISTHMUS_SCRATCH=str(scratch))
+        for index in range(2)
     )
     for number in (2, 4):
         job.wait_for_round(number)
@@ -107,9 +110,10 @@ def test_kills_with_error_feedback_train_nothing_twice(federation: Make, script:
     job.wait_for_round(5)
     victim.kill()
     victim.wait()
+    job.let_go()
     replacement = job.start_client(script, 1, attempt=1, WIDTH=WIDTH, ISTHMUS_SCRATCH=str(scratch))
     job.wait_for_completion()
-    assert [survivor.wait(30), replacement.wait(30)] == [0, 0], job.log("client-0-0")
+    assert [survivor.wait(), replacement.wait()] == [0, 0], job.log("client-0-0")
     assert updates(job) == dict.fromkeys(range(1, 9), 2)
     assert trained(job, 0) == Counter(range(1, 9))
     assert re.search(r"error feedback of round [4-6] found", job.log("client-1-1"))
@@ -123,7 +127,7 @@ def test_nan_is_refused_through_a_codec_too(federation: Make, script: Path) -> N
     job.start_aggregator()
     clients = [job.start_client(script, 0, WIDTH=WIDTH), job.start_client(script, 1, WIDTH=WIDTH, NAN="2")]
     job.wait_for_completion()
-    assert [client.wait(30) for client in clients] == [0, 0]
+    assert [client.wait() for client in clients] == [0, 0]
     assert updates(job) == {1: 2, 2: 1, 3: 2}
     assert re.search(r"round 2: update refused: \S+ holds NaN or infinity", job.log("client-1-0"))
 

@@ -95,14 +95,15 @@ def test_round_by_round(
         task={"image": "unused", "command": ["python"], "config": {"rate": str(RATE)}},
     )  # fmt: skip
     job.start_aggregator()
-    pause = "0.3" if kill else "0"
-    clients = [job.start_client(script, k, STEPS=str(STEPS[k]), PAUSE=pause) for k in range(CLIENTS)]
+    slow = {"PAUSE": "0.3", "HOLD": "4"} if kill else {}
+    clients = [job.start_client(script, k, STEPS=str(STEPS[k]), **slow) for k in range(CLIENTS)]
     if kill:  # the server's part of the correction comes back with the checkpoint
         job.wait_for_round(2)
         job.kill_aggregator()
         job.start_aggregator()
+        job.let_go()
     job.wait_for_completion()
-    assert [client.wait(30) for client in clients] == [0] * CLIENTS, job.log("client-0-0")
+    assert [client.wait() for client in clients] == [0] * CLIENTS, job.log("client-0-0")
     for number, expected in enumerate(reference(algorithm), start=1):
         actual = load_file(job.state / "checkpoints" / f"round-{number:06d}.safetensors")
         for name, tensor in expected.items():
@@ -113,5 +114,5 @@ def test_qfedavg_asks_for_the_loss(federation: Callable[..., Federation], script
     job = federation(1, 2, strategy={"algorithm": "QFedAvg"})
     job.start_aggregator()
     client = job.start_client(script)
-    assert client.wait(60) == 1
+    assert client.wait() == 1
     assert "QFedAvg needs the loss at the global model" in job.log("client-0-0")

@@ -54,7 +54,7 @@ def test_round_by_round(
     job.start_aggregator()
     clients = [job.start_client(script, index) for index in range(CLIENTS)]
     status = job.wait_for_completion()
-    assert [client.wait(30) for client in clients] == [0] * CLIENTS, job.log("client-0-0")
+    assert [client.wait() for client in clients] == [0] * CLIENTS, job.log("client-0-0")
     for number, expected in enumerate(reference(mu)):
         actual = load_file(job.state / "checkpoints" / f"round-{number:06d}.safetensors")
         assert list(actual) != []

@@ -16,7 +16,7 @@ def test_told_to_end_while_training_is_143_and_what_was_trained_counts(federatio
     client = job.start("client-0", [SCRIPT], job.client_environment(DATA="0", ENDLESS="yes"))
     eventually("it trains", (job.directory / "client-0-rank-0-of-1").exists)
     client.send_signal(signal.SIGTERM)
-    assert client.wait(60) == 143
+    assert client.wait() == 143
     job.wait_for_round(1)
 
 
@@ -24,7 +24,7 @@ def test_a_client_that_the_job_does_not_have_is_refused_with_1(federation: Make)
     job = federation(1, 1)
     job.start_aggregator()
     client = job.start("client-5", [SCRIPT], {**job.client_environment(5), "DATA": "5"})
-    assert client.wait(60) == 1
+    assert client.wait() == 1
     assert (
         "FederationError: the aggregator ended our part: pool pool has 1 clients; index 5 is not one of them"
         in job.log("client-5")
@@ -37,6 +37,6 @@ def test_a_round_without_submit_is_1(federation: Make, tmp_path: Path) -> None:
     job = federation(1, 1)
     job.start_aggregator()
     client = job.start("client-0", [script], job.client_environment())
-    assert client.wait(60) == 1
+    assert client.wait() == 1
     failure = eventually("the failure is known", lambda: job.status().pools[0].failures)[0]
     assert failure.message == "FederationError: round 1 ended without rnd.submit(num_examples=...)"

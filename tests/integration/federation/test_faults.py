@@ -29,13 +29,14 @@ def updates(job: Federation) -> dict[int, int]:
 def test_the_aggregator_killed_again_and_again(federation: Make, script: Path) -> None:
     job = federation(2, 12)
     job.start_aggregator()
-    clients = [job.start_client(script, index, PAUSE="0.15") for index in range(2)]
+    clients = [job.start_client(script, index, PAUSE="0.15", HOLD="10") for index in range(2)]
     for number in (2, 5, 8):
         job.wait_for_round(number)
         job.kill_aggregator()
         job.start_aggregator()
+    job.let_go()
     status = job.wait_for_completion()
-    assert [client.wait(30) for client in clients] == [0, 0], job.log("client-0-0")
+    assert [client.wait() for client in clients] == [0, 0], job.log("client-0-0")
     assert status.completed_rounds == 12
     assert updates(job) == dict.fromkeys(range(1, 13), 2)
     for client in range(2):
@@ -46,22 +47,23 @@ def test_the_aggregator_killed_again_and_again(federation: Make, script: Path) -
 def test_a_killed_client_is_replaced_by_a_newer_attempt(federation: Make, script: Path) -> None:
     job = federation(2, 8)
     job.start_aggregator()
-    survivor, victim = (job.start_client(script, index, PAUSE="0.1") for index in range(2))
+    survivor, victim = (job.start_client(script, index, PAUSE="0.1", HOLD="6") for index in range(2))
     job.wait_for_round(3)
     victim.kill()
     replacement = job.start_client(script, 1, attempt=1)
+    job.let_go()
     job.wait_for_completion()
-    assert [survivor.wait(30), replacement.wait(30)] == [0, 0]
+    assert [survivor.wait(), replacement.wait()] == [0, 0]
     assert updates(job) == dict.fromkeys(range(1, 9), 2)
 
 
 def test_an_older_attempt_is_fenced(federation: Make, script: Path) -> None:
-    job = federation(1, 300)
+    job = federation(1, 100_000)
     job.start_aggregator()
     old = job.start_client(script, attempt=1, PAUSE="0.05")
     job.wait_for_round(2)
     new = job.start_client(script, attempt=2, PAUSE="0.05")
-    assert old.wait(60) == 1
+    assert old.wait() == 1
     assert "has taken over" in job.log("client-0-1")
     before = job.status().completed_rounds
     job.wait_for_round(before + 2)
@@ -74,9 +76,9 @@ def test_a_script_that_raises_shows_its_traceback_and_the_round_goes_on(federati
     bad = job.start_client(script, 1, BREAK="1:no such column: age")
     eventually("the failure is known", lambda: job.status().pools[0].failed == 1)
     good = job.start_client(script, 0)
-    assert bad.wait(30) == 1
+    assert bad.wait() == 1
     status = job.wait_for_completion()
-    assert good.wait(30) == 0
+    assert good.wait() == 0
     failure = status.pools[0].failures[0]
     assert (failure.index, failure.message) == (1, "ValueError: no such column: age")
     assert "raise ValueError(exception)" in failure.traceback
@@ -86,11 +88,12 @@ def test_a_script_that_raises_shows_its_traceback_and_the_round_goes_on(federati
 def test_an_update_with_nan_is_refused_and_the_run_goes_on(federation: Make, script: Path) -> None:
     job = federation(2, 4, stragglers={"minUpdates": 1})
     job.start_aggregator()
-    clients = [job.start_client(script, 0), job.start_client(script, 1, NAN="2")]
+    clients = [job.start_client(script, 0, HOLD="4"), job.start_client(script, 1, NAN="2")]
     job.wait_for_round(3)
     assert 'isthmus_updates_total{job="job",namespace="default",pool="pool",result="invalid"} 1.0' in job.metrics()
+    job.let_go()
     job.wait_for_completion()
-    assert [client.wait(30) for client in clients] == [0, 0]
+    assert [client.wait() for client in clients] == [0, 0]
     assert updates(job) == {1: 2, 2: 1, 3: 2, 4: 2}
     assert "round 2: update refused: 0.weight holds NaN or infinity" in job.log("client-1-0")
 
@@ -98,11 +101,11 @@ def test_an_update_with_nan_is_refused_and_the_run_goes_on(federation: Make, scr
 def test_the_round_deadline_leaves_a_straggler_behind(federation: Make, script: Path) -> None:
     job = federation(2, 3, stragglers={"minUpdates": 1, "roundDeadlineSeconds": 2})
     job.start_aggregator()
-    fast, slow = job.start_client(script, 0), job.start_client(script, 1, PAUSE="60")
-    status = job.wait_for_completion(seconds=120)
+    fast, slow = job.start_client(script, 0), job.start_client(script, 1, PAUSE="600")
+    status = job.wait_for_completion()
     assert status.completed_rounds == 3
     assert all(count == 1 for count in updates(job).values())
-    assert fast.wait(30) == 0
+    assert fast.wait() == 0
     assert slow.poll() is None
 
 
@@ -111,8 +114,9 @@ def test_sigterm_sets_should_stop_and_a_waiting_client_goes(federation: Make, sc
     job.start_aggregator()
     client = job.start_client(script, 0)
     eventually("it is connected", lambda: job.status().pools[0].connected == 1)
+    eventually("it handles the signal", lambda: client.handles(signal.SIGTERM))
     client.send_signal(signal.SIGTERM)
-    assert client.wait(30) == 143
+    assert client.wait() == 143
     eventually("it is gone", lambda: job.status().pools[0].connected == 0)
 
 
@@ -131,7 +135,7 @@ def test_a_certificate_for_something_else_is_refused(federation: Make, script: P
     job = federation(1, 1)
     job.start_aggregator()
     client = job.start_client(script, credentials=job.credentials(**{which: "other"}))
-    assert client.wait(60) == 1
+    assert client.wait() == 1
     assert "the certificate is not one of this pool's of this job" in job.log("client-0-0")
     assert job.status().phase == pb.FederationStatus.WAITING
 
@@ -140,5 +144,5 @@ def test_without_a_certificate_the_message_says_what_is_missing(federation: Make
     job = federation(1, 1)
     job.start_aggregator()
     client = job.start_client(script, ISTHMUS_TLS_DIR="/nowhere")
-    assert client.wait(60) == 1
+    assert client.wait() == 1
     assert "cannot read the client's certificate: /nowhere/ca.crt" in job.log("client-0-0")

@@ -65,7 +65,7 @@ def test_the_round_waits_for_room_and_then_goes_on(federation: Make) -> None:
 
         # The checkpoint of the last round fits, but not the final model, which is a little larger for plain PyTorch.
         size = (job.state / "checkpoints" / "round-000001.safetensors").stat().st_size
-        limit_files(job, size + 64)
+        limit_files(job, size + 256)  # a record of a round has not always the same length
         for client in (first, second):
             header = client.header(2, status.model.sha256)
             assert client.push(header).verdict == pb.PushReply.ACCEPTED

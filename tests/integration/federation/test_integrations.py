@@ -13,6 +13,7 @@ from .forked import Forked
 Make = Callable[..., Federation]
 HERE = Path(__file__).parent
 TRAINERS = ["lightning", "transformers"]
+pytestmark = pytest.mark.timeout(900)
 
 
 def start(job: Federation, trainer: str, index: int = 0, **env: str) -> Forked:
@@ -37,7 +38,7 @@ def test_a_round_trains_what_a_plain_loop_would(federation: Make, trainer: str) 
         eventually("client 0 is there", lambda job=job: job.status().pools[0].connected == 1)  # type: ignore[misc]
         clients = [first, start(job, trainer, 1, PLAIN=plain)]
         status = job.wait_for_completion()
-        assert [client.wait(60) for client in clients] == [0, 0], job.log("client-0") + job.log("client-1")
+        assert [client.wait() for client in clients] == [0, 0], job.log("client-0") + job.log("client-1")
         results.append((final(job), {metric.name: metric.value for metric in status.metrics}["train_loss"]))
     for name, tensor in results[1][0].items():
         torch.testing.assert_close(results[0][0][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
@@ -51,5 +52,5 @@ def test_a_signal_ends_training_and_what_was_trained_counts(federation: Make, tr
     client = start(job, trainer, ENDLESS="yes")
     eventually("it trains", (job.directory / "trains-0").exists)
     client.send_signal(signal.SIGTERM)
-    assert client.wait(90) == 143, job.log("client-0")
+    assert client.wait() == 143, job.log("client-0")
     job.wait_for_round(1)

@@ -20,6 +20,7 @@ from .test_faults import trained, updates
 Make = Callable[..., Federation]
 CLIENTS = 2
 SIGKILLED = -9
+pytestmark = pytest.mark.timeout(1800)  # more than a hundred lives, one after the other
 
 
 class Nursery:

@@ -1,6 +1,7 @@
 """isthmus.rounds in cells: exceptions do not end the process there, and a cell is run again."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def test_an_interrupt_while_waiting_leaves_nothing_behind(federation: Make) -> N
     threads = "assert not [t for t in __import__('threading').enumerate() if t.name.startswith('isthmus')]\n"
     start(job, cell + "# INTERRUPTED\n", check + threads)
     eventually("it is connected", lambda: job.status().pools[0].connected == 1)
+    # The last thing that the loop does before it waits.
+    eventually("its hooks are set", lambda: job.processes[-1].handles(signal.SIGTERM))
     (job.directory / "interrupt").touch()
     eventually("the cells have ended", lambda: len(outcomes(job)) == 3)
     assert outcomes(job) == ["ok", "KeyboardInterrupt", "ok"]

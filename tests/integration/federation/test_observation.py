@@ -66,7 +66,8 @@ def test_every_stage_is_measured_and_written_down(federation: Make, script: Path
 
 
 def test_a_straggler_is_late_and_one_that_is_gone_has_failed(federation: Make, script: Path) -> None:
-    job = federation(3, 1, stragglers={"minUpdates": 1, "roundDeadlineSeconds": 3})
+    # The second round, which waits for the client that is gone, keeps the aggregator there.
+    job = federation(3, 2, stragglers={"minUpdates": 1, "roundDeadlineSeconds": 10})
     job.start_aggregator()
     job.start_client(script, 0)
     job.start_client(script, 1, PAUSE="600")

@@ -34,7 +34,7 @@ class HandMadeClient:
 
     def _talk(self, hello: pb.ClientMessage) -> Iterator[pb.ClientMessage]:
         yield hello
-        eventually("the test is over", lambda: self.channel is None, 120)
+        eventually("the test is over", lambda: self.channel is None, 1200)
 
     def offer(self) -> pb.Offer:
         return next(message.offer for message in self.messages if message.HasField("offer"))
@@ -53,7 +53,7 @@ class HandMadeClient:
         parts += [pb.UpdateChunk(data=bytes(chunk)) for chunk in (data if data is not None else chunks_of(STATE))]
         if checksum is not None:
             parts.append(pb.UpdateChunk(trailer=pb.Trailer(checksum=checksum or checksum_of(STATE))))
-        return self.stub.Push(iter(parts), timeout=30)
+        return self.stub.Push(iter(parts), timeout=120)
 
 
 @pytest.fixture
@@ -114,11 +114,11 @@ def test_nobody_else_may_observe(clients: list[HandMadeClient]) -> None:
     from isthmus_contracts.pb.federation_pb2_grpc import ObserverStub
 
     with pytest.raises(grpc.RpcError) as error:
-        ObserverStub(clients[0].channel).GetStatus(pb.GetStatusRequest(job_uid=UID), timeout=10)
+        ObserverStub(clients[0].channel).GetStatus(pb.GetStatusRequest(job_uid=UID), timeout=60)
     assert error.value.code() == grpc.StatusCode.PERMISSION_DENIED
 
 
 def test_only_the_current_model_is_served(clients: list[HandMadeClient]) -> None:
     with pytest.raises(grpc.RpcError) as error:
-        list(clients[0].stub.Pull(pb.PullRequest(job_uid=UID, digest="other"), timeout=10))
+        list(clients[0].stub.Pull(pb.PullRequest(job_uid=UID, digest="other"), timeout=60))
     assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION

@@ -16,13 +16,15 @@ FEDADAM = {"algorithm": "FedAdam", "parameters": {"learningRate": "0.05"}}
 def train(job: Federation, script: Path, kill_after: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
     """The final model of a run whose aggregator is killed after some rounds."""
     job.start_aggregator()
-    clients = [job.start_client(script, index, PAUSE="0.1" if kill_after else "0") for index in range(2)]
+    slow = {"PAUSE": "0.1", "HOLD": "6"} if kill_after else {}
+    clients = [job.start_client(script, index, **slow) for index in range(2)]
     for number in kill_after:
         job.wait_for_round(number)
         job.kill_aggregator()
         job.start_aggregator()
+    job.let_go()
     job.wait_for_completion()
-    assert [client.wait(30) for client in clients] == [0, 0], job.log("client-0-0")
+    assert [client.wait() for client in clients] == [0, 0], job.log("client-0-0")
     return load_file(job.state / "model.safetensors")
 
 
@@ -40,7 +42,7 @@ def test_a_liar_does_not_move_the_median(federation: Callable[..., Federation], 
     job.start_aggregator()
     clients = [job.start_client(script, index, SCALE="1e6" if index == 1 else "1") for index in range(3)]
     job.wait_for_completion()
-    assert [client.wait(30) for client in clients] == [0] * 3, job.log("client-0-0")
+    assert [client.wait() for client in clients] == [0] * 3, job.log("client-0-0")
     weights = load_file(job.state / "model.safetensors")
     assert all(tensor.abs().max() < 100 for tensor in weights.values())
     assert not list(job.state.glob("updates-*"))
@@ -70,8 +72,8 @@ def test_a_broken_class_fails_the_job(
     if reference == "rules:Raises":
         job.wait_for_port()
         client = job.start_client(script)
-        assert client.wait(60) == 1
+        assert client.wait() == 1
         assert message in job.log("client-0-0")
-    assert job.aggregator.wait(60) == 1
+    assert job.aggregator.wait() == 1
     said = json.loads(last_words.read_text())
     assert (said["phase"], said["message"]) == ("FAILED", message)

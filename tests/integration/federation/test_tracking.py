@@ -31,12 +31,13 @@ def test_real_sinks(
     tracking = {"tensorBoard": {}, "mlflow": {"trackingUri": uri, "experiment": "digits"}}
     job = federation(2, 6, tracking=tracking, objective={"metric": "score"})
     job.start_aggregator()
-    clients = [job.start_client(script, index, PAUSE="0.1") for index in range(2)]
+    clients = [job.start_client(script, index, PAUSE="0.1", HOLD="5") for index in range(2)]
     job.wait_for_round(3)
     job.kill_aggregator()  # as hard as it gets: what is then in the queue is lost, but the run goes on under its name
     job.start_aggregator()
+    job.let_go()
     status = job.wait_for_completion()
-    assert [client.wait(30) for client in clients] == [0, 0], job.log("client-0-0")
+    assert [client.wait() for client in clients] == [0, 0], job.log("client-0-0")
     lines = (job.state / "rounds.jsonl").read_text().splitlines()
     records = {record["round"]: record for record in map(json.loads, lines)}
 
@@ -75,5 +76,5 @@ def test_a_server_that_is_away_stops_nothing(federation: Make, script: Path) -> 
         assert job.log("aggregator").count("MLflow does not take the metrics") == 1
         assert job.aggregator is not None
         job.aggregator.send_signal(signal.SIGTERM)
-        assert job.aggregator.wait(60) == 143
+        assert job.aggregator.wait() == 143
         assert "entries were not written" in job.log("aggregator")

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pytest
 import yaml
 
-DEADLINE = 120.0
+DEADLINE = 240.0
 
 
 class Run:

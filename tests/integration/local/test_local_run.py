@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tests.integration.local.conftest import Start
 
 ENDLESS = 100_000
+pytestmark = pytest.mark.timeout(900)
 
 
 def rounds_told(out: str) -> list[int]:
