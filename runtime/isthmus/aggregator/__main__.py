@@ -110,6 +110,7 @@ async def serve(arguments: argparse.Namespace) -> int:
         except StrategyError as error:
             federation.dismiss(pb.Stop.FAILED, str(error))
             tracker.fail(str(error))
+            await _clients_gone(federation)  # one that did not hear would call for half an hour
             raise
         _terminate(arguments.termination_log, federation.status())
         await _farewell(federation, observer, stopped)
@@ -125,19 +126,20 @@ async def serve(arguments: argparse.Namespace) -> int:
 
 async def _farewell(federation: Federation, observer: ObserverService, stopped: asyncio.Event) -> None:
     """Stays until the clients have gone and somebody has read that the job is complete."""
-
-    async def all_gone() -> None:
-        while any(client.connected for client in federation.members):  # noqa: ASYNC110 - a moment, at the very end
-            await asyncio.sleep(0.05)
-
-    with suppress(TimeoutError):
-        async with asyncio.timeout(FAREWELL_SECONDS):
-            await all_gone()
+    await _clients_gone(federation)
     seen = asyncio.create_task(observer.completion_seen.wait())
     signalled = asyncio.create_task(stopped.wait())
     await asyncio.wait({seen, signalled}, timeout=LINGER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     for task in (seen, signalled):
         task.cancel()
+
+
+async def _clients_gone(federation: Federation) -> None:
+    """Waits until every client has hung up, for a while."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(FAREWELL_SECONDS):
+            while any(client.connected for client in federation.members):  # noqa: ASYNC110 - a moment, at the very end
+                await asyncio.sleep(0.05)
 
 
 def _terminate(path: Path, status: pb.FederationStatus) -> None:
