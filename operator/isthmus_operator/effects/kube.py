@@ -5,6 +5,7 @@ The library's typed models are left aside: they cost memory, and every object he
 
 import asyncio
 import json
+import random
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -37,16 +38,21 @@ _PLURALS = {
     "HPCSite": "hpcsites",
 }
 _GROUPS = {"NetworkPolicy": "networking.k8s.io/v1", "PodDisruptionBudget": "policy/v1"}
+# With pauses that grow from the second that the API server usually asks for: together about half a minute.
+_THROTTLED_ATTEMPTS = 7
+_LONGEST_RETRY_AFTER = 10.0
 _OUR_KINDS = ("FederatedJob", "HPCSite")
 
 
 class KubeError(Exception):
     """The API server said no, or nothing. ``code`` is 0 where there was no answer."""
 
-    def __init__(self, code: int, message: str, reason: str = "") -> None:
+    def __init__(self, code: int, message: str, reason: str = "", retry_after: str | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.reason = reason
+        self.retry_after = _seconds(retry_after)
+        """How soon the API server wants to be asked again, seconds."""
 
     @property
     def definite(self) -> bool:
@@ -153,7 +159,17 @@ class Kube:
         content_type: str = "application/json",
     ) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._send, method, where, body, query, content_type)
+        attempt = 0
+        while True:
+            try:
+                return await loop.run_in_executor(self._threads, self._send, method, where, body, query, content_type)
+            except KubeError as error:
+                # What is throttled has had no effect, and costs time only; a job's whole look would be repeated.
+                if error.code != 429 or attempt == _THROTTLED_ATTEMPTS:
+                    raise
+                pause = error.retry_after * 1.5**attempt
+            await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - so that not all come at once
+            attempt += 1
 
     def _send(
         self,
@@ -180,7 +196,8 @@ class Kube:
         content = _parsed(answer.data)
         if answer.status >= 400:
             message = str(content.get("message") or answer.data[:200].decode("utf-8", "replace") or answer.reason)
-            raise KubeError(answer.status, message, str(content.get("reason", "")))
+            after = answer.headers.get("Retry-After")
+            raise KubeError(answer.status, message.strip(), str(content.get("reason", "")), after)
         return content
 
 
@@ -199,6 +216,11 @@ def connections(configuration: client.Configuration, size: int) -> urllib3.PoolM
     if configuration.proxy:
         return urllib3.ProxyManager(configuration.proxy, proxy_headers=configuration.proxy_headers, **options)
     return urllib3.PoolManager(**options)
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Of a Retry-After header (RFC 9110, 10.2.3); the API server gives whole seconds."""
+    return min(float(retry_after), _LONGEST_RETRY_AFTER) if retry_after and retry_after.isdecimal() else 1.0
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
