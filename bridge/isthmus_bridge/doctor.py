@@ -15,12 +15,14 @@ _NAMES = {"cli": "CLI", "rest": "REST", "pyslurm": "pyslurm"}
 def examine(policy: Policy) -> Iterator[tuple[bool, str]]:
     """Lines, each with whether it is well. An adapter that is not in use may fail: it is told, and no problem."""
     chosen = policy.slurm.adapter
+    well = True
     for name, shown in _NAMES.items():
         works, line = _adapter(policy, name)
         use = "in use" if name == chosen else "not in use"
         yield works or name != chosen, f"{shown} adapter ({use}): {line}"
-        if name == chosen and not works:
-            return
+        well = well and (works or name != chosen)
+    if not well:
+        return
     adapter = adapters.slurm_adapter(policy)
     try:
         described = adapter.describe()

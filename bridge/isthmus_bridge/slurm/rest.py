@@ -221,7 +221,8 @@ def submitted(status: int, content: bytes) -> int:
         raise SubmissionAmbiguous(f"slurmrestd answered HTTP {status}: {_excerpt(content)}")
     told = rest_format.errors(answer)
     job = answer.get("job_id")
-    if status == 200 and not told and type(job) is int and job > 0:
+    if status == 200 and type(job) is int and job > 0:
+        # An accepted job may come with a complaint: that its nodes are down at the moment, for instance.
         return job
     # Some versions name a cause first, and its number last.
     numbers = [number for number, _ in told if number > 0]
