@@ -83,6 +83,7 @@ class Lab:
             "ISTHMUS_LAB_NODE_ADDRESS": NODE_ADDRESS,
             "KUBECONFIG": str(self.kubeconfig),
             "SLURM_CONF": str(self.slurm_conf),
+            "ISTHMUS_SLURMRESTD": f"unix:{self.paths.slurmrestd_socket}",
             "PATH": f"{self.paths.bin}:{os.environ.get('PATH', os.defpath)}",
             "KUBECACHEDIR": f"{state}/kubectl",
             "HELM_CACHE_HOME": f"{state}/helm/cache",

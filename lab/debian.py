@@ -23,7 +23,7 @@ KUBERNETES = (
     "gcc",  # the pause image's program
     "libc6-dev",
 )
-SLURM = ("munge", "slurmctld", "slurmd", "slurm-client")
+SLURM = ("munge", "slurmctld", "slurmd", "slurmrestd", "slurm-wlm-jwt-plugin", "slurm-client")
 # Needed once, where Kubernetes' server binaries are not in the cache.
 KUBERNETES_BUILD = ("golang-1.19-go", "golang-github-modern-go-reflect2-dev", "rsync", "dpkg-dev", "make")
 # Used by other parts of the project: images, chart checks, data, monitoring.
@@ -43,6 +43,7 @@ PACKAGED_DAEMONS = {
     "munged": "munge",
     "slurmctld": "slurmctld",
     "slurmd": "slurmd",
+    "slurmrestd": "slurmrestd",
     "prometheus": "prometheus",
     "prometheus-node-exporter": "prometheus-node-exporter",
 }

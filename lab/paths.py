@@ -86,6 +86,10 @@ class Paths:
         return self.slurm / "slurm.conf"
 
     @property
+    def slurmrestd_socket(self) -> Path:
+        return self.slurm / "rest" / "slurmrestd.sock"
+
+    @property
     def user_python(self) -> Path:
         """A virtual environment for the lab's user, where the caller's own is closed to it."""
         return self.root / "python"

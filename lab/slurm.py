@@ -1,4 +1,4 @@
-"""Real Slurm on one machine: munged, slurmctld and several slurmd, all inside the lab's network."""
+"""Real Slurm on one machine: munged, slurmctld, slurmrestd and several slurmd, all inside the lab's network."""
 
 from __future__ import annotations
 
@@ -22,8 +22,13 @@ NODE_MEMORY_MIB = 8000  # overstated on a small machine: jobs are placed by it, 
 NODE_GPUS = 2  # devices that do nothing, so that requests for GPUs can be placed
 FIRST_PORT = 17011
 SLURM_USER = "slurm"
-MUNGE, CONTROLLER = "munged", "slurmctld"
-DAEMONS = (MUNGE, CONTROLLER, *(f"slurmd-{node}" for node in NODES))
+MUNGE, CONTROLLER, REST = "munged", "slurmctld", "slurmrestd"
+# The REST daemon refuses to run as root or as Slurm's own user.
+REST_USER, REST_GROUP = "nobody", "nogroup"
+REST_PORT = 6820
+# All that 22.05 knows but those of the accounting database, without which they refuse to load.
+REST_PLUGINS = "v0.0.36,v0.0.37,v0.0.38"
+DAEMONS = (MUNGE, CONTROLLER, *(f"slurmd-{node}" for node in NODES), REST)
 
 
 class SlurmCluster:
@@ -38,16 +43,17 @@ class SlurmCluster:
 
     def start(self) -> None:
         """Start everything; the lab's directory holds nothing of Slurm yet."""
-        say("slurm: starting munged, slurmctld and two slurmd")
+        say("slurm: starting munged, slurmctld, slurmrestd and two slurmd")
         self._write_configuration()
         self.start_daemon(MUNGE)
         self.start_daemon(CONTROLLER)
         for node in NODES:
             self.start_daemon(f"slurmd-{node}")
+        self.start_daemon(REST)
         self._supervisor.wait("the Slurm nodes", self.ready, DAEMONS, timeout=180)
 
     def start_daemon(self, name: str) -> None:
-        """Start one of DAEMONS; munged and the controller are waited for until they answer."""
+        """Start one of DAEMONS; munged, the controller and slurmrestd are waited for until they answer."""
         conf = str(self._paths.slurm_conf)
         if name == MUNGE:
             munge = self._root / "munge"
@@ -65,6 +71,14 @@ class SlurmCluster:
         elif name == CONTROLLER:
             self._start(CONTROLLER, "/usr/sbin/slurmctld", "-D", "-f", conf)
             self._supervisor.wait("slurmctld", self._controller_answers, [CONTROLLER], timeout=120)
+        elif name == REST:
+            user = ("setpriv", f"--reuid={REST_USER}", f"--regid={REST_GROUP}", "--clear-groups", "--")
+            # It has no token of its own: each request brings one.
+            listen = (f"unix:{self._paths.slurmrestd_socket}", f"127.0.0.1:{REST_PORT}")
+            self._paths.slurmrestd_socket.unlink(missing_ok=True)
+            options = ("-f", conf, "-a", "rest_auth/jwt", "-s", REST_PLUGINS)
+            self._start(REST, *user, "/usr/sbin/slurmrestd", *options, *listen)
+            self._supervisor.wait("slurmrestd", self._paths.slurmrestd_socket.is_socket, [REST], timeout=60)
         else:
             self._start(name, "/usr/sbin/slurmd", "-D", "-N", name.removeprefix("slurmd-"), "-f", conf)
 
@@ -107,6 +121,8 @@ class SlurmCluster:
     def _start(self, name: str, *argv: str) -> None:
         # Jobs inherit parts of slurmd's environment: give it a plain one.
         environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+        if name == REST:
+            environment |= {"SLURM_JWT": "daemon", "SLURM_BITSTR_LEN": "0"}
         self._supervisor.start(name, self._network.enter(argv), environment)
 
     def _write_configuration(self) -> None:
@@ -127,6 +143,12 @@ class SlurmCluster:
             shutil.chown(self._root / folder, SLURM_USER, SLURM_USER)
         for node in NODES:
             (self._root / "spool" / node).mkdir(parents=True)
+        token_key = self._root / "jwt.key"
+        token_key.touch(mode=0o600)
+        token_key.write_bytes(secrets.token_bytes(32))
+        shutil.chown(token_key, SLURM_USER, SLURM_USER)
+        self._paths.slurmrestd_socket.parent.mkdir()
+        shutil.chown(self._paths.slurmrestd_socket.parent, REST_USER, REST_GROUP)
         self._write_gpus()
         self._paths.slurm_conf.write_text(self._slurm_conf(host))
         # Present and empty, so that nothing is read from /etc.
@@ -152,6 +174,8 @@ class SlurmCluster:
             "CredType=cred/munge",
             # A requeued job waits until its old credential has expired: by default two minutes.
             f"AuthInfo=socket={self._socket},cred_expire=5",
+            "AuthAltTypes=auth/jwt",
+            f"AuthAltParameters=jwt_key={root}/jwt.key",
             "ProctrackType=proctrack/linuxproc",
             "TaskPlugin=task/none",
             "SelectType=select/cons_tres",

@@ -8,8 +8,8 @@ from pathlib import Path
 from isthmus_contracts.pki import Credentials, expiry
 
 from .access import accounts_of, partitions_of
+from .adapters import slurm_adapter
 from .policy import Environment, Identity, Policy
-from .server import slurm_adapter
 from .slurm.model import SlurmError
 
 _SOON = dt.timedelta(days=30)

@@ -1,41 +1,67 @@
-"""Tells an admin whether Slurm can be reached from here, and what of it the bridge can use."""
+"""Tells an admin whether Slurm can be reached from here, by which adapters, and what of it the bridge can use."""
 
 import shutil
 from collections.abc import Iterator
 
+from . import adapters
 from .policy import Policy
-from .server import slurm_adapter
-from .slurm.cli import CliAdapter
-from .slurm.model import SiteDescription, SlurmError
+from .slurm.model import SiteDescription, SlurmAdapter, SlurmError
 
 _PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol", "sacct", "sinfo", "timeout")
 _OLDEST = (22, 5)
+_NAMES = {"cli": "CLI", "rest": "REST", "pyslurm": "pyslurm"}
 
 
 def examine(policy: Policy) -> Iterator[tuple[bool, str]]:
-    """Lines, each with whether it is well."""
-    path = f"{policy.slurm.bin_dir}:/usr/local/bin:/usr/bin:/bin" if policy.slurm.bin_dir else None
-    missing = [program for program in _PROGRAMS if shutil.which(program, path=path) is None]
-    if missing:
-        yield False, f"programs: {', '.join(missing)} not found in PATH; name their folder as slurm.bin_dir"
+    """Lines, each with whether it is well. An adapter that is not in use may fail: it is told, and no problem."""
+    chosen = policy.slurm.adapter
+    well = True
+    for name, shown in _NAMES.items():
+        works, line = _adapter(policy, name)
+        use = "in use" if name == chosen else "not in use"
+        yield works or name != chosen, f"{shown} adapter ({use}): {line}"
+        well = well and (works or name != chosen)
+    if not well:
         return
-    yield True, f"programs: {', '.join(_PROGRAMS)} found"
-    adapter = slurm_adapter(policy)
+    adapter = adapters.slurm_adapter(policy)
     try:
         described = adapter.describe()
         jobs = adapter.jobs()
     except SlurmError as error:
-        yield False, f"CLI adapter: does not work: {error}"
+        yield False, f"queue: {error}"
         return
-    yield _new_enough(described), f"CLI adapter: works; Slurm {described.version}, cluster {described.cluster}"
-    yield True, f"queue: squeue answers; {len({job.array_id for job in jobs})} arrays of bridges of this user"
+    yield True, f"queue: Slurm answers; {len({job.array_id for job in jobs})} arrays of bridges of this user"
     yield _accounts(described)
-    if policy.limits.replicas > described.max_array_size:
-        message = f"arrays: limits.replicas is {policy.limits.replicas}, but MaxArraySize {described.max_array_size}"
-        yield False, f"{message}: larger pools will be refused by Slurm"
-    else:
-        yield True, f"arrays: up to {described.max_array_size} tasks (MaxArraySize)"
+    yield _arrays(policy, described)
     yield from _partitions(policy, adapter)
+
+
+def _adapter(policy: Policy, name: str) -> tuple[bool, str]:
+    """Whether it works here, and what it found or why not."""
+    slurm = policy.slurm
+    adapter: SlurmAdapter
+    extra = ""
+    try:
+        if name == "cli":
+            path = f"{slurm.bin_dir}:/usr/local/bin:/usr/bin:/bin" if slurm.bin_dir else None
+            if missing := [program for program in _PROGRAMS if shutil.which(program, path=path) is None]:
+                return False, f"{', '.join(missing)} not found in PATH; name their folder as slurm.bin_dir"
+            adapter = adapters.cli(slurm)
+        elif name == "rest":
+            if slurm.rest is None:
+                return False, "not set up; give slurm.rest the address of slurmrestd and a source of tokens"
+            adapter = rest = adapters.rest(slurm, slurm.rest)
+            extra = f", API v0.0.{rest.version()} at {slurm.rest.url}"
+        else:
+            adapter = adapters.pyslurm(slurm)
+        described = adapter.describe()
+        adapter.jobs()
+    except SlurmError as error:
+        return False, f"does not work: {error}"
+    if not _new_enough(described):
+        return False, f"Slurm {described.version} is too old; 22.05 or newer"
+    cluster = f", cluster {described.cluster}" if described.cluster else ""
+    return True, f"works; Slurm {described.version}{cluster}{extra}"
 
 
 def _new_enough(described: SiteDescription) -> bool:
@@ -49,7 +75,16 @@ def _accounts(described: SiteDescription) -> tuple[bool, str]:
     return True, "finished jobs: no accounts can be read; the tasks' own marks in run_dir tell how they ended"
 
 
-def _partitions(policy: Policy, adapter: CliAdapter) -> Iterator[tuple[bool, str]]:
+def _arrays(policy: Policy, described: SiteDescription) -> tuple[bool, str]:
+    if not described.max_array_size:
+        return True, "arrays: this adapter cannot tell MaxArraySize; Slurm refuses what is larger"
+    if policy.limits.replicas > described.max_array_size:
+        message = f"arrays: limits.replicas is {policy.limits.replicas}, but MaxArraySize {described.max_array_size}"
+        return False, f"{message}: larger pools will be refused by Slurm"
+    return True, f"arrays: up to {described.max_array_size} tasks (MaxArraySize)"
+
+
+def _partitions(policy: Policy, adapter: SlurmAdapter) -> Iterator[tuple[bool, str]]:
     try:
         known = adapter.partitions()
     except SlurmError as error:

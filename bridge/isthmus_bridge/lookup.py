@@ -43,7 +43,7 @@ class Lookup:
         run = RunDirectory(self._policy.run_dir, entry.key)
         try:
             if self._adapter.submission_may_run(run.path):
-                raise SlurmError("an earlier sbatch for it still runs")
+                raise SlurmError("an earlier submission of it still runs")
             if marks := run.marks():
                 return min(mark.array_id for mark in marks.values())
         except OSError as error:

@@ -3,13 +3,15 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from isthmus_contracts.fields import DnsLabel, EnvName, SlurmName
 from isthmus_contracts.identities import BRIDGE_PORT, RESERVED_ENV_PREFIX
+
+from .slurm.rest_http import endpoint
 
 PLACEHOLDERS = ("tls_dir", "work_dir", "data", "image")
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
@@ -38,6 +40,11 @@ def _host_port(text: str) -> str:
     match = _LISTEN.fullmatch(text)
     if match is None or int(match[2]) > 65535:
         raise ValueError(f"{text!r} is not HOST:PORT")
+    return text
+
+
+def _rest_url(text: str) -> str:
+    endpoint(text)
     return text
 
 
@@ -161,9 +168,39 @@ class RelaySettings(_Part):
     """Open at the same time, over all pools. Each pool may have two for each client, and a few."""
 
 
+class RestSettings(_Part):
+    """How to reach slurmrestd."""
+
+    url: Annotated[str, Field(max_length=1024), AfterValidator(_rest_url)]
+    """``unix:/path/of/its/socket``, ``https://host:port``, or ``http://localhost:port`` on the very machine."""
+    ca_file: AbsolutePath | None = None
+    """Certificates (PEM) that vouch for an https server. Default: the system's."""
+    token_file: AbsolutePath | None = None
+    """A file with the bridge's user's token (JWT) that somebody renews; read at every request. Or:"""
+    token_command: list[Line] = []
+    """A program that prints a token, with its arguments: [scontrol, token, lifespan=3600]. Run whenever one is due."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.token_file) == bool(self.token_command):
+            raise ValueError("needs exactly one of token_file and token_command")
+        return self
+
+
+class PyslurmSettings(_Part):
+    """How to run pyslurm."""
+
+    python: AbsolutePath | None = None
+    """The Python that has pyslurm. Default: the bridge's own."""
+
+
 class SlurmSettings(_Part):
     """How to reach Slurm."""
 
+    adapter: Literal["cli", "rest", "pyslurm"] = "cli"
+    """Slurm's own programs, slurmrestd, or the Python module pyslurm."""
+    rest: RestSettings | None = None
+    pyslurm: PyslurmSettings = PyslurmSettings()
     bin_dir: AbsolutePath | None = None
     """Directory of sbatch and its siblings, where PATH does not lead to them."""
     conf: AbsolutePath | None = None
@@ -177,6 +214,12 @@ class SlurmSettings(_Part):
     """The time over which they must do so."""
     warning_seconds: Annotated[int, Field(ge=5, le=3600)] = 60
     """A task gets SIGTERM this long before its time limit."""
+
+    @model_validator(mode="after")
+    def _settings_of_the_adapter(self) -> Self:
+        if self.adapter == "rest" and self.rest is None:
+            raise ValueError("adapter: rest needs the settings rest")
+        return self
 
 
 class Policy(_Part):

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 from isthmus_contracts.pki import Credentials, expiry
 from isthmus_contracts.transport import SERVER_OPTIONS, server_credentials
 
+from .adapters import slurm_adapter
 from .housekeeping import keep_house
 from .journal import Journal
 from .metrics import Metrics
@@ -23,7 +23,6 @@ from .reconciler import Reconciler
 from .relay.server import Relay, Route, routes
 from .rules import Rules
 from .service import MAX_WATCHERS, BridgeService
-from .slurm.cli import CliAdapter
 from .slurm.model import SlurmAdapter
 from .submitter import Submitter
 
@@ -83,7 +82,7 @@ class Bridge:
         self._policy = policy
         self.rules = Rules(policy)
         policy.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._adapter = adapter or slurm_adapter(policy, self.metrics)
+        self._adapter = adapter or slurm_adapter(policy, self.metrics.command)
         self._journal = Journal(policy.journal_path)
         self._dispatch = Dispatcher(_SUBMIT_THREADS)
         submitter = Submitter(self.rules, self._journal, self._adapter, self.metrics, time.time)
@@ -176,16 +175,6 @@ class Bridge:
                 keep_house(self.rules.current, self._journal, time.time())
             except Exception:
                 log.exception("housekeeping broke off")
-
-
-def slurm_adapter(policy: Policy, metrics: Metrics | None = None) -> CliAdapter:
-    """The adapter that the policy asks for."""
-    slurm = policy.slurm
-    adapter = CliAdapter(
-        slurm_job_name(""), bin_dir=slurm.bin_dir, conf=slurm.conf, timeout=slurm.command_timeout_seconds,
-        observer=metrics.command if metrics else lambda program, seconds, good: None,
-    )  # fmt: skip
-    return adapter
 
 
 def serve(policy: Policy, reread: Callable[[], Policy]) -> None:

@@ -1,22 +1,19 @@
 """The adapter that runs Slurm's own programs: sbatch, squeue, sacct, scancel, scontrol. For Slurm 22.05 and newer."""
 
 import contextlib
-import fcntl
 import os
-import pwd
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from . import parse
+from . import in_flight, parse, refusal
 from .command import CommandOutputTooLong, CommandTimeout, Result, Runner, run
+from .environment import DEFAULT_PATH, job_environment
 from .model import SiteDescription, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused, TaskRecord
 
-_DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
 # A site with a hundred thousand tasks in the queue stays far below this.
 _MAX_LISTING = 64 << 20
-_LOCK = "sbatch.lock"
 # An sbatch whose bridge has died gets this much longer than one whose bridge lives.
 _ORPHAN_SECONDS = 2.0
 # A site is upgraded while the bridge runs.
@@ -33,15 +30,6 @@ _REFUSED = (
     re.compile(r"Batch job submission failed: *(.*)"),
     re.compile(r"^sbatch: (?:fatal|error): (.*)$", re.MULTILINE),
 )
-# After these sbatch may have been heard: what Slurm did is not known.
-_AMBIGUOUS = re.compile(
-    r"timed? ?out|unable to contact|socket|connect|communicat|transport|zero bytes|unexpected message|i/o error"
-    r"|interrupted|insane message|header lengths|protocol|credential|munge",
-    re.IGNORECASE,
-)
-_TRANSIENT = re.compile(r"limit|temporarily|try again|queue full|too many|resource.*unavailable", re.IGNORECASE)
-# Limits that no waiting changes: the request itself is above them.
-_PERMANENT_LIMIT = re.compile(r"time limit|node limit|MaxArraySize|TimeLimit|MinSize|array spec", re.IGNORECASE)
 
 Observer = Callable[[str, float, bool], None]
 
@@ -102,14 +90,14 @@ class CliAdapter:
         self._observer = observer
         self._uid = os.getuid()
         outer = os.environ if environ is None else environ
-        self._submit_env = _environment(_DEFAULT_PATH, outer, bin_dir, conf)
-        self._query_env = {**_environment(outer.get("PATH", _DEFAULT_PATH), outer, bin_dir, conf), **_QUERY}
+        self._submit_env = _environment(DEFAULT_PATH, outer, bin_dir, conf)
+        self._query_env = {**_environment(outer.get("PATH", DEFAULT_PATH), outer, bin_dir, conf), **_QUERY}
         self._description: SiteDescription | None = None
         self._described = 0.0
 
     def submit(self, submission: Submission) -> int:
         """Runs sbatch."""
-        with _held(submission.directory / _LOCK) as lock:
+        with in_flight.locked(submission.directory) as lock:
             try:
                 # Slurm makes the job's environment from this one: nothing of the bridge's own is in it.
                 # `timeout` ends it also where this process is dead by then.
@@ -126,17 +114,7 @@ class CliAdapter:
 
     def submission_may_run(self, directory: Path) -> bool:
         """Whether an sbatch from this directory still lives: it holds the lock that it inherited."""
-        try:
-            descriptor = os.open(directory / _LOCK, os.O_RDWR)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return in_flight.may_run(directory)
 
     def jobs(self) -> Sequence[TaskRecord]:
         """Runs squeue, once for everything."""
@@ -235,10 +213,9 @@ def submitted(result: Result) -> int:
     message = last_line(result.errors)
     match = next((found for pattern in _REFUSED if (found := pattern.search(result.errors))), None)
     # Only Slurm's own clear no counts as one; a signal, a wrapper's error or a broken connection leaves it open.
-    if match is None or result.status < 0 or _AMBIGUOUS.search(result.errors):
+    if match is None or result.status < 0 or refusal.ambiguous(result.errors):
         raise SubmissionAmbiguous(f"sbatch failed: {message or f'exit code {result.status}'}")
-    transient = bool(_TRANSIENT.search(message)) and not _PERMANENT_LIMIT.search(message)
-    raise SubmissionRefused(f"Slurm refused: {match[1].strip()[:400] or message}", transient=transient)
+    raise SubmissionRefused(f"Slurm refused: {match[1].strip()[:400] or message}", transient=refusal.transient(message))
 
 
 def last_line(text: str) -> str:
@@ -255,19 +232,7 @@ def _settings(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _environment(path: str, outer: Mapping[str, str], bin_dir: Path | None, conf: Path | None) -> dict[str, str]:
-    try:
-        user = pwd.getpwuid(os.getuid())
-        name, home = user.pw_name, user.pw_dir
-    except KeyError:  # in a container that knows the user by number only
-        name, home = outer.get("USER", str(os.getuid())), outer.get("HOME", "/")
-    env = {
-        "PATH": f"{bin_dir}:{path}" if bin_dir else path,
-        "HOME": home,
-        "USER": name,
-        "LOGNAME": name,
-        "SHELL": "/bin/bash",
-        "LANG": "C.UTF-8",
-    }
+    env = job_environment(f"{bin_dir}:{path}" if bin_dir else path, outer)
     if conf is not None or "SLURM_CONF" in outer:
         env["SLURM_CONF"] = str(conf) if conf is not None else outer["SLURM_CONF"]
     return env
@@ -279,18 +244,3 @@ def _which(program: str, path: str) -> str:
         if os.access(candidate, os.X_OK) and candidate.is_file():
             return str(candidate)
     raise FileNotFoundError(2, "not found in PATH", program)
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[int]:
-    """A lock that lives as long as any process that inherited it: longer than this one, where sbatch does."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise SubmissionAmbiguous("an earlier sbatch for this pool still runs") from None
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

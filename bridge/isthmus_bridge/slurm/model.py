@@ -86,9 +86,9 @@ class SiteDescription:
     version: str
     cluster: str
     accounting: str
-    """Who answers about finished jobs: ``sacct``, ``sacct -c``, or nothing (empty)."""
+    """Who answers about finished jobs: ``sacct``, ``sacct -c``, ``slurmdbd``, or nothing (empty)."""
     max_array_size: int
-    """The highest index of an array is below this."""
+    """The highest index of an array is below this; 0: the adapter cannot tell."""
 
 
 class SlurmAdapter(Protocol):
@@ -119,4 +119,8 @@ class SlurmAdapter(Protocol):
 
     def describe(self) -> SiteDescription:
         """Version and settings of the cluster."""
+        ...
+
+    def partitions(self) -> list[str]:
+        """Names of the cluster's partitions."""
         ...

@@ -97,12 +97,12 @@ def expand(expression: str) -> tuple[int, ...] | None:
     for part in expression.partition("%")[0].strip("[]").split(","):
         match = _RANGE.fullmatch(part)
         if match is None:
-            raise SlurmError(f"squeue: {expression[:80]!r} is no list of task indices")
+            raise SlurmError(f"{expression[:80]!r} is no list of task indices")
         first = int(match[1])
         last = int(match[2]) if match[2] else first
         step = int(match[3]) if match[3] else 1
         if last > _MAX_INDEX or step < 1:
-            raise SlurmError(f"squeue: {expression[:80]!r} is no list of task indices")
+            raise SlurmError(f"{expression[:80]!r} is no list of task indices")
         indices.extend(range(first, last + 1, step))
     return tuple(indices)
 

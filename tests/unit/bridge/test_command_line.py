@@ -120,5 +120,10 @@ def test_doctor_without_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (programs / name).write_text('#!/bin/sh\necho "$0: no controller" >&2\nexit 1\n')
         (programs / name).chmod(0o755)
     assert main(["doctor", "--policy", str(path)]) == 1
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("PROBLEM  CLI adapter: does not work: scontrol failed") and last.endswith("no controller")
+    line, *others = capsys.readouterr().out.splitlines()
+    # Adapters that are not in use are told too, and are no problem.
+    assert [other.startswith("ok  ") for other in others] == [True, True]
+    assert "REST adapter (not in use): not set up; give slurm.rest" in others[0]
+    assert "pyslurm adapter (not in use): does not work: pyslurm: describe: cannot import pyslurm" in others[1]
+    assert line.startswith("PROBLEM  CLI adapter (in use): does not work: scontrol failed")
+    assert line.endswith("no controller")

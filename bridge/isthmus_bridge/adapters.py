@@ -1,0 +1,88 @@
+"""Makes the way to Slurm that the policy asks for."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import assert_never
+
+from isthmus_contracts.identities import slurm_job_name
+
+from .policy import Policy, RestSettings, SlurmSettings
+from .slurm import rest_http
+from .slurm.cli import CliAdapter
+from .slurm.command import CommandOutputTooLong, CommandTimeout, run
+from .slurm.environment import DEFAULT_PATH, job_environment
+from .slurm.model import SlurmAdapter, SlurmError
+from .slurm.pyslurm_adapter import PyslurmAdapter
+from .slurm.rest import RestAdapter
+from .slurm.rest_token import TokenCommand, TokenFile
+
+Observer = Callable[[str, float, bool], None]
+_MAX_TOKEN_OUTPUT = 1 << 16
+
+
+def _unobserved(program: str, seconds: float, good: bool) -> None:
+    pass
+
+
+def slurm_adapter(policy: Policy, observer: Observer = _unobserved) -> SlurmAdapter:
+    """The adapter that the policy asks for."""
+    match policy.slurm.adapter:
+        case "cli":
+            return cli(policy.slurm, observer)
+        case "rest":
+            assert policy.slurm.rest is not None
+            return rest(policy.slurm, policy.slurm.rest, observer)
+        case "pyslurm":
+            return pyslurm(policy.slurm, observer)
+        case other:
+            assert_never(other)
+
+
+def cli(slurm: SlurmSettings, observer: Observer = _unobserved) -> CliAdapter:
+    """Slurm's own programs."""
+    return CliAdapter(
+        slurm_job_name(""), bin_dir=slurm.bin_dir, conf=slurm.conf, timeout=slurm.command_timeout_seconds,
+        observer=observer,
+    )  # fmt: skip
+
+
+def rest(slurm: SlurmSettings, settings: RestSettings, observer: Observer = _unobserved) -> RestAdapter:
+    """The REST daemon."""
+    token: TokenFile | TokenCommand
+    if settings.token_file is not None:
+        token = TokenFile(settings.token_file)
+    else:
+        token = TokenCommand(settings.token_command, _token_runner(slurm, os.environ))
+    return RestAdapter(
+        slurm_job_name(""), rest_http.endpoint(settings.url), token, ca_file=settings.ca_file,
+        timeout=slurm.command_timeout_seconds, observer=observer,
+    )  # fmt: skip
+
+
+def pyslurm(slurm: SlurmSettings, observer: Observer = _unobserved) -> PyslurmAdapter:
+    """The Python module."""
+    return PyslurmAdapter(
+        slurm_job_name(""), python=slurm.pyslurm.python, conf=slurm.conf, timeout=slurm.command_timeout_seconds,
+        observer=observer,
+    )  # fmt: skip
+
+
+def _token_runner(slurm: SlurmSettings, outer: Mapping[str, str]) -> Callable[[Sequence[str]], str]:
+    path = outer.get("PATH", DEFAULT_PATH)
+    env = job_environment(f"{slurm.bin_dir}:{path}" if slurm.bin_dir else path, outer)
+    if slurm.conf is not None or "SLURM_CONF" in outer:
+        env["SLURM_CONF"] = str(slurm.conf) if slurm.conf is not None else outer["SLURM_CONF"]
+
+    def ask(argv: Sequence[str]) -> str:
+        try:
+            result = run(argv, env=env, timeout=slurm.command_timeout_seconds, max_output=_MAX_TOKEN_OUTPUT)
+        except (CommandTimeout, CommandOutputTooLong) as error:
+            raise SlurmError(f"token: {error}") from None
+        except OSError as error:
+            raise SlurmError(f"token: {argv[0]}: {error.strerror}") from None
+        if result.status:
+            lines = [line.strip() for line in result.errors.splitlines() if line.strip()]
+            raise SlurmError(f"token: {argv[0]} failed: {lines[-1][:400] if lines else f'exit code {result.status}'}")
+        return result.output
+
+    return ask

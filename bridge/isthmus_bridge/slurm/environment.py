@@ -1,0 +1,25 @@
+"""The environment of a job: a short one that the bridge makes, with nothing of the bridge's own in it."""
+
+import os
+import pwd
+from collections.abc import Mapping
+
+DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
+
+
+def user_name(outer: Mapping[str, str]) -> str:
+    """The name of the user who owns the jobs: the one who runs the bridge."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # in a container that knows the user by number only
+        return outer.get("USER", str(os.getuid()))
+
+
+def job_environment(path: str, outer: Mapping[str, str]) -> dict[str, str]:
+    """What every job has, whichever way it is submitted."""
+    try:
+        home = pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        home = outer.get("HOME", "/")
+    name = user_name(outer)
+    return {"PATH": path, "HOME": home, "USER": name, "LOGNAME": name, "SHELL": "/bin/bash", "LANG": "C.UTF-8"}

@@ -1,0 +1,230 @@
+"""The adapter that uses pyslurm, in a process of its own for each question: see :mod:`.pyslurm_worker`."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import in_flight, pyslurm_worker, refusal
+from .command import CommandOutputTooLong, CommandTimeout, Result, run
+from .environment import DEFAULT_PATH, job_environment
+from .model import SiteDescription, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused, TaskRecord
+from .parse import expand
+from .states import normal
+
+_MAX_LISTING = 64 << 20
+# A worker whose bridge has died gets this much longer than one whose bridge lives.
+_ORPHAN_SECONDS = 2.0
+_DESCRIBE_AGAIN = 3600.0
+_NOTHING = frozenset({"", "None", "(null)"})
+
+Observer = Callable[[str, float, bool], None]
+
+
+class PyslurmAdapter:
+    """See :class:`~.model.SlurmAdapter`."""
+
+    def __init__(
+        self,
+        prefix: str,
+        *,
+        python: Path | None = None,
+        conf: Path | None = None,
+        timeout: float = 30.0,
+        observer: Observer = lambda program, seconds, ok: None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self._prefix = prefix
+        self._argv = [str(python or sys.executable), "-I", str(Path(pyslurm_worker.__file__))]
+        self._timeout = timeout
+        self._observer = observer
+        self._uid = os.getuid()
+        outer = os.environ if environ is None else environ
+        self._job_env = job_environment(DEFAULT_PATH, outer)
+        self._env = {**self._job_env, "TZ": "UTC"}
+        if conf is not None or "SLURM_CONF" in outer:
+            self._env["SLURM_CONF"] = str(conf) if conf is not None else outer["SLURM_CONF"]
+        self._description: SiteDescription | None = None
+        self._described = 0.0
+
+    def submit(self, submission: Submission) -> int:
+        """JobSubmitDescription(…).submit()."""
+        request = {"do": "submit", "job": description(submission, self._job_env)}
+        with in_flight.locked(submission.directory) as lock:
+            guard = [shutil.which("timeout") or "timeout", "--signal=KILL", f"{self._timeout + _ORPHAN_SECONDS:g}"]
+            try:
+                result = self._run(request, self._env, guard, [lock])
+            except (CommandTimeout, CommandOutputTooLong) as error:
+                raise SubmissionAmbiguous(f"pyslurm: {error}") from None
+            except OSError as error:
+                raise SubmissionRefused(f"pyslurm: {self._argv[0]}: {error.strerror}", transient=True) from None
+        return submitted(result)
+
+    def submission_may_run(self, directory: Path) -> bool:
+        """Whether a worker from this directory still lives: it holds the lock that it inherited."""
+        return in_flight.may_run(directory)
+
+    def jobs(self) -> Sequence[TaskRecord]:
+        """Jobs.load()."""
+        return records(self._ask({"do": "jobs", "prefix": self._prefix, "uid": self._uid}))
+
+    def history(self, names: Sequence[str], since: float) -> Sequence[TaskRecord]:
+        """Nothing: finished jobs are known by the marks that their tasks leave."""
+        return []
+
+    def cancel(self, name: str, array_id: int) -> None:
+        """Job(id).cancel(), where name and owner are right."""
+        self._ask({"do": "cancel", "name": name, "array": array_id, "uid": self._uid})
+
+    def describe(self) -> SiteDescription:
+        """slurmctld.Config.load(), once an hour."""
+        if self._description is None or time.monotonic() > self._described + _DESCRIBE_AGAIN:
+            told = self._ask({"do": "describe"})
+            try:
+                self._description = SiteDescription(
+                    str(told["version"]), str(told["cluster"]), accounting="", max_array_size=int(told["arrays"])
+                )
+            except (KeyError, TypeError, ValueError):
+                raise SlurmError("pyslurm: an answer that is not understood") from None
+            self._described = time.monotonic()
+        return self._description
+
+    def partitions(self) -> list[str]:
+        """Partitions.load()."""
+        return [str(name) for name in self._ask({"do": "partitions"})]
+
+    def _ask(self, request: Mapping[str, Any]) -> Any:
+        """The result of what changes nothing by being asked twice. Raises :class:`SlurmError`."""
+        # Lists of waiting tasks in full, which jobs that are submitted need not hear of.
+        env = {**self._env, "SLURM_BITSTR_LEN": "0"}
+        try:
+            result = self._run(request, env)
+        except (CommandTimeout, CommandOutputTooLong) as error:
+            raise SlurmError(f"pyslurm: {error}") from None
+        except OSError as error:
+            raise SlurmError(f"pyslurm: {self._argv[0]}: {error.strerror}") from None
+        answer = _answer(result)
+        if "result" not in answer:
+            raise SlurmError(f"pyslurm: {request['do']}: {answer.get('refused') or _words(answer, result)}")
+        return answer["result"]
+
+    def _run(
+        self,
+        request: Mapping[str, Any],
+        env: Mapping[str, str],
+        guard: Sequence[str] = (),
+        inherit: Sequence[int] = (),
+    ) -> Result:
+        began = time.monotonic()
+        good = False
+        try:
+            result = run(
+                [*guard, *self._argv, json.dumps(request)], env=env, timeout=self._timeout, max_output=_MAX_LISTING,
+                inherit=inherit,
+            )  # fmt: skip
+            good = "result" in _answer(result)
+            return result
+        finally:
+            self._observer(f"pyslurm {request['do']}", time.monotonic() - began, good)
+
+
+def description(wanted: Submission, environment: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments of pyslurm's JobSubmitDescription."""
+    job: dict[str, Any] = {
+        "name": wanted.name,
+        "script": str(wanted.script),
+        "array": f"0-{wanted.tasks - 1}" + (f"%{wanted.at_once}" if wanted.at_once else ""),
+        "comment": wanted.comment,
+        "working_directory": str(wanted.directory),
+        "standard_output": wanted.output,
+        "standard_in": "/dev/null",
+        "log_files_open_mode": "append",
+        "is_requeueable": True,
+        "nodes": 1,
+        "ntasks": 1,
+        "cpus_per_task": wanted.cpus_per_task,
+        "memory_per_node": f"{wanted.memory_mib}M",
+        "time_limit": -(-wanted.time_limit_seconds // 60),
+        "signal": {"signal": 15, "time": wanted.warning_seconds, "batch_only": True},
+        "partitions": wanted.partition,
+        # Never pyslurm's default, all of its own environment.
+        "environment": dict(environment),
+    }
+    if wanted.account:
+        job["account"] = wanted.account
+    if wanted.qos:
+        job["qos"] = wanted.qos
+    if wanted.gres:
+        job["gres_per_node"] = ",".join(":".join(filter(None, (g.name, g.type, str(g.count)))) for g in wanted.gres)
+    return job
+
+
+def submitted(result: Result) -> int:
+    """The job id from the worker's answer. Raises :class:`SubmissionRefused` or :class:`SubmissionAmbiguous`."""
+    answer = _answer(result)
+    job = answer.get("result")
+    if type(job) is int and job > 0:
+        return job
+    if isinstance(answer.get("refused"), str):
+        raise SubmissionRefused(f"pyslurm: {answer['refused']}", transient=True)
+    words = _words(answer, result)
+    error = answer.get("error")
+    number = error[0] if isinstance(error, list) and error else -1
+    # Slurm's numbers for the controller's own clear no.
+    if type(number) is not int or not 2000 <= number < 3000 or refusal.ambiguous(words):
+        raise SubmissionAmbiguous(f"pyslurm: {words}")
+    raise SubmissionRefused(f"Slurm refused: {words}", transient=refusal.transient(words))
+
+
+def records(listed: Any) -> list[TaskRecord]:
+    """What the worker tells about the queue. Raises :class:`SlurmError`."""
+    try:
+        return [_record(job) for job in listed]
+    except (KeyError, TypeError, ValueError):
+        raise SlurmError("pyslurm: an answer that is not understood") from None
+
+
+def _record(job: Mapping[str, Any]) -> TaskRecord:
+    state = normal(job["state"])
+    waiting = job["waiting"]
+    indices: tuple[int, ...] | None = None
+    if waiting:
+        indices = expand(waiting)
+    elif job["array"]:
+        # pyslurm tells no 0.
+        indices = (int(job["task"] or 0),)
+    return TaskRecord(
+        job_id=int(job["id"]),
+        array_id=int(job["array"] or job["id"]),
+        name=str(job["name"]),
+        indices=indices,
+        state=state,
+        reason="" if job["reason"] in _NOTHING else str(job["reason"]),
+        exit_code=int(job["exit_code"]),
+        signal=int(job["signal"]),
+        restarts=int(job["restarts"]),
+        start=float(job["start"]),
+        submitted=float(job["submitted"]),
+        node=str(job["node"]),
+        ends=float(job["end"]) if state == "RUNNING" else 0.0,
+    )
+
+
+def _answer(result: Result) -> Mapping[str, Any]:
+    try:
+        answer = json.loads(result.output) if result.status == 0 else None
+    except ValueError:
+        answer = None
+    return answer if isinstance(answer, dict) else {}
+
+
+def _words(answer: Mapping[str, Any], result: Result) -> str:
+    error = answer.get("error")
+    if isinstance(error, list) and error:
+        return " ".join(str(error[-1]).split())[:400]
+    lines = [line.strip() for line in result.errors.splitlines() if line.strip()]
+    return (lines[-1] if lines else f"the worker ended with status {result.status}")[:400]

@@ -1,0 +1,322 @@
+"""One contract for every way to Slurm: what the bridge builds on must hold whichever adapter the site's policy names.
+
+The pyslurm adapter is tested where ISTHMUS_PYSLURM names a Python that has pyslurm for the cluster's version of Slurm:
+PyPI's pyslurm fits one version of Slurm only, so nothing here can demand it.
+"""
+
+import base64
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+
+from isthmus_bridge import adapters
+from isthmus_bridge.policy import SlurmSettings
+from isthmus_bridge.slurm.model import (
+    SlurmAdapter,
+    SlurmError,
+    Submission,
+    SubmissionAmbiguous,
+    SubmissionRefused,
+    TaskRecord,
+)
+from isthmus_bridge.slurm.states import meaning
+from isthmus_contracts.identities import slurm_job_name
+from isthmus_contracts.pb import bridge_pb2 as pb
+
+from .site import Site, ensure, get, over, running, slurm, spec, until
+
+if TYPE_CHECKING:
+    from lab import Lab
+
+REST_HINT = "no slurmrestd: set ISTHMUS_SLURMRESTD to its address (unix:/PATH or https://HOST:PORT); the lab does"
+PYSLURM_HINT = "no pyslurm: set ISTHMUS_PYSLURM to a Python that has pyslurm for this version of Slurm"
+HOSTILE = 'it\'s "$(touch pwned)" `touch pwned`; touch pwned & -- --help %j \\ {0} ü'
+
+Make = Callable[..., SlurmAdapter]
+
+
+def settings(name: str, **changes: Any) -> SlurmSettings:
+    """What a policy would say."""
+    rest = {"url": os.environ.get("ISTHMUS_SLURMRESTD", "unix:/none"), "token_command": ["scontrol", "token"]}
+    content = {
+        "adapter": name, "command_timeout_seconds": 20, "rest": rest,
+        "pyslurm": {"python": os.environ.get("ISTHMUS_PYSLURM", sys.executable)},
+    }  # fmt: skip
+    return SlurmSettings.model_validate({**content, **changes})
+
+
+@pytest.fixture(params=["cli", "rest", "pyslurm"])
+def make(request: pytest.FixtureRequest, _cluster: None, require: Callable[[bool, str], None]) -> Make:
+    """Makes an adapter: new, as after a start of the bridge."""
+    name: str = request.param
+    if name == "rest":
+        require("ISTHMUS_SLURMRESTD" in os.environ, REST_HINT)
+    if name == "pyslurm" and "ISTHMUS_PYSLURM" not in os.environ:
+        pytest.skip(PYSLURM_HINT)
+
+    def made(**changes: Any) -> SlurmAdapter:
+        chosen = settings(name, **changes)
+        if name == "rest":
+            assert chosen.rest is not None
+            return adapters.rest(chosen, chosen.rest)
+        return adapters.cli(chosen) if name == "cli" else adapters.pyslurm(chosen)
+
+    return made
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Where the nodes can write."""
+    parent = tempfile.gettempdir()
+    with suppress(KeyError):
+        parent = f"{os.environ['ISTHMUS_LAB']}/home"
+    with tempfile.TemporaryDirectory(prefix="adapter-test-", dir=parent) as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def wanted(folder: Path) -> Iterator[Callable[..., Submission]]:
+    """A submission, whose jobs are gone in the end."""
+    names: list[str] = []
+
+    def build(script: str, **changes: Any) -> Submission:
+        names.append(slurm_job_name(os.urandom(16).hex()))
+        directory = changes.pop("directory", folder)
+        path = directory / f"{names[-1]}.sh"
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        fields: dict[str, Any] = {
+            "name": names[-1], "script": path, "directory": directory, "output": f"{directory}/%a.log", "tasks": 3,
+            "comment": "isthmus default/fashion/lumi", "partition": "main", "account": "", "qos": "",
+            "time_limit_seconds": 600, "warning_seconds": 60, "cpus_per_task": 1, "memory_mib": 50,
+        }  # fmt: skip
+        return Submission(**{**fields, **changes})
+
+    yield build
+    for name in names:
+        slurm("scancel", f"--name={name}", check=False)
+    until(lambda: not [n for n in slurm("squeue", "-h", "-o", "%j").split() if n in names], "the jobs are gone")
+
+
+def tasks(adapter: SlurmAdapter, name: str) -> dict[int, TaskRecord]:
+    """What the queue says about the tasks of this name."""
+    found = [record for record in adapter.jobs() if record.name == name]
+    return {index: record for record in found for index in record.indices or ()}
+
+
+def all_over(adapter: SlurmAdapter, name: str, count: int) -> dict[int, TaskRecord]:
+    """The same, once all have ended."""
+
+    def ended() -> dict[int, TaskRecord] | None:
+        now = tasks(adapter, name)
+        return now if len(now) == count and all(meaning(each.state).over for each in now.values()) else None
+
+    found = until(ended, "all tasks are over", 90)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_an_array_runs_and_ends(
+    make: Make, wanted: Callable[..., Submission], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISTHMUS_SECRET", "of the bridge")
+    adapter = make()
+    # A task that ends before the last one has begun could be forgotten by nobody yet: the queue keeps all of them.
+    one = wanted('env; cat; pwd; [ "$SLURM_ARRAY_TASK_ID" != 1 ] || exit 3', at_once=2)
+    array = adapter.submit(one)
+    assert not adapter.submission_may_run(folder)
+    ended = all_over(adapter, one.name, 3)
+    assert {index: (each.state, each.exit_code, each.signal) for index, each in ended.items()} == {
+        0: ("COMPLETED", 0, 0), 1: ("FAILED", 3, 0), 2: ("COMPLETED", 0, 0),
+    }  # fmt: skip
+    assert {each.array_id for each in ended.values()} == {array}
+    assert len({each.job_id for each in ended.values()}) == 3
+    assert all(each.node and each.submitted and each.start >= each.submitted for each in ended.values())
+    # Another adapter, as after a start of the bridge, finds them by their name.
+    assert {record.array_id for record in make().jobs() if record.name == one.name} == {array}
+    said = (folder / "0.log").read_text().splitlines()
+    assert said[-1] == str(folder)
+    foreign = {line.partition("=")[0] for line in said if "=" in line} & set(os.environ)
+    assert foreign <= {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "PWD", "SHLVL", "_", "SLURM_CONF", "TMPDIR"}
+    if adapter.describe().accounting:
+        kept = until(lambda: adapter.history([one.name], time.time()), "the accounts know it")
+        until(lambda: len(adapter.history([one.name], time.time())) == 3, "the accounts know all of it")
+        assert {record.name for record in kept} == {one.name}
+        assert adapter.history(["isthmus-none"], time.time()) == []
+    else:
+        assert adapter.history([one.name], time.time()) == []
+
+
+def test_the_queue_tells_why_and_until_when(make: Make, wanted: Callable[..., Submission]) -> None:
+    adapter = make()
+    # More than the lab's two nodes of four CPUs have.
+    one = wanted("sleep 300", cpus_per_task=4)
+    array = adapter.submit(one)
+
+    def told() -> TaskRecord | None:
+        now = tasks(adapter, one.name)
+        waits = [each for each in now.values() if each.state == "PENDING"]
+        runs = [each for each in now.values() if each.state == "RUNNING"]
+        return waits[0] if len(runs) == 2 and len(waits) == 1 and waits[0].reason and waits[0].start else None
+
+    waiting = until(told, "two run, and the third has a reason and an expected start", 90)
+    assert waiting.reason in ("Resources", "Priority")
+    running_ones = [each for each in tasks(adapter, one.name).values() if each.state == "RUNNING"]
+    assert all(500 < each.ends - each.start <= 660 for each in running_ones)
+    adapter.cancel("isthmus-of-somebody-else", array)
+    assert sum(each.state == "RUNNING" for each in tasks(adapter, one.name).values()) == 2
+    adapter.cancel(one.name, array)
+    ended = all_over(adapter, one.name, 3)
+    assert {each.state for each in ended.values()} == {"CANCELLED"}
+    # Asked again, as after a crash: nothing is wrong with that.
+    adapter.cancel(one.name, array)
+    adapter.cancel(one.name, 99_999_999)
+
+
+def test_a_task_is_warned_before_its_limit(make: Make, wanted: Callable[..., Submission], folder: Path) -> None:
+    """Slurm's limits count in minutes, and its warning may come a minute early: at once, for this one."""
+    adapter = make()
+    one = wanted("trap 'echo warned; exit 0' TERM; sleep 300 & wait", tasks=1, time_limit_seconds=60,
+                 warning_seconds=55)  # fmt: skip
+    adapter.submit(one)
+    ended = all_over(adapter, one.name, 1)
+    assert (ended[0].state, (folder / "0.log").read_text().splitlines()[-1]) == ("COMPLETED", "warned")
+
+
+def test_nothing_in_a_submission_is_code(make: Make, wanted: Callable[..., Submission], folder: Path) -> None:
+    adapter = make()
+    odd = folder / 'it\'s "$(touch pwned)" `touch pwned`; ü'
+    odd.mkdir()
+    one = wanted("squeue -h -j $SLURM_JOB_ID -o %k; pwd", directory=odd, comment=HOSTILE, tasks=1)
+    adapter.submit(one)
+    assert all_over(adapter, one.name, 1)[0].state == "COMPLETED"
+    # Slurm's own words for the comment; older versions ended them with a blank.
+    first, where = (odd / "0.log").read_text().splitlines()
+    assert (first.rstrip(), where) == (HOSTILE, str(odd))
+    assert not list(folder.rglob("pwned")) and not Path("pwned").exists()
+
+
+@pytest.mark.parametrize("partition", ["nowhere", "--help", "$(touch pwned)", "main\nexit"])
+def test_a_refusal_is_one(make: Make, wanted: Callable[..., Submission], partition: str) -> None:
+    adapter = make()
+    one = wanted("true", partition=partition)
+    with pytest.raises(SubmissionRefused) as caught:
+        adapter.submit(one)
+    assert "\n" not in str(caught.value) and not caught.value.transient
+    assert not adapter.submission_may_run(one.directory)
+    assert tasks(adapter, one.name) == {}
+
+
+def test_the_cluster_is_described(make: Make) -> None:
+    adapter = make()
+    described = adapter.describe()
+    assert described.version.split(".")[0].isdecimal()
+    assert {"main", "debug"} <= set(adapter.partitions())
+
+
+def test_a_controller_that_is_down_says_nothing(make: Make, wanted: Callable[..., Submission], lab: "Lab") -> None:
+    """An error, never "there is no such job"; what was submitted before is there again afterwards."""
+    adapter, hasty = make(), make(command_timeout_seconds=2)
+    one, another = wanted("sleep 300", tasks=1), wanted("sleep 300", tasks=1)
+    array = adapter.submit(one)
+    assert hasty.jobs()
+    lab.stop_slurm_daemon("slurmctld")
+    try:
+        for ask in (hasty.jobs, hasty.partitions, lambda: hasty.cancel(one.name, array)):
+            with pytest.raises(SlurmError):
+                ask()
+        with pytest.raises((SubmissionAmbiguous, SubmissionRefused)) as caught:
+            hasty.submit(another)
+        assert isinstance(caught.value, SubmissionAmbiguous) or caught.value.transient
+    finally:
+        lab.start_slurm_daemon("slurmctld")
+
+    def back() -> bool:
+        with suppress(SlurmError):
+            return {each.array_id for each in adapter.jobs() if each.name == one.name} == {array}
+        return False
+
+    until(back, "the array is known again")
+
+
+@pytest.fixture
+def rest(_cluster: None, require: Callable[[bool, str], None]) -> dict[str, Any]:
+    """The settings of slurmrestd, without a source of tokens."""
+    require("ISTHMUS_SLURMRESTD" in os.environ, REST_HINT)
+    return {"url": os.environ["ISTHMUS_SLURMRESTD"]}
+
+
+def test_a_token_is_renewed_before_it_ends(rest: dict[str, Any], folder: Path) -> None:
+    made = folder / "made"
+    command = f"echo >>{made}; exec scontrol token lifespan=4"
+    chosen = settings("rest", rest={**rest, "token_command": ["bash", "-c", command]})
+    assert chosen.rest is not None
+    adapter = adapters.rest(chosen, chosen.rest)
+    began = time.monotonic()
+    # Beyond the life of two tokens, every question is answered.
+    until(lambda: adapter.jobs() is not None and time.monotonic() > began + 7, "the tokens end", 60)
+    assert 2 <= made.read_text().count("\n") <= 8
+
+
+def test_a_token_that_is_not_accepted_is_an_error(rest: dict[str, Any], folder: Path) -> None:
+    file = folder / "token"
+    chosen = settings("rest", rest={**rest, "token_file": str(file)})
+    assert chosen.rest is not None
+    adapter = adapters.rest(chosen, chosen.rest)
+    with pytest.raises(SlurmError, match="cannot read"):
+        adapter.jobs()
+    file.write_text("not a token\n")
+    with pytest.raises(SlurmError, match="holds no token"):
+        adapter.jobs()
+    claims = base64.urlsafe_b64encode(json.dumps({"exp": time.time() + 600, "sun": "root"}).encode()).decode()
+    file.write_text(f"eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.{claims.rstrip('=')}.AAAA\n")
+    with pytest.raises(SlurmError, match="slurmrestd: "):
+        adapter.jobs()
+    file.write_text(slurm("scontrol", "token"))
+    assert adapter.jobs() is not None
+
+
+def test_a_frozen_slurmrestd_submits_once(rest: dict[str, Any], site: Site, lab: "Lab") -> None:
+    """It takes the request and answers nobody; the bridge dies; then it wakes up and does what it was asked."""
+    pid = next(pid for name, pid, _ in lab.daemons() if name == "slurmrestd")
+    assert pid is not None
+    site.settings["slurm"] |= {
+        "adapter": "rest", "command_timeout_seconds": 3, "rest": {**rest, "token_command": ["scontrol", "token"]},
+    }  # fmt: skip
+    operator = site.start()
+    code, text = site.command("doctor")
+    assert code == 0 and "REST adapter (in use): works; Slurm" in text, text
+    first = site.key()
+    ensure(operator, first, spec())
+    running(operator, first)
+    os.kill(pid, signal.SIGSTOP)
+    key, wanted = site.key(), spec()
+    try:
+        threading.Thread(target=_try, args=(operator, key, wanted), daemon=True).start()
+        until((site.folder / "run" / key / "request.until").exists, "the request is under way")
+        until(lambda: "no answer in time" in get(operator, key).message, "the bridge gave up waiting")
+        site.kill()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    operator = site.start()
+    ensure(operator, key, wanted)
+    running(operator, key)
+    assert site.arrays(key) == {get(operator, key).slurm_job_id}
+    operator.CancelPool(pb.CancelPoolRequest(key=key), timeout=30)
+    assert pb.Pool.Phase.Name(over(operator, key).phase) == "CANCELLED"
+    assert site.arrays(key) == set() != site.arrays(first)
+
+
+def _try(stub: Any, key: str, wanted: pb.PoolSpec) -> None:
+    with suppress(grpc.RpcError):
+        ensure(stub, key, wanted)
