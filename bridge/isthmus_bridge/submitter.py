@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
@@ -12,6 +13,7 @@ from . import script
 from .access import Denial, Grant, decide
 from .journal import Entry, Journal, State
 from .metrics import Metrics
+from .packing import jobs_for, per_job
 from .policy import Policy
 from .rules import Rules
 from .run_directory import RunDirectory
@@ -73,7 +75,11 @@ class Submitter:
         run = RunDirectory(self._policy.run_dir, key)
         try:
             run.write_code(spec.code)
-            run.write_script(script.render(key, spec, grant, run.path, run.tls))
+            client = script.render(key, spec, grant, run.path, run.tls)
+            if per_job(spec) == 1:
+                run.write_scripts(client)
+            else:
+                run.write_scripts(script.render_job(key, spec, grant.gres, run.client_script), client)
         except OSError as error:
             self._defer(entry, f"cannot write {run.script}: {error.strerror}")
             return
@@ -164,13 +170,15 @@ def warning_seconds(policy: Policy, spec: pb.PoolSpec) -> int:
 
 def submission(policy: Policy, key: str, spec: pb.PoolSpec, grant: Grant, run: RunDirectory) -> Submission:
     """What Slurm is asked for, once the policy has granted it."""
+    share = per_job(spec)
     return Submission(
         name=slurm_job_name(key),
         script=run.script,
         directory=run.path,
-        output=run.log_pattern,
-        tasks=spec.replicas,
-        at_once=policy.limits.running_tasks or 0,
+        output=run.log_pattern if share == 1 else run.job_log_pattern,
+        tasks=jobs_for(spec.replicas, spec),
+        steps=share,
+        at_once=(policy.limits.running_tasks or 0) // share,
         comment=script.comment(spec),
         partition=grant.partition,
         account=grant.account,
@@ -178,6 +186,6 @@ def submission(policy: Policy, key: str, spec: pb.PoolSpec, grant: Grant, run: R
         time_limit_seconds=spec.time_limit_seconds,
         warning_seconds=warning_seconds(policy, spec),
         cpus_per_task=spec.cpus_per_task,
-        memory_mib=spec.memory_mib,
-        gres=grant.gres,
+        memory_mib=share * spec.memory_mib,
+        gres=tuple(replace(one, count=share * one.count) for one in grant.gres),
     )

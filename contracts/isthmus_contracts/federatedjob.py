@@ -196,8 +196,11 @@ class HpcPool(Resource):
     """Slurm account to charge. Default: what the site's policy maps the caller to."""
     qos: SlurmName | None = None
     time_limit_seconds: Annotated[int, Field(ge=60, le=365 * 86400)] = 3600
-    """Time limit of each task."""
+    """Time limit of each job."""
     resources: HpcResources = HpcResources()
+    clients_per_job: Annotated[int, Field(ge=1, le=256)] = 1
+    """So many clients share a Slurm job and its node: the job asks for so many times the resources. Of an uneven number
+    of clients, the last job starts fewer."""
     environment: DnsLabel
     """An environment that the site's admin named: never a path or a script."""
     data_ref: DnsLabel | None = None

@@ -64,11 +64,11 @@ def arguments(submission: Submission) -> list[str]:
         "--propagate=NONE",
         "--requeue",
         "--nodes=1",
-        "--ntasks=1",
+        f"--ntasks={submission.steps}",
         f"--cpus-per-task={submission.cpus_per_task}",
         f"--mem={submission.memory_mib}M",
         f"--time={minutes}",
-        f"--signal=B:TERM@{submission.warning_seconds}",
+        f"--signal={'B:' if submission.steps == 1 else ''}TERM@{submission.warning_seconds}",
         f"--partition={submission.partition}",
     ]
     if submission.account:

@@ -51,6 +51,9 @@ class Submission:
     """The batch script gets SIGTERM this long before the time limit."""
     cpus_per_task: int
     memory_mib: int
+    """Of each task of the array, as is ``gres``."""
+    steps: int = 1
+    """Tasks within each task of the array, which its script starts; with more than one, these get the warning."""
     at_once: int = 0
     """How many tasks may run at the same time; 0: all."""
     gres: tuple[Gres, ...] = ()

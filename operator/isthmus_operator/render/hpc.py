@@ -54,6 +54,8 @@ def pool_spec(
             bridge_pb2.GenericResource(name=item.name, type=item.type or "", count=item.count)
             for item in hpc.resources.gres
         ],
+        # Not set where it says nothing: a bridge that does not know the field then sees the same request.
+        clients_per_job=hpc.clients_per_job if hpc.clients_per_job > 1 else 0,
         environment=hpc.environment,
         data_ref=hpc.data_ref or "",
         image=spec.task.image,
