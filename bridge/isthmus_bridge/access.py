@@ -161,6 +161,9 @@ def _caps(policy: Policy, spec: pb.PoolSpec) -> Denial | None:
         return Denial("limits.running_tasks", message)
     for name in ("replicas", "cpus_per_task", "memory_mib", "time_limit_seconds"):
         wanted, most = getattr(spec, name), getattr(limits, name)
+        if name == "replicas":
+            # What a pool grows by counts with what it was.
+            wanted += spec.first_index
         if name in ("cpus_per_task", "memory_mib"):
             wanted *= share
         if wanted > most:

@@ -115,8 +115,13 @@ def choose(records: Iterable[TaskRecord], current: int) -> Choice | None:
     return Choice(chosen, tuple(array for array in living if array != chosen))
 
 
-def observe(records: Sequence[TaskRecord], replicas: int, old: Observation) -> tuple[Observation, list[int]]:
-    """What the controller's records of one array say, and which tasks they do not mention at all."""
+def observe(
+    records: Sequence[TaskRecord], replicas: int, old: Observation, *, shrunk: bool = False
+) -> tuple[Observation, list[int]]:
+    """What the controller's records of one array say, and which tasks they do not mention at all.
+
+    ``shrunk``: tasks beyond ``replicas`` were cancelled.
+    """
     tasks: dict[int, TaskObservation] = {}
     waiting: set[int] = set()
     reasons: list[str] = []
@@ -126,7 +131,8 @@ def observe(records: Sequence[TaskRecord], replicas: int, old: Observation) -> t
     # Where a task has two records, the living one counts, then the later.
     for record in sorted(records, key=lambda r: (not meaning(r.state).over, r.job_id)):
         if record.indices is None:
-            rest = record
+            # A shrunk array's may be of those that had to go: it says nothing of the others.
+            rest = None if shrunk and meaning(record.state).over else record
             continue
         for index in record.indices:
             if not 0 <= index < replicas:

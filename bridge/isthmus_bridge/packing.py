@@ -30,7 +30,10 @@ def by_client(observation: Observation, spec: pb.PoolSpec, clients: int) -> Obse
     """The same, with clients in the jobs' place. ``clients``: how many there are."""
     share = per_job(spec)
     if share == 1:
-        return observation
+        if all(index < clients for index in observation.tasks):
+            return observation
+        # The pool was shrunk a moment ago.
+        return replace(observation, tasks={i: task for i, task in observation.tasks.items() if i < clients})
     tasks = {
         client: _client(job, observation.clients.get(client))
         for index, job in observation.tasks.items()

@@ -58,7 +58,7 @@ class Reconciler:
         self._clock = clock
         self._lookup = Lookup(policy, adapter, clock)
         self._failures = 0
-        self._asked_to_cancel: dict[tuple[str, int], float] = {}
+        self._asked_to_cancel: dict[tuple[str, int, int], float] = {}
         self._last_sweep = 0.0
         self._sweep_until = clock() + _SWEEP_FOR
         self._strangers: set[str] = set()
@@ -184,7 +184,8 @@ class Reconciler:
         mine = [record for record in records if record.array_id == entry.array_id] if choice else []
         spec = entry.pool_spec()
         jobs = jobs_for(spec.replicas, spec)
-        observation, missing = observe(mine, jobs, entry.observation)
+        shrunk = bool(entry.keep) and not entry.cancel
+        observation, missing = observe(mine, jobs, entry.observation, shrunk=shrunk)
         self._note_starts(entry, mine)
         changes: dict[str, object] = {"stale": ""}
         if missing:
@@ -192,7 +193,8 @@ class Reconciler:
         elif entry.doubt_since:
             changes |= {"doubt_since": 0.0, "absences": 0}
         observation = self._with_tails(entry, spec, self._with_exits(entry, spec, observation))
-        if observation.over(jobs):
+        surplus = self._surplus(entry, mine, jobs) if entry.keep else False
+        if observation.over(jobs) and not surplus:
             warning = warning_seconds(self._policy, spec)
             if ended_by_limit(observation, entry.observation, self._clock(), warning):
                 observation = replace(observation, limit_reached=True)
@@ -256,6 +258,15 @@ class Reconciler:
             tasks[index] = replace(tasks[index], tail=run.tail(index))
         return replace(observation, tasks=tasks)
 
+    def _surplus(self, entry: Entry, records: Sequence[TaskRecord], jobs: int) -> bool:
+        """Ends the tasks that a shrunk pool has too many. Returns whether there are any."""
+        living = [record.indices or () for record in records if not meaning(record.state).over]
+        last = max((max(indices) for indices in living if indices), default=-1)
+        if last < jobs:
+            return False
+        self._cancel(entry.key, entry.array_id, jobs, last)
+        return True
+
     def _note_starts(self, entry: Entry, records: Sequence[TaskRecord]) -> None:
         for record in records:
             if meaning(record.state) is Meaning.WAITING or not record.start or not record.submitted:
@@ -263,18 +274,18 @@ class Reconciler:
             if any(index not in entry.observation.tasks for index in record.indices or ()):
                 self._metrics.queue_wait.observe(max(0.0, record.start - record.submitted))
 
-    def _cancel(self, key: str, array_id: int, *, extra: bool = False) -> None:
-        now = self._clock()
-        if now < self._asked_to_cancel.get((key, array_id), 0.0) + _CANCEL_AGAIN:
+    def _cancel(self, key: str, array_id: int, first: int = 0, last: int | None = None, *, extra: bool = False) -> None:
+        now, asked = self._clock(), (key, array_id, first)
+        if now < self._asked_to_cancel.get(asked, 0.0) + _CANCEL_AGAIN:
             return
-        self._asked_to_cancel[key, array_id] = now
+        self._asked_to_cancel[asked] = now
         if extra:
             self._metrics.extras.inc()
             log.warning("cancelling an extra array", extra={"key": key, "slurm_job": array_id})
         try:
-            self._adapter.cancel(slurm_job_name(key), array_id)
+            self._adapter.cancel(slurm_job_name(key), array_id, first, last)
         except SlurmError as error:
-            self._asked_to_cancel.pop((key, array_id), None)
+            self._asked_to_cancel.pop(asked, None)
             log.warning("cannot cancel: %s", error, extra={"key": key, "slurm_job": array_id})
 
     def _sweep(self, by_name: Mapping[str, Sequence[TaskRecord]]) -> None:
@@ -330,8 +341,8 @@ class Reconciler:
             current = self._journal.get(entry.key)
             if current is None or current.state is not entry.state:
                 return None
-            if current.cancel and not entry.cancel:
-                # Cancelled since this pass began: the next one takes that into account.
+            if (current.cancel and not entry.cancel) or current.keep != entry.keep:
+                # Cancelled or shrunk since this pass began: the next one takes that into account.
                 return None
             if all(getattr(current, name) == value for name, value in changes.items()):
                 return current

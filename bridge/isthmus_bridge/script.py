@@ -69,6 +69,7 @@ def render(key: str, spec: pb.PoolSpec, grant: Grant, run_dir: Path, tls_dir: Pa
         federation_env=list(_federation(spec, grant, tls_dir).items()),
         index_name=names.ENV_INDEX,
         client_name=names.ENV_CLIENT,
+        first_index=spec.first_index,
         first_client=spec.first_client,
         attempt_name=names.ENV_ATTEMPT,
         attempt_base=spec.attempt * RESTARTS_PER_ATTEMPT,
@@ -106,7 +107,7 @@ def _federation(spec: pb.PoolSpec, grant: Grant, tls_dir: Path) -> Mapping[str, 
         names.ENV_JOB_UID: spec.job_uid,
         names.ENV_JOB: f"{spec.namespace}/{spec.job}",
         names.ENV_POOL: spec.pool,
-        names.ENV_POOL_SIZE: str(spec.replicas),
+        names.ENV_POOL_SIZE: str(spec.pool_size or spec.replicas),
         names.ENV_CLIENTS: str(spec.total_clients),
     }
     if grant.data:

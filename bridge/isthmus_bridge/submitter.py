@@ -83,7 +83,7 @@ class Submitter:
         except OSError as error:
             self._defer(entry, f"cannot write {run.script}: {error.strerror}")
             return
-        if self._begin(key):
+        if self._begin(key, entry.keep):
             self._submit(key, submission(self._policy, key, spec, grant, run))
 
     def _decide(self, entry: Entry, spec: pb.PoolSpec) -> Grant | Denial:
@@ -92,11 +92,11 @@ class Submitter:
                 return decide(self._policy, identity, spec)
         return Denial("identities", f"{entry.identity!r} is not known at this site any more")
 
-    def _begin(self, key: str) -> bool:
-        """Makes the intent durable. False where the pool was cancelled meanwhile."""
+    def _begin(self, key: str, keep: int) -> bool:
+        """Makes the intent durable. False where the pool was cancelled or shrunk meanwhile: the next look goes on."""
         with self._journal.transaction():
             entry = self._journal.get(key)
-            if entry is None or entry.state is not State.RESERVED or entry.cancel:
+            if entry is None or entry.state is not State.RESERVED or entry.cancel or entry.keep != keep:
                 return False
             self._journal.update(key, state=State.SUBMITTING, submissions=entry.submissions + 1, message="")
         return True

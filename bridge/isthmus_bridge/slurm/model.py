@@ -116,8 +116,11 @@ class SlurmAdapter(Protocol):
         """
         ...
 
-    def cancel(self, name: str, array_id: int) -> None:
-        """Asks for the end of an array. Touches nothing where the id meanwhile belongs to a job of another name."""
+    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None) -> None:
+        """Asks for the end of an array, or of its tasks from ``first`` to ``last``.
+
+        Touches nothing where the id meanwhile belongs to a job of another name.
+        """
         ...
 
     def describe(self) -> SiteDescription:

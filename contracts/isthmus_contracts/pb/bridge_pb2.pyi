@@ -112,6 +112,8 @@ class PoolSpec(_message.Message):
     FEDERATION_FIELD_NUMBER: _builtins.int
     CODE_FIELD_NUMBER: _builtins.int
     CLIENTS_PER_JOB_FIELD_NUMBER: _builtins.int
+    FIRST_INDEX_FIELD_NUMBER: _builtins.int
+    POOL_SIZE_FIELD_NUMBER: _builtins.int
     job_uid: _builtins.str
     namespace: _builtins.str
     job: _builtins.str
@@ -139,6 +141,10 @@ class PoolSpec(_message.Message):
     """the job's image, for environments that run it"""
     clients_per_job: _builtins.int
     """Clients that share a task of the array, and its node; 0 means 1. Resources are those of one client."""
+    first_index: _builtins.int
+    """client 0's index within the whole pool: where a pool has grown, this is a part of it"""
+    pool_size: _builtins.int
+    """of the whole pool, as its clients are told; 0: replicas"""
     @_builtins.property
     def gres(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenericResource]: ...
     @_builtins.property
@@ -181,10 +187,12 @@ class PoolSpec(_message.Message):
         federation: Global___Federation | None = ...,
         code: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
         clients_per_job: _builtins.int = ...,
+        first_index: _builtins.int = ...,
+        pool_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "attempt", b"attempt", "clients_per_job", b"clients_per_job", "code", b"code", "command", b"command", "cpus_per_task", b"cpus_per_task", "data_ref", b"data_ref", "env", b"env", "environment", b"environment", "federation", b"federation", "first_client", b"first_client", "gres", b"gres", "image", b"image", "job", b"job", "job_uid", b"job_uid", "memory_mib", b"memory_mib", "namespace", b"namespace", "partition", b"partition", "pool", b"pool", "qos", b"qos", "replicas", b"replicas", "time_limit_seconds", b"time_limit_seconds", "total_clients", b"total_clients"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "attempt", b"attempt", "clients_per_job", b"clients_per_job", "code", b"code", "command", b"command", "cpus_per_task", b"cpus_per_task", "data_ref", b"data_ref", "env", b"env", "environment", b"environment", "federation", b"federation", "first_client", b"first_client", "first_index", b"first_index", "gres", b"gres", "image", b"image", "job", b"job", "job_uid", b"job_uid", "memory_mib", b"memory_mib", "namespace", b"namespace", "partition", b"partition", "pool", b"pool", "pool_size", b"pool_size", "qos", b"qos", "replicas", b"replicas", "time_limit_seconds", b"time_limit_seconds", "total_clients", b"total_clients"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -272,6 +280,28 @@ class GetPoolRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetPoolRequest: _TypeAlias = GetPoolRequest  # noqa: Y015
+
+@_typing.final
+class ShrinkPoolRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    replicas: _builtins.int
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        replicas: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "replicas", b"replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShrinkPoolRequest: _TypeAlias = ShrinkPoolRequest  # noqa: Y015
 
 @_typing.final
 class CancelPoolRequest(_message.Message):

@@ -36,6 +36,9 @@ from .tracking.tracker import Tracker
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
+# A client that an heir waits for is given up after so many.
+_MISSED_HEARTBEATS = 3
+_HANDOVER_LOOK = 0.2  # seconds
 # The clients' last measurement, of the final model, may take this long. Seconds.
 EVALUATION_DEADLINE = 300.0
 CHECKPOINT_RETRY = 5.0
@@ -342,6 +345,18 @@ class Federation:
                 return result
 
     # ---- what clients say
+
+    async def handed_over(self, hello: pb.Hello) -> None:
+        """Waits while an older attempt of the same HPC client is at work on its update: it hands that in first.
+
+        Its successor may start before the time limit ends it. One that is not heard of any more is not waited for.
+        """
+        while (client := self.members.predecessor(hello)) is not None:
+            state, heard = self.course.round, time.monotonic() - client.last_heard
+            pending = state is not None and client.id in state.selected - state.accepted - state.rejected
+            if not pending or heard > _MISSED_HEARTBEATS * HEARTBEAT_SECONDS:
+                return
+            await asyncio.sleep(_HANDOVER_LOOK)
 
     def join(self, hello: pb.Hello) -> Client:
         """A client's hello: it is welcomed and told what there is for it now. Raises :class:`membership.Refusal`."""
