@@ -7,6 +7,7 @@ import pytest
 
 from .conftest import SYSTEM, Platform, eventually, run, say
 
+
 def kill_client_pod(platform: Platform, job: str) -> None:
     pod = platform.pods(job, "client")[0]["metadata"]["name"]
     say(run("kubectl", "delete", "pod", pod, "--grace-period=0", "--force", check=False))

@@ -206,7 +206,7 @@ class Namespace:
     def tell(self, pod: str, path: str) -> None:
         """Makes a stand-in do something: makes a file in its pod.
 
-        The stand-in may end before kubectl hears how the command ended (137), so what it then does is what tests wait for.
+        The stand-in may end before kubectl hears how the command ended (137): what it then does is what tests wait for.
         """
         said = self.kubectl("exec", pod, "--", "touch", path, check=False)
         assert not said or "137" in said, said

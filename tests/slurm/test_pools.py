@@ -213,6 +213,7 @@ def test_doctor_and_status_tell_an_admin(site: Site, operator: rpc.BridgeStub) -
     assert code == 1 and "PROBLEM  partitions: moon of the policy are not in Slurm, which has " in text
     key = site.key()
     job = ensure(operator, key, spec()).slurm_job_id
+
     # The row is there from the reservation on; the job's number comes with sbatch's answer.
     def listed() -> list[str]:
         return next((line.split() for line in site.command("status")[1].splitlines() if key in line), [])

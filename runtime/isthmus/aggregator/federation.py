@@ -351,12 +351,28 @@ class Federation:
 
         Its successor may start before the time limit ends it. One that is not heard of any more is not waited for.
         """
-        while (client := self.members.predecessor(hello)) is not None:
-            state, heard = self.course.round, time.monotonic() - client.last_heard
-            pending = state is not None and client.id in state.selected - state.accepted - state.rejected
-            if not pending or heard > _MISSED_HEARTBEATS * HEARTBEAT_SECONDS:
-                return
-            await asyncio.sleep(_HANDOVER_LOOK)
+        client, state = self.members.predecessor(hello), self.course.round
+        if client is None or state is None:
+            return
+        client.heirs += 1
+        try:
+            while client is self.members.predecessor(hello) and self._at_work(client, state):  # noqa: ASYNC110
+                await asyncio.sleep(_HANDOVER_LOOK)  # silence, too, ends it, and rings no bell
+        except asyncio.CancelledError:
+            if client.heirs == 1 and client.connected:
+                # The heir is gone again: what it would have been asked for, this one is.
+                client.heirs = 0
+                self._ask_again(client)
+                client.heirs = 1
+            raise
+        finally:
+            client.heirs -= 1
+
+    def _at_work(self, client: Client, state: RoundState) -> bool:
+        """Whether a client has an update of that round in hand."""
+        heard = time.monotonic() - client.last_heard
+        pending = client.id in state.selected - state.accepted - state.rejected
+        return self.course.round is state and pending and heard <= _MISSED_HEARTBEATS * HEARTBEAT_SECONDS
 
     def join(self, hello: pb.Hello) -> Client:
         """A client's hello: it is welcomed and told what there is for it now. Raises :class:`membership.Refusal`."""
@@ -435,6 +451,8 @@ class Federation:
         """Offers the round's work to a client."""
         assert self.course.model is not None
         client.offered(state.number, time.monotonic())
+        if client.heirs:
+            return  # its successor, which comes in a moment, is asked instead
         if self._offer is None:
             self._offer = messages.train(self.spec, state.number, self.course.model, self.compression)
         self._send_offer(client, self._offer)

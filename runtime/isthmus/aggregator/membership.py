@@ -38,6 +38,8 @@ class Client:
     offers: dict[int, float] = field(default_factory=dict)
     """When it was first offered its newest rounds (monotonic seconds)."""
     last_heard: float = 0.0
+    heirs: int = 0
+    """Newer processes that wait until it has handed in what it is at work on."""
     stage: str = ""
 
     @property

@@ -139,8 +139,8 @@ def worlds(draw: st.DrawFn) -> World:
 
 
 KINDS = (
-    "fail", "vanish", "secret", "authority", "service", "site", "restart", "task", "suspend", "quota", "replicas", "ends",
-    "none",
+    "fail", "vanish", "secret", "authority", "service", "site", "restart", "task", "suspend", "quota", "replicas",
+    "ends", "none",
 )  # fmt: skip
 
 
