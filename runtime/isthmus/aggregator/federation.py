@@ -22,6 +22,7 @@ from .clientbook import ClientBook
 from .compression import Broadcast, Compression
 from .course import Course
 from .decisions import LOST_CLIENT_GRACE, Decision, Presence, RoundState, Verdict, decide
+from .handover import Handover
 from .intake import Intake
 from .job import Job
 from .ledger import RoundLedger
@@ -36,9 +37,6 @@ from .tracking.tracker import Tracker
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
-# A client that an heir waits for is given up after so many.
-_MISSED_HEARTBEATS = 3
-_HANDOVER_LOOK = 0.2  # seconds
 # The clients' last measurement, of the final model, may take this long. Seconds.
 EVALUATION_DEADLINE = 300.0
 CHECKPOINT_RETRY = 5.0
@@ -60,6 +58,7 @@ class Federation:
         self.members = Membership(job.spec, job.uid)
         self.compression = Compression(job.uid, job.spec)
         self.course = Course()
+        self.handover = Handover(self.members, self.course, self._ask_again)
         self.ledger = RoundLedger(metrics)
         # One thread, first in first out: updates are folded one by one, and a round's result is computed after them.
         self._folder = ThreadPoolExecutor(1, "fold")
@@ -345,34 +344,6 @@ class Federation:
                 return result
 
     # ---- what clients say
-
-    async def handed_over(self, hello: pb.Hello) -> None:
-        """Waits while an older attempt of the same HPC client is at work on its update: it hands that in first.
-
-        Its successor may start before the time limit ends it. One that is not heard of any more is not waited for.
-        """
-        client, state = self.members.predecessor(hello), self.course.round
-        if client is None or state is None:
-            return
-        client.heirs += 1
-        try:
-            while client is self.members.predecessor(hello) and self._at_work(client, state):  # noqa: ASYNC110
-                await asyncio.sleep(_HANDOVER_LOOK)  # silence, too, ends it, and rings no bell
-        except asyncio.CancelledError:
-            if client.heirs == 1 and client.connected:
-                # The heir is gone again: what it would have been asked for, this one is.
-                client.heirs = 0
-                self._ask_again(client)
-                client.heirs = 1
-            raise
-        finally:
-            client.heirs -= 1
-
-    def _at_work(self, client: Client, state: RoundState) -> bool:
-        """Whether a client has an update of that round in hand."""
-        heard = time.monotonic() - client.last_heard
-        pending = client.id in state.selected - state.accepted - state.rejected
-        return self.course.round is state and pending and heard <= _MISSED_HEARTBEATS * HEARTBEAT_SECONDS
 
     def join(self, hello: pb.Hello) -> Client:
         """A client's hello: it is welcomed and told what there is for it now. Raises :class:`membership.Refusal`."""
