@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 
+from .packing import jobs_for, per_job
 from .policy import Environment, Identity, Policy
 from .slurm.model import Gres
 
@@ -122,13 +123,15 @@ def too_many(
 
 
 def _amounts(spec: pb.PoolSpec) -> Counter[str]:
+    # All jobs of an array are alike: the last one holds as much as the others, also where it starts fewer clients.
+    holding = jobs_for(spec.replicas, spec) * per_job(spec)
     amounts = Counter(
         total_tasks=spec.replicas,
-        total_cpus=spec.replicas * spec.cpus_per_task,
-        total_memory_mib=spec.replicas * spec.memory_mib,
+        total_cpus=holding * spec.cpus_per_task,
+        total_memory_mib=holding * spec.memory_mib,
     )
     for gres in spec.gres:
-        amounts[f"total_gres.{gres.name}"] += spec.replicas * gres.count
+        amounts[f"total_gres.{gres.name}"] += holding * gres.count
     return amounts
 
 
@@ -152,14 +155,22 @@ def _image(environment: Environment, spec: pb.PoolSpec, who: str) -> Denial | No
 
 
 def _caps(policy: Policy, spec: pb.PoolSpec) -> Denial | None:
-    limits = policy.limits
+    limits, share = policy.limits, per_job(spec)
+    if limits.running_tasks is not None and share > limits.running_tasks:
+        message = f"{share} clients share a job; at most {limits.running_tasks} of a pool may run at the same time"
+        return Denial("limits.running_tasks", message)
     for name in ("replicas", "cpus_per_task", "memory_mib", "time_limit_seconds"):
         wanted, most = getattr(spec, name), getattr(limits, name)
+        if name == "replicas":
+            # What a pool grows by counts with what it was.
+            wanted += spec.first_index
+        if name in ("cpus_per_task", "memory_mib"):
+            wanted *= share
         if wanted > most:
             return Denial(f"limits.{name}", f"{wanted} is more than the {most} that the site allows")
     totals: dict[str, int] = {}
     for gres in spec.gres:
-        totals[gres.name] = totals.get(gres.name, 0) + gres.count
+        totals[gres.name] = totals.get(gres.name, 0) + share * gres.count
     for name, count in totals.items():
         if name not in limits.gres:
             return _not_allowed("limits.gres", name, "any identity", limits.gres)

@@ -40,7 +40,7 @@ def _identity(policy: Policy, identity: Identity) -> Iterator[str]:
     yield f"  with the data sets: {_listed([f'{name} ({path})' for name, path in sorted(policy.data_sets.items())])}"
     gres = ", ".join(f"{name}:{count}" for name, count in sorted(limits.gres.items()))
     yield (
-        f"  at most {limits.replicas} tasks a pool and {limits.pools} pools at a time; each task at most"
+        f"  at most {limits.replicas} clients a pool and {limits.pools} pools at a time; each job at most"
         f" {limits.cpus_per_task} CPUs, {limits.memory_mib} MiB, {limits.time_limit_seconds} s,"
         f" generic resources: {gres or 'none'}"
     )

@@ -67,10 +67,12 @@ class Entry:
     stale: str = ""
     """Why Slurm cannot be asked at the moment; the observation is then the last one."""
     observation: Observation = field(default_factory=Observation)
+    keep: int = 0
+    """So many clients stay, where the pool was shrunk; 0: all."""
 
     def pool_spec(self) -> pb.PoolSpec:
-        """The spec as a message."""
-        return pb.PoolSpec.FromString(self.spec)
+        """The spec as a message: as the pool is now, with as many clients as stay."""
+        return _spec(self.spec, self.keep)
 
 
 _COLUMNS: Mapping[str, str] = {
@@ -92,10 +94,11 @@ _COLUMNS: Mapping[str, str] = {
     "finished_at": "REAL NOT NULL",
     "stale": "TEXT NOT NULL",
     "observation": "TEXT NOT NULL",
+    "keep": "INTEGER NOT NULL DEFAULT 0",
 }
 # "ISTH", in the file's header: no other program's database is taken for a journal.
 _APPLICATION = 0x49535448
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM pools"  # noqa: S608 - our own column names
 _INSERT = f"INSERT INTO pools ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608
 
@@ -133,6 +136,9 @@ class Journal:
             self._connection.execute(f"CREATE TABLE pools ({columns})")
             self._connection.execute("CREATE INDEX pools_version ON pools (version)")
             self._connection.execute(f"PRAGMA application_id={_APPLICATION}")
+            self._connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
+        elif (application, version) == (_APPLICATION, 1):
+            self._connection.execute(f"ALTER TABLE pools ADD COLUMN keep {_COLUMNS['keep']}")
             self._connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
         elif (application, version) != (_APPLICATION, _SCHEMA_VERSION):
             raise JournalError(f"journal {path}: made by another program or a newer bridge")
@@ -180,12 +186,12 @@ class Journal:
         return self._query(f"{_SELECT} WHERE state IN ({marks}) AND finished_at < ?", *OVER, moment)
 
     def live_specs(self, identity: str) -> list[pb.PoolSpec]:
-        """What the caller's pools that are not over were asked to be."""
+        """The caller's pools that are not over, as they are now."""
         marks = ", ".join("?" * len(OVER))
-        sql = f"SELECT spec FROM pools WHERE identity = ? AND state NOT IN ({marks})"  # noqa: S608
+        sql = f"SELECT spec, keep FROM pools WHERE identity = ? AND state NOT IN ({marks})"  # noqa: S608
         with self._lock:
             rows = self._connection.execute(sql, (identity, *OVER)).fetchall()
-        return [pb.PoolSpec.FromString(row[0]) for row in rows]
+        return [_spec(*row) for row in rows]
 
     def count_since(self, identity: str, moment: float) -> int:
         """How many pools the caller has asked for since then."""
@@ -224,6 +230,15 @@ class Journal:
     def _query(self, sql: str, *values: Any) -> list[Entry]:
         with self._lock:
             return [_entry(row) for row in self._connection.execute(sql, values).fetchall()]
+
+
+def _spec(content: bytes, keep: int) -> pb.PoolSpec:
+    spec = pb.PoolSpec.FromString(content)
+    if keep:
+        # What its clients are told stays as it was.
+        spec.pool_size = spec.pool_size or spec.replicas
+        spec.replicas = keep
+    return spec
 
 
 def _row(entry: Entry) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from isthmus_contracts.identities import slurm_job_name
 
 from .journal import Entry
 from .observation import Observation, choose, resolve
+from .packing import marks_of_jobs, per_job
 from .policy import Policy
 from .run_directory import RunDirectory
 from .slurm.model import SlurmAdapter, SlurmError, TaskRecord
@@ -59,6 +60,9 @@ class Lookup:
             marks = RunDirectory(self._policy.run_dir, entry.key).marks()
         except OSError as error:
             raise SlurmError(f"cannot read the pool's directory: {error.strerror}") from None
+        spec = entry.pool_spec()
+        if per_job(spec) > 1:
+            marks = marks_of_jobs(marks, spec, spec.replicas)
         now = self._clock()
         history: Sequence[TaskRecord] = []
         if first or now >= self._asked.get(entry.key, 0.0) + self._spacing:

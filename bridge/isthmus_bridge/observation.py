@@ -34,6 +34,17 @@ class TaskObservation:
 
 
 @dataclass(frozen=True)
+class ClientNote:
+    """What a client that shares its job with others left behind."""
+
+    restarts: int
+    """Slurm's count of the start that it is of."""
+    exit_code: int | None = None
+    """None: it has not ended, or could not say so."""
+    tail: str = ""
+
+
+@dataclass(frozen=True)
 class Observation:
     """What is known about an array. Tasks that are not listed wait in the queue."""
 
@@ -46,6 +57,8 @@ class Observation:
     """When the time limit ends the first of the running ones; 0: not known."""
     limit_reached: bool = False
     """The last of them ended because of the time limit, or of the warning before it."""
+    clients: Mapping[int, ClientNote] = field(default_factory=dict)
+    """Where several clients share a task: what is known of each; see :mod:`.packing`."""
 
     def counts(self, replicas: int) -> dict[Meaning, int]:
         """Number of tasks by what their state means."""
@@ -67,6 +80,8 @@ class Observation:
         }
         content = {"tasks": tasks, "reason": self.reason, "start": self.expected_start, "ends": self.ends_at,
                    "limit": self.limit_reached}  # fmt: skip
+        if self.clients:
+            content["clients"] = {str(i): [n.restarts, n.exit_code, n.tail] for i, n in self.clients.items()}
         return json.dumps(content, separators=(",", ":"))
 
     @classmethod
@@ -74,8 +89,9 @@ class Observation:
         """From the journal."""
         content = json.loads(text)
         tasks = {int(index): TaskObservation(*values) for index, values in content["tasks"].items()}
+        clients = {int(index): ClientNote(*values) for index, values in content.get("clients", {}).items()}
         return cls(tasks, content["reason"], content["start"], content.get("ends", 0.0),
-                   content.get("limit", False))  # fmt: skip
+                   content.get("limit", False), clients)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,8 +115,13 @@ def choose(records: Iterable[TaskRecord], current: int) -> Choice | None:
     return Choice(chosen, tuple(array for array in living if array != chosen))
 
 
-def observe(records: Sequence[TaskRecord], replicas: int, old: Observation) -> tuple[Observation, list[int]]:
-    """What the controller's records of one array say, and which tasks they do not mention at all."""
+def observe(
+    records: Sequence[TaskRecord], replicas: int, old: Observation, *, shrunk: bool = False
+) -> tuple[Observation, list[int]]:
+    """What the controller's records of one array say, and which tasks they do not mention at all.
+
+    ``shrunk``: tasks beyond ``replicas`` were cancelled.
+    """
     tasks: dict[int, TaskObservation] = {}
     waiting: set[int] = set()
     reasons: list[str] = []
@@ -110,7 +131,8 @@ def observe(records: Sequence[TaskRecord], replicas: int, old: Observation) -> t
     # Where a task has two records, the living one counts, then the later.
     for record in sorted(records, key=lambda r: (not meaning(r.state).over, r.job_id)):
         if record.indices is None:
-            rest = record
+            # A shrunk array's may be of those that had to go: it says nothing of the others.
+            rest = None if shrunk and meaning(record.state).over else record
             continue
         for index in record.indices:
             if not 0 <= index < replicas:
@@ -143,7 +165,8 @@ def observe(records: Sequence[TaskRecord], replicas: int, old: Observation) -> t
     if old.expected_start and expected and abs(expected - old.expected_start) < _START_TOLERANCE:
         expected = old.expected_start
     reason = next(filter(None, reasons), "")
-    return Observation(dict(sorted(tasks.items())), reason, expected, min(ends, default=0.0)), missing
+    ordered = dict(sorted(tasks.items()))
+    return Observation(ordered, reason, expected, min(ends, default=0.0), clients=old.clients), missing
 
 
 def resolve(

@@ -6,6 +6,7 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .journal import Entry, State
 from .observation import Observation, TaskObservation, notable
+from .packing import by_client
 from .slurm.states import LOST, Meaning
 
 MAX_TASKS = 32
@@ -55,13 +56,14 @@ def phase(entry: Entry, counts: Mapping[Meaning, int]) -> pb.Pool.Phase.ValueTyp
 def to_pool(entry: Entry) -> pb.Pool:
     """The pool as the protocol tells it."""
     spec = entry.pool_spec()
-    counts = entry.observation.counts(spec.replicas)
+    seen = by_client(entry.observation, spec, spec.replicas)
+    counts = seen.counts(spec.replicas)
     live = not entry.state.over
     pool = pb.Pool(
         key=entry.key,
         version=entry.version,
         phase=phase(entry, counts),
-        message=entry.stale or entry.message or _trouble(entry.observation),
+        message=entry.stale or entry.message or _trouble(seen),
         slurm_job_id=str(entry.array_id) if entry.array_id else "",
         desired=spec.replicas,
         queued=counts[Meaning.WAITING] if live else 0,
@@ -76,7 +78,7 @@ def to_pool(entry: Entry) -> pb.Pool:
         time_limit_reached=entry.observation.limit_reached and not entry.cancel,
         ends_at=entry.observation.ends_at if live else 0.0,
     )
-    for index, task in notable(entry.observation, MAX_TASKS):
+    for index, task in notable(seen, MAX_TASKS):
         if entry.cancel and task.meaning is Meaning.CANCELLED:
             continue
         pool.tasks.append(

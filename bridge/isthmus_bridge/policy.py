@@ -136,19 +136,21 @@ class Limits(_Part):
     """Caps on every request."""
 
     replicas: Annotated[int, Field(ge=1)] = 256
+    """Clients of a pool."""
     cpus_per_task: Annotated[int, Field(ge=1)] = 64
+    """Of each task of an array, with all the clients that share it; likewise memory_mib and gres."""
     memory_mib: Annotated[int, Field(ge=1)] = 262_144
     time_limit_seconds: Annotated[int, Field(ge=60)] = 86_400
     gres: dict[SlurmName, Annotated[int, Field(ge=0)]] = {}
     """Most of each generic resource per task; what is not listed is not allowed."""
     running_tasks: Annotated[int, Field(ge=1)] | None = None
-    """Tasks of a pool that run at the same time; the others wait. Default: all of them."""
+    """Clients of a pool that run at the same time; the others wait. Default: all of them."""
     pools: Annotated[int, Field(ge=1)] = 32
     """Live pools of one identity."""
     pools_per_day: Annotated[int, Field(ge=1)] | None = None
     """Pools that one identity may ask for within 24 hours."""
     total_tasks: Annotated[int, Field(ge=1)] | None = None
-    """Tasks of all live pools of one identity together; likewise the following."""
+    """Clients of all live pools of one identity together; likewise the following, of what their tasks hold."""
     total_cpus: Annotated[int, Field(ge=1)] | None = None
     total_memory_mib: Annotated[int, Field(ge=1)] | None = None
     total_gres: dict[SlurmName, Annotated[int, Field(ge=0)]] = {}

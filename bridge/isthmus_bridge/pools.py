@@ -34,6 +34,10 @@ class SpecDiffers(Exception):
     """The key exists with another spec. ``str()`` names the fields."""
 
 
+class NothingLeft(Exception):
+    """A pool cannot be shrunk to nothing. ``str()`` is one line."""
+
+
 class Denied(Exception):
     """The policy forbids it. ``transient``: not now, but perhaps later."""
 
@@ -116,7 +120,7 @@ class Pools:
         if entry.identity != identity.uri:
             raise KeyTaken(entry.key)
         if entry.digest and entry.digest != digest(spec):
-            names = ", ".join(differences(entry.pool_spec(), spec))
+            names = ", ".join(differences(pb.PoolSpec.FromString(entry.spec), spec))
             raise SpecDiffers(f"key {entry.key} exists with another spec; it differs in: {names}")
         if entry.spec and not entry.state.over:
             # Tasks that start later get the newest credentials.
@@ -151,6 +155,20 @@ class Pools:
             entry = self._journal.update(key, cancel=True, message=message)
         log.info("to be cancelled", extra={"key": key, "reason": message})
         self._advance(key)
+        self._wake()
+        return entry
+
+    def shrink(self, identity: Identity, key: str, replicas: int) -> Entry:
+        """Records that only the first so many clients stay. Raises RequestError, NoSuchPool, NothingLeft."""
+        check_key(key)
+        if replicas < 1:
+            raise NothingLeft(f"key {key}: a pool keeps at least one client; CancelPool ends it")
+        with self._keys.held(key):
+            entry = self.get(identity, key)
+            if entry.state.over or entry.cancel or not entry.spec or replicas >= entry.pool_spec().replicas:
+                return entry
+            entry = self._journal.update(key, keep=replicas)
+        log.info("to be shrunk", extra={"key": key, "replicas": replicas})
         self._wake()
         return entry
 

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from isthmus_contracts.identities import slurm_job_name
+from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .journal import Entry, Journal, State
 from .lookup import Lookup
 from .metrics import Metrics
 from .observation import Observation, choose, ended_by_limit, lose, observe
 from .outcome import outcome
+from .packing import by_client, jobs_for, per_job, unheard, with_exits, with_tails
 from .policy import Policy
 from .run_directory import RunDirectory
 from .slurm.model import SlurmAdapter, SlurmError, TaskRecord
@@ -56,7 +58,7 @@ class Reconciler:
         self._clock = clock
         self._lookup = Lookup(policy, adapter, clock)
         self._failures = 0
-        self._asked_to_cancel: dict[tuple[str, int], float] = {}
+        self._asked_to_cancel: dict[tuple[str, int, int], float] = {}
         self._last_sweep = 0.0
         self._sweep_until = clock() + _SWEEP_FOR
         self._strangers: set[str] = set()
@@ -180,20 +182,24 @@ class Reconciler:
         for other in {record.array_id for record in records if not meaning(record.state).over} - {entry.array_id}:
             self._cancel(entry.key, other, extra=True)
         mine = [record for record in records if record.array_id == entry.array_id] if choice else []
-        replicas = entry.pool_spec().replicas
-        observation, missing = observe(mine, replicas, entry.observation)
+        spec = entry.pool_spec()
+        jobs = jobs_for(spec.replicas, spec)
+        shrunk = bool(entry.keep) and not entry.cancel
+        observation, missing = observe(mine, jobs, entry.observation, shrunk=shrunk)
         self._note_starts(entry, mine)
         changes: dict[str, object] = {"stale": ""}
         if missing:
             observation, changes = self._missed(entry, observation, missing)
         elif entry.doubt_since:
             changes |= {"doubt_since": 0.0, "absences": 0}
-        observation = self._with_tails(entry.key, observation)
-        if observation.over(replicas):
-            warning = warning_seconds(self._policy, entry.pool_spec())
+        observation = self._with_tails(entry, spec, self._with_exits(entry, spec, observation))
+        surplus = self._surplus(entry, mine, jobs) if entry.keep else False
+        if observation.over(jobs) and not surplus:
+            warning = warning_seconds(self._policy, spec)
             if ended_by_limit(observation, entry.observation, self._clock(), warning):
                 observation = replace(observation, limit_reached=True)
-            state, message = outcome(observation, replicas, cancelled=entry.cancel, why=entry.message)
+            seen = by_client(observation, spec, spec.replicas)
+            state, message = outcome(seen, spec.replicas, cancelled=entry.cancel, why=entry.message)
             self._finish(entry, state, message, observation)
             return
         if entry.cancel:
@@ -226,16 +232,40 @@ class Reconciler:
             observation = lose(observation, still)
         return observation, changes
 
-    def _with_tails(self, key: str, observation: Observation) -> Observation:
-        """Adds the end of the log to each task that failed."""
-        lacking = [i for i, t in observation.tasks.items() if t.meaning is Meaning.FAILED and not t.tail]
-        if not lacking or sum(bool(task.tail) for task in observation.tasks.values()) >= _MAX_TAILS:
+    def _with_exits(self, entry: Entry, spec: pb.PoolSpec, observation: Observation) -> Observation:
+        """Adds how clients ended that share a job: of them Slurm tells only once the whole job is over."""
+        if per_job(spec) == 1 or not (wanted := unheard(observation, spec, spec.replicas)):
             return observation
-        run = RunDirectory(self._policy.run_dir, key)
+        try:
+            exits = RunDirectory(self._policy.run_dir, entry.key).exits(wanted)
+        except OSError as error:
+            log.warning("cannot read the clients' marks: %s", error.strerror, extra={"key": entry.key})
+            return observation
+        return with_exits(observation, entry.array_id, exits)
+
+    def _with_tails(self, entry: Entry, spec: pb.PoolSpec, observation: Observation) -> Observation:
+        """Adds the end of the log to each task that failed."""
+        seen = by_client(observation, spec, spec.replicas)
+        lacking = [i for i, t in seen.tasks.items() if t.meaning is Meaning.FAILED and not t.tail]
+        if not lacking or sum(bool(task.tail) for task in seen.tasks.values()) >= _MAX_TAILS:
+            return observation
+        run, share = RunDirectory(self._policy.run_dir, entry.key), per_job(spec)
+        if share > 1:
+            tails = {index: run.tail(index) or run.job_tail(index // share) for index in lacking[:_MAX_TAILS]}
+            return with_tails(observation, spec, tails)
         tasks = dict(observation.tasks)
         for index in lacking[:_MAX_TAILS]:
             tasks[index] = replace(tasks[index], tail=run.tail(index))
         return replace(observation, tasks=tasks)
+
+    def _surplus(self, entry: Entry, records: Sequence[TaskRecord], jobs: int) -> bool:
+        """Ends the tasks that a shrunk pool has too many. Returns whether there are any."""
+        living = [record.indices or () for record in records if not meaning(record.state).over]
+        last = max((max(indices) for indices in living if indices), default=-1)
+        if last < jobs:
+            return False
+        self._cancel(entry.key, entry.array_id, jobs, last)
+        return True
 
     def _note_starts(self, entry: Entry, records: Sequence[TaskRecord]) -> None:
         for record in records:
@@ -244,18 +274,18 @@ class Reconciler:
             if any(index not in entry.observation.tasks for index in record.indices or ()):
                 self._metrics.queue_wait.observe(max(0.0, record.start - record.submitted))
 
-    def _cancel(self, key: str, array_id: int, *, extra: bool = False) -> None:
-        now = self._clock()
-        if now < self._asked_to_cancel.get((key, array_id), 0.0) + _CANCEL_AGAIN:
+    def _cancel(self, key: str, array_id: int, first: int = 0, last: int | None = None, *, extra: bool = False) -> None:
+        now, asked = self._clock(), (key, array_id, first)
+        if now < self._asked_to_cancel.get(asked, 0.0) + _CANCEL_AGAIN:
             return
-        self._asked_to_cancel[key, array_id] = now
+        self._asked_to_cancel[asked] = now
         if extra:
             self._metrics.extras.inc()
             log.warning("cancelling an extra array", extra={"key": key, "slurm_job": array_id})
         try:
-            self._adapter.cancel(slurm_job_name(key), array_id)
+            self._adapter.cancel(slurm_job_name(key), array_id, first, last)
         except SlurmError as error:
-            self._asked_to_cancel.pop((key, array_id), None)
+            self._asked_to_cancel.pop(asked, None)
             log.warning("cannot cancel: %s", error, extra={"key": key, "slurm_job": array_id})
 
     def _sweep(self, by_name: Mapping[str, Sequence[TaskRecord]]) -> None:
@@ -311,8 +341,8 @@ class Reconciler:
             current = self._journal.get(entry.key)
             if current is None or current.state is not entry.state:
                 return None
-            if current.cancel and not entry.cancel:
-                # Cancelled since this pass began: the next one takes that into account.
+            if (current.cancel and not entry.cancel) or current.keep != entry.keep:
+                # Cancelled or shrunk since this pass began: the next one takes that into account.
                 return None
             if all(getattr(current, name) == value for name, value in changes.items()):
                 return current
@@ -324,7 +354,9 @@ class Reconciler:
         for entry in live:
             states[str(entry.state)] += 1
             if entry.state is State.SUBMITTED:
-                for what, number in entry.observation.counts(entry.pool_spec().replicas).items():
+                spec = entry.pool_spec()
+                seen = by_client(entry.observation, spec, spec.replicas)
+                for what, number in seen.counts(spec.replicas).items():
                     tasks[what.value] += number
         self._metrics.count(self._metrics.pools, [str(state) for state in State if not state.over], states)
         self._metrics.count(self._metrics.tasks, [what.value for what in Meaning], tasks)

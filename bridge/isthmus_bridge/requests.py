@@ -51,6 +51,9 @@ def check_spec(spec: pb.PoolSpec) -> None:
     _between("spec.attempt", spec.attempt, 0, 2_000_000)
     _between("spec.replicas", spec.replicas, 1, 1_000_000)
     _between("spec.total_clients", spec.total_clients, 1, 10_000_000)
+    _between("spec.clients_per_job", spec.clients_per_job, 0, 1024)
+    _between("spec.first_index", spec.first_index, 0, 1_000_000)
+    _between("spec.pool_size", spec.pool_size, 0, 1_000_000)
     if spec.first_client + spec.replicas > spec.total_clients:
         raise RequestError(
             "spec.first_client",

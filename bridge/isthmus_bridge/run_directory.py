@@ -1,15 +1,15 @@
 """The private directory of one pool, on the file system that the nodes share.
 
-``batch.sh`` the script; ``code/`` the job's files; ``tls/`` the clients' credentials while the pool lives; ``tasks/``
-the marks that say which task began and how it ended; ``logs/`` one file per task; ``work/`` the tasks' own
-directories.
+``batch.sh`` the script, and ``client.sh`` where it starts several clients; ``code/`` the job's files; ``tls/`` the
+clients' credentials while the pool lives; ``tasks/`` the marks that say which client began and how it ended; ``logs/``
+one file per client; ``work/`` the clients' own directories.
 """
 
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +33,22 @@ class Marks:
     """None: it has not ended, or could not say so."""
 
 
+@dataclass(frozen=True)
+class Exit:
+    """How one start of a client ended."""
+
+    array_id: int
+    restarts: int
+    code: int
+
+
 class RunDirectory:
     """Files of one pool."""
 
     def __init__(self, root: Path, key: str) -> None:
         self.path = root / key
         self.script = self.path / "batch.sh"
+        self.client_script = self.path / "client.sh"
         self.tls = self.path / "tls"
         self.code = self.path / "code"
         self._logs = self.path / "logs"
@@ -52,6 +62,11 @@ class RunDirectory:
     def log(self, index: int) -> Path:
         """The log of one task."""
         return self._logs / f"{index}.log"
+
+    @property
+    def job_log_pattern(self) -> str:
+        """The same of jobs that hold several clients, each of which has a log of its own."""
+        return f"{self._logs}/job-%a.log"
 
     def create(self, credentials: Credentials) -> None:
         """Lays the directory out. May be repeated. Raises ``OSError``."""
@@ -79,9 +94,14 @@ class RunDirectory:
         for name, content in files.items():
             (self.code / name).write_bytes(content)
 
-    def write_script(self, text: str) -> None:
-        """Writes the batch script. Raises ``OSError``."""
-        descriptor = os.open(self.script, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o700)
+    def write_scripts(self, batch: str, client: str = "") -> None:
+        """Writes the batch script and, where it starts several clients, theirs. Raises ``OSError``."""
+        if client:
+            self._write(self.client_script, client)
+        self._write(self.script, batch)
+
+    def _write(self, path: Path, text: str) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o700)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
 
@@ -110,6 +130,18 @@ class RunDirectory:
             found[index] = Marks(array_id, node, code)
         return found
 
+    def exits(self, wanted: Container[int]) -> dict[int, Exit]:
+        """How those of the wanted clients ended that have. Raises ``OSError``."""
+        found = {}
+        for entry in self._tasks.iterdir():
+            index, _, ending = entry.name.partition(".")
+            if ending != "exit" or not index.isdecimal() or int(index) not in wanted:
+                continue
+            match = _MARK.fullmatch(_content(entry, _MARK_BYTES).decode("utf-8", "replace"))
+            if match is not None and match[3].isdecimal():
+                found[int(index)] = Exit(int(match[1]), int(match[2]), int(match[3]))
+        return found
+
     def _read_marks(self) -> Iterator[tuple[int, str, int, str]]:
         try:
             names = sorted(entry.name for entry in self._tasks.iterdir())
@@ -126,7 +158,14 @@ class RunDirectory:
 
     def tail(self, index: int, lines: int = TAIL_LINES, limit: int = TAIL_BYTES) -> str:
         """The last lines of a task's log, bounded in bytes too; empty where there is none (yet)."""
-        data, cut = _end(self.log(index), limit)
+        return self._tail(self.log(index), lines, limit)
+
+    def job_tail(self, index: int, lines: int = TAIL_LINES, limit: int = TAIL_BYTES) -> str:
+        """The same of a job that holds several clients: what went wrong before they could begin."""
+        return self._tail(self._logs / f"job-{index}.log", lines, limit)
+
+    def _tail(self, log: Path, lines: int, limit: int) -> str:
+        data, cut = _end(log, limit)
         text = data.decode("utf-8", "replace").replace("\0", "\ufffd")
         listed = text.splitlines()
         if cut and len(listed) > 1:

@@ -13,7 +13,9 @@ from isthmus_contracts import identities as names
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .access import Grant
+from .packing import per_job
 from .policy import Environment
+from .slurm.model import Gres
 
 # Slurm's restarts of a task count below the pool's attempts.
 RESTARTS_PER_ATTEMPT = 1000
@@ -48,11 +50,15 @@ def quote(argument: Argument) -> Shell:
 
 
 def render(key: str, spec: pb.PoolSpec, grant: Grant, run_dir: Path, tls_dir: Path) -> str:
-    """The batch script of one pool. ``run_dir``: the pool's own directory."""
+    """What one client runs: the pool's batch script, or a part of it where several clients share a job.
+
+    ``run_dir``: the pool's own directory.
+    """
     environment = grant.environment
     prefix = _prefix(environment, grant, tls_dir)
     return _TEMPLATE.render(
-        title=f"{spec.namespace}/{spec.job}, pool {spec.pool}, key {key}",
+        title=_title(key, spec),
+        per_job=per_job(spec),
         run_dir=str(run_dir),
         modules=environment.modules,
         venv=str(environment.venv) if environment.venv else "",
@@ -63,11 +69,28 @@ def render(key: str, spec: pb.PoolSpec, grant: Grant, run_dir: Path, tls_dir: Pa
         federation_env=list(_federation(spec, grant, tls_dir).items()),
         index_name=names.ENV_INDEX,
         client_name=names.ENV_CLIENT,
+        first_index=spec.first_index,
         first_client=spec.first_client,
         attempt_name=names.ENV_ATTEMPT,
         attempt_base=spec.attempt * RESTARTS_PER_ATTEMPT,
         command=list(spec.command),
     )
+
+
+def render_job(key: str, spec: pb.PoolSpec, gres: Iterable[Gres], client_script: Path) -> str:
+    """The batch script of a pool whose jobs hold several clients: it starts them."""
+    return _JOB_TEMPLATE.render(
+        title=_title(key, spec),
+        replicas=spec.replicas,
+        per_job=per_job(spec),
+        cpus=spec.cpus_per_task,
+        gpus=",".join(":".join(filter(None, (g.type, str(g.count)))) for g in gres if g.name == "gpu"),
+        client_script=str(client_script),
+    )
+
+
+def _title(key: str, spec: pb.PoolSpec) -> str:
+    return f"{spec.namespace}/{spec.job}, pool {spec.pool}, key {key}"
 
 
 def comment(spec: pb.PoolSpec) -> str:
@@ -84,7 +107,7 @@ def _federation(spec: pb.PoolSpec, grant: Grant, tls_dir: Path) -> Mapping[str, 
         names.ENV_JOB_UID: spec.job_uid,
         names.ENV_JOB: f"{spec.namespace}/{spec.job}",
         names.ENV_POOL: spec.pool,
-        names.ENV_POOL_SIZE: str(spec.replicas),
+        names.ENV_POOL_SIZE: str(spec.pool_size or spec.replicas),
         names.ENV_CLIENTS: str(spec.total_clients),
     }
     if grant.data:
@@ -148,6 +171,6 @@ def _environment(filters: Iterable[tuple[str, Any]]) -> jinja2.Environment:
     return environment
 
 
-_TEMPLATE = _environment(
-    [("sh", quote), ("name", _variable_name), ("comment", _comment), ("verbatim", Shell)]
-).get_template("batch.sh.j2")
+_TEMPLATES = _environment([("sh", quote), ("name", _variable_name), ("comment", _comment), ("verbatim", Shell)])
+_TEMPLATE = _TEMPLATES.get_template("batch.sh.j2")
+_JOB_TEMPLATE = _TEMPLATES.get_template("job.sh.j2")

@@ -18,7 +18,7 @@ from .journal import Entry, State
 from .metrics import Metrics
 from .outcome import to_pool
 from .policy import Identity, Policy
-from .pools import Denied, KeyTaken, NoSuchPool, Pools, SpecDiffers
+from .pools import Denied, KeyTaken, NoSuchPool, NothingLeft, Pools, SpecDiffers
 from .requests import RequestError
 from .rules import Rules
 from .run_directory import TAIL_LINES, RunDirectory
@@ -100,11 +100,17 @@ class BridgeService(rpc.BridgeServicer):
                 entry = self._wait(entry, lambda e: e.state.over, context)
             return to_pool(entry)
 
+    def ShrinkPool(self, request: pb.ShrinkPoolRequest, context: Context) -> pb.Pool:
+        """Ends the last clients of a pool."""
+        with self._call("ShrinkPool", context) as caller:
+            return to_pool(self._pools.shrink(caller, request.key, request.replicas))
+
     def TailLog(self, request: pb.TailLogRequest, context: Context) -> Iterator[pb.LogChunk]:
         """The end of one task's log."""
         with self._call("TailLog", context) as caller:
             entry = self._pools.get(caller, request.key)
-            replicas = entry.pool_spec().replicas
+            # Also those that a shrinking has ended.
+            replicas = pb.PoolSpec.FromString(entry.spec).replicas
             if request.index >= replicas:
                 raise RequestError("index", f"must be below {replicas}, not {request.index}")
             lines = min(request.lines or TAIL_LINES, MAX_TAIL_LINES)
@@ -162,7 +168,7 @@ class BridgeService(rpc.BridgeServicer):
                 return grpc.StatusCode.NOT_FOUND, f"no pool {error} at site {self._policy.site}"
             case KeyTaken():
                 return grpc.StatusCode.ALREADY_EXISTS, f"key {error} belongs to another caller"
-            case SpecDiffers():
+            case SpecDiffers() | NothingLeft():
                 return grpc.StatusCode.FAILED_PRECONDITION, str(error)
             case SlurmError():
                 return grpc.StatusCode.UNAVAILABLE, f"Slurm does not answer: {error}"

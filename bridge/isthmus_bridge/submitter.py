@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
@@ -12,6 +13,7 @@ from . import script
 from .access import Denial, Grant, decide
 from .journal import Entry, Journal, State
 from .metrics import Metrics
+from .packing import jobs_for, per_job
 from .policy import Policy
 from .rules import Rules
 from .run_directory import RunDirectory
@@ -73,11 +75,15 @@ class Submitter:
         run = RunDirectory(self._policy.run_dir, key)
         try:
             run.write_code(spec.code)
-            run.write_script(script.render(key, spec, grant, run.path, run.tls))
+            client = script.render(key, spec, grant, run.path, run.tls)
+            if per_job(spec) == 1:
+                run.write_scripts(client)
+            else:
+                run.write_scripts(script.render_job(key, spec, grant.gres, run.client_script), client)
         except OSError as error:
             self._defer(entry, f"cannot write {run.script}: {error.strerror}")
             return
-        if self._begin(key):
+        if self._begin(key, entry.keep):
             self._submit(key, submission(self._policy, key, spec, grant, run))
 
     def _decide(self, entry: Entry, spec: pb.PoolSpec) -> Grant | Denial:
@@ -86,11 +92,11 @@ class Submitter:
                 return decide(self._policy, identity, spec)
         return Denial("identities", f"{entry.identity!r} is not known at this site any more")
 
-    def _begin(self, key: str) -> bool:
-        """Makes the intent durable. False where the pool was cancelled meanwhile."""
+    def _begin(self, key: str, keep: int) -> bool:
+        """Makes the intent durable. False where the pool was cancelled or shrunk meanwhile: the next look goes on."""
         with self._journal.transaction():
             entry = self._journal.get(key)
-            if entry is None or entry.state is not State.RESERVED or entry.cancel:
+            if entry is None or entry.state is not State.RESERVED or entry.cancel or entry.keep != keep:
                 return False
             self._journal.update(key, state=State.SUBMITTING, submissions=entry.submissions + 1, message="")
         return True
@@ -164,13 +170,15 @@ def warning_seconds(policy: Policy, spec: pb.PoolSpec) -> int:
 
 def submission(policy: Policy, key: str, spec: pb.PoolSpec, grant: Grant, run: RunDirectory) -> Submission:
     """What Slurm is asked for, once the policy has granted it."""
+    share = per_job(spec)
     return Submission(
         name=slurm_job_name(key),
         script=run.script,
         directory=run.path,
-        output=run.log_pattern,
-        tasks=spec.replicas,
-        at_once=policy.limits.running_tasks or 0,
+        output=run.log_pattern if share == 1 else run.job_log_pattern,
+        tasks=jobs_for(spec.replicas, spec),
+        steps=share,
+        at_once=(policy.limits.running_tasks or 0) // share,
         comment=script.comment(spec),
         partition=grant.partition,
         account=grant.account,
@@ -178,6 +186,6 @@ def submission(policy: Policy, key: str, spec: pb.PoolSpec, grant: Grant, run: R
         time_limit_seconds=spec.time_limit_seconds,
         warning_seconds=warning_seconds(policy, spec),
         cpus_per_task=spec.cpus_per_task,
-        memory_mib=spec.memory_mib,
-        gres=grant.gres,
+        memory_mib=share * spec.memory_mib,
+        gres=tuple(replace(one, count=share * one.count) for one in grant.gres),
     )

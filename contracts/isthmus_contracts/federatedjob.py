@@ -196,14 +196,20 @@ class HpcPool(Resource):
     """Slurm account to charge. Default: what the site's policy maps the caller to."""
     qos: SlurmName | None = None
     time_limit_seconds: Annotated[int, Field(ge=60, le=365 * 86400)] = 3600
-    """Time limit of each task."""
+    """Time limit of each job."""
     resources: HpcResources = HpcResources()
+    clients_per_job: Annotated[int, Field(ge=1, le=256)] = 1
+    """So many clients share a Slurm job and its node: the job asks for so many times the resources. Of an uneven number
+    of clients, the last job starts fewer."""
     environment: DnsLabel
     """An environment that the site's admin named: never a path or a script."""
     data_ref: DnsLabel | None = None
     """A data set that the site's admin named; the script finds its path in ISTHMUS_DATA."""
     max_queue_seconds: Annotated[int, Field(ge=60, le=365 * 86400)] = 86400
     """How long the pool may wait in the queue before it counts as failed."""
+    max_replicas: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """While the job runs, the pool's replicas may be raised up to this, and lowered: the clients that stay notice
+    nothing. Clients are numbered, and told their number, as if there were so many. Default: replicas."""
 
 
 class Pool(Resource):
@@ -211,7 +217,7 @@ class Pool(Resource):
 
     name: Annotated[DnsLabel, Field(max_length=32)]
     replicas: Annotated[int, Field(ge=1, le=100_000)] = 1
-    """Number of clients."""
+    """Number of clients. Of an HPC pool it may change while the job runs, up to hpc.maxReplicas."""
     role: Literal["Train", "Evaluate"] = "Train"
     """Evaluate: its clients only measure each new global model, with the script's evaluation function, and train
     nothing."""
@@ -221,7 +227,8 @@ class Pool(Resource):
     @property
     def size(self) -> int:
         """The most clients that it ever has: what its clients' numbers are counted by."""
-        most = self.cloud.max_replicas if self.cloud is not None else None
+        world = self.cloud or self.hpc
+        most = world.max_replicas if world is not None else None
         return self.replicas if most is None else most
 
     @property
@@ -328,6 +335,9 @@ class FederatedJobSpec(Resource):
             if name in names[:number]:
                 raise ValueError(f"pools[{number}].name: {name!r} is taken; each pool needs a name of its own")
         self._check_bursts()
+        for number, pool in enumerate(self.pools):
+            if pool.hpc is not None and pool.replicas > pool.size:
+                raise ValueError(f"pools[{number}].replicas: {pool.replicas} is more than hpc.maxReplicas, {pool.size}")
         if not self.trainers:
             raise ValueError("pools: all of them have the role Evaluate; at least one must train")
         for field, number, never in (

@@ -78,9 +78,9 @@ class DeletePod:
 
 @dataclass(frozen=True)
 class EnsurePool:
-    """Has the site run a pool."""
+    """Has the site run a pool, or a part of it."""
 
-    pool: str
+    pool: str  # or the part
     site: str
     key: str
     secret: str  # with the pool's certificate
@@ -96,6 +96,16 @@ class CancelPool:
     site: str
     key: str
     reason: str
+
+
+@dataclass(frozen=True)
+class ShrinkPool:
+    """Has the site end the clients of a pool from an index on."""
+
+    pool: str
+    site: str
+    key: str
+    replicas: int
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,7 @@ Action = (
     | DeletePod
     | EnsurePool
     | CancelPool
+    | ShrinkPool
     | RecordOrphan
     | DeleteJob
 )

@@ -3,6 +3,7 @@
 from isthmus_contracts.federatedjob import Pool
 
 from .draft import Draft
+from .parts import current, leaving_parts_of, parts_of
 from .record import CloudRecord
 
 
@@ -22,12 +23,14 @@ def _target(draft: Draft, pool: Pool) -> int:
     for other in draft.spec.pools:
         if other.hpc is None:
             continue
-        entry, view = draft.record.hpc.get(other.name), draft.observed.pools.get(other.name)
-        if entry is None or view is None or view.attempt != entry.attempt:
-            all_known = False
-            continue
-        waiting += view.queued
-        running += view.running
+        views = [current(draft, part) for part, _ in parts_of(draft.record, other.name)]
+        known = [view for view in views if view is not None]
+        all_known = all_known and bool(views) and len(known) == len(views)
+        ending = [current(draft, part) for part, _ in leaving_parts_of(draft.record, other.name)]
+        # Whose next attempt waits while the present one still runs is no client that is missing.
+        there = sum(view.running for view in ending if view is not None)
+        waiting += max(0, sum(view.queued for view in known) - there)
+        running += sum(view.running for view in known) + there
     if waiting:
         return min(pool.size, pool.replicas + waiting)
     return pool.fewest if all_known and running >= _hpc_clients(draft) else pool.replicas

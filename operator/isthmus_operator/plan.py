@@ -22,6 +22,7 @@ from .plan_clients import plan_cloud_pool
 from .plan_hpc import plan_cancel, plan_hpc_pool
 from .record import AggregatorRecord, HpcRecord, Record
 from .render.hpc import key as hpc_key
+from .render.hpc import pool_of
 from .text import one_line, plural
 from .verdicts import Acceptance, Rejection, examine
 
@@ -230,7 +231,7 @@ def _plan_deletion(draft: Draft) -> Plan:
         message += "; it is cancelled once the site answers"
         draft.emit("Warning", Reason.SITE_UNREACHABLE, message)
         draft.actions = [
-            RecordOrphan(name, record.site, hpc_key(draft.limits.cluster, job, name, record.attempt))
+            RecordOrphan(pool_of(name), record.site, hpc_key(draft.limits.cluster, job, name, record.attempt))
             for name, record in draft.record.hpc.items()
             if not record.ended
         ]

@@ -1,4 +1,5 @@
-"""HPC pools: one attempt at a time, by way of the site's bridge."""
+"""HPC pools, by way of the site's bridge: each part of a pool (:mod:`.parts`) one attempt at a time, the next of which
+is asked for some time before the time limit ends the present one."""
 
 import datetime as dt
 from collections.abc import Iterable, Mapping
@@ -11,29 +12,86 @@ from . import names
 from .actions import CancelPool, EnsurePool
 from .draft import Draft, PoolOutcome
 from .observed import PoolPhase, PoolView, ProblemKind
+from .parts import current, leaving_parts_of, next_attempt, parts_of, resize, succeed
 from .record import HpcRecord
 from .render import hpc as render
 from .text import last_lines, one_line
 
 _FIRST_DELAY = 10  # seconds before an array is submitted anew; doubled each time
 _LONGEST_DELAY = 300
+# How long before a time limit the next attempt is asked for: so many times what the queue took, and so many seconds.
+_QUEUE_MARGIN = 1.5
+_SHORTEST_LEAD = 120.0
 
 
 def plan_hpc_pool(draft: Draft, pool: Pool, ready_to_start: bool) -> PoolOutcome:
     """Plans one HPC pool of a job that shall run."""
-    assert pool.hpc is not None
-    record = draft.record.hpc.get(pool.name)
-    view = _current(draft, pool.name)
+    resize(draft, pool)
+    for part, entry in parts_of(draft.record, pool.name):
+        if ready_to_start and _ends_soon(draft, pool, entry, current(draft, part)):
+            succeed(draft, pool.name, part)
+    for part, entry in leaving_parts_of(draft.record, pool.name):
+        _leave(draft, pool, part, entry)
+    names = [part for part, _ in parts_of(draft.record, pool.name)] or [pool.name]
+    return _together(draft, pool, [_plan_part(draft, pool, part, ready_to_start) for part in names])
+
+
+def _plan_part(draft: Draft, pool: Pool, part: str, ready_to_start: bool) -> PoolOutcome:
+    record, view = draft.record.hpc.get(part), current(draft, part)
     if record is not None and view is not None:
         _note(draft, pool, record, view)
     if record is not None and not record.over:
-        _advance(draft, pool, record, view)
-        view = _current(draft, pool.name)
+        _advance(draft, pool, part, record, view)
+        view = current(draft, part)
     if record is not None and record.over:
-        _settle(draft, pool.name, record, record.message)
+        _settle(draft, part, record, record.message)
     elif ready_to_start:
-        record = _ensure(draft, pool, pool.hpc, record, view)
-    return _outcome(draft, pool, record, view)
+        record = _ensure(draft, pool, part, record, view)
+    return _outcome(draft, pool, part, record, view)
+
+
+def _ends_soon(draft: Draft, pool: Pool, record: HpcRecord, view: PoolView | None) -> bool:
+    """Whether it is time to queue for what follows: as long before the end as the queue has taken, and some more."""
+    assert pool.hpc is not None
+    if view is None or view.phase is not PoolPhase.RUNNING or not view.ends_at or record.cancelling or record.over:
+        return False
+    said = draft.observed.federation
+    if said is not None and said.total_rounds and said.completed_rounds >= said.total_rounds:
+        return False
+    limit = pool.hpc.time_limit_seconds
+    waited = max(0.0, view.ends_at - limit - view.submitted_at)
+    lead = min(waited * _QUEUE_MARGIN + _SHORTEST_LEAD, limit / 2)
+    return draft.reached(dt.datetime.fromtimestamp(view.ends_at - lead, dt.UTC))
+
+
+def _leave(draft: Draft, pool: Pool, part: str, record: HpcRecord) -> None:
+    """Looks after a part that is not started again: what the manifest no longer wants is ended, the rest ends."""
+    draft.wake_in(draft.limits.resync)
+    if record.first >= pool.replicas:
+        _settle(draft, part, record, "the pool was shrunk")
+    elif record.cancelling:
+        _settle(draft, part, record, "the job was suspended")
+
+
+def _together(draft: Draft, pool: Pool, outcomes: list[PoolOutcome]) -> PoolOutcome:
+    """What the parts come to."""
+    leaving = leaving_parts_of(draft.record, pool.name)
+    views = [view for part, _ in leaving if (view := current(draft, part)) is not None and not view.ended]
+    if len(outcomes) == 1 and not views:
+        return outcomes[0]
+    whole = PoolOutcome(pool.name, desired=pool.replicas)
+    for outcome in outcomes:
+        whole.queued += outcome.queued
+        whole.failed += outcome.failed
+        whole.possible += outcome.possible
+        whole.reason = whole.reason or outcome.reason
+        whole.blocked = whole.blocked or outcome.blocked
+        whole.attempt = max(whole.attempt, outcome.attempt)
+        whole.jobs += [job for job in outcome.jobs if job not in whole.jobs]
+    whole.jobs += [view.job_id for view in views if view.job_id and view.job_id not in whole.jobs]
+    # While the present attempt runs, its clients are there whatever becomes of the next.
+    whole.possible = min(pool.replicas, max(whole.possible, sum(view.running for view in views)))
+    return whole
 
 
 def plan_cancel(draft: Draft, reason: str) -> bool:
@@ -52,12 +110,6 @@ def wants_site(draft: Draft, pool: HpcPool) -> Reason | None:
     return None
 
 
-def _current(draft: Draft, name: str) -> PoolView | None:
-    """What the site says of the attempt that the record names."""
-    view, record = draft.observed.pools.get(name), draft.record.hpc.get(name)
-    return view if view is not None and record is not None and view.attempt == record.attempt else None
-
-
 def _note(draft: Draft, pool: Pool, record: HpcRecord, view: PoolView) -> None:
     """Remembers what later passes need to know of this attempt."""
     if view.phase is not PoolPhase.ABSENT:
@@ -74,15 +126,15 @@ def _note(draft: Draft, pool: Pool, record: HpcRecord, view: PoolView) -> None:
             draft.emit("Warning", Reason.QUEUE_TIMEOUT, f"pool {pool.name} {record.message}")
 
 
-def _advance(draft: Draft, pool: Pool, record: HpcRecord, view: PoolView | None) -> None:
+def _advance(draft: Draft, pool: Pool, part: str, record: HpcRecord, view: PoolView | None) -> None:
     """Goes on to the next attempt once this one is over."""
     authority = draft.observed.authority
     if authority and record.authority and record.authority != authority and not record.ended:
         # Its tasks hold certificates of a CA that is gone: none can join.
-        _settle(draft, pool.name, record, "the job's certificates were made anew")
+        _settle(draft, part, record, "the job's certificates were made anew")
     elif record.cancelling and not record.ended:
         # Asked to end (by a suspension that is over by now): it does, and the next attempt follows.
-        _settle(draft, pool.name, record, "the job was suspended")
+        _settle(draft, part, record, "the job was suspended")
     if not record.ended and (view is None or not view.ended):
         return
     if not record.cancelling and view is not None and view.timed_out:
@@ -98,15 +150,14 @@ def _advance(draft: Draft, pool: Pool, record: HpcRecord, view: PoolView | None)
         delay = min(_FIRST_DELAY * 2 ** min(record.failures - 1, 16), _LONGEST_DELAY)
         record.retry_at = int(draft.now.timestamp()) + delay
         draft.emit("Warning", Reason.CLIENT_FAILED, f"pool {pool.name} is submitted anew in {delay} s: {words}")
-    record.attempt += 1
+    record.attempt = next_attempt(draft.record, pool.name)
     record.seen = record.ran = record.cancelling = record.ended = False
     record.authority = ""
 
 
-def _ensure(
-    draft: Draft, pool: Pool, hpc: HpcPool, record: HpcRecord | None, view: PoolView | None
-) -> HpcRecord | None:
-    problem = draft.observed.problems.get(pool.name)
+def _ensure(draft: Draft, pool: Pool, part: str, record: HpcRecord | None, view: PoolView | None) -> HpcRecord | None:
+    hpc, problem = pool.hpc, draft.observed.problems.get(part)
+    assert hpc is not None
     if view is not None and view.phase is not PoolPhase.ABSENT:
         draft.wake_in(draft.limits.resync)
         return record
@@ -126,15 +177,15 @@ def _ensure(
     if record is not None and not draft.reached(dt.datetime.fromtimestamp(record.retry_at, dt.UTC)):
         return record
     if record is None:
-        record = draft.record.hpc[pool.name] = HpcRecord(hpc.site_ref.name)
+        record = draft.record.hpc[part] = HpcRecord(hpc.site_ref.name, size=pool.replicas)
     record.authority = draft.observed.authority
     draft.actions.append(
         EnsurePool(
-            pool=pool.name,
+            pool=part,
             site=record.site,
-            key=render.key(draft.limits.cluster, draft.job, pool.name, record.attempt),
+            key=render.key(draft.limits.cluster, draft.job, part, record.attempt),
             secret=names.pool_tls(draft.job.name, pool.name),
-            spec=render.pool_spec(draft.job, draft.spec, pool, record.attempt, address, _via_bridge(draft, hpc)),
+            spec=render.pool_spec(draft.job, draft.spec, pool, record, address, _via_bridge(draft, hpc)),
             code=names.code(draft.job.name) if draft.spec.task.code is not None else "",
         )
     )
@@ -149,7 +200,7 @@ def _via_bridge(draft: Draft, hpc: HpcPool) -> bool:
 
 def _settle(draft: Draft, name: str, record: HpcRecord, reason: str) -> bool:
     """Has the site end this attempt. Returns whether nothing of it is left."""
-    view, problem = _current(draft, name), draft.observed.problems.get(name)
+    view, problem = current(draft, name), draft.observed.problems.get(name)
     if record.ended:
         return True
     there = view is not None and view.phase is not PoolPhase.ABSENT
@@ -172,11 +223,12 @@ def _settle(draft: Draft, name: str, record: HpcRecord, reason: str) -> bool:
     return False
 
 
-def _outcome(draft: Draft, pool: Pool, record: HpcRecord | None, view: PoolView | None) -> PoolOutcome:
+def _outcome(draft: Draft, pool: Pool, part: str, record: HpcRecord | None, view: PoolView | None) -> PoolOutcome:
     assert pool.hpc is not None
-    outcome = PoolOutcome(pool.name, desired=pool.replicas, possible=pool.replicas)
+    size = record.size if record is not None else pool.replicas
+    outcome = PoolOutcome(pool.name, desired=size, possible=size)
     outcome.attempt = record.attempt if record is not None else 0
-    problem = draft.observed.problems.get(pool.name)
+    problem = draft.observed.problems.get(part)
     if view is not None:
         outcome.queued, outcome.failed = view.queued, view.failed
         outcome.jobs = [view.job_id] if view.job_id else []
@@ -186,12 +238,13 @@ def _outcome(draft: Draft, pool: Pool, record: HpcRecord | None, view: PoolView 
         shown: Iterable[Mapping[str, Any]] = draft.job.status.get("pools") or ()
         before: Mapping[str, Any] = next((item for item in shown if item.get("name") == pool.name), {})
         outcome.jobs = list(before.get("jobs", ()))
-        outcome.queued = int(before.get("queued", 0)) if record is not None and not record.ended else 0
+        shown_queued = int(before.get("queued", 0)) if record is not None and not record.ended else 0
+        outcome.queued = min(shown_queued, size)
     site_problem = wants_site(draft, pool.hpc)
     if record is not None and record.over:
         outcome.possible, outcome.blocked = 0, Reason(record.over)
         outcome.reason = f"{record.over}: {record.message}"
-        outcome.failed = max(outcome.failed, 0 if view is not None and not view.ended else pool.replicas)
+        outcome.failed = max(outcome.failed, 0 if view is not None and not view.ended else size)
     elif problem is not None and problem.kind is not ProblemKind.UNREACHABLE:
         outcome.possible, outcome.blocked = 0, Reason.POLICY_DENIED
         outcome.reason = f"{Reason.POLICY_DENIED}: {problem.message}"

@@ -35,7 +35,7 @@ class CloudRecord:
 
 @dataclass
 class HpcRecord:
-    """An HPC pool: its newest attempt."""
+    """An HPC pool, or a part of it: its newest attempt. See parts.py."""
 
     site: str
     attempt: int = 0
@@ -48,6 +48,15 @@ class HpcRecord:
     message: str = ""  # the words for it
     retry_at: int = 0  # seconds since the epoch
     authority: str = ""  # which CA signed its certificate
+    first: int = 0  # the pool's index of its first client
+    size: int = 0  # its clients
+    leaving: bool = False  # it is not started again
+    newest: int = 0  # the highest attempt of any part, gone ones included
+
+    @property
+    def end(self) -> int:
+        """The pool's index behind its last client."""
+        return self.first + self.size
 
 
 @dataclass

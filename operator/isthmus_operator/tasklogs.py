@@ -11,6 +11,7 @@ from .effects.bridge import BridgeError, Bridges
 from .effects.kube import Kube, KubeError
 from .memory import JobMemory
 from .observed import Job
+from .parts import holder, parts_of
 from .plan import load_record
 from .render.hpc import key
 from .render.pod import owned
@@ -50,11 +51,16 @@ class TaskLogs:
             log.warning("%s/%s: the log cannot be handed on: %s", job.namespace, job.name, error)
 
     async def _read(self, job: Job, pool: str, index: int, lines: int) -> Mapping[str, Any]:
-        record = load_record(job).hpc.get(pool)
-        if record is None:
+        whole = load_record(job)
+        if not parts_of(whole, pool):
             return {"error": f"pool {pool!r} has not been submitted to a site"}
+        record = holder(whole, pool, index)
+        if record is None:
+            return {"error": f"pool {pool!r} has no client {index} at a site"}
         try:
-            data = await self._bridges.tail(record.site, key(self._cluster, job, pool, record.attempt), index, lines)
+            data = await self._bridges.tail(
+                record.site, key(self._cluster, job, pool, record.attempt), index - record.first, lines
+            )
         except BridgeError as error:
             return {"error": f"{record.site}: {error}"}
         return {"attempt": str(record.attempt), "log": data[-_MAX_BYTES:].decode("utf-8", "replace")}

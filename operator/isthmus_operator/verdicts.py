@@ -110,11 +110,34 @@ def _client(job: Job, spec: FederatedJobSpec, pool: Pool) -> dict[str, Any]:
 
 def _live(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> Acceptance:
     spec = accepted.model_copy(update={name: getattr(wanted, name) for name in LIVE_FIELDS})
+    pools = [_resized(pool, wanted) for pool in accepted.pools]
+    # A size that is left to follow from replicas follows from the first ones.
+    compared = spec.model_copy(update={"pools": [new for new, _ in pools]})
+    sized = [_of_size(new, old.size) for (new, _), old in zip(pools, accepted.pools, strict=True)]
+    spec = spec.model_copy(update={"pools": sized})
     changed = [
         f"spec.{info.alias or name}"
         for name, info in FederatedJobSpec.model_fields.items()
-        if getattr(spec, name) != getattr(wanted, name)
+        if getattr(compared, name) != getattr(wanted, name)
     ]
     if not changed:
         return Acceptance(spec)
-    return Acceptance(spec, f"changes of {', '.join(changed)} are ignored: they need a new job")
+    too_many = "; ".join(filter(None, (problem for _, problem in pools)))
+    why = f"they need a new job ({too_many})" if too_many else "they need a new job"
+    return Acceptance(spec, f"changes of {', '.join(changed)} are ignored: {why}")
+
+
+def _resized(pool: Pool, wanted: FederatedJobSpec) -> tuple[Pool, str]:
+    """An accepted pool with as many clients as it shall have now, and why that is not possible, if so."""
+    new = next((other for other in wanted.pools if other.name == pool.name), None)
+    if new is None or pool.hpc is None or new.replicas == pool.replicas:
+        return pool, ""
+    if new.replicas > pool.size:
+        return pool, f"pool {pool.name} was made for at most {pool.size} clients, its hpc.maxReplicas"
+    return pool.model_copy(update={"replicas": new.replicas}), ""
+
+
+def _of_size(pool: Pool, size: int) -> Pool:
+    if pool.hpc is None or pool.size == size:
+        return pool
+    return pool.model_copy(update={"hpc": pool.hpc.model_copy(update={"max_replicas": size})})

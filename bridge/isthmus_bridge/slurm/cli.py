@@ -52,11 +52,11 @@ def arguments(submission: Submission) -> list[str]:
         "--propagate=NONE",
         "--requeue",
         "--nodes=1",
-        "--ntasks=1",
+        f"--ntasks={submission.steps}",
         f"--cpus-per-task={submission.cpus_per_task}",
         f"--mem={submission.memory_mib}M",
         f"--time={minutes}",
-        f"--signal=B:TERM@{submission.warning_seconds}",
+        f"--signal={'B:' if submission.steps == 1 else ''}TERM@{submission.warning_seconds}",
         f"--partition={submission.partition}",
     ]
     if submission.account:
@@ -132,10 +132,11 @@ class CliAdapter:
         argv.append("--starttime=" + time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(max(0.0, since - 86400))))
         return parse.sacct(self._ask(argv), frozenset(names), self._uid)
 
-    def cancel(self, name: str, array_id: int) -> None:
+    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None) -> None:
         """Runs scancel. The name is a second condition: after a crash Slurm gives an id to another job."""
+        which = str(array_id) if last is None else f"{array_id}_[{first}-{last}]"
         # Its exit code says little: 1 also when the job is over. Whether the job ends shows in squeue.
-        self._ask(["scancel", f"--user={self._uid}", f"--name={name}", str(array_id)], accept=frozenset({0, 1}))
+        self._ask(["scancel", f"--user={self._uid}", f"--name={name}", which], accept=frozenset({0, 1}))
 
     def describe(self) -> SiteDescription:
         """Runs scontrol, once an hour."""

@@ -51,6 +51,9 @@ class Submission:
     """The batch script gets SIGTERM this long before the time limit."""
     cpus_per_task: int
     memory_mib: int
+    """Of each task of the array, as is ``gres``."""
+    steps: int = 1
+    """Tasks within each task of the array, which its script starts; with more than one, these get the warning."""
     at_once: int = 0
     """How many tasks may run at the same time; 0: all."""
     gres: tuple[Gres, ...] = ()
@@ -113,8 +116,11 @@ class SlurmAdapter(Protocol):
         """
         ...
 
-    def cancel(self, name: str, array_id: int) -> None:
-        """Asks for the end of an array. Touches nothing where the id meanwhile belongs to a job of another name."""
+    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None) -> None:
+        """Asks for the end of an array, or of its tasks from ``first`` to ``last``.
+
+        Touches nothing where the id meanwhile belongs to a job of another name.
+        """
         ...
 
     def describe(self) -> SiteDescription:

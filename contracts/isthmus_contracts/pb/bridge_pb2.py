@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!isthmus_contracts/pb/bridge.proto\x12\x17isthmus.bridge.v1alpha1\"Q\n\x11\x45nsurePoolRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12/\n\x04spec\x18\x02 \x01(\x0b\x32!.isthmus.bridge.v1alpha1.PoolSpec\"\x96\x05\n\x08PoolSpec\x12\x0f\n\x07job_uid\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x0b\n\x03job\x18\x03 \x01(\t\x12\x0c\n\x04pool\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x10\n\x08replicas\x18\x06 \x01(\r\x12\x14\n\x0c\x66irst_client\x18\x07 \x01(\r\x12\x15\n\rtotal_clients\x18\x08 \x01(\r\x12\x11\n\tpartition\x18\t \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\n \x01(\t\x12\x0b\n\x03qos\x18\x0b \x01(\t\x12\x1a\n\x12time_limit_seconds\x18\x0c \x01(\r\x12\x15\n\rcpus_per_task\x18\r \x01(\r\x12\x12\n\nmemory_mib\x18\x0e \x01(\r\x12\x36\n\x04gres\x18\x0f \x03(\x0b\x32(.isthmus.bridge.v1alpha1.GenericResource\x12\x13\n\x0b\x65nvironment\x18\x10 \x01(\t\x12\x10\n\x08\x64\x61ta_ref\x18\x11 \x01(\t\x12\r\n\x05image\x18\x12 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x13 \x03(\t\x12\x37\n\x03\x65nv\x18\x14 \x03(\x0b\x32*.isthmus.bridge.v1alpha1.PoolSpec.EnvEntry\x12\x37\n\nfederation\x18\x15 \x01(\x0b\x32#.isthmus.bridge.v1alpha1.Federation\x12\x39\n\x04\x63ode\x18\x16 \x03(\x0b\x32+.isthmus.bridge.v1alpha1.PoolSpec.CodeEntry\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a+\n\tCodeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"<\n\x0fGenericResource\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\x89\x01\n\nFederation\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x13\n\x0bserver_name\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61_certificate\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x04 \x01(\x0c\x12\x13\n\x0bprivate_key\x18\x05 \x01(\x0c\x12\x12\n\nvia_bridge\x18\x06 \x01(\x08\"\x1d\n\x0eGetPoolRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\"0\n\x11\x43\x61ncelPoolRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\"\n\x11WatchPoolsRequest\x12\r\n\x05since\x18\x01 \x01(\x04\"\xff\x03\n\x04Pool\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x32\n\x05phase\x18\x03 \x01(\x0e\x32#.isthmus.bridge.v1alpha1.Pool.Phase\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x14\n\x0cslurm_job_id\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x65sired\x18\x06 \x01(\r\x12\x0e\n\x06queued\x18\x07 \x01(\r\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x11\n\tsucceeded\x18\t \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\n \x01(\r\x12\x0e\n\x06reason\x18\x0b \x01(\t\x12\x16\n\x0e\x65xpected_start\x18\x0c \x01(\x01\x12,\n\x05tasks\x18\r \x03(\x0b\x32\x1d.isthmus.bridge.v1alpha1.Task\x12\x14\n\x0csubmitted_at\x18\x0e \x01(\x01\x12\x0f\n\x07job_uid\x18\x0f \x01(\t\x12\x0f\n\x07\x65nds_at\x18\x10 \x01(\x01\x12\x1a\n\x12time_limit_reached\x18\x11 \x01(\x08\"\x7f\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x0e\n\nSUBMITTING\x10\x01\x12\x0b\n\x07PENDING\x10\x02\x12\x0b\n\x07RUNNING\x10\x03\x12\r\n\tSUCCEEDED\x10\x04\x12\n\n\x06\x46\x41ILED\x10\x05\x12\r\n\tCANCELLED\x10\x06\x12\x0b\n\x07UNKNOWN\x10\x07\"w\n\x04Task\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x11\n\texit_code\x18\x04 \x01(\x05\x12\x0e\n\x06signal\x18\x05 \x01(\x05\x12\x0c\n\x04node\x18\x06 \x01(\t\x12\x10\n\x08log_tail\x18\x07 \x01(\t\";\n\x0eTailLogRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05lines\x18\x03 \x01(\r\"\x18\n\x08LogChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x15\n\x13\x44\x65scribeSiteRequest\"\xa3\x01\n\x04Site\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rslurm_version\x18\x02 \x01(\t\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\x12\x12\n\npartitions\x18\x04 \x03(\t\x12\x14\n\x0c\x65nvironments\x18\x05 \x03(\t\x12\x10\n\x08\x61\x63\x63ounts\x18\x06 \x03(\t\x12\x11\n\tdata_sets\x18\x07 \x03(\t\x12\x16\n\x0e\x62ridge_version\x18\x08 \x01(\t2\x9e\x04\n\x06\x42ridge\x12W\n\nEnsurePool\x12*.isthmus.bridge.v1alpha1.EnsurePoolRequest\x1a\x1d.isthmus.bridge.v1alpha1.Pool\x12Q\n\x07GetPool\x12\'.isthmus.bridge.v1alpha1.GetPoolRequest\x1a\x1d.isthmus.bridge.v1alpha1.Pool\x12Y\n\nWatchPools\x12*.isthmus.bridge.v1alpha1.WatchPoolsRequest\x1a\x1d.isthmus.bridge.v1alpha1.Pool0\x01\x12W\n\nCancelPool\x12*.isthmus.bridge.v1alpha1.CancelPoolRequest\x1a\x1d.isthmus.bridge.v1alpha1.Pool\x12W\n\x07TailLog\x12\'.isthmus.bridge.v1alpha1.TailLogRequest\x1a!.isthmus.bridge.v1alpha1.LogChunk0\x01\x12[\n\x0c\x44\x65scribeSite\x12,.isthmus.bridge.v1alpha1.DescribeSiteRequest\x1a\x1d.isthmus.bridge.v1alpha1.Siteb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!isthmus_contracts/pb/bridge.proto\x12\x17isthmus.bridge.v1alpha1\"Q\n\x11\x45nsurePoolRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12/\n\x04spec\x18\x02 \x01(\x0b\x32!.isthmus.bridge.v1alpha1.PoolSpec\"\xd7\x05\n\x08PoolSpec\x12\x0f\n\x07job_uid\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x0b\n\x03job\x18\x03 \x01(\t\x12\x0c\n\x04pool\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x10\n\x08replicas\x18\x06 \x01(\r\x12\x14\n\x0c\x66irst_client\x18\x07 \x01(\r\x12\x15\n\rtotal_clients\x18\x08 \x01(\r\x12\x11\n\tpartition\x18\t \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\n \x01(\t\x12\x0b\n\x03qos\x18\x0b \x01(\t\x12\x1a\n\x12time_limit_seconds\x18\x0c \x01(\r\x12\x15\n\rcpus_per_task\x18\r \x01(\r\x12\x12\n\nmemory_mib\x18\x0e \x01(\r\x12\x36\n\x04gres\x18\x0f \x03(\x0b\x32(.isthmus.bridge.v1alpha1.GenericResource\x12\x13\n\x0b\x65nvironment\x18\x10 \x01(\t\x12\x10\n\x08\x64\x61ta_ref\x18\x11 \x01(\t\x12\r\n\x05image\x18\x12 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x13 \x03(\t\x12\x37\n\x03\x65nv\x18\x14 \x03(\x0b\x32*.isthmus.bridge.v1alpha1.PoolSpec.EnvEntry\x12\x37\n\nfederation\x18\x15 \x01(\x0b\x32#.isthmus.bridge.v1alpha1.Federation\x12\x39\n\x04\x63ode\x18\x16 \x03(\x0b\x32+.isthmus.bridge.v1alpha1.PoolSpec.CodeEntry\x12\x17\n\x0f\x63lients_per_job\x18\x17 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x18 \x01(\r\x12\x11\n\tpool_size\x18\x19 \x01(\r\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a+\n\tCodeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"<\n\x0fGenericResource\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\x89\x01\n\nFederation\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x13\n\x0bserver_name\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61_certificate\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x04 \x01(\x0c\x12\x13\n\x0bprivate_key\x18\x05 \x01(\x0c\x12\x12\n\nvia_bridge\x18\x06 \x01(\x08\"\x1d\n\x0eGetPoolRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\"2\n\x11ShrinkPoolRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\"0\n\x11\x43\x61ncelPoolRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\"\n\x11WatchPoolsRequest\x12\r\n\x05since\x18\x01 \x01(\x04\"\xff\x03\n\x04Pool\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x32\n\x05phase\x18\x03 \x01(\x0e\x32#.isthmus.bridge.v1alpha1.Pool.Phase\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x14\n\x0cslurm_job_id\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x65sired\x18\x06 \x01(\r\x12\x0e\n\x06queued\x18\x07 \x01(\r\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x11\n\tsucceeded\x18\t \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\n \x01(\r\x12\x0e\n\x06reason\x18\x0b \x01(\t\x12\x16\n\x0e\x65xpected_start\x18\x0c \x01(\x01\x12,\n\x05tasks\x18\r \x03(\x0b\x32\x1d.isthmus.bridge.v1alpha1.Task\x12\x14\n\x0csubmitted_at\x18\x0e \x01(\x01\x12\x0f\n\x07job_uid\x18\x0f \x01(\t\x12\x0f\n\x07\x65nds_at\x18\x10 \x01(\x01\x12\x1a\n\x12time_limit_reached\x18\x11 \x01(\x08\"\x7f\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x0e\n\nSUBMITTING\x10\x01\x12\x0b\n\x07PENDING\x10\x02\x12\x0b\n\x07RUNNING\x10\x03\x12\r\n\tSUCCEEDED\x10\x04\x12\n\n\x06\x46\x41ILED\x10\x05\x12\r\n\tCANCELLED\x10\x06\x12\x0b\n\x07UNKNOWN\x10\x07\"w\n\x04Task\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x11\n\texit_code\x18\x04 \x01(\x05\x12\x0e\n\x06signal\x18\x05 \x01(\x05\x12\x0c\n\x04node\x18\x06 \x01(\t\x12\x10\n\x08log_tail\x18\x07 \x01(\t\";\n\x0eTailLogRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05lines\x18\x03 \x01(\r\"\x18\n\x08LogChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x15\n\x13\x44\x65scribeSiteRequest\"\xa3\x01\n\x04Site\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rslurm_version\x18\x02 \x01(\t\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\x12\x12\n\npartitions\x18\x04 \x03(\t\x12\x14\n\x0c\x65nvironments\x18\x05 \x03(\t\x12\x10\n\x08\x61\x63\x63ounts\x18\x06 \x03(\t\x12\x11\n\tdata_sets\x18\x07 \x03(\t\x12\x16\n\x0e\x62ridge_version\x18\x08 \x01(\t2\xf7\x04\n\x06\x42ridge\x12W\n\nEnsurePool\x12*.isthmus.bridge.v1alpha1.EnsurePoolRequest\x1a\x1d.isthmus.bridge.v1alpha1.Pool\x12Q\n\x07GetPool\x12\'.isthmus.bridge.v1alpha1.GetPoolRequest\x1a\x1d.isthmus.bridge.v1alpha1.Pool\x12Y\n\nWatchPools\x12*.isthmus.bridge.v1alpha1.WatchPoolsRequest\x1a\x1d.isthmus.bridge.v1alpha1.Pool0\x01\x12W\n\nCancelPool\x12*.isthmus.bridge.v1alpha1.CancelPoolRequest\x1a\x1d.isthmus.bridge.v1alpha1.Pool\x12W\n\nShrinkPool\x12*.isthmus.bridge.v1alpha1.ShrinkPoolRequest\x1a\x1d.isthmus.bridge.v1alpha1.Pool\x12W\n\x07TailLog\x12\'.isthmus.bridge.v1alpha1.TailLogRequest\x1a!.isthmus.bridge.v1alpha1.LogChunk0\x01\x12[\n\x0c\x44\x65scribeSite\x12,.isthmus.bridge.v1alpha1.DescribeSiteRequest\x1a\x1d.isthmus.bridge.v1alpha1.Siteb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,35 +38,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENSUREPOOLREQUEST']._serialized_start=62
   _globals['_ENSUREPOOLREQUEST']._serialized_end=143
   _globals['_POOLSPEC']._serialized_start=146
-  _globals['_POOLSPEC']._serialized_end=808
-  _globals['_POOLSPEC_ENVENTRY']._serialized_start=721
-  _globals['_POOLSPEC_ENVENTRY']._serialized_end=763
-  _globals['_POOLSPEC_CODEENTRY']._serialized_start=765
-  _globals['_POOLSPEC_CODEENTRY']._serialized_end=808
-  _globals['_GENERICRESOURCE']._serialized_start=810
-  _globals['_GENERICRESOURCE']._serialized_end=870
-  _globals['_FEDERATION']._serialized_start=873
-  _globals['_FEDERATION']._serialized_end=1010
-  _globals['_GETPOOLREQUEST']._serialized_start=1012
-  _globals['_GETPOOLREQUEST']._serialized_end=1041
-  _globals['_CANCELPOOLREQUEST']._serialized_start=1043
-  _globals['_CANCELPOOLREQUEST']._serialized_end=1091
-  _globals['_WATCHPOOLSREQUEST']._serialized_start=1093
-  _globals['_WATCHPOOLSREQUEST']._serialized_end=1127
-  _globals['_POOL']._serialized_start=1130
-  _globals['_POOL']._serialized_end=1641
-  _globals['_POOL_PHASE']._serialized_start=1514
-  _globals['_POOL_PHASE']._serialized_end=1641
-  _globals['_TASK']._serialized_start=1643
-  _globals['_TASK']._serialized_end=1762
-  _globals['_TAILLOGREQUEST']._serialized_start=1764
-  _globals['_TAILLOGREQUEST']._serialized_end=1823
-  _globals['_LOGCHUNK']._serialized_start=1825
-  _globals['_LOGCHUNK']._serialized_end=1849
-  _globals['_DESCRIBESITEREQUEST']._serialized_start=1851
-  _globals['_DESCRIBESITEREQUEST']._serialized_end=1872
-  _globals['_SITE']._serialized_start=1875
-  _globals['_SITE']._serialized_end=2038
-  _globals['_BRIDGE']._serialized_start=2041
-  _globals['_BRIDGE']._serialized_end=2583
+  _globals['_POOLSPEC']._serialized_end=873
+  _globals['_POOLSPEC_ENVENTRY']._serialized_start=786
+  _globals['_POOLSPEC_ENVENTRY']._serialized_end=828
+  _globals['_POOLSPEC_CODEENTRY']._serialized_start=830
+  _globals['_POOLSPEC_CODEENTRY']._serialized_end=873
+  _globals['_GENERICRESOURCE']._serialized_start=875
+  _globals['_GENERICRESOURCE']._serialized_end=935
+  _globals['_FEDERATION']._serialized_start=938
+  _globals['_FEDERATION']._serialized_end=1075
+  _globals['_GETPOOLREQUEST']._serialized_start=1077
+  _globals['_GETPOOLREQUEST']._serialized_end=1106
+  _globals['_SHRINKPOOLREQUEST']._serialized_start=1108
+  _globals['_SHRINKPOOLREQUEST']._serialized_end=1158
+  _globals['_CANCELPOOLREQUEST']._serialized_start=1160
+  _globals['_CANCELPOOLREQUEST']._serialized_end=1208
+  _globals['_WATCHPOOLSREQUEST']._serialized_start=1210
+  _globals['_WATCHPOOLSREQUEST']._serialized_end=1244
+  _globals['_POOL']._serialized_start=1247
+  _globals['_POOL']._serialized_end=1758
+  _globals['_POOL_PHASE']._serialized_start=1631
+  _globals['_POOL_PHASE']._serialized_end=1758
+  _globals['_TASK']._serialized_start=1760
+  _globals['_TASK']._serialized_end=1879
+  _globals['_TAILLOGREQUEST']._serialized_start=1881
+  _globals['_TAILLOGREQUEST']._serialized_end=1940
+  _globals['_LOGCHUNK']._serialized_start=1942
+  _globals['_LOGCHUNK']._serialized_end=1966
+  _globals['_DESCRIBESITEREQUEST']._serialized_start=1968
+  _globals['_DESCRIBESITEREQUEST']._serialized_end=1989
+  _globals['_SITE']._serialized_start=1992
+  _globals['_SITE']._serialized_end=2155
+  _globals['_BRIDGE']._serialized_start=2158
+  _globals['_BRIDGE']._serialized_end=2789
 # @@protoc_insertion_point(module_scope)

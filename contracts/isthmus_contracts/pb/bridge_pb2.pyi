@@ -111,15 +111,18 @@ class PoolSpec(_message.Message):
     ENV_FIELD_NUMBER: _builtins.int
     FEDERATION_FIELD_NUMBER: _builtins.int
     CODE_FIELD_NUMBER: _builtins.int
+    CLIENTS_PER_JOB_FIELD_NUMBER: _builtins.int
+    FIRST_INDEX_FIELD_NUMBER: _builtins.int
+    POOL_SIZE_FIELD_NUMBER: _builtins.int
     job_uid: _builtins.str
     namespace: _builtins.str
     job: _builtins.str
     pool: _builtins.str
     attempt: _builtins.int
     replicas: _builtins.int
-    """tasks of the array, index 0 to replicas - 1"""
+    """clients, index 0 to replicas - 1: each a task of the array, or one of several in it"""
     first_client: _builtins.int
-    """the job-wide number of task 0"""
+    """the job-wide number of client 0"""
     total_clients: _builtins.int
     """of the whole job"""
     partition: _builtins.str
@@ -128,6 +131,7 @@ class PoolSpec(_message.Message):
     qos: _builtins.str
     time_limit_seconds: _builtins.int
     cpus_per_task: _builtins.int
+    """of one client, as all resources are"""
     memory_mib: _builtins.int
     environment: _builtins.str
     """a name from the site's policy"""
@@ -135,6 +139,12 @@ class PoolSpec(_message.Message):
     """a name from the site's policy"""
     image: _builtins.str
     """the job's image, for environments that run it"""
+    clients_per_job: _builtins.int
+    """Clients that share a task of the array, and its node; 0 means 1. Resources are those of one client."""
+    first_index: _builtins.int
+    """client 0's index within the whole pool: where a pool has grown, this is a part of it"""
+    pool_size: _builtins.int
+    """of the whole pool, as its clients are told; 0: replicas"""
     @_builtins.property
     def gres(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenericResource]: ...
     @_builtins.property
@@ -149,7 +159,7 @@ class PoolSpec(_message.Message):
     def federation(self) -> Global___Federation: ...
     @_builtins.property
     def code(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
-        """files for each task's working directory, by name (no paths); 1 MiB together"""
+        """files for each client's working directory, by name (no paths); 1 MiB together"""
 
     def __init__(
         self,
@@ -176,10 +186,13 @@ class PoolSpec(_message.Message):
         env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         federation: Global___Federation | None = ...,
         code: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
+        clients_per_job: _builtins.int = ...,
+        first_index: _builtins.int = ...,
+        pool_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "attempt", b"attempt", "code", b"code", "command", b"command", "cpus_per_task", b"cpus_per_task", "data_ref", b"data_ref", "env", b"env", "environment", b"environment", "federation", b"federation", "first_client", b"first_client", "gres", b"gres", "image", b"image", "job", b"job", "job_uid", b"job_uid", "memory_mib", b"memory_mib", "namespace", b"namespace", "partition", b"partition", "pool", b"pool", "qos", b"qos", "replicas", b"replicas", "time_limit_seconds", b"time_limit_seconds", "total_clients", b"total_clients"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "attempt", b"attempt", "clients_per_job", b"clients_per_job", "code", b"code", "command", b"command", "cpus_per_task", b"cpus_per_task", "data_ref", b"data_ref", "env", b"env", "environment", b"environment", "federation", b"federation", "first_client", b"first_client", "first_index", b"first_index", "gres", b"gres", "image", b"image", "job", b"job", "job_uid", b"job_uid", "memory_mib", b"memory_mib", "namespace", b"namespace", "partition", b"partition", "pool", b"pool", "pool_size", b"pool_size", "qos", b"qos", "replicas", b"replicas", "time_limit_seconds", b"time_limit_seconds", "total_clients", b"total_clients"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -269,6 +282,28 @@ class GetPoolRequest(_message.Message):
 Global___GetPoolRequest: _TypeAlias = GetPoolRequest  # noqa: Y015
 
 @_typing.final
+class ShrinkPoolRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    replicas: _builtins.int
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        replicas: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "replicas", b"replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShrinkPoolRequest: _TypeAlias = ShrinkPoolRequest  # noqa: Y015
+
+@_typing.final
 class CancelPoolRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -323,13 +358,13 @@ class Pool(_message.Message):
         SUBMITTING: Pool._Phase.ValueType  # 1
         """the intent is recorded; Slurm's answer is not known yet"""
         PENDING: Pool._Phase.ValueType  # 2
-        """every unfinished task waits in the queue"""
+        """every unfinished client waits in the queue"""
         RUNNING: Pool._Phase.ValueType  # 3
-        """at least one task runs"""
+        """at least one client runs"""
         SUCCEEDED: Pool._Phase.ValueType  # 4
-        """all tasks ended with exit code 0"""
+        """all clients ended with exit code 0"""
         FAILED: Pool._Phase.ValueType  # 5
-        """all tasks ended, at least one not well"""
+        """all clients ended, at least one not well"""
         CANCELLED: Pool._Phase.ValueType  # 6
         UNKNOWN: Pool._Phase.ValueType  # 7
         """Slurm cannot be asked at the moment: `message` says why"""
@@ -339,13 +374,13 @@ class Pool(_message.Message):
     SUBMITTING: Pool.Phase.ValueType  # 1
     """the intent is recorded; Slurm's answer is not known yet"""
     PENDING: Pool.Phase.ValueType  # 2
-    """every unfinished task waits in the queue"""
+    """every unfinished client waits in the queue"""
     RUNNING: Pool.Phase.ValueType  # 3
-    """at least one task runs"""
+    """at least one client runs"""
     SUCCEEDED: Pool.Phase.ValueType  # 4
-    """all tasks ended with exit code 0"""
+    """all clients ended with exit code 0"""
     FAILED: Pool.Phase.ValueType  # 5
-    """all tasks ended, at least one not well"""
+    """all clients ended, at least one not well"""
     CANCELLED: Pool.Phase.ValueType  # 6
     UNKNOWN: Pool.Phase.ValueType  # 7
     """Slurm cannot be asked at the moment: `message` says why"""
@@ -375,6 +410,7 @@ class Pool(_message.Message):
     slurm_job_id: _builtins.str
     """of the array"""
     desired: _builtins.int
+    """clients, as are the following; those that share a job wait together"""
     queued: _builtins.int
     running: _builtins.int
     succeeded: _builtins.int
@@ -425,6 +461,8 @@ Global___Pool: _TypeAlias = Pool  # noqa: Y015
 
 @_typing.final
 class Task(_message.Message):
+    """One client."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     INDEX_FIELD_NUMBER: _builtins.int
@@ -436,7 +474,7 @@ class Task(_message.Message):
     LOG_TAIL_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     state: _builtins.str
-    """Slurm's own word"""
+    """Slurm's own word; of a client that ended before the others of its job: COMPLETED or FAILED"""
     reason: _builtins.str
     exit_code: _builtins.int
     signal: _builtins.int

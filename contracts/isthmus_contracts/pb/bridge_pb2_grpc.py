@@ -54,6 +54,11 @@ class BridgeStub:
                 request_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.CancelPoolRequest.SerializeToString,
                 response_deserializer=isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.FromString,
                 _registered_method=True)
+        self.ShrinkPool = channel.unary_unary(
+                '/isthmus.bridge.v1alpha1.Bridge/ShrinkPool',
+                request_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.ShrinkPoolRequest.SerializeToString,
+                response_deserializer=isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.FromString,
+                _registered_method=True)
         self.TailLog = channel.unary_stream(
                 '/isthmus.bridge.v1alpha1.Bridge/TailLog',
                 request_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.TailLogRequest.SerializeToString,
@@ -99,6 +104,15 @@ class BridgeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ShrinkPool(self, request, context):
+        """Ends the clients from index `replicas` on, and only them: the others notice nothing. Idempotent, and never grows a
+        pool: more clients come as a pool of their own, with a key of its own.
+        FAILED_PRECONDITION: fewer than 1; CancelPool ends them all.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def TailLog(self, request, context):
         """The last lines of one task's output, bounded by the site.
         """
@@ -133,6 +147,11 @@ def add_BridgeServicer_to_server(servicer, server):
             'CancelPool': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelPool,
                     request_deserializer=isthmus__contracts_dot_pb_dot_bridge__pb2.CancelPoolRequest.FromString,
+                    response_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.SerializeToString,
+            ),
+            'ShrinkPool': grpc.unary_unary_rpc_method_handler(
+                    servicer.ShrinkPool,
+                    request_deserializer=isthmus__contracts_dot_pb_dot_bridge__pb2.ShrinkPoolRequest.FromString,
                     response_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.SerializeToString,
             ),
             'TailLog': grpc.unary_stream_rpc_method_handler(
@@ -253,6 +272,33 @@ class Bridge:
             target,
             '/isthmus.bridge.v1alpha1.Bridge/CancelPool',
             isthmus__contracts_dot_pb_dot_bridge__pb2.CancelPoolRequest.SerializeToString,
+            isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShrinkPool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.bridge.v1alpha1.Bridge/ShrinkPool',
+            isthmus__contracts_dot_pb_dot_bridge__pb2.ShrinkPoolRequest.SerializeToString,
             isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.FromString,
             options,
             channel_credentials,

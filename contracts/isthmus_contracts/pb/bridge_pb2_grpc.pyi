@@ -45,6 +45,11 @@ class BridgeStub:
     """Idempotent; the answer's phase becomes CANCELLED once Slurm confirms. An unknown key is remembered as cancelled,
     so that a delayed EnsurePool cannot bring it to life.
     """
+    ShrinkPool: _grpc.UnaryUnaryMultiCallable[_bridge_pb2.ShrinkPoolRequest, _bridge_pb2.Pool]
+    """Ends the clients from index `replicas` on, and only them: the others notice nothing. Idempotent, and never grows a
+    pool: more clients come as a pool of their own, with a key of its own.
+    FAILED_PRECONDITION: fewer than 1; CancelPool ends them all.
+    """
     TailLog: _grpc.UnaryStreamMultiCallable[_bridge_pb2.TailLogRequest, _bridge_pb2.LogChunk]
     """The last lines of one task's output, bounded by the site."""
     DescribeSite: _grpc.UnaryUnaryMultiCallable[_bridge_pb2.DescribeSiteRequest, _bridge_pb2.Site]
@@ -63,6 +68,11 @@ class BridgeAsyncStub(BridgeStub):
     CancelPool: _aio.UnaryUnaryMultiCallable[_bridge_pb2.CancelPoolRequest, _bridge_pb2.Pool]  # type: ignore[assignment]
     """Idempotent; the answer's phase becomes CANCELLED once Slurm confirms. An unknown key is remembered as cancelled,
     so that a delayed EnsurePool cannot bring it to life.
+    """
+    ShrinkPool: _aio.UnaryUnaryMultiCallable[_bridge_pb2.ShrinkPoolRequest, _bridge_pb2.Pool]  # type: ignore[assignment]
+    """Ends the clients from index `replicas` on, and only them: the others notice nothing. Idempotent, and never grows a
+    pool: more clients come as a pool of their own, with a key of its own.
+    FAILED_PRECONDITION: fewer than 1; CancelPool ends them all.
     """
     TailLog: _aio.UnaryStreamMultiCallable[_bridge_pb2.TailLogRequest, _bridge_pb2.LogChunk]  # type: ignore[assignment]
     """The last lines of one task's output, bounded by the site."""
@@ -103,6 +113,17 @@ class BridgeServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_bridge_pb2.Pool, _abc.Awaitable[_bridge_pb2.Pool]]:
         """Idempotent; the answer's phase becomes CANCELLED once Slurm confirms. An unknown key is remembered as cancelled,
         so that a delayed EnsurePool cannot bring it to life.
+        """
+
+    @_abc_1.abstractmethod
+    def ShrinkPool(
+        self,
+        request: _bridge_pb2.ShrinkPoolRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_bridge_pb2.Pool, _abc.Awaitable[_bridge_pb2.Pool]]:
+        """Ends the clients from index `replicas` on, and only them: the others notice nothing. Idempotent, and never grows a
+        pool: more clients come as a pool of their own, with a key of its own.
+        FAILED_PRECONDITION: fewer than 1; CancelPool ends them all.
         """
 
     @_abc_1.abstractmethod

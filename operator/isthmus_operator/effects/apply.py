@@ -21,6 +21,7 @@ from ..actions import (
     IssueCertificate,
     RecordOrphan,
     SaveJob,
+    ShrinkPool,
 )
 from ..jobstore import JobStore
 from ..memory import JobMemory
@@ -149,7 +150,7 @@ class Effects:
                 await self._create_pod(job, memory, action, now)
             case DeletePod():
                 await self._kube.delete("Pod", job.namespace, action.name, action.uid)
-            case EnsurePool() | CancelPool():
+            case EnsurePool() | CancelPool() | ShrinkPool():
                 await self._ask_site(job, memory, action, now)
             case RecordOrphan():
                 orphan = {"namespace": job.namespace, "job": job.name, "pool": action.pool, "since": timestamp(now)}
@@ -208,10 +209,14 @@ class Effects:
             raise BridgeError(ProblemKind.UNREACHABLE, f"ConfigMap {action.code} is missing")
         return found
 
-    async def _ask_site(self, job: Job, memory: JobMemory, action: EnsurePool | CancelPool, now: dt.datetime) -> None:
+    async def _ask_site(
+        self, job: Job, memory: JobMemory, action: EnsurePool | CancelPool | ShrinkPool, now: dt.datetime
+    ) -> None:
         try:
             if isinstance(action, CancelPool):
                 await self._bridges.cancel(action.site, action.key, 0, action.reason)
+            elif isinstance(action, ShrinkPool):
+                await self._bridges.shrink(action.site, action.key, action.replicas)
             else:
                 secret = await self._kube.get("Secret", job.namespace, action.secret)
                 credentials = certificates.load_credentials(secret)

@@ -75,20 +75,25 @@ class Bridges:
         answer = await self._call(site, "EnsurePool", lambda stub: stub.EnsurePool(request, timeout=CALL_SECONDS))
         return pool_view(answer, spec.attempt)
 
-    async def get(self, site: str, key: str, attempt: int) -> PoolView:
-        """Asks for a pool."""
+    async def get(self, site: str, key: str, attempt: int, first: int = 0) -> PoolView:
+        """Asks for a pool, or the part of one that begins with the client ``first``."""
         request = pb.GetPoolRequest(key=key)
         try:
             answer = await self._call(site, "GetPool", lambda stub: stub.GetPool(request, timeout=CALL_SECONDS))
         except _NotFoundError:
             return PoolView(attempt, PoolPhase.ABSENT)
-        return pool_view(answer, attempt)
+        return pool_view(answer, attempt, first)
 
     async def cancel(self, site: str, key: str, attempt: int, reason: str) -> PoolView:
         """Has the site end a pool."""
         request = pb.CancelPoolRequest(key=key, reason=reason)
         answer = await self._call(site, "CancelPool", lambda stub: stub.CancelPool(request, timeout=CALL_SECONDS))
         return pool_view(answer, attempt)
+
+    async def shrink(self, site: str, key: str, replicas: int) -> None:
+        """Has the site end a pool's clients but for the first so many."""
+        request = pb.ShrinkPoolRequest(key=key, replicas=replicas)
+        await self._call(site, "ShrinkPool", lambda stub: stub.ShrinkPool(request, timeout=CALL_SECONDS))
 
     async def tail(self, site: str, key: str, index: int, lines: int) -> bytes:
         """The end of one task's log. ``lines``: 0 for as many as the site likes."""
@@ -173,14 +178,14 @@ class _NotFoundError(BridgeError):
     pass
 
 
-def pool_view(pool: pb.Pool, attempt: int) -> PoolView:
+def pool_view(pool: pb.Pool, attempt: int, first: int = 0) -> PoolView:
     """Cuts a bridge's answer down to what the plan looks at."""
     failed = [task for task in pool.tasks if task.log_tail or task.exit_code or task.signal]
     failure = ""
     if failed:
         task = failed[-1]
         how = f"signal {task.signal}" if task.signal else f"exit code {task.exit_code}"
-        failure = f"task {task.index} {task.state} ({how})\n{last_lines(task.log_tail)}".rstrip()
+        failure = f"task {first + task.index} {task.state} ({how})\n{last_lines(task.log_tail)}".rstrip()
     name = pb.Pool.Phase.Name(pool.phase)
     return PoolView(
         attempt=attempt,
@@ -196,6 +201,8 @@ def pool_view(pool: pb.Pool, attempt: int) -> PoolView:
         submitted_at=pool.submitted_at,
         failure=failure,
         timed_out=pool.time_limit_reached,
+        desired=pool.desired,
+        ends_at=pool.ends_at,
     )
 
 

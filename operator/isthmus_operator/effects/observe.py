@@ -108,7 +108,7 @@ class Observer:
             return None
         key = render_hpc.key(self._cluster, job, name, record.attempt)
         try:
-            view = await self._bridges.get(record.site, key, record.attempt)
+            view = await self._bridges.get(record.site, key, record.attempt, record.first)
         except BridgeError as error:
             memory.trouble(name, error.kind, str(error), now)
             return None

@@ -5,14 +5,21 @@ from isthmus_contracts.federatedjob import FederatedJobSpec, Pool
 from isthmus_contracts.pb import bridge_pb2
 
 from ..observed import Job, Observed
+from ..record import HpcRecord
 
-# The part of a pool's key that would tell changed pools of one job apart: a pool's spec does not change.
+# The part of a pool's key that would tell changed pools of one job apart: the parts of a pool have attempts of their
+# own instead.
 GENERATION = 1
 
 
-def key(cluster: str, job: Job, pool: str, attempt: int) -> str:
-    """The exactly-once key of one attempt."""
-    return ids.pool_key(cluster, job.uid, pool, GENERATION, attempt)
+def pool_of(part: str) -> str:
+    """The pool that a part belongs to."""
+    return part.partition("/")[0]
+
+
+def key(cluster: str, job: Job, part: str, attempt: int) -> str:
+    """The exactly-once key of one attempt of a pool, or of a part of it."""
+    return ids.pool_key(cluster, job.uid, pool_of(part), GENERATION, attempt)
 
 
 def endpoint(spec: FederatedJobSpec, observed: Observed) -> str:
@@ -30,7 +37,7 @@ def endpoint(spec: FederatedJobSpec, observed: Observed) -> str:
 
 
 def pool_spec(
-    job: Job, spec: FederatedJobSpec, pool: Pool, attempt: int, address: str, via_bridge: bool
+    job: Job, spec: FederatedJobSpec, pool: Pool, part: HpcRecord, address: str, via_bridge: bool
 ) -> bridge_pb2.PoolSpec:
     """The request for one attempt, but for the certificate."""
     hpc = pool.hpc
@@ -40,9 +47,11 @@ def pool_spec(
         namespace=job.namespace,
         job=job.name,
         pool=pool.name,
-        attempt=attempt,
-        replicas=pool.replicas,
-        first_client=spec.first_client(pool.name),
+        attempt=part.attempt,
+        replicas=part.size,
+        first_index=part.first,
+        pool_size=pool.size if pool.size != part.size else 0,
+        first_client=spec.first_client(pool.name) + part.first,
         total_clients=spec.total_clients,
         partition=hpc.partition or "",
         account=hpc.account or "",
@@ -54,6 +63,8 @@ def pool_spec(
             bridge_pb2.GenericResource(name=item.name, type=item.type or "", count=item.count)
             for item in hpc.resources.gres
         ],
+        # Not set where it says nothing: a bridge that does not know the field then sees the same request.
+        clients_per_job=min(hpc.clients_per_job, part.size) if hpc.clients_per_job > 1 else 0,
         environment=hpc.environment,
         data_ref=hpc.data_ref or "",
         image=spec.task.image,

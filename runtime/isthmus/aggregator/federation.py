@@ -22,6 +22,7 @@ from .clientbook import ClientBook
 from .compression import Broadcast, Compression
 from .course import Course
 from .decisions import LOST_CLIENT_GRACE, Decision, Presence, RoundState, Verdict, decide
+from .handover import Handover
 from .intake import Intake
 from .job import Job
 from .ledger import RoundLedger
@@ -57,6 +58,7 @@ class Federation:
         self.members = Membership(job.spec, job.uid)
         self.compression = Compression(job.uid, job.spec)
         self.course = Course()
+        self.handover = Handover(self.members, self.course, self._ask_again)
         self.ledger = RoundLedger(metrics)
         # One thread, first in first out: updates are folded one by one, and a round's result is computed after them.
         self._folder = ThreadPoolExecutor(1, "fold")
@@ -422,6 +424,8 @@ class Federation:
         """Offers the round's work to a client."""
         assert self.course.model is not None
         client.offered(state.number, time.monotonic())
+        if client.heirs:
+            return  # its successor, which comes in a moment, is asked instead
         if self._offer is None:
             self._offer = messages.train(self.spec, state.number, self.course.model, self.compression)
         self._send_offer(client, self._offer)

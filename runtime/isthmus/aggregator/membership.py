@@ -38,6 +38,8 @@ class Client:
     offers: dict[int, float] = field(default_factory=dict)
     """When it was first offered its newest rounds (monotonic seconds)."""
     last_heard: float = 0.0
+    heirs: int = 0
+    """Newer processes that wait until it has handed in what it is at work on."""
     stage: str = ""
 
     @property
@@ -116,6 +118,13 @@ class Membership:
         client.outbox, client.failed = asyncio.Queue(), False
         client.last_heard = time.monotonic()
         return client
+
+    def predecessor(self, hello: pb.Hello) -> Client | None:
+        """The client as an older attempt of an HPC pool fills it now: in the cloud, the older is gone by then."""
+        client = self._clients.get((hello.pool, hello.index))
+        if client is None or not client.ready or hello.attempt <= client.attempt or hello.job_uid != self.job_uid:
+            return None
+        return client if self.spec.pool(hello.pool).hpc is not None else None
 
     def leave(self, client: Client, outbox: "asyncio.Queue[pb.ServerMessage | None]") -> None:
         """The control stream that ``outbox`` fed has ended; a newer stream of the same client is not touched."""

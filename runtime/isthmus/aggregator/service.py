@@ -69,6 +69,7 @@ class FederationService:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello")
             return
         await self._authenticate(context, first.hello.pool)
+        await self._federation.handover.wait(first.hello)
         try:
             client = self._federation.join(first.hello)
         except Refusal as refusal:

@@ -70,6 +70,22 @@ def test_an_older_attempt_is_fenced(federation: Make, script: Path) -> None:
     assert new.poll() is None
 
 
+def test_an_hpc_client_hands_its_update_in_before_its_next_attempt_takes_over(federation: Make, script: Path) -> None:
+    hpc = {"name": "pool", "replicas": 2, "hpc": {"siteRef": {"name": "s"}, "environment": "e"}}
+    job = federation(2, 6, pools=[hpc])
+    job.start_aggregator()
+    other = job.start_client(script, 1)
+    old = job.start_client(script, 0, PAUSE="3")
+    job.wait_for_round(2)
+    new = job.start_client(script, 0, attempt=1)
+    job.wait_for_completion()
+    assert [old.wait(30), new.wait(30), other.wait(30)] == [1, 0, 0]
+    assert "has taken over" in job.log("client-0-0")
+    assert updates(job) == dict.fromkeys(range(1, 7), 2)
+    # Neither trained what the other did.
+    assert trained(job, 0) == Counter(range(1, 7))
+
+
 def test_a_script_that_raises_shows_its_traceback_and_the_round_goes_on(federation: Make, script: Path) -> None:
     job = federation(2, 5, stragglers={"minUpdates": 1}, selection={"minClients": 1})
     job.start_aggregator()

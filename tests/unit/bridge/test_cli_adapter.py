@@ -24,6 +24,11 @@ def submission(directory: Path, **changes: object) -> Submission:
     return Submission(**fields)  # type: ignore[arg-type]
 
 
+def test_clients_that_share_a_job_are_warned_themselves(tmp_path: Path) -> None:
+    assert {"--ntasks=1", "--signal=B:TERM@60"} <= set(arguments(submission(tmp_path)))
+    assert {"--ntasks=4", "--signal=TERM@60"} <= set(arguments(submission(tmp_path, steps=4)))
+
+
 def test_arguments() -> None:
     listed = arguments(
         submission(Path("/run/x"), account="p1", qos="q", gres=(Gres("gpu", "a100", 2), Gres("nic", "", 1)))

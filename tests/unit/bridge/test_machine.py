@@ -1,12 +1,14 @@
 """Anything in any order: requests, crashes, lost answers, time. At most one living array, and no wrong end."""
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from isthmus_bridge.pools import NoSuchPool
 from isthmus_bridge.slurm.states import meaning
 
 from .world import NAME, Crash, World
@@ -22,6 +24,7 @@ class Machine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.asked = False
         self.cancelled = False
+        self.size = 2
 
     @initialize(answers=st.lists(ANSWERS, min_size=1, max_size=4))
     def start(self, answers: list[str]) -> None:
@@ -43,6 +46,10 @@ class Machine(RuleBasedStateMachine):
         self.cancelled = True
         self.world.cancel()
 
+    def _shrink(self) -> None:
+        with suppress(NoSuchPool):
+            self.world.shrink(self.size)
+
     def _tick(self) -> None:
         self.world.tick(7.0)
 
@@ -54,6 +61,11 @@ class Machine(RuleBasedStateMachine):
     def cancel(self) -> None:
         self._survive("cancel")
 
+    @rule(size=st.integers(1, 3))
+    def shrink(self, size: int) -> None:
+        self.size = size
+        self._survive("shrink")
+
     @rule(times=st.integers(1, 12))
     def time_passes(self, times: int) -> None:
         for _ in range(times):
@@ -64,9 +76,9 @@ class Machine(RuleBasedStateMachine):
         assert self.world.journal is not None
         self.world.journal.commits_left = commits
 
-    @rule(action=st.sampled_from(["ensure", "cancel"]))
+    @rule(action=st.sampled_from(["ensure", "cancel", "shrink"]))
     def another_thread_does_it_in_the_middle(self, action: str) -> None:
-        self.world.slurm.interrupts.append(getattr(self.world, action))
+        self.world.slurm.interrupts.append(self._shrink if action == "shrink" else getattr(self.world, action))
 
     @rule(answers=st.lists(ANSWERS, min_size=1, max_size=2))
     def sbatch_will_answer(self, answers: list[str]) -> None:
@@ -89,7 +101,7 @@ class Machine(RuleBasedStateMachine):
     )
     def a_task_moves_on(self, state: str, index: int) -> None:
         array = next(array for array in self.world.slurm.arrays if array.lives)
-        if not meaning(array.states[index]).over:
+        if index < len(array.states) and not meaning(array.states[index]).over:
             array.states[index] = state
 
     @invariant()
@@ -118,6 +130,8 @@ class Machine(RuleBasedStateMachine):
             if known is not None:
                 assert self.world.phase() not in ("SUBMITTING", "UNKNOWN")
                 assert self.world.slurm.living(NAME) == ([] if known.state.over else [known.array_id])
+                surplus = [s for array in self.world.slurm.arrays for s in array.states[known.pool_spec().replicas :]]
+                assert known.state.over or all(meaning(state).over for state in surplus)
             self.world.journal.close()
         self.folder.cleanup()
 

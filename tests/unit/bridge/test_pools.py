@@ -149,7 +149,7 @@ def test_cancel_in_the_middle_of_a_look_up(world: World, answer: str) -> None:
 def test_cancel_just_before_sbatch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from isthmus_bridge.run_directory import RunDirectory
 
-    monkeypatch.setattr(RunDirectory, "write_script", lambda *_: world.cancel())
+    monkeypatch.setattr(RunDirectory, "write_scripts", lambda *_: world.cancel())
     world.ensure()
     world.tick()
     assert (world.phase(), world.slurm.submissions) == ("CANCELLED", 0)

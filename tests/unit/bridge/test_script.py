@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from isthmus_bridge.access import Grant, decide
 from isthmus_bridge.policy import Policy
-from isthmus_bridge.script import _only_safe, comment, quote, render
+from isthmus_bridge.script import _only_safe, comment, quote, render, render_job
+from isthmus_bridge.slurm.model import Gres
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .world import KEY, policy, spec
@@ -237,6 +238,32 @@ def test_sigterm_reaches_the_script_and_its_own_end_counts(site: Policy, handler
     os.kill(process.pid, signal.SIGTERM)  # to the batch shell alone, as Slurm does
     assert process.wait(20) == code
     assert (site.run_dir / KEY / "tasks" / "1.exit").read_text() == f"77 0 {code}\n"
+
+
+def test_a_client_that_shares_its_job_is_told_its_own_number(site: Policy) -> None:
+    request = spec(command=[PYTHON, "-c", PROBE], clients_per_job=2, replicas=5, total_clients=7)
+    result = run(site, request, 2, SLURM_PROCID="0", SLURM_RESTART_COUNT="1")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    env, run_dir = seen(site)["env"], site.run_dir / KEY
+    assert isinstance(env, dict)
+    assert (env["ISTHMUS_INDEX"], env["ISTHMUS_CLIENT"], env["ISTHMUS_ATTEMPT"]) == ("4", "6", "1001")
+    assert seen(site)["cwd"] == str(run_dir / "work" / "4")
+    assert (run_dir / "tasks" / "4.exit").read_text() == "77 1 0\n"
+    assert (run_dir / "logs" / "4.log").read_text() == "", "its words go to a log of its own"
+
+
+@pytest.mark.parametrize(("job", "clients"), [(0, 2), (1, 2), (2, 1)])
+def test_a_job_starts_its_clients_and_the_last_one_those_that_are_left(tmp_path: Path, job: int, clients: int) -> None:
+    request = spec(clients_per_job=2, replicas=5, cpus_per_task=3)
+    text = render_job(KEY, request, [Gres("gpu", "a100", 2), Gres("shard", "", 1)], Path("/runs/it's/client.sh"))
+    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": str(job)}
+    result = subprocess.run(["/bin/bash", "-c", text], env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == [
+        "--nodes=1", f"--ntasks={clients}", "--cpus-per-task=3", "--gpus-per-task=a100:2", "--kill-on-bad-exit=0",
+        "--wait=0", "--export=ALL", "--input=none", "--mpi=none", "--", "/bin/bash", "/runs/it's/client.sh",
+    ]  # fmt: skip
 
 
 def test_the_template_cannot_forget_to_quote() -> None:

@@ -170,13 +170,16 @@ class FakeSlurm:
         records = [record for array in self.arrays if array.name in names for record in _records(array)]
         return [record for record in records if meaning(record.state).over]
 
-    def cancel(self, name: str, array_id: int) -> None:
-        """Ends an array at once."""
+    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None) -> None:
+        """Ends an array, or a range of its tasks, at once."""
         if self.down:
             raise SlurmError(self.down)
         for array in self.arrays:
             if array.id == array_id and array.name == name:
-                array.states = [s if meaning(s).over else "CANCELLED" for s in array.states]
+                end = len(array.states) if last is None else last + 1
+                array.states = [
+                    "CANCELLED" if first <= i < end and not meaning(s).over else s for i, s in enumerate(array.states)
+                ]
 
     def describe(self) -> SiteDescription:
         """A fixed answer."""
@@ -262,6 +265,10 @@ class World:
     def cancel(self, key: str = KEY) -> Entry:
         """CancelPool."""
         return self.pools.cancel(self.identity, key, "deleted")
+
+    def shrink(self, replicas: int, key: str = KEY) -> Entry:
+        """ShrinkPool."""
+        return self.pools.shrink(self.identity, key, replicas)
 
     def entry(self, key: str = KEY) -> Entry:
         """What the journal knows."""

@@ -22,6 +22,9 @@ def bursting(burst: bool, **changes: Any) -> dict[str, Any]:
     wanted = spec(**changes)
     if burst and wanted["pools"][0]["name"] == "cloud":
         wanted["pools"][0]["cloud"] = {"minReplicas": 1, "maxReplicas": wanted["pools"][0]["replicas"] + 2}
+    for pool in wanted["pools"]:
+        if "hpc" in pool:
+            pool["hpc"]["maxReplicas"] = 4
     return wanted
 
 
@@ -135,7 +138,10 @@ def worlds(draw: st.DrawFn) -> World:
     return world
 
 
-KINDS = ("fail", "vanish", "secret", "authority", "service", "site", "restart", "task", "suspend", "quota", "none")
+KINDS = (
+    "fail", "vanish", "secret", "authority", "service", "site", "restart", "task", "suspend", "quota", "replicas",
+    "ends", "none",
+)  # fmt: skip
 
 
 def disturb(world: World, data: st.DataObject) -> None:
@@ -153,6 +159,14 @@ def disturb(world: World, data: st.DataObject) -> None:
         case "suspend":
             flipped = {**world.job.spec, "suspend": not world.job.spec.get("suspend")}
             world.job = replace(world.job, spec=flipped, generation=world.job.generation + 1)
+        case "replicas":
+            world.resize(data.draw(st.integers(1, 4)))
+        case "ends":
+            # Every array's time limit is near.
+            soon = world.now.timestamp() + data.draw(st.sampled_from([1.0, 100.0]))
+            for key, view in world.pools.items():
+                if view.phase is PoolPhase.RUNNING:
+                    world.pools[key] = replace(view, ends_at=soon)
         case "quota":
             world.quota = 2 if world.quota is None else None
         case "service":
@@ -188,8 +202,7 @@ def check_settled(world: World) -> None:
 
 def _known(world: World, key: str) -> bool:
     """Whether the operator can know of a pool: only attempts that its record tells of."""
-    record = world._record().hpc.get("lumi")
-    return record is not None and key == world._key("lumi", record.attempt)
+    return any(key == world._key(part, record.attempt) for part, record in world._record().hpc.items())
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

@@ -21,7 +21,7 @@ SPEC = spec(hpc=2)
 
 def record(**changes: Any) -> str:
     """What is remembered while everything runs."""
-    pool = replace(HpcRecord("site", authority=AUTHORITY, seen=True), **changes)
+    pool = replace(HpcRecord("site", authority=AUTHORITY, seen=True, size=2), **changes)
     return Record({"cloud": CloudRecord(2)}, {"lumi": pool}, AggregatorRecord("uid-aggregator")).dump()
 
 

@@ -120,6 +120,8 @@ class World:
         self.now = NOW
         self.observed = observed or Observed(sites={"site": site()})
         self.pools: dict[str, PoolView] = {}  # at the site, by key
+        self.requests: dict[str, Any] = {}  # what they were asked to be
+        self.shrunk: list[tuple[str, int]] = []
         self.site_up = True
         self.denied = False
         self.quota: int | None = None
@@ -209,7 +211,7 @@ class World:
                 self._pods(
                     *(replace(pod, deleting=True) if pod.uid == action.uid else pod for pod in seen.pods),
                 )
-            case act.EnsurePool() | act.CancelPool():
+            case act.EnsurePool() | act.CancelPool() | act.ShrinkPool():
                 self._ask_site(action)
             case act.DeleteJob():
                 self.job = replace(self.job, deleted=self.now)
@@ -236,7 +238,7 @@ class World:
         )
         self._pods(*self.observed.pods, view)
 
-    def _ask_site(self, action: act.EnsurePool | act.CancelPool) -> None:
+    def _ask_site(self, action: act.EnsurePool | act.CancelPool | act.ShrinkPool) -> None:
         problems = dict(self.observed.problems)
         problems.pop(action.pool, None)
         known = self.pools.get(action.key)
@@ -246,11 +248,21 @@ class World:
         elif isinstance(action, act.CancelPool):
             if known is None or not known.ended:
                 self.pools[action.key] = PoolView(0, PoolPhase.CANCELLED)
+        elif isinstance(action, act.ShrinkPool):
+            assert known is not None and not known.ended
+            self.shrunk.append((action.key, action.replicas))
+            count = action.replicas
+            self.pools[action.key] = replace(
+                known, desired=count, queued=min(known.queued, count), running=min(known.running, count)
+            )
         elif self.denied:
             problems[action.pool] = PoolProblem(ProblemKind.DENIED, "rule partitions: no", later)
         elif known is None:
             count, moment = action.spec.replicas, self.now.timestamp()
-            self.pools[action.key] = PoolView(0, PoolPhase.PENDING, job_id="17", queued=count, submitted_at=moment)
+            self.requests[action.key] = action.spec
+            self.pools[action.key] = PoolView(
+                0, PoolPhase.PENDING, job_id=str(17 + len(self.pools)), queued=count, submitted_at=moment, desired=count
+            )
         self.observed = replace(self.observed, problems=problems)
 
     # -- the rest of the world
@@ -290,6 +302,19 @@ class World:
             "reason": "Error",
         } | changes
         self._pods(*(replace(pod, **ended) if pod.name == name else pod for pod in self.observed.pods))
+
+    def resize(self, replicas: int) -> None:
+        """Somebody changes the HPC pool's replicas."""
+        pools = copy.deepcopy(self.job.spec["pools"])
+        for pool in pools:
+            if "hpc" in pool:
+                pool["replicas"] = replicas
+        self.job = replace(self.job, spec={**self.job.spec, "pools": pools}, generation=self.job.generation + 1)
+
+    def living(self) -> list[tuple[int, int, int]]:
+        """The site's living arrays: attempt, first client, number of clients."""
+        alive = [(self.requests[key], view) for key, view in self.pools.items() if not view.ended]
+        return sorted((asked.attempt, asked.first_index, view.queued + view.running) for asked, view in alive)
 
     def vanish(self, name: str) -> None:
         """A pod goes without a trace."""

@@ -101,3 +101,22 @@ def test_the_best_follows_the_objective(goal: str, best: int) -> None:
         progress.take(number, {"score": value, "other": 1.0})
     assert progress.best.round == best
     assert progress.newest["score"].value == 0.5
+
+
+def test_whom_an_heir_waits_for() -> None:
+    manifest = {
+        "rounds": 1,
+        "task": {"image": "x", "command": ["python"]},
+        "pools": [
+            {"name": "cloud", "replicas": 1, "cloud": {}},
+            {"name": "hpc", "replicas": 1, "hpc": {"siteRef": {"name": "s"}, "environment": "e"}},
+        ],
+    }
+    members = Membership(parse_spec(manifest), "uid")
+    assert members.predecessor(hello("hpc", attempt=1)) is None
+    for pool, waits in (("hpc", True), ("cloud", False)):
+        client = members.admit(hello(pool, attempt=1))
+        assert (members.predecessor(hello(pool, attempt=2, instance="y")) is client) is waits
+        assert members.predecessor(hello(pool, attempt=1)) is None
+        client.outbox = None
+        assert members.predecessor(hello(pool, attempt=2)) is None
