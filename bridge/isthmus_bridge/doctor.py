@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 
+from .gateway_check import reach
 from .policy import Policy
 from .server import slurm_adapter
 from .slurm.cli import CliAdapter
@@ -14,6 +15,8 @@ _OLDEST = (22, 5)
 
 def examine(policy: Policy) -> Iterator[tuple[bool, str]]:
     """Lines, each with whether it is well."""
+    for gateway in policy.gateways:
+        yield reach(gateway, policy.tls_dir)
     path = f"{policy.slurm.bin_dir}:/usr/local/bin:/usr/bin:/bin" if policy.slurm.bin_dir else None
     missing = [program for program in _PROGRAMS if shutil.which(program, path=path) is None]
     if missing:
