@@ -256,9 +256,7 @@ async def test_no_other_site_can_take_its_place(
     assert (await operator.bridges.describe(SITE)).name == SITE
 
 
-async def test_a_gateway_of_another_authority_is_not_spoken_to(
-    operator: OperatorSide, tmp_path: Path
-) -> None:
+async def test_a_gateway_of_another_authority_is_not_spoken_to(operator: OperatorSide, tmp_path: Path) -> None:
     deceived = BridgeProcess(tmp_path / "site", Authority.create("gateway CA", DAY), operator.port)
     operator.knows(deceived)
     deceived.start()
