@@ -66,6 +66,9 @@ def problems(policy: Policy) -> Iterator[str]:
     """What would fail here and now, one line each."""
     yield from _directory(policy)
     yield from _tls(policy.tls_dir)
+    for number, gateway in enumerate(policy.gateways):
+        if gateway.ca is not None and not gateway.ca.exists():
+            yield f"gateways[{number}].ca: {gateway.ca} does not exist on this machine"
     for name, environment in sorted(policy.environments.items()):
         for path in (environment.venv, environment.apptainer):
             if path is not None and not path.exists():

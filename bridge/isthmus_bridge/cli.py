@@ -41,6 +41,8 @@ def _policy(options: argparse.Namespace) -> Policy:
         changes["listen"] = options.listen
     if options.metrics_listen:
         changes["metrics_listen"] = None if options.metrics_listen == "off" else options.metrics_listen
+    if options.connect:
+        changes["gateways"] = [{"address": address} for address in options.connect]
     if changes:
         # Checked again as a whole: an address from the command line obeys the policy's rules.
         policy = _changed(policy, changes)
@@ -115,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("serve", help="take requests and submit jobs")
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
     one.add_argument("--listen", metavar="HOST:PORT", help="instead of the policy's")
+    one.add_argument("--connect", action="append", default=[], metavar="HOST:PORT",
+                     help="dial this operator's gateway, and listen nowhere unless told to; repeatable; instead of the"
+                          " policy's gateways")  # fmt: skip
     one.add_argument("--metrics-listen", metavar="HOST:PORT", help="instead of the policy's; `off`: none")
     one.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     one.set_defaults(command=_serve)
@@ -124,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--identity", metavar="URI", help="this one only, e.g. isthmus://operator/prod")
     one.set_defaults(command=_check)
 
-    one = commands.add_parser("doctor", help="look whether Slurm can be used from here, and what it offers")
+    one = commands.add_parser("doctor", help="look whether Slurm and the gateways can be used from here")
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
     one.set_defaults(command=_doctor)
 

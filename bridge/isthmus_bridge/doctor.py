@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 
 from . import adapters
+from .gateway_check import reach
 from .policy import Policy
 from .slurm.model import SiteDescription, SlurmAdapter, SlurmError
 
@@ -14,6 +15,8 @@ _NAMES = {"cli": "CLI", "rest": "REST", "pyslurm": "pyslurm"}
 
 def examine(policy: Policy) -> Iterator[tuple[bool, str]]:
     """Lines, each with whether it is well. An adapter that is not in use may fail: it is told, and no problem."""
+    for gateway in policy.gateways:
+        yield reach(gateway, policy.tls_dir)
     chosen = policy.slurm.adapter
     well = True
     for name, shown in _NAMES.items():

@@ -74,6 +74,13 @@ class Metrics:
             "Connections that the relay ended by itself: unknown, limit, unreachable, not-tls, timeout", ["reason"],
             registry=r,
         )  # fmt: skip
+        self.gateway_connected = Gauge(
+            "isthmus_bridge_gateway_connected", "1 while the tunnel to a gateway is up, else 0", ["gateway"], registry=r
+        )
+        self.gateway_tunnels = Counter(
+            "isthmus_bridge_gateway_tunnels_total", "Attempts to keep a tunnel, by how they ended: lost, failed",
+            ["gateway", "result"], registry=r,
+        )  # fmt: skip
         self.certificate_expiry = Gauge(
             "isthmus_bridge_certificate_expiry_timestamp_seconds", "When the bridge's own certificate ends", registry=r
         )

@@ -8,11 +8,13 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from isthmus_contracts.fields import DnsLabel, EnvName, SlurmName
+from isthmus_contracts.fields import PATTERN_OBJECT_NAME, DnsLabel, EnvName, SlurmName
 from isthmus_contracts.identities import BRIDGE_PORT, RESERVED_ENV_PREFIX
 
 from .slurm.rest_http import endpoint
 
+# In tls_dir, beside the bridge's own certificate.
+GATEWAY_CA_FILE = "gateway-ca.crt"
 PLACEHOLDERS = ("tls_dir", "work_dir", "data", "image")
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _LISTEN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})")
@@ -196,6 +198,32 @@ class PyslurmSettings(_Part):
     """The Python that has pyslurm. Default: the bridge's own."""
 
 
+class GatewaySettings(_Part):
+    """An operator's gateway, which the bridge dials because nobody can dial the bridge."""
+
+    address: Listen
+    """host:port."""
+    ca: AbsolutePath | None = None
+    """The authority of the gateway's certificate, in PEM. Default: gateway-ca.crt in tls_dir; where that is not there,
+    the public ones."""
+    server_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$", max_length=253)] | None = (
+        None
+    )
+    """The name in the gateway's certificate. Default: the address's host."""
+    site: Annotated[str, Field(pattern=PATTERN_OBJECT_NAME, max_length=253)] | None = None
+    """The name of this site's HPCSite in that cluster. Default: the policy's ``site``."""
+
+    def authority_file(self, tls_dir: Path) -> Path | None:
+        """Where the authority is read from; None: the public ones."""
+        usual = tls_dir / GATEWAY_CA_FILE
+        return self.ca or (usual if usual.exists() else None)
+
+    def authority(self, tls_dir: Path) -> bytes | None:
+        """In PEM; None: the public ones. Raises ``OSError``."""
+        file = self.authority_file(tls_dir)
+        return None if file is None else file.read_bytes()
+
+
 class SlurmSettings(_Part):
     """How to reach Slurm."""
 
@@ -234,7 +262,10 @@ class Policy(_Part):
     """Default: journal.db in run_dir."""
     tls_dir: AbsolutePath
     """Holds ca.crt, tls.crt and tls.key of the bridge."""
-    listen: Listen = f"0.0.0.0:{BRIDGE_PORT}"
+    listen: Listen | None = None
+    """Where operators dial the bridge. Default: port 7444 of all addresses; with gateways: nowhere."""
+    gateways: Annotated[list[GatewaySettings], Field(max_length=16)] = []
+    """Gateways that the bridge dials."""
     metrics_listen: Listen | None = "127.0.0.1:9090"
     """null: no metrics."""
     identities: Annotated[list[Identity], Field(min_length=1)]
@@ -270,6 +301,11 @@ class Policy(_Part):
                     if name not in allowed:
                         raise ValueError(f"{where}.{field}: {name!r} is not among the site's {field}")
         return self
+
+    @property
+    def inbound(self) -> str | None:
+        """Where the bridge listens; None: it only dials out."""
+        return self.listen or (None if self.gateways else f"0.0.0.0:{BRIDGE_PORT}")
 
     @property
     def status_path(self) -> Path:

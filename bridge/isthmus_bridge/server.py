@@ -1,11 +1,14 @@
 """Puts the parts together and runs them: journal, Slurm adapter, submitter, reconciler, gRPC server, metrics."""
 
 import logging
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 
@@ -14,6 +17,7 @@ from isthmus_contracts.pki import Credentials, expiry
 from isthmus_contracts.transport import SERVER_OPTIONS, server_credentials
 
 from .adapters import slurm_adapter
+from .dialout import DialOut
 from .housekeeping import keep_house
 from .journal import Journal
 from .metrics import Metrics
@@ -34,6 +38,7 @@ _STOP_SECONDS = 5.0
 _SIGNAL_SECONDS = 0.25
 _HOUSEKEEPING_SECONDS = 3600.0
 _MAX_MESSAGE = 4 << 20
+_SOCKET = "bridge.sock"
 
 
 class ServerError(Exception):
@@ -91,6 +96,11 @@ class Bridge:
         self.pools = Pools(self.rules, self._journal, self._dispatch, self._reconciler.wake.set)
         self._service = BridgeService(self.rules, self.pools, self._adapter, self.metrics)
         self._relay = Relay(policy.relay, self._route, self.metrics) if policy.relay else None
+        self._dial_out = (
+            DialOut(policy.gateways, policy.site, policy.tls_dir, self.metrics) if policy.gateways else None
+        )
+        # Of a socket that only the bridge's user reaches, for what comes through tunnels.
+        self._private: Path | None = None
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._requests = ThreadPoolExecutor(_REQUEST_THREADS, thread_name_prefix="rpc")
@@ -105,13 +115,19 @@ class Bridge:
             options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", _MAX_MESSAGE)],
         )
         rpc.add_BridgeServicer_to_server(self._service, server)
+        inbound = self._policy.inbound
         try:
             credentials = Credentials.read(self._policy.tls_dir)
             ends = expiry(credentials.certificate)
             self.metrics.certificate_expiry.set(ends.timestamp())
-            self.port = server.add_secure_port(self._policy.listen, server_credentials(credentials))
+            if inbound is not None:
+                self.port = server.add_secure_port(inbound, server_credentials(credentials))
+            if self._dial_out is not None:
+                self._private = Path(tempfile.mkdtemp(prefix="isthmus-bridge-"))
+                server.add_secure_port(f"unix:{self._private / _SOCKET}", server_credentials(credentials))
         except (OSError, ValueError, RuntimeError) as error:
-            raise ServerError(f"cannot serve at {self._policy.listen} with {self._policy.tls_dir}: {error}") from None
+            where = inbound or "a private socket"
+            raise ServerError(f"cannot serve at {where} with {self._policy.tls_dir}: {error}") from None
         if self._policy.metrics_listen:
             try:
                 self.metrics.serve(self._policy.metrics_listen, self._policy.site)
@@ -128,10 +144,12 @@ class Bridge:
             self._threads.append(thread)
         server.start()
         self._server = server
-        host = self._policy.listen.rpartition(":")[0]
+        if self._dial_out is not None and self._private is not None:
+            self._dial_out.start(self._private / _SOCKET)
+        listen = f"{inbound.rpartition(':')[0]}:{self.port}" if inbound else None
         log.info(
-            "serving", extra={"listen": f"{host}:{self.port}", "site": self._policy.site,
-                              "certificate_until": ends.isoformat()},
+            "serving", extra={"listen": listen, "gateways": [gateway.address for gateway in self._policy.gateways],
+                              "site": self._policy.site, "certificate_until": ends.isoformat()},
         )  # fmt: skip
 
     def stop(self) -> None:
@@ -141,6 +159,11 @@ class Bridge:
             self._relay.stop()
         if self._server is not None:
             self._server.stop(_STOP_SECONDS).wait()
+        if self._dial_out is not None:
+            # Only now: calls under way have had their answers.
+            self._dial_out.stop()
+        if self._private is not None:
+            shutil.rmtree(self._private, ignore_errors=True)
         # A cancelled call's handler may still be at work, in the journal too.
         self._requests.shutdown(wait=True)
         self._stop.set()

@@ -145,7 +145,7 @@ def federated_job_crd() -> dict[str, Any]:
 
 def hpc_site_crd() -> dict[str, Any]:
     """The CustomResourceDefinition of HPCSite."""
-    return _crd(
+    crd = _crd(
         {
             "kind": "HPCSite",
             "listKind": "HPCSiteList",
@@ -159,12 +159,19 @@ def hpc_site_crd() -> dict[str, Any]:
         HpcSiteStatus,
         [
             ("Reachable", "string", '.status.conditions[?(@.type=="Reachable")].status'),
+            ("Connection", "string", ".spec.connection"),
             ("Endpoint", "string", ".spec.endpoint"),
             ("Slurm", "string", ".status.slurmVersion"),
             ("Age", "date", ".metadata.creationTimestamp"),
         ],
         "An HPC site whose bridge this cluster may ask to run clients.",
     )
+    spec = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    spec["oneOf"] = [
+        {"properties": {"connection": {"enum": ["DialIn"]}}, "required": ["endpoint"]},
+        {"properties": {"connection": {"enum": ["DialOut"]}}, "not": {"required": ["endpoint"]}},
+    ]
+    return crd
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ class Reason(StrEnum):
     SITE_NOT_FOUND = "SiteNotFound"
     SITE_NOT_ALLOWED = "SiteNotAllowed"
     SITE_UNREACHABLE = "SiteUnreachable"
+    SITE_NOT_CONNECTED = "SiteNotConnected"  # it dials out, and no bridge of it is at the gateway
     SITE_REACHABLE = "SiteReachable"
     CREDENTIALS_MISSING = "CredentialsMissing"
     POLICY_DENIED = "PolicyDenied"

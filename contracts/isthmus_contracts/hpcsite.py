@@ -1,11 +1,12 @@
 """The HPCSite: how the cluster reaches one site's bridge, and which namespaces may use it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .federatedjob_status import Condition
 from .fields import DnsLabel, HostPort, Resource, Text, list_map
+from .identities import bridge_server_name
 
 HostName = Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")]
 NamespacePattern = Annotated[str, Field(max_length=63, pattern=r"^(\*|[a-z0-9]([-a-z0-9]*[a-z0-9])?)$")]
@@ -27,14 +28,18 @@ class BridgeTls(Resource):
     secret_ref: SecretRef
     """Secret with ca.crt (the site's CA), tls.crt and tls.key (this cluster's client certificate)."""
     server_name: HostName | None = None
-    """The name in the bridge's certificate. Default: the endpoint's host."""
+    """The name in the bridge's certificate. Default: the endpoint's host; with DialOut NAME.bridge.isthmus.dev, where
+    NAME is the HPCSite's."""
 
 
 class HpcSiteSpec(Resource):
     """An HPC site, as the platform's admin describes it."""
 
-    endpoint: HostPort
-    """host:port of the site's bridge."""
+    connection: Literal["DialIn", "DialOut"] = "DialIn"
+    """Who opens the connection: with DialIn this cluster's operator dials the bridge; with DialOut the bridge dials
+    this cluster's gateway, for sites that accept no inbound connection. Nothing else differs."""
+    endpoint: HostPort | None = None
+    """host:port of the site's bridge; with DialIn only."""
     tls: BridgeTls
     aggregator_access: Literal["Direct", "ViaBridge"] = "Direct"
     """How the site's compute nodes reach the aggregators: Direct dials their address; ViaBridge dials the bridge, which
@@ -44,6 +49,20 @@ class HpcSiteSpec(Resource):
 
     client_cidrs: Annotated[list[Cidr], Field(min_length=1, max_length=64, alias="clientCIDRs")] = ["0.0.0.0/0", "::/0"]
     """From where the site's clients reach aggregators, for their NetworkPolicies. Default: from anywhere."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.connection == "DialIn" and self.endpoint is None:
+            raise ValueError("endpoint: is missing; without it the site's bridge must dial out (connection: DialOut)")
+        if self.connection == "DialOut" and self.endpoint is not None:
+            raise ValueError("endpoint: goes with connection DialIn; a bridge that dials out is not dialled")
+        return self
+
+    def bridge_name(self, site: str) -> str | None:
+        """The name that the bridge's certificate must bear; None: the endpoint's host."""
+        if self.tls.server_name is None and self.connection == "DialOut":
+            return bridge_server_name(site)
+        return self.tls.server_name
 
     def allows(self, namespace: str) -> bool:
         """Whether jobs of that namespace may use the site."""

@@ -48,6 +48,7 @@ RESERVED_POOL_NAMES = frozenset({"aggregator", "observer"})
 AGGREGATOR_PORT = 7443
 METRICS_PORT = 9090
 BRIDGE_PORT = 7444
+GATEWAY_PORT = 7446
 
 
 def log_answer(job: str) -> str:
@@ -73,6 +74,11 @@ def observer_identity(job_uid: str) -> str:
 def operator_identity(cluster: str) -> str:
     """The URI that a cluster's operator presents to bridges; a site's policy names it."""
     return f"isthmus://operator/{cluster}"
+
+
+def bridge_server_name(site: str) -> str:
+    """The DNS name in the certificate of a bridge that dials out: it has no address by which it could be known."""
+    return f"{site}.bridge.{GROUP}"
 
 
 def pool_key(cluster: str, job_uid: str, pool: str, generation: int, attempt: int) -> str:

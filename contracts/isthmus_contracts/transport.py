@@ -1,6 +1,6 @@
 """gRPC over mutual TLS, set up alike at every end."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import grpc
 from grpc import aio
 
+from .identities import CERTIFICATE_FILE, KEY_FILE
 from .pki import Credentials
 
 # Keepalive finds dead peers behind NATs and firewalls within about 40 s; servers allow it even between calls.
@@ -41,26 +42,40 @@ def server_credentials(credentials: Credentials) -> grpc.ServerCredentials:
 def renewed_server_credentials(directory: Path) -> grpc.ServerCredentials:
     """The same, from the files of a directory, which may be renewed: a new connection gets the newest certificate, and
     those that are open stay. Raises ``OSError``."""
-    read = [Credentials.read(directory)]
+    return _renewed(lambda: Credentials.read(directory), clients=True)
+
+
+def renewed_public_credentials(directory: Path) -> grpc.ServerCredentials:
+    """Server side of TLS for clients that prove who they are by other means; renewed likewise. Raises ``OSError``."""
+
+    def read() -> Credentials:
+        certificate, key = ((directory / name).read_bytes() for name in (CERTIFICATE_FILE, KEY_FILE))
+        return Credentials(b"", certificate, key)
+
+    return _renewed(read, clients=False)
+
+
+def _renewed(read: Callable[[], Credentials], *, clients: bool) -> grpc.ServerCredentials:
+    latest = [read()]
 
     def newest() -> Any:
         # None: as before. The stubs of gRPC do not know that.
         try:
-            found = Credentials.read(directory)
+            found = read()
         except OSError:
             # Between two files, or gone: what we have still serves.
             return None
-        if found == read[0]:
+        if found == latest[0]:
             return None
-        read[0] = found
+        latest[0] = found
         return _configuration(found)
 
-    return grpc.dynamic_ssl_server_credentials(_configuration(read[0]), newest, require_client_authentication=True)
+    return grpc.dynamic_ssl_server_credentials(_configuration(latest[0]), newest, require_client_authentication=clients)
 
 
 def _configuration(credentials: Credentials) -> grpc.ServerCertificateConfiguration:
     pair = [(credentials.key, credentials.certificate)]
-    return grpc.ssl_server_certificate_configuration(pair, root_certificates=credentials.ca)
+    return grpc.ssl_server_certificate_configuration(pair, root_certificates=credentials.ca or None)
 
 
 def channel(endpoint: str, credentials: Credentials, server_name: str | None = None) -> grpc.Channel:
@@ -71,6 +86,11 @@ def channel(endpoint: str, credentials: Credentials, server_name: str | None = N
 def aio_channel(endpoint: str, credentials: Credentials, server_name: str | None = None) -> aio.Channel:
     """An asyncio channel; see :func:`channel`."""
     return aio.secure_channel(endpoint, _channel_credentials(credentials), options=_options(server_name))
+
+
+def aio_public_channel(endpoint: str, authority: bytes | None, server_name: str | None = None) -> aio.Channel:
+    """An asyncio channel whose client shows no certificate. ``authority``: in PEM; None for the public ones."""
+    return aio.secure_channel(endpoint, grpc.ssl_channel_credentials(authority), options=_options(server_name))
 
 
 def peer_uris(context: grpc.ServicerContext | aio.ServicerContext[Any, Any]) -> Sequence[str]:

@@ -71,6 +71,10 @@ def parse(arguments: Sequence[str]) -> Settings:
                         help="serve the admission webhook here")  # fmt: skip
     parser.add_argument("--webhook-tls", default=_env("WEBHOOK_TLS", default.webhook_tls), metavar="DIR",
                         help="tls.crt and tls.key of the webhook")  # fmt: skip
+    parser.add_argument("--gateway", type=_address, default=_env("GATEWAY", "") or None, metavar="HOST:PORT",
+                        help="let the bridges of sites that dial out connect here")  # fmt: skip
+    parser.add_argument("--gateway-tls", default=_env("GATEWAY_TLS", default.gateway_tls), metavar="DIR",
+                        help="tls.crt and tls.key of the gateway")  # fmt: skip
     parser.add_argument("--log-level", choices=_LEVELS, default=_env("LOG_LEVEL", default.log_level))
     parser.add_argument("--log-format", choices=("plain", "json"), default=_env("LOG_FORMAT", default.log_format))
     parser.add_argument("--version", action="version", version=__version__)
@@ -84,6 +88,8 @@ def parse(arguments: Sequence[str]) -> Settings:
             parser.error(f"--namespace: {namespace!r} is no namespace's name")
     if given.log_level not in _LEVELS or given.log_format not in ("plain", "json"):
         parser.error("ISTHMUS_LOG_LEVEL or ISTHMUS_LOG_FORMAT has an unknown value")
+    if given.gateway and not given.sites:
+        parser.error("--gateway is for HPC sites, and --no-sites serves none")
     return Settings(
         namespaces=() if everywhere else tuple(dict.fromkeys(namespaces)),
         cluster=given.cluster,
@@ -99,6 +105,8 @@ def parse(arguments: Sequence[str]) -> Settings:
         allow_in_templates=given.allow_in_templates,
         webhook=given.webhook or "",
         webhook_tls=given.webhook_tls,
+        gateway=given.gateway or "",
+        gateway_tls=given.gateway_tls,
         log_level=given.log_level,
         log_format=given.log_format,
     )

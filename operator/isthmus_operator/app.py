@@ -14,8 +14,10 @@ from .draft import Limits
 from .effects.apply import Effects
 from .effects.bridge import Bridges
 from .effects.kube import Kube, KubeError
+from .effects.lines import Lines
 from .effects.observe import Observer
 from .effects.observer import Aggregators
+from .gateway import Gateway
 from .health import Health, serve
 from .jobstore import JobStore, Key, SiteStore
 from .metrics import REGISTRY, JobsCollector
@@ -46,6 +48,7 @@ class App:
         self.pods = PodStore()
         self.sites = SiteStore()
         self.health = Health()
+        self.gateway = Gateway(self._tunnel_changed) if settings.gateway else None
         self._tasks: list[asyncio.Task[None]] = []
         self._stops: list[Any] = []
 
@@ -57,7 +60,8 @@ class App:
         await _wait_for_resources(kube)
         await kube.discover()
         cluster = settings.cluster or (await _cluster_uid(kube) if settings.sites else "none")
-        bridges, aggregators = Bridges(kube, self.sites), Aggregators()
+        lines = Lines(kube, self.sites, self.gateway.addresses if self.gateway is not None else None)
+        bridges, aggregators = Bridges(lines), Aggregators()
         limits = Limits(
             cluster=cluster,
             resync=settings.resync,
@@ -80,6 +84,8 @@ class App:
         if settings.webhook:
             webhook = Webhook(jobs.accepted, self.sites, settings.allow_in_templates, settings.namespaces)
             coroutines.append(webhook.serve(*_address(settings.webhook), Path(settings.webhook_tls)))
+        if self.gateway is not None:
+            coroutines.append(self.gateway.serve(settings.gateway, Path(settings.gateway_tls), lines.prove))
         for coroutine in coroutines:
             task = asyncio.create_task(coroutine)
             task.add_done_callback(self._ended)
@@ -99,10 +105,16 @@ class App:
                 await closed
 
     def site_changed(self, name: str) -> None:
-        """Wakes the jobs that use a site."""
+        """Wakes the jobs that use a site, and ends the tunnel of one that does not dial out any more."""
+        spec = self.sites.specs.get(name)
+        if self.gateway is not None and (spec is None or spec.connection != "DialOut"):
+            self.gateway.drop(name)
         for job in self.jobs.all():
             if _uses(job, name):
                 self.queue.add((job.namespace, job.name))
+
+    def _tunnel_changed(self, name: str) -> None:
+        self.site_queue.add(name)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Nothing here ends by itself: if it does, the liveness probe has the operator restarted."""

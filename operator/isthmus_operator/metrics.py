@@ -52,6 +52,14 @@ SITE_CERTIFICATE_EXPIRY = Gauge(
     ["site"],
     registry=REGISTRY,
 )
+GATEWAY_CONNECTED = Gauge(
+    "isthmus_operator_gateway_connected", "1 while the bridge of a site that dials out is connected.", ["site"],
+    registry=REGISTRY,
+)  # fmt: skip
+GATEWAY_TUNNELS = Counter(
+    "isthmus_operator_gateway_tunnels", "Bridges that dialled the gateway: accepted, replaced, refused.", ["result"],
+    registry=REGISTRY,
+)  # fmt: skip
 INFO = Gauge("isthmus_operator_info", "Always 1; tells the version.", ["version"], registry=REGISTRY)
 INFO.labels(__version__).set(1)
 

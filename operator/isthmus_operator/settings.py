@@ -21,5 +21,7 @@ class Settings:
     allow_in_templates: frozenset[str] = frozenset()  # see render/restrict.py
     webhook: str = ""  # empty: none is served
     webhook_tls: str = "/etc/isthmus/webhook"
+    gateway: str = ""  # empty: no bridge can dial in
+    gateway_tls: str = "/etc/isthmus/gateway"
     log_level: str = "info"
     log_format: str = "plain"

@@ -9,8 +9,9 @@ from typing import Any
 from isthmus_contracts.federatedjob_status import ConditionType, Reason
 from isthmus_contracts.pb import bridge_pb2 as pb
 
-from .effects.bridge import BridgeError, Bridges
+from .effects.bridge import Bridges
 from .effects.kube import Kube, KubeError
+from .effects.lines import BridgeError, NotConnectedError
 from .jobstore import SiteStore
 from .observed import ProblemKind
 from .status import merge_patch, set_condition
@@ -121,6 +122,8 @@ def site_status(body: Mapping[str, Any], answer: pb.Site | BridgeError, now: dt.
 def _reason(error: BridgeError, message: str) -> Reason:
     if message.startswith(Reason.INVALID_SPEC):
         return Reason.INVALID_SPEC
+    if isinstance(error, NotConnectedError):
+        return Reason.SITE_NOT_CONNECTED
     if message.startswith("Secret "):
         return Reason.CREDENTIALS_MISSING
     return Reason.POLICY_DENIED if error.kind is ProblemKind.DENIED else Reason.SITE_UNREACHABLE

@@ -7,8 +7,9 @@ from typing import Any
 
 from isthmus_contracts import identities as ids
 
-from .effects.bridge import BridgeError, Bridges
+from .effects.bridge import Bridges
 from .effects.kube import Kube, KubeError
+from .effects.lines import BridgeError
 from .memory import JobMemory
 from .observed import Job
 from .parts import holder, parts_of

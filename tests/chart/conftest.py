@@ -62,6 +62,11 @@ MATRIX: dict[str, Manifest] = {
             "extraArgs": ["--log-level=debug"],
             "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy.example:3128"}],
         },
+        "gateway": {
+            "enabled": True,
+            "hosts": ["gateway.example", "192.0.2.7"],
+            "service": {"loadBalancerSourceRanges": ["198.51.100.0/24"], "annotations": {"e": "f"}},
+        },
         "serviceAccount": {"annotations": {"example.com/role": "isthmus"}},
         "podAnnotations": {"example.com/scrape": "true"},
         "podLabels": {"example.com/tier": "control"},
@@ -82,6 +87,7 @@ MATRIX: dict[str, Manifest] = {
         "networkPolicy": {
             "enabled": True,
             "metricsFrom": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
+            "gatewayFrom": [{"ipBlock": {"cidr": "198.51.100.0/24"}}],
             "egress": [{"ports": [{"port": 443, "protocol": "TCP"}]}, {"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}],
         },
     },

@@ -62,6 +62,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{- define "isthmus.gatewaySecret" -}}
+{{- if eq .Values.gateway.certificates "Secret" -}}
+{{- required "gateway.secretName must name the Secret with the gateway's certificate" .Values.gateway.secretName -}}
+{{- else -}}
+{{- include "isthmus.operator" . }}-gateway
+{{- end -}}
+{{- end -}}
+
 {{/* Rules of the operator in a served namespace: docs/operator.md says what each is for. */}}
 {{- define "isthmus.servedRules" -}}
 - apiGroups: [isthmus.dev]

@@ -30,8 +30,9 @@ from ..observed import Job, ProblemKind
 from ..podstore import PodStore, job_uid_of
 from ..status import timestamp
 from ..text import one_line
-from .bridge import BridgeError, Bridges
+from .bridge import Bridges
 from .kube import Kube, KubeError
+from .lines import BridgeError
 
 log = logging.getLogger(__name__)
 

@@ -1,28 +1,19 @@
 """The sites' bridges, over gRPC with mutual TLS."""
 
-import asyncio
-import hashlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 from grpc import aio
 
-from isthmus_contracts.hpcsite import HpcSiteSpec
 from isthmus_contracts.pb import bridge_pb2 as pb
-from isthmus_contracts.pb.bridge_pb2_grpc import BridgeStub
-from isthmus_contracts.pki import Credentials, expiry
-from isthmus_contracts.transport import aio_channel
+from isthmus_contracts.pki import Credentials
 
-from ..certificates import load_credentials
-from ..jobstore import SiteStore
-from ..metrics import BRIDGE_CALLS, BRIDGE_SECONDS, SITE_CERTIFICATE_EXPIRY
+from ..metrics import BRIDGE_CALLS, BRIDGE_SECONDS
 from ..observed import PoolPhase, PoolView, ProblemKind
 from ..text import last_lines, one_line
-from .kube import Kube, KubeError
+from .lines import BridgeError, Lines
 
 if TYPE_CHECKING:
     from isthmus_contracts.pb.bridge_pb2_grpc import BridgeAsyncStub
@@ -30,38 +21,15 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 CALL_SECONDS = 20.0
-# A rotated Secret is noticed this soon.
-_CREDENTIALS_SECONDS = 60.0
 _DENIED = (grpc.StatusCode.PERMISSION_DENIED,)
 _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
 
 
-class BridgeError(Exception):
-    """A site did not do as it was asked."""
-
-    def __init__(self, kind: ProblemKind, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
-@dataclass
-class _Line:
-    """An open channel to one bridge."""
-
-    identity: str  # of endpoint, Secret and credentials
-    checked: float
-    channel: aio.Channel
-    stub: "BridgeAsyncStub"
-
-
 class Bridges:
-    """Every site's bridge; channels are kept open."""
+    """Every site's bridge."""
 
-    def __init__(self, kube: Kube, sites: SiteStore) -> None:
-        self._kube = kube
-        self._sites = sites
-        self._lines: dict[str, _Line] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+    def __init__(self, lines: Lines) -> None:
+        self._lines = lines
 
     async def ensure(
         self, site: str, key: str, spec: pb.PoolSpec, credentials: Credentials, code: Mapping[str, bytes]
@@ -111,22 +79,16 @@ class Bridges:
 
     async def close(self) -> None:
         """Closes every channel."""
-        for line in list(self._lines.values()):
-            await line.channel.close()
-        self._lines.clear()
+        await self._lines.close()
 
     async def forget(self, site: str) -> None:
         """The site is gone."""
-        with suppress(KeyError):  # it was never called
-            SITE_CERTIFICATE_EXPIRY.remove(site)
-        line = self._lines.pop(site, None)
-        if line is not None:
-            await line.channel.close()
+        await self._lines.forget(site)
 
     async def _call(self, site: str, method: str, call: "Callable[[BridgeAsyncStub], Awaitable[Answer]]") -> Answer:
         started, code = time.monotonic(), "OK"
         try:
-            stub = await self._stub(site)
+            stub = await self._lines.stub(site)
             return await call(stub)
         except BridgeError:
             code = "NO_CREDENTIALS"
@@ -137,41 +99,6 @@ class Bridges:
         finally:
             BRIDGE_CALLS.labels(site, method, code).inc()
             BRIDGE_SECONDS.labels(site, method).observe(time.monotonic() - started)
-
-    async def _stub(self, site: str) -> "BridgeAsyncStub":
-        async with self._locks.setdefault(site, asyncio.Lock()):
-            spec = self._sites.specs.get(site)
-            if spec is None:
-                raise BridgeError(ProblemKind.UNREACHABLE, f"there is no HPCSite {site}")
-            line = self._lines.get(site)
-            same = line is not None and line.identity.startswith(_place(spec))
-            if line is not None and same and time.monotonic() - line.checked < _CREDENTIALS_SECONDS:
-                return line.stub
-            credentials = await self._credentials(spec)
-            identity = _place(spec) + hashlib.sha256(b"".join(credentials.files().values())).hexdigest()
-            if line is None or line.identity != identity:
-                if line is not None:
-                    await line.channel.close()
-                channel = aio_channel(spec.endpoint, credentials, spec.tls.server_name)
-                with suppress(ValueError):  # no certificate at all: the call will say so
-                    SITE_CERTIFICATE_EXPIRY.labels(site).set(expiry(credentials.certificate).timestamp())
-                stub: Any = BridgeStub(channel)
-                line = self._lines[site] = _Line(identity, 0.0, channel, stub)
-            line.checked = time.monotonic()
-            return line.stub
-
-    async def _credentials(self, spec: HpcSiteSpec) -> Credentials:
-        ref = spec.tls.secret_ref
-        try:
-            secret = await self._kube.get("Secret", ref.namespace, ref.name)
-        except KubeError as error:
-            message = f"Secret {ref.namespace}/{ref.name} cannot be read: {error}"
-            raise BridgeError(ProblemKind.UNREACHABLE, message) from error
-        credentials = load_credentials(secret)
-        if credentials is None:
-            what = "is missing" if secret is None else "lacks ca.crt, tls.crt or tls.key"
-            raise BridgeError(ProblemKind.UNREACHABLE, f"Secret {ref.namespace}/{ref.name} {what}")
-        return credentials
 
 
 class _NotFoundError(BridgeError):
@@ -204,11 +131,6 @@ def pool_view(pool: pb.Pool, attempt: int, first: int = 0) -> PoolView:
         desired=pool.desired,
         ends_at=pool.ends_at,
     )
-
-
-def _place(spec: HpcSiteSpec) -> str:
-    secret = spec.tls.secret_ref
-    return f"{spec.endpoint} {spec.tls.server_name or ''} {secret.namespace}/{secret.name} "
 
 
 def _translated(error: aio.AioRpcError) -> BridgeError:

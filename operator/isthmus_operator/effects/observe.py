@@ -17,8 +17,9 @@ from ..record import HpcRecord
 from ..render import hpc as render_hpc
 from ..status import finished
 from . import dependents
-from .bridge import BridgeError, Bridges
+from .bridge import Bridges
 from .kube import Kube, KubeError
+from .lines import BridgeError
 from .observer import Aggregators
 
 # Objects that nobody should touch are looked at every so many resyncs, in case somebody did.

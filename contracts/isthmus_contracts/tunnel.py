@@ -1,0 +1,87 @@
+"""What both ends of a dial-out tunnel do alike: sockets on this side, numbered connections in the stream between."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from .pb import gateway_pb2 as pb
+
+PROTOCOL = 1
+# The operator has one connection to each bridge, and a second while it changes certificates.
+MAX_CONNECTIONS = 8
+CHUNK = 64 << 10
+MAX_FRAME = CHUNK + 1024
+"""The longest message in the stream."""
+
+Write = Callable[[pb.Frame], Awaitable[None]]
+
+
+class TunnelError(Exception):
+    """The other end does not keep the protocol."""
+
+
+class Connections:
+    """The connections inside one tunnel, seen from one of its ends.
+
+    Back-pressure is the stream's: while the other end is behind, ``write`` waits and the socket is not read; while a
+    socket here is behind, :meth:`receive` waits and the stream is not read.
+    """
+
+    def __init__(self, write: Write) -> None:
+        self._write = write
+        # A gRPC stream takes one message at a time.
+        self._turn = asyncio.Lock()
+        self._writers: dict[int, asyncio.StreamWriter] = {}
+
+    def __len__(self) -> int:
+        return len(self._writers)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._writers
+
+    async def send(self, frame: pb.Frame) -> None:
+        """Puts a frame into the stream."""
+        async with self._turn:
+            await self._write(frame)
+
+    def add(self, number: int, writer: asyncio.StreamWriter) -> None:
+        """From now on what arrives for this number goes to the socket."""
+        self._writers[number] = writer
+
+    async def pump(self, number: int, reader: asyncio.StreamReader) -> None:
+        """Passes on what the socket says, until either end closes the connection."""
+        with suppress(OSError):
+            while data := await reader.read(CHUNK):
+                await self.send(pb.Frame(data=pb.Data(connection=number, content=data)))
+        if self._end(number):
+            await self.send(pb.Frame(close=number))
+
+    async def receive(self, frame: pb.Frame) -> None:
+        """Takes in a frame that belongs to a connection. Raises :class:`TunnelError`."""
+        kind = frame.WhichOneof("kind")
+        if kind == "close":
+            self._end(frame.close)
+            return
+        if kind != "data":
+            raise TunnelError(f"a frame of the kind {kind} is out of place")
+        if len(frame.data.content) > CHUNK:
+            raise TunnelError(f"{len(frame.data.content)} bytes in one frame; {CHUNK} are allowed")
+        writer = self._writers.get(frame.data.connection)
+        if writer is None:
+            return  # closed at this end, which the other one does not know yet
+        writer.write(frame.data.content)
+        # A socket that broke ends its pump.
+        with suppress(OSError):
+            await writer.drain()
+
+    def close(self) -> None:
+        """Ends all of them: the tunnel is gone."""
+        for number in list(self._writers):
+            self._end(number)
+
+    def _end(self, number: int) -> bool:
+        writer = self._writers.pop(number, None)
+        if writer is None:
+            return False
+        writer.close()
+        return True

@@ -1,0 +1,11 @@
+"""`isthmus-bridge` as it is, with a Slurm that is imagined: python -m tests.integration.gateway.site_process serve ..."""
+
+import sys
+import time
+
+from isthmus_bridge import cli, server
+from tests.unit.bridge.world import FakeSlurm
+
+if __name__ == "__main__":
+    server.slurm_adapter = lambda *_: FakeSlurm(time.time)  # type: ignore[assignment, return-value]
+    sys.exit(cli.main())

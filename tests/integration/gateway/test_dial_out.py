@@ -1,0 +1,269 @@
+"""A bridge process that only dials out, the operator's gateway and its client, over real gRPC and TLS."""
+
+import asyncio
+import base64
+import datetime as dt
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import yaml
+from grpc import aio
+
+from isthmus_contracts.identities import operator_identity
+from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.pki import Authority
+from isthmus_operator.effects.bridge import Bridges
+from isthmus_operator.effects.lines import BridgeError, Lines, NotConnectedError
+from isthmus_operator.gateway import Gateway
+from isthmus_operator.jobstore import SiteStore
+from isthmus_operator.observed import PoolPhase, ProblemKind
+from tests.unit.bridge.world import KEY, spec
+
+ROOT = Path(__file__).parents[3]
+DAY = dt.timedelta(days=1)
+SITE = "lumi"
+
+
+async def until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
+    """The first true answer."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while not (answer := condition()):
+        assert loop.time() < deadline, f"not within {seconds:.0f} s: {what}"
+        await asyncio.sleep(0.05)
+    return answer
+
+
+class BridgeProcess:
+    """A site, with an authority of its own, whose bridge knows nobody but the gateway."""
+
+    def __init__(self, folder: Path, gateway: Authority, port: int, authority: Authority | None = None) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.authority = authority or Authority.create("site CA", DAY)
+        self.authority.issue("bridge", DAY, hosts=[f"{SITE}.bridge.isthmus.dev"]).write(folder / "tls")
+        (folder / "tls" / "gateway-ca.crt").write_bytes(gateway.certificate)
+        self._connect = f"localhost:{port}"
+        content = {
+            "site": SITE, "run_dir": str(folder / "run"), "tls_dir": str(folder / "tls"), "metrics_listen": None,
+            "identities": [{"uri": operator_identity("prod")}], "partitions": ["main", "debug"],
+            "environments": {"plain": {"prefix": ["env"]}},
+            "slurm": {"poll_seconds": 0.2, "absence_seconds": 30, "absence_lookups": 3},
+        }  # fmt: skip
+        (folder / "policy.yaml").write_text(yaml.safe_dump(content))
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        argv = [sys.executable, "-m", "tests.integration.gateway.site_process", "serve"]
+        argv += ["--policy", str(self.folder / "policy.yaml"), "--connect", self._connect]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(argv, cwd=ROOT, stderr=log)
+
+    def said(self) -> list[dict[str, Any]]:
+        """What it has logged."""
+        lines = (self.folder / "log").read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+    def says(self, text: str) -> bool:
+        return any(text in line["message"] for line in self.said())
+
+    def listens(self) -> list[str]:
+        """Addresses of its TCP sockets that accept connections."""
+        assert self.process is not None
+        inodes = set()
+        for entry in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            target = str(entry.readlink()) if entry.is_symlink() else ""
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+        rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()]
+        return [row[1] for row in rows if len(row) > 9 and row[3] == "0A" and row[9] in inodes]
+
+    def end(self, number: signal.Signals = signal.SIGKILL) -> int:
+        if self.process is None:
+            return 0
+        self.process.send_signal(number)
+        code = self.process.wait(120)
+        self.process = None
+        return code
+
+    def secret(self) -> dict[str, Any]:
+        """What the operator has of the site."""
+        files = self.authority.issue("prod", DAY, uris=[operator_identity("prod")]).files()
+        return {"data": {name: base64.b64encode(content).decode() for name, content in files.items()}}
+
+
+class Kube:
+    """Holds the Secrets."""
+
+    def __init__(self) -> None:
+        self.secrets: dict[str, dict[str, Any]] = {}
+
+    async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
+        return self.secrets.get(name)
+
+
+class OperatorSide:
+    """The gateway and the client, as the operator has them."""
+
+    def __init__(self, tls: Path) -> None:
+        self.sites = SiteStore()
+        self.kube = Kube()
+        self._tls = tls
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.start()
+
+    def start(self) -> None:
+        """(Re)starts as a new operator would: with nothing in memory."""
+        self.gateway = Gateway(lambda site: None)
+        self.lines = Lines(self.kube, self.sites, self.gateway.addresses)  # type: ignore[arg-type]
+        self.bridges = Bridges(self.lines)
+        serving = self.gateway.serve(f"127.0.0.1:{self.port}", self._tls, self.lines.prove)
+        self._task = asyncio.create_task(serving)
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        await self.bridges.close()
+
+    def knows(self, site: BridgeProcess) -> None:
+        self.kube.secrets["bridge"] = site.secret()
+        reference = {"secretRef": {"name": "bridge", "namespace": "system"}}
+        body = {"connection": "DialOut", "tls": reference, "allowedNamespaces": ["*"]}
+        self.sites.put({"metadata": {"name": SITE, "resourceVersion": "1"}, "spec": body})
+
+    async def connected(self) -> None:
+        await until(lambda: SITE in self.gateway.addresses, "the bridge is connected")
+
+    async def ensure(self, **changes: object) -> Any:
+        wanted = spec(**changes)
+        credentials = Authority.create("job CA", DAY).issue("client", DAY, uris=["isthmus://job/u/pool/p"])
+        return await self.bridges.ensure(SITE, KEY, wanted, credentials, {})
+
+
+@pytest.fixture
+def gateway_ca(tmp_path: Path) -> Authority:
+    authority = Authority.create("gateway CA", DAY)
+    authority.issue("gateway", DAY, hosts=["localhost"]).write(tmp_path / "gateway")
+    return authority
+
+
+@pytest.fixture
+async def operator(tmp_path: Path, gateway_ca: Authority) -> AsyncIterator[OperatorSide]:
+    one = OperatorSide(tmp_path / "gateway")
+    yield one
+    await one.stop()
+
+
+@pytest.fixture
+def site(tmp_path: Path, gateway_ca: Authority, operator: OperatorSide) -> Iterator[BridgeProcess]:
+    one = BridgeProcess(tmp_path / "site", gateway_ca, operator.port)
+    operator.knows(one)
+    one.start()
+    yield one
+    one.end()
+    print((one.folder / "log").read_text())
+
+
+async def test_every_call_goes_through_the_tunnel(operator: OperatorSide, site: BridgeProcess) -> None:
+    await operator.connected()
+    assert site.listens() == [], "a bridge that dials out listens nowhere"
+    described = await operator.bridges.describe(SITE)
+    assert (described.name, described.slurm_version, list(described.partitions)) == (SITE, "22.05.8", ["main", "debug"])
+    watcher = await operator.lines.stub(SITE)
+    stream = watcher.WatchPools(pb.WatchPoolsRequest())
+    assert (await operator.ensure()).job_id == "100"
+    assert (await operator.ensure()).job_id == "100"
+    heard = await asyncio.wait_for(stream.read(), 60)
+    assert isinstance(heard, pb.Pool) and heard.key == KEY
+    log = site.folder / "run" / KEY / "logs" / "1.log"
+    log.write_text("".join(f"line {number}\n" for number in range(20_000)))
+    assert (await operator.bridges.tail(SITE, KEY, 1, 1000)).endswith(b"line 19999")
+    assert (await operator.bridges.get(SITE, "no-such-pool", 0)).phase is PoolPhase.ABSENT
+    # The policy decides as it does for an inbound call.
+    with pytest.raises(BridgeError, match="policy partitions: 'gpu' is not allowed") as refused:
+        await operator.bridges.ensure(
+            SITE, "f" * 32, spec(partition="gpu"), Authority.create("j", DAY).issue("c", DAY, uris=["x://y"]), {}
+        )
+    assert refused.value.kind is ProblemKind.DENIED
+    assert (await operator.bridges.cancel(SITE, KEY, 1, "done")).phase is PoolPhase.CANCELLED
+
+    async def cancelled() -> None:
+        async for pool in stream:
+            if pool.phase == pb.Pool.CANCELLED:
+                return
+
+    await asyncio.wait_for(cancelled(), 60)
+    stream.cancel()
+    assert site.end(signal.SIGTERM) == 0
+    await until(lambda: SITE not in operator.gateway.addresses, "the gateway notices")
+    with pytest.raises(NotConnectedError, match="no bridge of it is connected to the gateway"):
+        await operator.bridges.describe(SITE)
+
+
+async def test_either_side_may_be_killed_and_comes_back(operator: OperatorSide, site: BridgeProcess) -> None:
+    await operator.connected()
+    before = await operator.ensure()
+    stub = await operator.lines.stub(SITE)
+    stream: Any = stub.WatchPools(pb.WatchPoolsRequest())
+    assert (await asyncio.wait_for(stream.read(), 60)).key == KEY
+    site.end(signal.SIGKILL)
+
+    async def drain() -> None:
+        while await stream.read() is not aio.EOF:
+            pass
+
+    # What is under way fails at once, as with any connection that breaks.
+    with pytest.raises(aio.AioRpcError) as broken:
+        await asyncio.wait_for(drain(), 60)
+    assert broken.value.code() is grpc.StatusCode.UNAVAILABLE
+    await until(lambda: SITE not in operator.gateway.addresses, "the gateway notices")
+    site.start()
+    await operator.connected()
+    assert (await operator.bridges.get(SITE, KEY, 1)).job_id == before.job_id
+
+    await operator.stop()
+    await until(lambda: site.says("no tunnel to the gateway"), "the bridge notices")
+    operator.start()
+    await operator.connected()
+    assert (await operator.bridges.get(SITE, KEY, 1)).job_id == before.job_id
+
+
+async def test_no_other_site_can_take_its_place(
+    operator: OperatorSide, site: BridgeProcess, tmp_path: Path, gateway_ca: Authority
+) -> None:
+    await operator.connected()
+    address = operator.gateway.addresses[SITE]
+    # It says the site's name, and its certificate does too, but another site's authority signed it.
+    impostor = BridgeProcess(tmp_path / "impostor", gateway_ca, operator.port)
+    impostor.start()
+    try:
+        refusal = "PERMISSION_DENIED: the bridge does not prove that it is lumi"
+        await until(lambda: impostor.says(refusal), "the impostor is refused")
+    finally:
+        impostor.end()
+        print((impostor.folder / "log").read_text())
+    assert operator.gateway.addresses == {SITE: address}
+    assert (await operator.bridges.describe(SITE)).name == SITE
+
+
+async def test_a_gateway_of_another_authority_is_not_spoken_to(operator: OperatorSide, tmp_path: Path) -> None:
+    deceived = BridgeProcess(tmp_path / "site", Authority.create("gateway CA", DAY), operator.port)
+    operator.knows(deceived)
+    deceived.start()
+    try:
+        await until(lambda: deceived.says("CERTIFICATE_VERIFY_FAILED"), "the bridge says why")
+    finally:
+        deceived.end()
+        print((deceived.folder / "log").read_text())
+    assert operator.gateway.addresses == {}
+    assert os.listdir(deceived.folder / "run") != []  # it serves, and waits
