@@ -12,7 +12,11 @@ import kopf
 from isthmus_contracts import identities as ids
 
 from .app import App
-from .podstore import job_of
+from .podstore import job_of, job_uid_of
+
+# The type of an event that comes from kopf's list before it watches. Where the object was known, the watch has begun
+# anew, because its place was too old for the API server (410), and nobody tells what was deleted meanwhile.
+_LISTED = None
 
 
 def build_registry(app: App) -> kopf.OperatorRegistry:
@@ -39,7 +43,11 @@ def build_registry(app: App) -> kopf.OperatorRegistry:
         if event["type"] == "DELETED":
             app.jobs.drop(key, body["metadata"]["uid"])
             app.queue.add(key)
-        elif app.jobs.put(body):
+            return
+        again = event["type"] is _LISTED and app.jobs.get(key) is not None
+        if again:
+            app.pods.doubt(body["metadata"]["uid"])
+        if app.jobs.put(body) or again:
             app.queue.add(key)
 
     @kopf.on.event("", "v1", "pods", labels={ids.LABEL_MANAGED_BY: ids.MANAGED_BY}, registry=registry)
@@ -48,6 +56,8 @@ def build_registry(app: App) -> kopf.OperatorRegistry:
         if event["type"] == "DELETED":
             app.pods.drop(body)
         else:
+            if event["type"] is _LISTED and app.pods.knows(body):
+                app.pods.doubt(job_uid_of(body))
             app.pods.put(body)
         app.queue.add(job_of(body))
 

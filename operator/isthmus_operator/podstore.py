@@ -1,7 +1,8 @@
 """The pods of every job, as far as they are known: fed by the watch, by what was just created, and by lists.
 
 A watch alone is not enough: an event may still be on its way when its pod's creation has long been answered, and a
-deletion may be missed while the watch is down. So answers count at once, and a list now and then sweeps up ghosts.
+deletion may be missed while the watch is down. So answers count at once, and a list sweeps up ghosts: now and then, and
+whenever the watch had to begin anew.
 """
 
 import datetime as dt
@@ -31,6 +32,22 @@ class PodStore:
     def __init__(self) -> None:
         self._pods: dict[str, dict[str, PodView]] = {}
         self._gone: dict[str, None] = {}  # uids, oldest first: what arrives late must not bring them back
+        self._doubted: set[str] = set()
+
+    def knows(self, body: Mapping[str, Any]) -> bool:
+        """Whether this very pod is known."""
+        known = self._pods.get(job_uid_of(body), {}).get(str(body["metadata"]["name"]))
+        return known is not None and known.uid == body["metadata"]["uid"]
+
+    def doubt(self, job_uid: str) -> None:
+        """The watch may have missed what became of a job's pods."""
+        self._doubted.add(job_uid)
+
+    def doubted(self, job_uid: str) -> bool:
+        """Whether a list is due; who asks makes it."""
+        due = job_uid in self._doubted
+        self._doubted.discard(job_uid)
+        return due
 
     def of(self, job_uid: str) -> tuple[PodView, ...]:
         """The pods of a job."""
@@ -65,6 +82,7 @@ class PodStore:
     def forget_job(self, job_uid: str) -> None:
         """The job is gone."""
         self._pods.pop(job_uid, None)
+        self._doubted.discard(job_uid)
 
     def _forget(self, job_uid: str, name: str, uid: str) -> None:
         self._gone[uid] = None

@@ -79,8 +79,10 @@ class Observer:
         )
 
     async def _list_pods(self, job: Job, memory: JobMemory, now: dt.datetime) -> None:
-        if memory.pods_listed is not None and now - memory.pods_listed < _PODS_AGE:
+        doubted = self._pods.doubted(job.uid)
+        if not doubted and memory.pods_listed is not None and now - memory.pods_listed < _PODS_AGE:
             return
+        memory.pods_listed = None  # should the list fail, it is made at the next look
         known = [pod.uid for pod in self._pods.of(job.uid)]
         listed = await self._kube.list("Pod", job.namespace, f"{ids.LABEL_JOB_UID}={job.uid}")
         self._pods.replace(job.uid, listed.get("items") or (), known)

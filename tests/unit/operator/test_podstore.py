@@ -98,3 +98,16 @@ def test_foreign_labels_do_no_harm() -> None:
     body = pod()
     body["metadata"]["labels"]["isthmus.dev/index"] = "many"
     assert view(body).index == 0
+
+
+def test_a_doubt_asks_for_one_list() -> None:
+    store = PodStore()
+    assert not store.knows(pod())
+    store.put(pod())
+    assert store.knows(pod())
+    assert not store.doubted(UID)
+    store.doubt(UID)
+    assert (store.doubted(UID), store.doubted(UID)) == (True, False)
+    store.doubt(UID)
+    store.forget_job(UID)
+    assert not store.doubted(UID)
