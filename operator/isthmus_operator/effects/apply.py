@@ -226,7 +226,9 @@ class Effects:
                 files = code.files_of(await self._code(job, action))
                 await self._bridges.ensure(action.site, action.key, action.spec, credentials, files)
         except BridgeError as error:
-            memory.trouble(action.pool, error.kind, str(error), now)
+            # That it does not shrink says nothing against the pool itself.
+            kind = ProblemKind.UNREACHABLE if isinstance(action, ShrinkPool) else error.kind
+            memory.trouble(action.pool, kind, str(error), now)
             log.warning("%s/%s: pool %s at %s: %s", job.namespace, job.name, action.pool, action.site, error)
         else:
             memory.answered(action.pool)
