@@ -108,17 +108,21 @@ def wanted(folder: Path) -> Iterator[Callable[..., Submission]]:
     until(lambda: not [n for n in slurm("squeue", "-h", "-o", "%j").split() if n in names], "the jobs are gone")
 
 
-def tasks(adapter: SlurmAdapter, name: str) -> dict[int, TaskRecord]:
-    """What the queue says about the tasks of this name."""
+def tasks(adapter: SlurmAdapter, name: str, count: int = 3) -> dict[int, TaskRecord]:
+    """What the queue says about the tasks of this name. A record without indices stands for all the others."""
     found = [record for record in adapter.jobs() if record.name == name]
-    return {index: record for record in found for index in record.indices or ()}
+    others = {index: record for record in found if record.indices is None for index in range(count)}
+    return others | {index: record for record in found for index in record.indices or ()}
 
 
-def all_over(adapter: SlurmAdapter, name: str, count: int) -> dict[int, TaskRecord]:
+def all_over(
+    adapter: SlurmAdapter, name: str, count: int, ask: Callable[[], None] = lambda: None
+) -> dict[int, TaskRecord]:
     """The same, once all have ended."""
 
     def ended() -> dict[int, TaskRecord] | None:
-        now = tasks(adapter, name)
+        ask()
+        now = tasks(adapter, name, count)
         return now if len(now) == count and all(meaning(each.state).over for each in now.values()) else None
 
     found = until(ended, "all tasks are over", 90)
@@ -175,8 +179,8 @@ def test_the_queue_tells_why_and_until_when(make: Make, wanted: Callable[..., Su
     assert all(500 < each.ends - each.start <= 660 for each in running_ones)
     adapter.cancel("isthmus-of-somebody-else", array)
     assert sum(each.state == "RUNNING" for each in tasks(adapter, one.name).values()) == 2
-    adapter.cancel(one.name, array)
-    ended = all_over(adapter, one.name, 3)
+    # The scancel of 26.05 ends one task after the other, and misses one that starts meanwhile: the bridge asks again.
+    ended = all_over(adapter, one.name, 3, lambda: adapter.cancel(one.name, array))
     assert {each.state for each in ended.values()} == {"CANCELLED"}
     # Asked again, as after a crash: nothing is wrong with that.
     adapter.cancel(one.name, array)
