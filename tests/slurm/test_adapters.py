@@ -187,6 +187,8 @@ def test_the_queue_tells_why_and_until_when(make: Make, wanted: Callable[..., Su
     adapter.cancel(one.name, 99_999_999)
 
 
+# sbatch's own warning is tested with pools: Slurm looks at the limits every half minute only.
+@pytest.mark.parametrize("make", ["rest", "pyslurm"], indirect=True)
 def test_a_task_is_warned_before_its_limit(make: Make, wanted: Callable[..., Submission], folder: Path) -> None:
     """Slurm's limits count in minutes, and its warning may come a minute early: at once, for this one."""
     adapter = make()
@@ -324,3 +326,22 @@ def test_a_frozen_slurmrestd_submits_once(rest: dict[str, Any], site: Site, lab:
 def _try(stub: Any, key: str, wanted: pb.PoolSpec) -> None:
     with suppress(grpc.RpcError):
         ensure(stub, key, wanted)
+
+
+@pytest.mark.parametrize("make", ["pyslurm"], indirect=True)
+def test_whole_pools_through_pyslurm(make: Make, site: Site) -> None:
+    site.settings["slurm"] |= {"adapter": "pyslurm", "pyslurm": {"python": os.environ["ISTHMUS_PYSLURM"]}}
+    operator = site.start()
+    code, text = site.command("doctor")
+    assert code == 0 and "pyslurm adapter (in use): works; Slurm" in text, text
+    key, long = site.key(), site.key()
+    ensure(operator, long, spec())
+    ensure(operator, key, spec(command=["sh", "-c", 'exit "$ISTHMUS_INDEX"']))
+    pool = over(operator, key)
+    assert (pb.Pool.Phase.Name(pool.phase), pool.succeeded, pool.failed) == ("FAILED", 1, 1)
+    running(operator, long)
+    site.kill()
+    operator = site.start()
+    operator.CancelPool(pb.CancelPoolRequest(key=long), timeout=30)
+    assert pb.Pool.Phase.Name(over(operator, long).phase) == "CANCELLED"
+    assert site.arrays(long) == set()

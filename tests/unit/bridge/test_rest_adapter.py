@@ -1,9 +1,11 @@
 """What is sent to slurmrestd, and how its answers are taken, without Slurm."""
 
 import base64
+import datetime as dt
 import json
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +18,9 @@ import pytest
 from isthmus_bridge.slurm import in_flight, rest_format
 from isthmus_bridge.slurm.model import Gres, SlurmError, SubmissionAmbiguous, SubmissionRefused
 from isthmus_bridge.slurm.rest import RestAdapter, submitted
-from isthmus_bridge.slurm.rest_http import Endpoint, endpoint
+from isthmus_bridge.slurm.rest_http import BrokenError, Endpoint, NotSentError, endpoint, exchange
 from isthmus_bridge.slurm.rest_token import TokenCommand, TokenFile
+from isthmus_contracts.pki import Authority
 
 from .test_cli_adapter import submission
 
@@ -398,6 +401,34 @@ def test_a_query_is_repeated_with_a_newer_token(daemon: Daemon) -> None:
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ValueError, match=r"is not|in the clear"):
         endpoint(url)
+
+
+def test_https_needs_a_certificate_that_somebody_vouches_for(tmp_path: Path) -> None:
+    authority = Authority.create("site", dt.timedelta(days=1))
+    authority.issue("slurmrestd", dt.timedelta(days=1), hosts=["localhost"]).write(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            for _ in range(2):
+                connection, _ = server.accept()
+                with connection, suppress(OSError), context.wrap_socket(connection, server_side=True) as secured:
+                    secured.recv(65536)
+                    secured.sendall(http({"good": True}))
+
+        threading.Thread(target=serve, daemon=True).start()
+        to = endpoint(f"https://localhost:{server.getsockname()[1]}")
+        options: dict[str, Any] = {"headers": {}, "body": None, "timeout": 30.0, "limit": 100}
+        with pytest.raises(NotSentError, match=r"(?i)certificate"):
+            exchange(to, "GET", "/", **options)
+        assert exchange(to, "GET", "/", **options, ca_file=tmp_path / "ca.crt") == (200, b'{"good": true}')
+
+
+def test_an_answer_is_bounded(daemon: Daemon) -> None:
+    daemon.answers["/"] = http(b"x" * 100_000)
+    with pytest.raises(BrokenError, match="longer than 1000 bytes"):
+        exchange(daemon.endpoint, "GET", "/", headers={}, body=None, timeout=10, limit=1000)
 
 
 def test_addresses() -> None:
