@@ -47,8 +47,8 @@ class Metrics:
             "isthmus_bridge_tasks", "Tasks of the pools that are not over, by what their Slurm state means",
             ["state"], registry=r,
         )  # fmt: skip
-        self.slurm_up = Gauge("isthmus_bridge_slurm_up", "1 while squeue answers, else 0", registry=r)
-        self.last_poll = Gauge("isthmus_bridge_last_poll_timestamp_seconds", "When squeue last answered", registry=r)
+        self.slurm_up = Gauge("isthmus_bridge_slurm_up", "1 while Slurm tells the queue, else 0", registry=r)
+        self.last_poll = Gauge("isthmus_bridge_last_poll_timestamp_seconds", "When Slurm last told the queue", registry=r)
         self.commands = Histogram(
             "isthmus_bridge_slurm_command_seconds", "Run time of Slurm's programs", ["program"],
             buckets=_SECONDS, registry=r,

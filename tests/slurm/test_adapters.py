@@ -108,17 +108,21 @@ def wanted(folder: Path) -> Iterator[Callable[..., Submission]]:
     until(lambda: not [n for n in slurm("squeue", "-h", "-o", "%j").split() if n in names], "the jobs are gone")
 
 
-def tasks(adapter: SlurmAdapter, name: str) -> dict[int, TaskRecord]:
-    """What the queue says about the tasks of this name."""
+def tasks(adapter: SlurmAdapter, name: str, count: int = 3) -> dict[int, TaskRecord]:
+    """What the queue says about the tasks of this name. A record without indices stands for all the others."""
     found = [record for record in adapter.jobs() if record.name == name]
-    return {index: record for record in found for index in record.indices or ()}
+    others = {index: record for record in found if record.indices is None for index in range(count)}
+    return others | {index: record for record in found for index in record.indices or ()}
 
 
-def all_over(adapter: SlurmAdapter, name: str, count: int) -> dict[int, TaskRecord]:
+def all_over(
+    adapter: SlurmAdapter, name: str, count: int, ask: Callable[[], None] = lambda: None
+) -> dict[int, TaskRecord]:
     """The same, once all have ended."""
 
     def ended() -> dict[int, TaskRecord] | None:
-        now = tasks(adapter, name)
+        ask()
+        now = tasks(adapter, name, count)
         return now if len(now) == count and all(meaning(each.state).over for each in now.values()) else None
 
     found = until(ended, "all tasks are over", 90)
@@ -175,14 +179,16 @@ def test_the_queue_tells_why_and_until_when(make: Make, wanted: Callable[..., Su
     assert all(500 < each.ends - each.start <= 660 for each in running_ones)
     adapter.cancel("isthmus-of-somebody-else", array)
     assert sum(each.state == "RUNNING" for each in tasks(adapter, one.name).values()) == 2
-    adapter.cancel(one.name, array)
-    ended = all_over(adapter, one.name, 3)
+    # The scancel of 26.05 ends one task after the other, and misses one that starts meanwhile: the bridge asks again.
+    ended = all_over(adapter, one.name, 3, lambda: adapter.cancel(one.name, array))
     assert {each.state for each in ended.values()} == {"CANCELLED"}
     # Asked again, as after a crash: nothing is wrong with that.
     adapter.cancel(one.name, array)
     adapter.cancel(one.name, 99_999_999)
 
 
+# sbatch's own warning is tested with pools: Slurm looks at the limits every half minute only.
+@pytest.mark.parametrize("make", ["rest", "pyslurm"], indirect=True)
 def test_a_task_is_warned_before_its_limit(make: Make, wanted: Callable[..., Submission], folder: Path) -> None:
     """Slurm's limits count in minutes, and its warning may come a minute early: at once, for this one."""
     adapter = make()
@@ -320,3 +326,22 @@ def test_a_frozen_slurmrestd_submits_once(rest: dict[str, Any], site: Site, lab:
 def _try(stub: Any, key: str, wanted: pb.PoolSpec) -> None:
     with suppress(grpc.RpcError):
         ensure(stub, key, wanted)
+
+
+@pytest.mark.parametrize("make", ["pyslurm"], indirect=True)
+def test_whole_pools_through_pyslurm(make: Make, site: Site) -> None:
+    site.settings["slurm"] |= {"adapter": "pyslurm", "pyslurm": {"python": os.environ["ISTHMUS_PYSLURM"]}}
+    operator = site.start()
+    code, text = site.command("doctor")
+    assert code == 0 and "pyslurm adapter (in use): works; Slurm" in text, text
+    key, long = site.key(), site.key()
+    ensure(operator, long, spec())
+    ensure(operator, key, spec(command=["sh", "-c", 'exit "$ISTHMUS_INDEX"']))
+    pool = over(operator, key)
+    assert (pb.Pool.Phase.Name(pool.phase), pool.succeeded, pool.failed) == ("FAILED", 1, 1)
+    running(operator, long)
+    site.kill()
+    operator = site.start()
+    operator.CancelPool(pb.CancelPoolRequest(key=long), timeout=30)
+    assert pb.Pool.Phase.Name(over(operator, long).phase) == "CANCELLED"
+    assert site.arrays(long) == set()

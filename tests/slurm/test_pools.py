@@ -217,7 +217,10 @@ def _active(key: str) -> list[str]:
 def test_doctor_and_status_tell_an_admin(site: Site, operator: rpc.BridgeStub) -> None:
     code, text = site.command("doctor")
     assert (code, "PROBLEM" in text) == (0, False), text
-    assert re.search(r"ok +CLI adapter: works; Slurm \d+\.\d+", text) and "partitions: main, debug are there" in text
+    assert (
+        re.search(r"ok +CLI adapter \(in use\): works; Slurm \d+\.\d+", text)
+        and "partitions: main, debug are there" in text
+    )
     site.settings["partitions"].append("moon")
     site.write_policy()
     code, text = site.command("doctor")

@@ -52,6 +52,13 @@ BAD: list[tuple[object, str]] = [
     (with_(identities=[{"uri": "x:y", "accounts": ["nobody"]}]), "identities[0].accounts: 'nobody' is not among"),
     (with_(identities=[{"uri": "x:y"}, {"uri": "x:y"}]), "identities[1].uri: 'x:y' is listed twice"),
     (with_(environments={"e": {}}), "environments.e: needs exactly one of"),
+    (with_(slurm={"adapter": "drmaa"}), "slurm.adapter: "),
+    (with_(slurm={"adapter": "rest"}), "slurm: adapter: rest needs the settings rest"),
+    (
+        with_(slurm={"rest": {"url": "http://h:1", "token_file": "/t"}}),
+        "slurm.rest.url: 'http://h:1' would send tokens",
+    ),
+    (with_(slurm={"rest": {"url": "unix:/s"}}), "slurm.rest: needs exactly one of token_file and token_command"),
     (with_(environments={"e": {"venv": "/v", "apptainer": "/i"}}), "environments.e: needs exactly one of"),
     (with_(environments={"e": {"prefix": ["run", "{home}"]}}), "environments.e: prefix: unknown placeholder {home}"),
     (with_(environments={"e": {"prefix": ["{image}"], "images": ["*"]}}), "environments.e: prefix: the program"),
