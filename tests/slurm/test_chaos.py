@@ -76,7 +76,7 @@ def test_chaos(site: Site) -> None:
     site.settings["slurm"]["command_timeout_seconds"] = 2
     site.settings["limits"] = {"pools": 1000}
     site.start()
-    site.settings["listen"] = f"127.0.0.1:{site.port}"
+    site.settings["listen"] = site.address
     site.mode("random")
     queue, demand, done = Queue(), Demand(left=operations), threading.Event()
     watcher = threading.Thread(target=queue.watch, args=(done,), daemon=True)

@@ -157,7 +157,7 @@ def test_the_policy_is_final_and_strangers_are_kept_out(site: Site, operator: rp
     with pytest.raises(grpc.RpcError) as caught:
         get(site.foreign(), key)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    with grpc.insecure_channel(f"127.0.0.1:{site.port}") as plain, pytest.raises(grpc.RpcError) as caught:
+    with grpc.insecure_channel(site.address) as plain, pytest.raises(grpc.RpcError) as caught:
         rpc.BridgeStub(plain).GetPool(pb.GetPoolRequest(key=key), timeout=5)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert site.arrays(key) == set()
@@ -213,6 +213,7 @@ def test_doctor_and_status_tell_an_admin(site: Site, operator: rpc.BridgeStub) -
     assert code == 1 and "PROBLEM  partitions: moon of the policy are not in Slurm, which has " in text
     key = site.key()
     job = ensure(operator, key, spec()).slurm_job_id
+
     # The row is there from the reservation on; the job's number comes with sbatch's answer.
     def listed() -> list[str]:
         return next((line.split() for line in site.command("status")[1].splitlines() if key in line), [])

@@ -10,7 +10,6 @@ from typing import Any
 
 import grpc
 import pytest
-from grpc import aio
 
 from isthmus_contracts.pb import gateway_pb2 as pb
 from isthmus_contracts.pb.gateway_pb2_grpc import GatewayStub
@@ -66,7 +65,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(60):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
