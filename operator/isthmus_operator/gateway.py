@@ -104,6 +104,10 @@ class Gateway(rpc.GatewayServicer):
             await server.stop(_STOP_SECONDS)
             shutil.rmtree(self._directory, ignore_errors=True)
 
+    def expect(self, site: str) -> None:
+        """The site dials out."""
+        GATEWAY_CONNECTED.labels(site).set(float(site in self._tunnels))
+
     def drop(self, site: str) -> None:
         """The site does not dial out any more."""
         tunnel = self._tunnels.get(site)

@@ -82,14 +82,15 @@ def bridge(namespace: Namespace, operator: Operator, tmp_path: Path) -> Iterator
 
 
 def test_a_pool_at_a_site_that_dials_out(namespace: Namespace, operator: Operator, bridge: DialledOut) -> None:
+    connected = f'isthmus_operator_gateway_connected{{site="{namespace.name}"}} '
     eventually(lambda: reachable(namespace.name) == "False/SiteNotConnected", "the site is not there yet", 90)
+    assert f"{connected}0.0" in operator.metrics()
     namespace.apply(mixed(namespace))
     said = f"SiteUnreachable: {namespace.name} dials out, and no bridge of it is connected to the gateway"
     eventually(lambda: said in namespace.pool("lumi").get("reason", ""), "the pool's reason says so", 90)
     bridge.up()
     eventually(lambda: reachable(namespace.name) == "True/SiteReachable", "the site is reachable", 90)
     eventually(lambda: namespace.pool("lumi").get("reason") == "Resources", "the pool is submitted", 120)
-    connected = f'isthmus_operator_gateway_connected{{site="{namespace.name}"}} '
     assert f"{connected}1.0" in operator.metrics()
     (request,) = bridge.requests
     # A new operator finds the bridge again, because the bridge finds it, and asks for nothing anew.

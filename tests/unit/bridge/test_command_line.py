@@ -122,3 +122,8 @@ def test_doctor_without_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["doctor", "--policy", str(path)]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("PROBLEM  CLI adapter: does not work: scontrol failed") and last.endswith("no controller")
+    assert main(["doctor", "--policy", str(path), "--connect", "127.0.0.1:1"]) == 1
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "PROBLEM  gateway 127.0.0.1:1: cannot be reached: Connection refused"
+    assert main(["serve", "--policy", str(path), "--connect", "nowhere"]) == 2
+    assert "gateways[0].address: 'nowhere' is not HOST:PORT" in capsys.readouterr().err
