@@ -3,8 +3,10 @@
 import asyncio
 import base64
 import datetime as dt
+import secrets
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,7 @@ class OperatorSide:
         self.sites = SiteStore()
         self.kube = Kube()
         self._tls = tls
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = _free_port()
         self.start()
 
     def start(self) -> None:
@@ -74,3 +75,12 @@ class OperatorSide:
 
     async def connected(self) -> None:
         await until(lambda: SITE in self.gateway.addresses, "the bridge is connected")
+
+
+def _free_port() -> int:
+    """For a gateway that is also stopped for a while: below those that the kernel gives to connections meanwhile."""
+    for _ in range(100):
+        port = 20_000 + secrets.randbelow(10_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no free port")
