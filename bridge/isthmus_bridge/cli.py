@@ -42,11 +42,15 @@ def _policy(options: argparse.Namespace) -> Policy:
     if options.metrics_listen:
         changes["metrics_listen"] = None if options.metrics_listen == "off" else options.metrics_listen
     if options.connect:
-        changes["gateways"] = [{"address": address} for address in options.connect]
+        changes |= _dialling(options.connect)
     if changes:
         # Checked again as a whole: an address from the command line obeys the policy's rules.
         policy = _changed(policy, changes)
     return policy
+
+
+def _dialling(addresses: Sequence[str]) -> dict[str, object]:
+    return {"gateways": [{"address": address} for address in addresses]}
 
 
 def _changed(policy: Policy, changes: dict[str, object]) -> Policy:
@@ -70,7 +74,10 @@ def _check(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     good = True
-    for well, line in doctor.examine(load(options.policy)):
+    policy = load(options.policy)
+    if options.connect:
+        policy = _changed(policy, _dialling(options.connect))
+    for well, line in doctor.examine(policy):
         good = good and well
         print(f"{'ok     ' if well else 'PROBLEM'}  {line}")
     return 0 if good else 1
@@ -131,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("doctor", help="look whether Slurm and the gateways can be used from here")
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
+    one.add_argument("--connect", action="append", default=[], metavar="HOST:PORT",
+                     help="look at this gateway instead of the policy's; repeatable")  # fmt: skip
     one.set_defaults(command=_doctor)
 
     one = commands.add_parser("status", help="the live pools, as the running bridge sees them")

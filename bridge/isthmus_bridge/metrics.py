@@ -48,7 +48,9 @@ class Metrics:
             ["state"], registry=r,
         )  # fmt: skip
         self.slurm_up = Gauge("isthmus_bridge_slurm_up", "1 while Slurm tells the queue, else 0", registry=r)
-        self.last_poll = Gauge("isthmus_bridge_last_poll_timestamp_seconds", "When Slurm last told the queue", registry=r)
+        self.last_poll = Gauge(
+            "isthmus_bridge_last_poll_timestamp_seconds", "When Slurm last told the queue", registry=r
+        )
         self.commands = Histogram(
             "isthmus_bridge_slurm_command_seconds", "Run time of Slurm's programs", ["program"],
             buckets=_SECONDS, registry=r,

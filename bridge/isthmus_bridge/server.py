@@ -1,7 +1,6 @@
 """Puts the parts together and runs them: journal, Slurm adapter, submitter, reconciler, gRPC server, metrics."""
 
 import logging
-import shutil
 import signal
 import tempfile
 import threading
@@ -100,7 +99,7 @@ class Bridge:
             DialOut(policy.gateways, policy.site, policy.tls_dir, self.metrics) if policy.gateways else None
         )
         # Of a socket that only the bridge's user reaches, for what comes through tunnels.
-        self._private: Path | None = None
+        self._private: tempfile.TemporaryDirectory[str] | None = None
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._requests = ThreadPoolExecutor(_REQUEST_THREADS, thread_name_prefix="rpc")
@@ -123,8 +122,8 @@ class Bridge:
             if inbound is not None:
                 self.port = server.add_secure_port(inbound, server_credentials(credentials))
             if self._dial_out is not None:
-                self._private = Path(tempfile.mkdtemp(prefix="isthmus-bridge-"))
-                server.add_secure_port(f"unix:{self._private / _SOCKET}", server_credentials(credentials))
+                self._private = tempfile.TemporaryDirectory(prefix="isthmus-bridge-")
+                server.add_secure_port(f"unix:{self._private.name}/{_SOCKET}", server_credentials(credentials))
         except (OSError, ValueError, RuntimeError) as error:
             where = inbound or "a private socket"
             raise ServerError(f"cannot serve at {where} with {self._policy.tls_dir}: {error}") from None
@@ -145,7 +144,7 @@ class Bridge:
         server.start()
         self._server = server
         if self._dial_out is not None and self._private is not None:
-            self._dial_out.start(self._private / _SOCKET)
+            self._dial_out.start(Path(self._private.name) / _SOCKET)
         listen = f"{inbound.rpartition(':')[0]}:{self.port}" if inbound else None
         log.info(
             "serving", extra={"listen": listen, "gateways": [gateway.address for gateway in self._policy.gateways],
@@ -163,7 +162,7 @@ class Bridge:
             # Only now: calls under way have had their answers.
             self._dial_out.stop()
         if self._private is not None:
-            shutil.rmtree(self._private, ignore_errors=True)
+            self._private.cleanup()
         # A cancelled call's handler may still be at work, in the journal too.
         self._requests.shutdown(wait=True)
         self._stop.set()

@@ -107,8 +107,11 @@ class App:
     def site_changed(self, name: str) -> None:
         """Wakes the jobs that use a site, and ends the tunnel of one that does not dial out any more."""
         spec = self.sites.specs.get(name)
-        if self.gateway is not None and (spec is None or spec.connection != "DialOut"):
-            self.gateway.drop(name)
+        if self.gateway is not None:
+            if spec is not None and spec.connection == "DialOut":
+                self.gateway.expect(name)
+            else:
+                self.gateway.drop(name)
         for job in self.jobs.all():
             if _uses(job, name):
                 self.queue.add((job.namespace, job.name))

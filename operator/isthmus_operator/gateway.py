@@ -36,6 +36,7 @@ _HELLO_SECONDS = 10.0
 _MAX_UNPROVEN = 64
 # gRPC itself refuses more.
 _MAX_TUNNELS = 1024
+_STOP_SECONDS = 1.0
 _SITE = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 
 Context = aio.ServicerContext[Any, Any]
@@ -95,10 +96,17 @@ class Gateway(rpc.GatewayServicer):
                 raise OSError(f"the gateway cannot listen at {address}: {error}") from None
             await server.start()
             log.info("gateway at %s", address)
-            await server.wait_for_termination()
+            # Not wait_for_termination(): once that is cancelled, stop() ends nothing any more.
+            await asyncio.get_running_loop().create_future()
         finally:
-            await server.stop(0)
+            for tunnel in self._tunnels.values():
+                tunnel.end("the operator stops")
+            await server.stop(_STOP_SECONDS)
             shutil.rmtree(self._directory, ignore_errors=True)
+
+    def expect(self, site: str) -> None:
+        """The site dials out."""
+        GATEWAY_CONNECTED.labels(site).set(float(site in self._tunnels))
 
     def drop(self, site: str) -> None:
         """The site does not dial out any more."""

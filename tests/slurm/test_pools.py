@@ -165,7 +165,7 @@ def test_the_policy_is_final_and_strangers_are_kept_out(site: Site, operator: rp
     with pytest.raises(grpc.RpcError) as caught:
         get(site.foreign(), key)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    with grpc.insecure_channel(f"127.0.0.1:{site.port}") as plain, pytest.raises(grpc.RpcError) as caught:
+    with grpc.insecure_channel(site.address) as plain, pytest.raises(grpc.RpcError) as caught:
         rpc.BridgeStub(plain).GetPool(pb.GetPoolRequest(key=key), timeout=60)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert site.arrays(key) == set()

@@ -1,4 +1,5 @@
-"""Clients in a network without a way out train through the bridge's relay: real Slurm, real aggregator, real TLS."""
+"""Clients in a network without a way out train through the bridge's relay, also where the bridge itself accepts no
+connection from outside and dials the operator's gateway: real Slurm, real aggregator, real TLS."""
 
 import json
 import os
@@ -14,8 +15,10 @@ import pytest
 
 from isthmus_contracts import identities as ids
 from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 from isthmus_contracts.pki import Authority
 
+from .gateway import Gateway
 from .site import DAY, Site, ensure, free_port, over, spec, tail, until
 
 if TYPE_CHECKING:
@@ -120,9 +123,9 @@ def root_site(lab: "Lab", island: str) -> Iterator[Site]:
     one.close()
 
 
-def test_a_pool_without_a_way_out_trains_through_the_relay(root_site: Site, aggregator: Aggregator) -> None:
-    operator = root_site.start()
-    key = root_site.key()
+def train(operator: rpc.BridgeStub, site: Site, aggregator: Aggregator) -> None:
+    """A pool in the island trains to the end."""
+    key = site.key()
     command = [sys.executable, "-c", CHECK, aggregator.address, str(aggregator.port), str(SCRIPT)]
     wanted = spec(
         job_uid=UID, replicas=2, first_client=0, total_clients=2, environment="island", command=command,
@@ -135,3 +138,24 @@ def test_a_pool_without_a_way_out_trains_through_the_relay(root_site: Site, aggr
     assert pb.Pool.Phase.Name(pool.phase) == "SUCCEEDED", (pool, logs)
     assert all("no way:" in log for log in logs)
     assert aggregator.rounds() == ROUNDS
+
+
+def test_a_pool_without_a_way_out_trains_through_the_relay(root_site: Site, aggregator: Aggregator) -> None:
+    train(root_site.start(), root_site, aggregator)
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Iterator[Gateway]:
+    """The operator's."""
+    one = Gateway(tmp_path)
+    yield one
+    one.close()
+
+
+def test_so_it_does_where_the_bridge_dials_out(root_site: Site, aggregator: Aggregator, gateway: Gateway) -> None:
+    gateway.admit(root_site)
+    root_site.start()
+    relay = root_site.settings["relay"]["listen"]
+    assert root_site.listens() == [relay], "nothing but the relay, inside the site, takes connections"
+    root_site.address = gateway.connected()
+    train(root_site.stub(cluster="prod"), root_site, aggregator)

@@ -93,10 +93,7 @@ async def serve(arguments: argparse.Namespace) -> int:
         )
     log.info("serving %s/%s on port %d", job.namespace, job.name, port)
 
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
+    stopped = _stop_signals()
     training = asyncio.create_task(federation.run())
     stopping = asyncio.create_task(stopped.wait())
     try:
@@ -122,6 +119,14 @@ async def serve(arguments: argparse.Namespace) -> int:
         patience = TRACKING_SECONDS_WHEN_STOPPED if stopped.is_set() else TRACKING_SECONDS
         await asyncio.to_thread(tracker.close, patience)
         metrics_server.shutdown()
+
+
+def _stop_signals() -> asyncio.Event:
+    """Is set by the signals that end the process."""
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    return stopped
 
 
 async def _farewell(federation: Federation, observer: ObserverService, stopped: asyncio.Event) -> None:

@@ -127,3 +127,8 @@ def test_doctor_without_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "pyslurm adapter (not in use): does not work: pyslurm: describe: cannot import pyslurm" in others[1]
     assert line.startswith("PROBLEM  CLI adapter (in use): does not work: scontrol failed")
     assert line.endswith("no controller")
+    assert main(["doctor", "--policy", str(path), "--connect", "127.0.0.1:1"]) == 1
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "PROBLEM  gateway 127.0.0.1:1: cannot be reached: Connection refused"
+    assert main(["serve", "--policy", str(path), "--connect", "nowhere"]) == 2
+    assert "gateways[0].address: 'nowhere' is not HOST:PORT" in capsys.readouterr().err

@@ -26,7 +26,7 @@ class Stream:
 
 async def until(condition: object) -> None:
     async with asyncio.timeout(30):
-        while not condition():  # type: ignore[operator]
+        while not condition():  # type: ignore[operator]  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
