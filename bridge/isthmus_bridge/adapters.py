@@ -62,8 +62,8 @@ def rest(slurm: SlurmSettings, settings: RestSettings, observer: Observer = _uno
 def pyslurm(slurm: SlurmSettings, observer: Observer = _unobserved) -> PyslurmAdapter:
     """The Python module."""
     return PyslurmAdapter(
-        slurm_job_name(""), python=slurm.pyslurm.python, conf=slurm.conf, timeout=slurm.command_timeout_seconds,
-        observer=observer,
+        slurm_job_name(""), cli(slurm, observer).cancel, python=slurm.pyslurm.python, conf=slurm.conf,
+        timeout=slurm.command_timeout_seconds, observer=observer,
     )  # fmt: skip
 
 

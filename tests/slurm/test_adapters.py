@@ -345,3 +345,35 @@ def test_whole_pools_through_pyslurm(make: Make, site: Site) -> None:
     operator.CancelPool(pb.CancelPoolRequest(key=long), timeout=30)
     assert pb.Pool.Phase.Name(over(operator, long).phase) == "CANCELLED"
     assert site.arrays(long) == set()
+
+
+def test_some_tasks_of_an_array_end_and_the_others_run_on(make: Make, wanted: Callable[..., Submission]) -> None:
+    adapter = make()
+    one = wanted("sleep 300", tasks=5, cpus_per_task=2)
+    array = adapter.submit(one)
+
+    def states() -> dict[int, str]:
+        return {index: each.state for index, each in tasks(adapter, one.name, 5).items()}
+
+    until(lambda: sorted(states().values()) == ["PENDING", *["RUNNING"] * 4], "four run, and the fifth waits", 90)
+    adapter.cancel("isthmus-of-somebody-else", array, 1, 4)
+    running = {index for index, state in states().items() if state == "RUNNING"}
+    assert len(running) == 4
+    # Running ones and the one that waits.
+    until(
+        lambda: adapter.cancel(one.name, array, 2, 4) or {i for i, s in states().items() if s == "RUNNING"} == {0, 1},
+        "the last three are over",
+        90,
+    )
+    assert not {index for index, state in states().items() if state == "PENDING"}
+
+
+def test_tasks_within_a_task(make: Make, wanted: Callable[..., Submission], folder: Path) -> None:
+    adapter = make()
+    adapter.submit(wanted("srun --kill-on-bad-exit=0 sh -c 'echo step $SLURM_PROCID'", tasks=1, steps=2))
+    log = folder / "0.log"
+
+    def said() -> set[str]:
+        return set(log.read_text().split("\n")) if log.exists() else set()
+
+    until(lambda: {"step 0", "step 1"} <= said(), "both have run", 90)

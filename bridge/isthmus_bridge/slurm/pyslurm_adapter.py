@@ -31,6 +31,7 @@ class PyslurmAdapter:
     def __init__(
         self,
         prefix: str,
+        cancel_tasks: Callable[[str, int, int, int], None],
         *,
         python: Path | None = None,
         conf: Path | None = None,
@@ -39,6 +40,7 @@ class PyslurmAdapter:
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self._prefix = prefix
+        self._cancel_tasks = cancel_tasks
         self._argv = [str(python or sys.executable), "-I", str(Path(pyslurm_worker.__file__))]
         self._timeout = timeout
         self._observer = observer
@@ -76,8 +78,11 @@ class PyslurmAdapter:
         """Nothing: finished jobs are known by the marks that their tasks leave."""
         return []
 
-    def cancel(self, name: str, array_id: int) -> None:
-        """Job(id).cancel(), where name and owner are right."""
+    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None) -> None:
+        """Job(id).cancel(), where name and owner are right. For part of an array pyslurm has nothing: scancel."""
+        if last is not None:
+            self._cancel_tasks(name, array_id, first, last)
+            return
         self._ask({"do": "cancel", "name": name, "array": array_id, "uid": self._uid})
 
     def describe(self) -> SiteDescription:
@@ -145,11 +150,11 @@ def description(wanted: Submission, environment: Mapping[str, str]) -> dict[str,
         "log_files_open_mode": "append",
         "is_requeueable": True,
         "nodes": 1,
-        "ntasks": 1,
+        "ntasks": wanted.steps,
         "cpus_per_task": wanted.cpus_per_task,
         "memory_per_node": f"{wanted.memory_mib}M",
         "time_limit": -(-wanted.time_limit_seconds // 60),
-        "signal": {"signal": 15, "time": wanted.warning_seconds, "batch_only": True},
+        "signal": {"signal": 15, "time": wanted.warning_seconds, "batch_only": wanted.steps == 1},
         "partitions": wanted.partition,
         # Never pyslurm's default, all of its own environment.
         "environment": dict(environment),

@@ -119,14 +119,23 @@ class RestAdapter:
         answer = self._ask("history", "slurmdb", f"jobs?{query}")
         return rest_format.history(answer, frozenset(names), self._user)
 
-    def cancel(self, name: str, array_id: int) -> None:
+    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None) -> None:
         """GET, then DELETE /slurm/…/job/ID. Name and owner are looked at first: an id may be given to another job."""
         answer = self._ask("job", "slurm", f"job/{array_id}", accept=_NO_SUCH_JOB)
         if rest_format.errors(answer):
             return
         found = rest_format.owners(answer)
         if found and all(owner == (name, self._uid) for owner in found):
-            self._ask("cancel", "slurm", f"job/{array_id}", method="DELETE", accept=_NO_SUCH_JOB)
+            for which in self._named(array_id, first, last):
+                self._ask("cancel", "slurm", f"job/{which}", method="DELETE", accept=_NO_SUCH_JOB)
+
+    def _named(self, array_id: int, first: int, last: int | None) -> list[str]:
+        """What to cancel, as the API's version wants it named."""
+        if last is None:
+            return [str(array_id)]
+        if self.version() < rest_format.TYPED:
+            return [urllib.parse.quote(f"{array_id}_[{first}-{last}]")]
+        return [f"{array_id}_{index}" for index in range(first, last + 1)]
 
     def describe(self) -> SiteDescription:
         """GET /slurm/…/partitions and /slurmdb/…/jobs, once an hour."""

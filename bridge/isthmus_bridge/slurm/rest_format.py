@@ -14,7 +14,7 @@ from .parse import expand
 from .states import normal
 
 OLDEST, NEWEST = 36, 45
-_TYPED = 40
+TYPED = 40
 # Of several words for a job's state, squeue shows the first of these; else the base state, which comes first.
 _FLAGS = (
     "COMPLETING", "STAGE_OUT", "CONFIGURING", "RESIZING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT",
@@ -35,7 +35,7 @@ def submission(version: int, wanted: Submission, script: str, environment: Mappi
         "standard_output": wanted.output,
         "standard_input": "/dev/null",
         "requeue": True,
-        "tasks": 1,
+        "tasks": wanted.steps,
         "cpus_per_task": wanted.cpus_per_task,
         "partition": wanted.partition,
     }
@@ -43,7 +43,7 @@ def submission(version: int, wanted: Submission, script: str, environment: Mappi
         job["account"] = wanted.account
     if wanted.qos:
         job["qos"] = wanted.qos
-    if version < _TYPED:
+    if version < TYPED:
         job |= {
             "nodes": [1, 1],
             "memory_per_node": wanted.memory_mib,
@@ -63,8 +63,9 @@ def submission(version: int, wanted: Submission, script: str, environment: Mappi
         "environment": [f"{name}={value}" for name, value in environment.items()],
         "kill_warning_signal": "TERM",
         "kill_warning_delay": _set(wanted.warning_seconds),
-        "kill_warning_flags": ["BATCH_JOB"],
     }
+    if wanted.steps == 1:
+        job["kill_warning_flags"] = ["BATCH_JOB"]
     if wanted.gres:
         job["tres_per_node"] = ",".join("gres/" + _gres(":", gres) for gres in wanted.gres)
     return {"script": script, "job": job}
@@ -73,12 +74,13 @@ def submission(version: int, wanted: Submission, script: str, environment: Mappi
 def _warned(wanted: Submission, limit: int) -> str:
     """A script that warns itself: these versions refuse sbatch's `B:` in front of the signal.
 
-    The process stays the same through `exec`, so the real script gets the signal.
+    The process stays the same through `exec`, so the real script gets the signal; where it starts tasks, these do.
     """
     wait = max(1, limit - wanted.warning_seconds)
+    warn = 'kill -TERM "$$"' if wanted.steps == 1 else 'scancel --signal=TERM "$SLURM_JOB_ID"'
     return (
         "#!/bin/bash\n"
-        f'{{ sleep {wait} && kill -TERM "$$"; }} </dev/null >/dev/null 2>&1 &\n'
+        f"{{ sleep {wait} && {warn}; }} </dev/null >/dev/null 2>&1 &\n"
         f"exec /bin/bash {shlex.quote(str(wanted.script))}\n"
     )
 

@@ -44,6 +44,13 @@ class JobSubmitDescription:
 """
 
 
+_cancelled: list[tuple[str, int, int, int]] = []
+
+
+def _scancel(name: str, array_id: int, first: int, last: int) -> None:
+    _cancelled.append((name, array_id, first, last))
+
+
 @pytest.fixture
 def adapter(tmp_path: Path) -> PyslurmAdapter:
     modules = tmp_path / "modules"
@@ -55,7 +62,9 @@ def adapter(tmp_path: Path) -> PyslurmAdapter:
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     python.write_text(f'#!/bin/bash\nshift\nexec {sys.executable} -c "{code}" {modules} "$@"\n')
     python.chmod(0o755)
-    return PyslurmAdapter("isthmus-", python=python, environ={"PATH": "/usr/bin:/bin", "SECRET": "of the bridge"})
+    return PyslurmAdapter(
+        "isthmus-", _scancel, python=python, environ={"PATH": "/usr/bin:/bin", "SECRET": "of the bridge"}
+    )
 
 
 def test_the_queue_in_the_bridges_words(adapter: PyslurmAdapter) -> None:
@@ -88,10 +97,13 @@ def test_only_a_job_of_that_name_is_cancelled(adapter: PyslurmAdapter, tmp_path:
     assert not (tmp_path / "modules" / "cancelled").exists()
     adapter.cancel("isthmus-x", 17)
     assert (tmp_path / "modules" / "cancelled").read_text() == "17\n"
+    assert not _cancelled
+    adapter.cancel("isthmus-x", 17, 2, 4)
+    assert _cancelled == [("isthmus-x", 17, 2, 4)]
 
 
 def test_without_pyslurm_nothing_was_asked(tmp_path: Path) -> None:
-    adapter = PyslurmAdapter("isthmus-", environ={"PATH": "/usr/bin:/bin"})
+    adapter = PyslurmAdapter("isthmus-", _scancel, environ={"PATH": "/usr/bin:/bin"})
     with pytest.raises(SlurmError, match="cannot import pyslurm"):
         adapter.jobs()
     with pytest.raises(SubmissionRefused, match="cannot import pyslurm") as caught:
