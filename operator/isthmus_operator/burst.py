@@ -11,14 +11,14 @@ def wanted(draft: Draft, pool: Pool, record: CloudRecord) -> int:
     """The pool's number of clients now, which the record remembers."""
     if pool.size == pool.fewest:
         return pool.replicas
-    before, target = record.size or pool.replicas, _target(draft, pool)
+    before, target = record.size or pool.replicas, _target(draft, pool, record)
     # It grows at once; it shrinks only for clients that are there, not for such as are about to be.
     now = target if target > before or _connected(draft) else before
     record.size = 0 if now == pool.replicas else now
     return now
 
 
-def _target(draft: Draft, pool: Pool) -> int:
+def _target(draft: Draft, pool: Pool, record: CloudRecord) -> int:
     waiting, running, all_known = 0, 0, True
     for other in draft.spec.pools:
         if other.hpc is None:
@@ -33,7 +33,18 @@ def _target(draft: Draft, pool: Pool) -> int:
         running += sum(view.running for view in known) + there
     if waiting:
         return min(pool.size, pool.replicas + waiting)
-    return pool.fewest if all_known and running >= _hpc_clients(draft) else pool.replicas
+    return _smallest(draft, pool, record) if all_known and running >= _hpc_clients(draft) else pool.replicas
+
+
+def _smallest(draft: Draft, pool: Pool, record: CloudRecord) -> int:
+    """How far the pool may shrink: clients that are out of restarts are not among the fewest that shall stay."""
+    size = pool.fewest
+    while size < pool.replicas:
+        lost = sum(record.client(index).failures > draft.spec.backoff_limit for index in range(size))
+        if size - lost >= pool.fewest:
+            break
+        size += 1
+    return size
 
 
 def _connected(draft: Draft) -> bool:

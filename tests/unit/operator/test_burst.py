@@ -85,3 +85,11 @@ def test_what_does_not_fit_is_refused(wanted: dict[str, Any], words: str) -> Non
 def test_the_record_remembers_the_size() -> None:
     record = Record(cloud={"cloud": CloudRecord(started=4, size=4)})
     assert Record.load(record.dump()) == record
+
+
+def test_a_client_that_is_lost_for_good_is_none_of_the_few_that_stay() -> None:
+    world = Queue({**bursting(hpc=1), "backoffLimit": 0})
+    assert world.settle(0, 1) == {0}
+    world.fail("demo-cloud-0-0")
+    assert world.settle(0, 1) == {1}
+    assert not world.condition("Failed").startswith("True")

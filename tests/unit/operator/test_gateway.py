@@ -73,9 +73,12 @@ def hello(site: str = "lumi", protocol: int = PROTOCOL) -> pb.Frame:
     return pb.Frame(hello=pb.Hello(protocol=protocol, site=site, version="1"))
 
 
-async def connected(call: Any, site: str = "lumi") -> None:
+async def connected(world: World, call: Any, site: str = "lumi") -> None:
+    before = world.gateway.addresses.get(site)
     await call.write(hello(site))
     assert (await asyncio.wait_for(call.read(), 60)).HasField("welcome")
+    # It counts just after its welcome.
+    await until(lambda: world.gateway.addresses.get(site, before) != before)
 
 
 async def end(call: Any) -> tuple[grpc.StatusCode, str]:
@@ -118,7 +121,7 @@ async def test_a_bridge_that_breaks_the_protocol_loses_its_tunnel(
     world: World, frame: pb.Frame, code: grpc.StatusCode
 ) -> None:
     async with world.dial() as call:
-        await connected(call)
+        await connected(world, call)
         assert list(world.gateway.addresses) == ["lumi"]
         await call.write(frame)
         assert (await end(call))[0] is code
@@ -136,7 +139,7 @@ async def test_a_bridge_that_breaks_the_protocol_loses_its_tunnel(
 )
 async def test_a_bridge_without_a_proof_never_counts(world: World, kind: ProblemKind, code: grpc.StatusCode) -> None:
     async with world.dial() as first, world.dial() as second:
-        await connected(first)
+        await connected(world, first)
         address = world.gateway.addresses["lumi"]
         world.problem = BridgeError(kind, "the bridge does not prove that it is lumi")
         await second.write(hello())
@@ -147,10 +150,10 @@ async def test_a_bridge_without_a_proof_never_counts(world: World, kind: Problem
 
 async def test_a_newer_tunnel_takes_the_older_ones_place(world: World) -> None:
     async with world.dial() as first, world.dial() as second, world.dial() as other:
-        await connected(other, "leonardo")
-        await connected(first)
+        await connected(world, other, "leonardo")
+        await connected(world, first)
         old = world.gateway.addresses["lumi"]
-        await connected(second)
+        await connected(world, second)
         assert (await end(first))[0] is grpc.StatusCode.ABORTED
         assert world.gateway.addresses["lumi"] != old
         assert not second.done() and not other.done()
@@ -183,7 +186,7 @@ async def test_a_silent_stranger_is_let_go(world: World, monkeypatch: pytest.Mon
 
 async def test_connections_are_numbered_limited_and_closed_with_the_tunnel(world: World) -> None:
     async with world.dial() as call:
-        await connected(call)
+        await connected(world, call)
         path = world.gateway.addresses["lumi"].removeprefix("unix:")
         ends = []
         for number in range(1, MAX_CONNECTIONS + 1):
