@@ -18,7 +18,7 @@ VALUES = (
     "--set", f"image.repository={REPOSITORY}/isthmus-operator", "--set", "image.pullPolicy=IfNotPresent",
     "--wait", "--timeout", "600s",
 )  # fmt: skip
-ROUNDS = 150
+ROUNDS = 90
 
 
 @pytest.fixture

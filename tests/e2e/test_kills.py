@@ -57,14 +57,14 @@ def kill_operator(platform: Platform, job: str) -> None:
 
 
 # The API server is away for several rounds, and they must not be the last.
-ROUNDS = {kill_api_server: 120}
+ROUNDS = {kill_api_server: 70}
 
 
 @pytest.mark.parametrize("kill", [kill_client_pod, kill_slurm_task, kill_aggregator, kill_bridge, kill_operator,
                                   kill_api_server])  # fmt: skip
 def test_the_job_completes_all_the_same(platform: Platform, job: str, kill: Callable[[Platform, str], None]) -> None:
     # Long enough rounds that the kill falls into the middle; a killed Slurm task leaves three clients.
-    rounds = ROUNDS.get(kill, 40)
+    rounds = ROUNDS.get(kill, 24)
     manifest = platform.manifest(
         job, rounds=rounds, task__config__localEpochs="25", selection__minClients=3, stragglers__minUpdates=2
     )
