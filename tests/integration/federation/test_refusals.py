@@ -80,8 +80,10 @@ class Adversary:
             for client in self.clients:
                 header = client.header(number, self.digest, scalars=GOOD)
                 assert client.push(header).verdict == pb.PushReply.ACCEPTED
-            eventually("the round is committed", lambda number=number: self.job.status().completed_rounds == number)
-            self.digest = self.job.status().model.sha256
+            if number == 1:
+                eventually("the round is committed", lambda: self.job.status().completed_rounds == 1)
+                self.digest = self.job.status().model.sha256
+        # Who has read that it is complete lets the aggregator go: nobody may ask it again.
         finish(self.job, *self.clients)
 
 
