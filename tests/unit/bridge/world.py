@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from isthmus_bridge.journal import Entry, Journal
 from isthmus_bridge.metrics import Metrics
@@ -15,6 +16,7 @@ from isthmus_bridge.reconciler import Reconciler
 from isthmus_bridge.rules import Rules
 from isthmus_bridge.slurm.model import (
     SiteDescription,
+    SlurmAdapter,
     SlurmError,
     Submission,
     SubmissionAmbiguous,
@@ -28,6 +30,7 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 OPERATOR = "isthmus://operator/prod"
 KEY = "0123456789abcdef0123456789abcdef"
 NAME = f"isthmus-{KEY}"
+Slurm = TypeVar("Slurm", bound=SlurmAdapter)
 PEM = b"-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n"
 
 
@@ -193,6 +196,11 @@ class FakeSlurm:
         """Ids of the arrays of that name that are not over."""
         return [array.id for array in self.arrays if array.name == name and array.lives]
 
+    def living_tasks(self, name: str = NAME) -> list[int]:
+        """Indices of their tasks that are not over."""
+        states = [each for array in self.arrays if array.name == name for each in enumerate(array.states)]
+        return [index for index, state in states if not meaning(state).over]
+
 
 def _records(array: Array) -> list[TaskRecord]:
     waiting = tuple(i for i, state in enumerate(array.states) if state == "PENDING")
@@ -225,13 +233,13 @@ class CrashingJournal(Journal):
                 raise Crash
 
 
-class World:
-    """Bridge, Slurm and clock."""
+class AnyWorld(Generic[Slurm]):
+    """Bridge, clock, and a Slurm of whatever kind."""
 
-    def __init__(self, root: Path, **policy_changes: object) -> None:
-        self.now = 1_000_000.0
+    def __init__(self, root: Path, slurm: Slurm, now: float, **policy_changes: object) -> None:
+        self.now = now
         self.policy = policy(root, **policy_changes)
-        self.slurm = FakeSlurm(self.clock)
+        self.slurm = slurm
         self.journal: CrashingJournal | None = None
         self.boot()
 
@@ -290,6 +298,13 @@ class World:
         for _ in range(times):
             self.now += seconds
             self.reconciler.tick()
+
+
+class World(AnyWorld[FakeSlurm]):
+    """With the imagined Slurm."""
+
+    def __init__(self, root: Path, **policy_changes: object) -> None:
+        super().__init__(root, FakeSlurm(self.clock), 1_000_000.0, **policy_changes)
 
     def array(self, name: str = NAME) -> Array:
         """The only array of that name."""
