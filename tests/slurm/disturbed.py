@@ -13,8 +13,11 @@ from ..unit.bridge.world import Crash
 from .site import slurm
 
 PROGRAMS = ("sbatch", "squeue", "sacct", "scancel", "scontrol")
-# Slurm 22.05's words for it.
-FULL = "sbatch: error: Batch job submission failed: Resource temporarily unavailable"
+# Slurm's words.
+FULL = (
+    "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: "
+    "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+)
 # A slow sbatch submits once the queue has been looked at so often: far more often than proves an absence.
 LOOKS = 16
 
