@@ -106,4 +106,5 @@ def test_machine(folder: Path, arrays: list[str], first: str) -> None:
     def machine() -> Machine:
         return Machine(folder, arrays, first)
 
-    run_state_machine_as_test(machine if EXAMPLES else seed(FIRST.index(first))(machine), settings=bounds)
+    chosen = machine if EXAMPLES else seed(FIRST.index(first))(machine)
+    run_state_machine_as_test(chosen, settings=bounds)  # type: ignore[arg-type]

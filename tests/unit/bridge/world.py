@@ -188,6 +188,10 @@ class FakeSlurm:
         """A fixed answer."""
         return SiteDescription("22.05.8", "fake", "sacct", 1001)
 
+    def partitions(self) -> list[str]:
+        """A fixed answer."""
+        return ["debug", "main"]
+
     def _interrupt(self) -> None:
         if self.interrupts:
             self.interrupts.pop(0)()
