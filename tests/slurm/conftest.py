@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,16 @@ def site(_cluster: None) -> Iterator[Site]:
     one = Site(Path(tempfile.mkdtemp(prefix="bridge-test-", dir=parent)), user, python, environ)
     yield one
     one.close()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Where the nodes can write."""
+    parent = tempfile.gettempdir()
+    with suppress(KeyError):
+        parent = f"{os.environ['ISTHMUS_LAB']}/home"
+    with tempfile.TemporaryDirectory(prefix="bridge-test-", dir=parent) as name:
+        yield Path(name)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -73,16 +72,6 @@ def make(request: pytest.FixtureRequest, _cluster: None, require: Callable[[bool
         return adapters.cli(chosen) if name == "cli" else adapters.pyslurm(chosen)
 
     return made
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Where the nodes can write."""
-    parent = tempfile.gettempdir()
-    with suppress(KeyError):
-        parent = f"{os.environ['ISTHMUS_LAB']}/home"
-    with tempfile.TemporaryDirectory(prefix="adapter-test-", dir=parent) as name:
-        yield Path(name)
 
 
 @pytest.fixture

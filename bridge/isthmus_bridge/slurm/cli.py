@@ -216,7 +216,8 @@ def submitted(result: Result) -> int:
     # Only Slurm's own clear no counts as one; a signal, a wrapper's error or a broken connection leaves it open.
     if match is None or result.status < 0 or refusal.ambiguous(result.errors):
         raise SubmissionAmbiguous(f"sbatch failed: {message or f'exit code {result.status}'}")
-    raise SubmissionRefused(f"Slurm refused: {match[1].strip()[:400] or message}", transient=refusal.transient(message))
+    why = match[1].strip()[:400] or message
+    raise SubmissionRefused(f"Slurm refused: {why}", transient=refusal.transient(message, result.errors))
 
 
 def last_line(text: str) -> str:

@@ -10,6 +10,10 @@ _AMBIGUOUS = re.compile(
 _TRANSIENT = re.compile(r"limit|temporarily|try again|queue full|too many|resource.*unavailable", re.IGNORECASE)
 # Limits that no waiting changes: the request itself is above them.
 _PERMANENT_LIMIT = re.compile(r"time limit|node limit|MaxArraySize|TimeLimit|MinSize|array spec", re.IGNORECASE)
+# "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)": one sentence for every limit
+# of an account or a QOS. sbatch may say before it which one it was; that on the number of jobs passes.
+_ACCOUNT_LIMIT = re.compile(r"violates (?:accounting/QOS )?policy", re.IGNORECASE)
+_WHICH = re.compile(r"\b(?:QOS|Assoc)(?:Max|Min|Grp)\w+")
 
 
 def ambiguous(message: str) -> bool:
@@ -17,6 +21,9 @@ def ambiguous(message: str) -> bool:
     return bool(_AMBIGUOUS.search(message))
 
 
-def transient(message: str) -> bool:
-    """Whether the same request may pass later."""
+def transient(message: str, before: str = "") -> bool:
+    """Whether the same request may pass later. ``before``: what else was said."""
+    if _ACCOUNT_LIMIT.search(message):
+        which = _WHICH.findall(f"{before}\n{message}")
+        return not which or any("Submit" in one for one in which)
     return bool(_TRANSIENT.search(message)) and not _PERMANENT_LIMIT.search(message)

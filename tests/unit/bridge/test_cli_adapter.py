@@ -47,6 +47,7 @@ def test_arguments() -> None:
 
 
 NO = "sbatch: error: Batch job submission failed:"
+ACCOUNT_LIMIT = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
 
 
 def failed(message: str, status: int = 1) -> Result:
@@ -65,7 +66,10 @@ def test_accepted(output: str, job: int) -> None:
         (f"{NO} Requested time limit is invalid (missing or exceeds some limit)", False),
         (f"{NO} Invalid job array specification", False),
         (f"sbatch: error: Memory specification can not be satisfied\n{NO} Requested node configuration", False),
-        (f"sbatch: error: QOSMaxSubmitJobPerUserLimit\n{NO} Job violates policy (job submit limit)", True),
+        (f"{NO} {ACCOUNT_LIMIT}", True),
+        (f"sbatch: error: QOSMaxSubmitJobPerUserLimit\n{NO} {ACCOUNT_LIMIT}", True),
+        (f"sbatch: error: AssocGrpSubmitJobsLimit\n{NO} {ACCOUNT_LIMIT}", True),
+        (f"sbatch: error: QOSMaxWallDurationPerJobLimit\n{NO} {ACCOUNT_LIMIT}", False),
         (f"{NO} Slurm temporarily unable to accept job, sleeping and retrying", True),
     ],
 )  # fmt: skip

@@ -153,7 +153,7 @@ def test_accepted() -> None:
     ("number", "words", "transient"),
     [
         (2000, "Invalid partition name specified", False),
-        (2051, "Job violates accounting/QOS policy (job submit limit)", True),
+        (2051, "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", True),
         (9001, "Failure during parsing", False),
     ],
 )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from isthmus_bridge.journal import Entry, Journal
 from isthmus_bridge.metrics import Metrics
@@ -15,6 +16,7 @@ from isthmus_bridge.reconciler import Reconciler
 from isthmus_bridge.rules import Rules
 from isthmus_bridge.slurm.model import (
     SiteDescription,
+    SlurmAdapter,
     SlurmError,
     Submission,
     SubmissionAmbiguous,
@@ -28,6 +30,7 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 OPERATOR = "isthmus://operator/prod"
 KEY = "0123456789abcdef0123456789abcdef"
 NAME = f"isthmus-{KEY}"
+Slurm = TypeVar("Slurm", bound=SlurmAdapter)
 PEM = b"-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n"
 
 
@@ -185,6 +188,10 @@ class FakeSlurm:
         """A fixed answer."""
         return SiteDescription("22.05.8", "fake", "sacct", 1001)
 
+    def partitions(self) -> list[str]:
+        """A fixed answer."""
+        return ["debug", "main"]
+
     def _interrupt(self) -> None:
         if self.interrupts:
             self.interrupts.pop(0)()
@@ -192,6 +199,11 @@ class FakeSlurm:
     def living(self, name: str = NAME) -> list[int]:
         """Ids of the arrays of that name that are not over."""
         return [array.id for array in self.arrays if array.name == name and array.lives]
+
+    def living_tasks(self, name: str = NAME) -> list[int]:
+        """Indices of their tasks that are not over."""
+        states = [each for array in self.arrays if array.name == name for each in enumerate(array.states)]
+        return [index for index, state in states if not meaning(state).over]
 
 
 def _records(array: Array) -> list[TaskRecord]:
@@ -225,13 +237,13 @@ class CrashingJournal(Journal):
                 raise Crash
 
 
-class World:
-    """Bridge, Slurm and clock."""
+class AnyWorld(Generic[Slurm]):
+    """Bridge, clock, and a Slurm of whatever kind."""
 
-    def __init__(self, root: Path, **policy_changes: object) -> None:
-        self.now = 1_000_000.0
+    def __init__(self, root: Path, slurm: Slurm, now: float, **policy_changes: object) -> None:
+        self.now = now
         self.policy = policy(root, **policy_changes)
-        self.slurm = FakeSlurm(self.clock)
+        self.slurm = slurm
         self.journal: CrashingJournal | None = None
         self.boot()
 
@@ -290,6 +302,13 @@ class World:
         for _ in range(times):
             self.now += seconds
             self.reconciler.tick()
+
+
+class World(AnyWorld[FakeSlurm]):
+    """With the imagined Slurm."""
+
+    def __init__(self, root: Path, **policy_changes: object) -> None:
+        super().__init__(root, FakeSlurm(self.clock), 1_000_000.0, **policy_changes)
 
     def array(self, name: str = NAME) -> Array:
         """The only array of that name."""
