@@ -12,8 +12,9 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb.bridge_pb2_grpc import BridgeServicer, add_BridgeServicer_to_server
 from isthmus_contracts.pki import Authority
 from isthmus_contracts.transport import SERVER_OPTIONS, server_credentials
+from tests.ports import free_port
 
-from .cluster import free_port, tls_secret
+from .cluster import tls_secret
 
 _DAY = dt.timedelta(days=1)
 _Context = Any

@@ -5,8 +5,6 @@ import functools
 import http.client
 import json
 import re
-import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +20,7 @@ import yaml
 from kubernetes import client, config
 
 from isthmus_operator.effects.kube import connections
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 IMAGE = "isthmus.lab/busybox:1"
@@ -300,27 +299,6 @@ def kubeconfig(namespace: str, path: Path) -> Path:
     config["current-context"] = "operator"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
-
-
-_given: set[int] = set()
-
-
-def free_port() -> int:
-    """A port for a server that starts later, and may be away for a while.
-
-    It is below those that the kernel gives to outgoing connections, and no NodePort: nobody takes it meanwhile.
-    """
-    while True:
-        port = 20_000 + secrets.randbelow(10_000)
-        if port in _given:
-            continue
-        with socket.socket() as listener:
-            try:
-                listener.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        _given.add(port)
-        return port
 
 
 @dataclass

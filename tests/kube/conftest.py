@@ -15,9 +15,10 @@ import pytest
 import yaml
 
 from isthmus_contracts.pki import Authority
+from tests.ports import free_port
 
 from .bridge import FakeBridge
-from .cluster import ROOT, Namespace, Operator, eventually, free_port, grant, kubeconfig, kubectl, manifest
+from .cluster import ROOT, Namespace, Operator, eventually, grant, kubeconfig, kubectl, manifest
 
 CRDS = ("federatedjobs.isthmus.dev", "hpcsites.isthmus.dev")
 

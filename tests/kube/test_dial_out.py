@@ -19,9 +19,10 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb.bridge_pb2_grpc import add_BridgeServicer_to_server
 from isthmus_contracts.pki import Authority
 from isthmus_contracts.transport import SERVER_OPTIONS, server_credentials
+from tests.ports import free_port
 
 from .bridge import FakeBridge
-from .cluster import Namespace, Operator, eventually, free_port, kubectl
+from .cluster import Namespace, Operator, eventually, kubectl
 from .test_sites import mixed, reachable
 
 DAY = dt.timedelta(days=1)

@@ -67,15 +67,6 @@ def slurm(*argv: str, check: bool = True) -> str:
         time.sleep(1)
 
 
-def free_port(host: str) -> int:
-    """A port for a process that starts later: below those that the kernel gives to connections meanwhile."""
-    for _ in range(100):
-        port = 20_000 + secrets.randbelow(10_000)
-        with suppress(OSError), socket.create_server((host, port)):
-            return port
-    raise AssertionError(f"no free port at {host}")
-
-
 class Site:
     """One policy, one run directory, one bridge process at a time."""
 

@@ -21,8 +21,9 @@ import pytest
 from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
+from tests.ports import free_port
 
-from .site import Site, free_port, over, slurm, spec, until
+from .site import Site, over, slurm, spec, until
 
 # What a pool's tasks do, and how it ends where nobody cancels it.
 COMMANDS = {
@@ -81,7 +82,7 @@ def test_chaos(site: Site) -> None:
     operations, threads, kills = (200, 8, 20) if size == "full" else (40, 8, 4)
     site.settings["slurm"]["command_timeout_seconds"] = 2
     site.settings["limits"] = {"pools": 1000}
-    site.settings["listen"] = f"127.0.0.1:{free_port('127.0.0.1')}"  # the same after each kill
+    site.settings["listen"] = f"127.0.0.1:{free_port()}"  # the same after each kill
     site.start()
     site.mode("random")
     queue, demand, done = Queue(), Demand(left=operations), threading.Event()

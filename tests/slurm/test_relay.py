@@ -17,9 +17,10 @@ from isthmus_contracts import identities as ids
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 from isthmus_contracts.pki import Authority
+from tests.ports import free_port
 
 from .gateway import Gateway
-from .site import DAY, Site, ensure, free_port, over, spec, tail, until
+from .site import DAY, Site, ensure, over, spec, tail, until
 
 if TYPE_CHECKING:
     from lab import Lab

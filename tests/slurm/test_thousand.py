@@ -14,8 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 from isthmus_contracts.pb import bridge_pb2 as pb
+from tests.ports import free_port
 
-from .site import Site, ensure, free_port, get, slurm, spec, until
+from .site import Site, ensure, get, slurm, spec, until
 
 CLIENTS = 1000
 SECONDS = 15.0
@@ -36,7 +37,7 @@ def runs(port: int) -> Counter[str]:
 
 
 def test_a_thousand_clients(site: Site) -> None:
-    metrics = free_port("127.0.0.1")
+    metrics = free_port()
     site.settings["metrics_listen"] = f"127.0.0.1:{metrics}"
     site.settings["limits"] = {"replicas": CLIENTS}
     site.settings["slurm"]["poll_seconds"] = 1.5  # the default

@@ -2,7 +2,6 @@
 
 import json
 import random
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from isthmus_contracts import identities
+from tests.ports import free_port
 
 from .conftest import DAY, POOL, SERVER_NAME, UID, Federation, eventually
 from .test_faults import trained, updates
@@ -54,15 +54,6 @@ def nurseries() -> Iterator[tuple[Nursery, Nursery]]:
     yield pair
     for nursery in pair:
         nursery.close()
-
-
-def free_port() -> int:
-    """Below the ports that outgoing connections take."""
-    while True:
-        port = random.randrange(20000, 30000)  # noqa: S311
-        with socket.socket() as trial:
-            if trial.connect_ex(("127.0.0.1", port)) != 0:
-                return port
 
 
 def run(

@@ -3,10 +3,7 @@
 import asyncio
 import base64
 import datetime as dt
-import secrets
-import socket
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from isthmus_operator.effects.bridge import Bridges
 from isthmus_operator.effects.lines import Lines
 from isthmus_operator.gateway import Gateway
 from isthmus_operator.jobstore import SiteStore
+from tests.ports import free_port
 
 DAY = dt.timedelta(days=1)
 SITE = "lumi"
@@ -48,7 +46,7 @@ class OperatorSide:
         self.sites = SiteStore()
         self.kube = Kube()
         self._tls = tls
-        self.port = _free_port()
+        self.port = free_port()
         self.start()
 
     def start(self) -> None:
@@ -75,12 +73,3 @@ class OperatorSide:
 
     async def connected(self) -> None:
         await until(lambda: SITE in self.gateway.addresses, "the bridge is connected")
-
-
-def _free_port() -> int:
-    """For a gateway that is also stopped for a while: below those that the kernel gives to connections meanwhile."""
-    for _ in range(100):
-        port = 20_000 + secrets.randbelow(10_000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise AssertionError("no free port")
