@@ -124,7 +124,7 @@ def too_many(
 
 def _amounts(spec: pb.PoolSpec) -> Counter[str]:
     # All jobs of an array are alike: the last one holds as much as the others, also where it starts fewer clients.
-    holding = jobs_for(spec.replicas, spec) * per_job(spec)
+    holding = jobs_for(spec) * per_job(spec)
     amounts = Counter(
         total_tasks=spec.replicas,
         total_cpus=holding * spec.cpus_per_task,

@@ -10,7 +10,7 @@ from .policy import Policy, RestSettings, SlurmSettings
 from .slurm import rest_http
 from .slurm.cli import CliAdapter
 from .slurm.command import CommandOutputTooLong, CommandTimeout, run
-from .slurm.environment import DEFAULT_PATH, job_environment
+from .slurm.environment import DEFAULT_PATH, program_environment
 from .slurm.model import SlurmAdapter, SlurmError
 from .slurm.pyslurm_adapter import PyslurmAdapter
 from .slurm.rest import RestAdapter
@@ -68,10 +68,7 @@ def pyslurm(slurm: SlurmSettings, observer: Observer = _unobserved) -> PyslurmAd
 
 
 def _token_runner(slurm: SlurmSettings, outer: Mapping[str, str]) -> Callable[[Sequence[str]], str]:
-    path = outer.get("PATH", DEFAULT_PATH)
-    env = job_environment(f"{slurm.bin_dir}:{path}" if slurm.bin_dir else path, outer)
-    if slurm.conf is not None or "SLURM_CONF" in outer:
-        env["SLURM_CONF"] = str(slurm.conf) if slurm.conf is not None else outer["SLURM_CONF"]
+    env = program_environment(outer.get("PATH", DEFAULT_PATH), outer, slurm.bin_dir, slurm.conf)
 
     def ask(argv: Sequence[str]) -> str:
         try:

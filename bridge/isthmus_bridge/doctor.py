@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from . import adapters
 from .gateway_check import reach
 from .policy import Policy
+from .slurm.environment import DEFAULT_PATH
 from .slurm.model import SiteDescription, SlurmAdapter, SlurmError
 
 _PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol", "sacct", "sinfo", "timeout")
@@ -46,7 +47,7 @@ def _adapter(policy: Policy, name: str) -> tuple[bool, str]:
     extra = ""
     try:
         if name == "cli":
-            path = f"{slurm.bin_dir}:/usr/local/bin:/usr/bin:/bin" if slurm.bin_dir else None
+            path = f"{slurm.bin_dir}:{DEFAULT_PATH}" if slurm.bin_dir else None
             if missing := [program for program in _PROGRAMS if shutil.which(program, path=path) is None]:
                 return False, f"{', '.join(missing)} not found in PATH; name their folder as slurm.bin_dir"
             adapter = adapters.cli(slurm)

@@ -62,7 +62,7 @@ class Lookup:
             raise SlurmError(f"cannot read the pool's directory: {error.strerror}") from None
         spec = entry.pool_spec()
         if per_job(spec) > 1:
-            marks = marks_of_jobs(marks, spec, spec.replicas)
+            marks = marks_of_jobs(marks, spec)
         now = self._clock()
         history: Sequence[TaskRecord] = []
         if first or now >= self._asked.get(entry.key, 0.0) + self._spacing:

@@ -56,7 +56,7 @@ def phase(entry: Entry, counts: Mapping[Meaning, int]) -> pb.Pool.Phase.ValueTyp
 def to_pool(entry: Entry) -> pb.Pool:
     """The pool as the protocol tells it."""
     spec = entry.pool_spec()
-    seen = by_client(entry.observation, spec, spec.replicas)
+    seen = by_client(entry.observation, spec)
     counts = seen.counts(spec.replicas)
     live = not entry.state.over
     pool = pb.Pool(

@@ -21,34 +21,33 @@ def per_job(spec: pb.PoolSpec) -> int:
     return max(1, spec.clients_per_job)
 
 
-def jobs_for(clients: int, spec: pb.PoolSpec) -> int:
-    """How many jobs so many clients of a pool take."""
-    return -(-clients // per_job(spec))
+def jobs_for(spec: pb.PoolSpec) -> int:
+    """How many jobs a pool's clients take."""
+    return -(-spec.replicas // per_job(spec))
 
 
-def by_client(observation: Observation, spec: pb.PoolSpec, clients: int) -> Observation:
-    """The same, with clients in the jobs' place. ``clients``: how many there are."""
-    share = per_job(spec)
-    if share == 1:
-        if all(index < clients for index in observation.tasks):
+def by_client(observation: Observation, spec: pb.PoolSpec) -> Observation:
+    """The same, with clients in the jobs' place."""
+    if per_job(spec) == 1:
+        if all(index < spec.replicas for index in observation.tasks):
             return observation
         # The pool was shrunk a moment ago.
-        return replace(observation, tasks={i: task for i, task in observation.tasks.items() if i < clients})
+        return replace(observation, tasks={i: task for i, task in observation.tasks.items() if i < spec.replicas})
     tasks = {
         client: _client(job, observation.clients.get(client))
         for index, job in observation.tasks.items()
-        for client in _clients_of(index, share, clients)
+        for client in _clients_of(index, spec)
     }
     return replace(observation, tasks=tasks, clients={})
 
 
-def unheard(observation: Observation, spec: pb.PoolSpec, clients: int) -> set[int]:
+def unheard(observation: Observation, spec: pb.PoolSpec) -> set[int]:
     """Clients that have begun, and whose end is not noted."""
     return {
         client
         for index, job in observation.tasks.items()
         if job.meaning is not Meaning.WAITING
-        for client in _clients_of(index, per_job(spec), clients)
+        for client in _clients_of(index, spec)
         if (note := observation.clients.get(client)) is None or note.exit_code is None or note.restarts < job.restarts
     }
 
@@ -73,11 +72,11 @@ def with_tails(observation: Observation, spec: pb.PoolSpec, tails: Mapping[int, 
     return replace(observation, clients=notes)
 
 
-def marks_of_jobs(marks: Mapping[int, Marks], spec: pb.PoolSpec, clients: int) -> dict[int, Marks]:
+def marks_of_jobs(marks: Mapping[int, Marks], spec: pb.PoolSpec) -> dict[int, Marks]:
     """What the clients' marks say of their jobs: one has ended when all its clients have."""
     found: dict[int, Marks] = {}
     for index in sorted({client // per_job(spec) for client in marks}):
-        members = [marks.get(client) for client in _clients_of(index, per_job(spec), clients)]
+        members = [marks.get(client) for client in _clients_of(index, spec)]
         there = [mark for mark in members if mark is not None]
         if not there:
             continue
@@ -87,8 +86,9 @@ def marks_of_jobs(marks: Mapping[int, Marks], spec: pb.PoolSpec, clients: int) -
     return found
 
 
-def _clients_of(job: int, share: int, clients: int) -> Iterable[int]:
-    return range(job * share, min((job + 1) * share, clients))
+def _clients_of(job: int, spec: pb.PoolSpec) -> Iterable[int]:
+    share = per_job(spec)
+    return range(job * share, min((job + 1) * share, spec.replicas))
 
 
 def _current(job: TaskObservation, note: ClientNote | None) -> ClientNote | None:

@@ -183,7 +183,7 @@ class Reconciler:
             self._cancel(entry.key, other, extra=True)
         mine = [record for record in records if record.array_id == entry.array_id] if choice else []
         spec = entry.pool_spec()
-        jobs = jobs_for(spec.replicas, spec)
+        jobs = jobs_for(spec)
         shrunk = bool(entry.keep) and not entry.cancel
         observation, missing = observe(mine, jobs, entry.observation, shrunk=shrunk)
         self._note_starts(entry, mine)
@@ -198,7 +198,7 @@ class Reconciler:
             warning = warning_seconds(self._policy, spec)
             if ended_by_limit(observation, entry.observation, self._clock(), warning):
                 observation = replace(observation, limit_reached=True)
-            seen = by_client(observation, spec, spec.replicas)
+            seen = by_client(observation, spec)
             state, message = outcome(seen, spec.replicas, cancelled=entry.cancel, why=entry.message)
             self._finish(entry, state, message, observation)
             return
@@ -234,7 +234,7 @@ class Reconciler:
 
     def _with_exits(self, entry: Entry, spec: pb.PoolSpec, observation: Observation) -> Observation:
         """Adds how clients ended that share a job: of them Slurm tells only once the whole job is over."""
-        if per_job(spec) == 1 or not (wanted := unheard(observation, spec, spec.replicas)):
+        if per_job(spec) == 1 or not (wanted := unheard(observation, spec)):
             return observation
         try:
             exits = RunDirectory(self._policy.run_dir, entry.key).exits(wanted)
@@ -245,7 +245,7 @@ class Reconciler:
 
     def _with_tails(self, entry: Entry, spec: pb.PoolSpec, observation: Observation) -> Observation:
         """Adds the end of the log to each task that failed."""
-        seen = by_client(observation, spec, spec.replicas)
+        seen = by_client(observation, spec)
         lacking = [i for i, t in seen.tasks.items() if t.meaning is Meaning.FAILED and not t.tail]
         if not lacking or sum(bool(task.tail) for task in seen.tasks.values()) >= _MAX_TAILS:
             return observation
@@ -355,7 +355,7 @@ class Reconciler:
             states[str(entry.state)] += 1
             if entry.state is State.SUBMITTED:
                 spec = entry.pool_spec()
-                seen = by_client(entry.observation, spec, spec.replicas)
+                seen = by_client(entry.observation, spec)
                 for what, number in seen.counts(spec.replicas).items():
                     tasks[what.value] += number
         self._metrics.count(self._metrics.pools, [str(state) for state in State if not state.over], states)

@@ -176,7 +176,7 @@ def submission(policy: Policy, key: str, spec: pb.PoolSpec, grant: Grant, run: R
         script=run.script,
         directory=run.path,
         output=run.log_pattern if share == 1 else run.job_log_pattern,
-        tasks=jobs_for(spec.replicas, spec),
+        tasks=jobs_for(spec),
         steps=share,
         at_once=(policy.limits.running_tasks or 0) // share,
         comment=script.comment(spec),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import in_flight, parse, refusal
 from .command import CommandOutputTooLong, CommandTimeout, Result, Runner, run
-from .environment import DEFAULT_PATH, job_environment
+from .environment import DEFAULT_PATH, program_environment
 from .model import SiteDescription, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused, TaskRecord
 
 # A site with a hundred thousand tasks in the queue stays far below this.
@@ -90,8 +90,8 @@ class CliAdapter:
         self._observer = observer
         self._uid = os.getuid()
         outer = os.environ if environ is None else environ
-        self._submit_env = _environment(DEFAULT_PATH, outer, bin_dir, conf)
-        self._query_env = {**_environment(outer.get("PATH", DEFAULT_PATH), outer, bin_dir, conf), **_QUERY}
+        self._submit_env = program_environment(DEFAULT_PATH, outer, bin_dir, conf)
+        self._query_env = {**program_environment(outer.get("PATH", DEFAULT_PATH), outer, bin_dir, conf), **_QUERY}
         self._description: SiteDescription | None = None
         self._described = 0.0
 
@@ -231,13 +231,6 @@ def _settings(text: str) -> Iterator[tuple[str, str]]:
         name, equals, value = line.partition(" = ")
         if equals:
             yield name.strip(), value.strip()
-
-
-def _environment(path: str, outer: Mapping[str, str], bin_dir: Path | None, conf: Path | None) -> dict[str, str]:
-    env = job_environment(f"{bin_dir}:{path}" if bin_dir else path, outer)
-    if conf is not None or "SLURM_CONF" in outer:
-        env["SLURM_CONF"] = str(conf) if conf is not None else outer["SLURM_CONF"]
-    return env
 
 
 def _which(program: str, path: str) -> str:

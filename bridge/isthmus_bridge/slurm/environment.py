@@ -3,6 +3,7 @@
 import os
 import pwd
 from collections.abc import Mapping
+from pathlib import Path
 
 DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
 
@@ -23,3 +24,11 @@ def job_environment(path: str, outer: Mapping[str, str]) -> dict[str, str]:
         home = outer.get("HOME", "/")
     name = user_name(outer)
     return {"PATH": path, "HOME": home, "USER": name, "LOGNAME": name, "SHELL": "/bin/bash", "LANG": "C.UTF-8"}
+
+
+def program_environment(path: str, outer: Mapping[str, str], bin_dir: Path | None, conf: Path | None) -> dict[str, str]:
+    """The same for Slurm's own programs: ``bin_dir`` comes first, and they learn which cluster is meant."""
+    env = job_environment(f"{bin_dir}:{path}" if bin_dir else path, outer)
+    if conf is not None or "SLURM_CONF" in outer:
+        env["SLURM_CONF"] = str(conf) if conf is not None else outer["SLURM_CONF"]
+    return env

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import in_flight, pyslurm_worker, refusal
 from .command import CommandOutputTooLong, CommandTimeout, Result, run
-from .environment import DEFAULT_PATH, job_environment
+from .environment import DEFAULT_PATH, job_environment, program_environment
 from .model import SiteDescription, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused, TaskRecord
 from .parse import expand
 from .states import normal
@@ -47,9 +47,7 @@ class PyslurmAdapter:
         self._uid = os.getuid()
         outer = os.environ if environ is None else environ
         self._job_env = job_environment(DEFAULT_PATH, outer)
-        self._env = {**self._job_env, "TZ": "UTC"}
-        if conf is not None or "SLURM_CONF" in outer:
-            self._env["SLURM_CONF"] = str(conf) if conf is not None else outer["SLURM_CONF"]
+        self._env = {**program_environment(DEFAULT_PATH, outer, None, conf), "TZ": "UTC"}
         self._description: SiteDescription | None = None
         self._described = 0.0
 

@@ -57,7 +57,7 @@ def test_clients_are_counted_and_one_that_fails_leaves_its_job_alone(world: Worl
 def test_what_a_former_start_left_behind_says_nothing_of_the_next(world: World) -> None:
     job = TaskObservation("RUNNING", restarts=1, job_id=7)
     seen = Observation({0: job}, clients={0: ClientNote(0, 3, "old"), 1: ClientNote(1, 0)})
-    tasks = by_client(seen, spec(**PACKED), 5).tasks
+    tasks = by_client(seen, spec(**PACKED)).tasks
     assert (tasks[0], tasks[1].state) == (job, "COMPLETED")
     assert Observation.from_json(seen.to_json()) == seen
 
@@ -77,13 +77,13 @@ def test_a_job_whose_launch_fails_shows_its_own_log(world: World) -> None:
 
 def test_the_time_limit_is_told_of_every_client_that_it_ended() -> None:
     seen = Observation({0: TaskObservation("TIMEOUT")}, clients={0: ClientNote(0, 143), 1: ClientNote(0, 0)})
-    tasks = by_client(seen, spec(**PACKED), 5).tasks
+    tasks = by_client(seen, spec(**PACKED)).tasks
     assert [(t.state, t.exit_code) for t in tasks.values()] == [("TIMEOUT", 143), ("COMPLETED", 0)]
 
 
 def test_a_jobs_end_by_its_clients_marks() -> None:
     marks = {0: Marks(9, "n1", 0), 1: Marks(9, "n1", 4), 2: Marks(9, "n1", 0), 4: Marks(9, "n2", 0)}
-    ends = {index: mark.exit_code for index, mark in marks_of_jobs(marks, spec(**PACKED), 5).items()}
+    ends = {index: mark.exit_code for index, mark in marks_of_jobs(marks, spec(**PACKED)).items()}
     assert ends == {0: 4, 1: None, 2: 0}
 
 
@@ -95,7 +95,7 @@ def test_a_job_holds_what_its_clients_need_together(tmp_path: Path) -> None:
     asked = submission(site, KEY, request, grant, RunDirectory(site.run_dir, KEY))
     assert (asked.tasks, asked.steps, asked.cpus_per_task, asked.memory_mib) == (3, 2, 4, 1000)
     assert (asked.gres[0].count, asked.at_once) == (4, 2)
-    assert jobs_for(5, request) == 3
+    assert jobs_for(request) == 3
 
 
 @pytest.mark.parametrize(
