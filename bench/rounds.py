@@ -20,13 +20,16 @@ from .processes import processor_seconds, program
 
 @dataclass(frozen=True)
 class Case:
-    """How many clients share a model of how many float32 parameters; turns of so many rounds each, after a first one
-    that does not count."""
+    """How many clients share a model of how many float32 parameters; turns of so many rounds each, after a few rounds
+    that do not count: memory is fresh in the first ones, and so are the files of the checkpoints that are kept."""
 
     clients: int
     parameters: int
     rounds: int
     turns: int
+
+
+WARM_UP = 6
 
 
 CASES = {
@@ -79,7 +82,7 @@ def measure(case: Case, processes: int) -> dict[str, float]:
     size = case.parameters * 4
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
-        job = stack.enter_context(aggregator(Path(scratch), case.clients, (case.turns + 1) * case.rounds + 1))
+        job = stack.enter_context(aggregator(Path(scratch), case.clients, case.turns * case.rounds + WARM_UP + 1))
         clients = stack.enter_context(
             program("bench.noop_clients", str(case.clients), str(processes), str(case.parameters),
                     environment=client_environment(job))
@@ -91,7 +94,7 @@ def measure(case: Case, processes: int) -> dict[str, float]:
         ours = Series(turnstile, (job.aggregator.pid, clients.pid))
         theirs, socket = Series(wire.turnstile, wire.pids), Series(raw.turnstile, raw.pids)
         for series in (ours, theirs, socket):
-            series.turnstile.seconds(case.rounds)
+            series.turnstile.seconds(WARM_UP)
         for _ in range(case.turns):
             for series in (theirs, ours, socket):
                 series.turn(case.rounds)

@@ -50,6 +50,13 @@ def update_messages(header: pb.UpdateHeader, data: Iterable[Data], checksum: str
     return (message for message, _ in _framed(pb.UpdateChunk, pb.UpdateChunk(header=header), data, checksum))
 
 
+def model_message(header: pb.ModelHeader | None, data: Data, checksum: str) -> bytes:
+    """One message of a Pull, serialized: the first has the header, the last has the checksum, each may have data."""
+    head = pb.TensorChunk(header=header).SerializeToString() if header is not None else b""
+    trailer = pb.TensorChunk(trailer=pb.Trailer(checksum=checksum)).SerializeToString() if checksum else b""
+    return b"".join((head, *_data_field(data), trailer))
+
+
 def _framed(kind: type[Message], first: Message, data: Iterable[Data], checksum: str) -> Iterator[tuple[bytes, int]]:
     head = first.SerializeToString()
     held: Data = b""

@@ -4,14 +4,14 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ..tensors import State, snapshot
-from . import tensorfile
+from . import sparefile, tensorfile
 from .tensorfile import TensorFile
 
 _PATTERN = re.compile(r"round-(\d+)\.safetensors")
@@ -96,6 +96,8 @@ class CheckpointStore:
         self.directory = directory
         self._checkpoints = directory / "checkpoints"
         self._records = directory / "rounds.jsonl"
+        self._spare = self._checkpoints / f"model{sparefile.SUFFIX}"
+        self._strategy_spare = self._checkpoints / f"strategy{sparefile.SUFFIX}"
         self._job_uid = job_uid
         self._keep = keep
 
@@ -103,8 +105,9 @@ class CheckpointStore:
         """Makes the directory usable and drops what a crash left half-written. Raises :class:`CheckpointError`."""
         try:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.rglob("*.partial"):
-                leftover.unlink()
+            for pattern in ("*.partial", f"*{sparefile.SUFFIX}"):
+                for leftover in self.directory.rglob(pattern):
+                    leftover.unlink()
         except OSError as error:
             raise CheckpointError(f"{error.filename}: {error.strerror}; the state directory must be writable") from None
 
@@ -117,19 +120,26 @@ class CheckpointStore:
         """
         path, beside = self._path(round_number), self._strategy_path(round_number)
         if strategy:
-            self._write(strategy, beside, round_number)
+            self._write(strategy, beside, self._strategy_spare, round_number)
         else:
             beside.unlink(missing_ok=True)  # of a round that was never committed
-        file = self._write(state, path, round_number, notes)
-        for old in self.numbers()[: -self._keep]:
-            self._path(old).unlink()
-            self._strategy_path(old).unlink(missing_ok=True)
+        file = self._write(state, path, self._spare, round_number, notes)
         kept = snapshot(state) if file.size <= tensorfile.SMALL_BYTES else tensorfile.mapped(path)
         return Checkpoint(round_number, kept, file, strategy or {}, notes or {})
 
-    def _write(self, state: State, path: Path, round_number: int, notes: Mapping[str, str] | None = None) -> TensorFile:
+    def retire(self) -> None:
+        """Drops the models that are not among the newest any more. Raises ``OSError``."""
+        for old in self.numbers()[: -self._keep]:
+            for path, spare in ((self._path(old), self._spare), (self._strategy_path(old), self._strategy_spare)):
+                with suppress(FileNotFoundError):  # many strategies have no state
+                    sparefile.set_aside(path, spare)
+
+    def _write(
+        self, state: State, path: Path, spare: Path, round_number: int, notes: Mapping[str, str] | None = None
+    ) -> TensorFile:
         metadata = {**(notes or {}), "format": "pt", "round": str(round_number), "job_uid": self._job_uid}
         with _publishing(path) as partial:
+            sparefile.take(spare, partial)
             file = tensorfile.write(partial, state, metadata)
         return replace(file, path=path)
 
@@ -156,7 +166,9 @@ class CheckpointStore:
         with _publishing(plain) as partial:
             tensorfile.save_plain(partial, checkpoint.state)
         with _publishing(path) as partial:
+            sparefile.take(self._spare, partial)
             file = tensorfile.write(partial, checkpoint.state, {"format": "pt", "round": str(checkpoint.round)})
+        self._strategy_spare.unlink(missing_ok=True)
         return path, file.sha256
 
     def records(self, up_to: int) -> list[RoundRecord]:

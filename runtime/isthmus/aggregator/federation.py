@@ -96,6 +96,7 @@ class Federation:
         self.course.open.set()  # whoever waits hears that it is over
         self.intake.receptions.clear()
         await self._evaluate_final()
+        await self._retire()
         path, sha256 = await self._persist(lambda: self._store.write_final(checkpoint))
         self.course.final = (path.name, sha256)
         self._tracker.finish(path, sha256)
@@ -136,6 +137,7 @@ class Federation:
     async def _train(self, base: Checkpoint) -> Checkpoint:
         """One round on top of ``base``; returns when its checkpoint is durable."""
         state = self._begin_round(base)
+        await self._retire()
         while True:
             if self.course.broken is not None:
                 raise self.course.broken
@@ -344,6 +346,13 @@ class Federation:
                     self.ledger.checkpointed(time.monotonic() - started)
                 self.course.message = ""
                 return result
+
+    async def _retire(self) -> None:
+        """Drops old checkpoints, for which no client waits. Those that cannot be dropped are tried again later."""
+        try:
+            await asyncio.to_thread(self._store.retire)
+        except OSError as error:
+            log.warning("old checkpoints cannot be removed: %s", error.strerror or error)
 
     # ---- what clients say
 

@@ -12,6 +12,7 @@ from ..framing import model_messages
 from ..tensors import CHUNK_BYTES, specs_of
 from .checkpoints import Checkpoint
 from .compression import Broadcast
+from .rawstream import RawStream
 
 # A model up to this size goes out with the offers: a call less for each client and round, against a message that stands
 # in a queue.
@@ -19,8 +20,6 @@ INLINE_BYTES = 256 << 10
 # What gRPC may hold of a model that all clients pull: of each one's chunk it keeps a few copies until it is on its way.
 PULL_BYTES = 16 << 20
 SMALLEST_CHUNK_BYTES = 1 << 16
-# The messages of one up to this size lie ready for all clients; a larger one is read from its file for each.
-SHARED_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,7 @@ class GlobalModel:
         if self.broadcast is not None and self.broadcast.suits(request):
             encoded = self.broadcast.encoded
             return self._encode(encoded), str(encoded.chain)
-        return self._plain if self.size <= SHARED_BYTES else self._read(), NONE
-
-    def _read(self) -> Iterator[tuple[bytes, int]]:
-        """The raw stream, out of the checkpoint's file."""
-        header = pb.ModelHeader(round=self.round, digest=self.digest, tensors=self.specs)
-        return model_messages(header, self.checkpoint.file.chunks(self.chunk_bytes), self.checkpoint.file.checksum)
+        return self._raw, NONE
 
     def _encode(self, encoded: Encoded) -> Iterator[tuple[bytes, int]]:
         header = pb.ModelHeader(round=self.round, digest=self.digest, tensors=encoded.specs, codecs=encoded.chain.names)
@@ -63,13 +57,14 @@ class GlobalModel:
     @cached_property
     def inline(self) -> bytes:
         """What an offer carries: the answer to a Pull, where it is small and the same for all; otherwise nothing."""
-        if self.broadcast is None and self.size <= INLINE_BYTES and len(self._plain) == 1:
-            return self._plain[0][0]
+        if self.broadcast is None and self.size <= min(INLINE_BYTES, self.chunk_bytes):
+            return self._raw[0][0]
         return b""
 
     @cached_property
-    def _plain(self) -> list[tuple[bytes, int]]:
-        return list(self._read())
+    def _raw(self) -> RawStream:
+        header = pb.ModelHeader(round=self.round, digest=self.digest, tensors=self.specs)
+        return RawStream(header, self.checkpoint.file, self.chunk_bytes)
 
     @property
     def round(self) -> int:

@@ -2,11 +2,14 @@
 
 import asyncio
 import logging
+import math
 import mmap
 import os
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,9 +26,19 @@ log = logging.getLogger(__name__)
 # flow control.
 RECEPTION_BYTES = 64 << 20
 _MAX_RECEPTIONS = 64
-# Who waits longer stands behind somebody slow, and is received into a file.
+# Who waits longer, and sees nobody else get done meanwhile, stands behind somebody slow, and is received into a file.
 PATIENCE_SECONDS = 10.0
 _ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class _Limits:
+    turns: asyncio.Semaphore
+    places: asyncio.Semaphore
+
+    @classmethod
+    def of(cls, places: int) -> "_Limits":
+        return cls(asyncio.Semaphore(places + 1), asyncio.Semaphore(places))
 
 
 class Receptions:
@@ -37,9 +50,23 @@ class Receptions:
     def __init__(self, directory: Path | None = None) -> None:
         """``directory``: of the files of those that a slow client would keep waiting."""
         self._directory = directory
-        self._places: asyncio.Semaphore | None = None
+        self._limits: _Limits | None = None
         self._spare: list[State] = []
         self._in_files: set[int] = set()
+        self._moved = -math.inf  # when somebody was last done, in monotonic seconds
+
+    @asynccontextmanager
+    async def turn(self, model: GlobalModel | None) -> AsyncIterator[None]:
+        """Waits until one more client may send. There is one turn more than there are places: an update shall be on its
+        way while the one before it is being folded."""
+        turns = self._limits_for(model).turns
+        taken = await self._acquired(turns)
+        try:
+            yield
+        finally:
+            self._moved = time.monotonic()
+            if taken:
+                turns.release()
 
     @asynccontextmanager
     async def place(self, model: GlobalModel | None) -> AsyncIterator[State]:
@@ -48,11 +75,8 @@ class Receptions:
         A client on a slow link may hold its place for minutes. The others then wait for a while only, and yet cost no
         memory: their tensors lie in a file without a name, whose pages the kernel writes out when it is short of them.
         """
-        places = self._semaphore(model)
-        try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                await places.acquire()
-        except TimeoutError:
+        places = self._limits_for(model).places
+        if not await self._acquired(places):
             room = None if model is None else await asyncio.to_thread(self._file, model.specs)
             if room is not None:
                 pointers = {tensor.data_ptr() for tensor in room.values()}
@@ -68,6 +92,24 @@ class Receptions:
         finally:
             places.release()
 
+    async def _acquired(self, semaphore: asyncio.Semaphore) -> bool:
+        """Waits for it, but not behind somebody slow: while others come and go it is only a queue."""
+        if not semaphore.locked():
+            return await semaphore.acquire()
+        waiting = asyncio.ensure_future(semaphore.acquire())
+        try:
+            while True:
+                await asyncio.wait([waiting], timeout=PATIENCE_SECONDS)
+                if waiting.done():
+                    return True
+                if time.monotonic() - self._moved >= PATIENCE_SECONDS:
+                    waiting.cancel()
+                    return False
+        except asyncio.CancelledError:
+            if not waiting.cancel():  # it has just been acquired
+                semaphore.release()
+            raise
+
     def give_back(self, tensors: State) -> None:
         """Takes tensors that nobody needs any more."""
         if sum(tensor.nbytes for tensor in tensors.values()) <= SMALL_BYTES:
@@ -79,12 +121,12 @@ class Receptions:
         """Lets go of the memory: there is little more to be received."""
         self._spare.clear()
 
-    def _semaphore(self, model: GlobalModel | None) -> asyncio.Semaphore:
-        if self._places is None:
-            if model is None:
-                return asyncio.Semaphore(1)  # the initial weights: one client is asked
-            self._places = asyncio.Semaphore(max(1, min(_MAX_RECEPTIONS, RECEPTION_BYTES // max(model.size, 1))))
-        return self._places
+    def _limits_for(self, model: GlobalModel | None) -> "_Limits":
+        if model is None:
+            return _Limits.of(1)  # the initial weights: one client is asked
+        if self._limits is None:
+            self._limits = _Limits.of(max(1, min(_MAX_RECEPTIONS, RECEPTION_BYTES // max(model.size, 1))))
+        return self._limits
 
     def _file(self, specs: Iterable[TensorSpec]) -> State | None:
         try:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import grpc
@@ -23,6 +23,8 @@ from . import messages, refusal
 from .companion import companion_messages
 from .federation import Federation
 from .membership import Client, Refusal
+from .readahead import read_ahead
+from .receptions import RECEPTION_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -134,11 +136,7 @@ class FederationService:
             return reply
         if reply is None:
             try:
-                async with self._intake.receptions.place(self._federation.course.model) as room:
-                    if first.checksum is None:
-                        # The client waits for it before it sends more than its first message.
-                        await context.send_initial_metadata(())
-                    reply = await self._receive(header, first, stream, room, started)
+                reply = await self._receive_in_turn(header, first, stream, started, context)
             except CodecError as error:  # sent again it would be the same
                 reply = self._intake.precheck(header) or self._intake.reject(header, refusal.fault_of(error))
             except TransferError as error:
@@ -155,6 +153,26 @@ class FederationService:
         self._metrics.updates.labels(**self._metrics.bound, pool=header.pool, result=result).inc()
         if reason:
             self._metrics.refused.labels(**self._metrics.bound, pool=header.pool, reason=reason).inc()
+
+    async def _receive_in_turn(
+        self,
+        header: pb.UpdateHeader,
+        first: Frame[pb.UpdateHeader],
+        stream: AsyncIterator[bytes],
+        started: float,
+        context: Context,
+    ) -> pb.PushReply:
+        """Takes in an update when there is room for it. Raises ``TransferError``."""
+        model, receptions = self._federation.course.model, self._intake.receptions
+        async with receptions.turn(model), AsyncExitStack() as stack:
+            place = stack.enter_async_context(receptions.place(model))
+            if first.checksum is None:
+                # The client waits for it before it sends more than its first message.
+                await context.send_initial_metadata(())
+                room, stream = await read_ahead(stream, place, RECEPTION_BYTES)
+            else:
+                room = await place
+            return await self._receive(header, first, stream, room, started)
 
     async def _receive(
         self,

@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
 import xxhash
 from safetensors import safe_open
 
-from ..tensors import CHUNK_BYTES, State, bytes_view, specs_of
+from ..tensors import State, bytes_view, specs_of
 
 # Below this the errand of a thread takes longer than the work.
 SMALL_BYTES = 1 << 20
@@ -37,16 +38,15 @@ class TensorFile:
     size: int
     """Bytes of the tensors."""
 
-    def chunks(self, size: int = CHUNK_BYTES) -> Iterator[bytes]:
-        """The tensors' bytes, ``size`` at a time. The file may be unlinked meanwhile."""
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.data_offset)
-            while chunk := file.read(size):
-                yield chunk
+    def opened(self) -> FileIO:
+        """For reading, from the tensors' first byte on. It may be unlinked meanwhile."""
+        file = self.path.open("rb", buffering=0)
+        file.seek(self.data_offset)
+        return file
 
 
 def write(path: Path, state: State, metadata: Mapping[str, str]) -> TensorFile:
-    """Writes a file and makes its content durable; its name is not. Raises ``OSError``."""
+    """Writes a file, over what it may hold, and makes its content durable; its name is not. Raises ``OSError``."""
     header, offset = {"__metadata__": dict(metadata)}, 0
     for spec in specs_of(state):
         offsets = [offset, offset + spec.size]
@@ -55,7 +55,7 @@ def write(path: Path, state: State, metadata: Mapping[str, str]) -> TensorFile:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
     lead = len(text).to_bytes(8, "little") + text
-    with path.open("wb", buffering=0) as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:
         if offset <= SMALL_BYTES:
             # Not file.write: unbuffered, it may write a part of it and not complain.
             _write_all(file.fileno(), memoryview(b"".join([lead, *map(bytes_view, state.values())])))
@@ -68,7 +68,8 @@ def write(path: Path, state: State, metadata: Mapping[str, str]) -> TensorFile:
                 for piece in _pieces(state):
                     _write_all(file.fileno(), piece)
                 digests = hashing.result()
-        os.fsync(file.fileno())
+        file.truncate(len(lead) + offset)
+        _synchronize(file.fileno())
     return TensorFile(path, *digests, len(lead), offset)
 
 
@@ -117,6 +118,11 @@ def _pieces(state: State) -> Iterator[memoryview]:
 def _write_all(descriptor: int, data: memoryview) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
+
+
+def _synchronize(descriptor: int) -> None:
+    """Makes a file's content durable, and what it takes to read it. Not all systems tell that from its times."""
+    os.fdatasync(descriptor) if hasattr(os, "fdatasync") else os.fsync(descriptor)
 
 
 def save_plain(path: Path, state: State) -> None:

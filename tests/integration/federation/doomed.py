@@ -37,7 +37,7 @@ POINTS: list[tuple[Any, str]] = [
     (Deterministic, "accept"), (Deterministic, "finish"), (FedAvg, "accept"), (FedAvg, "finish"), (Spill, "add"),
     (Federation, "_begin_round"), (Federation, "_record_of"),
     (checkpoints.CheckpointStore, "save"), (checkpoints.CheckpointStore, "append"), (checkpoints, "_publishing"),
-    (os, "fsync"), (Path, "rename"), (Path, "unlink"),
+    (os, "fdatasync"), (os, "fsync"), (Path, "rename"), (Path, "unlink"),
     (Membership, "admit"), (Membership, "leave"), (Client, "send"),
 ]  # fmt: skip
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from isthmus.aggregator import tensorfile
 from isthmus.aggregator.checkpoints import CheckpointError, CheckpointStore, RoundRecord
 
 
@@ -22,9 +23,14 @@ def state(value: float) -> dict[str, torch.Tensor]:
     return {"w": torch.full((3,), value), "n": torch.tensor(4)}
 
 
+def large(value: float, size: int = 700_000) -> dict[str, torch.Tensor]:
+    return {"w": torch.arange(size, dtype=torch.float32) + value}
+
+
 def test_the_newest_comes_back_and_old_ones_go(tmp_path: Path) -> None:
     for number in range(4):
         saved = store(tmp_path).save(number, state(number))
+        store(tmp_path).retire()
     latest = store(tmp_path).latest()
     assert latest is not None
     assert (latest.round, latest.sha256) == (3, saved.sha256)
@@ -38,11 +44,55 @@ def test_the_newest_comes_back_and_old_ones_go(tmp_path: Path) -> None:
 def test_a_strategys_state_comes_and_goes_with_its_model(tmp_path: Path) -> None:
     for number in range(4):
         store(tmp_path).save(number, state(number), {"m/w": torch.full((3,), 10.0 * number)})
+        store(tmp_path).retire()
     latest = store(tmp_path).latest()
     assert latest is not None
     assert latest.strategy["m/w"].tolist() == [30.0] * 3
     assert "m/w" not in load_file(latest.file.path)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4  # two models, two states
+
+
+def test_a_retired_checkpoints_file_is_written_over(tmp_path: Path) -> None:
+    checkpoints, files = store(tmp_path, keep=1), set()
+    for number in range(6):
+        saved = checkpoints.save(number, large(number, 700_000 - 100_000 * number), {"m/w": torch.ones(3)})
+        files.add(saved.file.path.stat().st_ino)
+        assert torch.equal(load_file(saved.file.path)["w"], saved.state["w"]), "nothing is left of the longer one"
+        del saved
+        checkpoints.retire()
+    assert len(files) == 2, "by turns"
+
+
+@pytest.mark.parametrize("reading", ["mapped", "opened"])
+def test_a_file_that_is_still_read_is_not_written_over(tmp_path: Path, reading: str) -> None:
+    checkpoints = store(tmp_path, keep=1)
+    first = checkpoints.save(0, large(0)).file.path
+    mapped, opened = tensorfile.mapped(first) if reading == "mapped" else {}, first.open("rb")
+    before = opened.read()
+    opened.seek(0)
+    if mapped:
+        opened.close()
+    inode = first.stat().st_ino
+    for number in (1, 2):
+        saved = checkpoints.save(number, large(number))
+        checkpoints.retire()
+        assert saved.file.path.stat().st_ino != inode
+    assert torch.equal(mapped["w"], large(0)["w"]) if mapped else opened.read() == before
+    opened.close()
+
+
+def test_a_spare_file_does_not_outlive_training(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path, keep=1)
+    for number in range(3):
+        saved = checkpoints.save(number, state(number), {"m/w": torch.ones(3)})
+        checkpoints.retire()
+    assert list(tmp_path.rglob("*.spare"))
+    checkpoints.write_final(saved)
+    assert not list(tmp_path.rglob("*.spare"))
+    checkpoints.save(3, state(3))
+    checkpoints.retire()
+    store(tmp_path)
+    assert not list(tmp_path.rglob("*.spare")), "nor a restart"
 
 
 def test_a_strategys_state_without_its_model_does_not_count(tmp_path: Path) -> None:

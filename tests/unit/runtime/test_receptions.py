@@ -62,6 +62,63 @@ def test_who_stands_behind_a_slow_client_is_received_into_a_file(
     asyncio.run(run())
 
 
+def test_a_queue_that_moves_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receptions, "PATIENCE_SECONDS", 0.2)
+
+    async def run() -> None:
+        places, model = Receptions(tmp_path), large()
+        rooms: list[State] = []
+
+        async def client() -> None:
+            async with places.turn(model), places.place(model) as room:
+                rooms.append(room)
+                await asyncio.sleep(0.05)
+
+        await asyncio.gather(*(client() for _ in range(12)))
+        assert rooms == [{}] * 12, "each in memory, though the last waited for longer than patience lasts"
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_one_more_than_there_are_places_may_send() -> None:
+    async def run() -> None:
+        places, model = Receptions(), large()
+        async with places.turn(model), places.turn(model):
+            third = asyncio.ensure_future(places.turn(model).__aenter__())
+            await asyncio.sleep(0)
+            assert not third.done()
+        await asyncio.wait_for(third, 30)
+
+    asyncio.run(run())
+
+
+def test_who_hangs_up_while_it_waits_leaves_its_place_to_others() -> None:
+    async def run() -> None:
+        places, model = Receptions(), large()
+
+        async def client() -> None:
+            async with places.place(model):
+                pass
+
+        async with places.place(model):
+            first, second = (asyncio.create_task(client()) for _ in range(2))
+            await asyncio.sleep(0)
+            first.cancel()
+        await asyncio.wait_for(second, 30)
+        assert first.cancelled()
+        holder = places.place(model)
+        await holder.__aenter__()
+        late = asyncio.create_task(client())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await holder.__aexit__(None, None, None)
+        late.cancel()  # at the moment when it is its turn
+        await asyncio.wait([late])
+        await asyncio.wait_for(client(), 30)
+
+    asyncio.run(run())
+
+
 def test_without_room_for_the_file_it_waits_for_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
