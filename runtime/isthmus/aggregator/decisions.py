@@ -1,8 +1,9 @@
 """The decisions of a round, apart from everything that carries them out."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Protocol
 
 from .clientbook import Report
 from .membership import ClientId
@@ -36,13 +37,15 @@ class RoundState:
         return len(self.accepted) + len(self.late)
 
 
-@dataclass(frozen=True)
-class Presence:
+class Presence(Protocol):
     """What a round needs to know of one client."""
 
-    ready: bool
-    failed: bool
-    lost_at: float
+    @property
+    def ready(self) -> bool: ...
+    @property
+    def failed(self) -> bool: ...
+    @property
+    def lost_at(self) -> float: ...
 
 
 class Verdict(Enum):
@@ -62,7 +65,7 @@ class Decision:
     look_again: float
 
 
-def decide(state: RoundState, presence: dict[ClientId, Presence], min_updates: int, now: float) -> Decision:
+def decide(state: RoundState, presence: Mapping[ClientId, Presence], min_updates: int, now: float) -> Decision:
     """What to do with the round, given who is there."""
     outstanding, look_again = _outstanding(state, presence, now)
     enough = state.updates >= min_updates
@@ -77,13 +80,13 @@ def decide(state: RoundState, presence: dict[ClientId, Presence], min_updates: i
 
 
 def _outstanding(
-    state: RoundState, presence: dict[ClientId, Presence], now: float
+    state: RoundState, presence: Mapping[ClientId, Presence], now: float
 ) -> tuple[Collection[ClientId], float]:
     """The selected clients that may still hand in, and when that may change by time alone."""
     outstanding, look_again = [], state.deadline
     for client in state.selected - state.accepted - state.rejected:
-        seen = presence.get(client, Presence(False, False, 0.0))
-        if seen.failed:
+        seen = presence.get(client)
+        if seen is None or seen.failed:
             continue
         if seen.ready:
             outstanding.append(client)

@@ -21,7 +21,7 @@ from .checkpoints import Checkpoint, CheckpointError, CheckpointStore, RoundReco
 from .clientbook import ClientBook
 from .compression import Broadcast, Compression
 from .course import Course
-from .decisions import LOST_CLIENT_GRACE, Decision, Presence, RoundState, Verdict, decide
+from .decisions import LOST_CLIENT_GRACE, RoundState, Verdict, decide
 from .handover import Handover
 from .intake import Intake
 from .job import Job
@@ -141,7 +141,7 @@ class Federation:
         while True:
             if self.course.broken is not None:
                 raise self.course.broken
-            decision = self._decide(state)
+            decision = decide(state, self.members.by_id, self.spec.min_updates, time.monotonic())
             if decision.verdict is Verdict.COMMIT:
                 break
             if decision.verdict is Verdict.MORE:
@@ -186,14 +186,6 @@ class Federation:
                 self._ask(client, state)
         self.course.changes.ring()
         return state
-
-    def _decide(self, state: RoundState) -> Decision:
-        presence = {
-            client.id: Presence(client.ready, client.failed, client.lost_at)
-            for client in self.members
-            if client.id in state.selected
-        }
-        return decide(state, presence, self.spec.min_updates, time.monotonic())
 
     def _take_in_more(self, state: RoundState) -> None:
         """Clients that the round did not select, or that came later, take the places of those that are lost."""
@@ -416,9 +408,10 @@ class Federation:
         if self.course.model is None or evaluation.model_digest != self.course.model.digest:
             return
         self._evaluations.add(client.id, max(evaluation.num_examples, 1), evaluation.metrics)
-        waited_for = self.course.round.selected if self.course.round else set()
-        evaluators = {member.id for member in self.members if member.id in waited_for and member.evaluates}
-        if evaluators and evaluators <= self._evaluations.clients():
+        waited_for, heard = self.course.round.selected if self.course.round else set(), self._evaluations.clients()
+        if client.id in waited_for and all(
+            member.id in heard for member in self.members if member.evaluates and member.id in waited_for
+        ):
             self.progress.take(self.course.model.round, self._evaluations.means())
         self.course.changes.ring()
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from isthmus_contracts.federatedjob import FederatedJobSpec
@@ -149,6 +149,11 @@ class Membership:
         """Whether a newer attempt of the client is known."""
         client = self._clients.get(client_id)
         return client is not None and attempt < client.attempt
+
+    @property
+    def by_id(self) -> Mapping[ClientId, Client]:
+        """All of them."""
+        return self._clients
 
     def get(self, client_id: ClientId) -> Client | None:
         return self._clients.get(client_id)

@@ -1,11 +1,22 @@
 """When a round is committed."""
 
+from dataclasses import dataclass
+
 import pytest
 
-from isthmus.aggregator.decisions import LOST_CLIENT_GRACE, Presence, RoundState, Verdict, decide
+from isthmus.aggregator.decisions import LOST_CLIENT_GRACE, RoundState, Verdict, decide
 from isthmus.aggregator.membership import ClientId
 
 A, B, C, D = [("p", index) for index in range(4)]
+
+
+@dataclass(frozen=True)
+class Presence:
+    ready: bool
+    failed: bool
+    lost_at: float
+
+
 READY = Presence(ready=True, failed=False, lost_at=0.0)
 FAILED = Presence(ready=False, failed=True, lost_at=0.0)
 NOW = 1000.0
