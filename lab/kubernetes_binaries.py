@@ -44,7 +44,11 @@ EDITS = (
     ("pkg/kubelet/container/testing/os.go", '\t"time"\n)\n', '\t"sync"\n\t"time"\n)\n\nvar creating sync.Mutex\n'),
     # As many requests a second as kubelets are allowed since Kubernetes 1.27: 10 are not enough for a node's pods to
     # start within seconds.
-    ("cmd/kubemark/hollow-node.go", "config.QPS = 10\n\tconfig.Burst = 20\n", "config.QPS = 50\n\tconfig.Burst = 100\n"),
+    (
+        "cmd/kubemark/hollow-node.go",
+        "config.QPS = 10\n\tconfig.Burst = 20\n",
+        "config.QPS = 50\n\tconfig.Burst = 100\n",
+    ),
 )
 
 # The tree is no git checkout, so the build is told its version.

@@ -55,6 +55,10 @@ class WorkQueue(Generic[K]):
         heapq.heappush(self._heap, (due, self._sequence, key))
         self._news.set()
 
+    def count(self) -> int:
+        """How many keys it remembers anything of."""
+        return max(len(self._due), len(self._running), len(self._finished), len(self._errors))
+
     def oldest(self) -> float:
         """For how many seconds the longest look has been going on."""
         now = time.monotonic()
