@@ -23,6 +23,7 @@ from typing import Any
 
 from lab import Lab
 
+from . import nodeless
 from .hollow import TEMPLATE, HollowNodes, hollow_nodes
 from .kube import WRITES, Api, Operator, PodTimes, kubectl, manifest, namespace, operator, until
 
@@ -151,45 +152,26 @@ def turns(api: Api, running: Operator, nodes: HollowNodes, options: argparse.Nam
 
 
 def idle_jobs(api: Api, jobs: int) -> float:
-    """Makes them, half suspended and half complete; seconds until all are. Their pods fit no node, and this program
-    says in the place of a kubelet that the aggregator's has completed the training."""
-    template = {"spec": {"nodeSelector": {"isthmus.dev/no": "node"}, "terminationGracePeriodSeconds": 0}}
+    """Makes them, half suspended and half complete; seconds until all are."""
     path = f"/apis/isthmus.dev/v1alpha1/namespaces/{NAMESPACE}/federatedjobs"
     bodies = [
-        manifest(f"idle-{number}", NAMESPACE, 2, template, suspend=bool(number % 2), selection={"minClients": 1})
-        for number in range(jobs)
+        manifest(f"idle-{number}", NAMESPACE, 2, nodeless.TEMPLATE, suspend=bool(number % 2)) for number in range(jobs)
     ]
-    told: set[str] = set()
+    kubelet = nodeless.Kubelet(api, NAMESPACE)
 
     def settled() -> bool:
-        for pod in api.read(f"{_PODS}?labelSelector=isthmus.dev/role%3Daggregator&resourceVersion=0")["items"]:
-            if pod["metadata"]["uid"] not in told:
-                told.add(pod["metadata"]["uid"])
-                complete(api, pod)
-        # Not more often than a list of them all is cheap.
+        kubelet.complete(lambda job: True)
         phases = [job.get("status", {}).get("phase") for job in api.jobs(NAMESPACE)]
         return phases.count("Suspended") + phases.count("Complete") >= jobs
 
     started = time.monotonic()
     with ThreadPoolExecutor(_THREADS) as threads:
         list(threads.map(lambda body: api.write("POST", path, body), bodies))
+    # Not more often than is cheap: all jobs and pods are listed.
     until("all of them are idle", settled, 1200, 2.0)
     # Complete jobs' clients are given half a minute to end by themselves.
     until("the clients are gone", lambda: not active(api), 300, 2.0)
     return round(time.monotonic() - started, 1)
-
-
-def complete(api: Api, pod: dict[str, Any]) -> None:
-    """As a kubelet would say that the training is complete."""
-    words = json.dumps({"phase": "COMPLETE", "completedRounds": 3, "totalRounds": 3})
-    ended = {"exitCode": 0, "reason": "Completed", "message": words, "startedAt": None, "finishedAt": None}
-    state = {
-        "name": "aggregator", "image": "x", "imageID": "x", "ready": False, "restartCount": 0,
-        "state": {"terminated": ended},
-    }  # fmt: skip
-    api.patch(
-        f"{_PODS}/{pod['metadata']['name']}/status", {"status": {"phase": "Succeeded", "containerStatuses": [state]}}
-    )
 
 
 def active(api: Api) -> int:
