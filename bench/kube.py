@@ -287,8 +287,10 @@ def release(name: str) -> None:
             api.patch(path, {"metadata": {"finalizers": None}})
 
 
-def manifest(name: str, namespace: str, clients: int, template: Any, **spec: Any) -> dict[str, Any]:
-    """A FederatedJob of one pool. ``template``: of all its pods."""
+def manifest(
+    name: str, namespace: str, clients: int, template: Any, aggregator: Any = None, **spec: Any
+) -> dict[str, Any]:
+    """A FederatedJob of one pool. ``template``: of all its pods, or but for the aggregator's."""
     return {
         "apiVersion": "isthmus.dev/v1alpha1",
         "kind": "FederatedJob",
@@ -296,7 +298,7 @@ def manifest(name: str, namespace: str, clients: int, template: Any, **spec: Any
         "spec": {
             "rounds": 3,
             "task": {"image": "isthmus.lab/busybox:1", "command": ["sleep", "3600"]},
-            "aggregator": {"template": template, "checkpoint": {"storage": "EmptyDir"}},
+            "aggregator": {"template": aggregator or template, "checkpoint": {"storage": "EmptyDir"}},
             "pools": [{"name": "cloud", "replicas": clients, "cloud": {"template": template}}],
             **spec,
         },

@@ -24,7 +24,7 @@ from typing import Any
 from lab import Lab
 
 from . import nodeless
-from .hollow import TEMPLATE, HollowNodes, hollow_nodes
+from .hollow import AGGREGATOR, TEMPLATE, HollowNodes, hollow_nodes
 from .kube import WRITES, Api, Operator, PodTimes, kubectl, manifest, namespace, operator, until
 
 NAMESPACE = "bench-operator"
@@ -40,6 +40,7 @@ class StatusTime:
 
     def __init__(self, api: Api, job: str, clients: int) -> None:
         self.moment: float | None = None
+        self._last: Any = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, args=(api, job, clients), daemon=True)
         self._thread.start()
@@ -47,6 +48,7 @@ class StatusTime:
     def _look(self, api: Api, job: str, clients: int) -> None:
         while self.moment is None and not self._ended.wait(0.5):
             pools = api.job(NAMESPACE, job).get("status", {}).get("pools") or [{}]
+            self._last = pools[0]
             if pools[0].get("desired") == clients and pools[0].get("queued") == 0:
                 self.moment = time.monotonic()
 
@@ -55,7 +57,7 @@ class StatusTime:
         self._thread.join(seconds)
         self._ended.set()
         if self.moment is None:
-            raise SystemExit(f"not within {seconds:.0f} s after all pods ran: the job's status says so")
+            raise SystemExit(f"not within {seconds:.0f} s after all pods ran: the status says so ({self._last})")
         return self.moment
 
 
@@ -64,7 +66,7 @@ def large_job(api: Api, running: Operator, clients: int, seconds: float) -> dict
     before, counted, cpu = running.requests(), api.counted(_OWN), running.cpu()
     times = PodTimes(api, NAMESPACE, "isthmus.dev/role=client")
     started = time.monotonic()
-    kubectl("apply", "-f", "-", stdin=manifest("large", NAMESPACE, clients, TEMPLATE))
+    kubectl("apply", "-f", "-", stdin=manifest("large", NAMESPACE, clients, TEMPLATE, AGGREGATOR))
     said = StatusTime(api, "large", clients)
     result: dict[str, Any] = times.until_running(clients, started, seconds)
     result["status_says_so_s"] = round(said.wait(60) - started, 1)
