@@ -45,7 +45,7 @@ def one_round(namespace: Namespace, operator: Operator, number: int) -> None:
     eventually(lambda: f"{suspended}-cloud-0-0" in namespace.names("pod"), "its pods are made")
     namespace.kubectl("patch", "fj", suspended, "--type=merge", "-p", '{"spec": {"suspend": true}}')
     namespace.until("Complete", "True/RoundsCompleted", complete, 180)
-    namespace.until("Suspended", "True/Suspended", suspended)
+    namespace.until("Suspended", "True/SuspendedByUser", suspended)
     known = kept(operator)
     assert known["jobs"] == known["memories"] == 3
     namespace.kubectl("delete", "fj", "--all", "--timeout=180s")
