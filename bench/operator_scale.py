@@ -3,239 +3,232 @@
     python -m lab up --only kubernetes
     python -m lab exec -- python -m bench.operator_scale [--clients 1000] [--jobs 1000]
 
-Prints a JSON line: seconds from apply until every client runs, requests to the API server per client, memory and CPU of
-the operator then, and its memory with many idle jobs.
+Prints JSON lines. By turns, a job of many clients and the same pods made by 8 threads that do nothing else: seconds
+from apply until all pods are created, scheduled and running; the operator's requests per client, its memory and its
+processor time at rest. Then many idle jobs, half suspended and half complete, before and after a restart of the
+operator.
 """
 
 import argparse
+import copy
 import json
-import os
-import re
-import subprocess
+import statistics
 import sys
 import tempfile
+import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lab import Lab, kubernetes_binaries
+from lab import Lab
 
-ROOT = Path(__file__).parents[1]
-# A node takes 110; the hollow runtime is not made for haste (it dies of concurrent writes), so each gets fewer.
-PODS_PER_NODE = 84
-_SPARE = 2
+from . import nodeless
+from .hollow import AGGREGATOR, TEMPLATE, HollowNodes, hollow_nodes
+from .kube import WRITES, Api, Operator, PodTimes, kubectl, manifest, namespace, operator, until
+
 NAMESPACE = "bench-operator"
-_LABEL = "isthmus.dev/hollow"
-_METRICS, _HEALTH = 18080, 18081
-_TICKS = os.sysconf("SC_CLK_TCK")
+_THREADS = 8
+_PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
+_OWN = ("pods", "federatedjobs", "services", "secrets", "configmaps", "networkpolicies", "poddisruptionbudgets")
+# What the API server adds to a pod, and what ties it to a job: another pod of that kind has none of it.
+_GIVEN = ("uid", "resourceVersion", "creationTimestamp", "managedFields", "ownerReferences", "selfLink")
 
 
-class KubectlError(Exception):
-    """kubectl did not do as it was asked."""
+class StatusTime:
+    """When the operator's status first said that every client of a job runs (none is queued any more)."""
+
+    def __init__(self, api: Api, job: str, clients: int) -> None:
+        self.moment: float | None = None
+        self._last: Any = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, args=(api, job, clients), daemon=True)
+        self._thread.start()
+
+    def _look(self, api: Api, job: str, clients: int) -> None:
+        while self.moment is None and not self._ended.wait(0.5):
+            pools = api.job(NAMESPACE, job).get("status", {}).get("pools") or [{}]
+            self._last = pools[0]
+            if pools[0].get("desired") == clients and pools[0].get("queued") == 0:
+                self.moment = time.monotonic()
+
+    def wait(self, seconds: float) -> float:
+        """The moment."""
+        self._thread.join(seconds)
+        self._ended.set()
+        if self.moment is None:
+            raise SystemExit(f"not within {seconds:.0f} s after all pods ran: the status says so ({self._last})")
+        return self.moment
 
 
-def kubectl(*arguments: str, stdin: Any = None) -> str:
-    text = None if stdin is None else json.dumps(stdin)
-    done = subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise KubectlError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def until(what: str, check: Callable[[], bool], seconds: float, every: float = 0.5) -> float:
-    """Waits; tells how many seconds that took."""
+def large_job(api: Api, running: Operator, clients: int, seconds: float) -> dict[str, Any]:
+    """From apply until all clients run."""
+    before, counted, cpu = running.requests(), api.counted(_OWN), running.cpu()
+    times = PodTimes(api, NAMESPACE, "isthmus.dev/role=client")
     started = time.monotonic()
-    while not check():
-        if time.monotonic() - started > seconds:
-            raise SystemExit(f"not within {seconds:.0f} s: {what}")
-        time.sleep(every)
-    return time.monotonic() - started
+    kubectl("apply", "-f", "-", stdin=manifest("large", NAMESPACE, clients, TEMPLATE, AGGREGATOR))
+    said = StatusTime(api, "large", clients)
+    result: dict[str, Any] = times.until_running(clients, started, seconds)
+    result["status_says_so_s"] = round(said.wait(60) - started, 1)
+    times.close()
+    # What was put off (counters in the status, events) is done by then.
+    time.sleep(10)
+    made = {method: count - before.get(method, 0) for method, count in running.requests().items()}
+    result["writes_per_client"] = round(sum(made.get(method, 0) for method in WRITES) / clients, 3)
+    # Everybody's, kubectl's own one included, but no events.
+    result["writes_per_client_by_the_api_server"] = round((api.counted(_OWN) - counted) / clients, 3)
+    result["reads_per_client"] = round(made.get("GET", 0) / clients, 3)
+    result["cpu_s"] = round(running.cpu() - cpu, 1)
+    result["peak_memory_mb"] = running.memory_mb("VmHWM")
+    return result
 
 
-@contextmanager
-def process(argv: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with log.open("ab") as output:
-        child = subprocess.Popen(argv, stdout=output, stderr=output)
-    try:
-        yield child
-    finally:
-        child.terminate()
-        try:
-            child.wait(20)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+def pattern(api: Api) -> dict[str, Any]:
+    """A client's pod without what the API server and the operator give to one in particular."""
+    body = copy.deepcopy(api.read(f"{_PODS}/large-cloud-0-0"))
+    body["metadata"] = {key: value for key, value in body["metadata"].items() if key not in _GIVEN}
+    body["metadata"]["labels"] = {"bench": "bare"}
+    del body["status"], body["spec"]["nodeName"]
+    return {"apiVersion": "v1", "kind": "Pod", **body}
 
 
-_nodes: dict[str, subprocess.Popen[bytes]] = {}
-
-
-def hollow_nodes(stack: ExitStack, needed: int, directory: Path) -> None:
-    """Starts some more than are needed, waits until enough are ready, and labels those."""
-    program = str(kubernetes_binaries.kubemark())
-    kubeconfig = os.environ["KUBECONFIG"]
-    started = [f"hollow-{number}" for number in range(needed + _SPARE)]
-    for number, name in enumerate(started):
-        argv = [program, "--morph=kubelet", f"--name={name}", f"--kubeconfig={kubeconfig}",
-                f"--kubelet-port={12250 + number}", f"--kubelet-read-only-port={12350 + number}"]  # fmt: skip
-        _nodes[name] = stack.enter_context(process(argv, directory / "hollow.log"))
-    stack.callback(lambda: kubectl("delete", "node", *started, "--ignore-not-found"))
-
-    def ready() -> list[str]:
-        return [
-            node["metadata"]["name"]
-            for node in json.loads(kubectl("get", "nodes", "-o", "json"))["items"]
-            if node["metadata"]["name"] in _nodes
-            and any(item["type"] == "Ready" and item["status"] == "True" for item in node["status"]["conditions"])
-        ]
-
-    until("the hollow nodes are ready", lambda: len(ready()) >= needed, 600, 2.0)
-    chosen = ready()
-    kubectl("label", "node", *chosen, f"{_LABEL}=true", "--overwrite")
-    for name in set(_nodes) - set(chosen):
-        del _nodes[name]
-
-
-def manifest(name: str, clients: int, **spec: Any) -> dict[str, Any]:
-    template = {"spec": {"nodeSelector": {_LABEL: "true"}, "tolerations": [{"operator": "Exists"}],
-                         "terminationGracePeriodSeconds": 1}}  # fmt: skip
-    return {
-        "apiVersion": "isthmus.dev/v1alpha1",
-        "kind": "FederatedJob",
-        "metadata": {"name": name, "namespace": NAMESPACE},
-        "spec": {
-            "rounds": 3,
-            "task": {"image": "isthmus.lab/busybox:1", "command": ["sleep", "3600"]},
-            "aggregator": {"template": template, "checkpoint": {"storage": "EmptyDir"}},
-            "pools": [{"name": "cloud", "replicas": clients, "cloud": {"template": template}}],
-            **spec,
-        },
-    }
-
-
-class Operator:
-    """What the operator's process uses, and how often it asks the API server."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-
-    def memory_mb(self) -> float:
-        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-    def cpu(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS
-
-    def requests(self) -> dict[str, float]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{_METRICS}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-        counts: dict[str, float] = {}
-        for method, value in re.findall(r'isthmus_operator_api_requests_total\{.*?method="(\w+)"\} (\S+)', text):
-            counts[method] = counts.get(method, 0) + float(value)
-        return counts
-
-    def ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{_HEALTH}/readyz", timeout=2) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-
-def running(job: str) -> int:
-    """How many clients run."""
-    if died := [name for name, node in _nodes.items() if node.poll() is not None]:
-        raise SystemExit(f"{', '.join(died)} died, as hollow nodes do now and then: its pods cannot run; try again")
-    fields = "--field-selector=status.phase=Running"
-    try:
-        return kubectl("-n", NAMESPACE, "get", "pods", "-l", f"isthmus.dev/job={job},isthmus.dev/role=client", fields,
-                       "--no-headers", "-o", "name").count("\n")  # fmt: skip
-    except KubectlError as error:
-        # A busy API server may let one of our own looks wait too long.
-        print(error, file=sys.stderr)
-        return 0
-
-
-def one_large_job(operator: Operator, clients: int, steady: float) -> dict[str, Any]:
-    """A job of many clients: from apply until all run, then at rest."""
-    before = operator.requests()
+def bare(api: Api, body: dict[str, Any], clients: int, seconds: float) -> dict[str, float]:
+    """The same pods, made by threads that do nothing else."""
+    pods = [copy.deepcopy(body) for _ in range(clients)]
+    for index, pod in enumerate(pods):
+        pod["metadata"]["name"] = f"bare-{index}"
+    times = PodTimes(api, NAMESPACE, "bench=bare")
     started = time.monotonic()
-    kubectl("apply", "-f", "-", stdin=manifest("large", clients))
-    # Asked seldom: a list of a thousand pods is work for the API server too.
-    until("all clients run", lambda: running("large") >= clients, 900, 2.0)
-    seconds = time.monotonic() - started
-    made = {method: count - before.get(method, 0) for method, count in operator.requests().items()}
-    writes = sum(made.get(method, 0) for method in ("POST", "PATCH", "PUT", "DELETE"))
-    # What was put off (counters in the status) is done by then.
-    time.sleep(15)
-    cpu, reads, since = operator.cpu(), operator.requests(), time.monotonic()
-    time.sleep(steady)
-    passed = time.monotonic() - since
-    rest = {method: count - reads.get(method, 0) for method, count in operator.requests().items()}
-    return {
-        "clients": clients,
-        "all_running_s": round(seconds, 1),
-        "writes_per_client": round(writes / clients, 2),
-        "reads_per_client": round(made.get("GET", 0) / clients, 2),
-        "memory_mb": round(operator.memory_mb(), 1),
-        "steady_cpu_percent": round(100 * (operator.cpu() - cpu) / passed, 2),
-        "steady_requests_per_s": round(sum(rest.values()) / passed, 2),
-    }
+    with ThreadPoolExecutor(_THREADS) as threads:
+        list(threads.map(lambda pod: api.write("POST", _PODS, pod), pods))
+    result = times.until_running(clients, started, seconds)
+    times.close()
+    return result
 
 
-def many_idle_jobs(operator: Operator, jobs: int, steady: float) -> dict[str, Any]:
-    """Suspended jobs: nothing runs for them."""
-    started = time.monotonic()
-    for first in range(0, jobs, 100):
-        items = [manifest(f"idle-{number}", 2, suspend=True) for number in range(first, min(first + 100, jobs))]
-        kubectl("create", "-f", "-", stdin={"apiVersion": "v1", "kind": "List", "items": items})
+def turn(api: Api, running: Operator, nodes: HollowNodes, options: argparse.Namespace) -> tuple[dict[str, Any], ...]:
+    """One large job, and the same pods without an operator."""
+    clients = options.clients
+    ours = large_job(api, running, clients, options.patience)
+    ours |= running.at_rest(options.steady)
+    body = pattern(api)
+    # The pods mount the job's Secret, and outlive the job.
+    secret = api.read(f"/api/v1/namespaces/{NAMESPACE}/secrets/large-cloud-tls")
+    secret["metadata"] = {"name": "large-cloud-tls"}
+    kubectl("-n", NAMESPACE, "delete", "fj", "large", "--timeout=600s")
+    none_left(api)
+    kubectl("-n", NAMESPACE, "create", "-f", "-", stdin={"apiVersion": "v1", "kind": "Secret", **secret})
+    theirs = bare(api, body, clients, options.patience)
+    kubectl("-n", NAMESPACE, "delete", "pods", "-l", "bench=bare", "--wait=false")
+    none_left(api)
+    kubectl("-n", NAMESPACE, "delete", "secret", "large-cloud-tls")
+    nodes.check()
+    return ours, theirs
+
+
+def none_left(api: Api) -> None:
+    """Waits until there is no pod, so that nothing of one turn is left for the next."""
+
+    def gone() -> bool:
+        return not api.read(f"{_PODS}?limit=1")["items"]
+
+    until("all pods are gone", gone, 600, 1.0)
+
+
+def turns(api: Api, running: Operator, nodes: HollowNodes, options: argparse.Namespace) -> dict[str, Any]:
+    """The medians over several."""
+    pairs = []
+    for number in range(options.turns):
+        ours, theirs = turn(api, running, nodes, options)
+        print(json.dumps({"turn": number, "operator": ours, "bare": theirs}), file=sys.stderr, flush=True)
+        pairs.append((ours, theirs))
+    result: dict[str, Any] = {"bench": "operator_scale", "clients": options.clients, "turns": options.turns}
+    for key in pairs[0][0]:
+        result[key] = round(statistics.median(ours[key] for ours, _ in pairs), 3)
+    for key in pairs[0][1]:
+        result[f"bare_{key}"] = round(statistics.median(theirs[key] for _, theirs in pairs), 1)
+    result["times_bare"] = round(
+        statistics.median(ours["running_s"] / theirs["running_s"] for ours, theirs in pairs), 2
+    )
+    return result
+
+
+def idle_jobs(api: Api, jobs: int) -> float:
+    """Makes them, half suspended and half complete; seconds until all are."""
+    path = f"/apis/isthmus.dev/v1alpha1/namespaces/{NAMESPACE}/federatedjobs"
+    bodies = [
+        manifest(f"idle-{number}", NAMESPACE, 2, nodeless.TEMPLATE, suspend=bool(number % 2)) for number in range(jobs)
+    ]
+    kubelet = nodeless.Kubelet(api, NAMESPACE)
 
     def settled() -> bool:
-        fields = "jsonpath={range .items[*]}{.status.phase}{'\\n'}{end}"
-        return kubectl("-n", NAMESPACE, "get", "fj", "-o", fields).count("Suspended") >= jobs
+        kubelet.complete(lambda job: True)
+        phases = [job.get("status", {}).get("phase") for job in api.jobs(NAMESPACE)]
+        return phases.count("Suspended") + phases.count("Complete") >= jobs
 
-    until("all of them are suspended", settled, 900, 2.0)
-    seconds = time.monotonic() - started
-    cpu, since = operator.cpu(), time.monotonic()
-    time.sleep(steady)
-    return {
-        "idle_jobs": jobs,
-        "settled_s": round(seconds, 1),
-        "memory_mb": round(operator.memory_mb(), 1),
-        "steady_cpu_percent": round(100 * (operator.cpu() - cpu) / (time.monotonic() - since), 2),
-    }
+    started = time.monotonic()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        list(threads.map(lambda body: api.write("POST", path, body), bodies))
+    # Not more often than is cheap: all jobs and pods are listed.
+    until("all of them are idle", settled, 1200, 2.0)
+    # Complete jobs' clients are given half a minute to end by themselves.
+    until("the clients are gone", lambda: not active(api), 300, 2.0)
+    return round(time.monotonic() - started, 1)
+
+
+def active(api: Api) -> int:
+    """Clients' pods that are there."""
+    found = api.read(f"{_PODS}?labelSelector=isthmus.dev/role%3Dclient&resourceVersion=0")
+    return len(found["items"])
+
+
+def many_idle_jobs(api: Api, directory: Path, jobs: int, steady: float) -> dict[str, Any]:
+    """Before and after a restart."""
+    result: dict[str, Any] = {"bench": "operator_idle", "jobs": jobs}
+    with operator(NAMESPACE, directory) as running:
+        result["idle_s"] = idle_jobs(api, jobs)
+        result |= running.at_rest(steady)
+        result["peak_memory_mb"] = running.memory_mb("VmHWM")
+        result["memory_mb"] = running.memory_mb()
+    started = time.monotonic()
+    with operator(NAMESPACE, directory) as running:
+        result["restart_ready_s"] = round(time.monotonic() - started, 1)
+
+        def looked() -> bool:
+            text = running.metrics()
+            looks = running.value("isthmus_operator_reconcile_seconds_count", text)
+            busy = running.value("isthmus_operator_queue_depth", text)
+            busy += running.value("isthmus_operator_workers_busy", text)
+            return looks >= jobs and not busy
+
+        until("every job was looked at", looked, 600)
+        result["restart_all_looked_at_s"] = round(time.monotonic() - started, 1)
+        result |= {f"restarted_{key}": value for key, value in running.at_rest(steady).items()}
+        result["restarted_memory_mb"] = running.memory_mb()
+        result["restarted_peak_memory_mb"] = running.memory_mb("VmHWM")
+    return result
 
 
 def main() -> None:
+    """Parses the command line and measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=1000)
-    parser.add_argument("--jobs", type=int, default=1000, help="idle ones")
+    parser.add_argument("--clients", type=int, default=1000, help="of the large job; 0: none")
+    parser.add_argument("--turns", type=int, default=1, help="of a large job and bare pods")
+    parser.add_argument("--jobs", type=int, default=1000, help="idle ones; 0: none")
     parser.add_argument("--steady", type=float, default=60.0, help="seconds over which CPU is measured")
+    parser.add_argument("--patience", type=float, default=600.0, help="seconds after which it gives up on pods")
     options = parser.parse_args()
     Lab().require_up()
-    with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as folder, ExitStack() as stack:
-        directory = Path(folder)
-        kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
-        kubectl("create", "namespace", NAMESPACE)
-        stack.callback(lambda: kubectl("delete", "namespace", NAMESPACE, "--wait=true", "--timeout=600s"))
-        hollow_nodes(stack, -(-(options.clients + 1) // PODS_PER_NODE), directory)
-        argv = [sys.executable, "-m", "isthmus_operator", "-n", NAMESPACE, "--cluster", "bench",
-                "--metrics", f"127.0.0.1:{_METRICS}", "--health", f"127.0.0.1:{_HEALTH}"]  # fmt: skip
-        child = stack.enter_context(process(argv, directory / "operator.log"))
-        operator = Operator(child.pid)
-        until("the operator is ready", operator.ready, 120)
-        # While the operator is there: it is who lets the jobs go.
-        stack.callback(lambda: kubectl("-n", NAMESPACE, "delete", "fj", "--all", "--timeout=600s"))
-        result: dict[str, Any] = {"bench": "operator_scale", "idle_memory_mb": round(operator.memory_mb(), 1)}
+    with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as folder, namespace(NAMESPACE):
+        directory, api = Path(folder), Api()
         if options.clients:
-            result["large_job"] = one_large_job(operator, options.clients, options.steady)
-            kubectl("-n", NAMESPACE, "delete", "fj", "large", "--timeout=600s")
+            with (
+                hollow_nodes(options.clients + 1, directory) as nodes,
+                operator(NAMESPACE, directory) as running,
+            ):
+                print(json.dumps(turns(api, running, nodes, options)), flush=True)
         if options.jobs:
-            result["idle"] = many_idle_jobs(operator, options.jobs, options.steady)
-        print(json.dumps(result))
+            print(json.dumps(many_idle_jobs(api, directory, options.jobs, options.steady)), flush=True)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,16 @@ def percent(share: float) -> str:
     return f"{share:.2%}".replace("%", " %")
 
 
+def megabytes(count: float) -> str:
+    """Of MB."""
+    return f"{count:.0f} MB"
+
+
+def of_a_core(value: float) -> str:
+    """Per cent of one core."""
+    return f"{value:.1f} %"
+
+
 def percentages(shares: Iterable[float]) -> str:
     """Several, without the sign."""
     return " ".join(f"{share * 100:.2f}" for share in shares)
@@ -150,6 +160,51 @@ TABLES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
             Column("parameters", "parameters", assignments),
             *_ACCURACY,
             Column("after the last round", "final_accuracy", percent),
+        ),
+    ),
+    "operator_scale": (
+        "The operator: one large job beside the same pods without an operator",
+        (
+            _CLIENTS,
+            Column("created", "created_s", duration),
+            Column("scheduled", "scheduled_s", duration),
+            Column("all run", "running_s", duration),
+            Column("the status says so", "status_says_so_s", duration),
+            Column("without: created", "bare_created_s", duration),
+            Column("without: all run", "bare_running_s", duration),
+            Column("times as long", "times_bare", fixed(2)),
+            Column("writes a client", "writes_per_client", fixed(2)),
+            Column("reads a client", "reads_per_client", fixed(2)),
+            Column("peak memory", "peak_memory_mb", megabytes),
+            Column("CPU at rest", "steady_cpu_percent", of_a_core),
+            Column("requests a second at rest", "steady_requests_per_s", fixed(2)),
+        ),
+    ),
+    "operator_idle": (
+        "The operator: many idle jobs",
+        (
+            Column("jobs", "jobs"),
+            Column("peak memory", "peak_memory_mb", megabytes),
+            Column("CPU at rest", "steady_cpu_percent", of_a_core),
+            Column("requests a second at rest", "steady_requests_per_s", fixed(2)),
+            Column("restarted: ready after", "restart_ready_s", duration),
+            Column("all jobs looked at after", "restart_all_looked_at_s", duration),
+            Column("memory then", "restarted_peak_memory_mb", megabytes),
+            Column("CPU at rest then", "restarted_steady_cpu_percent", of_a_core),
+        ),
+    ),
+    "operator_soak": (
+        "The operator: short jobs one after the other",
+        (
+            Column("jobs", "jobs"),
+            Column("minutes", "minutes", fixed(0)),
+            Column("memory after the first wave", "after_first_mb", megabytes),
+            Column("after a third", "warm_mb", megabytes),
+            Column("at the end", "last_mb", megabytes),
+            Column("growth a job", "kb_per_job", "{:.1f} kB".format),
+            Column("tasks", "tasks_last"),
+            Column("threads", "threads_last"),
+            Column("open files", "files_last"),
         ),
     ),
     "peers": (

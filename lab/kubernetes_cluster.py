@@ -181,6 +181,8 @@ class KubernetesCluster:
             "--bind-address=127.0.0.1",
             "--leader-elect=false",
             "--use-service-account-credentials=true",
+            # On a busy machine a node's heartbeat is late, and no node is ever lost.
+            "--node-monitor-grace-period=180s",
             f"--root-ca-file={pki}/ca.crt",
             f"--service-account-private-key-file={pki}/service-accounts.key",
             f"--cluster-signing-cert-file={pki}/ca.crt",

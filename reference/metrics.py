@@ -30,7 +30,9 @@ def page() -> str:
     rows = (
         *_registered("aggregator", AggregatorMetrics("namespace", "job").registry, ()),
         *_registered("operator", REGISTRY, ()),
-        *_collected(JobsCollector(lambda: [("namespace", "job", _STATUS)], lambda: {"site": True})),
+        *_collected(
+            JobsCollector(lambda: [("namespace", "job", _STATUS)], lambda: {"site": True}, lambda: {"jobs": 1})
+        ),
         *_registered("bridge", BridgeMetrics().registry, ("site",)),
     )
     return _HEAD + "".join(f"| `{name}` | {' | '.join(cells)} |\n" for name, *cells in sorted(rows))

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class App:
         self.sites = SiteStore()
         self.health = Health()
         self.gateway = Gateway(self._tunnel_changed) if settings.gateway else None
+        self._kept: dict[str, Callable[[], int]] = {"jobs": self.jobs.count, "pods": self.pods.count}
         self._tasks: list[asyncio.Task[None]] = []
         self._stops: list[Any] = []
 
@@ -78,6 +79,13 @@ class App:
         sites = SiteReconciler(kube, self.sites, bridges, self.site_changed, settings.resync)
         self.queue = WorkQueue(jobs.reconcile, workers=settings.workers)
         self.site_queue = WorkQueue(sites.reconcile, workers=_SITE_WORKERS)
+        loop = asyncio.get_running_loop()
+        self._kept |= {
+            "memories": jobs.count,
+            "channels": aggregators.count,
+            "keys": self.queue.count,
+            "tasks": lambda: len(asyncio.all_tasks(loop)),
+        }
         self.health.watch(self.queue)
         self.health.watch(self.site_queue)
         coroutines = [self.queue.run(), self.site_queue.run(), self.health.run()]
@@ -127,7 +135,14 @@ class App:
 
     def _serve(self) -> None:
         host, port = _address(self.settings.metrics)
-        REGISTRY.register(JobsCollector(self._statuses, lambda: dict(self.sites.reachable)))
+        kept = self._kept
+        REGISTRY.register(
+            JobsCollector(
+                self._statuses,
+                lambda: dict(self.sites.reachable),
+                lambda: {kind: count() for kind, count in kept.items()},
+            )
+        )
         prometheus_client.start_http_server(port, host, REGISTRY)
         serve(self.health, *_address(self.settings.health))
 

@@ -88,7 +88,10 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.watching.server_timeout = 300
     settings.watching.connect_timeout = 15
     settings.networking.request_timeout = 60
-    settings.queueing.worker_limit = 64
+    # Each object's news have a worker of their own, which only stores them, and ends when none came for a while. Were
+    # there fewer workers than objects, the news of the others would wait for that while, and fill the memory.
+    settings.queueing.worker_limit = None
+    settings.queueing.idle_timeout = 0.5
     # The resources are known, and namespaces are named: no rights to watch CRDs or namespaces are needed.
     settings.scanning.disabled = True
     settings.posting.enabled = False

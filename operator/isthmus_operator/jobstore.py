@@ -51,6 +51,10 @@ class JobStore:
         del self._jobs[key]
         return True
 
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._jobs)
+
     def all(self) -> list[Job]:
         """Every job."""
         return list(self._jobs.values())

@@ -69,9 +69,15 @@ JobStatus = tuple[str, str, Mapping[str, Any]]  # namespace, name, status
 class JobsCollector(Collector):
     """Reads the jobs' statuses when Prometheus asks, so that a deleted job leaves no series behind."""
 
-    def __init__(self, jobs: Callable[[], Iterable[JobStatus]], sites: Callable[[], Mapping[str, bool]]) -> None:
+    def __init__(
+        self,
+        jobs: Callable[[], Iterable[JobStatus]],
+        sites: Callable[[], Mapping[str, bool]],
+        kept: Callable[[], Mapping[str, int]],
+    ) -> None:
         self._jobs = jobs
         self._sites = sites
+        self._kept = kept
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """The families, made anew for each scrape."""
@@ -107,4 +113,7 @@ class JobsCollector(Collector):
         )
         for site, value in sorted(self._sites().items()):
             reachable.add_metric([site], float(value))
-        return (phases, clients, conditions, rounds, reachable)
+        kept = GaugeMetricFamily("isthmus_operator_kept", "What the operator keeps in memory.", labels=["kind"])
+        for kind, number in self._kept().items():
+            kept.add_metric([kind], number)
+        return (phases, clients, conditions, rounds, reachable, kept)

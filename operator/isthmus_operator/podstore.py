@@ -6,7 +6,7 @@ whenever the watch had to begin anew.
 """
 
 import datetime as dt
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from isthmus_contracts import identities as ids
@@ -49,6 +49,10 @@ class PodStore:
         self._doubted.discard(job_uid)
         return due
 
+    def count(self) -> int:
+        """How many pods are known, of any job."""
+        return sum(map(len, list(self._pods.values())))
+
     def of(self, job_uid: str) -> tuple[PodView, ...]:
         """The pods of a job."""
         return tuple(self._pods.get(job_uid, {}).values())
@@ -79,10 +83,12 @@ class PodStore:
             if pod.uid in ghosts:
                 self._forget(job_uid, pod.name, pod.uid)
 
-    def forget_job(self, job_uid: str) -> None:
-        """The job is gone."""
-        self._pods.pop(job_uid, None)
-        self._doubted.discard(job_uid)
+    def forget_all_but(self, job_uids: Collection[str]) -> None:
+        """Forgets what is of no job that there is. Where one of these is merely not known yet, no harm is done: a job's
+        first look lists its pods."""
+        for uid in self._pods.keys() - job_uids:
+            del self._pods[uid]
+        self._doubted.intersection_update(job_uids)
 
     def _forget(self, job_uid: str, name: str, uid: str) -> None:
         self._gone[uid] = None

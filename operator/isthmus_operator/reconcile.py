@@ -57,8 +57,12 @@ class JobReconciler:
         job = self._jobs.get(key)
         memory = self._memories.get(key)
         if memory is not None and (job is None or job.uid != memory.uid):
-            await self._forget(key, memory)
+            self._memories.pop(key, None)
+            await self._aggregators.forget(memory.uid)
             memory = None
+        if memory is None:
+            # Also at the last news of a pod that outlived its job.
+            self._pods.forget_all_but({known.uid for known in self._jobs.all()})
         if job is None:
             return None
         if memory is None:
@@ -74,6 +78,10 @@ class JobReconciler:
             return _SOON
         finally:
             RECONCILE_SECONDS.observe(time.monotonic() - started)
+
+    def count(self) -> int:
+        """Of how many jobs something is kept."""
+        return len(self._memories)
 
     def accepted(self, namespace: str, name: str, uid: str) -> FederatedJobSpec | None:
         """The spec that is in force, as far as it was looked at since the operator started."""
@@ -120,11 +128,6 @@ class JobReconciler:
             memory.status_written = now
         await asyncio.gather(*(self._effects.emit(job, event, now) for event in decided.events))
         return not put_off
-
-    async def _forget(self, key: Key, memory: JobMemory) -> None:
-        self._memories.pop(key, None)
-        self._pods.forget_job(memory.uid)
-        await self._aggregators.forget(memory.uid)
 
 
 def _summary(decided: Plan) -> str:

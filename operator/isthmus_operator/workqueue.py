@@ -17,6 +17,7 @@ K = TypeVar("K", bound=Hashable)
 
 _FIRST_RETRY = 0.5  # seconds after an error; doubled each time
 _LONGEST_RETRY = 60.0
+_SLACK = 64  # outdated entries that are let be
 
 
 class WorkQueue(Generic[K]):
@@ -53,7 +54,15 @@ class WorkQueue(Generic[K]):
         self._due[key] = due
         self._sequence += 1
         heapq.heappush(self._heap, (due, self._sequence, key))
+        if len(self._heap) > 2 * len(self._due) + _SLACK:
+            # Outdated ones go when they are due, which for many is in ten minutes.
+            self._heap = [entry for entry in self._heap if self._due.get(entry[2]) == entry[0]]
+            heapq.heapify(self._heap)
         self._news.set()
+
+    def count(self) -> int:
+        """How many keys it remembers anything of."""
+        return max(len(self._due), len(self._running), len(self._finished), len(self._errors))
 
     def oldest(self) -> float:
         """For how many seconds the longest look has been going on."""

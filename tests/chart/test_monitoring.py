@@ -69,7 +69,7 @@ def series(families: Iterable[Metric]) -> set[str]:
 
 
 def live() -> set[str]:
-    jobs = JobsCollector(lambda: [], lambda: {})
+    jobs = JobsCollector(lambda: [], lambda: {}, lambda: {})
     registries: list[CollectorRegistry] = [AggregatorMetrics("n", "j").registry, REGISTRY, BridgeMetrics().registry]
     return series(jobs.collect()).union(*(series(registry.collect()) for registry in registries))
 

@@ -60,7 +60,7 @@ def test_the_aggregators() -> None:
 
 def test_the_operators() -> None:
     status = {"pools": [{"name": "cloud"}], "conditions": [{"type": "Accepted", "status": "True"}]}
-    jobs = JobsCollector(lambda: [("team", "job", status)], lambda: {"lumi": True})
+    jobs = JobsCollector(lambda: [("team", "job", status)], lambda: {"lumi": True}, lambda: {"jobs": 1})
     found = registered(REGISTRY) | collected(jobs.collect())
     assert found == documented("Operator")
 

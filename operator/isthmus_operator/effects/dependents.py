@@ -20,13 +20,13 @@ from .kube import Kube
 Objects = dict[str, Mapping[str, Any]]  # by Kind/name
 
 
-async def load(kube: Kube, job: Job, now: dt.datetime, network_policies: bool) -> Dependents:
-    """Reads them all."""
+async def load(kube: Kube, job: Job, now: dt.datetime, network_policies: bool, resting: bool) -> Dependents:
+    """Reads them all; of a job that rests only what was accepted, if that is there."""
     file = f"ConfigMap/{names.job_file(job.name)}"
     objects = await _get(kube, job, [file])
     accepted = _accepted(objects.get(file), job)
     spec = accepted or _spec(job)
-    if spec is not None:
+    if spec is not None and not (resting and accepted is not None):
         objects |= await _get(kube, job, _expected(job, spec, network_policies))
     ours = {key: body for key, body in objects.items() if job_uid_of(body) == job.uid}
     foreign = tuple(sorted(set(objects) - set(ours)))

@@ -5,6 +5,7 @@ import datetime as dt
 
 from isthmus_contracts import identities as ids
 from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.federatedjob_status import ConditionType
 
 from .. import certificates, names
 from ..draft import Limits
@@ -15,7 +16,7 @@ from ..plan import load_record
 from ..podstore import PodStore
 from ..record import HpcRecord
 from ..render import hpc as render_hpc
-from ..status import finished
+from ..status import finished, is_true
 from . import dependents
 from .bridge import Bridges
 from .kube import Kube, KubeError
@@ -93,8 +94,11 @@ class Observer:
         if known is None and idle:
             # Nothing is made for it any more.
             return Dependents(now)
-        if known is None or (not idle and (now - known.loaded > self._dependents_age or _incomplete(known))):
-            known = memory.dependents = await dependents.load(self._kube, job, now, self._policies)
+        # Until it is resumed, nothing is made of the rest.
+        resting = bool(job.spec.get("suspend")) and is_true(job.status, ConditionType.SUSPENDED)
+        lacks = known is not None and (known.accepted is None if resting else _incomplete(known))
+        if known is None or (not idle and (now - known.loaded > self._dependents_age or lacks)):
+            known = memory.dependents = await dependents.load(self._kube, job, now, self._policies, resting)
         return known
 
     async def _ask_sites(self, job: Job, memory: JobMemory, now: dt.datetime) -> dict[str, PoolView]:

@@ -62,6 +62,10 @@ class Aggregators:
             return f"{error.code().name}: {one_line(error.details() or '', 200)}"
         return view(answer)
 
+    def count(self) -> int:
+        """How many channels are open."""
+        return len(self._lines)
+
     async def forget(self, job_uid: str) -> None:
         """Closes a channel."""
         line = self._lines.pop(job_uid, None)

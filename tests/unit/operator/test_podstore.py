@@ -109,5 +109,14 @@ def test_a_doubt_asks_for_one_list() -> None:
     store.doubt(UID)
     assert (store.doubted(UID), store.doubted(UID)) == (True, False)
     store.doubt(UID)
-    store.forget_job(UID)
+    store.forget_all_but({"another"})
     assert not store.doubted(UID)
+
+
+def test_pods_of_jobs_that_are_gone_are_forgotten() -> None:
+    store = PodStore()
+    store.put(pod())
+    store.forget_all_but({UID})
+    assert store.count() == 1
+    store.forget_all_but(set())
+    assert (store.count(), store.of(UID)) == (0, ())

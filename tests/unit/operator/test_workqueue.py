@@ -107,3 +107,22 @@ async def test_a_look_that_hangs_is_cut_short() -> None:
         queue.add("a")
         await until(lambda: times == 2)
         assert queue.oldest() < 5
+
+
+async def test_entries_that_earlier_ones_replaced_do_not_pile_up_until_they_would_be_due() -> None:
+    looks: dict[str, int] = {}
+
+    async def handle(key: str) -> float | None:
+        looks[key] = looks.get(key, 0) + 1
+        return 600.0
+
+    async with running(handle) as queue:
+        queue.add("earlier than they", 60.0)
+        for number in range(500):
+            key = f"job-{number % 2}"
+            before = looks.get(key, 0)
+            queue.add(key)
+            await until(lambda: looks.get(key, 0) > before)  # noqa: B023
+        assert (queue.count(), len(queue._heap) < 100) == (3, True)
+        queue.add("job-0")
+        await until(lambda: looks["job-0"] == 251)
