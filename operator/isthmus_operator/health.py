@@ -1,4 +1,5 @@
-"""Probes that mean something: whether the event loop turns and the work goes on, answered from outside of both."""
+"""Probes that mean something: whether the event loop turns, the work goes on and the API server was heard lately,
+answered from outside of all that."""
 
 import asyncio
 import json
@@ -7,6 +8,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from .metrics import LOOP_LAG
+from .resync import MAX_AGE, Resync
 from .workqueue import WorkQueue
 
 _BEAT = 1.0
@@ -18,7 +20,8 @@ MAX_LOOK = 900.0
 class Health:
     """What the probes look at."""
 
-    def __init__(self) -> None:
+    def __init__(self, resync: Resync) -> None:
+        self._resync = resync
         self._beat = time.monotonic()
         self._queues: list[WorkQueue[str] | WorkQueue[tuple[str, str]]] = []
         self.broken = False  # a part that should run for ever has ended
@@ -40,11 +43,14 @@ class Health:
         """The state, with the verdict of the liveness probe."""
         age = time.monotonic() - self._beat
         look = max((queue.oldest() for queue in self._queues), default=0.0)
+        resynced = self._resync.age()
         return {
-            "alive": not self.broken and age < MAX_BEAT_AGE and look < MAX_LOOK,
-            "ready": self.ready.is_set(),
+            # An API server that is away for long is no reason to be restarted; a list that never ends is one.
+            "alive": not self.broken and age < MAX_BEAT_AGE and look < MAX_LOOK and self._resync.idle() < MAX_LOOK,
+            "ready": self.ready.is_set() and resynced < MAX_AGE,
             "secondsSinceBeat": round(age, 1),
             "longestLookSeconds": round(look, 1),
+            "secondsSinceResync": round(resynced, 1),
         }
 
 

@@ -107,3 +107,21 @@ async def test_a_look_that_hangs_is_cut_short() -> None:
         queue.add("a")
         await until(lambda: times == 2)
         assert queue.oldest() < 5
+
+
+async def test_what_is_cancelled_within_a_look_is_an_error_like_others() -> None:
+    times = 0
+
+    async def handle(_: str) -> float:
+        nonlocal times
+        times += 1
+        if times == 1:
+            # As a call is that goes through a channel which somebody closes.
+            inner = asyncio.ensure_future(asyncio.sleep(60))
+            inner.cancel()
+            await inner
+        return 3600.0
+
+    async with running(handle) as queue:
+        queue.add("a")
+        await until(lambda: times == 2)
