@@ -3,7 +3,6 @@
 import asyncio
 import datetime as dt
 import os
-import shutil
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from grpc import aio
 
 from isthmus_contracts.pki import Authority, Credentials
 from isthmus_contracts.transport import aio_channel, renewed_server_credentials
+from tests import faketime
 
 _DAY = dt.timedelta(days=1)
 
@@ -105,13 +105,13 @@ async def test_a_node_whose_clock_is_wrong_by_hours_connects(
     hours: int, authority: Authority, port: int, tmp_path: Path, require: Callable[[bool, str], None]
 ) -> None:
     """The widest error of all that ordinary mistakes make: a local time that is taken for UTC."""
-    require(shutil.which("faketime") is not None, "faketime is not installed")
+    require(faketime.library() is not None, "libfaketime is not installed")
     authority = authority.renewed(30 * _DAY)
     authority.issue("server", 7 * _DAY, hosts=["127.0.0.1"]).write(tmp_path)
     authority.issue("c", 7 * _DAY, uris=["isthmus://x"]).write(tmp_path / "client")
     process = await asyncio.create_subprocess_exec(
-        "faketime", "-f", f"{hours:+d}h", sys.executable, "-c", _CLIENT, f"127.0.0.1:{port}", tmp_path / "client",
-        stdout=asyncio.subprocess.PIPE, env={**os.environ, "FAKETIME_DONT_FAKE_MONOTONIC": "1"},
+        sys.executable, "-c", _CLIENT, f"127.0.0.1:{port}", tmp_path / "client",
+        stdout=asyncio.subprocess.PIPE, env={**os.environ, **faketime.wrong_by(hours)},
     )  # fmt: skip
     said, _ = await asyncio.wait_for(process.communicate(), 120)
     assert process.returncode == 0
