@@ -5,6 +5,7 @@ import asyncio
 import json
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from .metrics import LOOP_LAG
@@ -65,8 +66,9 @@ def serve(health: Health, host: str, port: int) -> ThreadingHTTPServer:
             self.send_response(404 if good is None else 200 if good else 503)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # who asked is gone
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             """Probes are not worth a line."""
