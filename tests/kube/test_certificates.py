@@ -68,7 +68,7 @@ def test_a_jobs_authority_is_renewed_and_no_pod_notices(
     def mounted() -> str:
         return namespace.kubectl("exec", "demo-cloud-0-0", "--", "cat", "/etc/isthmus/tls/tls.crt", check=False)
 
-    eventually(lambda: mounted().strip() == newest.decode().strip(), "the client's pod has it", 240, every=2.0)
+    eventually(lambda: mounted().strip() == newest.decode().strip(), "the client's pod has it", 600, every=5.0)
     assert uids(namespace) == before
     # The next operator neither renews anything nor tells the site again.
     operator.kill()
