@@ -31,6 +31,7 @@ COMPANIONS = (
     "buildah",
     "debootstrap",
     "charliecloud",
+    "faketime",
     "shellcheck",
     "dataset-fashion-mnist",
     "prometheus",

@@ -1,37 +1,66 @@
 """Makes a site's certificates: a CA, the bridge's own, and one for each cluster's operator."""
 
 import datetime as dt
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from isthmus_contracts.identities import operator_identity
-from isthmus_contracts.pki import Authority
+from isthmus_contracts.identities import CA_FILE, operator_identity
+from isthmus_contracts.pki import Authority, Credentials, certificates_in
 
 CA_LIFETIME = dt.timedelta(days=3650)
 SERVER = "server"
 
 
-def make(directory: Path, hosts: Sequence[str], clusters: Sequence[str], lifetime: dt.timedelta) -> Iterator[str]:
+def make(
+    directory: Path,
+    hosts: Sequence[str],
+    clusters: Sequence[str],
+    lifetime: dt.timedelta,
+    *,
+    new_ca: bool = False,
+    only_this_ca: bool = False,
+) -> Iterator[str]:
     """Writes them and tells what it wrote, line by line. An authority that is there signs again.
 
-    Raises ``OSError`` and ``ValueError``.
+    ``new_ca``: one that takes its place; the earlier one stays trusted, and the bridge's own certificate, which
+    operators cannot check before they know the new one, stays as it is. ``only_this_ca``: those before it are no
+    longer trusted. Raises ``OSError`` and ``ValueError``.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    certificate, key = directory / "ca.crt", directory / "ca.key"
-    if key.exists():
-        authority = Authority.load(certificate.read_bytes(), key.read_bytes())
+    certificate, key = directory / CA_FILE, directory / "ca.key"
+    trusted = certificates_in(certificate.read_bytes()) if key.exists() else []
+    if trusted and not new_ca:
+        authority = Authority.load(trusted[0], key.read_bytes())
+        if only_this_ca:
+            trusted = trusted[:1]
         yield f"site CA: {certificate} (was there)"
     else:
-        authority = Authority.create("isthmus site CA", CA_LIFETIME)
-        key.touch(mode=0o600)
-        key.write_bytes(authority.key)
-        certificate.write_bytes(authority.certificate)
+        # A name of its own: some TLS libraries find the signer by that alone.
+        authority = Authority.create(f"isthmus site CA {secrets.token_hex(4)}", CA_LIFETIME)
+        trusted = [authority.certificate, *trusted]
+        _write_private(key, authority.key)
         yield f"site CA: {certificate}; keep {key} safe: whoever has it can submit here"
+    bundle = b"".join(trusted)
+    certificate.write_bytes(bundle)
     if hosts:
-        authority.issue(hosts[0], lifetime, hosts=hosts).write(directory / SERVER)
+        _trusting(authority.issue(hosts[0], lifetime, hosts=hosts), bundle).write(directory / SERVER)
         yield f"the bridge's own, for {', '.join(hosts)}: {directory / SERVER}; name it as tls_dir in the policy"
+    elif (directory / SERVER / CA_FILE).exists():
+        (directory / SERVER / CA_FILE).write_bytes(bundle)
+        if new_ca:
+            yield f"the bridge trusts both CAs, by {directory / SERVER / CA_FILE}, and keeps its certificate for now"
     for cluster in clusters:
         identity = operator_identity(cluster)
         target = directory / f"operator-{cluster}"
-        authority.issue(cluster, lifetime, uris=[identity]).write(target)
+        _trusting(authority.issue(cluster, lifetime, uris=[identity]), bundle).write(target)
         yield f"for the operator of {cluster}: {target}; name {identity} in the policy"
+
+
+def _trusting(credentials: Credentials, bundle: bytes) -> Credentials:
+    return Credentials(bundle, credentials.certificate, credentials.key)
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    path.touch(mode=0o600)
+    path.write_bytes(content)

@@ -101,10 +101,15 @@ def _certs(options: argparse.Namespace) -> int:
     for cluster in options.operator:
         if _CLUSTER.fullmatch(cluster) is None:
             return _complain(f"--operator: {cluster!r} is no name of a cluster", 2)
-    if not options.host and not options.operator:
+    if not (options.host or options.operator or options.only_this_ca):
         return _complain("give --host, --operator or both", 2)
+    if options.new_ca and options.host:
+        return _complain("--new-ca goes without --host: operators cannot check the bridge's new certificate yet", 2)
     try:
-        for line in certificates.make(options.dir, options.host, options.operator, dt.timedelta(days=options.days)):
+        for line in certificates.make(
+            options.dir, options.host, options.operator, dt.timedelta(days=options.days),
+            new_ca=options.new_ca, only_this_ca=options.only_this_ca,
+        ):  # fmt: skip
             print(line)
     except (OSError, ValueError) as error:
         return _complain(f"{options.dir}: {error}", 1)
@@ -154,6 +159,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--host", action="append", default=[], metavar="NAME", help="name or address of the bridge")
     one.add_argument("--operator", action="append", default=[], metavar="CLUSTER", help="a cluster that may call")
     one.add_argument("--days", type=int, default=365, help="how long they are valid (default: %(default)s)")
+    authority = one.add_mutually_exclusive_group()
+    authority.add_argument("--new-ca", action="store_true",
+                           help="make a CA that takes the present one's place; both are trusted")  # fmt: skip
+    authority.add_argument("--only-this-ca", action="store_true", help="trust no CA but the newest any more")
     one.set_defaults(command=_certs)
     return parser
 

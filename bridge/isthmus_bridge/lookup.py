@@ -1,5 +1,6 @@
 """Looks where Slurm's queue no longer tells: the accounts, and the marks that tasks leave in their pool's directory."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from isthmus_contracts.identities import slurm_job_name
@@ -15,18 +16,19 @@ from .slurm.model import SlurmAdapter, SlurmError, TaskRecord
 class Lookup:
     """Asks the accounts sparingly: they are slower than the queue and tell nothing new every second."""
 
-    def __init__(self, policy: Policy, adapter: SlurmAdapter, clock: Callable[[], float]) -> None:
+    def __init__(self, policy: Policy, adapter: SlurmAdapter, steady: Callable[[], float]) -> None:
+        """``steady``: seconds that nobody sets forward or back."""
         self._policy = policy
         self._adapter = adapter
-        self._clock = clock
+        self._steady = steady
         self._spacing = policy.slurm.absence_seconds / policy.slurm.absence_lookups
         self._counted: dict[str, float] = {}
         self._asked: dict[str, float] = {}
 
     def counts(self, key: str) -> bool:
         """Whether a look-up that finds nothing now is far enough from the last to count as one more."""
-        now = self._clock()
-        if now < self._counted.get(key, 0.0) + self._spacing:
+        now = self._steady()
+        if now < self._counted.get(key, -math.inf) + self._spacing:
             return False
         self._counted[key] = now
         return True
@@ -63,9 +65,9 @@ class Lookup:
         spec = entry.pool_spec()
         if per_job(spec) > 1:
             marks = marks_of_jobs(marks, spec)
-        now = self._clock()
+        now = self._steady()
         history: Sequence[TaskRecord] = []
-        if first or now >= self._asked.get(entry.key, 0.0) + self._spacing:
+        if first or now >= self._asked.get(entry.key, -math.inf) + self._spacing:
             self._asked[entry.key] = now
             history = self._history(entry)
         return resolve(observation, missing, entry.array_id, history, marks)

@@ -12,7 +12,7 @@ from isthmus_contracts.pki import Credentials
 from .access import Denial, decide, too_many
 from .journal import Entry, Journal, State
 from .policy import Identity, Policy
-from .requests import check_key, check_spec, differences, digest
+from .requests import check_credentials, check_key, check_spec, differences, digest
 from .rules import Rules
 from .run_directory import RunDirectory
 
@@ -92,7 +92,7 @@ class Pools:
         # A script without an entry: the journal was lost, or set back. The array may live.
         known = run.script.exists()
         # Before the entry: one that is recorded can be submitted, also by a bridge that starts after a crash.
-        run.create(_credentials(spec))
+        run.create(_credentials(spec.federation))
         now = self._clock()
         entry = Entry(
             key=key,
@@ -124,7 +124,7 @@ class Pools:
             raise SpecDiffers(f"key {entry.key} exists with another spec; it differs in: {names}")
         if entry.spec and not entry.state.over:
             # Tasks that start later get the newest credentials.
-            RunDirectory(self._policy.run_dir, entry.key).write_credentials(_credentials(spec))
+            RunDirectory(self._policy.run_dir, entry.key).write_credentials(_credentials(spec.federation))
         return entry
 
     def get(self, identity: Identity, key: str) -> Entry:
@@ -170,6 +170,17 @@ class Pools:
             entry = self._journal.update(key, keep=replicas)
         log.info("to be shrunk", extra={"key": key, "replicas": replicas})
         self._wake()
+        return entry
+
+    def renew(self, identity: Identity, request: pb.RenewCredentialsRequest) -> Entry:
+        """Puts new credentials in the place of a living pool's. Raises RequestError, NoSuchPool, ``OSError``."""
+        check_key(request.key)
+        check_credentials(request)
+        with self._keys.held(request.key):
+            entry = self.get(identity, request.key)
+            if entry.spec and not entry.state.over:
+                RunDirectory(self._policy.run_dir, entry.key).write_credentials(_credentials(request))
+                log.info("credentials renewed", extra={"key": entry.key})
         return entry
 
     def changes(self, identity: Identity, since: int, timeout: float) -> list[Entry]:
@@ -222,9 +233,8 @@ class _KeyLocks:
                     self._locks[key] = (lock, users - 1)
 
 
-def _credentials(spec: pb.PoolSpec) -> Credentials:
-    federation = spec.federation
-    return Credentials(federation.ca_certificate, federation.certificate, federation.private_key)
+def _credentials(holder: pb.Federation | pb.RenewCredentialsRequest) -> Credentials:
+    return Credentials(holder.ca_certificate, holder.certificate, holder.private_key)
 
 
 def _without_credentials(spec: pb.PoolSpec) -> bytes:

@@ -1,6 +1,7 @@
 """Follows the pools in Slurm: one look at the queue for all of them, then a step for each."""
 
 import logging
+import math
 import threading
 import time
 from collections import defaultdict
@@ -48,7 +49,9 @@ class Reconciler:
         metrics: Metrics,
         advance: Callable[[str], None],
         clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``steady``: for what has to last a while, whoever sets the clock."""
         self._policy = policy
         self._journal = journal
         self._adapter = adapter
@@ -56,11 +59,12 @@ class Reconciler:
         self._metrics = metrics
         self._advance = advance
         self._clock = clock
-        self._lookup = Lookup(policy, adapter, clock)
+        self._steady = steady
+        self._lookup = Lookup(policy, adapter, steady)
         self._failures = 0
         self._asked_to_cancel: dict[tuple[str, int, int], float] = {}
-        self._last_sweep = 0.0
-        self._sweep_until = clock() + _SWEEP_FOR
+        self._last_sweep = -math.inf
+        self._sweep_until = steady() + _SWEEP_FOR
         self._strangers: set[str] = set()
         self._status = StatusFile(policy.status_path)
         self.wake = threading.Event()
@@ -90,7 +94,7 @@ class Reconciler:
         live = self._journal.live()
         self._count(live)
         followed = [entry for entry in live if entry.state in (State.SUBMITTED, State.UNKNOWN)]
-        now = self._clock()
+        now = self._steady()
         if followed:
             self._sweep_until = now + _SWEEP_FOR
         elif now > self._sweep_until or now < self._last_sweep + _SWEEP_EVERY:
@@ -163,9 +167,10 @@ class Reconciler:
                 self._change(entry, stale="")
             return
         absences = entry.absences + 1
-        slurm = self._policy.slurm
-        if absences < slurm.absence_lookups or self._clock() < entry.doubt_since + slurm.absence_seconds:
-            self._change(entry, absences=absences, stale="")
+        slurm, now = self._policy.slurm, self._clock()
+        since = min(entry.doubt_since, now)  # later than now: the clock was put back
+        if absences < slurm.absence_lookups or now < since + slurm.absence_seconds:
+            self._change(entry, absences=absences, doubt_since=since, stale="")
         elif entry.cancel:
             self._finish(entry, State.CANCELLED, entry.message, entry.observation)
         elif entry.submissions >= MAX_SUBMISSIONS:
@@ -213,7 +218,7 @@ class Reconciler:
     ) -> tuple[Observation, dict[str, object]]:
         """Tasks that the controller does not know any more."""
         now = self._clock()
-        since = entry.doubt_since or now
+        since = min(entry.doubt_since or now, now)
         changes: dict[str, object] = {"stale": "", "doubt_since": since}
         try:
             observation, still = self._lookup.ends(entry, observation, missing, first=not entry.doubt_since)
@@ -275,8 +280,8 @@ class Reconciler:
                 self._metrics.queue_wait.observe(max(0.0, record.start - record.submitted))
 
     def _cancel(self, key: str, array_id: int, first: int = 0, last: int | None = None, *, extra: bool = False) -> None:
-        now, asked = self._clock(), (key, array_id, first)
-        if now < self._asked_to_cancel.get(asked, 0.0) + _CANCEL_AGAIN:
+        now, asked = self._steady(), (key, array_id, first)
+        if now < self._asked_to_cancel.get(asked, -math.inf) + _CANCEL_AGAIN:
             return
         self._asked_to_cancel[asked] = now
         if extra:

@@ -144,13 +144,18 @@ def _check_federation(federation: pb.Federation) -> None:
     if not 1 <= int(federation.endpoint.rpartition(":")[2]) <= 65535:
         raise RequestError("spec.federation.endpoint", f"{federation.endpoint!r} has no valid port")
     _match("spec.federation.server_name", federation.server_name, _PATTERN_SERVER_NAME, 253)
+    check_credentials(federation, "spec.federation.")
+
+
+def check_credentials(holder: pb.Federation | pb.RenewCredentialsRequest, path: str = "") -> None:
+    """Raises :class:`RequestError`."""
     for name in ("ca_certificate", "certificate", "private_key"):
-        content: bytes = getattr(federation, name)
+        content: bytes = getattr(holder, name)
         # Never quote the content: it may be a key.
         if not content.lstrip().startswith(b"-----BEGIN ") or b"\0" in content:
-            raise RequestError(f"spec.federation.{name}", "is not PEM")
+            raise RequestError(f"{path}{name}", "is not PEM")
         if len(content) > MAX_CERTIFICATE:
-            raise RequestError(f"spec.federation.{name}", f"is longer than {MAX_CERTIFICATE} bytes")
+            raise RequestError(f"{path}{name}", f"is longer than {MAX_CERTIFICATE} bytes")
 
 
 def _match(field: str, value: str, pattern: str, longest: int) -> None:

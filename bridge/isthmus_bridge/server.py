@@ -1,5 +1,6 @@
 """Puts the parts together and runs them: journal, Slurm adapter, submitter, reconciler, gRPC server, metrics."""
 
+import datetime as dt
 import logging
 import signal
 import tempfile
@@ -13,7 +14,7 @@ import grpc
 
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 from isthmus_contracts.pki import Credentials, expiry
-from isthmus_contracts.transport import SERVER_OPTIONS, server_credentials
+from isthmus_contracts.transport import SERVER_OPTIONS, renewed_server_credentials
 
 from .adapters import slurm_adapter
 from .dialout import DialOut
@@ -36,6 +37,8 @@ _REQUEST_THREADS = MAX_WATCHERS + 16
 _STOP_SECONDS = 5.0
 _SIGNAL_SECONDS = 0.25
 _HOUSEKEEPING_SECONDS = 3600.0
+# New connections get renewed certificates at once; this is how soon the metric tells.
+_CERTIFICATE_SECONDS = 60.0
 _MAX_MESSAGE = 4 << 20
 _SOCKET = "bridge.sock"
 
@@ -116,14 +119,14 @@ class Bridge:
         rpc.add_BridgeServicer_to_server(self._service, server)
         inbound = self._policy.inbound
         try:
-            credentials = Credentials.read(self._policy.tls_dir)
-            ends = expiry(credentials.certificate)
-            self.metrics.certificate_expiry.set(ends.timestamp())
+            ends = self._note_certificate()
             if inbound is not None:
-                self.port = server.add_secure_port(inbound, server_credentials(credentials))
+                self.port = server.add_secure_port(inbound, renewed_server_credentials(self._policy.tls_dir))
             if self._dial_out is not None:
                 self._private = tempfile.TemporaryDirectory(prefix="isthmus-bridge-")
-                server.add_secure_port(f"unix:{self._private.name}/{_SOCKET}", server_credentials(credentials))
+                server.add_secure_port(
+                    f"unix:{self._private.name}/{_SOCKET}", renewed_server_credentials(self._policy.tls_dir)
+                )
         except (OSError, ValueError, RuntimeError) as error:
             where = inbound or "a private socket"
             raise ServerError(f"cannot serve at {where} with {self._policy.tls_dir}: {error}") from None
@@ -188,11 +191,25 @@ class Bridge:
         )
         return routes(relayed).get(server_name)
 
+    def _note_certificate(self) -> dt.datetime:
+        """Tells until when the bridge's certificate is good. Raises ``OSError`` and ``ValueError``."""
+        ends = expiry(Credentials.read(self._policy.tls_dir).certificate)
+        self.metrics.certificate_expiry.set(ends.timestamp())
+        return ends
+
     def _reconcile(self) -> None:
         self._reconciler.run(self._stop)
 
     def _housekeep(self) -> None:
-        while not self._stop.wait(_HOUSEKEEPING_SECONDS):
+        due = time.monotonic() + _HOUSEKEEPING_SECONDS
+        while not self._stop.wait(_CERTIFICATE_SECONDS):
+            try:
+                self._note_certificate()
+            except (OSError, ValueError) as error:
+                log.error("the certificate in %s cannot be read: %s", self._policy.tls_dir, error)
+            if time.monotonic() < due:
+                continue
+            due = time.monotonic() + _HOUSEKEEPING_SECONDS
             try:
                 keep_house(self.rules.current, self._journal, time.time())
             except Exception:

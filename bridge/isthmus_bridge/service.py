@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -76,12 +77,12 @@ class BridgeService(rpc.BridgeServicer):
             entry = self._pools.ensure(caller, request.key, request.spec)
             if entry.state in _UNFINISHED:
                 entry = self._wait(entry, lambda e: e.state not in _UNFINISHED or bool(e.message), context)
-            return to_pool(entry)
+            return _told(entry)
 
     def GetPool(self, request: pb.GetPoolRequest, context: Context) -> pb.Pool:
         """One pool."""
         with self._call("GetPool", context) as caller:
-            return to_pool(self._pools.get(caller, request.key))
+            return _told(self._pools.get(caller, request.key))
 
     def WatchPools(self, request: pb.WatchPoolsRequest, context: Context) -> Iterator[pb.Pool]:
         """The caller's pools as they change."""
@@ -89,7 +90,7 @@ class BridgeService(rpc.BridgeServicer):
             seen = request.since
             while context.is_active() and not self._closing.is_set():
                 for entry in self._pools.changes(caller, seen, _WATCH_SECONDS):
-                    yield to_pool(entry)
+                    yield _told(entry)
                     seen = entry.version
 
     def CancelPool(self, request: pb.CancelPoolRequest, context: Context) -> pb.Pool:
@@ -98,12 +99,17 @@ class BridgeService(rpc.BridgeServicer):
             entry = self._pools.cancel(caller, request.key, request.reason)
             if not entry.state.over:
                 entry = self._wait(entry, lambda e: e.state.over, context)
-            return to_pool(entry)
+            return _told(entry)
 
     def ShrinkPool(self, request: pb.ShrinkPoolRequest, context: Context) -> pb.Pool:
         """Ends the last clients of a pool."""
         with self._call("ShrinkPool", context) as caller:
-            return to_pool(self._pools.shrink(caller, request.key, request.replicas))
+            return _told(self._pools.shrink(caller, request.key, request.replicas))
+
+    def RenewCredentials(self, request: pb.RenewCredentialsRequest, context: Context) -> pb.Pool:
+        """New credentials for a pool's clients."""
+        with self._call("RenewCredentials", context) as caller:
+            return _told(self._pools.renew(caller, request))
 
     def TailLog(self, request: pb.TailLogRequest, context: Context) -> Iterator[pb.LogChunk]:
         """The end of one task's log."""
@@ -192,6 +198,13 @@ class BridgeService(rpc.BridgeServicer):
         finally:
             with self._lock:
                 self._watchers[caller.uri] -= 1
+
+
+def _told(entry: Entry) -> pb.Pool:
+    """The pool, and when we say so: by what clock its moments are."""
+    pool = to_pool(entry)
+    pool.now = time.time()
+    return pool
 
 
 def _abort(context: Context, code: grpc.StatusCode, message: str) -> NoReturn:

@@ -64,7 +64,8 @@ class Submitter:
         if entry.cancel:
             self._over(entry, State.CANCELLED, entry.message)
             return
-        if self._clock() < entry.retry_at:
+        # One that seems further away was noted before the clock was put back.
+        if 0 < entry.retry_at - self._clock() <= RETRY_SECONDS:
             return
         spec = entry.pool_spec()
         # Decided anew: the policy may have changed since the pool was recorded.

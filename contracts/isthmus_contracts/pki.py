@@ -1,6 +1,7 @@
 """Certificates: a small CA per job (or per site) and the leaf certificates that it signs. ECDSA P-256, TLS 1.2+."""
 
 import datetime as dt
+import hashlib
 import ipaddress
 import os
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .identities import CA_FILE, CERTIFICATE_FILE, KEY_FILE
 
-# Clocks of sites differ: certificates are valid from a little earlier.
-_CLOCK_SKEW = dt.timedelta(minutes=10)
+# Clocks of nodes and sites differ, some by whole hours (a local time taken for UTC): certificates are valid from a day
+# before they were made. That costs nothing, since their keys did not exist then.
+CLOCK_SKEW = dt.timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,15 @@ class Credentials:
         return cls(*((directory / name).read_bytes() for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE)))
 
     def write(self, directory: Path) -> None:
-        """Writes the three files, readable by their owner only, into a directory that only the owner may enter."""
+        """Writes the three files, readable by their owner only, into a directory that only the owner may enter. Each is
+        put in its place as a whole: whoever reads them meanwhile may be a server that runs."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, content in self.files().items():
-            descriptor = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            fresh = directory / f".{name}.new"
+            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
+            fresh.replace(directory / name)
 
     def files(self) -> dict[str, bytes]:
         """The three files by name: also the data of a kubernetes.io/tls Secret."""
@@ -53,16 +58,28 @@ class Authority:
         self._key = key
 
     @classmethod
-    def create(cls, name: str, lifetime: dt.timedelta) -> Self:
-        """Makes a new self-signed authority."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = _name(name)
-        builder = _builder(subject, subject, key, lifetime).add_extension(x509.BasicConstraints(True, 0), critical=True)
+    def create(cls, name: str, lifetime: dt.timedelta, now: dt.datetime | None = None) -> Self:
+        """Makes a new self-signed authority. ``now``: here and below, where the caller knows better than the clock."""
+        return cls._signed(_name(name), ec.generate_private_key(ec.SECP256R1()), lifetime, now)
+
+    def renewed(self, lifetime: dt.timedelta, now: dt.datetime | None = None) -> Self:
+        """The same authority, by name and key, for another while. So either certificate vouches for what was signed at
+        any time: whoever still holds the old one, and whoever has the new one, trust each other."""
+        return self._signed(self._certificate.subject, self._key, lifetime, now)
+
+    @classmethod
+    def _signed(
+        cls, subject: x509.Name, key: ec.EllipticCurvePrivateKey, lifetime: dt.timedelta, now: dt.datetime | None
+    ) -> Self:
+        builder = _builder(subject, subject, key, lifetime, now)
+        builder = builder.add_extension(x509.BasicConstraints(True, 0), critical=True)
         builder = builder.add_extension(
             x509.KeyUsage(False, False, False, False, False, key_cert_sign=True, crl_sign=True, encipher_only=False,
                           decipher_only=False),
             critical=True,
         )  # fmt: skip
+        # By this those who trust two authorities of one name, while one replaces the other, tell which has signed.
+        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         return cls(builder.sign(key, hashes.SHA256()), key)
 
     @classmethod
@@ -84,12 +101,26 @@ class Authority:
         return _pem(self._key)
 
     @property
+    def key_id(self) -> str:
+        """Tells its key from others; a renewed authority has the same."""
+        public = self._key.public_key().public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        return hashlib.sha256(public).hexdigest()[:16]
+
+    @property
     def expires(self) -> dt.datetime:
         """End of the CA's validity (UTC)."""
         return self._certificate.not_valid_after_utc
 
     def issue(
-        self, name: str, lifetime: dt.timedelta, *, hosts: Sequence[str] = (), uris: Sequence[str] = ()
+        self,
+        name: str,
+        lifetime: dt.timedelta,
+        *,
+        hosts: Sequence[str] = (),
+        uris: Sequence[str] = (),
+        now: dt.datetime | None = None,
     ) -> Credentials:
         """Signs a new key for a server (``hosts``: DNS names or addresses) or a client (``uris``: its identities)."""
         key = ec.generate_private_key(ec.SECP256R1())
@@ -97,13 +128,19 @@ class Authority:
         alternatives: list[x509.GeneralName] = [_host(host) for host in hosts]
         alternatives += [x509.UniformResourceIdentifier(uri) for uri in uris]
         certificate = (
-            _builder(_name(name), self._certificate.subject, key, lifetime)
+            _builder(_name(name), self._certificate.subject, key, lifetime, now)
             .add_extension(x509.BasicConstraints(False, None), critical=True)
             .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
             .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .sign(self._key, hashes.SHA256())
         )
         return Credentials(self.certificate, certificate.public_bytes(serialization.Encoding.PEM), _pem(key))
+
+
+def certificates_in(bundle: bytes) -> list[bytes]:
+    """Each certificate of a PEM file that may hold several. Raises ``ValueError``."""
+    return [found.public_bytes(serialization.Encoding.PEM) for found in x509.load_pem_x509_certificates(bundle)]
 
 
 def expiry(certificate: bytes) -> dt.datetime:
@@ -124,16 +161,20 @@ def _host(host: str) -> x509.GeneralName:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, lifetime: dt.timedelta
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    lifetime: dt.timedelta,
+    now: dt.datetime | None,
 ) -> x509.CertificateBuilder:
-    now = dt.datetime.now(dt.UTC)
+    now = now or dt.datetime.now(dt.UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _CLOCK_SKEW)
+        .not_valid_before(now - CLOCK_SKEW)
         .not_valid_after(now + lifetime)
     )
 

@@ -47,6 +47,14 @@ class CreateAuthority:
 
 
 @dataclass(frozen=True)
+class RenewAuthority:
+    """Prolongs the job's CA, with the key that it has: what runs notices nothing."""
+
+    secret: str
+    days: int
+
+
+@dataclass(frozen=True)
 class IssueCertificate:
     """Has the job's CA sign a certificate."""
 
@@ -86,6 +94,16 @@ class EnsurePool:
     secret: str  # with the pool's certificate
     spec: bridge_pb2.PoolSpec  # without the certificate and the files
     code: str = ""  # the ConfigMap with the files
+
+
+@dataclass(frozen=True)
+class RenewCredentials:
+    """Has the site hand a pool's renewed certificate to its clients."""
+
+    pool: str  # or the part
+    site: str
+    key: str
+    secret: str
 
 
 @dataclass(frozen=True)
@@ -136,10 +154,12 @@ Action = (
     | Apply
     | CopyCode
     | CreateAuthority
+    | RenewAuthority
     | IssueCertificate
     | CreatePod
     | DeletePod
     | EnsurePool
+    | RenewCredentials
     | CancelPool
     | ShrinkPool
     | RecordOrphan

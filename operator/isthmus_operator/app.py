@@ -10,6 +10,7 @@ import prometheus_client
 
 from isthmus_contracts import identities as ids
 
+from .clock import Clock
 from .draft import Limits
 from .effects.apply import Effects
 from .effects.bridge import Bridges
@@ -20,10 +21,11 @@ from .effects.observer import Aggregators
 from .gateway import Gateway
 from .health import Health, serve
 from .jobstore import JobStore, Key, SiteStore
-from .metrics import REGISTRY, JobsCollector
+from .metrics import REGISTRY, RESYNC_AGE, JobsCollector
 from .observed import Job
 from .podstore import PodStore
 from .reconcile import JobReconciler
+from .resync import Resync
 from .settings import Settings
 from .sites import SiteReconciler
 from .tasklogs import TaskLogs
@@ -45,9 +47,20 @@ class App:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.jobs = JobStore()
-        self.pods = PodStore()
+        self.clock = Clock()
+        self.pods = PodStore(self.clock.now)
         self.sites = SiteStore()
-        self.health = Health()
+        self.resync = Resync(
+            self.jobs,
+            self.sites if settings.sites else None,
+            settings.namespaces,
+            job_seen=self.job_seen,
+            job_gone=self.job_gone,
+            site_seen=self.site_seen,
+            site_gone=self.site_gone,
+        )
+        RESYNC_AGE.set_function(self.resync.age)
+        self.health = Health(self.resync)
         self.gateway = Gateway(self._tunnel_changed) if settings.gateway else None
         self._kept: dict[str, Callable[[], int]] = {"jobs": self.jobs.count, "pods": self.pods.count}
         self._tasks: list[asyncio.Task[None]] = []
@@ -56,13 +69,13 @@ class App:
     async def start(self) -> None:
         """Connects, and starts the queues and the servers. Returns once there is something to watch."""
         settings = self.settings
-        kube = Kube.connect(settings.api_concurrency, settings.request_timeout)
+        kube = Kube.connect(settings.api_concurrency, settings.request_timeout, self.clock)
         self._serve()
         await _wait_for_resources(kube)
         await kube.discover()
         cluster = settings.cluster or (await _cluster_uid(kube) if settings.sites else "none")
         lines = Lines(kube, self.sites, self.gateway.addresses if self.gateway is not None else None)
-        bridges, aggregators = Bridges(lines), Aggregators()
+        bridges, aggregators = Bridges(lines, self.clock), Aggregators()
         limits = Limits(
             cluster=cluster,
             resync=settings.resync,
@@ -74,7 +87,7 @@ class App:
         observer = Observer(kube, self.pods, self.sites, bridges, aggregators, limits)
         effects = Effects(kube, self.jobs, self.pods, bridges)
         jobs = JobReconciler(
-            self.jobs, self.pods, observer, effects, aggregators, TaskLogs(kube, bridges, cluster), limits
+            self.jobs, self.pods, observer, effects, aggregators, TaskLogs(kube, bridges, cluster), limits, self.clock
         )
         sites = SiteReconciler(kube, self.sites, bridges, self.site_changed, settings.resync)
         self.queue = WorkQueue(jobs.reconcile, workers=settings.workers)
@@ -88,7 +101,7 @@ class App:
         }
         self.health.watch(self.queue)
         self.health.watch(self.site_queue)
-        coroutines = [self.queue.run(), self.site_queue.run(), self.health.run()]
+        coroutines = [self.queue.run(), self.site_queue.run(), self.health.run(), self.resync.run(kube)]
         if settings.webhook:
             webhook = Webhook(jobs.accepted, self.sites, settings.allow_in_templates, settings.namespaces)
             coroutines.append(webhook.serve(*_address(settings.webhook), Path(settings.webhook_tls)))
@@ -111,6 +124,29 @@ class App:
             closed = part.close()
             if closed is not None:
                 await closed
+
+    def job_seen(self, body: Mapping[str, Any]) -> None:
+        """Takes in a FederatedJob, and looks at it where that is news."""
+        if self.jobs.put(body):
+            self.queue.add((body["metadata"]["namespace"], body["metadata"]["name"]))
+
+    def job_gone(self, key: Key, uid: str) -> None:
+        """Takes in a FederatedJob's end."""
+        self.jobs.drop(key, uid)
+        self.queue.add(key)
+
+    def site_seen(self, body: Mapping[str, Any]) -> None:
+        """Takes in an HPCSite, and asks it about itself where its spec is news."""
+        if self.sites.put(body):
+            name = body["metadata"]["name"]
+            self.site_changed(name)
+            self.site_queue.add(name)
+
+    def site_gone(self, name: str) -> None:
+        """Takes in an HPCSite's end."""
+        self.sites.drop(name)
+        self.site_changed(name)
+        self.site_queue.add(name)
 
     def site_changed(self, name: str) -> None:
         """Wakes the jobs that use a site, and ends the tunnel of one that does not dial out any more."""

@@ -8,7 +8,7 @@ from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.federatedjob_status import Reason
 
 from .actions import Action, Emit
-from .observed import Job, Observed
+from .observed import Job, Observed, PoolProblem, Refusal
 from .record import Record
 
 # Events of one pass: a thousand clients that fail alike are told once each up to here, and then counted.
@@ -96,4 +96,15 @@ class Draft:
     def refused(self, key: str) -> bool:
         """Whether the API server refused this object a moment ago; looks again when it may be tried anew."""
         refusal = self.observed.refusals.get(key)
-        return refusal is not None and not self.reached(refusal.retry_at)
+        return refusal is not None and not self._due(refusal)
+
+    def may_ask(self, part: str) -> bool:
+        """Whether a pool's site may be asked for something; looks again when it may."""
+        problem = self.observed.problems.get(part)
+        return problem is None or self._due(problem)
+
+    def _due(self, trouble: Refusal | PoolProblem) -> bool:
+        if trouble.due(self.now):
+            return True
+        self.wake_at(trouble.retry_at)
+        return False

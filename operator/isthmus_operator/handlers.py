@@ -41,13 +41,13 @@ def build_registry(app: App) -> kopf.OperatorRegistry:
         body = event["object"]
         key = (body["metadata"]["namespace"], body["metadata"]["name"])
         if event["type"] == "DELETED":
-            app.jobs.drop(key, body["metadata"]["uid"])
-            app.queue.add(key)
+            app.job_gone(key, body["metadata"]["uid"])
             return
         again = event["type"] is _LISTED and app.jobs.get(key) is not None
+        app.job_seen(body)
         if again:
+            app.resync.doubt()
             app.pods.doubt(body["metadata"]["uid"])
-        if app.jobs.put(body) or again:
             app.queue.add(key)
 
     @kopf.on.event("", "v1", "pods", labels={ids.LABEL_MANAGED_BY: ids.MANAGED_BY}, registry=registry)
@@ -57,6 +57,7 @@ def build_registry(app: App) -> kopf.OperatorRegistry:
             app.pods.drop(body)
         else:
             if event["type"] is _LISTED and app.pods.knows(body):
+                app.resync.doubt()
                 app.pods.doubt(job_uid_of(body))
             app.pods.put(body)
         app.queue.add(job_of(body))
@@ -65,13 +66,11 @@ def build_registry(app: App) -> kopf.OperatorRegistry:
         body = event["object"]
         name = body["metadata"]["name"]
         if event["type"] == "DELETED":
-            app.sites.drop(name)
-            app.site_changed(name)
-        elif app.sites.put(body):
-            app.site_changed(name)
-        else:
+            app.site_gone(name)
             return
-        app.site_queue.add(name)
+        if event["type"] is _LISTED and name in app.sites.bodies:
+            app.resync.doubt()
+        app.site_seen(body)
 
     if app.settings.sites:
         kopf.on.event(ids.GROUP, ids.VERSION, "hpcsites", registry=registry)(site_event)

@@ -1,12 +1,15 @@
-"""Probes that mean something: whether the event loop turns and the work goes on, answered from outside of both."""
+"""Probes that mean something: whether the event loop turns, the work goes on and the API server was heard lately,
+answered from outside of all that."""
 
 import asyncio
 import json
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from .metrics import LOOP_LAG
+from .resync import MAX_AGE, Resync
 from .workqueue import WorkQueue
 
 _BEAT = 1.0
@@ -18,7 +21,8 @@ MAX_LOOK = 900.0
 class Health:
     """What the probes look at."""
 
-    def __init__(self) -> None:
+    def __init__(self, resync: Resync) -> None:
+        self._resync = resync
         self._beat = time.monotonic()
         self._queues: list[WorkQueue[str] | WorkQueue[tuple[str, str]]] = []
         self.broken = False  # a part that should run for ever has ended
@@ -40,11 +44,14 @@ class Health:
         """The state, with the verdict of the liveness probe."""
         age = time.monotonic() - self._beat
         look = max((queue.oldest() for queue in self._queues), default=0.0)
+        resynced = self._resync.age()
         return {
-            "alive": not self.broken and age < MAX_BEAT_AGE and look < MAX_LOOK,
-            "ready": self.ready.is_set(),
+            # An API server that is away for long is no reason to be restarted; a list that never ends is one.
+            "alive": not self.broken and age < MAX_BEAT_AGE and look < MAX_LOOK and self._resync.idle() < MAX_LOOK,
+            "ready": self.ready.is_set() and resynced < MAX_AGE,
             "secondsSinceBeat": round(age, 1),
             "longestLookSeconds": round(look, 1),
+            "secondsSinceResync": round(resynced, 1),
         }
 
 
@@ -59,8 +66,9 @@ def serve(health: Health, host: str, port: int) -> ThreadingHTTPServer:
             self.send_response(404 if good is None else 200 if good else 503)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # who asked is gone
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             """Probes are not worth a line."""

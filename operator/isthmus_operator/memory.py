@@ -1,28 +1,31 @@
 """What the operator keeps of a job between two looks. All of it can be lost: it is only spared work."""
 
 import datetime as dt
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.pki import Authority, Credentials
 
-from .observed import PoolProblem, ProblemKind, Refusal, ServiceView
+from .observed import LONGEST_RETRY, PoolProblem, ProblemKind, Refusal, ServiceView
 
 _FIRST_RETRY = 5.0  # seconds; doubled each time
-_LONGEST_RETRY = 60.0
 
 
 @dataclass
 class Dependents:
     """The job's objects other than pods."""
 
-    loaded: dt.datetime
+    loaded: float  # by time.monotonic()
     accepted: FederatedJobSpec | None = None
     present: frozenset[str] = frozenset()
     foreign: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
     authority: Authority | None = None
-    certificates: frozenset[str] = frozenset()
+    fingerprint: str = ""  # of the authority
+    authority_ends: bool = False  # soon
+    certificates: Mapping[str, str] = field(default_factory=dict)
     observer: Credentials | None = None
     service: ServiceView | None = None
 
@@ -33,13 +36,14 @@ class JobMemory:
 
     uid: str
     dependents: Dependents | None = None
-    pods_listed: dt.datetime | None = None
+    pods_listed: float = -math.inf  # by time.monotonic()
     refusals: dict[str, Refusal] = field(default_factory=dict)
     refused_times: dict[str, int] = field(default_factory=dict)
     problems: dict[str, PoolProblem] = field(default_factory=dict)
     problem_times: dict[str, int] = field(default_factory=dict)
+    delivered: dict[str, str] = field(default_factory=dict)  # by key: the certificate that the pool's site has
     log_answered: str = ""  # the request that was answered last
-    status_written: dt.datetime | None = None
+    status_written: float = -math.inf  # likewise
     node_addresses: dict[str, str] = field(default_factory=dict)
 
     def refuse(self, key: str, message: str, now: dt.datetime) -> None:
@@ -55,7 +59,7 @@ class JobMemory:
     def trouble(self, pool: str, kind: ProblemKind, message: str, now: dt.datetime) -> None:
         """Remembers that a site did not do as it was asked."""
         times = self.problem_times[pool] = self.problem_times.get(pool, 0) + 1
-        delay = _delay(times) if kind is ProblemKind.UNREACHABLE else dt.timedelta(seconds=_LONGEST_RETRY)
+        delay = _delay(times) if kind is ProblemKind.UNREACHABLE else dt.timedelta(seconds=LONGEST_RETRY)
         self.problems[pool] = PoolProblem(kind, message, now + delay)
 
     def answered(self, pool: str) -> None:
@@ -65,4 +69,4 @@ class JobMemory:
 
 
 def _delay(times: int) -> dt.timedelta:
-    return dt.timedelta(seconds=min(_FIRST_RETRY * 2 ** min(times - 1, 10), _LONGEST_RETRY))
+    return dt.timedelta(seconds=min(_FIRST_RETRY * 2 ** min(times - 1, 10), LONGEST_RETRY))

@@ -46,6 +46,16 @@ ADMISSION = Counter(
     "isthmus_operator_admission_reviews", "Manifests that the webhook judged.", ["verdict"], registry=REGISTRY
 )
 LOOP_LAG = Gauge("isthmus_operator_loop_lag_seconds", "How late the event loop runs.", registry=REGISTRY)
+CLOCK_SKEW = Gauge(
+    "isthmus_operator_clock_skew_seconds",
+    "How far the clock of the operator's node is ahead of the API server's, by which jobs are kept.",
+    registry=REGISTRY,
+)
+RESYNC_AGE = Gauge(
+    "isthmus_operator_resync_age_seconds",
+    "Time since all FederatedJobs and HPCSites were last listed, besides being watched.",
+    registry=REGISTRY,
+)
 SITE_CERTIFICATE_EXPIRY = Gauge(
     "isthmus_operator_site_certificate_expiry_timestamp_seconds",
     "When the certificate ends with which the operator calls a site.",

@@ -3,7 +3,8 @@
 from isthmus_contracts import identities as ids
 
 ANNOTATION_RECORD = f"{ids.GROUP}/record"  # on the FederatedJob: see record.py
-ANNOTATION_AUTHORITY = f"{ids.GROUP}/authority"  # on pods: which CA signed what they mount
+# On pods: which CA signed what they mount; on the Secret of a renewed CA: that, and its key.
+ANNOTATION_AUTHORITY = f"{ids.GROUP}/authority"
 ROLE_AGGREGATOR = "aggregator"
 ROLE_CLIENT = "client"
 JOB_FILE = "job.json"

@@ -117,6 +117,10 @@ class PoolView:
         return self.phase in (PoolPhase.SUCCEEDED, PoolPhase.FAILED, PoolPhase.CANCELLED)
 
 
+# Seconds before what failed is tried again, at most.
+LONGEST_RETRY = 60.0
+
+
 class ProblemKind(StrEnum):
     """Why a site gave no answer, or not the one that was asked for."""
 
@@ -133,6 +137,10 @@ class PoolProblem:
     message: str
     retry_at: dt.datetime
 
+    def due(self, now: dt.datetime) -> bool:
+        """Whether it may be tried again."""
+        return _due(self.retry_at, now)
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -140,6 +148,15 @@ class Refusal:
 
     message: str
     retry_at: dt.datetime
+
+    def due(self, now: dt.datetime) -> bool:
+        """Whether it may be tried again."""
+        return _due(self.retry_at, now)
+
+
+def _due(retry_at: dt.datetime, now: dt.datetime) -> bool:
+    # One that seems further away than any pause is long was noted before a clock was put back.
+    return not now < retry_at <= now + dt.timedelta(seconds=LONGEST_RETRY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +202,10 @@ class Observed:
     present: frozenset[str] = frozenset()  # names of other objects that exist and are this job's: Kind/name
     code: tuple[str, ...] = ()  # names of the files of task.code
     foreign: tuple[str, ...] = ()  # Kind/name of objects that bear our names and are not this job's
-    authority: str = ""  # fingerprint of the job's CA; empty: there is none, or it must be made anew
-    certificates: frozenset[str] = frozenset()  # Secrets whose certificates are good for a while
+    authority: str = ""  # fingerprint of the job's CA; empty: there is none
+    authority_ends: bool = False  # soon
+    certificates: Mapping[str, str] = field(default_factory=dict)  # by Secret: those that are good for a while
+    delivered: Mapping[str, str] = field(default_factory=dict)  # by key: the certificate that the pool's site has
     service: ServiceView | None = None
     node_address: str = ""  # of the aggregator's node
     sites: Mapping[str, HpcSiteSpec] = field(default_factory=dict)

@@ -108,8 +108,7 @@ def _shrink(draft: Draft, part: str, entry: HpcRecord) -> None:
     view = current(draft, part)
     if view is None or view.ended or view.phase is PoolPhase.ABSENT or entry.cancelling or view.desired <= entry.size:
         return
-    problem = draft.observed.problems.get(part)
     draft.wake_in(draft.limits.resync)
-    if problem is None or draft.reached(problem.retry_at):
+    if draft.may_ask(part):
         key = render.key(draft.limits.cluster, draft.job, part, entry.attempt)
         draft.actions.append(ShrinkPool(part, entry.site, key, entry.size))

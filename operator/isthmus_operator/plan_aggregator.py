@@ -13,7 +13,7 @@ from .draft import Draft, Verdict
 from .federation import from_termination
 from .observed import FederationView, PodView
 from .render import aggregator
-from .text import last_lines, one_line
+from .text import killed, last_lines, one_line
 
 # A pod that failed before its container could run (evicted, refused by the node) is kept this long, so that a node
 # that refuses every pod is not asked in a tight loop.
@@ -113,7 +113,8 @@ def _refused(key: str, message: str) -> str:
 
 
 def _last_words(pod: PodView) -> str:
-    return last_lines(pod.last_message, 3) or f"exit code {pod.last_exit_code}"
+    words = (killed(pod.last_exit_code), last_lines(pod.last_message, 3))
+    return ": ".join(filter(None, words)) or f"exit code {pod.last_exit_code}"
 
 
 def _foreign_authority(draft: Draft, pod: PodView) -> bool:

@@ -4,7 +4,7 @@ from isthmus_contracts import identities as ids
 from isthmus_contracts.federatedjob import FederatedJobSpec
 
 from . import names
-from .actions import Apply, CopyCode, CreateAuthority, IssueCertificate
+from .actions import Apply, CopyCode, CreateAuthority, IssueCertificate, RenewAuthority
 from .draft import Draft
 from .observed import Job
 from .render import aggregator, protect
@@ -77,6 +77,9 @@ def plan_base(draft: Draft) -> bool:
             draft.actions.append(CreateAuthority(authority, certificate_days(spec) + _YEAR))
     # Once there is a CA: what it signs can be told from what an earlier one signed only then.
     else:
+        if observed.authority_ends and not draft.refused(f"Secret/{authority}"):
+            # What it signs is signed anew after that; until then all that is there serves.
+            draft.actions.append(RenewAuthority(authority, certificate_days(spec) + _YEAR))
         for wanted in certificates(job, spec):
             if wanted.secret not in observed.certificates:
                 complete = False

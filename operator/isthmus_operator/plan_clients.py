@@ -12,7 +12,7 @@ from .draft import Draft, PoolOutcome
 from .observed import PodView
 from .record import ClientRecord, CloudRecord
 from .render.client import ClientPods
-from .text import last_lines, plural
+from .text import killed, last_lines, plural
 
 _FIRST_DELAY = 5.0  # seconds before the first restart after a failure; doubled each time
 _LONGEST_DELAY = 300.0
@@ -34,7 +34,7 @@ def _ended_at(pod: PodView, now: dt.datetime) -> dt.datetime:
 
 def _words(pod: PodView) -> str:
     """Why a pod failed: its last words, with the cluster's reason where that says more than "Error"."""
-    label = pod.reason if pod.reason not in ("", "Error") else ""
+    label = pod.reason if pod.reason not in ("", "Error") else killed(pod.exit_code)
     words = last_lines(pod.message)
     return ": ".join(filter(None, (label, words))) or f"exit code {pod.exit_code}"
 

@@ -9,7 +9,7 @@ from isthmus_contracts.federatedjob import HpcPool, Pool
 from isthmus_contracts.federatedjob_status import Reason
 
 from . import names
-from .actions import CancelPool, EnsurePool
+from .actions import CancelPool, EnsurePool, RenewCredentials
 from .draft import Draft, PoolOutcome
 from .observed import PoolPhase, PoolView, ProblemKind
 from .parts import current, leaving_parts_of, next_attempt, parts_of, resize, succeed
@@ -32,8 +32,8 @@ def plan_hpc_pool(draft: Draft, pool: Pool, ready_to_start: bool) -> PoolOutcome
             succeed(draft, pool.name, part)
     for part, entry in leaving_parts_of(draft.record, pool.name):
         _leave(draft, pool, part, entry)
-    names = [part for part, _ in parts_of(draft.record, pool.name)] or [pool.name]
-    return _together(draft, pool, [_plan_part(draft, pool, part, ready_to_start) for part in names])
+    parts = [part for part, _ in parts_of(draft.record, pool.name)] or [pool.name]
+    return _together(draft, pool, [_plan_part(draft, pool, part, ready_to_start) for part in parts])
 
 
 def _plan_part(draft: Draft, pool: Pool, part: str, ready_to_start: bool) -> PoolOutcome:
@@ -43,6 +43,8 @@ def _plan_part(draft: Draft, pool: Pool, part: str, ready_to_start: bool) -> Poo
     if record is not None and not record.over:
         _advance(draft, pool, part, record, view)
         view = current(draft, part)
+    if record is not None:
+        _renew(draft, pool, part, record)
     if record is not None and record.over:
         _settle(draft, part, record, record.message)
     elif ready_to_start:
@@ -71,6 +73,23 @@ def _leave(draft: Draft, pool: Pool, part: str, record: HpcRecord) -> None:
         _settle(draft, part, record, "the pool was shrunk")
     elif record.cancelling:
         _settle(draft, part, record, "the job was suspended")
+    else:
+        _renew(draft, pool, part, record)
+
+
+def _renew(draft: Draft, pool: Pool, part: str, record: HpcRecord) -> None:
+    """Has what waits or runs at the site get its pool's certificate when that is renewed."""
+    secret = names.pool_tls(draft.job.name, pool.name)
+    wanted, view = draft.observed.certificates.get(secret, ""), current(draft, part)
+    key = render.key(draft.limits.cluster, draft.job, part, record.attempt)
+    record.certificate = draft.observed.delivered.get(key, record.certificate)
+    if not wanted or wanted == record.certificate or record.cancelling or record.over or record.ended:
+        return
+    if view is None or view.ended or view.phase is PoolPhase.ABSENT:
+        return
+    draft.wake_in(draft.limits.resync)
+    if draft.may_ask(part):
+        draft.actions.append(RenewCredentials(part, record.site, key, secret))
 
 
 def _together(draft: Draft, pool: Pool, outcomes: list[PoolOutcome]) -> PoolOutcome:
@@ -172,13 +191,12 @@ def _ensure(draft: Draft, pool: Pool, part: str, record: HpcRecord | None, view:
     if wants_site(draft, hpc) is not None or not address:
         draft.wake_in(draft.limits.resync)
         return record
-    if problem is not None and not draft.reached(problem.retry_at):
-        return record
-    if record is not None and not draft.reached(dt.datetime.fromtimestamp(record.retry_at, dt.UTC)):
+    if not draft.may_ask(part) or (record is not None and not _paused_enough(draft, record)):
         return record
     if record is None:
         record = draft.record.hpc[part] = HpcRecord(hpc.site_ref.name, size=pool.replicas)
     record.authority = draft.observed.authority
+    record.certificate = draft.observed.certificates.get(names.pool_tls(draft.job.name, pool.name), "")
     draft.actions.append(
         EnsurePool(
             pool=part,
@@ -191,6 +209,12 @@ def _ensure(draft: Draft, pool: Pool, part: str, record: HpcRecord | None, view:
     )
     draft.wake_in(draft.limits.resync)
     return record
+
+
+def _paused_enough(draft: Draft, record: HpcRecord) -> bool:
+    # A moment further away than any pause is long was noted before a clock was put back.
+    too_far = record.retry_at > draft.now.timestamp() + _LONGEST_DELAY
+    return too_far or draft.reached(dt.datetime.fromtimestamp(record.retry_at, dt.UTC))
 
 
 def _via_bridge(draft: Draft, hpc: HpcPool) -> bool:
@@ -217,7 +241,7 @@ def _settle(draft: Draft, name: str, record: HpcRecord, reason: str) -> bool:
         return True
     record.cancelling = True
     draft.wake_in(draft.limits.resync)
-    if problem is None or draft.reached(problem.retry_at):
+    if draft.may_ask(name):
         key = render.key(draft.limits.cluster, draft.job, name, record.attempt)
         draft.actions.append(CancelPool(name, record.site, key, one_line(reason)))
     return False

@@ -6,7 +6,8 @@ whenever the watch had to begin anew.
 """
 
 import datetime as dt
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from isthmus_contracts import identities as ids
@@ -29,7 +30,8 @@ _REMEMBERED = 10_000  # uids of deleted pods
 class PodStore:
     """Views of pods by job uid and pod name."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC)) -> None:
+        self._now = now
         self._pods: dict[str, dict[str, PodView]] = {}
         self._gone: dict[str, None] = {}  # uids, oldest first: what arrives late must not bring them back
         self._doubted: set[str] = set()
@@ -64,8 +66,17 @@ class PodStore:
             return
         pods = self._pods.setdefault(job_uid, {})
         known = pods.get(pod.name)
-        if known is None or known.uid != pod.uid or _newer(pod, known):
-            pods[pod.name] = pod
+        known = known if known is not None and known.uid == pod.uid else None
+        if known is None or _newer(pod, known):
+            pods[pod.name] = replace(pod, finished=self._finished(pod, known)) if pod.ended else pod
+
+    def _finished(self, pod: PodView, known: PodView | None) -> dt.datetime:
+        """When a pod ended by our own clock: its node's may be wrong, and pauses are counted from then."""
+        if known is not None and known.finished is not None:
+            return known.finished
+        now = self._now()
+        # Of one that had ended before we first saw it only its node can tell.
+        return now if known is not None else min(pod.finished or now, now)
 
     def drop(self, body: Mapping[str, Any]) -> None:
         """Takes in a deletion."""

@@ -8,6 +8,7 @@ import time
 from isthmus_contracts.federatedjob import FederatedJobSpec
 
 from .actions import Plan, SaveJob
+from .clock import Clock
 from .draft import Limits
 from .effects.apply import Effects
 from .effects.kube import KubeError
@@ -25,7 +26,7 @@ from .tasklogs import TaskLogs
 log = logging.getLogger(__name__)
 
 # Counters in the status are written at most this often; transitions at once.
-_STATUS_INTERVAL = dt.timedelta(seconds=3)
+_STATUS_INTERVAL = 3.0  # seconds
 _AT_ONCE = 0.05
 _SOON = 0.3
 
@@ -42,6 +43,7 @@ class JobReconciler:
         aggregators: Aggregators,
         logs: TaskLogs,
         limits: Limits,
+        clock: Clock,
     ) -> None:
         self._jobs = jobs
         self._pods = pods
@@ -50,6 +52,7 @@ class JobReconciler:
         self._aggregators = aggregators
         self._logs = logs
         self._limits = limits
+        self._clock = clock
         self._memories: dict[Key, JobMemory] = {}
 
     async def reconcile(self, key: Key) -> float | None:
@@ -91,10 +94,9 @@ class JobReconciler:
 
     async def _step(self, job: Job, memory: JobMemory) -> float:
         await self._logs.answer(job, memory)
-        now = dt.datetime.now(dt.UTC)
-        observed = await self._observer.observe(job, memory, now)
+        observed = await self._observer.observe(job, memory, self._clock.now())
         # Asking took a moment; what is decided now is decided by the clock of now.
-        now = dt.datetime.now(dt.UTC)
+        now = self._clock.now()
         decided = plan(job, observed, now, self._limits)
         actions = list(decided.actions)
         first = actions[0] if actions else None
@@ -116,16 +118,16 @@ class JobReconciler:
             return min(decided.requeue, _SOON)
         if finished(job.status) or job.deleted is not None:
             await self._aggregators.forget(job.uid)
-        return decided.requeue if shown else min(decided.requeue, _STATUS_INTERVAL.total_seconds())
+        return decided.requeue if shown else min(decided.requeue, _STATUS_INTERVAL)
 
     async def _show(self, job: Job, memory: JobMemory, decided: Plan, now: dt.datetime) -> bool:
         """Writes the status and the events. Returns whether the status is up to date; if not, it was put off."""
         patch = merge_patch(job.status, decided.status)
-        recent = memory.status_written is not None and now - memory.status_written < _STATUS_INTERVAL
+        recent = time.monotonic() - memory.status_written < _STATUS_INTERVAL
         put_off = bool(patch) and recent and not is_urgent(job.status, decided.status)
         if patch and not put_off:
             await self._effects.write_status(job, patch)
-            memory.status_written = now
+            memory.status_written = time.monotonic()
         await asyncio.gather(*(self._effects.emit(job, event, now) for event in decided.events))
         return not put_off
 

@@ -48,6 +48,7 @@ class HpcRecord:
     message: str = ""  # the words for it
     retry_at: int = 0  # seconds since the epoch
     authority: str = ""  # which CA signed its certificate
+    certificate: str = ""  # which one the site has
     first: int = 0  # the pool's index of its first client
     size: int = 0  # its clients
     leaving: bool = False  # it is not started again

@@ -58,7 +58,7 @@ class SiteReconciler:
         if reachable:
             await self._cancel_orphans(name, body)
             body = self._sites.bodies.get(name, body)
-        await self._show(name, body, site_status(body, answer, dt.datetime.now(dt.UTC)))
+        await self._show(name, body, site_status(body, answer, self._kube.clock.now()))
         return self._resync * (_WELL if reachable else _ILL)
 
     async def _cancel_orphans(self, name: str, body: Mapping[str, Any]) -> None:

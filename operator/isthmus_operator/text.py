@@ -19,3 +19,9 @@ def last_lines(text: str, count: int = 8, limit: int = _MAX) -> str:
 def plural(count: int, noun: str) -> str:
     """``1 client``, ``2 clients``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def killed(exit_code: int | None) -> str:
+    """What an exit code tells of a SIGKILL; empty for others. Not every runtime notices that it was the OOM killer's:
+    one that hit a process below the container's first is reported as an ordinary error."""
+    return "killed (exit code 137), perhaps out of memory" if exit_code == 137 else ""

@@ -127,7 +127,11 @@ class WorkQueue(Generic[K]):
             async with asyncio.timeout(self._timeout):
                 again = await self._handle(key)
             self._errors.pop(key, None)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
+                raise
+            # Else something within the look was cancelled: that is an error like others.
             RECONCILE_ERRORS.inc()
             times = self._errors[key] = self._errors.get(key, 0) + 1
             again = min(_FIRST_RETRY * 2 ** min(times - 1, 10), _LONGEST_RETRY) * random.uniform(0.8, 1.2)  # noqa: S311

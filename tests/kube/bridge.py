@@ -28,13 +28,13 @@ class FakeBridge(BridgeServicer):
         self.pools: dict[str, pb.Pool] = {}
         self.requests: list[pb.EnsurePoolRequest] = []
         self.cancelled: list[str] = []
+        self.renewed: dict[str, pb.RenewCredentialsRequest] = {}
+        self.ahead = 0.0  # seconds, its clock
         self.looks = 0  # how often it was asked for a pool
         self.deny = ""
         self._lock = threading.Lock()
-        authority = Authority.create("site", _DAY)
-        self._server_side = authority.issue("bridge", _DAY, hosts=["127.0.0.1"])
-        self._client_side = authority.issue("operator", _DAY, uris=["isthmus://operator/test"])
         self._server: grpc.Server | None = None
+        self.new_certificates()
 
     def __enter__(self) -> Self:
         self.up()
@@ -42,6 +42,12 @@ class FakeBridge(BridgeServicer):
 
     def __exit__(self, *_: object) -> None:
         self.down()
+
+    def new_certificates(self) -> None:
+        """Makes a CA and what it signs; the bridge has them from its next start on."""
+        authority = Authority.create("site", _DAY)
+        self._server_side = authority.issue("bridge", _DAY, hosts=["127.0.0.1"])
+        self._client_side = authority.issue("operator", _DAY, uris=["isthmus://operator/test"])
 
     def up(self) -> None:
         """Serves."""
@@ -93,6 +99,13 @@ class FakeBridge(BridgeServicer):
                         else:
                             setattr(pool, name, value)
 
+    def _now(self) -> float:
+        return dt.datetime.now(dt.UTC).timestamp() + self.ahead
+
+    def _told(self, key: str) -> pb.Pool:
+        self.pools[key].now = self._now()
+        return self.pools[key]
+
     # -- the service
 
     def EnsurePool(self, request: pb.EnsurePoolRequest, context: _Context) -> pb.Pool:
@@ -109,16 +122,21 @@ class FakeBridge(BridgeServicer):
                     desired=count,
                     queued=count,
                     reason="Resources",
-                    submitted_at=dt.datetime.now(dt.UTC).timestamp(),
+                    submitted_at=self._now(),
                 )
-            return self.pools[request.key]
+            return self._told(request.key)
+
+    def RenewCredentials(self, request: pb.RenewCredentialsRequest, context: _Context) -> pb.Pool:
+        with self._lock:
+            self.renewed[request.key] = request
+            return self._told(request.key)
 
     def GetPool(self, request: pb.GetPoolRequest, context: _Context) -> pb.Pool:
         with self._lock:
             self.looks += 1
             if request.key not in self.pools:
                 context.abort(grpc.StatusCode.NOT_FOUND, "no such pool")
-            return self.pools[request.key]
+            return self._told(request.key)
 
     def CancelPool(self, request: pb.CancelPoolRequest, context: _Context) -> pb.Pool:
         with self._lock:

@@ -309,6 +309,7 @@ class Operator:
     config: Path
     log: Path
     options: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     metrics_port: int = field(default_factory=free_port)
     health_port: int = field(default_factory=free_port)
@@ -322,7 +323,7 @@ class Operator:
         ]  # fmt: skip
         with self.log.open("ab") as log:
             environment = {"KUBECONFIG": str(self.config), "PATH": "/usr/bin:/bin", "HOME": str(self.log.parent)}
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment | self.environment)
         eventually(self.ready, "the operator is ready")
 
     def ready(self) -> bool:

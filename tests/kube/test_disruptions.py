@@ -8,6 +8,7 @@ import pytest
 
 from lab import Lab
 
+from .bridge import FakeBridge
 from .cluster import Namespace, Operator, eventually, kubectl, manifest
 
 PODS = {"demo-aggregator", "demo-cloud-0-0", "demo-cloud-1-0"}
@@ -91,8 +92,13 @@ def test_a_client_that_fills_the_disk_is_evicted_and_counts_as_failed(running: N
 
 
 def test_an_api_server_that_restarts_costs_nothing(running: Namespace, operator: Operator, lab: Lab) -> None:
-    before = uids(running)
+    before, site = uids(running), running.name
     assert operator.process is not None
+    known = f'isthmus_operator_site_reachable{{site="{site}"}}'
+    with FakeBridge() as bridge:
+        running.apply(bridge.secret())
+        kubectl("apply", "-f", "-", stdin=bridge.site(site))
+        eventually(lambda: f"{known} 1.0" in operator.metrics(), "the operator knows the site")
     lab.kill_daemon("kube-apiserver")
     try:
         eventually(lambda: 'code="none"' in operator.metrics(), "the operator notices")
@@ -104,10 +110,12 @@ def test_an_api_server_that_restarts_costs_nothing(running: Namespace, operator:
         assert uids(running) == before
         # The new API server does not tell of what came before its own beginning: this deletion no watch reports.
         delete(running, "demo-cloud-0-0")
+        kubectl("delete", "hpcsite", site)
         eventually(lambda: "demo-cloud-0-0" not in uids(running), "it is gone")
     finally:
         operator.process.send_signal(signal.SIGCONT)
     eventually(lambda: "demo-cloud-0-1" in running.running(), "the operator has seen it all the same", 240)
+    eventually(lambda: known not in operator.metrics(), "it has forgotten the site", 420)
     assert operator.process.poll() is None
     eventually(operator.ready, "it is well")
     assert not running.events("ClientFailed")

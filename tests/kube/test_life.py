@@ -1,6 +1,7 @@
 """A job's life on a real API server and a real kubelet, with stand-ins for the aggregator and the clients."""
 
 import json
+import threading
 import time
 
 import pytest
@@ -246,3 +247,38 @@ def test_changes_that_need_a_new_job_are_refused_with_words(running: Namespace) 
     words = "changes of spec.rounds are ignored: they need a new job"
     eventually(lambda: words in running.events("Valid"), "an event says so")
     assert running.status()["rounds"]["total"] == 3
+
+
+def test_a_job_that_is_written_by_others_all_the_time(namespace: Namespace, operator: Operator) -> None:
+    """The operator writes on top of what it saw, or not at all (409), and then looks anew: nothing is made twice."""
+    stop = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            namespace.kubectl("annotate", "fj", "demo", f"example.com/n={number}", "--overwrite", check=False)
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    # Clients that end at once: each start of one is written down first.
+    job = manifest(backoffLimit=20)
+    job["spec"]["task"]["command"] = ["sh", "-c", "exit 3"]
+    namespace.apply(job)
+    try:
+        for writer in writers:
+            writer.start()
+        eventually(lambda: 'code="409"' in operator.metrics(), "two write at the same time", 240)
+        attempts = namespace.pool()
+        eventually(lambda: namespace.pool() != attempts, "it comes on all the same", 240)
+    finally:
+        stop.set()
+        for writer in writers:
+            writer.join()
+    assert namespace.condition("Accepted") == "True/Valid"
+    record = json.loads(namespace.get("fj", "demo")["metadata"]["annotations"]["isthmus.dev/record"])
+    # Each failure counted once.
+    for attempt, failures, counted in record["cloud"]["cloud"]["clients"].values():
+        assert failures == counted + 1
+        assert attempt - counted in (0, 1)
+    namespace.kubectl("delete", "fj", "demo", "--timeout=120s")
+    namespace.until_bare()

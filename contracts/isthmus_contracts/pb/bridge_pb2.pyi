@@ -304,6 +304,34 @@ class ShrinkPoolRequest(_message.Message):
 Global___ShrinkPoolRequest: _TypeAlias = ShrinkPoolRequest  # noqa: Y015
 
 @_typing.final
+class RenewCredentialsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    CA_CERTIFICATE_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    PRIVATE_KEY_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    ca_certificate: _builtins.bytes
+    certificate: _builtins.bytes
+    private_key: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        ca_certificate: _builtins.bytes = ...,
+        certificate: _builtins.bytes = ...,
+        private_key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ca_certificate", b"ca_certificate", "certificate", b"certificate", "key", b"key", "private_key", b"private_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewCredentialsRequest: _TypeAlias = RenewCredentialsRequest  # noqa: Y015
+
+@_typing.final
 class CancelPoolRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -402,6 +430,7 @@ class Pool(_message.Message):
     JOB_UID_FIELD_NUMBER: _builtins.int
     ENDS_AT_FIELD_NUMBER: _builtins.int
     TIME_LIMIT_REACHED_FIELD_NUMBER: _builtins.int
+    NOW_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     version: _builtins.int
     """rises with every change, over all pools of the site"""
@@ -426,6 +455,8 @@ class Pool(_message.Message):
     """when the time limit ends the first of the running tasks; 0: not known"""
     time_limit_reached: _builtins.bool
     """it is over because of its time limit: also where the tasks obeyed the warning before"""
+    now: _builtins.float
+    """the site's clock when it said this, seconds since the epoch: the other moments are by it"""
     @_builtins.property
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Task]:
         """those that failed or are not plain pending/running, at most a few dozen"""
@@ -450,10 +481,11 @@ class Pool(_message.Message):
         job_uid: _builtins.str = ...,
         ends_at: _builtins.float = ...,
         time_limit_reached: _builtins.bool = ...,
+        now: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired", b"desired", "ends_at", b"ends_at", "expected_start", b"expected_start", "failed", b"failed", "job_uid", b"job_uid", "key", b"key", "message", b"message", "phase", b"phase", "queued", b"queued", "reason", b"reason", "running", b"running", "slurm_job_id", b"slurm_job_id", "submitted_at", b"submitted_at", "succeeded", b"succeeded", "tasks", b"tasks", "time_limit_reached", b"time_limit_reached", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired", b"desired", "ends_at", b"ends_at", "expected_start", b"expected_start", "failed", b"failed", "job_uid", b"job_uid", "key", b"key", "message", b"message", "now", b"now", "phase", b"phase", "queued", b"queued", "reason", b"reason", "running", b"running", "slurm_job_id", b"slurm_job_id", "submitted_at", b"submitted_at", "succeeded", b"succeeded", "tasks", b"tasks", "time_limit_reached", b"time_limit_reached", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -59,6 +59,11 @@ class BridgeStub:
                 request_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.ShrinkPoolRequest.SerializeToString,
                 response_deserializer=isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.FromString,
                 _registered_method=True)
+        self.RenewCredentials = channel.unary_unary(
+                '/isthmus.bridge.v1alpha1.Bridge/RenewCredentials',
+                request_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.RenewCredentialsRequest.SerializeToString,
+                response_deserializer=isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.FromString,
+                _registered_method=True)
         self.TailLog = channel.unary_stream(
                 '/isthmus.bridge.v1alpha1.Bridge/TailLog',
                 request_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.TailLogRequest.SerializeToString,
@@ -113,6 +118,13 @@ class BridgeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RenewCredentials(self, request, context):
+        """Puts renewed credentials in the place of those that the pool's clients have: they read them when they connect again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def TailLog(self, request, context):
         """The last lines of one task's output, bounded by the site.
         """
@@ -152,6 +164,11 @@ def add_BridgeServicer_to_server(servicer, server):
             'ShrinkPool': grpc.unary_unary_rpc_method_handler(
                     servicer.ShrinkPool,
                     request_deserializer=isthmus__contracts_dot_pb_dot_bridge__pb2.ShrinkPoolRequest.FromString,
+                    response_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.SerializeToString,
+            ),
+            'RenewCredentials': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewCredentials,
+                    request_deserializer=isthmus__contracts_dot_pb_dot_bridge__pb2.RenewCredentialsRequest.FromString,
                     response_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.SerializeToString,
             ),
             'TailLog': grpc.unary_stream_rpc_method_handler(
@@ -299,6 +316,33 @@ class Bridge:
             target,
             '/isthmus.bridge.v1alpha1.Bridge/ShrinkPool',
             isthmus__contracts_dot_pb_dot_bridge__pb2.ShrinkPoolRequest.SerializeToString,
+            isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewCredentials(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.bridge.v1alpha1.Bridge/RenewCredentials',
+            isthmus__contracts_dot_pb_dot_bridge__pb2.RenewCredentialsRequest.SerializeToString,
             isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.FromString,
             options,
             channel_credentials,

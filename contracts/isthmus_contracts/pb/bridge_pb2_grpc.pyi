@@ -50,6 +50,8 @@ class BridgeStub:
     pool: more clients come as a pool of their own, with a key of its own.
     FAILED_PRECONDITION: fewer than 1; CancelPool ends them all.
     """
+    RenewCredentials: _grpc.UnaryUnaryMultiCallable[_bridge_pb2.RenewCredentialsRequest, _bridge_pb2.Pool]
+    """Puts renewed credentials in the place of those that the pool's clients have: they read them when they connect again."""
     TailLog: _grpc.UnaryStreamMultiCallable[_bridge_pb2.TailLogRequest, _bridge_pb2.LogChunk]
     """The last lines of one task's output, bounded by the site."""
     DescribeSite: _grpc.UnaryUnaryMultiCallable[_bridge_pb2.DescribeSiteRequest, _bridge_pb2.Site]
@@ -74,6 +76,8 @@ class BridgeAsyncStub(BridgeStub):
     pool: more clients come as a pool of their own, with a key of its own.
     FAILED_PRECONDITION: fewer than 1; CancelPool ends them all.
     """
+    RenewCredentials: _aio.UnaryUnaryMultiCallable[_bridge_pb2.RenewCredentialsRequest, _bridge_pb2.Pool]  # type: ignore[assignment]
+    """Puts renewed credentials in the place of those that the pool's clients have: they read them when they connect again."""
     TailLog: _aio.UnaryStreamMultiCallable[_bridge_pb2.TailLogRequest, _bridge_pb2.LogChunk]  # type: ignore[assignment]
     """The last lines of one task's output, bounded by the site."""
     DescribeSite: _aio.UnaryUnaryMultiCallable[_bridge_pb2.DescribeSiteRequest, _bridge_pb2.Site]  # type: ignore[assignment]
@@ -125,6 +129,14 @@ class BridgeServicer(metaclass=_abc_1.ABCMeta):
         pool: more clients come as a pool of their own, with a key of its own.
         FAILED_PRECONDITION: fewer than 1; CancelPool ends them all.
         """
+
+    @_abc_1.abstractmethod
+    def RenewCredentials(
+        self,
+        request: _bridge_pb2.RenewCredentialsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_bridge_pb2.Pool, _abc.Awaitable[_bridge_pb2.Pool]]:
+        """Puts renewed credentials in the place of those that the pool's clients have: they read them when they connect again."""
 
     @_abc_1.abstractmethod
     def TailLog(

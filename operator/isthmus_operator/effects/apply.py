@@ -3,6 +3,7 @@
 import asyncio
 import datetime as dt
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from ..actions import (
     EnsurePool,
     IssueCertificate,
     RecordOrphan,
+    RenewAuthority,
+    RenewCredentials,
     SaveJob,
     ShrinkPool,
 )
@@ -140,18 +143,25 @@ class Effects:
                 else:
                     await self._make(memory, f"ConfigMap/{action.name}", copied, now)
             case CreateAuthority():
-                body = certificates.authority_secret(job, action.secret, action.days)
+                body = certificates.authority_secret(job, action.secret, action.days, now)
                 await self._make(memory, f"Secret/{action.secret}", body, now)
+            case RenewAuthority():
+                known = memory.dependents
+                if known is not None and known.authority is not None:
+                    body = certificates.renewed_authority_secret(
+                        job, action.secret, known.authority, known.fingerprint, action.days, now
+                    )
+                    await self._make(memory, f"Secret/{action.secret}", body, now)
             case IssueCertificate():
                 authority = memory.dependents.authority if memory.dependents else None
                 if authority is not None:
-                    body = certificates.leaf_secret(job, authority, action)
+                    body = certificates.leaf_secret(job, authority, action, now)
                     await self._make(memory, f"Secret/{action.secret}", body, now)
             case CreatePod():
                 await self._create_pod(job, memory, action, now)
             case DeletePod():
                 await self._kube.delete("Pod", job.namespace, action.name, action.uid)
-            case EnsurePool() | CancelPool() | ShrinkPool():
+            case EnsurePool() | RenewCredentials() | CancelPool() | ShrinkPool():
                 await self._ask_site(job, memory, action, now)
             case RecordOrphan():
                 orphan = {"namespace": job.namespace, "job": job.name, "pool": action.pool, "since": timestamp(now)}
@@ -181,7 +191,7 @@ class Effects:
             memory.made(key)
         # What is there is read anew before pods are made from it.
         if memory.dependents is not None:
-            memory.dependents.loaded = dt.datetime.min.replace(tzinfo=dt.UTC)
+            memory.dependents.loaded = -math.inf
 
     async def _create_pod(self, job: Job, memory: JobMemory, action: CreatePod, now: dt.datetime) -> None:
         key = f"Pod/{action.name}"
@@ -211,7 +221,11 @@ class Effects:
         return found
 
     async def _ask_site(
-        self, job: Job, memory: JobMemory, action: EnsurePool | CancelPool | ShrinkPool, now: dt.datetime
+        self,
+        job: Job,
+        memory: JobMemory,
+        action: EnsurePool | RenewCredentials | CancelPool | ShrinkPool,
+        now: dt.datetime,
     ) -> None:
         try:
             if isinstance(action, CancelPool):
@@ -223,11 +237,16 @@ class Effects:
                 credentials = certificates.load_credentials(secret)
                 if credentials is None:
                     raise BridgeError(ProblemKind.UNREACHABLE, f"Secret {action.secret} is missing")
-                files = code.files_of(await self._code(job, action))
-                await self._bridges.ensure(action.site, action.key, action.spec, credentials, files)
+                if isinstance(action, RenewCredentials):
+                    await self._bridges.renew(action.site, action.key, credentials)
+                else:
+                    files = code.files_of(await self._code(job, action))
+                    await self._bridges.ensure(action.site, action.key, action.spec, credentials, files)
+                memory.delivered[action.key] = certificates.digest(credentials.certificate)
         except BridgeError as error:
-            # That it does not shrink says nothing against the pool itself.
-            kind = ProblemKind.UNREACHABLE if isinstance(action, ShrinkPool) else error.kind
+            # That it does not shrink, or takes no certificate, says nothing against the pool itself.
+            lesser = isinstance(action, ShrinkPool | RenewCredentials)
+            kind = ProblemKind.UNREACHABLE if lesser else error.kind
             memory.trouble(action.pool, kind, str(error), now)
             log.warning("%s/%s: pool %s at %s: %s", job.namespace, job.name, action.pool, action.site, error)
         else:

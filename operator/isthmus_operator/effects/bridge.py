@@ -1,5 +1,6 @@
 """The sites' bridges, over gRPC with mutual TLS."""
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
@@ -10,26 +11,29 @@ from grpc import aio
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pki import Credentials
 
+from ..clock import Clock
 from ..metrics import BRIDGE_CALLS, BRIDGE_SECONDS
 from ..observed import PoolPhase, PoolView, ProblemKind
 from ..text import last_lines, one_line
-from .lines import BridgeError, Lines
+from .lines import CALL_SECONDS, BridgeError, Lines
 
 if TYPE_CHECKING:
     from isthmus_contracts.pb.bridge_pb2_grpc import BridgeAsyncStub
 
+log = logging.getLogger(__name__)
+
 Answer = TypeVar("Answer")
 
-CALL_SECONDS = 20.0
 _DENIED = (grpc.StatusCode.PERMISSION_DENIED,)
-_REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
+_REFUSED = (grpc.StatusCode.INVALID_ARGUMENT,)
 
 
 class Bridges:
     """Every site's bridge."""
 
-    def __init__(self, lines: Lines) -> None:
+    def __init__(self, lines: Lines, clock: Clock) -> None:
         self._lines = lines
+        self._clock = clock
 
     async def ensure(
         self, site: str, key: str, spec: pb.PoolSpec, credentials: Credentials, code: Mapping[str, bytes]
@@ -41,7 +45,7 @@ class Bridges:
         request.spec.federation.certificate = credentials.certificate
         request.spec.federation.private_key = credentials.key
         answer = await self._call(site, "EnsurePool", lambda stub: stub.EnsurePool(request, timeout=CALL_SECONDS))
-        return pool_view(answer, spec.attempt)
+        return self._view(answer, spec.attempt)
 
     async def get(self, site: str, key: str, attempt: int, first: int = 0) -> PoolView:
         """Asks for a pool, or the part of one that begins with the client ``first``."""
@@ -50,13 +54,26 @@ class Bridges:
             answer = await self._call(site, "GetPool", lambda stub: stub.GetPool(request, timeout=CALL_SECONDS))
         except _NotFoundError:
             return PoolView(attempt, PoolPhase.ABSENT)
-        return pool_view(answer, attempt, first)
+        return self._view(answer, attempt, first)
 
     async def cancel(self, site: str, key: str, attempt: int, reason: str) -> PoolView:
         """Has the site end a pool."""
         request = pb.CancelPoolRequest(key=key, reason=reason)
         answer = await self._call(site, "CancelPool", lambda stub: stub.CancelPool(request, timeout=CALL_SECONDS))
-        return pool_view(answer, attempt)
+        return self._view(answer, attempt)
+
+    async def renew(self, site: str, key: str, credentials: Credentials) -> None:
+        """Has the site hand new credentials to a pool's clients. One of before there were such calls cannot, and need
+        not be asked again."""
+        request = pb.RenewCredentialsRequest(
+            key=key, ca_certificate=credentials.ca, certificate=credentials.certificate, private_key=credentials.key
+        )
+        try:
+            await self._call(
+                site, "RenewCredentials", lambda stub: stub.RenewCredentials(request, timeout=CALL_SECONDS)
+            )
+        except _UnknownCallError:
+            log.warning("the bridge of site %s is too old to renew the certificates of running pools", site)
 
     async def shrink(self, site: str, key: str, replicas: int) -> None:
         """Has the site end a pool's clients but for the first so many."""
@@ -100,13 +117,22 @@ class Bridges:
             BRIDGE_CALLS.labels(site, method, code).inc()
             BRIDGE_SECONDS.labels(site, method).observe(time.monotonic() - started)
 
+    def _view(self, pool: pb.Pool, attempt: int, first: int = 0) -> PoolView:
+        # To the minute: the way of an answer takes a while, and what is shown shall not tremble with it.
+        ahead = 60.0 * round((pool.now - self._clock.now().timestamp()) / 60) if pool.now else 0.0
+        return pool_view(pool, attempt, first, ahead)
+
 
 class _NotFoundError(BridgeError):
     pass
 
 
-def pool_view(pool: pb.Pool, attempt: int, first: int = 0) -> PoolView:
-    """Cuts a bridge's answer down to what the plan looks at."""
+class _UnknownCallError(BridgeError):
+    """The bridge is older than the call."""
+
+
+def pool_view(pool: pb.Pool, attempt: int, first: int = 0, ahead: float = 0.0) -> PoolView:
+    """Cuts a bridge's answer down to what the plan looks at. ``ahead``: of our clock, the site's, in seconds."""
     failed = [task for task in pool.tasks if task.log_tail or task.exit_code or task.signal]
     failure = ""
     if failed:
@@ -124,13 +150,17 @@ def pool_view(pool: pb.Pool, attempt: int, first: int = 0) -> PoolView:
         succeeded=pool.succeeded,
         failed=pool.failed,
         reason=one_line(pool.reason, 100),
-        expected_start=pool.expected_start,
-        submitted_at=pool.submitted_at,
+        expected_start=_moment(pool.expected_start, ahead),
+        submitted_at=_moment(pool.submitted_at, ahead),
         failure=failure,
         timed_out=pool.time_limit_reached,
         desired=pool.desired,
-        ends_at=pool.ends_at,
+        ends_at=_moment(pool.ends_at, ahead),
     )
+
+
+def _moment(theirs: float, ahead: float) -> float:
+    return theirs - ahead if theirs else 0.0
 
 
 def _translated(error: aio.AioRpcError) -> BridgeError:
@@ -139,6 +169,8 @@ def _translated(error: aio.AioRpcError) -> BridgeError:
         return _NotFoundError(ProblemKind.REFUSED, details)
     if error.code() in _DENIED:
         return BridgeError(ProblemKind.DENIED, details)
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return _UnknownCallError(ProblemKind.REFUSED, details)
     if error.code() in _REFUSED:
         return BridgeError(ProblemKind.REFUSED, details)
     return BridgeError(ProblemKind.UNREACHABLE, f"{error.code().name}: {details}")

@@ -3,6 +3,7 @@
 import asyncio
 import datetime as dt
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ Objects = dict[str, Mapping[str, Any]]  # by Kind/name
 
 async def load(kube: Kube, job: Job, now: dt.datetime, network_policies: bool, resting: bool) -> Dependents:
     """Reads them all; of a job that rests only what was accepted, if that is there."""
+    began = time.monotonic()
     file = f"ConfigMap/{names.job_file(job.name)}"
     objects = await _get(kube, job, [file])
     accepted = _accepted(objects.get(file), job)
@@ -30,23 +32,27 @@ async def load(kube: Kube, job: Job, now: dt.datetime, network_policies: bool, r
         objects |= await _get(kube, job, _expected(job, spec, network_policies))
     ours = {key: body for key, body in objects.items() if job_uid_of(body) == job.uid}
     foreign = tuple(sorted(set(objects) - set(ours)))
-    result = Dependents(now, accepted, frozenset(ours), foreign)
+    result = Dependents(began, accepted, frozenset(ours), foreign)
     service = ours.get(f"Service/{names.aggregator(job.name)}")
     if service is not None:
         result.service = service_view(service)
     code = ours.get(f"ConfigMap/{names.code(job.name)}")
     if code is not None:
         result.code = tuple(sorted({**(code.get("data") or {}), **(code.get("binaryData") or {})}))
-    result.authority = certificates.load_authority(ours.get(f"Secret/{names.authority(job.name)}"), now)
+    secret = ours.get(f"Secret/{names.authority(job.name)}")
+    result.authority = certificates.load_authority(secret)
+    if result.authority is not None:
+        result.fingerprint = certificates.fingerprint(secret, result.authority)
+        result.authority_ends = certificates.ends_soon(result.authority, now)
     if result.authority is not None and spec is not None:
-        good = set()
+        good = {}
         for wanted in wanted_certificates(job, spec):
             credentials = certificates.load_credentials(ours.get(f"Secret/{wanted.secret}"))
-            if certificates.serves(credentials, result.authority, now):
-                good.add(wanted.secret)
+            if credentials is not None and certificates.serves(credentials, result.authority, now):
+                good[wanted.secret] = certificates.digest(credentials.certificate)
                 if wanted.secret == names.observer_tls(job.name):
                     result.observer = credentials
-        result.certificates = frozenset(good)
+        result.certificates = good
     return result
 
 

@@ -6,7 +6,8 @@ The library's typed models are left aside: they cost memory, and every object he
 import asyncio
 import json
 import random
-from collections.abc import Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlencode
@@ -17,6 +18,7 @@ from urllib3.exceptions import HTTPError
 
 from isthmus_contracts import identities as ids
 
+from ..clock import Clock
 from ..metrics import API_REQUESTS
 
 FIELD_MANAGER = ids.MANAGED_BY
@@ -41,6 +43,7 @@ _GROUPS = {"NetworkPolicy": "networking.k8s.io/v1", "PodDisruptionBudget": "poli
 # With pauses that grow from the second that the API server usually asks for: together about half a minute.
 _THROTTLED_ATTEMPTS = 7
 _LONGEST_RETRY_AFTER = 10.0
+_PAGE = 200  # objects
 _OUR_KINDS = ("FederatedJob", "HPCSite")
 
 
@@ -71,23 +74,27 @@ def path(kind: str, namespace: str = "", name: str = "", subresource: str = "") 
 class Kube:
     """Requests to the API server."""
 
-    def __init__(self, configuration: client.Configuration, concurrency: int, timeout: float) -> None:
+    def __init__(
+        self,
+        configuration: client.Configuration,
+        concurrency: int,
+        timeout: float,
+        clock: Clock,
+        reload: Callable[[], client.Configuration] | None = None,
+    ) -> None:
+        """``clock`` is told the API server's time; ``reload`` reads the credentials anew."""
+        self.clock = clock
         self._configuration = configuration
+        self._reload = reload
         self._pool = connections(configuration, concurrency)
         self._timeout = timeout
         self._policy = _GROUPS["PodDisruptionBudget"]
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="kube")
 
     @classmethod
-    def connect(cls, concurrency: int, timeout: float) -> "Kube":
+    def connect(cls, concurrency: int, timeout: float, clock: Clock) -> "Kube":
         """Uses the pod's service account, or else the kubeconfig."""
-        configuration = client.Configuration()
-        load: Any = config  # the library's loaders carry no types
-        try:
-            load.load_incluster_config(client_configuration=configuration)
-        except config.ConfigException:
-            load.load_kube_config(client_configuration=configuration, persist_config=False)
-        return cls(configuration, concurrency, timeout)
+        return cls(_configuration(), concurrency, timeout, clock, _configuration)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -118,6 +125,18 @@ class Kube:
     async def list(self, kind: str, namespace: str, labels: str) -> dict[str, Any]:
         """The objects with these labels."""
         return await self._request("GET", path(kind, namespace), query={"labelSelector": labels})
+
+    async def all(self, kind: str, namespace: str) -> AsyncIterator[dict[str, Any]]:
+        """Every object of a kind, in one namespace or (empty) in all, page by page."""
+        query = {"limit": str(_PAGE)}
+        while True:
+            page = await self._request("GET", path(kind, namespace), query=query)
+            for body in page.get("items") or ():
+                yield body
+            onward = (page.get("metadata") or {}).get("continue")
+            if not onward:
+                return
+            query = {**query, "continue": str(onward)}
 
     async def create(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Creates an object."""
@@ -180,25 +199,41 @@ class Kube:
         content_type: str,
     ) -> dict[str, Any]:
         headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": ids.MANAGED_BY}
+        configuration = self._configuration
         # Refreshes a token that rotates.
-        token = self._configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
+        token = configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
         if token:
             headers["Authorization"] = token
         where = where.replace(f"/apis/{_GROUPS['PodDisruptionBudget']}/", f"/apis/{self._policy}/")
-        url = self._configuration.host.rstrip("/") + where + (f"?{urlencode(query)}" if query else "")
+        url = configuration.host.rstrip("/") + where + (f"?{urlencode(query)}" if query else "")
         data = None if body is None else json.dumps(body).encode()
+        sent = time.monotonic()
         try:
             answer = self._pool.request(method, url, body=data, headers=headers, timeout=self._timeout, retries=False)
         except (HTTPError, OSError) as error:
             API_REQUESTS.labels(method, "none").inc()
             raise KubeError(0, f"no answer from the API server: {error}") from error
         API_REQUESTS.labels(method, str(answer.status)).inc()
+        self.clock.heard(answer.headers.get("Date"), sent)
+        if answer.status == 401 and self._reload is not None:
+            # The library reads a rotating token every minute by the wall clock, which somebody may have put back.
+            self._configuration = self._reload()
         content = _parsed(answer.data)
         if answer.status >= 400:
             message = str(content.get("message") or answer.data[:200].decode("utf-8", "replace") or answer.reason)
             after = answer.headers.get("Retry-After")
             raise KubeError(answer.status, message.strip(), str(content.get("reason", "")), after)
         return content
+
+
+def _configuration() -> client.Configuration:
+    configuration = client.Configuration()
+    load: Any = config  # the library's loaders carry no types
+    try:
+        load.load_incluster_config(client_configuration=configuration)
+    except config.ConfigException:
+        load.load_kube_config(client_configuration=configuration, persist_config=False)
+    return configuration
 
 
 def connections(configuration: client.Configuration, size: int) -> urllib3.PoolManager:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # A rotated Secret is noticed this soon.
 _CREDENTIALS_SECONDS = 60.0
 _PROOF_SECONDS = 10.0
+CALL_SECONDS = 20.0
 
 
 class BridgeError(Exception):
@@ -62,6 +63,7 @@ class Lines:
         self._tunnels = tunnels
         self._lines: dict[str, _Line] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
 
     async def stub(self, site: str) -> "BridgeAsyncStub":
         """The site's bridge. Raises :class:`BridgeError`."""
@@ -78,7 +80,7 @@ class Lines:
             identity = _label(place, spec) + hashlib.sha256(b"".join(credentials.files().values())).hexdigest()
             if line is None or line.identity != identity:
                 if line is not None:
-                    await line.channel.close()
+                    self._retire(line)
                 channel = aio_channel(place, credentials, spec.bridge_name(site))
                 with suppress(ValueError):  # no certificate at all: the call will say so
                     SITE_CERTIFICATE_EXPIRY.labels(site).set(expiry(credentials.certificate).timestamp())
@@ -116,7 +118,14 @@ class Lines:
             SITE_CERTIFICATE_EXPIRY.remove(site)
         line = self._lines.pop(site, None)
         if line is not None:
-            await line.channel.close()
+            self._retire(line)
+
+    def _retire(self, line: _Line) -> None:
+        """Closes a channel once the calls have ended that other jobs have under way in it: cancelled ones would look as
+        if the operator itself were ending."""
+        task = asyncio.create_task(line.channel.close(CALL_SECONDS))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
 
     async def close(self) -> None:
         """Closes every channel."""

@@ -2,12 +2,14 @@
 
 import asyncio
 import datetime as dt
+import math
+import time
 
 from isthmus_contracts import identities as ids
 from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.federatedjob_status import ConditionType
 
-from .. import certificates, names
+from .. import names
 from ..draft import Limits
 from ..jobstore import SiteStore
 from ..memory import Dependents, JobMemory
@@ -26,7 +28,7 @@ from .observer import Aggregators
 # Objects that nobody should touch are looked at every so many resyncs, in case somebody did.
 _DEPENDENTS_RESYNCS = 20
 # A watch may lose a deletion while it is down: a list finds the ghosts.
-_PODS_AGE = dt.timedelta(minutes=10)
+_PODS_AGE = 600.0  # seconds
 
 
 class Observer:
@@ -48,13 +50,13 @@ class Observer:
         self._aggregators = aggregators
         self._cluster = limits.cluster
         self._policies = limits.network_policies
-        self._dependents_age = dt.timedelta(seconds=_DEPENDENTS_RESYNCS * limits.resync)
+        self._dependents_age = _DEPENDENTS_RESYNCS * limits.resync
 
     async def observe(self, job: Job, memory: JobMemory, now: dt.datetime) -> Observed:
         """Looks around. The aggregator is asked last: see ``Observed.federation``."""
         idle = job.deleted is not None or finished(job.status) is not None
         if not idle:
-            await self._list_pods(job, memory, now)
+            await self._list_pods(job, memory)
         pools, base = await asyncio.gather(
             self._ask_sites(job, memory, now), self._look_at_dependents(job, memory, now, idle)
         )
@@ -67,8 +69,10 @@ class Observer:
             present=base.present,
             foreign=base.foreign,
             code=base.code,
-            authority=certificates.fingerprint(base.authority) if base.authority is not None else "",
+            authority=base.fingerprint,
+            authority_ends=base.authority_ends,
             certificates=base.certificates,
+            delivered=dict(memory.delivered),
             service=base.service,
             node_address=await self._node_address(base.accepted, memory, aggregator),
             sites=dict(self._sites.specs),
@@ -79,25 +83,26 @@ class Observer:
             federation_error=error,
         )
 
-    async def _list_pods(self, job: Job, memory: JobMemory, now: dt.datetime) -> None:
-        doubted = self._pods.doubted(job.uid)
-        if not doubted and memory.pods_listed is not None and now - memory.pods_listed < _PODS_AGE:
+    async def _list_pods(self, job: Job, memory: JobMemory) -> None:
+        doubted, began = self._pods.doubted(job.uid), time.monotonic()
+        if not doubted and began - memory.pods_listed < _PODS_AGE:
             return
-        memory.pods_listed = None  # should the list fail, it is made at the next look
+        memory.pods_listed = -math.inf  # should the list fail, it is made at the next look
         known = [pod.uid for pod in self._pods.of(job.uid)]
         listed = await self._kube.list("Pod", job.namespace, f"{ids.LABEL_JOB_UID}={job.uid}")
         self._pods.replace(job.uid, listed.get("items") or (), known)
-        memory.pods_listed = now
+        memory.pods_listed = began
 
     async def _look_at_dependents(self, job: Job, memory: JobMemory, now: dt.datetime, idle: bool) -> Dependents:
         known = memory.dependents
         if known is None and idle:
             # Nothing is made for it any more.
-            return Dependents(now)
+            return Dependents(-math.inf)
         # Until it is resumed, nothing is made of the rest.
         resting = bool(job.spec.get("suspend")) and is_true(job.status, ConditionType.SUSPENDED)
         lacks = known is not None and (known.accepted is None if resting else _incomplete(known))
-        if known is None or (not idle and (now - known.loaded > self._dependents_age or lacks)):
+        old = known is None or time.monotonic() - known.loaded > self._dependents_age
+        if known is None or (not idle and (old or lacks)):
             known = memory.dependents = await dependents.load(self._kube, job, now, self._policies, resting)
         return known
 
@@ -111,7 +116,7 @@ class Observer:
         self, job: Job, memory: JobMemory, now: dt.datetime, name: str, record: HpcRecord
     ) -> PoolView | None:
         problem = memory.problems.get(name)
-        if problem is not None and now < problem.retry_at:
+        if problem is not None and not problem.due(now):
             return None
         key = render_hpc.key(self._cluster, job, name, record.attempt)
         try:

@@ -43,6 +43,27 @@ class FederationError(RuntimeError):
     """The federation has ended for this client, and not well. ``str()`` says why."""
 
 
+class _Line:
+    """A channel, and the calls that go through it."""
+
+    def __init__(self, endpoint: str, credentials: Credentials, server_name: str | None) -> None:
+        self.credentials = credentials
+        self.channel = channel(endpoint, credentials, server_name)
+        self.control = FederationStub(self.channel).Control
+        # The messages of the calls that hold tensors are framing's.
+        self.pull: Callable[[pb.PullRequest], Iterator[bytes]] = self.channel.unary_stream(
+            PULL, request_serializer=pb.PullRequest.SerializeToString
+        )
+        self.push: grpc.StreamUnaryMultiCallable[bytes, pb.PushReply] = self.channel.stream_unary(
+            PUSH, response_deserializer=pb.PushReply.FromString
+        )
+        # On the wire a stream of one message is a single message, and gRPC needs no thread to send it.
+        push_one: grpc.UnaryUnaryMultiCallable[bytes, pb.PushReply] = self.channel.unary_unary(
+            PUSH, response_deserializer=pb.PushReply.FromString
+        )
+        self.push_one: Callable[[bytes], pb.PushReply] = push_one
+
+
 class Session:
     """Keeps the control stream up, in threads of its own, and hands what the aggregator says to the script's thread."""
 
@@ -59,29 +80,18 @@ class Session:
         """The aggregator has ended our part: it need not be there any more."""
         self.stopping = stopping
         """The process was told to stop."""
-        directory = Path(environ.get(identities.ENV_TLS_DIR, ""))
+        self._directory = Path(environ.get(identities.ENV_TLS_DIR, ""))
+        self._server_name = environ.get(identities.ENV_SERVER_NAME)
         try:
-            credentials = Credentials.read(directory)
+            credentials = Credentials.read(self._directory)
         except OSError as error:
             raise FederationError(
                 f"cannot read the client's certificate: {error.filename}: {error.strerror}"
                 f" ({identities.ENV_TLS_DIR} must name a directory with ca.crt, tls.crt and tls.key)"
             ) from None
         self._earlier_threads = set(threading.enumerate())
-        self._channel = channel(self.endpoint, credentials, environ.get(identities.ENV_SERVER_NAME))
-        self._control = FederationStub(self._channel).Control
-        # The messages of the calls that hold tensors are framing's.
-        self.pull: Callable[[pb.PullRequest], Iterator[bytes]] = self._channel.unary_stream(
-            PULL, request_serializer=pb.PullRequest.SerializeToString
-        )
-        self._push: grpc.StreamUnaryMultiCallable[bytes, pb.PushReply] = self._channel.stream_unary(
-            PUSH, response_deserializer=pb.PushReply.FromString
-        )
-        # On the wire a stream of one message is a single message, and gRPC needs no thread to send it.
-        push_one: grpc.UnaryUnaryMultiCallable[bytes, pb.PushReply] = self._channel.unary_unary(
-            PUSH, response_deserializer=pb.PushReply.FromString
-        )
-        self.push_one: Callable[[bytes], pb.PushReply] = push_one
+        self._line = _Line(self.endpoint, credentials, self._server_name)
+        self._earlier_lines: list[_Line] = []
         self._hello = pb.Hello(
             job_uid=self.job_uid,
             pool=context.pool,
@@ -96,6 +106,14 @@ class Session:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="isthmus-control", daemon=True)
         self._thread.start()
+
+    def pull(self, request: pb.PullRequest) -> Iterator[bytes]:
+        """The messages of a model."""
+        return self._line.pull(request)
+
+    def push_one(self, message: bytes) -> pb.PushReply:
+        """Sends an update that is a single message."""
+        return self._line.push_one(message)
 
     def works_on(self, round_number: int, base_digest: str) -> None:
         """Notes what is in hand, for the next hello: an aggregator that restarts shall not pass it over."""
@@ -116,7 +134,7 @@ class Session:
             call.result().initial_metadata()
             yield from messages
 
-        pushing: Any = self._push.future(in_turn())
+        pushing: Any = self._line.push.future(in_turn())
         call.set_result(pushing)
         try:
             reply: pb.PushReply = pushing.result()
@@ -135,7 +153,8 @@ class Session:
             self._closed.set()
             self._outgoing.put(None)
             self._thread.join(timeout=_FAREWELL_SECONDS)
-            self._channel.close()
+            for line in (*self._earlier_lines, self._line):
+                line.channel.close()
             self._join_grpc_threads()
 
     def _join_grpc_threads(self) -> None:
@@ -154,7 +173,7 @@ class Session:
         backoff, last_contact, last_warning = _FIRST_BACKOFF, time.monotonic(), 0.0
         while not self._closed.is_set():
             try:
-                for message in self._control(self._new_stream()):
+                for message in self._line.control(self._new_stream()):
                     backoff, last_contact = _FIRST_BACKOFF, time.monotonic()
                     if self._take(message):
                         return
@@ -179,6 +198,19 @@ class Session:
             # A little randomness keeps a thousand clients from coming back at the same instant.
             self._closed.wait(backoff * random.uniform(0.5, 1.0))  # noqa: S311
             backoff = min(backoff * 2, _LONGEST_BACKOFF)
+            self._take_renewed()
+
+    def _take_renewed(self) -> None:
+        """Takes up certificates that were renewed since: a connection keeps those that it was made with."""
+        try:
+            found = Credentials.read(self._directory)
+        except OSError:
+            return  # between two files, or gone: what we have still serves
+        if found != self._line.credentials:
+            log.info("the client's certificate was renewed")
+            # Calls that are under way through the earlier one may end there.
+            self._earlier_lines.append(self._line)
+            self._line = _Line(self.endpoint, found, self._server_name)
 
     def _new_stream(self) -> Iterator[pb.ClientMessage]:
         """A new stream's messages. It gets a queue of its own, since gRPC may still read the broken one's."""

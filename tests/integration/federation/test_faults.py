@@ -11,7 +11,7 @@ import pytest
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pki import Authority
 
-from .conftest import DAY, Federation, eventually
+from .conftest import DAY, SERVER_NAME, Federation, eventually
 
 Make = Callable[..., Federation]
 
@@ -162,3 +162,23 @@ def test_without_a_certificate_the_message_says_what_is_missing(federation: Make
     client = job.start_client(script, ISTHMUS_TLS_DIR="/nowhere")
     assert client.wait() == 1
     assert "cannot read the client's certificate: /nowhere/ca.crt" in job.log("client-0-0")
+
+
+def test_renewed_certificates_reach_clients_that_run(federation: Make, script: Path) -> None:
+    """They read their files again when they connect again: here the earlier ones are of no use any more by then."""
+    job = federation(2, 8)
+    job.start_aggregator()
+    clients = [job.start_client(script, index, PAUSE="0.1", HOLD="5") for index in range(2)]
+    job.wait_for_round(3)
+    job.kill_aggregator()
+    job.authority = Authority.create("another", DAY)
+    job.authority.issue("aggregator", DAY, hosts=[SERVER_NAME]).write(job.directory / "server")
+    for index in range(2):
+        job.credentials().write(job.directory / f"client-{index}-0")
+    job.start_aggregator()
+    job.let_go()
+    job.wait_for_completion()
+    assert [client.wait() for client in clients] == [0, 0], job.log("client-0-0")
+    assert "certificate was renewed" in job.log("client-0-0")
+    for client in range(2):
+        assert trained(job, client) == Counter(range(1, 9))

@@ -9,6 +9,7 @@ from typing import Any
 
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.pki import Authority
+from isthmus_operator.clock import Clock
 from isthmus_operator.effects.bridge import Bridges
 from isthmus_operator.effects.lines import Lines
 from isthmus_operator.gateway import Gateway
@@ -53,7 +54,7 @@ class OperatorSide:
         """(Re)starts as a new operator would: with nothing in memory."""
         self.gateway = Gateway(lambda site: None)
         self.lines = Lines(self.kube, self.sites, self.gateway.addresses)  # type: ignore[arg-type]
-        self.bridges = Bridges(self.lines)
+        self.bridges = Bridges(self.lines, Clock())
         serving = self.gateway.serve(f"127.0.0.1:{self.port}", self._tls, self.lines.prove)
         self._task = asyncio.create_task(serving)
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cryptography import x509
 
 from isthmus_bridge.cli import main
 from isthmus_bridge.status import StatusFile
@@ -42,6 +43,37 @@ def test_certificates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert Credentials.read(folder / "operator-second").ca == authority
     assert main(["certs", "--dir", str(folder), "--operator", "a/../b"]) == 2
     assert main(["certs", "--dir", str(folder)]) == 2
+
+
+def test_a_new_authority_takes_over_step_by_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At no step can one end not check the other; tests/unit/operator/test_lines.py does the same over TLS."""
+    folder = tmp_path / "certs"
+    server, operator = folder / "server", folder / "operator-prod"
+
+    def certs(*options: str) -> int:
+        return main(["certs", "--dir", str(folder), *options])
+
+    def signer(of: Path) -> str:
+        return x509.load_pem_x509_certificate((of / "tls.crt").read_bytes()).issuer.rfc4514_string()
+
+    def trusted(by: Path) -> list[str]:
+        found = x509.load_pem_x509_certificates((by / "ca.crt").read_bytes())
+        return [one.subject.rfc4514_string() for one in found]
+
+    assert certs("--host", "login1.example", "--operator", "prod") == 0
+    (old,) = trusted(server)
+    assert certs("--new-ca", "--host", "login1.example") == 2
+    assert certs("--new-ca", "--operator", "prod") == 0
+    assert "keeps its certificate for now" in capsys.readouterr().out
+    new, *rest = trusted(server)
+    assert (rest, new != old) == ([old], True)
+    assert (signer(server), signer(operator)) == (old, new)
+    assert trusted(operator) == trusted(folder) == [new, old]
+    assert certs("--host", "login1.example") == 0
+    assert (signer(server), trusted(server)) == (new, [new, old])
+    assert certs("--only-this-ca", "--operator", "prod") == 0
+    assert trusted(server) == trusted(operator) == trusted(folder) == [new]
+    assert (signer(server), signer(operator)) == (new, new)
 
 
 def test_check_explains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

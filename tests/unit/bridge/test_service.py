@@ -15,7 +15,7 @@ from isthmus_bridge.service import MAX_WATCHERS_PER_CALLER
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
-from isthmus_contracts.pki import Authority
+from isthmus_contracts.pki import Authority, Credentials
 from isthmus_contracts.transport import channel
 
 from .world import KEY, NAME, FakeSlurm, policy, spec
@@ -206,3 +206,59 @@ def test_many_requests_for_one_key_at_once_submit_once(connect: Connect, slurm: 
         thread.join()
     assert ids == ["100"] * 16
     assert len(slurm.living(NAME)) == 1
+
+
+def test_renewed_credentials_reach_the_tasks_of_a_living_pool(
+    connect: Connect, bridge: Bridge, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    stub = connect("prod")
+    ensure(stub)
+    tls = tmp_path / "run" / KEY / "tls"
+    tls = tls if tls.exists() else next(tmp_path.glob(f"*/{KEY}/tls"))
+    before = {path.name: path.stat().st_ino for path in tls.iterdir()}
+    fresh = Authority.create("job", DAY).issue("pool", DAY, uris=["isthmus://job/x/pool/y"])
+    request = pb.RenewCredentialsRequest(
+        key=KEY, ca_certificate=fresh.ca, certificate=fresh.certificate, private_key=fresh.key
+    )
+    assert stub.RenewCredentials(request, timeout=20).slurm_job_id == "100"
+    assert Credentials.read(tls) == fresh
+    for path in tls.iterdir():
+        # Put in place as a whole, for its owner only.
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.stat().st_ino != before[path.name]
+    assert slurm.submissions == 1
+    # Nobody else's, nothing that is no certificate, and nothing for a pool that is over.
+    other = connect("test")
+    assert refused(lambda: other.RenewCredentials(request, timeout=20))[0] in (
+        grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DENIED,
+    )  # fmt: skip
+    broken = pb.RenewCredentialsRequest(key=KEY, ca_certificate=b"x", certificate=b"y", private_key=b"z")
+    code, details = refused(lambda: stub.RenewCredentials(broken, timeout=20))
+    assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "ca_certificate: is not PEM")
+    stub.CancelPool(pb.CancelPoolRequest(key=KEY), timeout=20)
+    eventually(lambda: not tls.exists())
+    assert stub.RenewCredentials(request, timeout=20).phase == pb.Pool.CANCELLED
+    assert not tls.exists()
+
+
+def test_a_pool_tells_the_sites_time(connect: Connect) -> None:
+    assert abs(ensure(connect("prod")).now - time.time()) < 60
+
+
+def test_the_bridges_own_certificate_is_renewed_while_it_runs(
+    bridge: Bridge, authority: Authority, tmp_path: Path
+) -> None:
+    """No restart, no signal: new connections get the newest files, and trust what they name."""
+
+    def describe(by: Authority, trusted: bytes) -> str:
+        own = by.issue("prod", DAY, uris=[operator_identity("prod")])
+        credentials = Credentials(trusted, own.certificate, own.key)
+        with channel(f"127.0.0.1:{bridge.port}", credentials, "localhost") as connection:
+            return rpc.BridgeStub(connection).DescribeSite(pb.DescribeSiteRequest(), timeout=20).name
+
+    assert describe(authority, authority.certificate)
+    newer = Authority.create("site", DAY)
+    own = newer.issue("localhost", DAY, hosts=["localhost"])
+    Credentials(newer.certificate, own.certificate, own.key).write(tmp_path / "tls")
+    assert describe(newer, newer.certificate)
+    assert refused(lambda: describe(authority, newer.certificate))[0] is grpc.StatusCode.UNAVAILABLE

@@ -266,7 +266,7 @@ class AnyWorld(Generic[Slurm]):
         self.submitter = Submitter(self.rules, self.journal, self.slurm, self.metrics, self.clock)
         advance = self.submitter.advance
         self.reconciler = Reconciler(
-            self.policy, self.journal, self.slurm, self.submitter, self.metrics, advance, self.clock
+            self.policy, self.journal, self.slurm, self.submitter, self.metrics, advance, self.clock, self.clock
         )
         self.pools = Pools(self.rules, self.journal, advance, clock=self.clock)
 

@@ -1,7 +1,10 @@
-"""Certificates that are renewed while a server runs."""
+"""Certificates that are renewed while a server runs, and clocks that differ."""
 
+import asyncio
 import datetime as dt
-from collections.abc import AsyncIterator
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from grpc import aio
 
 from isthmus_contracts.pki import Authority, Credentials
 from isthmus_contracts.transport import aio_channel, renewed_server_credentials
+from tests import faketime
 
 _DAY = dt.timedelta(days=1)
 
@@ -67,3 +71,49 @@ async def test_strangers_are_refused_all_the_same(port: int, tmp_path: Path) -> 
     async with aio_channel(f"127.0.0.1:{port}", stranger) as channel:
         with pytest.raises(aio.AioRpcError):
             await echo(channel)
+
+
+async def test_a_renewed_authority_and_the_earlier_one_trust_each_other(
+    authority: Authority, port: int, tmp_path: Path
+) -> None:
+    renewed = authority.renewed(2 * _DAY)
+    assert renewed.certificate != authority.certificate
+    for server in (authority, renewed):
+        server.issue("server", _DAY, hosts=["127.0.0.1"]).write(tmp_path)
+        for client in (authority, renewed):
+            async with aio_channel(f"127.0.0.1:{port}", client.issue("c", _DAY, uris=["isthmus://x"])) as channel:
+                assert await echo(channel) == b"x"
+
+
+_CLIENT = """
+import asyncio, datetime, sys
+from pathlib import Path
+from isthmus_contracts.pki import Credentials
+from isthmus_contracts.transport import aio_channel
+
+async def main():
+    async with aio_channel(sys.argv[1], Credentials.read(Path(sys.argv[2]))) as channel:
+        await channel.unary_unary("/S/Echo")(b"x", timeout=20)
+    print(datetime.datetime.now(datetime.UTC).isoformat())
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("hours", [-14, 14])
+async def test_a_node_whose_clock_is_wrong_by_hours_connects(
+    hours: int, authority: Authority, port: int, tmp_path: Path, require: Callable[[bool, str], None]
+) -> None:
+    """The widest error of all that ordinary mistakes make: a local time that is taken for UTC."""
+    require(faketime.library() is not None, "libfaketime is not installed")
+    authority = authority.renewed(30 * _DAY)
+    authority.issue("server", 7 * _DAY, hosts=["127.0.0.1"]).write(tmp_path)
+    authority.issue("c", 7 * _DAY, uris=["isthmus://x"]).write(tmp_path / "client")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _CLIENT, f"127.0.0.1:{port}", tmp_path / "client",
+        stdout=asyncio.subprocess.PIPE, env={**os.environ, **faketime.wrong_by(hours)},
+    )  # fmt: skip
+    said, _ = await asyncio.wait_for(process.communicate(), 120)
+    assert process.returncode == 0
+    off = dt.datetime.fromisoformat(said.decode().strip()) - dt.datetime.now(dt.UTC)
+    assert abs(off - dt.timedelta(hours=hours)) < dt.timedelta(minutes=10), "its clock was not wrong at all"

@@ -159,3 +159,17 @@ def test_why_clients_do_not_start_is_shown() -> None:
     pool = plan(job(record=STARTED), around(waiting, client(1)), NOW, LIMITS).status["pools"][0]
     assert pool["reason"] == "Unschedulable: 0/3 nodes are available"
     assert pool["queued"] == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "said"),
+    [
+        ("OOMKilled", 137, "demo-cloud-0-0: OOMKilled: epoch 3"),
+        # As containerd tells it where the OOM killer hit a child of the container's first process.
+        ("Error", 137, "demo-cloud-0-0: killed (exit code 137), perhaps out of memory: epoch 3"),
+        ("Error", 1, "demo-cloud-0-0: epoch 3"),
+    ],
+)
+def test_a_client_that_was_killed_says_so(reason: str, code: int, said: str) -> None:
+    observed = around(failed(message="epoch 3", reason=reason, exit_code=code), client(1))
+    assert plan(job(record=STARTED), observed, NOW, LIMITS).status["pools"][0]["reason"] == said

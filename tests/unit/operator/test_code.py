@@ -1,6 +1,7 @@
 """task.code: a user's files on their way to the clients."""
 
 import base64
+import datetime as dt
 from typing import Any
 
 from isthmus_contracts.manifest import parse_spec
@@ -60,7 +61,9 @@ def test_nothing_starts_without_the_files() -> None:
         wanted(),
         present=base.present - {"ConfigMap/demo-code"},
         refusals={
-            "ConfigMap/demo-code": Refusal("spec.task.code.configMapRef.name: there is no", NOW.replace(year=2040))
+            "ConfigMap/demo-code": Refusal(
+                "spec.task.code.configMapRef.name: there is no", NOW + dt.timedelta(seconds=30)
+            )
         },
     )
     decided = plan(job(wanted()), observed, NOW, Limits())

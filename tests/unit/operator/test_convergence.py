@@ -1,5 +1,6 @@
 """From any state, whatever is thrown at it on the way, the plan gets to where nothing is left to do."""
 
+import datetime as dt
 from dataclasses import replace
 from typing import Any
 
@@ -99,13 +100,14 @@ def observations(draw: st.DrawFn, wanted: dict[str, Any]) -> Observed:
     things = draw(st.sets(st.sampled_from(sorted(present(parsed)))))
     things = (things | {"ConfigMap/demo-job"}) if accepted else things - {"ConfigMap/demo-job"}
     authority = draw(st.sampled_from(["", AUTHORITY]))
-    good = draw(st.sets(st.sampled_from(sorted(certificates(parsed))))) if authority else set()
+    good = draw(st.sets(st.sampled_from(sorted(certificates(parsed).items())))) if authority else set()
     return Observed(
         pods=draw(pods()),
         accepted=parsed if accepted else None,
         present=frozenset(things),
         authority=authority,
-        certificates=frozenset(good),
+        authority_ends=bool(authority) and draw(st.booleans()),
+        certificates=dict(good),
         service=ServiceView("10.96.0.7") if "Service/demo-aggregator" in things else None,
         sites={"site": site()},
     )
@@ -140,7 +142,7 @@ def worlds(draw: st.DrawFn) -> World:
 
 KINDS = (
     "fail", "vanish", "secret", "authority", "service", "site", "restart", "task", "suspend", "quota", "replicas",
-    "ends", "none",
+    "ends", "time passes", "clock", "none",
 )  # fmt: skip
 
 
@@ -153,9 +155,13 @@ def disturb(world: World, data: st.DataObject) -> None:
         case "vanish" if names:
             world.vanish(data.draw(st.sampled_from(names)))
         case "secret":
-            world.observed = replace(world.observed, certificates=frozenset())
+            world.observed = replace(world.observed, certificates={})
         case "authority":
-            world.observed = replace(world.observed, authority="", certificates=frozenset())
+            world.observed = replace(world.observed, authority="", certificates={})
+        case "time passes":
+            world.observed = replace(world.observed, authority_ends=bool(world.observed.authority))
+        case "clock":
+            world.now += dt.timedelta(hours=data.draw(st.sampled_from([-5.0, 5.0])))
         case "suspend":
             flipped = {**world.job.spec, "suspend": not world.job.spec.get("suspend")}
             world.job = replace(world.job, spec=flipped, generation=world.job.generation + 1)

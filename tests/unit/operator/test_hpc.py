@@ -12,6 +12,7 @@ from isthmus_operator.draft import Limits
 from isthmus_operator.observed import Observed, PoolPhase, PoolProblem, PoolView, ProblemKind, ServiceView
 from isthmus_operator.plan import plan
 from isthmus_operator.record import AggregatorRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.render import hpc as render_hpc
 
 from .world import AUTHORITY, NOW, World, aggregator, client, job, of_kind, site, spec, standing
 
@@ -21,7 +22,9 @@ SPEC = spec(hpc=2)
 
 def record(**changes: Any) -> str:
     """What is remembered while everything runs."""
-    pool = replace(HpcRecord("site", authority=AUTHORITY, seen=True, size=2), **changes)
+    pool = replace(
+        HpcRecord("site", authority=AUTHORITY, certificate="first of demo-lumi-tls", seen=True, size=2), **changes
+    )
     return Record({"cloud": CloudRecord(2)}, {"lumi": pool}, AggregatorRecord("uid-aggregator")).dump()
 
 
@@ -160,6 +163,29 @@ def test_a_pool_that_ended_early_is_submitted_anew_within_limits() -> None:
     over = plan(job(wanted, record=again), around(replace(ended, attempt=1), wanted), NOW, LIMITS)
     assert Record.load(of_kind(over, act.SaveJob)[0].record).hpc["lumi"].over == "ClientFailed"
     assert "ValueError: x" in pool_status(over)["reason"]
+
+
+def test_a_renewed_certificate_is_handed_on_to_what_runs() -> None:
+    running = PoolView(0, PoolPhase.RUNNING, running=2, submitted_at=NOW.timestamp())
+    settled = plan(job(SPEC, record=record(ran=True)), around(running), NOW, LIMITS)
+    assert not settled.actions
+    seen = around(running)
+    renewed = replace(seen, certificates={**seen.certificates, "demo-lumi-tls": "second"})
+    key = render_hpc.key("c", job(SPEC), "lumi", 0)
+    wanted = act.RenewCredentials("lumi", "site", key, "demo-lumi-tls")
+    assert plan(job(SPEC, record=record(ran=True)), renewed, NOW, LIMITS).actions == (wanted,)
+    # Nothing is asked of a site that does not answer, of a pool that is over, or while the Secret is being made.
+    silent = PoolProblem(ProblemKind.UNREACHABLE, "no route", NOW + dt.timedelta(seconds=5))
+    for changed in (
+        replace(renewed, problems={"lumi": silent}),
+        replace(renewed, pools={"lumi": replace(running, phase=PoolPhase.SUCCEEDED, running=0, succeeded=2)}),
+        replace(renewed, certificates={k: v for k, v in seen.certificates.items() if k != "demo-lumi-tls"}),
+    ):
+        assert not of_kind(plan(job(SPEC, record=record(ran=True)), changed, NOW, LIMITS), act.RenewCredentials)
+    # Once the site has it, that is remembered, and nothing is left to do.
+    (save,) = plan(job(SPEC, record=record(ran=True)), replace(renewed, delivered={key: "second"}), NOW, LIMITS).actions
+    assert save == act.SaveJob(record(ran=True, certificate="second"))
+    assert not plan(job(SPEC, record=record(ran=True, certificate="second")), renewed, NOW, LIMITS).actions
 
 
 def test_a_pool_that_waits_too_long_is_given_up() -> None:

@@ -126,3 +126,21 @@ async def test_entries_that_earlier_ones_replaced_do_not_pile_up_until_they_woul
         assert (queue.count(), len(queue._heap) < 100) == (3, True)
         queue.add("job-0")
         await until(lambda: looks["job-0"] == 251)
+
+
+async def test_what_is_cancelled_within_a_look_is_an_error_like_others() -> None:
+    times = 0
+
+    async def handle(_: str) -> float:
+        nonlocal times
+        times += 1
+        if times == 1:
+            # As a call is that goes through a channel which somebody closes.
+            inner = asyncio.ensure_future(asyncio.sleep(60))
+            inner.cancel()
+            await inner
+        return 3600.0
+
+    async with running(handle) as queue:
+        queue.add("a")
+        await until(lambda: times == 2)

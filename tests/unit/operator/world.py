@@ -86,9 +86,10 @@ def present(wanted: FederatedJobSpec) -> frozenset[str]:
     return frozenset(keys)
 
 
-def certificates(wanted: FederatedJobSpec) -> frozenset[str]:
-    """The Secrets of a running job."""
-    return frozenset({"demo-aggregator-tls", "demo-observer-tls"} | {f"demo-{pool.name}-tls" for pool in wanted.pools})
+def certificates(wanted: FederatedJobSpec) -> dict[str, str]:
+    """The certificates of a running job, by Secret."""
+    secrets = ["demo-aggregator-tls", "demo-observer-tls", *(f"demo-{pool.name}-tls" for pool in wanted.pools)]
+    return {secret: f"first of {secret}" for secret in secrets}
 
 
 def standing(wanted: dict[str, Any] | None = None, **changes: Any) -> Observed:
@@ -201,17 +202,22 @@ class World:
                 self.observed = replace(seen, present=kept, code=("train.py",))
             case act.CreateAuthority():
                 self._serial += 1
-                self.observed = replace(seen, authority=f"{self._serial:016x}", certificates=frozenset())
+                self.observed = replace(seen, authority=f"{self._serial:016x}", certificates={})
+            case act.RenewAuthority():
+                assert seen.authority
+                self.observed = replace(seen, authority_ends=False, certificates={})
             case act.IssueCertificate():
                 assert seen.authority, "there is no CA to sign it"
-                self.observed = replace(seen, certificates=seen.certificates | {action.secret})
+                self._serial += 1
+                certificate = f"{self._serial} of {action.secret}"
+                self.observed = replace(seen, certificates={**seen.certificates, action.secret: certificate})
             case act.CreatePod():
                 self._create(action)
             case act.DeletePod():
                 self._pods(
                     *(replace(pod, deleting=True) if pod.uid == action.uid else pod for pod in seen.pods),
                 )
-            case act.EnsurePool() | act.CancelPool() | act.ShrinkPool():
+            case act.EnsurePool() | act.RenewCredentials() | act.CancelPool() | act.ShrinkPool():
                 self._ask_site(action)
             case act.DeleteJob():
                 self.job = replace(self.job, deleted=self.now)
@@ -238,7 +244,7 @@ class World:
         )
         self._pods(*self.observed.pods, view)
 
-    def _ask_site(self, action: act.EnsurePool | act.CancelPool | act.ShrinkPool) -> None:
+    def _ask_site(self, action: act.EnsurePool | act.RenewCredentials | act.CancelPool | act.ShrinkPool) -> None:
         problems = dict(self.observed.problems)
         problems.pop(action.pool, None)
         known = self.pools.get(action.key)
@@ -248,6 +254,9 @@ class World:
         elif isinstance(action, act.CancelPool):
             if known is None or not known.ended:
                 self.pools[action.key] = PoolView(0, PoolPhase.CANCELLED)
+        elif isinstance(action, act.RenewCredentials):
+            assert known is not None and not known.ended
+            self._deliver(action)
         elif isinstance(action, act.ShrinkPool):
             assert known is not None and not known.ended
             self.shrunk.append((action.key, action.replicas))
@@ -260,10 +269,16 @@ class World:
         elif known is None:
             count, moment = action.spec.replicas, self.now.timestamp()
             self.requests[action.key] = action.spec
+            self._deliver(action)
             self.pools[action.key] = PoolView(
                 0, PoolPhase.PENDING, job_id=str(17 + len(self.pools)), queued=count, submitted_at=moment, desired=count
             )
         self.observed = replace(self.observed, problems=problems)
+
+    def _deliver(self, action: act.EnsurePool | act.RenewCredentials) -> None:
+        seen = self.observed
+        certificate = seen.certificates.get(action.secret, "the one before")
+        self.observed = replace(seen, delivered={**seen.delivered, action.key: certificate})
 
     # -- the rest of the world
 

@@ -1,0 +1,86 @@
+"""A real aggregator, for two clients of the pool `hpc`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+from isthmus_contracts import identities as ids
+from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.pki import Authority, Credentials
+
+from .site import DAY, until
+
+UID = "real-job"
+
+
+class Aggregator:
+    """One process at a time; it listens at the same port when it is started again."""
+
+    def __init__(self, folder: Path, address: str, rounds: int) -> None:
+        self.server_name = ids.aggregator_server_name(UID)
+        self.address, self.port = address, 0
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        job: dict[str, Any] = {
+            "name": "real", "namespace": "default", "uid": UID,
+            "spec": {
+                "rounds": rounds, "task": {"image": "unused", "command": ["unused"], "config": {"rate": "0.1"}},
+                "pools": [{"name": "hpc", "replicas": 2, "hpc": {"siteRef": {"name": "s"}, "environment": "any"}}],
+            },
+        }  # fmt: skip
+        (folder / "job.json").write_text(json.dumps(job))
+        self.new_authority()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(120)
+
+    def new_authority(self) -> None:
+        """Has the job another CA, and the aggregator a certificate of it."""
+        self._authority = Authority.create("job", DAY)
+        self._authority.issue("aggregator", DAY, hosts=[self.server_name]).write(self._folder / "server")
+
+    def start(self) -> None:
+        """Serves."""
+        ports = self._folder / "ports.json"
+        ports.unlink(missing_ok=True)
+        with (self._folder / "aggregator.log").open("ab") as log:
+            process = self._process = subprocess.Popen(
+                [sys.executable, "-m", "isthmus.aggregator", "--job", "job.json", "--tls", "server", "--state", "state",
+                 "--listen", f"{self.address}:{self.port}", "--metrics", "127.0.0.1:0", "--ports-file", "ports.json"],
+                cwd=self._folder, stdout=log, stderr=log,
+            )  # fmt: skip
+        until(lambda: ports.exists() or process.poll() is not None, "the aggregator serves", 180)
+        assert ports.exists(), (self._folder / "aggregator.log").read_text()
+        self.port = int(json.loads(ports.read_text())["port"])
+
+    def kill(self) -> None:
+        """As a node would lose it."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(120)
+
+    def rounds(self) -> int:
+        """How many it has committed."""
+        records = self._folder / "state" / "rounds.jsonl"
+        lines = records.read_text().splitlines() if records.exists() else []
+        return len({json.loads(line)["round"] for line in lines})
+
+    def credentials(self) -> Credentials:
+        """A client's."""
+        return self._authority.issue("client", DAY, uris=[ids.client_identity(UID, "hpc")])
+
+    def federation(self, *, via_bridge: bool) -> pb.Federation:
+        """What the clients need."""
+        client = self.credentials()
+        return pb.Federation(
+            endpoint=f"{self.address}:{self.port}", server_name=self.server_name, via_bridge=via_bridge,
+            ca_certificate=client.ca, certificate=client.certificate, private_key=client.key,
+        )  # fmt: skip

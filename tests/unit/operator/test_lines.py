@@ -1,0 +1,132 @@
+"""The channel to a site's bridge, when its Secret changes: over real gRPC with mutual TLS."""
+
+import asyncio
+import base64
+import datetime as dt
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grpc import aio
+
+from isthmus_contracts.identities import operator_identity
+from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.pb.bridge_pb2_grpc import BridgeServicer, add_BridgeServicer_to_server
+from isthmus_contracts.pki import Authority, Credentials
+from isthmus_contracts.transport import renewed_server_credentials
+from isthmus_operator.clock import Clock
+from isthmus_operator.effects import lines as module
+from isthmus_operator.effects.bridge import Bridges
+from isthmus_operator.effects.lines import BridgeError, Lines
+from isthmus_operator.jobstore import SiteStore
+
+DAY = dt.timedelta(days=1)
+
+
+class Slow(BridgeServicer):
+    """Answers DescribeSite at once, and GetPool when it may."""
+
+    def __init__(self) -> None:
+        self.may = asyncio.Event()
+        self.asked = asyncio.Event()
+
+    async def DescribeSite(self, request: pb.DescribeSiteRequest, context: Any) -> pb.Site:  # type: ignore[override]
+        return pb.Site(name="here")
+
+    async def GetPool(self, request: pb.GetPoolRequest, context: Any) -> pb.Pool:  # type: ignore[override]
+        self.asked.set()
+        await self.may.wait()
+        return pb.Pool(phase=pb.Pool.RUNNING, running=1)
+
+
+class Site:
+    """A bridge, and the operator's side of it."""
+
+    def __init__(self, tls: Path) -> None:
+        self.tls = tls
+        self.authority = Authority.create("site", DAY)
+        self.servicer = Slow()
+        self.secret: dict[str, Any] = {}
+        self.sites = SiteStore()
+        self.lines = Lines(self, self.sites, None)  # type: ignore[arg-type]
+        self.bridges = Bridges(self.lines, Clock())
+
+    async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
+        return self.secret
+
+    def serves_with(self, authority: Authority, trusted: bytes) -> None:
+        own = authority.issue("bridge", DAY, hosts=["127.0.0.1"])
+        Credentials(trusted, own.certificate, own.key).write(self.tls)
+
+    def calls_with(self, authority: Authority, trusted: bytes) -> None:
+        own = authority.issue("operator", DAY, uris=[operator_identity("prod")])
+        files = Credentials(trusted, own.certificate, own.key).files()
+        self.secret = {"data": {name: base64.b64encode(content).decode() for name, content in files.items()}}
+
+    def known(self, port: int) -> None:
+        spec = {"endpoint": f"127.0.0.1:{port}", "tls": {"secretRef": {"name": "s", "namespace": "n"}},
+                "allowedNamespaces": ["*"]}  # fmt: skip
+        self.sites.put({"metadata": {"name": "here", "resourceVersion": "1"}, "spec": spec})
+
+    async def works(self) -> bool:
+        try:
+            return (await self.bridges.describe("here")).name == "here"
+        except BridgeError:
+            return False
+
+    async def works_soon(self) -> None:
+        async with asyncio.timeout(60):
+            while not await self.works():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+
+@pytest.fixture
+async def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
+    # A Secret is read before each call instead of once a minute.
+    monkeypatch.setattr(module, "_CREDENTIALS_SECONDS", 0.0)
+    one = Site(tmp_path / "tls")
+    one.serves_with(one.authority, one.authority.certificate)
+    one.calls_with(one.authority, one.authority.certificate)
+    server = aio.server()
+    add_BridgeServicer_to_server(one.servicer, server)
+    one.known(server.add_secure_port("127.0.0.1:0", renewed_server_credentials(one.tls)))
+    await server.start()
+    yield one
+    one.servicer.may.set()
+    await one.bridges.close()
+    await server.stop(0)
+
+
+async def test_a_site_changes_its_authority_step_by_step_and_is_never_out_of_reach(site: Site) -> None:
+    """As docs/bridge.md tells: both are trusted before the new one signs what the other end checks."""
+    old, new = site.authority, Authority.create("site", DAY)
+    both = new.certificate + old.certificate
+    assert await site.works()
+    site.serves_with(old, both)
+    assert await site.works()
+    site.calls_with(new, both)
+    assert await site.works()
+    site.serves_with(new, both)
+    assert await site.works()
+    site.calls_with(new, new.certificate)
+    site.serves_with(new, new.certificate)
+    await site.works_soon()
+    # The old one counts no more.
+    site.calls_with(old, new.certificate)
+    assert not await site.works()
+
+
+async def test_calls_under_way_survive_a_change_of_the_secret_and_the_end_of_the_site(site: Site) -> None:
+    for change in (lambda: site.calls_with(site.authority, site.authority.certificate), lambda: None):
+        site.servicer.asked.clear()
+        site.servicer.may.clear()
+        under_way = asyncio.create_task(site.bridges.get("here", "key", 0))
+        async with asyncio.timeout(60):
+            await site.servicer.asked.wait()
+        change()
+        assert await site.works()
+        await site.bridges.forget("here")
+        site.servicer.may.set()
+        async with asyncio.timeout(60):
+            assert (await under_way).running == 1

@@ -1,0 +1,120 @@
+"""Lists beside the watches: what they find, and what the probes make of their age."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from isthmus_operator import resync as module
+from isthmus_operator.effects.kube import KubeError
+from isthmus_operator.health import MAX_LOOK, Health
+from isthmus_operator.jobstore import JobStore, SiteStore
+from isthmus_operator.resync import MAX_AGE, Resync
+
+
+def job(name: str, namespace: str = "team", version: int = 5) -> dict[str, Any]:
+    metadata = {"name": name, "namespace": namespace, "uid": f"uid-{namespace}-{name}", "resourceVersion": str(version),
+                "creationTimestamp": "2030-01-01T00:00:00Z"}  # fmt: skip
+    return {"metadata": metadata, "spec": {}}
+
+
+def site(name: str, uid: str = "") -> dict[str, Any]:
+    spec = {"endpoint": "b:1", "tls": {"secretRef": {"name": "s", "namespace": "n"}}, "allowedNamespaces": ["*"]}
+    return {"metadata": {"name": name, "uid": uid or f"uid-{name}", "resourceVersion": "5"}, "spec": spec}
+
+
+class Cluster:
+    """An API server that lists, an operator's stores, and what becomes of them."""
+
+    def __init__(self, *namespaces: str) -> None:
+        self.jobs, self.sites = JobStore(), SiteStore()
+        self.there: list[dict[str, Any]] = []
+        self.sites_there: list[dict[str, Any]] = []
+        self.meanwhile: list[dict[str, Any]] = []
+        self.lists = 0
+        self.fails = False
+        self.woken: list[str] = []
+        self.resync = Resync(
+            self.jobs, self.sites, namespaces,
+            job_seen=self.jobs.put, job_gone=self._job_gone, site_seen=self.sites.put, site_gone=self._site_gone,
+        )  # fmt: skip
+
+    def _job_gone(self, key: tuple[str, str], uid: str) -> None:
+        self.woken.append("/".join(key))
+        self.jobs.drop(key, uid)
+
+    def _site_gone(self, name: str) -> None:
+        self.woken.append(name)
+        self.sites.drop(name)
+
+    async def all(self, kind: str, namespace: str) -> AsyncIterator[dict[str, Any]]:
+        self.lists += 1
+        if self.fails:
+            raise KubeError(0, "no answer")
+        for body in self.there if kind == "FederatedJob" else self.sites_there:
+            if namespace in ("", body["metadata"].get("namespace")):
+                yield body
+        for body in self.meanwhile:
+            self.jobs.put(body)
+
+
+async def test_what_was_deleted_unseen_goes_and_what_came_unseen_is_taken_in() -> None:
+    cluster = Cluster()
+    for body in (job("stays"), job("ghost")):
+        cluster.jobs.put(body)
+    for body in (site("stays"), site("ghost"), site("again")):
+        cluster.sites.put(body)
+    cluster.there = [job("stays"), job("new")]
+    cluster.sites_there = [site("stays"), site("again", "another")]
+    cluster.meanwhile = [job("meanwhile")]
+    await cluster.resync.once(cluster)  # type: ignore[arg-type]
+    assert {item.name for item in cluster.jobs.all()} == {"stays", "new", "meanwhile"}
+    assert set(cluster.sites.specs) == {"stays", "again"}
+    assert cluster.woken == ["team/ghost", "ghost"]
+
+
+async def test_only_served_namespaces_are_listed() -> None:
+    cluster = Cluster("team", "other")
+    cluster.there = [job("a"), job("b", "other"), job("c", "third")]
+    await cluster.resync.once(cluster)  # type: ignore[arg-type]
+    assert {item.name for item in cluster.jobs.all()} == {"a", "b"}
+
+
+async def test_a_list_that_fails_changes_nothing_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_RETRY", 0.05)
+    monkeypatch.setattr(module, "_SETTLE", 0.0)
+    cluster = Cluster()
+    cluster.jobs.put(job("known"))
+    cluster.fails = True
+    running = asyncio.create_task(cluster.resync.run(cluster))  # type: ignore[arg-type]
+    try:
+        async with asyncio.timeout(30):
+            # Asked for by a watch that began anew.
+            cluster.resync.doubt()
+            while cluster.lists < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            assert [item.name for item in cluster.jobs.all()] == ["known"]
+            cluster.fails = False
+            while cluster.jobs.all():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+
+
+async def test_the_probes_tell_an_api_server_that_is_away_from_an_operator_that_is_stuck() -> None:
+    cluster = Cluster()
+    health = Health(cluster.resync)
+    health.ready.set()
+    assert (health.report()["alive"], health.report()["ready"]) == (True, True)
+    # Lists are tried, and fail: what is known gets old, and a restart would mend nothing.
+    cluster.resync._made -= MAX_AGE
+    assert (health.report()["alive"], health.report()["ready"]) == (True, False)
+    # Not even tried.
+    cluster.resync._tried -= MAX_LOOK
+    assert health.report()["alive"] is False
+    await cluster.resync.once(cluster)  # type: ignore[arg-type]
+    assert health.report()["ready"] is True
