@@ -32,6 +32,7 @@ COMPANIONS = (
     "debootstrap",
     "charliecloud",
     "shellcheck",
+    "sudo",  # a bridge that becomes local users
     "dataset-fashion-mnist",
     "prometheus",
 )

@@ -38,6 +38,8 @@ class Grant:
     gres: tuple[Gres, ...]
     endpoint: str
     """Where the tasks find the aggregator, host:port: its own address, or the relay's."""
+    user: str = ""
+    """The local user who owns them; empty: the bridge's own."""
 
 
 def identify(policy: Policy, uris: Sequence[str]) -> Identity | Denial:
@@ -92,7 +94,7 @@ def decide(policy: Policy, identity: Identity, spec: pb.PoolSpec) -> Grant | Den
     endpoint = _endpoint(policy, spec, who)
     if isinstance(endpoint, Denial):
         return endpoint
-    return Grant(partition, account, spec.qos, environment, str(data or ""), image, gres, endpoint)
+    return Grant(partition, account, spec.qos, environment, str(data or ""), image, gres, endpoint, identity.user or "")
 
 
 def too_many(
