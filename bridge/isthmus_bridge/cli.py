@@ -41,6 +41,7 @@ def _serve(options: argparse.Namespace) -> int:
 def _policy(options: argparse.Namespace) -> Policy:
     """The policy file, with what the command line says instead."""
     policy = load(options.policy)
+    _one_proxy(options)
     changes: dict[str, object] = {}
     if options.listen:
         changes["listen"] = options.listen
@@ -52,6 +53,11 @@ def _policy(options: argparse.Namespace) -> Policy:
         # Checked again as a whole: an address from the command line obeys the policy's rules.
         policy = _changed(policy, changes)
     return policy
+
+
+def _one_proxy(options: argparse.Namespace) -> None:
+    if options.proxy and not options.connect:
+        raise PolicyError("--proxy goes with --connect; for the policy's gateways it stands there (gateways[].proxy)")
 
 
 def _dialling(addresses: Sequence[str], proxy: str | None) -> dict[str, object]:
@@ -80,6 +86,7 @@ def _check(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     good = True
     policy = load(options.policy)
+    _one_proxy(options)
     if options.connect:
         policy = _changed(policy, _dialling(options.connect, options.proxy))
     for well, line in doctor.examine(policy):

@@ -13,7 +13,7 @@ from .slurm.rest_http import endpoint
 PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/@+-]*")
 USER = "{user}"
 # user:password@ may stand before the host.
-_PROXY = re.compile(r"http://(?:[^\s/@]+@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})/?")
+PROXY = re.compile(r"http://(?:[^\s/@]+@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})/?")
 _LISTEN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})")
 
 
@@ -39,7 +39,7 @@ def _host_port(text: str) -> str:
 
 
 def _proxy(text: str) -> str:
-    match = _PROXY.fullmatch(text)
+    match = PROXY.fullmatch(text)
     if match is None or int(match[2]) > 65535:
         # Not the text itself: it may hold a password.
         raise ValueError("is not http://HOST:PORT, perhaps with USER:PASSWORD@ before the host")

@@ -227,8 +227,10 @@ def asked(root: Path, **request: Any) -> dict[str, Any]:
     return answer
 
 
-JOB = {"tasks": 2, "steps": 1, "at_once": 0, "comment": "isthmus a/b/c", "partition": "main", "account": "", "qos": "",
-       "time_limit_seconds": 60, "warning_seconds": 5, "cpus_per_task": 1, "memory_mib": 5, "gres": [["gpu", "", 1]]}  # fmt: skip
+JOB = {
+    "tasks": 2, "steps": 1, "at_once": 0, "comment": "isthmus a/b/c", "partition": "main", "account": "", "qos": "",
+    "time_limit_seconds": 60, "warning_seconds": 5, "cpus_per_task": 1, "memory_mib": 5, "gres": [["gpu", "", 1]],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -342,13 +344,10 @@ def test_the_fragment_is_valid_and_says_no_more_than_it_must(
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-@given(
-    value=st.one_of(
-        NASTY,
-        st.sampled_from(["ALL", "#0", "%wheel", "+net", "root", "-u", "..", "a b", "a,b", "a=b"]),
-        st.text(max_size=40),
-    )
-)
+STRANGE = ["ALL", "#0", "%wheel", "+net", "root", "-u", "..", "a b", "a,b", "a=b", "alice\n", "Alice", "alice$"]
+
+
+@given(value=st.one_of(NASTY, st.sampled_from(STRANGE), st.text(max_size=40)))
 def test_hostile_names_of_users_are_refused_or_are_one_word_of_the_rule(
     tmp_path_factory: pytest.TempPathFactory, value: str
 ) -> None:
