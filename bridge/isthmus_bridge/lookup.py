@@ -66,8 +66,9 @@ class Lookup:
         now = self._clock()
         history: Sequence[TaskRecord] = []
         if first or now >= self._asked.get(entry.key, 0.0) + self._spacing:
-            self._asked[entry.key] = now
             history = self._history(entry)
+            # Only now: where they do not answer, no look-up in between may count as one that found nothing.
+            self._asked[entry.key] = now
         return resolve(observation, missing, entry.array_id, history, marks)
 
     def _history(self, entry: Entry) -> Sequence[TaskRecord]:

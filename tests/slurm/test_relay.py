@@ -1,7 +1,6 @@
 """Clients in a network without a way out train through the bridge's relay, also where the bridge itself accepts no
 connection from outside and dials the operator's gateway: real Slurm, real aggregator, real TLS."""
 
-import json
 import os
 import secrets
 import subprocess
@@ -9,24 +8,22 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from isthmus_contracts import identities as ids
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
-from isthmus_contracts.pki import Authority
 from tests.ports import free_port
 
+from .aggregator import SCRIPT, UID, Aggregator
 from .gateway import Gateway
-from .site import DAY, Site, ensure, over, spec, tail, until
+from .site import Site, ensure, over, spec, tail
 
 if TYPE_CHECKING:
     from lab import Lab
 
-UID, ROUNDS = "relayed-job", 2
-SCRIPT = Path(__file__).parents[1] / "integration" / "federation" / "linear.py"
+ROUNDS = 2
 # Fails unless the aggregator's own address is out of reach; then it is the training script.
 CHECK = """
 import os, runpy, socket, sys
@@ -62,53 +59,11 @@ def island(lab: "Lab") -> Iterator[str]:
         subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
-class Aggregator:
-    """A real one, for two clients of the pool `hpc`."""
-
-    def __init__(self, folder: Path, address: str) -> None:
-        self.authority = Authority.create("job", DAY)
-        self.server_name = ids.aggregator_server_name(UID)
-        self.authority.issue("aggregator", DAY, hosts=[self.server_name]).write(folder / "server")
-        self._folder = folder
-        job: dict[str, Any] = {
-            "name": "relayed", "namespace": "default", "uid": UID,
-            "spec": {
-                "rounds": ROUNDS, "task": {"image": "unused", "command": ["unused"], "config": {"rate": "0.1"}},
-                "pools": [{"name": "hpc", "replicas": 2, "hpc": {"siteRef": {"name": "s"}, "environment": "island"}}],
-            },
-        }  # fmt: skip
-        (folder / "job.json").write_text(json.dumps(job))
-        with (folder / "aggregator.log").open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "isthmus.aggregator", "--job", "job.json", "--tls", "server", "--state", "state",
-                 "--listen", f"{address}:0", "--metrics", "127.0.0.1:0", "--ports-file", "ports.json"],
-                cwd=folder, stdout=log, stderr=log,
-            )  # fmt: skip
-        ports = folder / "ports.json"
-        until(lambda: ports.exists() or self.process.poll() is not None, "the aggregator serves", 180)
-        assert ports.exists(), (folder / "aggregator.log").read_text()
-        self.address, self.port = address, int(json.loads(ports.read_text())["port"])
-
-    def rounds(self) -> int:
-        """How many it has committed."""
-        lines = (self._folder / "state" / "rounds.jsonl").read_text().splitlines()
-        return len({json.loads(line)["round"] for line in lines})
-
-    def federation(self) -> pb.Federation:
-        """What the clients need, by way of the bridge."""
-        client = self.authority.issue("client", DAY, uris=[ids.client_identity(UID, "hpc")])
-        return pb.Federation(
-            endpoint=f"{self.address}:{self.port}", server_name=self.server_name, via_bridge=True,
-            ca_certificate=client.ca, certificate=client.certificate, private_key=client.key,
-        )  # fmt: skip
-
-
 @pytest.fixture
 def aggregator(lab: "Lab", tmp_path: Path) -> Iterator[Aggregator]:
-    one = Aggregator(tmp_path, lab.node_address)
+    one = Aggregator(tmp_path, lab.node_address, ROUNDS)
     yield one
-    one.process.terminate()
-    one.process.wait(120)
+    one.stop()
 
 
 @pytest.fixture
@@ -132,7 +87,7 @@ def train(operator: rpc.BridgeStub, site: Site, aggregator: Aggregator) -> None:
         job_uid=UID, replicas=2, first_client=0, total_clients=2, environment="island", command=command,
         memory_mib=500, env={"PATH": os.environ["PATH"]},
     )  # fmt: skip
-    wanted.federation.CopyFrom(aggregator.federation())
+    wanted.federation.CopyFrom(aggregator.federation(via_bridge=True))
     ensure(operator, key, wanted)
     pool = over(operator, key, 400)
     logs = [tail(operator, key, index) for index in range(2)]
