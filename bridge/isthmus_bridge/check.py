@@ -42,6 +42,7 @@ def _identity(policy: Policy, identity: Identity) -> Iterator[str]:
     for name, environment in sorted(policy.environments.items()):
         yield f"    {name}: {_environment(environment)}"
     yield f"  with the data sets: {_listed([f'{name} ({path})' for name, path in sorted(policy.data_sets.items())])}"
+    yield f"  {'with' if policy.code_files else 'without'} files of their own (task.code)"
     gres = ", ".join(f"{name}:{count}" for name, count in sorted(limits.gres.items()))
     yield (
         f"  at most {limits.replicas} clients a pool and {limits.pools} pools at a time; each job at most"

@@ -269,6 +269,8 @@ class Policy(_Part):
     """Empty: none may be named; without one Slurm takes its default."""
     environments: Annotated[dict[DnsLabel, Environment], Field(min_length=1)]
     data_sets: dict[DnsLabel, AbsolutePath] = {}
+    code_files: bool = True
+    """Whether files of the users' own (``task.code``) are laid into the clients' working directories."""
     env_denied: list[Line] = [
         "LD_*", "BASH_ENV", "BASH_FUNC_*", "ENV", "SHELLOPTS", "BASHOPTS", "IFS", "PS4", "SLURM_*", "SBATCH_*",
         "SRUN_*", "APPTAINER*", "SINGULARITY*", "CH_*",

@@ -163,6 +163,16 @@ def test_denials(policy: Policy, changes: dict[str, object], message: str) -> No
     assert str(denial) == message
 
 
+def test_users_files_are_taken_where_the_site_takes_them(policy: Policy) -> None:
+    wanted = spec(environment="venv", code={"train.py": b"1", "data.py": b"2"})
+    assert isinstance(decide(policy, policy.identities[0], wanted), Grant)
+    closed = parse(with_(code_files=False))
+    assert str(decide(closed, closed.identities[0], wanted)) == (
+        "policy code_files: 'data.py' is not allowed for isthmus://operator/prod; this site takes no files (task.code)"
+    )
+    assert isinstance(decide(closed, closed.identities[0], spec(environment="venv")), Grant)
+
+
 TOTALS = {"total_tasks": 8, "total_cpus": 20, "total_memory_mib": 900, "total_gres": {"gpu": 4}, "pools_per_day": 9}
 # The caller has one pool of 3 tasks, each of 2 CPUs, 100 MiB and 1 GPU, and asked for 4 within a day.
 TOO_MANY: list[tuple[dict[str, object], dict[str, object], str]] = [
