@@ -33,6 +33,7 @@ COMPANIONS = (
     "charliecloud",
     "faketime",
     "shellcheck",
+    "sudo",  # a bridge that becomes local users
     "dataset-fashion-mnist",
     "prometheus",
 )

@@ -38,6 +38,8 @@ class Grant:
     gres: tuple[Gres, ...]
     endpoint: str
     """Where the tasks find the aggregator, host:port: its own address, or the relay's."""
+    user: str = ""
+    """The local user who owns them; empty: the bridge's own."""
 
 
 def identify(policy: Policy, uris: Sequence[str]) -> Identity | Denial:
@@ -82,6 +84,10 @@ def decide(policy: Policy, identity: Identity, spec: pb.PoolSpec) -> Grant | Den
     data = policy.data_sets.get(spec.data_ref) if spec.data_ref else None
     if spec.data_ref and data is None:
         return _not_allowed("data_sets", spec.data_ref, who, policy.data_sets)
+    if spec.code and not policy.code_files:
+        return Denial(
+            "code_files", f"{min(spec.code)!r} is not allowed for {who}; this site takes no files (task.code)"
+        )
     for name in spec.env:
         if pattern := next((pattern for pattern in policy.env_denied if fnmatchcase(name, pattern)), None):
             return Denial("env_denied", f"{name!r} is not allowed for {who}; denied: {pattern}")
@@ -92,7 +98,7 @@ def decide(policy: Policy, identity: Identity, spec: pb.PoolSpec) -> Grant | Den
     endpoint = _endpoint(policy, spec, who)
     if isinstance(endpoint, Denial):
         return endpoint
-    return Grant(partition, account, spec.qos, environment, str(data or ""), image, gres, endpoint)
+    return Grant(partition, account, spec.qos, environment, str(data or ""), image, gres, endpoint, identity.user or "")
 
 
 def too_many(

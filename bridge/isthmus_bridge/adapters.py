@@ -15,6 +15,7 @@ from .slurm.model import SlurmAdapter, SlurmError
 from .slurm.pyslurm_adapter import PyslurmAdapter
 from .slurm.rest import RestAdapter
 from .slurm.rest_token import TokenCommand, TokenFile
+from .users.ask import AsUser
 
 Observer = Callable[[str, float, bool], None]
 _MAX_TOKEN_OUTPUT = 1 << 16
@@ -28,7 +29,7 @@ def slurm_adapter(policy: Policy, observer: Observer = _unobserved) -> SlurmAdap
     """The adapter that the policy asks for."""
     match policy.slurm.adapter:
         case "cli":
-            return cli(policy.slurm, observer)
+            return cli(policy.slurm, observer, policy)
         case "rest":
             assert policy.slurm.rest is not None
             return rest(policy.slurm, policy.slurm.rest, observer)
@@ -38,11 +39,13 @@ def slurm_adapter(policy: Policy, observer: Observer = _unobserved) -> SlurmAdap
             assert_never(other)
 
 
-def cli(slurm: SlurmSettings, observer: Observer = _unobserved) -> CliAdapter:
-    """Slurm's own programs."""
+def cli(slurm: SlurmSettings, observer: Observer = _unobserved, policy: Policy | None = None) -> CliAdapter:
+    """Slurm's own programs. ``policy``: where it may let other users be used."""
+    users = policy.users if policy is not None else None
     return CliAdapter(
         slurm_job_name(""), bin_dir=slurm.bin_dir, conf=slurm.conf, timeout=slurm.command_timeout_seconds,
-        observer=observer,
+        observer=observer, delegate=AsUser(policy) if policy is not None and users is not None else None,
+        operator=users is not None and users.operator,
     )  # fmt: skip
 
 

@@ -10,7 +10,10 @@ from isthmus_contracts.pki import Credentials, expiry
 from .access import accounts_of, partitions_of
 from .adapters import slurm_adapter
 from .policy import Environment, Identity, Policy
+from .slurm.accounts import uid_of
 from .slurm.model import SlurmError
+from .users.local import faults
+from .users.rule import run_dir
 
 _SOON = dt.timedelta(days=30)
 
@@ -30,6 +33,7 @@ def _identity(policy: Policy, identity: Identity) -> Iterator[str]:
     limits = policy.limits
     partitions, accounts = partitions_of(policy, identity), accounts_of(policy, identity)
     yield f"{identity.uri} may submit"
+    yield f"  as {_owner(policy, identity)}"
     yield f"  for jobs of the namespaces: {', '.join(identity.namespaces)}"
     yield f"  to the partitions: {_listed(partitions)} (default: {next(iter(partitions), 'none')})"
     yield f"  to the accounts: {_listed(accounts)} (default: {next(iter(accounts), 'of Slurm')})"
@@ -38,12 +42,21 @@ def _identity(policy: Policy, identity: Identity) -> Iterator[str]:
     for name, environment in sorted(policy.environments.items()):
         yield f"    {name}: {_environment(environment)}"
     yield f"  with the data sets: {_listed([f'{name} ({path})' for name, path in sorted(policy.data_sets.items())])}"
+    yield f"  {'with' if policy.code_files else 'without'} files of their own (task.code)"
     gres = ", ".join(f"{name}:{count}" for name, count in sorted(limits.gres.items()))
     yield (
         f"  at most {limits.replicas} clients a pool and {limits.pools} pools at a time; each job at most"
         f" {limits.cpus_per_task} CPUs, {limits.memory_mib} MiB, {limits.time_limit_seconds} s,"
         f" generic resources: {gres or 'none'}"
     )
+
+
+def _owner(policy: Policy, identity: Identity) -> str:
+    if identity.user is None:
+        return "the user who runs the bridge"
+    uid = uid_of(identity.user)
+    number = "not known here" if uid is None else f"uid {uid}"
+    return f"the local user {identity.user} ({number}), with its files in {run_dir(policy, identity.user)}"
 
 
 def _environment(environment: Environment) -> str:
@@ -65,6 +78,7 @@ def _environment(environment: Environment) -> str:
 def problems(policy: Policy) -> Iterator[str]:
     """What would fail here and now, one line each."""
     yield from _directory(policy)
+    yield from faults(policy)
     yield from _tls(policy.tls_dir)
     for number, gateway in enumerate(policy.gateways):
         if gateway.ca is not None and not gateway.ca.exists():
@@ -80,6 +94,12 @@ def problems(policy: Policy) -> Iterator[str]:
         slurm_adapter(policy).jobs()
     except SlurmError as error:
         yield f"slurm: {error}"
+
+
+def readable(policy: Policy, file: Path) -> Iterator[str]:
+    """Whether the local users could read the policy itself."""
+    if policy.users is not None and file.stat().st_mode & 0o044:
+        yield f"policy: others may read {file}, and with it the site's rules; chmod 600"
 
 
 def _directory(policy: Policy) -> Iterator[str]:

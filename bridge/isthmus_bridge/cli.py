@@ -1,4 +1,4 @@
-"""The command line: ``isthmus-bridge serve | check | doctor | status | schema | certs``."""
+"""The command line: ``isthmus-bridge serve | check | doctor | status | sudoers | schema | certs``."""
 
 import argparse
 import datetime as dt
@@ -10,7 +10,12 @@ from pathlib import Path
 from . import __version__, certificates, check, doctor, logs, status
 from .journal import JournalError
 from .policy import Policy, PolicyError, load, schema
+from .policy_fields import USER_NAME
 from .server import ServerError, serve
+from .slurm.environment import user_name
+from .users.doctor import changeable, code
+from .users.local import named, require
+from .users.rule import RuleError, fragment
 
 # What follows isthmus://operator/ in a certificate.
 _CLUSTER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
@@ -29,28 +34,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     logs.set_up(options.log_level)
-    serve(_policy(options), lambda: _policy(options))
+    serve(require(_policy(options)), lambda: require(_policy(options)))
     return 0
 
 
 def _policy(options: argparse.Namespace) -> Policy:
     """The policy file, with what the command line says instead."""
     policy = load(options.policy)
+    _one_proxy(options)
     changes: dict[str, object] = {}
     if options.listen:
         changes["listen"] = options.listen
     if options.metrics_listen:
         changes["metrics_listen"] = None if options.metrics_listen == "off" else options.metrics_listen
     if options.connect:
-        changes |= _dialling(options.connect)
+        changes |= _dialling(options.connect, options.proxy)
     if changes:
         # Checked again as a whole: an address from the command line obeys the policy's rules.
         policy = _changed(policy, changes)
     return policy
 
 
-def _dialling(addresses: Sequence[str]) -> dict[str, object]:
-    return {"gateways": [{"address": address} for address in addresses]}
+def _one_proxy(options: argparse.Namespace) -> None:
+    if options.proxy and not options.connect:
+        raise PolicyError("--proxy goes with --connect; for the policy's gateways it stands there (gateways[].proxy)")
+
+
+def _dialling(addresses: Sequence[str], proxy: str | None) -> dict[str, object]:
+    return {"gateways": [{"address": address, "proxy": proxy} for address in addresses]}
 
 
 def _changed(policy: Policy, changes: dict[str, object]) -> Policy:
@@ -64,7 +75,7 @@ def _check(options: argparse.Namespace) -> int:
     good = True
     for line in check.explain(policy, options.identity):
         print(line)
-    for problem in check.problems(policy):
+    for problem in (*check.problems(policy), *check.readable(policy, options.policy)):
         good = False
         print(f"problem: {problem}")
     if good:
@@ -75,8 +86,9 @@ def _check(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     good = True
     policy = load(options.policy)
+    _one_proxy(options)
     if options.connect:
-        policy = _changed(policy, _dialling(options.connect))
+        policy = _changed(policy, _dialling(options.connect, options.proxy))
     for well, line in doctor.examine(policy):
         good = good and well
         print(f"{'ok     ' if well else 'PROBLEM'}  {line}")
@@ -89,6 +101,23 @@ def _status(options: argparse.Namespace) -> int:
             print(line)
     except status.StatusError as error:
         return _complain(str(error), 1)
+    return 0
+
+
+def _sudoers(options: argparse.Namespace) -> int:
+    policy = load(options.policy)
+    bridge = options.bridge_user or user_name({})
+    if bridge == "root" or USER_NAME.fullmatch(bridge) is None:
+        return _complain(f"--bridge-user: {bridge!r} is no ordinary user; name the one who runs the bridge", 2)
+    if not (users := named(policy)):
+        return _complain(f"{options.policy}: no identity names a local user: nothing needs sudo", 1)
+    try:
+        lines = list(fragment(policy, bridge, users))
+    except RuleError as error:
+        return _complain(str(error), 1)
+    if path := changeable(code()):
+        _complain(f"warning: others than root may change {path}, and with it what these lines let {bridge} run", 0)
+    print("\n".join(lines))
     return 0
 
 
@@ -132,6 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--connect", action="append", default=[], metavar="HOST:PORT",
                      help="dial this operator's gateway, and listen nowhere unless told to; repeatable; instead of the"
                           " policy's gateways")  # fmt: skip
+    one.add_argument("--proxy", metavar="URL", help="the HTTP proxy that leads to the gateways of --connect,"
+                     " http://HOST:PORT (default: what https_proxy says)")  # fmt: skip
     one.add_argument("--metrics-listen", metavar="HOST:PORT", help="instead of the policy's; `off`: none")
     one.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     one.set_defaults(command=_serve)
@@ -145,11 +176,17 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
     one.add_argument("--connect", action="append", default=[], metavar="HOST:PORT",
                      help="look at this gateway instead of the policy's; repeatable")  # fmt: skip
+    one.add_argument("--proxy", metavar="URL", help="the HTTP proxy that leads to the gateways of --connect")
     one.set_defaults(command=_doctor)
 
     one = commands.add_parser("status", help="the live pools, as the running bridge sees them")
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
     one.set_defaults(command=_status)
+
+    one = commands.add_parser("sudoers", help="print the sudo rule by which the bridge may become its local users")
+    one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
+    one.add_argument("--bridge-user", metavar="NAME", help="who runs the bridge (default: whoever runs this)")
+    one.set_defaults(command=_sudoers)
 
     one = commands.add_parser("schema", help="print the policy's JSON schema, for editors and checks")
     one.set_defaults(command=_schema)

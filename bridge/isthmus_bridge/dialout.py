@@ -24,6 +24,7 @@ from isthmus_contracts.tunnel import CHUNK, MAX_CONNECTIONS, PROTOCOL, Connectio
 from . import __version__
 from .metrics import Metrics
 from .policy import GatewaySettings
+from .proxy import proxy_for
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ class DialOut:
 
     async def _tunnel(self, gateway: GatewaySettings) -> tuple[str, str]:
         """One tunnel, from dialling to its end: why it ended, and that in one word for the metrics."""
-        channel = aio_public_channel(gateway.address, gateway.authority(self._tls_dir), gateway.server_name)
+        authority = gateway.authority(self._tls_dir)
+        channel = aio_public_channel(gateway.address, authority, gateway.server_name, proxy_for(gateway))
         welcomed = False
         connections: Connections | None = None
         pumps: set[asyncio.Task[None]] = set()

@@ -2,12 +2,14 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from . import adapters
 from .gateway_check import reach
 from .policy import Policy
 from .slurm.environment import DEFAULT_PATH
 from .slurm.model import SiteDescription, SlurmAdapter, SlurmError
+from .users import doctor as users
 
 _PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol", "sacct", "sinfo", "timeout")
 _OLDEST = (22, 5)
@@ -19,29 +21,36 @@ def examine(policy: Policy) -> Iterator[tuple[bool, str]]:
     for gateway in policy.gateways:
         yield reach(gateway, policy.tls_dir)
     chosen = policy.slurm.adapter
-    well = True
+    in_use: _Works | None = None
     for name, shown in _NAMES.items():
-        works, line = _adapter(policy, name)
+        found = _adapter(policy, name)
+        works = isinstance(found, _Works)
         use = "in use" if name == chosen else "not in use"
-        yield works or name != chosen, f"{shown} adapter ({use}): {line}"
-        well = well and (works or name != chosen)
-    if not well:
+        yield works or name != chosen, f"{shown} adapter ({use}): {found.line if isinstance(found, _Works) else found}"
+        if isinstance(found, _Works) and name == chosen:
+            in_use = found
+    yield from users.examine(policy)
+    if in_use is None:
         return
-    adapter = adapters.slurm_adapter(policy)
-    try:
-        described = adapter.describe()
-        jobs = adapter.jobs()
-    except SlurmError as error:
-        yield False, f"queue: {error}"
-        return
-    yield True, f"queue: Slurm answers; {len({job.array_id for job in jobs})} arrays of bridges of this user"
-    yield _accounts(described)
-    yield _arrays(policy, described)
-    yield from _partitions(policy, adapter)
+    yield True, f"queue: Slurm answers; {in_use.arrays} arrays of bridges of this user"
+    yield from users.visibility(policy, in_use.described)
+    yield _accounts(in_use.described)
+    yield _arrays(policy, in_use.described)
+    yield from _partitions(policy, in_use.adapter)
 
 
-def _adapter(policy: Policy, name: str) -> tuple[bool, str]:
-    """Whether it works here, and what it found or why not."""
+@dataclass(frozen=True)
+class _Works:
+    """An adapter that has answered."""
+
+    adapter: SlurmAdapter
+    described: SiteDescription
+    arrays: int
+    line: str
+
+
+def _adapter(policy: Policy, name: str) -> _Works | str:
+    """What it found, or why it does not work here."""
     slurm = policy.slurm
     adapter: SlurmAdapter
     extra = ""
@@ -49,23 +58,23 @@ def _adapter(policy: Policy, name: str) -> tuple[bool, str]:
         if name == "cli":
             path = f"{slurm.bin_dir}:{DEFAULT_PATH}" if slurm.bin_dir else None
             if missing := [program for program in _PROGRAMS if shutil.which(program, path=path) is None]:
-                return False, f"{', '.join(missing)} not found in PATH; name their folder as slurm.bin_dir"
+                return f"{', '.join(missing)} not found in PATH; name their folder as slurm.bin_dir"
             adapter = adapters.cli(slurm)
         elif name == "rest":
             if slurm.rest is None:
-                return False, "not set up; give slurm.rest the address of slurmrestd and a source of tokens"
+                return "not set up; give slurm.rest the address of slurmrestd and a source of tokens"
             adapter = rest = adapters.rest(slurm, slurm.rest)
             extra = f", API v0.0.{rest.version()} at {slurm.rest.url}"
         else:
             adapter = adapters.pyslurm(slurm)
         described = adapter.describe()
-        adapter.jobs()
+        arrays = len({job.array_id for job in adapter.jobs()})
     except SlurmError as error:
-        return False, f"does not work: {error}"
+        return f"does not work: {error}"
     if not _new_enough(described):
-        return False, f"Slurm {described.version} is too old; 22.05 or newer"
+        return f"Slurm {described.version} is too old; 22.05 or newer"
     cluster = f", cluster {described.cluster}" if described.cluster else ""
-    return True, f"works; Slurm {described.version}{cluster}{extra}"
+    return _Works(adapter, described, arrays, f"works; Slurm {described.version}{cluster}{extra}")
 
 
 def _new_enough(described: SiteDescription) -> bool:

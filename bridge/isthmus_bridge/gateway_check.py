@@ -1,18 +1,17 @@
 """Looks whether a gateway can be reached from here, and is the one that it should be."""
 
-import socket
 import ssl
 from pathlib import Path
 
 from .policy import GatewaySettings
+from .proxy import connect, proxy_for, shown
 
 _SECONDS = 10.0
 
 
 def reach(gateway: GatewaySettings, tls_dir: Path) -> tuple[bool, str]:
     """A line, and whether it is well. Dials, and says nothing: a running bridge keeps its tunnel."""
-    host, _, port = gateway.address.rpartition(":")
-    host = host.strip("[]")
+    host = gateway.address.rpartition(":")[0].strip("[]")
     where = f"gateway {gateway.address}"
     try:
         authority = gateway.authority_file(tls_dir)
@@ -27,7 +26,7 @@ def reach(gateway: GatewaySettings, tls_dir: Path) -> tuple[bool, str]:
         return False, f"{where}: its authority cannot be read: {error}"
     try:
         with (
-            socket.create_connection((host, int(port)), _SECONDS) as plain,
+            connect(gateway, _SECONDS) as plain,
             context.wrap_socket(plain, server_hostname=gateway.server_name or host) as secure,
         ):
             if secure.selected_alpn_protocol() != "h2":
@@ -37,4 +36,5 @@ def reach(gateway: GatewaySettings, tls_dir: Path) -> tuple[bool, str]:
         return False, f"{where}: its certificate is not good: {error.verify_message} (checked with {signer})"
     except OSError as error:
         return False, f"{where}: cannot be reached: {error.strerror or error}"
-    return True, f"{where}: can be reached, and its certificate is good"
+    through = f" through the proxy {shown(proxy)}" if (proxy := proxy_for(gateway)) else ""
+    return True, f"{where}: can be reached{through}, and its certificate is good"

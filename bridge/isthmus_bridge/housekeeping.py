@@ -3,11 +3,12 @@
 import logging
 import re
 
+from .directories import pool_directory
 from .journal import Journal
 from .policy import Policy
-from .requests import PATTERN_KEY
-from .run_directory import RunDirectory
+from .run_directory import PATTERN_KEY
 from .submitter import forget_credentials
+from .users.directory import owner
 
 log = logging.getLogger(__name__)
 
@@ -15,12 +16,12 @@ log = logging.getLogger(__name__)
 def keep_house(policy: Policy, journal: Journal, now: float) -> None:
     """One round. Failures are logged: nothing here may stop the bridge."""
     for entry in journal.finished_before(now + 1):
-        if RunDirectory(policy.run_dir, entry.key).tls.exists():
+        if _holds_credentials(policy, entry.key, entry.user):
             # The bridge died between a pool's end and this.
-            forget_credentials(policy, entry.key)
+            forget_credentials(policy, entry.key, entry.user)
     for entry in journal.finished_before(now - policy.retention_days * 86400):
         try:
-            RunDirectory(policy.run_dir, entry.key).remove()
+            pool_directory(policy, entry.key, entry.user).remove()
         except OSError as error:
             log.error("cannot remove the pool's directory: %s", error, extra={"key": entry.key})
             continue
@@ -34,11 +35,18 @@ def _remove_unrecorded(policy: Policy, journal: Journal, now: float) -> None:
     for path in policy.run_dir.iterdir():
         if re.fullmatch(PATTERN_KEY, path.name) is None or journal.get(path.name) is not None:
             continue
-        run = RunDirectory(policy.run_dir, path.name)
         try:
+            run = pool_directory(policy, path.name, owner(path))
             # A minute: a request that is about to be recorded is no leftover. A script: it may have been submitted.
-            if run.tls.is_dir() and not run.script.exists() and path.stat().st_mtime < now - 60:
+            if run.holds_credentials() and path.stat().st_mtime < now - 60 and not run.submitted():
                 run.remove()
                 log.info("removed what an unrecorded request left", extra={"key": path.name})
         except OSError as error:
             log.error("cannot remove %s: %s", path, error, extra={"key": path.name})
+
+
+def _holds_credentials(policy: Policy, key: str, user: str) -> bool:
+    try:
+        return pool_directory(policy, key, user).holds_credentials()
+    except OSError:
+        return False

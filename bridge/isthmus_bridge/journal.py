@@ -69,6 +69,8 @@ class Entry:
     observation: Observation = field(default_factory=Observation)
     keep: int = 0
     """So many clients stay, where the pool was shrunk; 0: all."""
+    user: str = ""
+    """The local user who owns its files and jobs; empty: the bridge's own."""
 
     def pool_spec(self) -> pb.PoolSpec:
         """The spec as a message: as the pool is now, with as many clients as stay."""
@@ -95,10 +97,13 @@ _COLUMNS: Mapping[str, str] = {
     "stale": "TEXT NOT NULL",
     "observation": "TEXT NOT NULL",
     "keep": "INTEGER NOT NULL DEFAULT 0",
+    "user": "TEXT NOT NULL DEFAULT ''",
 }
 # "ISTH", in the file's header: no other program's database is taken for a journal.
 _APPLICATION = 0x49535448
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
+# What each version has added to the one before.
+_ADDED = {2: "keep", 3: "user"}
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM pools"  # noqa: S608 - our own column names
 _INSERT = f"INSERT INTO pools ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608
 
@@ -137,10 +142,12 @@ class Journal:
             self._connection.execute("CREATE INDEX pools_version ON pools (version)")
             self._connection.execute(f"PRAGMA application_id={_APPLICATION}")
             self._connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
-        elif (application, version) == (_APPLICATION, 1):
-            self._connection.execute(f"ALTER TABLE pools ADD COLUMN keep {_COLUMNS['keep']}")
+        elif application == _APPLICATION and 1 <= version <= _SCHEMA_VERSION:
+            for newer in range(version + 1, _SCHEMA_VERSION + 1):
+                name = _ADDED[newer]
+                self._connection.execute(f"ALTER TABLE pools ADD COLUMN {name} {_COLUMNS[name]}")
             self._connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
-        elif (application, version) != (_APPLICATION, _SCHEMA_VERSION):
+        else:
             raise JournalError(f"journal {path}: made by another program or a newer bridge")
         last = self._connection.execute("SELECT max(version) FROM pools").fetchone()[0]
         self._version: int = last or 0

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 
 from isthmus_contracts.identities import slurm_job_name
 
+from .directories import pool_directory
 from .journal import Entry
 from .observation import Observation, choose, resolve
 from .packing import marks_of_jobs, per_job
 from .policy import Policy
-from .run_directory import RunDirectory
 from .slurm.model import SlurmAdapter, SlurmError, TaskRecord
 
 
@@ -43,14 +43,14 @@ class Lookup:
 
         None: this look-up was healthy and found nothing. Raises :class:`SlurmError`: it says nothing.
         """
-        run = RunDirectory(self._policy.run_dir, entry.key)
         try:
-            if self._adapter.submission_may_run(run.path):
+            run = pool_directory(self._policy, entry.key, entry.user)
+            if self._adapter.submission_may_run(run.guard):
                 raise SlurmError("an earlier submission of it still runs")
             if marks := run.marks():
                 return min(mark.array_id for mark in marks.values())
         except OSError as error:
-            raise SlurmError(f"cannot read {run.path}: {error.strerror}") from None
+            raise SlurmError(f"cannot read the pool's directory: {error.strerror}") from None
         choice = choose(self._history(entry), 0)
         return choice.array_id if choice else None
 
@@ -59,7 +59,7 @@ class Lookup:
     ) -> tuple[Observation, list[int]]:
         """How those tasks ended, as far as it can be found out, and which stay unknown. Raises :class:`SlurmError`."""
         try:
-            marks = RunDirectory(self._policy.run_dir, entry.key).marks()
+            marks = pool_directory(self._policy, entry.key, entry.user).marks()
         except OSError as error:
             raise SlurmError(f"cannot read the pool's directory: {error.strerror}") from None
         spec = entry.pool_spec()
@@ -68,9 +68,10 @@ class Lookup:
         now = self._steady()
         history: Sequence[TaskRecord] = []
         if first or now >= self._asked.get(entry.key, -math.inf) + self._spacing:
-            self._asked[entry.key] = now
             history = self._history(entry)
+            # Only now: where they do not answer, no look-up in between may count as one that found nothing.
+            self._asked[entry.key] = now
         return resolve(observation, missing, entry.array_id, history, marks)
 
     def _history(self, entry: Entry) -> Sequence[TaskRecord]:
-        return self._adapter.history([slurm_job_name(entry.key)], entry.created_at)
+        return self._adapter.history([slurm_job_name(entry.key)], entry.created_at, entry.user)

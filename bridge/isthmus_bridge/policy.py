@@ -6,56 +6,33 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from isthmus_contracts.fields import PATTERN_OBJECT_NAME, DnsLabel, EnvName, SlurmName
 from isthmus_contracts.identities import BRIDGE_PORT, RESERVED_ENV_PREFIX
 
-from .slurm.rest_http import endpoint
+from .policy_fields import (
+    PLAIN_PATH,
+    AbsolutePath,
+    IdentityUri,
+    Line,
+    Listen,
+    ProxyUrl,
+    UserName,
+    Value,
+    absolute,
+    of_each_user,
+    rest_url,
+)
 
 # In tls_dir, beside the bridge's own certificate.
 GATEWAY_CA_FILE = "gateway-ca.crt"
 PLACEHOLDERS = ("tls_dir", "work_dir", "data", "image")
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
-_LISTEN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})")
 
 
 class PolicyError(ValueError):
     """The policy file cannot be used. ``str()`` is one line that names every fault."""
-
-
-def _printable(text: str) -> str:
-    if not text or any(ord(character) < 32 or ord(character) == 127 for character in text):
-        raise ValueError("must not be empty or hold control characters")
-    return text
-
-
-def _absolute(path: Path) -> Path:
-    text = str(path)
-    # A colon separates the two sides of a container's bind mount; the rest is Slurm's notation for log files.
-    if not path.is_absolute() or any(ord(c) < 32 or c in "%\\:" for c in text):
-        raise ValueError(f"{text!r} must be an absolute path without %, \\, : and control characters")
-    return path
-
-
-def _host_port(text: str) -> str:
-    match = _LISTEN.fullmatch(text)
-    if match is None or int(match[2]) > 65535:
-        raise ValueError(f"{text!r} is not HOST:PORT")
-    return text
-
-
-def _rest_url(text: str) -> str:
-    endpoint(text)
-    return text
-
-
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
-Line = Annotated[str, Field(max_length=4096), AfterValidator(_printable)]
-Listen = Annotated[str, AfterValidator(_host_port)]
-IdentityUri = Annotated[str, Field(max_length=512), AfterValidator(_printable)]
-# YAML reads 1.50 as a number; an environment holds text.
-Value = Annotated[str, Field(max_length=4096), BeforeValidator(lambda v: str(v) if type(v) in (int, float) else v)]
 
 
 class _Part(BaseModel):
@@ -73,6 +50,8 @@ class Identity(_Part):
     """Patterns (``*``, ``?``) of the Kubernetes namespaces whose jobs may come."""
     partitions: list[SlurmName] | None = None
     """Default: the site's."""
+    user: UserName | None = None
+    """The local user who owns this caller's jobs and their files; see ``users``. Default: who runs the bridge."""
 
 
 class Inside(_Part):
@@ -159,6 +138,17 @@ class Limits(_Part):
     """Of each generic resource; what is not listed has no such limit."""
 
 
+class UserSettings(_Part):
+    """How jobs are submitted as other local users: through sudo, by the rule that `isthmus-bridge sudoers` prints."""
+
+    run_dir: Annotated[Path, AfterValidator(absolute), AfterValidator(of_each_user)]
+    """Where the pools of a local user have their directories, with {user} in the name's place; shared with the nodes.
+    Made as that user, private to it."""
+    sudo: AbsolutePath = Path("/usr/bin/sudo")
+    operator: bool = False
+    """The bridge's user is an operator of Slurm: it sees other users' jobs also where PrivateData hides them."""
+
+
 class RelaySettings(_Part):
     """Passes the clients' TLS connections on to the aggregators, where the compute nodes cannot reach them."""
 
@@ -175,7 +165,7 @@ class RelaySettings(_Part):
 class RestSettings(_Part):
     """How to reach slurmrestd."""
 
-    url: Annotated[str, Field(max_length=1024), AfterValidator(_rest_url)]
+    url: Annotated[str, Field(max_length=1024), AfterValidator(rest_url)]
     """``unix:/path/of/its/socket``, ``https://host:port``, or ``http://localhost:port`` on the very machine."""
     ca_file: AbsolutePath | None = None
     """Certificates (PEM) that vouch for an https server. Default: the system's."""
@@ -212,6 +202,8 @@ class GatewaySettings(_Part):
     """The name in the gateway's certificate. Default: the address's host."""
     site: Annotated[str, Field(pattern=PATTERN_OBJECT_NAME, max_length=253)] | None = None
     """The name of this site's HPCSite in that cluster. Default: the policy's ``site``."""
+    proxy: ProxyUrl | None = None
+    """An HTTP proxy (CONNECT) that leads there. Default: what ``https_proxy`` says. ``no_proxy`` holds."""
 
     def authority_file(self, tls_dir: Path) -> Path | None:
         """Where the authority is read from; None: the public ones."""
@@ -277,12 +269,16 @@ class Policy(_Part):
     """Empty: none may be named; without one Slurm takes its default."""
     environments: Annotated[dict[DnsLabel, Environment], Field(min_length=1)]
     data_sets: dict[DnsLabel, AbsolutePath] = {}
+    code_files: bool = True
+    """Whether files of the users' own (``task.code``) are laid into the clients' working directories."""
     env_denied: list[Line] = [
         "LD_*", "BASH_ENV", "BASH_FUNC_*", "ENV", "SHELLOPTS", "BASHOPTS", "IFS", "PS4", "SLURM_*", "SBATCH_*",
         "SRUN_*", "APPTAINER*", "SINGULARITY*", "CH_*",
     ]  # fmt: skip
     """Patterns of variables that a job must not set: they would act on the shell, the scheduler or the container."""
     limits: Limits = Limits()
+    users: UserSettings | None = None
+    """Needed where an identity names a local user."""
     relay: RelaySettings | None = None
     """Left out: pools that ask for it are denied."""
     slurm: SlurmSettings = SlurmSettings()
@@ -300,7 +296,21 @@ class Policy(_Part):
                 for name in getattr(identity, field) or []:
                     if name not in allowed:
                         raise ValueError(f"{where}.{field}: {name!r} is not among the site's {field}")
+            if identity.user is not None:
+                self._local_users(f"{where}.user: {identity.user!r}")
         return self
+
+    def _local_users(self, which: str) -> None:
+        if self.users is None:
+            raise ValueError(f"{which} needs the settings users")
+        if self.slurm.adapter != "cli":
+            raise ValueError(
+                f"{which} needs slurm.adapter: cli; with {self.slurm.adapter} jobs belong to the bridge's user"
+            )
+        for field in ("bin_dir", "conf"):
+            path = getattr(self.slurm, field)
+            if path is not None and PLAIN_PATH.fullmatch(str(path)) is None:
+                raise ValueError(f"slurm.{field}: {str(path)!r} cannot stand in sudoers, which {which} needs")
 
     @property
     def inbound(self) -> str | None:

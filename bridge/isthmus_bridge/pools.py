@@ -3,18 +3,19 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pki import Credentials
 
 from .access import Denial, decide, too_many
+from .directories import PoolDirectory, pool_directory
 from .journal import Entry, Journal, State
 from .policy import Identity, Policy
 from .requests import check_credentials, check_key, check_spec, differences, digest
 from .rules import Rules
-from .run_directory import RunDirectory
+from .users.local import fault
 
 log = logging.getLogger(__name__)
 
@@ -81,18 +82,27 @@ class Pools:
             grant = decide(self._policy, identity, spec)
             if isinstance(grant, Denial):
                 raise Denied(grant)
-            entry = self._record(identity, key, spec)
-        log.info("recorded", extra={"key": key, "pool": _title(spec), "replicas": spec.replicas})
+            if grant.user and (why := fault(grant.user)):
+                raise Denied(Denial("identities.user", f"{why}; {identity.uri} would become that user"))
+            entry = self._record(identity, key, spec, grant.user)
+        log.info(
+            "recorded",
+            extra={
+                "key": key,
+                "pool": _title(spec),
+                "replicas": spec.replicas,
+                **({"user": entry.user} if entry.user else {}),
+            },
+        )
         self._advance(key)
         self._wake()
         return entry
 
-    def _record(self, identity: Identity, key: str, spec: pb.PoolSpec) -> Entry:
-        run = RunDirectory(self._policy.run_dir, key)
-        # A script without an entry: the journal was lost, or set back. The array may live.
-        known = run.script.exists()
+    def _record(self, identity: Identity, key: str, spec: pb.PoolSpec, user: str) -> Entry:
+        run = pool_directory(self._policy, key, user)
         # Before the entry: one that is recorded can be submitted, also by a bridge that starts after a crash.
-        run.create(_credentials(spec.federation))
+        # A script without an entry: the journal was lost, or set back. The array may live.
+        known = run.create(_credentials(spec.federation))
         now = self._clock()
         entry = Entry(
             key=key,
@@ -103,6 +113,7 @@ class Pools:
             created_at=now,
             doubt_since=now if known else 0.0,
             message="looking for the array in Slurm: the journal has lost this pool" if known else "",
+            user=user,
         )
         with self._journal.transaction():
             live = self._journal.live_specs(identity.uri)
@@ -124,8 +135,15 @@ class Pools:
             raise SpecDiffers(f"key {entry.key} exists with another spec; it differs in: {names}")
         if entry.spec and not entry.state.over:
             # Tasks that start later get the newest credentials.
-            RunDirectory(self._policy.run_dir, entry.key).write_credentials(_credentials(spec.federation))
+            self._directory(entry).write_credentials(_credentials(spec.federation))
         return entry
+
+    def _directory(self, entry: Entry) -> PoolDirectory:
+        return pool_directory(self._policy, entry.key, entry.user)
+
+    def tail(self, entry: Entry, index: int, lines: int, limit: int) -> str:
+        """The last lines of a client's log. Raises ``OSError``."""
+        return self._directory(entry).tails([index], lines, limit)[index]
 
     def get(self, identity: Identity, key: str) -> Entry:
         """The caller's pool. Raises RequestError, NoSuchPool."""
@@ -179,7 +197,7 @@ class Pools:
         with self._keys.held(request.key):
             entry = self.get(identity, request.key)
             if entry.spec and not entry.state.over:
-                RunDirectory(self._policy.run_dir, entry.key).write_credentials(_credentials(request))
+                self._directory(entry).write_credentials(_credentials(request))
                 log.info("credentials renewed", extra={"key": entry.key})
         return entry
 
@@ -233,8 +251,8 @@ class _KeyLocks:
                     self._locks[key] = (lock, users - 1)
 
 
-def _credentials(holder: pb.Federation | pb.RenewCredentialsRequest) -> Credentials:
-    return Credentials(holder.ca_certificate, holder.certificate, holder.private_key)
+def _credentials(holder: pb.Federation | pb.RenewCredentialsRequest) -> Mapping[str, bytes]:
+    return Credentials(holder.ca_certificate, holder.certificate, holder.private_key).files()
 
 
 def _without_credentials(spec: pb.PoolSpec) -> bytes:

@@ -9,20 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from isthmus_contracts.identities import slurm_job_name
-from isthmus_contracts.pb import bridge_pb2 as pb
 
+from .evidence import Evidence
 from .journal import Entry, Journal, State
 from .lookup import Lookup
 from .metrics import Metrics
 from .observation import Observation, choose, ended_by_limit, lose, observe
 from .outcome import outcome
-from .packing import by_client, jobs_for, per_job, unheard, with_exits, with_tails
+from .packing import by_client, jobs_for
 from .policy import Policy
-from .run_directory import RunDirectory
+from .slurm.accounts import uid_of
 from .slurm.model import SlurmAdapter, SlurmError, TaskRecord
 from .slurm.states import Meaning, meaning
 from .status import StatusFile
 from .submitter import Submitter, forget_credentials, warning_seconds
+from .users.local import named
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +31,12 @@ log = logging.getLogger(__name__)
 _FAILURES_BEFORE_STALE = 3
 _LONGEST_PAUSE = 30.0
 _CANCEL_AGAIN = 10.0
-_MAX_TAILS = 32
 # Arrays of finished pools may still turn up for a while: an sbatch that was thought dead, a requeue by hand.
 _SWEEP_EVERY = 30.0
 _SWEEP_FOR = 900.0
 MAX_SUBMISSIONS = 5
+# Name and owner.
+_Array = tuple[str, str]
 
 
 class Reconciler:
@@ -61,11 +63,13 @@ class Reconciler:
         self._clock = clock
         self._steady = steady
         self._lookup = Lookup(policy, adapter, steady)
+        self._evidence = Evidence(policy, steady)
+        self._users = set(named(policy))
         self._failures = 0
         self._asked_to_cancel: dict[tuple[str, int, int], float] = {}
         self._last_sweep = -math.inf
         self._sweep_until = steady() + _SWEEP_FOR
-        self._strangers: set[str] = set()
+        self._strangers: set[_Array] = set()
         self._status = StatusFile(policy.status_path)
         self.wake = threading.Event()
 
@@ -101,20 +105,26 @@ class Reconciler:
             return self._policy.slurm.poll_seconds if live else _LONGEST_PAUSE
         self._last_sweep = now
         try:
-            records = self._adapter.jobs()
+            # Those that no pool has any more are looked at for as long as this process lives: for what turns up late.
+            self._users |= {entry.user for entry in followed if entry.user}
+            gone = {user for user in self._users if uid_of(user) is None}
+            records = self._adapter.jobs(self._users - gone)
         except SlurmError as error:
             return self._unreachable(followed, error)
         self._reachable()
-        by_name: dict[str, list[TaskRecord]] = defaultdict(list)
+        arrays: dict[_Array, list[TaskRecord]] = defaultdict(list)
         for record in records:
-            by_name[record.name].append(record)
+            arrays[record.name, record.user].append(record)
         for entry in followed:
             try:
-                self._follow(entry, by_name.get(slurm_job_name(entry.key), []))
+                if entry.user in gone:
+                    self._change(entry, stale=f"the local user {entry.user} is not known on the site's machine")
+                else:
+                    self._follow(entry, arrays.get((slurm_job_name(entry.key), entry.user), []))
             except Exception:
                 # One pool's trouble is not the others'.
                 log.exception("cannot follow the pool", extra={"key": entry.key})
-        self._sweep(by_name)
+        self._sweep(arrays)
         return self._policy.slurm.poll_seconds if followed else _SWEEP_EVERY
 
     def _doubt(self, key: str) -> None:
@@ -185,7 +195,7 @@ class Reconciler:
         """Follows the tasks of the pool's array."""
         choice = choose(records, entry.array_id)
         for other in {record.array_id for record in records if not meaning(record.state).over} - {entry.array_id}:
-            self._cancel(entry.key, other, extra=True)
+            self._cancel(entry, other, extra=True)
         mine = [record for record in records if record.array_id == entry.array_id] if choice else []
         spec = entry.pool_spec()
         jobs = jobs_for(spec)
@@ -197,7 +207,7 @@ class Reconciler:
             observation, changes = self._missed(entry, observation, missing)
         elif entry.doubt_since:
             changes |= {"doubt_since": 0.0, "absences": 0}
-        observation = self._with_tails(entry, spec, self._with_exits(entry, spec, observation))
+        observation = self._evidence.added(entry, spec, observation)
         surplus = self._surplus(entry, mine, jobs) if entry.keep else False
         if observation.over(jobs) and not surplus:
             warning = warning_seconds(self._policy, spec)
@@ -208,7 +218,7 @@ class Reconciler:
             self._finish(entry, state, message, observation)
             return
         if entry.cancel:
-            self._cancel(entry.key, entry.array_id)
+            self._cancel(entry, entry.array_id)
         if observation != entry.observation:
             changes["observation"] = observation
         self._change(entry, **changes)
@@ -237,39 +247,13 @@ class Reconciler:
             observation = lose(observation, still)
         return observation, changes
 
-    def _with_exits(self, entry: Entry, spec: pb.PoolSpec, observation: Observation) -> Observation:
-        """Adds how clients ended that share a job: of them Slurm tells only once the whole job is over."""
-        if per_job(spec) == 1 or not (wanted := unheard(observation, spec)):
-            return observation
-        try:
-            exits = RunDirectory(self._policy.run_dir, entry.key).exits(wanted)
-        except OSError as error:
-            log.warning("cannot read the clients' marks: %s", error.strerror, extra={"key": entry.key})
-            return observation
-        return with_exits(observation, entry.array_id, exits)
-
-    def _with_tails(self, entry: Entry, spec: pb.PoolSpec, observation: Observation) -> Observation:
-        """Adds the end of the log to each task that failed."""
-        seen = by_client(observation, spec)
-        lacking = [i for i, t in seen.tasks.items() if t.meaning is Meaning.FAILED and not t.tail]
-        if not lacking or sum(bool(task.tail) for task in seen.tasks.values()) >= _MAX_TAILS:
-            return observation
-        run, share = RunDirectory(self._policy.run_dir, entry.key), per_job(spec)
-        if share > 1:
-            tails = {index: run.tail(index) or run.job_tail(index // share) for index in lacking[:_MAX_TAILS]}
-            return with_tails(observation, spec, tails)
-        tasks = dict(observation.tasks)
-        for index in lacking[:_MAX_TAILS]:
-            tasks[index] = replace(tasks[index], tail=run.tail(index))
-        return replace(observation, tasks=tasks)
-
     def _surplus(self, entry: Entry, records: Sequence[TaskRecord], jobs: int) -> bool:
         """Ends the tasks that a shrunk pool has too many. Returns whether there are any."""
         living = [record.indices or () for record in records if not meaning(record.state).over]
         last = max((max(indices) for indices in living if indices), default=-1)
         if last < jobs:
             return False
-        self._cancel(entry.key, entry.array_id, jobs, last)
+        self._cancel(entry, entry.array_id, jobs, last)
         return True
 
     def _note_starts(self, entry: Entry, records: Sequence[TaskRecord]) -> None:
@@ -279,7 +263,10 @@ class Reconciler:
             if any(index not in entry.observation.tasks for index in record.indices or ()):
                 self._metrics.queue_wait.observe(max(0.0, record.start - record.submitted))
 
-    def _cancel(self, key: str, array_id: int, first: int = 0, last: int | None = None, *, extra: bool = False) -> None:
+    def _cancel(
+        self, entry: Entry, array_id: int, first: int = 0, last: int | None = None, *, extra: bool = False
+    ) -> None:
+        key = entry.key
         now, asked = self._steady(), (key, array_id, first)
         if now < self._asked_to_cancel.get(asked, -math.inf) + _CANCEL_AGAIN:
             return
@@ -288,27 +275,29 @@ class Reconciler:
             self._metrics.extras.inc()
             log.warning("cancelling an extra array", extra={"key": key, "slurm_job": array_id})
         try:
-            self._adapter.cancel(slurm_job_name(key), array_id, first, last)
+            self._adapter.cancel(slurm_job_name(key), array_id, first, last, entry.user)
         except SlurmError as error:
             self._asked_to_cancel.pop(asked, None)
             log.warning("cannot cancel: %s", error, extra={"key": key, "slurm_job": array_id})
 
-    def _sweep(self, by_name: Mapping[str, Sequence[TaskRecord]]) -> None:
+    def _sweep(self, arrays: Mapping[_Array, Sequence[TaskRecord]]) -> None:
         """Ends arrays whose pool is over. Those of unknown keys are left alone: another bridge may own them."""
         prefix = slurm_job_name("")
-        for name, records in by_name.items():
+        for (name, user), records in arrays.items():
             living = {record.array_id for record in records if not meaning(record.state).over}
             if not living:
                 continue
             key = name.removeprefix(prefix)
             entry = self._journal.get(key)
-            if entry is None:
-                if name not in self._strangers:
-                    self._strangers.add(name)
-                    log.warning("an array bears our name, but the journal does not know it", extra={"key": key})
+            if entry is None or entry.user != user:
+                # Also what one local user has named like another's pool: it is neither taken for that nor touched.
+                if (name, user) not in self._strangers:
+                    self._strangers.add((name, user))
+                    why = "the journal does not know it" if entry is None else f"belongs to {user or 'the bridge'!r}"
+                    log.warning("an array bears our name, but %s", why, extra={"key": key})
             elif entry.state.over:
                 for array_id in living:
-                    self._cancel(key, array_id, extra=True)
+                    self._cancel(entry, array_id, extra=True)
 
     def _unreachable(self, followed: Sequence[Entry], error: SlurmError) -> float:
         self._failures += 1
@@ -336,9 +325,10 @@ class Reconciler:
             return
         log.info("pool is over: %s", message or state, extra={"key": entry.key, "state": str(state)})
         self._lookup.forget(entry.key)
+        self._evidence.forget(entry.key)
         for asked in [asked for asked in self._asked_to_cancel if asked[0] == entry.key]:
             del self._asked_to_cancel[asked]
-        forget_credentials(self._policy, entry.key)
+        forget_credentials(self._policy, entry.key, entry.user)
 
     def _change(self, entry: Entry, **changes: object) -> Entry | None:
         """Records changes, unless the pool took another turn meanwhile. What is the same already makes no version."""

@@ -16,7 +16,8 @@ from isthmus_contracts.fields import (
 from isthmus_contracts.identities import RESERVED_ENV_PREFIX
 from isthmus_contracts.pb import bridge_pb2 as pb
 
-PATTERN_KEY = r"^[a-z0-9][a-z0-9-]{6,61}[a-z0-9]$"
+from .run_directory import PATTERN_KEY
+
 # Kubernetes allows a namespace to begin with a digit, and dots in an object's name.
 _PATTERN_NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 _PATTERN_UID = r"^[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?$"

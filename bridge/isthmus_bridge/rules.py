@@ -3,7 +3,7 @@
 from .policy import Policy, PolicyError
 
 # What the running bridge was built with.
-_FIXED = ("site", "run_dir", "journal", "tls_dir", "listen", "gateways", "metrics_listen", "relay", "slurm")
+_FIXED = ("site", "run_dir", "journal", "tls_dir", "listen", "gateways", "metrics_listen", "relay", "slurm", "users")
 
 
 class Rules:

@@ -9,13 +9,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from isthmus_contracts.pki import Credentials
-
+PATTERN_KEY = r"^[a-z0-9][a-z0-9-]{6,61}[a-z0-9]$"
 TAIL_LINES = 20
 TAIL_BYTES = 4096
 # Array id, Slurm's restart count, then the exit code or the node.
@@ -43,10 +42,12 @@ class Exit:
 
 
 class RunDirectory:
-    """Files of one pool."""
+    """Files of one pool, which belong to the user whose process this is."""
 
     def __init__(self, root: Path, key: str) -> None:
         self.path = root / key
+        self.guard = self.path
+        """Where it is written down that a submission is under way."""
         self.script = self.path / "batch.sh"
         self.client_script = self.path / "client.sh"
         self.tls = self.path / "tls"
@@ -68,22 +69,26 @@ class RunDirectory:
         """The same of jobs that hold several clients, each of which has a log of its own."""
         return f"{self._logs}/job-%a.log"
 
-    def create(self, credentials: Credentials) -> None:
-        """Lays the directory out. May be repeated. Raises ``OSError``."""
+    def create(self, credentials: Mapping[str, bytes]) -> bool:
+        """Lays the directory out. Returns whether a script was there: that of an earlier life. Raises ``OSError``."""
+        known = self.script.exists()
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for directory in (self.path, self._logs, self._tasks, self.path / "work"):
             directory.mkdir(mode=0o700, exist_ok=True)
         self.write_credentials(credentials)
+        return known
 
-    def write_credentials(self, credentials: Credentials) -> None:
+    def write_credentials(self, credentials: Mapping[str, bytes]) -> None:
         """Puts each file in its place at once: a task that starts meanwhile reads whole ones. Raises ``OSError``."""
         self.tls.mkdir(mode=0o700, exist_ok=True)
-        wanted = credentials.files()
-        if all(_content(self.tls / name) == content for name, content in wanted.items()):
+        if all(_content(self.tls / name) == content for name, content in credentials.items()):
             return
         with tempfile.TemporaryDirectory(prefix=".tls", dir=self.path) as fresh:
-            credentials.write(Path(fresh))
-            for name in wanted:
+            for name, content in credentials.items():
+                descriptor = os.open(Path(fresh) / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(content)
+            for name in credentials:
                 (Path(fresh) / name).replace(self.tls / name)
 
     def write_code(self, files: Mapping[str, bytes]) -> None:
@@ -104,6 +109,14 @@ class RunDirectory:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o700)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
+
+    def holds_credentials(self) -> bool:
+        """Whether it may."""
+        return self.tls.exists()
+
+    def submitted(self) -> bool:
+        """Whether a script was ever written. Raises ``OSError``."""
+        return self.script.exists()
 
     def forget_credentials(self) -> None:
         """Removes the credentials: the pool is over. Raises ``OSError``."""
@@ -130,7 +143,7 @@ class RunDirectory:
             found[index] = Marks(array_id, node, code)
         return found
 
-    def exits(self, wanted: Container[int]) -> dict[int, Exit]:
+    def exits(self, wanted: Collection[int]) -> dict[int, Exit]:
         """How those of the wanted clients ended that have. Raises ``OSError``."""
         found = {}
         for entry in self._tasks.iterdir():
@@ -156,22 +169,28 @@ class RunDirectory:
                 if match is not None:
                     yield int(index), kind, int(match[1]), match[3]
 
-    def tail(self, index: int, lines: int = TAIL_LINES, limit: int = TAIL_BYTES) -> str:
-        """The last lines of a task's log, bounded in bytes too; empty where there is none (yet)."""
-        return self._tail(self.log(index), lines, limit)
+    def tails(
+        self, indices: Iterable[int], lines: int = TAIL_LINES, limit: int = TAIL_BYTES, *, of_jobs: bool = False
+    ) -> dict[int, str]:
+        """The last lines of the logs of some tasks, bounded in bytes too; empty where there is none (yet).
 
-    def job_tail(self, index: int, lines: int = TAIL_LINES, limit: int = TAIL_BYTES) -> str:
-        """The same of a job that holds several clients: what went wrong before they could begin."""
-        return self._tail(self._logs / f"job-{index}.log", lines, limit)
+        ``of_jobs``: of jobs that hold several clients, what went wrong before they could begin.
+        """
+        log = self._job_log if of_jobs else self.log
+        return {index: _tail(log(index), lines, limit) for index in indices}
 
-    def _tail(self, log: Path, lines: int, limit: int) -> str:
-        data, cut = _end(log, limit)
-        text = data.decode("utf-8", "replace").replace("\0", "\ufffd")
-        listed = text.splitlines()
-        if cut and len(listed) > 1:
-            # The first line begins somewhere in its middle.
-            listed = listed[1:]
-        return "\n".join(listed[-lines:])
+    def _job_log(self, index: int) -> Path:
+        return self._logs / f"job-{index}.log"
+
+
+def _tail(log: Path, lines: int, limit: int) -> str:
+    data, cut = _end(log, limit)
+    text = data.decode("utf-8", "replace").replace("\0", "\ufffd")
+    listed = text.splitlines()
+    if cut and len(listed) > 1:
+        # The first line begins somewhere in its middle.
+        listed = listed[1:]
+    return "\n".join(listed[-lines:])
 
 
 def _content(path: Path, limit: int = 1 << 20) -> bytes:

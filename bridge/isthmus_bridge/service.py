@@ -22,7 +22,7 @@ from .policy import Identity, Policy
 from .pools import Denied, KeyTaken, NoSuchPool, NothingLeft, Pools, SpecDiffers
 from .requests import RequestError
 from .rules import Rules
-from .run_directory import TAIL_LINES, RunDirectory
+from .run_directory import TAIL_LINES
 from .slurm.model import SlurmAdapter, SlurmError
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class BridgeService(rpc.BridgeServicer):
             if request.index >= replicas:
                 raise RequestError("index", f"must be below {replicas}, not {request.index}")
             lines = min(request.lines or TAIL_LINES, MAX_TAIL_LINES)
-            text = RunDirectory(self._policy.run_dir, entry.key).tail(request.index, lines, MAX_TAIL_BYTES)
+            text = self._pools.tail(entry, request.index, lines, MAX_TAIL_BYTES)
             data = text.encode()
             for start in range(0, len(data), _CHUNK):
                 yield pb.LogChunk(data=data[start : start + _CHUNK])

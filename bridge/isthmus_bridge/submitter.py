@@ -11,13 +11,14 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 
 from . import script
 from .access import Denial, Grant, decide
+from .directories import PoolDirectory, pool_directory
 from .journal import Entry, Journal, State
 from .metrics import Metrics
 from .packing import jobs_for, per_job
 from .policy import Policy
 from .rules import Rules
-from .run_directory import RunDirectory
 from .slurm.model import SlurmAdapter, SlurmError, Submission, SubmissionRefused
+from .users.local import fault
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +74,8 @@ class Submitter:
         if isinstance(grant, Denial):
             self._over(entry, State.FAILED, str(grant))
             return
-        run = RunDirectory(self._policy.run_dir, key)
         try:
+            run = pool_directory(self._policy, key, entry.user)
             run.write_code(spec.code)
             client = script.render(key, spec, grant, run.path, run.tls)
             if per_job(spec) == 1:
@@ -82,7 +83,7 @@ class Submitter:
             else:
                 run.write_scripts(script.render_job(key, spec, grant.gres, run.client_script), client)
         except OSError as error:
-            self._defer(entry, f"cannot write {run.script}: {error.strerror}")
+            self._defer(entry, f"cannot write the pool's files: {error.strerror}")
             return
         if self._begin(key, entry.keep):
             self._submit(key, submission(self._policy, key, spec, grant, run))
@@ -90,6 +91,14 @@ class Submitter:
     def _decide(self, entry: Entry, spec: pb.PoolSpec) -> Grant | Denial:
         for identity in self._policy.identities:
             if identity.uri == entry.identity:
+                if (identity.user or "") != entry.user:
+                    # Its files are that user's.
+                    was, now = entry.user or "the bridge's own user", identity.user or "the bridge's own user"
+                    return Denial(
+                        "identities.user", f"the pool was recorded for {was!r}; now {identity.uri} is {now!r}"
+                    )
+                if entry.user and (why := fault(entry.user)):
+                    return Denial("identities.user", f"{why}; {identity.uri} would become that user")
                 return decide(self._policy, identity, spec)
         return Denial("identities", f"{entry.identity!r} is not known at this site any more")
 
@@ -141,7 +150,7 @@ class Submitter:
     def _over(self, entry: Entry, state: State, message: str) -> None:
         self._journal.update(entry.key, state=state, message=message, finished_at=self._clock())
         log.info("pool is over: %s", message or state, extra={"key": entry.key, "state": str(state)})
-        forget_credentials(self._policy, entry.key)
+        forget_credentials(self._policy, entry.key, entry.user)
 
     @contextmanager
     def _claimed(self, key: str) -> Iterator[bool]:
@@ -156,12 +165,12 @@ class Submitter:
                     self._busy.discard(key)
 
 
-def forget_credentials(policy: Policy, key: str) -> None:
-    """Removes a finished pool's credentials; a failure is logged and tried again at the next start."""
+def forget_credentials(policy: Policy, key: str, user: str) -> None:
+    """Removes a finished pool's credentials; a failure is logged, and tried again within the hour."""
     try:
-        RunDirectory(policy.run_dir, key).forget_credentials()
+        pool_directory(policy, key, user).forget_credentials()
     except OSError as error:
-        log.error("cannot remove the pool's credentials: %s", error, extra={"key": key})
+        log.error("cannot remove the pool's credentials: %s", error.strerror or error, extra={"key": key})
 
 
 def warning_seconds(policy: Policy, spec: pb.PoolSpec) -> int:
@@ -169,7 +178,7 @@ def warning_seconds(policy: Policy, spec: pb.PoolSpec) -> int:
     return min(policy.slurm.warning_seconds, spec.time_limit_seconds // _LARGEST_WARNING_SHARE)
 
 
-def submission(policy: Policy, key: str, spec: pb.PoolSpec, grant: Grant, run: RunDirectory) -> Submission:
+def submission(policy: Policy, key: str, spec: pb.PoolSpec, grant: Grant, run: PoolDirectory) -> Submission:
     """What Slurm is asked for, once the policy has granted it."""
     share = per_job(spec)
     return Submission(
@@ -189,4 +198,6 @@ def submission(policy: Policy, key: str, spec: pb.PoolSpec, grant: Grant, run: R
         cpus_per_task=spec.cpus_per_task,
         memory_mib=share * spec.memory_mib,
         gres=tuple(replace(one, count=share * one.count) for one in grant.gres),
+        user=grant.user,
+        guard=run.guard,
     )

@@ -19,7 +19,7 @@ _CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
-    # No proxy and no resolver of service configurations stands between the parts.
+    # No proxy (but where one is named) and no resolver of service configurations stands between the parts.
     ("grpc.enable_http_proxy", 0),
     ("grpc.service_config_disable_resolution", 1),
 ]
@@ -88,9 +88,18 @@ def aio_channel(endpoint: str, credentials: Credentials, server_name: str | None
     return aio.secure_channel(endpoint, _channel_credentials(credentials), options=_options(server_name))
 
 
-def aio_public_channel(endpoint: str, authority: bytes | None, server_name: str | None = None) -> aio.Channel:
-    """An asyncio channel whose client shows no certificate. ``authority``: in PEM; None for the public ones."""
-    return aio.secure_channel(endpoint, grpc.ssl_channel_credentials(authority), options=_options(server_name))
+def aio_public_channel(
+    endpoint: str, authority: bytes | None, server_name: str | None = None, proxy: str | None = None
+) -> aio.Channel:
+    """An asyncio channel whose client shows no certificate. ``authority``: in PEM; None for the public ones.
+
+    ``proxy``: the URL of an HTTP proxy that leads there (CONNECT), http://[user:password@]host:port; None: none does.
+    """
+    options = _options(server_name)
+    if proxy is not None:
+        options = [option for option in options if option[0] != "grpc.enable_http_proxy"]
+        options += [("grpc.enable_http_proxy", 1), ("grpc.http_proxy", proxy)]
+    return aio.secure_channel(endpoint, grpc.ssl_channel_credentials(authority), options=options)
 
 
 def peer_uris(context: grpc.ServicerContext | aio.ServicerContext[Any, Any]) -> Sequence[str]:

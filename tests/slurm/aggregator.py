@@ -1,4 +1,4 @@
-"""A real aggregator, for two clients of the pool `hpc`."""
+"""A real aggregator, whose clients are Slurm's tasks."""
 
 import json
 import subprocess
@@ -13,10 +13,11 @@ from isthmus_contracts.pki import Authority, Credentials
 from .site import DAY, until
 
 UID = "real-job"
+SCRIPT = Path(__file__).parents[1] / "integration" / "federation" / "linear.py"
 
 
 class Aggregator:
-    """One process at a time; it listens at the same port when it is started again."""
+    """For two clients of the pool `hpc`. One process at a time; started again, it listens at the same port."""
 
     def __init__(self, folder: Path, address: str, rounds: int) -> None:
         self.server_name = ids.aggregator_server_name(UID)
@@ -58,7 +59,7 @@ class Aggregator:
                 cwd=self._folder, stdout=log, stderr=log,
             )  # fmt: skip
         until(lambda: ports.exists() or process.poll() is not None, "the aggregator serves", 180)
-        assert ports.exists(), (self._folder / "aggregator.log").read_text()
+        assert ports.exists(), self.log()
         self.port = int(json.loads(ports.read_text())["port"])
 
     def kill(self) -> None:
@@ -69,15 +70,23 @@ class Aggregator:
 
     def rounds(self) -> int:
         """How many it has committed."""
-        records = self._folder / "state" / "rounds.jsonl"
-        lines = records.read_text().splitlines() if records.exists() else []
-        return len({json.loads(line)["round"] for line in lines})
+        return len(self.records())
+
+    def records(self) -> list[dict[str, Any]]:
+        """What each round came to; a later line about a round replaces the one before."""
+        file = self._folder / "state" / "rounds.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return list({record["round"]: record for record in map(json.loads, lines)}.values())
+
+    def log(self) -> str:
+        """Its words."""
+        return (self._folder / "aggregator.log").read_text()
 
     def credentials(self) -> Credentials:
         """A client's."""
         return self._authority.issue("client", DAY, uris=[ids.client_identity(UID, "hpc")])
 
-    def federation(self, *, via_bridge: bool) -> pb.Federation:
+    def federation(self, *, via_bridge: bool = False) -> pb.Federation:
         """What the clients need."""
         client = self.credentials()
         return pb.Federation(

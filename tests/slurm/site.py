@@ -105,7 +105,7 @@ class Site:
         """Gives everything to the user who runs the bridge."""
         if self._user is not None:
             # What is in the run directory is the user's own, and comes and goes.
-            tops = [path for path in self.folder.iterdir() if path.name != "run"]
+            tops = [path for path in self.folder.iterdir() if path.name not in ("run", "users")]
             for path in (self.folder, *tops, *(below for top in tops for below in top.rglob("*"))):
                 # An sbatch whose bridge was killed still renames what it writes.
                 with suppress(FileNotFoundError):
@@ -124,6 +124,7 @@ class Site:
     def write_policy(self) -> Path:
         """The policy file, as the settings are now."""
         policy = self.folder / "policy.yaml"
+        policy.touch(mode=0o600)
         policy.write_text(yaml.safe_dump(self.settings))
         self.own_files()
         return policy
@@ -218,6 +219,15 @@ class Site:
         """Waits until Slurm has no living array of the key."""
         until(lambda: not self.arrays(key), "the jobs are gone")
 
+    def end_jobs(self) -> None:
+        """Cancels what bears the keys' names, whoever owns it."""
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+        for key in self._keys:
+            slurm("scancel", f"--name={slurm_job_name(key)}", check=False)
+        for key in self._keys:
+            self.vanish(key)
+
     def close(self) -> None:
         """Leaves nothing behind."""
 
@@ -233,10 +243,7 @@ class Site:
         if (log := self.folder / "bridge.log").exists():
             # pytest shows it where a test has failed.
             print(log.read_text()[-400_000:])
-        for key in self._keys:
-            slurm("scancel", f"--name={slurm_job_name(key)}", check=False)
-        for key in self._keys:
-            self.vanish(key)
+        self.end_jobs()
         until(removed, f"{self.folder} is removed")
 
 

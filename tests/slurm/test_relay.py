@@ -16,7 +16,7 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 from tests.ports import free_port
 
-from .aggregator import UID, Aggregator
+from .aggregator import SCRIPT, UID, Aggregator
 from .gateway import Gateway
 from .site import Site, ensure, over, spec, tail
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lab import Lab
 
 ROUNDS = 2
-SCRIPT = Path(__file__).parents[1] / "integration" / "federation" / "linear.py"
 # Fails unless the aggregator's own address is out of reach; then it is the training script.
 CHECK = """
 import os, runpy, socket, sys

@@ -4,11 +4,13 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from . import in_flight, parse, refusal
+from .accounts import uid_of
 from .command import CommandOutputTooLong, CommandTimeout, Result, Runner, run
+from .delegate import AsUserError, Delegate
 from .environment import DEFAULT_PATH, program_environment
 from .model import SiteDescription, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused, TaskRecord
 
@@ -70,6 +72,12 @@ def arguments(submission: Submission) -> list[str]:
     return [*listed, str(submission.script)]
 
 
+def cancellation(uid: int, name: str, array_id: int, first: int, last: int | None) -> list[str]:
+    """scancel, and its arguments. Name and user are further conditions: after a crash Slurm gives ids to other jobs."""
+    which = str(array_id) if last is None else f"{array_id}_[{first}-{last}]"
+    return ["scancel", f"--user={uid}", f"--name={name}", which]
+
+
 class CliAdapter:
     """See :class:`~.model.SlurmAdapter`."""
 
@@ -83,7 +91,12 @@ class CliAdapter:
         runner: Runner = run,
         observer: Observer = lambda program, seconds, ok: None,
         environ: Mapping[str, str] | None = None,
+        delegate: Delegate | None = None,
+        operator: bool = False,
     ) -> None:
+        """``delegate``: who runs programs as other users. ``operator``: Slurm shows this user everybody's jobs."""
+        self._delegate = delegate
+        self._operator = operator
         self._prefix = prefix
         self._timeout = timeout
         self._runner = runner
@@ -97,12 +110,15 @@ class CliAdapter:
 
     def submit(self, submission: Submission) -> int:
         """Runs sbatch."""
+        return self._submit_as_user(submission) if submission.user else self._submit(submission)
+
+    def _submit(self, submission: Submission) -> int:
         with in_flight.locked(submission.directory) as lock:
             try:
                 # Slurm makes the job's environment from this one: nothing of the bridge's own is in it.
                 # `timeout` ends it also where this process is dead by then.
                 last = f"{self._timeout + _ORPHAN_SECONDS:g}"
-                guard = [_which("timeout", self._query_env["PATH"]), "--signal=KILL", last]
+                guard = [which("timeout", self._query_env["PATH"]), "--signal=KILL", last]
                 argv = ["sbatch", *arguments(submission)]
                 result = self._run(argv, env=self._submit_env, inherit=[lock], guard=guard)
             except (CommandTimeout, CommandOutputTooLong) as error:
@@ -112,31 +128,91 @@ class CliAdapter:
                 raise SubmissionRefused(f"sbatch: {error.strerror}", transient=True) from None
         return submitted(result)
 
+    def _submit_as_user(self, submission: Submission) -> int:
+        # No lock can be inherited through sudo: as with a request over the network, a moment is written down by which
+        # it is over. Another user's process cannot be killed either: it ends itself by then.
+        guard = submission.guard or submission.directory
+        try:
+            in_flight.announce(guard, self._timeout + _ORPHAN_SECONDS)
+        except OSError as error:
+            raise SubmissionRefused(f"cannot write in {guard}: {error.strerror}", transient=True) from None
+        began, good = time.monotonic(), False
+        try:
+            result = self._others().submit(submission, time.time() + self._timeout)
+            good = result.status == 0
+        except AsUserError as error:
+            if error.begun:
+                raise SubmissionAmbiguous(f"{error.strerror}") from None
+            in_flight.settle(guard)
+            raise SubmissionRefused(f"{error.strerror}", transient=True) from None
+        finally:
+            self._observer("sbatch", time.monotonic() - began, good)
+        in_flight.settle(guard)
+        return submitted(result)
+
+    def _others(self) -> Delegate:
+        if self._delegate is None:
+            raise AsUserError("this policy has no settings `users`")
+        return self._delegate
+
     def submission_may_run(self, directory: Path) -> bool:
-        """Whether an sbatch from this directory still lives: it holds the lock that it inherited."""
+        """Whether an sbatch from this directory still lives: it holds the lock that it inherited, or has some time."""
         return in_flight.may_run(directory)
 
-    def jobs(self) -> Sequence[TaskRecord]:
+    def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
         """Runs squeue, once for everything."""
-        argv = ["squeue", "--noheader", "--all", "--local", "--states=all", f"--user={self._uid}"]
-        return parse.squeue(self._ask([*argv, f"--Format={parse.SQUEUE_FORMAT}"]), self._prefix)
+        owners = {self._uid: ""}
+        if users:
+            self._must_see(self.describe())
+            owners |= {self._uid_of(user): user for user in users}
+        listed = ",".join(map(str, owners))
+        argv = ["squeue", "--noheader", "--all", "--local", "--states=all", f"--user={listed}"]
+        return parse.squeue(self._ask([*argv, f"--Format={parse.SQUEUE_FORMAT}"]), self._prefix, owners)
 
-    def history(self, names: Sequence[str], since: float) -> Sequence[TaskRecord]:
+    def _uid_of(self, user: str) -> int:
+        uid = uid_of(user)
+        if uid is None:
+            raise SlurmError(f"the local user {user} is not known on this machine")
+        return uid
+
+    def _must_see(self, description: SiteDescription) -> None:
+        """An answer from which Slurm has taken out other users' jobs is no evidence that there are none."""
+        if description.private_jobs and not self._operator:
+            raise SlurmError(
+                "slurm.conf's PrivateData hides other users' jobs; make the bridge's user an operator of Slurm"
+                " (sacctmgr modify user ... set adminlevel=operator), and say `operator: true` in the policy's users"
+            )
+
+    def history(self, names: Sequence[str], since: float, user: str = "") -> Sequence[TaskRecord]:
         """Runs sacct."""
+        uid = self._uid_of(user) if user else self._uid
+        if user:
+            # Who asks here has missed jobs: what PrivateData said an hour ago will not do.
+            self._described = 0.0
+            self._description = None
+            self._must_see(self.describe())
         accounting = self.describe().accounting
         if not accounting:
             return []
         argv = [*accounting.split(), "--noheader", "--parsable2", f"--delimiter={parse.SEPARATOR}", "--allocations"]
-        argv += [f"--format={parse.SACCT_FORMAT}", f"--user={self._uid}", f"--name={','.join(names)}"]
+        argv += [f"--format={parse.SACCT_FORMAT}", f"--user={uid}", f"--name={','.join(names)}"]
         # A day earlier than needed, for clocks that disagree. TZ is UTC.
         argv.append("--starttime=" + time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(max(0.0, since - 86400))))
-        return parse.sacct(self._ask(argv), frozenset(names), self._uid)
+        return parse.sacct(self._ask(argv), frozenset(names), uid, user)
 
-    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None) -> None:
-        """Runs scancel. The name is a second condition: after a crash Slurm gives an id to another job."""
-        which = str(array_id) if last is None else f"{array_id}_[{first}-{last}]"
+    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None, user: str = "") -> None:
+        """Runs scancel."""
         # Its exit code says little: 1 also when the job is over. Whether the job ends shows in squeue.
-        self._ask(["scancel", f"--user={self._uid}", f"--name={name}", which], accept=frozenset({0, 1}))
+        accepted = frozenset({0, 1})
+        if not user:
+            self._ask(cancellation(self._uid, name, array_id, first, last), accept=accepted)
+            return
+        try:
+            result = self._others().cancel(user, name, array_id, first, last)
+        except AsUserError as error:
+            raise SlurmError(f"{error.strerror}") from None
+        if result.status not in accepted:
+            raise SlurmError(f"scancel failed: {last_line(result.errors) or f'exit code {result.status}'}")
 
     def describe(self) -> SiteDescription:
         """Runs scontrol, once an hour."""
@@ -147,6 +223,7 @@ class CliAdapter:
                 cluster=settings.get("ClusterName", ""),
                 accounting=self._accounting(settings),
                 max_array_size=int(settings.get("MaxArraySize", "1001")),
+                private_jobs="jobs" in settings.get("PrivateData", "").split(","),
             )
             self._described = time.monotonic()
         return self._description
@@ -188,7 +265,7 @@ class CliAdapter:
         good = False
         try:
             program, *rest = argv
-            path = _which(program, self._query_env["PATH"])
+            path = which(program, self._query_env["PATH"])
             result = self._runner(
                 [*guard, path, *rest],
                 env=env or self._query_env,
@@ -233,7 +310,8 @@ def _settings(text: str) -> Iterator[tuple[str, str]]:
             yield name.strip(), value.strip()
 
 
-def _which(program: str, path: str) -> str:
+def which(program: str, path: str) -> str:
+    """The program's path. Raises ``OSError``."""
     for directory in path.split(":"):
         candidate = Path(directory or ".") / program
         if os.access(candidate, os.X_OK) and candidate.is_file():

@@ -41,15 +41,17 @@ def run(
     max_output: int = 1 << 20,
     inherit: Sequence[int] = (),
     directory: Path | None = None,
+    content: bytes = b"",
 ) -> Result:
     """Runs ``argv``. Raises ``OSError``, :class:`CommandTimeout` and :class:`CommandOutputTooLong`.
 
-    Of the errors only the first 64 KiB are kept. ``inherit``: file descriptors that the program gets.
+    Of the errors only the first 64 KiB are kept. ``inherit``: file descriptors that the program gets. ``content``: what
+    it reads from its standard input.
     """
     process = subprocess.Popen(
         list(argv),
         env=dict(env),
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE if content else subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=directory,
@@ -58,26 +60,35 @@ def run(
         pass_fds=tuple(inherit),
     )
     try:
-        output, errors = _collect(process, time.monotonic() + timeout, max_output, argv[0])
+        output, errors = _collect(process, time.monotonic() + timeout, max_output, argv[0], content)
         return Result(process.returncode, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace"))
     except BaseException:
-        with suppress(ProcessLookupError):
+        # A program that has become another user's cannot be killed: it ends by its own time limit, and is reaped later.
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            process.wait()
         raise
     finally:
-        for stream in (process.stdout, process.stderr):
-            assert stream is not None
-            stream.close()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                # What was not written went nowhere.
+                with suppress(BrokenPipeError):
+                    stream.close()
 
 
-def _collect(process: subprocess.Popen[bytes], deadline: float, limit: int, name: str) -> tuple[bytes, bytes]:
+def _collect(
+    process: subprocess.Popen[bytes], deadline: float, limit: int, name: str, content: bytes
+) -> tuple[bytes, bytes]:
     assert process.stdout is not None and process.stderr is not None
     taken: dict[int, bytearray] = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
     out = process.stdout.fileno()
     with selectors.DefaultSelector() as selector:
         for descriptor in taken:
             selector.register(descriptor, selectors.EVENT_READ)
+        left_to_write = memoryview(content)
+        if process.stdin is not None:
+            os.set_blocking(process.stdin.fileno(), False)
+            selector.register(process.stdin, selectors.EVENT_WRITE)
         while selector.get_map():
             left = deadline - time.monotonic()
             if left <= 0:
@@ -86,7 +97,14 @@ def _collect(process: subprocess.Popen[bytes], deadline: float, limit: int, name
             ready = selector.select(min(left, 0.5))
             if not ready and process.poll() is not None:
                 break
-            for key, _ in ready:
+            for key, event in ready:
+                if event & selectors.EVENT_WRITE:
+                    assert process.stdin is not None
+                    left_to_write = _written(key.fd, left_to_write)
+                    if not left_to_write:
+                        selector.unregister(process.stdin)
+                        process.stdin.close()
+                    continue
                 chunk = os.read(key.fd, _CHUNK)
                 if not chunk:
                     selector.unregister(key.fd)
@@ -101,3 +119,13 @@ def _collect(process: subprocess.Popen[bytes], deadline: float, limit: int, name
     except subprocess.TimeoutExpired:
         raise CommandTimeout(f"{name} did not end in time") from None
     return bytes(taken[out]), bytes(taken[process.stderr.fileno()])
+
+
+def _written(descriptor: int, content: memoryview) -> memoryview:
+    """Writes what fits; what is left. Nothing, where the program reads no more."""
+    try:
+        return content[os.write(descriptor, content[:_CHUNK]) :]
+    except BlockingIOError:
+        return content
+    except BrokenPipeError:
+        return content[:0]

@@ -1,6 +1,6 @@
 """What the bridge asks of Slurm and what Slurm answers, whatever adapter carries it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -57,6 +57,10 @@ class Submission:
     at_once: int = 0
     """How many tasks may run at the same time; 0: all."""
     gres: tuple[Gres, ...] = ()
+    user: str = ""
+    """The local user as whom it is submitted; empty: the one who runs the bridge."""
+    guard: Path | None = None
+    """A folder of the bridge's own, where it is written down that this is under way. None: ``directory``."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class TaskRecord:
     node: str = ""
     ends: float = 0.0
     """Seconds since the epoch: when the time limit ends a task that runs; 0 where there is none, or it does not run."""
+    user: str = ""
+    """The local user who owns it; empty: the one who runs the bridge."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ class SiteDescription:
     """Who answers about finished jobs: ``sacct``, ``sacct -c``, ``slurmdbd``, or nothing (empty)."""
     max_array_size: int
     """The highest index of an array is below this; 0: the adapter cannot tell."""
+    private_jobs: bool = False
+    """Ordinary users do not see each other's jobs."""
 
 
 class SlurmAdapter(Protocol):
@@ -105,21 +113,24 @@ class SlurmAdapter(Protocol):
         """Whether a submission from this directory may still be under way, begun by this or a former process."""
         ...
 
-    def jobs(self) -> Sequence[TaskRecord]:
-        """Every array of the bridge that the controller knows, finished ones included, in one request."""
+    def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
+        """Every array of the bridge that the controller knows, finished ones included, in one request.
+
+        Those of the bridge's user, and of ``users``. What others own is not in it, whatever its name.
+        """
         ...
 
-    def history(self, names: Sequence[str], since: float) -> Sequence[TaskRecord]:
-        """What the accounts say about the arrays with these names, submitted at ``since`` or later.
+    def history(self, names: Sequence[str], since: float, user: str = "") -> Sequence[TaskRecord]:
+        """What the accounts say about that user's arrays with these names, submitted at ``since`` or later.
 
         Empty where the site keeps no accounts that can be read; see :class:`SiteDescription`.
         """
         ...
 
-    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None) -> None:
-        """Asks for the end of an array, or of its tasks from ``first`` to ``last``.
+    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None, user: str = "") -> None:
+        """Asks for the end of an array of that user, or of its tasks from ``first`` to ``last``.
 
-        Touches nothing where the id meanwhile belongs to a job of another name.
+        Touches nothing where the id meanwhile belongs to a job of another name or user.
         """
         ...
 

@@ -4,7 +4,7 @@ A row that is not understood raises: half an answer must not look like the absen
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from .model import SlurmError, TaskRecord
 from .states import normal
@@ -15,7 +15,7 @@ SEPARATOR = "\x1f"
 # Widths are given where a default would cut off; without a number a field is as wide as its content.
 SQUEUE_FIELDS = (
     "JobID", "ArrayJobID", "ArrayTaskID", "Name", "State", "exit_code", "RestartCnt", "StartTime", "EndTime",
-    "SubmitTime", "NodeList", "Reason",
+    "SubmitTime", "NodeList", "UserID", "Reason",
 )  # fmt: skip
 SQUEUE_FORMAT = ",".join(
     f"{field}:{'64' if field == 'Name' else ''}{SEPARATOR}" for field in SQUEUE_FIELDS
@@ -29,12 +29,15 @@ _RANGE = re.compile(r"(\d{1,7})(?:-(\d{1,7})(?::(\d{1,7}))?)?")
 _SACCT_ID = re.compile(r"(\d+)(?:_(?:(\d+)|\[([^\]]*)\]))?")
 
 
-def squeue(text: str, prefix: str) -> list[TaskRecord]:
-    """Rows of ``squeue -O`` whose job name begins with ``prefix``. Raises :class:`SlurmError`."""
+def squeue(text: str, prefix: str, owners: Mapping[int, str]) -> list[TaskRecord]:
+    """Rows of ``squeue -O`` whose job name begins with ``prefix``, of these users. Raises :class:`SlurmError`.
+
+    ``owners``: what the users are called in the records, by uid.
+    """
     records = []
     for row in _rows(text, len(SQUEUE_FIELDS) + 1):  # each field ends with the separator
-        job, array, indices, name, state, status, restarts, start, end, submitted, node, reason, _ = row
-        if not name.startswith(prefix):
+        job, array, indices, name, state, status, restarts, start, end, submitted, node, uid, reason, _ = row
+        if not name.startswith(prefix) or _number(uid) not in owners:
             continue
         code, signal = exit_status(status)
         records.append(
@@ -53,13 +56,17 @@ def squeue(text: str, prefix: str) -> list[TaskRecord]:
                 submitted=_time(submitted),
                 node="" if node in _NOTHING else node,
                 ends=_time(end) if normal(state) == "RUNNING" else 0.0,
+                user=owners[_number(uid)],
             )
         )
     return records
 
 
-def sacct(text: str, names: frozenset[str], uid: int) -> list[TaskRecord]:
-    """Rows of ``sacct -P`` of these job names and this user. Raises :class:`SlurmError`."""
+def sacct(text: str, names: frozenset[str], uid: int, user: str = "") -> list[TaskRecord]:
+    """Rows of ``sacct -P`` of these job names and this user. Raises :class:`SlurmError`.
+
+    ``user``: what that one is called in the records.
+    """
     records = []
     for row in _rows(text, len(SACCT_FIELDS)):
         shown, raw, name, state, status, node, submitted, start, reason, owner = row
@@ -84,6 +91,7 @@ def sacct(text: str, names: frozenset[str], uid: int) -> list[TaskRecord]:
                 start=_time(start),
                 submitted=_time(submitted),
                 node="" if node in _NOTHING else node,
+                user=user,
             )
         )
     return records

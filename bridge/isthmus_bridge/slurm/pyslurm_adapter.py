@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ Observer = Callable[[str, float, bool], None]
 
 
 class PyslurmAdapter:
-    """See :class:`~.model.SlurmAdapter`."""
+    """See :class:`~.model.SlurmAdapter`. It speaks for this user only: the policy lets no other be named."""
 
     def __init__(
         self,
@@ -68,15 +68,15 @@ class PyslurmAdapter:
         """Whether a worker from this directory still lives: it holds the lock that it inherited."""
         return in_flight.may_run(directory)
 
-    def jobs(self) -> Sequence[TaskRecord]:
+    def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
         """Jobs.load()."""
         return records(self._ask({"do": "jobs", "prefix": self._prefix, "uid": self._uid}))
 
-    def history(self, names: Sequence[str], since: float) -> Sequence[TaskRecord]:
+    def history(self, names: Sequence[str], since: float, user: str = "") -> Sequence[TaskRecord]:
         """Nothing: finished jobs are known by the marks that their tasks leave."""
         return []
 
-    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None) -> None:
+    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None, user: str = "") -> None:
         """Job(id).cancel(), where name and owner are right. For part of an array pyslurm has nothing: scancel."""
         if last is not None:
             self._cancel_tasks(name, array_id, first, last)

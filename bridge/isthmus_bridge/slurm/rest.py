@@ -6,7 +6,7 @@ import re
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ Observer = Callable[[str, float, bool], None]
 
 
 class RestAdapter:
-    """See :class:`~.model.SlurmAdapter`."""
+    """See :class:`~.model.SlurmAdapter`. A token speaks for one user: the policy lets no other be named."""
 
     def __init__(
         self,
@@ -100,11 +100,11 @@ class RestAdapter:
         """Whether a request from this directory may still be at work in slurmrestd."""
         return in_flight.may_run(directory)
 
-    def jobs(self) -> Sequence[TaskRecord]:
+    def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
         """GET /slurm/…/jobs: slurmrestd knows no filter by user, so the whole queue comes."""
         return rest_format.jobs(self._ask("jobs", "slurm", "jobs"), self._prefix, self._uid)
 
-    def history(self, names: Sequence[str], since: float) -> Sequence[TaskRecord]:
+    def history(self, names: Sequence[str], since: float, user: str = "") -> Sequence[TaskRecord]:
         """GET /slurmdb/…/jobs, where the site has slurmdbd."""
         if not self.describe().accounting:
             return []
@@ -119,7 +119,7 @@ class RestAdapter:
         answer = self._ask("history", "slurmdb", f"jobs?{query}")
         return rest_format.history(answer, frozenset(names), self._user)
 
-    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None) -> None:
+    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None, user: str = "") -> None:
         """GET, then DELETE /slurm/…/job/ID. Name and owner are looked at first: an id may be given to another job."""
         answer = self._ask("job", "slurm", f"job/{array_id}", accept=_NO_SUCH_JOB)
         if rest_format.errors(answer):

@@ -20,6 +20,7 @@ from isthmus_contracts.pki import Authority
 from isthmus_operator.effects.lines import BridgeError, NotConnectedError
 from isthmus_operator.observed import PoolPhase, PoolView, ProblemKind
 
+from ...connect_proxy import ConnectProxy
 from ...unit.bridge.world import KEY, spec
 from .operator_side import DAY, SITE, OperatorSide, until
 
@@ -29,13 +30,15 @@ ROOT = Path(__file__).parents[3]
 class BridgeProcess:
     """A site, with an authority of its own, whose bridge knows nobody but the gateway."""
 
-    def __init__(self, folder: Path, gateway: Authority, port: int, authority: Authority | None = None) -> None:
+    def __init__(
+        self, folder: Path, gateway: Authority, port: int, authority: Authority | None = None, host: str = "localhost"
+    ) -> None:
         folder.mkdir()
         self.folder = folder
         self.authority = authority or Authority.create("site CA", DAY)
         self.authority.issue("bridge", DAY, hosts=[f"{SITE}.bridge.isthmus.dev"]).write(folder / "tls")
         (folder / "tls" / "gateway-ca.crt").write_bytes(gateway.certificate)
-        self._connect = f"localhost:{port}"
+        self._connect = f"{host}:{port}"
         content = {
             "site": SITE, "run_dir": str(folder / "run"), "tls_dir": str(folder / "tls"), "metrics_listen": None,
             "identities": [{"uri": operator_identity("prod")}], "partitions": ["main", "debug"],
@@ -45,9 +48,10 @@ class BridgeProcess:
         (folder / "policy.yaml").write_text(yaml.safe_dump(content))
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, proxy: str = "") -> None:
         argv = [sys.executable, "-m", "tests.integration.gateway.site_process", "serve"]
         argv += ["--policy", str(self.folder / "policy.yaml"), "--connect", self._connect]
+        argv += ["--proxy", proxy] if proxy else []
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(argv, cwd=ROOT, stderr=log)
 
@@ -87,7 +91,7 @@ async def ensure(operator: OperatorSide) -> PoolView:
 @pytest.fixture
 def gateway_ca(tmp_path: Path) -> Authority:
     authority = Authority.create("gateway CA", DAY)
-    authority.issue("gateway", DAY, hosts=["localhost"]).write(tmp_path / "gateway")
+    authority.issue("gateway", DAY, hosts=["localhost", "gateway.invalid"]).write(tmp_path / "gateway")
     return authority
 
 
@@ -169,6 +173,27 @@ async def test_either_side_may_be_killed_and_comes_back(operator: OperatorSide, 
     operator.start()
     await operator.connected()
     assert (await operator.bridges.get(SITE, KEY, 1)).job_id == before.job_id
+
+
+async def test_a_site_that_lets_nothing_out_but_through_its_proxy(
+    operator: OperatorSide, tmp_path: Path, gateway_ca: Authority
+) -> None:
+    site = BridgeProcess(tmp_path / "site", gateway_ca, operator.port, host="gateway.invalid")
+    operator.knows(site.authority)
+    name = f"gateway.invalid:{operator.port}"
+    with ConnectProxy({}) as proxy:
+        site.start(f"http://localhost:{proxy.port}")
+        try:
+            await until(lambda: (name, 403) in proxy.asked, "the proxy is asked")
+            await until(lambda: site.says("no tunnel to the gateway"), "the bridge says why")
+            assert SITE not in operator.gateway.addresses
+            proxy.hosts[name] = ("127.0.0.1", operator.port)
+            await operator.connected()
+            assert (await ensure(operator)).job_id == "100"
+            assert (await operator.bridges.cancel(SITE, KEY, 1, "done")).phase is PoolPhase.CANCELLED
+        finally:
+            site.end()
+            print((site.folder / "log").read_text())
 
 
 async def test_no_other_site_can_take_its_place(

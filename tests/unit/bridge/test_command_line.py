@@ -164,3 +164,58 @@ def test_doctor_without_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert first == "PROBLEM  gateway 127.0.0.1:1: cannot be reached: Connection refused"
     assert main(["serve", "--policy", str(path), "--connect", "nowhere"]) == 2
     assert "gateways[0].address: 'nowhere' is not HOST:PORT" in capsys.readouterr().err
+
+
+USERS = {
+    "identities": [
+        {"uri": "isthmus://operator/prod", "user": "daemon"},
+        {"uri": "isthmus://operator/two", "user": "bin"},
+    ],
+    "users": {"run_dir": "/scratch/{user}/isthmus"},
+    "slurm": {},
+}
+
+
+def test_sudoers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = policy_file(tmp_path, **USERS)
+    assert main(["sudoers", "--policy", str(path), "--bridge-user", "isthmus"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rules = [line for line in lines if line.startswith("isthmus ALL = ")]
+    assert [line.partition(")")[0] for line in rules] == ["isthmus ALL = (daemon", "isthmus ALL = (bin"]
+    assert all("*" not in line and "ALL)" not in line for line in rules)
+    for name in ("root", "ALL", "a b", "%wheel"):
+        assert main(["sudoers", "--policy", str(path), "--bridge-user", name]) == 2
+        assert "is no ordinary user" in capsys.readouterr().err
+    plain = policy_file(tmp_path)
+    assert main(["sudoers", "--policy", str(plain), "--bridge-user", "isthmus"]) == 1
+    assert "no identity names a local user" in capsys.readouterr().err
+
+
+def test_check_tells_who_a_caller_becomes_and_what_is_wrong_with_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = policy_file(tmp_path, **USERS)
+    path.chmod(0o644)
+    assert main(["check", "--policy", str(path), "--identity", "isthmus://operator/prod"]) == 1
+    said = capsys.readouterr().out
+    assert "  as the local user daemon (uid 1), with its files in /scratch/daemon/isthmus" in said
+    assert f"problem: policy: others may read {path}, and with it the site's rules; chmod 600" in said
+    lost = {**USERS, "identities": [{"uri": "isthmus://operator/prod", "user": "no-such-user"}]}
+    path = policy_file(tmp_path, **lost)
+    main(["check", "--policy", str(path)])
+    assert "problem: identities[0].user: 'no-such-user' is no user of this machine" in capsys.readouterr().out
+    assert main(["serve", "--policy", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "isthmus-bridge: identities[0].user: 'no-such-user' is no user of this machine"
+    path = policy_file(tmp_path, **{**USERS, "identities": [{"uri": "isthmus://operator/prod", "user": "root"}]})
+    assert main(["check", "--policy", str(path)]) == 2
+    assert "identities[0].user: 'root' is refused: jobs never run as root" in capsys.readouterr().err
+
+
+def test_a_proxy_goes_with_a_gateway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = policy_file(tmp_path)
+    assert main(["doctor", "--policy", str(path), "--proxy", "http://proxy:3128"]) == 2
+    assert "--proxy goes with --connect" in capsys.readouterr().err
+    assert main(["serve", "--policy", str(path), "--connect", "g:1", "--proxy", "socks5://me:secret@proxy:1"]) == 2
+    said = capsys.readouterr().err
+    assert "gateways[0].proxy: is not http://HOST:PORT" in said and "secret" not in said

@@ -17,10 +17,12 @@ from isthmus_bridge.dialout import DialOut, pause
 from isthmus_bridge.gateway_check import reach
 from isthmus_bridge.metrics import Metrics
 from isthmus_bridge.policy import GATEWAY_CA_FILE, GatewaySettings, PolicyError
+from isthmus_bridge.proxy import proxy_for
 from isthmus_contracts.pb import gateway_pb2 as pb
 from isthmus_contracts.pb import gateway_pb2_grpc as rpc
 from isthmus_contracts.pki import Authority
 from isthmus_contracts.tunnel import MAX_CONNECTIONS
+from tests.connect_proxy import ConnectProxy
 
 from .world import policy
 
@@ -31,7 +33,7 @@ class FakeGateway(rpc.GatewayServicer):
     """Hands what it hears to the test, and says what the test tells it to."""
 
     def __init__(self, tls: Path, authority: Authority) -> None:
-        credentials = authority.issue("gateway", DAY, hosts=["localhost"])
+        credentials = authority.issue("gateway", DAY, hosts=["localhost", "gateway.invalid"])
         self.heard: queue.Queue[pb.Frame] = queue.Queue()
         self.say: queue.Queue[pb.Frame | grpc.StatusCode] = queue.Queue()
         self._server = grpc.server(ThreadPoolExecutor(4))
@@ -188,6 +190,66 @@ def test_the_doctor_tells_what_is_wrong_with_a_gateway(
     assert not good and "cannot be reached: " in line
     good, line = reach(GatewaySettings(address=f"localhost:{port}", ca=tmp_path / "absent"), tmp_path)
     assert not good and "its authority cannot be read: " in line
+
+
+@pytest.fixture
+def proxy(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[ConnectProxy]:
+    """The only one who knows where the gateway is."""
+    for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with ConnectProxy({"gateway.invalid:7446": ("127.0.0.1", gateway.port)}, "site:s3cr:t") as one:
+        yield one
+
+
+@pytest.mark.parametrize("how", ["policy", "environment"])
+def test_it_dials_through_an_http_proxy(
+    tmp_path: Path, gateway: FakeGateway, metrics: Metrics, local: socket.socket, proxy: ConnectProxy, how: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    url = f"http://site:s3cr%3At@localhost:{proxy.port}"
+    if how == "environment":
+        monkeypatch.setenv("https_proxy", url)
+    settings = GatewaySettings(address="gateway.invalid:7446", proxy=url if how == "policy" else None)
+    assert reach(settings, tmp_path) == (
+        True,
+        f"gateway gateway.invalid:7446: can be reached through the proxy http://localhost:{proxy.port}, and its"
+        " certificate is good",
+    )
+    one = DialOut([settings], "lumi", tmp_path, metrics)
+    one.start(tmp_path / "s")
+    try:
+        assert gateway.hear().hello.site == "lumi"
+        gateway.say.put(pb.Frame(open=1))
+        gateway.say.put(pb.Frame(data=pb.Data(connection=1, content=b"question")))
+        here, _ = local.accept()
+        here.settimeout(60)
+        assert here.recv(100) == b"question"
+        here.sendall(b"answer")
+        assert gateway.hear() == pb.Frame(data=pb.Data(connection=1, content=b"answer"))
+    finally:
+        one.stop()
+    assert set(proxy.asked) == {("gateway.invalid:7446", 200)}
+
+
+def test_what_is_wrong_with_a_proxy_is_told_without_its_password(
+    tmp_path: Path, gateway: FakeGateway, proxy: ConnectProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"http://site:wrong@localhost:{proxy.port}"
+    here = GatewaySettings(address="gateway.invalid:7446", proxy=url)
+    good, line = reach(here, tmp_path)
+    assert not good and "wrong" not in line
+    assert f"cannot be reached: proxy http://localhost:{proxy.port}: Tunnel connection failed: 407" in line
+    elsewhere = GatewaySettings(address="other.invalid:7446", proxy=url.replace("wrong", "s3cr%3At"))
+    assert "Tunnel connection failed: 403" in reach(elsewhere, tmp_path)[1]
+    monkeypatch.setenv("https_proxy", "https://secret@proxy:1")
+    assert reach(here.model_copy(update={"proxy": None}), tmp_path) == (
+        False, "gateway gateway.invalid:7446: cannot be reached: https_proxy is not http://HOST:PORT",
+    )  # fmt: skip
+    # What no_proxy names is dialled directly, whoever named the proxy.
+    monkeypatch.setenv("no_proxy", "localhost,.invalid")
+    direct = GatewaySettings(address=f"localhost:{gateway.port}", proxy=url)
+    assert proxy_for(direct) is None and proxy_for(here) is None
+    assert reach(direct, tmp_path)[0]
 
 
 def test_a_bridge_that_dials_out_listens_only_where_it_is_told(tmp_path: Path) -> None:

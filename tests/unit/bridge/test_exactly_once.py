@@ -205,3 +205,16 @@ def test_ids_that_slurm_gives_out_again_are_told_apart_by_name(world: World) -> 
     assert "no longer knows" in world.pool().message
     assert array.lives, "another's job was touched"
     assert world.slurm.living(NAME) == []
+
+
+def test_accounts_that_cannot_be_asked_never_make_a_task_lost(world: World) -> None:
+    world.ensure()
+    world.tick()
+    world.array().visible = False
+    world.slurm.accounts_down = "sacct: no connection"
+    world.tick(1.5, times=200)
+    assert world.phase() == "PENDING", world.pool().message
+    world.array().visible = True
+    world.slurm.accounts_down = ""
+    world.tick(1.5, times=2)
+    assert world.phase() == "PENDING"

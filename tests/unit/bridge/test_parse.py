@@ -24,10 +24,11 @@ WAITING = row(
     "1795440590",
     "1795436929",
     "",
+    "1001",
     "Resources",
 )
 RUNNING = row(
-    "18", "17", "0", "isthmus-bbbb", "RUNNING", "0", "1", "1795436930", "1795440530", "1795436929", "n1", "None"
+    "18", "17", "0", "isthmus-bbbb", "RUNNING", "0", "1", "1795436930", "1795440530", "1795436929", "n1", "1001", "None"
 )
 FAILED = row(
     "19",
@@ -41,16 +42,33 @@ FAILED = row(
     "1795436940",
     "1795436929",
     "n2",
+    "1001",
     "NonZeroExitCode",
 )
-REST = row("17", "17", "N/A", "isthmus-bbbb", "CANCELLED", "0", "0", "N/A", "N/A", "1795436929", "", "Resources")
+REST = row(
+    "17", "17", "N/A", "isthmus-bbbb", "CANCELLED", "0", "0", "N/A", "N/A", "1795436929", "", "1001", "Resources"
+)
 STRANGER = row(
-    "3", "N/A", "N/A", "interactive, |odd|", "RUNNING", "0", "0", "1", "2", "1", "n1", "ReqNodeNotAvail, Unavail:n[1-2]"
+    "3",
+    "N/A",
+    "N/A",
+    "interactive, |odd|",
+    "RUNNING",
+    "0",
+    "0",
+    "1",
+    "2",
+    "1",
+    "n1",
+    "1001",
+    "ReqNodeNotAvail, Unavail:n[1-2]",
 )
 
 
 def test_squeue() -> None:
-    waiting, running, failed, rest = parse.squeue(WAITING + RUNNING + FAILED + REST + STRANGER + "\n", "isthmus-")
+    waiting, running, failed, rest = parse.squeue(
+        WAITING + RUNNING + FAILED + REST + STRANGER + "\n", "isthmus-", {1001: ""}
+    )
     assert (waiting.indices, waiting.reason, waiting.start) == (tuple(range(2, 10)), "Resources", 1795436990.0)
     assert (running.job_id, running.array_id, running.indices, running.node) == (18, 17, (0,), "n1")
     assert (running.restarts, running.reason) == (1, "")
@@ -72,7 +90,7 @@ def test_squeue() -> None:
 )
 def test_what_is_not_understood_raises(text: str) -> None:
     with pytest.raises(SlurmError):
-        parse.squeue(text, "isthmus-")
+        parse.squeue(text, "isthmus-", {1001: ""})
 
 
 @pytest.mark.parametrize(

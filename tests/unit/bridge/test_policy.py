@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from isthmus_bridge.access import Denial, Grant, decide, identify, too_many
-from isthmus_bridge.policy import Policy, PolicyError, load, parse, schema
+from isthmus_bridge.policy import GatewaySettings, Policy, PolicyError, UserSettings, load, parse, schema
 from isthmus_bridge.rules import Rules
 from isthmus_contracts.pb import bridge_pb2 as pb
 
@@ -35,6 +35,10 @@ GOOD: dict[str, object] = {
 }
 
 
+USERS = {"run_dir": "/scratch/{user}/isthmus"}
+REST = {"adapter": "rest", "rest": {"url": "unix:/s", "token_file": "/t"}}
+
+
 def with_(**changes: object) -> dict[str, object]:
     return {**GOOD, **changes}
 
@@ -52,6 +56,26 @@ BAD: list[tuple[object, str]] = [
     (with_(identities=[{"uri": "x:y", "accounts": ["nobody"]}]), "identities[0].accounts: 'nobody' is not among"),
     (with_(identities=[{"uri": "x:y"}, {"uri": "x:y"}]), "identities[1].uri: 'x:y' is listed twice"),
     (with_(environments={"e": {}}), "environments.e: needs exactly one of"),
+    (with_(identities=[{"uri": "x:y", "user": "alice"}]), "identities[0].user: 'alice' needs the settings users"),
+    (with_(identities=[{"uri": "x:y", "user": "root"}], users=USERS), "identities[0].user: 'root' is refused"),
+    (with_(identities=[{"uri": "x:y", "user": "0"}], users=USERS), "identities[0].user: String should match pattern"),
+    (with_(identities=[{"uri": "x:y", "user": "ALL"}], users=USERS), "identities[0].user: String should match"),
+    (
+        with_(identities=[{"uri": "x:y", "user": "alice"}], users=USERS, slurm={**REST}),
+        "identities[0].user: 'alice' needs slurm.adapter: cli; with rest jobs belong to the bridge's user",
+    ),
+    (
+        with_(identities=[{"uri": "x:y", "user": "alice"}], users=USERS, slurm={"adapter": "pyslurm"}),
+        "identities[0].user: 'alice' needs slurm.adapter: cli; with pyslurm jobs",
+    ),
+    (
+        with_(identities=[{"uri": "x:y", "user": "alice"}], users=USERS, slurm={"conf": "/etc/a,b"}),
+        "slurm.conf: '/etc/a,b' cannot stand in sudoers, which identities[0].user: 'alice' needs",
+    ),
+    (with_(users={"run_dir": "/scratch/isthmus"}), "users.run_dir: '/scratch/isthmus' must be an absolute path with"),
+    (with_(users={"run_dir": "/scratch/x{user}"}), "users.run_dir: "),
+    (with_(users={"run_dir": "/scratch/{user}/a b"}), "users.run_dir: "),
+    (with_(gateways=[{"address": "h:1", "proxy": "socks5://h:1"}]), "gateways[0].proxy: is not http://HOST:PORT"),
     (with_(slurm={"adapter": "drmaa"}), "slurm.adapter: "),
     (with_(slurm={"adapter": "rest"}), "slurm: adapter: rest needs the settings rest"),
     (
@@ -137,6 +161,16 @@ def test_denials(policy: Policy, changes: dict[str, object], message: str) -> No
     denial = decide(policy, policy.identities[0], spec(**{"environment": "venv", **changes}))
     assert isinstance(denial, Denial)
     assert str(denial) == message
+
+
+def test_users_files_are_taken_where_the_site_takes_them(policy: Policy) -> None:
+    wanted = spec(environment="venv", code={"train.py": b"1", "data.py": b"2"})
+    assert isinstance(decide(policy, policy.identities[0], wanted), Grant)
+    closed = parse(with_(code_files=False))
+    assert str(decide(closed, closed.identities[0], wanted)) == (
+        "policy code_files: 'data.py' is not allowed for isthmus://operator/prod; this site takes no files (task.code)"
+    )
+    assert isinstance(decide(closed, closed.identities[0], spec(environment="venv")), Grant)
 
 
 TOTALS = {"total_tasks": 8, "total_cpus": 20, "total_memory_mib": 900, "total_gres": {"gpu": 4}, "pools_per_day": 9}
@@ -225,7 +259,8 @@ def test_the_commented_example_is_valid_and_shows_every_field() -> None:
     path = EXAMPLES / "policy.yaml"
     example = load(path)
     text = path.read_text()
-    for model in (example, example.identities[0], example.environments["isthmus"], example.limits, example.slurm):
-        for field in type(model).model_fields:
+    parts = (example, example.identities[0], example.environments["isthmus"], example.limits, example.slurm)
+    for model in (*map(type, parts), UserSettings, GatewaySettings):
+        for field in model.model_fields:
             assert f"{field}:" in text, field
     assert example.env_denied == Policy.model_fields["env_denied"].default

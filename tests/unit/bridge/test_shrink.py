@@ -84,14 +84,16 @@ def test_totals_count_what_stays(tmp_path: Path) -> None:
     assert world.ensure("f" * 32).pool_spec().replicas == 3
 
 
-def test_an_older_bridges_journal_is_taken_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_an_older_bridges_journal_is_taken_over(tmp_path: Path, version: int) -> None:
     world = World(tmp_path)
     world.ensure()
     assert world.journal is not None
     world.journal.close()
     with sqlite3.connect(world.policy.journal_path) as connection:
-        connection.execute("ALTER TABLE pools DROP COLUMN keep")
-        connection.execute("PRAGMA user_version=1")
+        for column in [] if version == 3 else ["user"] if version == 2 else ["user", "keep"]:
+            connection.execute(f"ALTER TABLE pools DROP COLUMN {column}")
+        connection.execute(f"PRAGMA user_version={version}")
     connection.close()
     entry = Journal(world.policy.journal_path).get(KEY)
-    assert entry is not None and entry.keep == 0 and entry.pool_spec().replicas == 3
+    assert entry is not None and (entry.keep, entry.user) == (0, "") and entry.pool_spec().replicas == 3

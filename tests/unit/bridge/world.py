@@ -1,7 +1,7 @@
 """A Slurm that exists only here, a clock that tests turn, and a bridge between them that can be killed anywhere."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +92,7 @@ class Array:
     states: list[str]
     exit_codes: list[int]
     submitted: float
+    user: str = ""
     visible: bool = True
     visible_at: float = 0.0
 
@@ -140,6 +141,7 @@ class FakeSlurm:
             ["PENDING"] * submission.tasks,
             [0] * submission.tasks,
             self.clock(),
+            submission.user,
             visible=what != "late",
             # A request that waits in the controller's own queue: less long than the bridge looks for it.
             visible_at=self.clock() + 20.0 if what == "slow" else 0.0,
@@ -155,30 +157,31 @@ class FakeSlurm:
         """As told."""
         return self.sbatch_runs
 
-    def jobs(self) -> Sequence[TaskRecord]:
+    def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
         """Everything that is visible."""
         self._interrupt()
         if self.down:
             raise SlurmError(self.down)
         seen = [array for array in self.arrays if array.visible and self.clock() >= array.visible_at]
-        return [record for array in seen for record in _records(array)]
+        return [record for array in seen if array.user in ("", *users) for record in _records(array)]
 
-    def history(self, names: Sequence[str], since: float) -> Sequence[TaskRecord]:
+    def history(self, names: Sequence[str], since: float, user: str = "") -> Sequence[TaskRecord]:
         """Everything that is over."""
         self._interrupt()
         if self.accounts_down:
             raise SlurmError(self.accounts_down)
         if not self.keeps_accounts:
             return []
-        records = [record for array in self.arrays if array.name in names for record in _records(array)]
+        mine = [array for array in self.arrays if array.name in names and array.user == user]
+        records = [record for array in mine for record in _records(array)]
         return [record for record in records if meaning(record.state).over]
 
-    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None) -> None:
+    def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None, user: str = "") -> None:
         """Ends an array, or a range of its tasks, at once."""
         if self.down:
             raise SlurmError(self.down)
         for array in self.arrays:
-            if array.id == array_id and array.name == name:
+            if (array.id, array.name, array.user) == (array_id, name, user):
                 end = len(array.states) if last is None else last + 1
                 array.states = [
                     "CANCELLED" if first <= i < end and not meaning(s).over else s for i, s in enumerate(array.states)
@@ -208,13 +211,17 @@ class FakeSlurm:
 
 def _records(array: Array) -> list[TaskRecord]:
     waiting = tuple(i for i, state in enumerate(array.states) if state == "PENDING")
-    records = [TaskRecord(array.id, array.id, array.name, waiting, "PENDING", "Resources")] if waiting else []
+    records = (
+        [TaskRecord(array.id, array.id, array.name, waiting, "PENDING", "Resources", user=array.user)]
+        if waiting
+        else []
+    )
     for index, state in enumerate(array.states):
         if state != "PENDING":
             records.append(
                 TaskRecord(
                     array.id + index, array.id, array.name, (index,), state, exit_code=array.exit_codes[index],
-                    submitted=array.submitted, start=array.submitted + 1, node="n1",
+                    submitted=array.submitted, start=array.submitted + 1, node="n1", user=array.user,
                 )
             )  # fmt: skip
     return records

@@ -1,0 +1,123 @@
+"""A pool's directory that belongs to another local user: the same as :class:`~..run_directory.RunDirectory`, from afar.
+
+In the bridge's own ``run_dir`` stands a folder of the same key. It holds the moment until which a submission may be
+under way, and ``credentials-of``, the user's name, as long as that user's directory may hold the pool's credentials.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..run_directory import TAIL_BYTES, TAIL_LINES, Exit, Marks, RunDirectory
+from ..slurm.delegate import AsUserError
+from .ask import AsUser, encoded
+
+_OWNER = "credentials-of"
+T = TypeVar("T")
+
+
+class UserDirectory:
+    """Files of one pool, which belong to the given user."""
+
+    def __init__(self, root: Path, own_root: Path, key: str, user: str, as_user: AsUser) -> None:
+        """``root``: of the user's pools; ``own_root``: of the bridge's."""
+        there = RunDirectory(root, key)
+        self.path, self.script, self.client_script, self.tls = there.path, there.script, there.client_script, there.tls
+        self.log_pattern, self.job_log_pattern = there.log_pattern, there.job_log_pattern
+        self.guard = own_root / key
+        self._key = key
+        self._user = user
+        self._as_user = as_user
+
+    def _ask(self, do: str, **fields: Any) -> Any:
+        return self._as_user.ask(self._user, do, self._key, **fields)
+
+    def create(self, credentials: Mapping[str, bytes]) -> bool:
+        """See :meth:`~..run_directory.RunDirectory.create`."""
+        self.guard.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._note_credentials()
+        return self._ask("create", files=encoded(credentials)) is True
+
+    def write_credentials(self, credentials: Mapping[str, bytes]) -> None:
+        """See :meth:`~..run_directory.RunDirectory.write_credentials`."""
+        self._note_credentials()
+        self._ask("credentials", files=encoded(credentials))
+
+    def _note_credentials(self) -> None:
+        descriptor = os.open(self.guard / _OWNER, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(self._user)
+
+    def write_code(self, files: Mapping[str, bytes]) -> None:
+        """See :meth:`~..run_directory.RunDirectory.write_code`."""
+        if files:
+            self._ask("code", files=encoded(files))
+
+    def write_scripts(self, batch: str, client: str = "") -> None:
+        """See :meth:`~..run_directory.RunDirectory.write_scripts`."""
+        self._ask("scripts", batch=batch, client=client)
+
+    def holds_credentials(self) -> bool:
+        """Whether it may."""
+        return (self.guard / _OWNER).exists()
+
+    def submitted(self) -> bool:
+        """Whether a script was ever written. Raises ``OSError``."""
+        return self._ask("known") is True
+
+    def forget_credentials(self) -> None:
+        """See :meth:`~..run_directory.RunDirectory.forget_credentials`."""
+        self._ask("forget")
+        (self.guard / _OWNER).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """See :meth:`~..run_directory.RunDirectory.remove`."""
+        self._ask("remove")
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.guard)
+
+    def marks(self) -> dict[int, Marks]:
+        """See :meth:`~..run_directory.RunDirectory.marks`."""
+        return _read(_mark, self._ask("marks"))
+
+    def exits(self, wanted: Collection[int]) -> dict[int, Exit]:
+        """See :meth:`~..run_directory.RunDirectory.exits`."""
+        return _read(_exit, self._ask("exits", wanted=sorted(wanted)))
+
+    def tails(
+        self, indices: Iterable[int], lines: int = TAIL_LINES, limit: int = TAIL_BYTES, *, of_jobs: bool = False
+    ) -> dict[int, str]:
+        """See :meth:`~..run_directory.RunDirectory.tails`."""
+        wanted = list(indices)
+        told = self._ask("tails", indices=wanted, lines=lines, limit=limit, of_jobs=of_jobs) if wanted else {}
+        return {index: str(told.get(str(index), "")) for index in wanted}
+
+
+def _mark(told: Any) -> Marks:
+    code = told["exit_code"]
+    return Marks(int(told["array_id"]), str(told["node"]), None if code is None else int(code))
+
+
+def _exit(told: Any) -> Exit:
+    return Exit(int(told["array_id"]), int(told["restarts"]), int(told["code"]))
+
+
+def _read(one: Callable[[Any], T], told: Any) -> dict[int, T]:
+    """What that user's processes might have had a hand in is taken for what it should be, or not at all."""
+    try:
+        return {int(index): one(fields) for index, fields in told.items()}
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise AsUserError("an answer that is not understood", begun=True) from None
+
+
+def owner(guard: Path) -> str:
+    """The user whose directory may hold the credentials of the pool of this folder; empty: nobody's."""
+    try:
+        text = (guard / _OWNER).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return text if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", text) else ""

@@ -1,0 +1,184 @@
+"""The one program that sudo lets the bridge run as another user: it does what a request on its standard input asks for.
+
+Run as ``python -I -m isthmus_bridge.users.helper --run-dir DIR``. It keeps that user's pools' directories beneath DIR,
+submits the batch scripts in them, cancels the jobs of their names, and reads their logs; it has no other verb. Whoever
+may run it can have a job of that user's do anything, and can do nothing else as that user on this very machine.
+
+A request and its answer are a JSON object each, bytes in base64. No more than the standard library and the bridge's
+lighter modules are imported: a poll may wait for this program.
+"""
+
+import argparse
+import base64
+import json
+import os
+import pwd
+import re
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from isthmus_contracts.identities import slurm_job_name
+
+from ..run_directory import PATTERN_KEY, RunDirectory
+from ..slurm.cli import arguments, cancellation, which
+from ..slurm.command import CommandOutputTooLong, CommandTimeout, Result, run
+from ..slurm.environment import DEFAULT_PATH, program_environment
+from ..slurm.model import Gres, Submission
+
+PROTOCOL = 1
+MAX_REQUEST = 16 << 20
+_LONGEST = 600.0
+_MAX_OUTPUT = 1 << 16
+_MAX_TAIL = 1 << 20
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+# The policy has decided what is allowed. Here no value may pass for an option, or hold what Slurm would expand.
+_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.+-]{0,63})?")
+_COMMENT = re.compile(r"[A-Za-z0-9 ./_-]{0,255}")
+_NUMBERS = ("tasks", "time_limit_seconds", "warning_seconds", "cpus_per_task", "memory_mib", "steps", "at_once")
+
+
+class RefusedError(Exception):
+    """The request is not one that this program takes. ``str()`` is one line."""
+
+
+class Helper:
+    """Does what requests ask for, beneath one directory."""
+
+    def __init__(self, root: Path, bin_dir: Path | None, conf: Path | None) -> None:
+        self._root = root
+        self._env = program_environment(DEFAULT_PATH, {}, bin_dir, conf)
+        self._verbs: Mapping[str, Callable[[RunDirectory, Mapping[str, Any], float], Any]] = {
+            "create": lambda pool, request, _: pool.create(_files(request["files"])),
+            "credentials": lambda pool, request, _: pool.write_credentials(_files(request["files"])),
+            "code": lambda pool, request, _: pool.write_code(_files(request["files"])),
+            "scripts": lambda pool, request, _: pool.write_scripts(_text(request["batch"]), _text(request["client"])),
+            "known": lambda pool, *_: pool.script.exists(),
+            "forget": lambda pool, *_: pool.forget_credentials(),
+            "remove": lambda pool, *_: pool.remove(),
+            "marks": lambda pool, *_: {index: asdict(marks) for index, marks in pool.marks().items()},
+            "exits": lambda pool, request, _: {
+                index: asdict(found) for index, found in pool.exits(frozenset(request["wanted"])).items()
+            },
+            "tails": lambda pool, request, _: pool.tails(
+                [_number(index) for index in request["indices"]], _number(request["lines"]),
+                min(_MAX_TAIL, _number(request["limit"])), of_jobs=request["of_jobs"] is True,
+            ),
+            "submit": self._submit,
+            "cancel": self._cancel,
+        }  # fmt: skip
+
+    def answer(self, request: Mapping[str, Any]) -> Any:
+        """Raises ``OSError``, :class:`RefusedError`, and what Python raises for a request of the wrong form."""
+        if request["protocol"] != PROTOCOL:
+            raise RefusedError("another version of the bridge is installed than the one that runs; restart it")
+        # Whatever it is, it is over by then: by SIGALRM, which nobody catches.
+        left = min(_LONGEST, float(request["deadline"]) - time.time())
+        if left <= 0:
+            raise RefusedError("the request came too late")
+        signal.setitimer(signal.ITIMER_REAL, left + 1.0)
+        self._own_root()
+        if request["do"] == "hello":
+            return {"user": pwd.getpwuid(os.getuid()).pw_name, "sbatch": which("sbatch", self._env["PATH"])}
+        key = request["key"]
+        if re.fullmatch(PATTERN_KEY, key) is None or "\n" in key:
+            raise RefusedError("malformed key")
+        return self._verbs[request["do"]](RunDirectory(self._root, key), request, left)
+
+    def _own_root(self) -> None:
+        """Makes the directory of all pools where it is missing, and uses none that others may enter."""
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = self._root.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise RefusedError(f"{self._root} must be a directory of this user's own, with mode 0700")
+
+    def _submit(self, pool: RunDirectory, request: Mapping[str, Any], left: float) -> Any:
+        job = request["job"]
+        numbers: dict[str, Any] = {name: _number(job[name]) for name in _NUMBERS}
+        names: dict[str, Any] = {name: _matching(_NAME, job[name]) for name in ("partition", "account", "qos")}
+        gres = tuple(Gres(_matching(_NAME, n), _matching(_NAME, t), _number(c)) for n, t, c in job["gres"])
+        wanted = Submission(
+            name=slurm_job_name(pool.path.name), script=pool.script, directory=pool.path,
+            output=pool.log_pattern if numbers["steps"] == 1 else pool.job_log_pattern,
+            comment=_matching(_COMMENT, job["comment"]), gres=gres, **names, **numbers,
+        )  # fmt: skip
+        timeout = which("timeout", self._env["PATH"])
+        guard = [timeout, "--signal=KILL", f"{left:g}"]
+        return self._run([*guard, which("sbatch", self._env["PATH"]), *arguments(wanted)], left)
+
+    def _cancel(self, pool: RunDirectory, request: Mapping[str, Any], left: float) -> Any:
+        last = request["last"]
+        name, array_id, first = slurm_job_name(pool.path.name), _number(request["array"]), _number(request["first"])
+        program, *rest = cancellation(os.getuid(), name, array_id, first, None if last is None else _number(last))
+        return self._run([which(program, self._env["PATH"]), *rest], left)
+
+    def _run(self, argv: list[str], left: float) -> Any:
+        return asdict(run(argv, env=self._env, timeout=left, max_output=_MAX_OUTPUT))
+
+
+def _files(listed: Mapping[str, str]) -> dict[str, bytes]:
+    return {_matching(_FILE, name): base64.b64decode(content, validate=True) for name, content in listed.items()}
+
+
+def _matching(pattern: re.Pattern[str], text: str) -> str:
+    if pattern.fullmatch(text) is None:
+        raise RefusedError("malformed value")
+    return text
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= 1 << 40:
+        raise RefusedError("malformed number")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise RefusedError("malformed text")
+    return value
+
+
+def respond(helper: Helper, content: bytes) -> dict[str, Any]:
+    """The answer to what was read: a result, what kept it from being done, or what sbatch has left open."""
+    try:
+        return {"result": helper.answer(json.loads(content))}
+    except RefusedError as error:
+        return {"refused": str(error)}
+    except (CommandTimeout, CommandOutputTooLong) as error:
+        return {"open": str(error)}
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return {"error": f"{where}{error.strerror}"}
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return {"refused": "malformed request"}
+
+
+def main() -> int:
+    """Answers one request."""
+    parser = argparse.ArgumentParser(prog="isthmus_bridge.users.helper")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--bin-dir", type=Path)
+    parser.add_argument("--conf", type=Path)
+    options = parser.parse_args()
+    if 0 in os.getresuid():
+        print("isthmus-bridge: this is for ordinary users, never for root", file=sys.stderr)
+        return 2
+    os.umask(0o077)
+    os.chdir("/")
+    content = sys.stdin.buffer.read(MAX_REQUEST + 1)
+    if len(content) > MAX_REQUEST:
+        print("isthmus-bridge: the request is too long", file=sys.stderr)
+        return 2
+    json.dump(respond(Helper(options.run_dir, options.bin_dir, options.conf), content), sys.stdout)
+    return 0
+
+
+__all__ = ["PROTOCOL", "Helper", "Result", "respond"]
+
+if __name__ == "__main__":
+    sys.exit(main())
