@@ -27,6 +27,7 @@ ALL = (
     "codecs --parameters 1000000",
     "codecs --accuracy",
     "strategies",
+    "privacy",
 )
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,10 +56,16 @@ class Client:
         return Update(self.name, len(self._data), snapshot(model.state_dict()), scalars=scalars)
 
 
-def federate(spec: Spec, model: nn.Module, clients: list[Client], rounds: int, seed: int) -> Iterator[int]:
-    """Trains as the strategy has it; yields the number of each round, its global model loaded."""
+def federate(
+    spec: Spec, model: nn.Module, clients: list[Client], rounds: int, seed: int,
+    protect: Callable[[Strategy], Strategy] = lambda rule: rule,
+) -> Iterator[int]:  # fmt: skip
+    """Trains as the strategy has it; yields the number of each round, its global model loaded.
+
+    ``protect`` may put something around the aggregator's rule.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        strategy = make_strategy(spec, Path(scratch), len(clients))
+        strategy = protect(make_strategy(spec, Path(scratch), len(clients)))
         if spec.round_size is None:
             yield from by_rounds(spec, strategy, model, clients, rounds, seed)
         else:

@@ -153,6 +153,16 @@ TABLES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
             *_ACCURACY,
         ),
     ),
+    "privacy": (
+        "Differential privacy",
+        (
+            _CLIENTS,
+            Column("noise multiplier", "noise_multiplier", "{:g}".format),
+            Column("epsilon", "epsilon", "{:.2f}".format),
+            Column("accuracy", "accuracy", percent),
+            Column("clipped updates", "clipped", percent),
+        ),
+    ),
     "strategies": (
         "Strategies",
         (

@@ -168,6 +168,24 @@ DASHBOARD = Dashboard(
             ),
         ),
         Panel(
+            "Privacy budget",
+            "Epsilon of all models that were published, and the budget, at which training ends. For jobs with"
+            " differential privacy.",
+            (
+                Query(f"max(isthmus_privacy_epsilon{{{_JOB}}})", "epsilon"),
+                Query(f"max(isthmus_privacy_epsilon_limit{{{_JOB}}})", "maxEpsilon"),
+            ),
+            steps=True,
+        ),
+        Panel(
+            "Clipped updates",
+            "Of the newest round, the share that was longer than clipNorm. None: the bound, and with it the noise, is"
+            " larger than it must be. All: it holds training back.",
+            (Query(f"max(isthmus_privacy_clipped_ratio{{{_JOB}}})", "clipped"),),
+            unit="percentunit",
+            steps=True,
+        ),
+        Panel(
             "Conditions",
             "1: the condition is True.",
             (
@@ -175,7 +193,6 @@ DASHBOARD = Dashboard(
                 Query(f"max(isthmus_checkpoint_failures_total{{{_JOB}}})", "checkpoint failures", right=True),
             ),
             steps=True,
-            width=24,
         ),
     ),
 )

@@ -1,5 +1,6 @@
 """The FederatedJob's spec. The CRD is generated from it; :mod:`.manifest` turns its verdicts into one line."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -22,6 +23,7 @@ from .fields import (
     list_map,
 )
 from .identities import RESERVED_ENV_PREFIX, RESERVED_POOL_NAMES
+from .privacy import Privacy
 from .rounds import Selection, Stragglers
 from .strategy import Strategy
 from .tracking import Tracking
@@ -264,6 +266,7 @@ class FederatedJobSpec(Resource):
     selection: Selection = Selection()
     stragglers: Stragglers = Stragglers()
     compression: Compression = Compression()
+    privacy: Privacy = Privacy()
     objective: Objective = Objective()
     tracking: Tracking = Tracking()
     aggregator: Aggregator = Aggregator()
@@ -290,6 +293,14 @@ class FederatedJobSpec(Resource):
     def most_trainers(self) -> int:
         """Number of clients that train, when cloud pools have grown as far as they may."""
         return sum(pool.size for pool in self.pools if pool.role == "Train")
+
+    @property
+    def expected_updates(self) -> int:
+        """With how many updates a round is expected to end: by the manifest alone, whoever is there."""
+        replicas = sum(pool.replicas for pool in self.pools if pool.role == "Train")
+        if self.selection.policy == "All":
+            return replicas
+        return min(max(math.ceil(float(self.selection.fraction) * replicas), self.min_clients), replicas)
 
     @property
     def min_clients(self) -> int:
@@ -367,7 +378,24 @@ class FederatedJobSpec(Resource):
             raise ValueError(
                 f"strategy.deterministic: which updates a round gets must not depend on speed, as {by_time} has it"
             )
+        self._check_privacy()
         return self
+
+    def _check_privacy(self) -> None:
+        private = self.privacy.differential_privacy
+        if private is None:
+            return
+        if problem := private.problem(self.strategy.algorithm, self.most_trainers):
+            raise ValueError(f"privacy.{problem}")
+        if self.strategy.deterministic:
+            raise ValueError(
+                "strategy.deterministic: does not go with privacy.differentialPrivacy, whose noise nobody may repeat"
+            )
+        if by_time := self._decided_by_time():
+            raise ValueError(
+                f"privacy.differentialPrivacy: does not go with {by_time}: one client's data must not decide whose"
+                " updates count, or how often"
+            )
 
     def _check_bursts(self) -> None:
         for number, pool in enumerate(self.pools):

@@ -46,6 +46,7 @@ class Reason(StrEnum):
     NOT_SUSPENDED = "NotSuspended"
     ROUNDS_COMPLETED = "RoundsCompleted"
     TARGET_REACHED = "TargetReached"  # objective.target, before the last round
+    PRIVACY_BUDGET_SPENT = "PrivacyBudgetSpent"  # the next round would pass maxEpsilon, before the last one
     QUORUM_IMPOSSIBLE = "QuorumImpossible"  # too many clients are out of restarts
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     QUEUE_TIMEOUT = "QueueTimeout"
@@ -106,6 +107,15 @@ class ModelStatus(Resource):
     sha256: str
 
 
+class PrivacyStatus(Resource):
+    """What differential privacy guarantees of the newest committed model, and of all before it."""
+
+    epsilon: str
+    delta: str
+    rounds: int = 0
+    """Published rounds that it accounts for."""
+
+
 class ClientsStatus(Resource):
     """Clients over all pools."""
 
@@ -130,5 +140,6 @@ class FederatedJobStatus(Resource):
     metrics: Annotated[list[MetricStatus], Field(json_schema_extra=list_map("name"))] = []
     best_metric: MetricStatus | None = None
     model: ModelStatus | None = None
+    privacy: PrivacyStatus | None = None
     start_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
     completion_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None

@@ -4,7 +4,7 @@ from google.protobuf import json_format
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
-from .observed import FederationView, Metric, ModelView
+from .observed import FederationView, Metric, ModelView, PrivacyView
 from .text import last_lines
 
 
@@ -26,6 +26,7 @@ def view(status: pb.FederationStatus) -> FederationView:
         metrics=tuple(_metric(metric) for metric in status.metrics),
         best=_metric(status.best) if status.best.name else None,
         model=ModelView(status.model.path, status.model.round, status.model.sha256) if status.model.path else None,
+        privacy=_privacy(status.privacy) if status.HasField("privacy") else None,
     )
 
 
@@ -42,3 +43,7 @@ def from_termination(message: str) -> FederationView | None:
 
 def _metric(value: pb.MetricValue) -> Metric:
     return Metric(value.name, value.value, value.round)
+
+
+def _privacy(status: pb.PrivacyStatus) -> PrivacyView:
+    return PrivacyView(status.epsilon, status.delta, status.rounds, status.spent)

@@ -178,6 +178,16 @@ class ModelView:
 
 
 @dataclass(frozen=True, slots=True)
+class PrivacyView:
+    """What differential privacy has cost."""
+
+    epsilon: float
+    delta: float
+    rounds: int
+    spent: bool = False  # another round would pass the budget
+
+
+@dataclass(frozen=True, slots=True)
 class FederationView:
     """What the aggregator says of the training."""
 
@@ -191,6 +201,7 @@ class FederationView:
     metrics: tuple[Metric, ...] = ()
     best: Metric | None = None
     model: ModelView | None = None
+    privacy: PrivacyView | None = None
 
 
 @dataclass(frozen=True, slots=True)

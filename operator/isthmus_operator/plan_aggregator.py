@@ -11,8 +11,9 @@ from . import names
 from .actions import CreatePod, DeletePod
 from .draft import Draft, Verdict
 from .federation import from_termination
-from .observed import FederationView, PodView
+from .observed import FederationView, PodView, PrivacyView
 from .render import aggregator
+from .status import rounded_up
 from .text import killed, last_lines, one_line
 
 # A pod that failed before its container could run (evicted, refused by the node) is kept this long, so that a node
@@ -80,7 +81,7 @@ def judge(draft: Draft, pod: PodView) -> tuple[Verdict | None, FederationView | 
     last = from_termination(pod.message if pod.ended else pod.last_message)
     for said in (draft.observed.federation, last):
         if said is not None and said.phase == "COMPLETE":
-            return _complete(said.completed_rounds, draft.spec), said
+            return _complete(said.completed_rounds, draft.spec, said.privacy), said
         if said is not None and said.phase == "FAILED":
             return _failed(said.message), said
     federation = draft.observed.federation or last
@@ -121,8 +122,12 @@ def _foreign_authority(draft: Draft, pod: PodView) -> bool:
     return bool(draft.observed.authority) and pod.authority != draft.observed.authority
 
 
-def _complete(rounds: int, spec: FederatedJobSpec) -> Verdict:
-    goal = spec.objective
+def _complete(rounds: int, spec: FederatedJobSpec, privacy: PrivacyView | None = None) -> Verdict:
+    goal, private = spec.objective, spec.privacy.differential_privacy
+    if privacy is not None and private is not None and privacy.spent and rounds < spec.rounds:
+        cost = f"epsilon is {rounded_up(privacy.epsilon)} after {rounds} of {spec.rounds} rounds"
+        budget = f"another would pass maxEpsilon {private.max_epsilon}"
+        return Verdict("Complete", Reason.PRIVACY_BUDGET_SPENT, f"{cost}, and {budget}")
     if goal.target is not None and rounds < spec.rounds:
         reached = f"{goal.metric} reached {goal.target} after {rounds} rounds"
         return Verdict("Complete", Reason.TARGET_REACHED, reached)

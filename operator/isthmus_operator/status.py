@@ -3,6 +3,7 @@
 import copy
 import datetime as dt
 from collections.abc import Iterable, Mapping
+from decimal import ROUND_CEILING, Context
 from typing import Any
 
 from isthmus_contracts.federatedjob import FederatedJobSpec
@@ -98,7 +99,13 @@ class StatusDraft:
             if view.model is not None:
                 uri = model_uri(self._job, spec, view.model.path)
                 self.content["model"] = {"uri": uri, "round": view.model.round, "sha256": view.model.sha256}
+            if (privacy := view.privacy) is not None and privacy.rounds >= self._accounted():
+                epsilon, delta = rounded_up(privacy.epsilon), decimal(privacy.delta)
+                self.content["privacy"] = {"epsilon": epsilon, "delta": delta, "rounds": privacy.rounds}
         self.content["rounds"] = rounds
+
+    def _accounted(self) -> int:
+        return int((self.content.get("privacy") or {}).get("rounds", 0))
 
     def pools(self, outcomes: Iterable[PoolOutcome], ready: Mapping[str, int] | None) -> None:
         """Shows the pools. ``ready``: connected clients by pool; None where that is not known at the moment."""
@@ -200,6 +207,11 @@ def model_uri(job: Job, spec: FederatedJobSpec, path: str) -> str:
 def decimal(value: float) -> str:
     """A short decimal string: a CRD holds no floats."""
     return f"{value:.{_DIGITS}g}"
+
+
+def rounded_up(value: float) -> str:
+    """The same for what must not look smaller than it is."""
+    return decimal(float(Context(prec=_DIGITS, rounding=ROUND_CEILING).create_decimal_from_float(value)))
 
 
 def _metric(metric: Metric) -> dict[str, Any]:

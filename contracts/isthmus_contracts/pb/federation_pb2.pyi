@@ -943,6 +943,7 @@ class FederationStatus(_message.Message):
     SUBMITTED_FIELD_NUMBER: _builtins.int
     ROUND_STARTED_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
+    PRIVACY_FIELD_NUMBER: _builtins.int
     phase: Global___FederationStatus.Phase.ValueType
     message: _builtins.str
     """why it waits or failed; empty when all is well"""
@@ -972,6 +973,10 @@ class FederationStatus(_message.Message):
     def model(self) -> Global___ModelStatus:
         """the newest committed"""
 
+    @_builtins.property
+    def privacy(self) -> Global___PrivacyStatus:
+        """where the job asks for differential privacy"""
+
     def __init__(
         self,
         *,
@@ -989,14 +994,55 @@ class FederationStatus(_message.Message):
         submitted: _builtins.int = ...,
         round_started: _builtins.float = ...,
         started: _builtins.float = ...,
+        privacy: Global___PrivacyStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "model", b"model", "privacy", b"privacy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "completed_rounds", b"completed_rounds", "current_round", b"current_round", "message", b"message", "metrics", b"metrics", "min_clients", b"min_clients", "model", b"model", "phase", b"phase", "pools", b"pools", "round_started", b"round_started", "selected", b"selected", "started", b"started", "submitted", b"submitted", "total_rounds", b"total_rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "completed_rounds", b"completed_rounds", "current_round", b"current_round", "message", b"message", "metrics", b"metrics", "min_clients", b"min_clients", "model", b"model", "phase", b"phase", "pools", b"pools", "privacy", b"privacy", "round_started", b"round_started", "selected", b"selected", "started", b"started", "submitted", b"submitted", "total_rounds", b"total_rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FederationStatus: _TypeAlias = FederationStatus  # noqa: Y015
+
+@_typing.final
+class PrivacyStatus(_message.Message):
+    """What differential privacy guarantees of the committed models, all together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPSILON_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    MAX_EPSILON_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
+    SPENT_FIELD_NUMBER: _builtins.int
+    CLIPPED_RATIO_FIELD_NUMBER: _builtins.int
+    epsilon: _builtins.float
+    delta: _builtins.float
+    max_epsilon: _builtins.float
+    """the budget; 0: there is none"""
+    rounds: _builtins.int
+    """that are accounted for"""
+    spent: _builtins.bool
+    """the next round would pass the budget"""
+    clipped_ratio: _builtins.float
+    """of the newest round's updates, those longer than the bound; not protected"""
+    def __init__(
+        self,
+        *,
+        epsilon: _builtins.float = ...,
+        delta: _builtins.float = ...,
+        max_epsilon: _builtins.float = ...,
+        rounds: _builtins.int = ...,
+        spent: _builtins.bool = ...,
+        clipped_ratio: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clipped_ratio", b"clipped_ratio", "delta", b"delta", "epsilon", b"epsilon", "max_epsilon", b"max_epsilon", "rounds", b"rounds", "spent", b"spent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrivacyStatus: _TypeAlias = PrivacyStatus  # noqa: Y015
 
 @_typing.final
 class PoolStatus(_message.Message):

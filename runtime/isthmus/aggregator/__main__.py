@@ -22,6 +22,7 @@ from isthmus_contracts.pb.federation_pb2_grpc import add_ObserverServicer_to_ser
 from isthmus_contracts.transport import SERVER_OPTIONS, renewed_server_credentials
 
 from ..strategies import StrategyError, make_strategy
+from .budget import protect
 from .checkpoints import CheckpointError, CheckpointStore
 from .federation import Federation
 from .job import load_job
@@ -72,9 +73,10 @@ async def serve(arguments: argparse.Namespace) -> int:
         raise ManifestError([f"{error.filename}: {error.strerror}"]) from None
     metrics = AggregatorMetrics(job.namespace, job.name)
     store = CheckpointStore(arguments.state, job.uid, job.spec.checkpoints_kept)
-    strategy = make_strategy(job.spec.strategy, arguments.state, job.spec.most_trainers)
+    rule = make_strategy(job.spec.strategy, arguments.state, job.spec.most_trainers)
+    strategy, budget = protect(job.spec, rule)
     tracker = make_tracker(job, arguments.state)
-    federation = Federation(job, store, strategy, metrics, tracker)
+    federation = Federation(job, store, strategy, metrics, tracker, budget)
     observer = ObserverService(federation)
 
     server = aio.server(options=SERVER_OPTIONS)

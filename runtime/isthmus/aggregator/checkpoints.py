@@ -66,6 +66,9 @@ class RoundRecord:
     """Of whole updates, as encoded."""
     sent_bytes: int = 0
     """Of models, as encoded, while the round was in progress."""
+    privacy: dict[str, float] = field(default_factory=dict)
+    """Where the job asks for differential privacy: ``epsilon`` and ``delta`` of all models up to this one, the
+    ``rounds`` and the ``mu_squared`` that they follow from, and the ``clipped_ratio`` of this round's updates."""
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     """``mean`` and ``max`` of the seconds that each stage took: over the clients (wait, pull, evaluate, train, encode),
     over the updates (push, fold), and of the checkpoint."""
@@ -171,8 +174,8 @@ class CheckpointStore:
         self._strategy_spare.unlink(missing_ok=True)
         return path, file.sha256
 
-    def records(self, up_to: int) -> list[RoundRecord]:
-        """The records of rounds 1 to ``up_to``; later ones belong to rounds that were never committed."""
+    def records(self, up_to: int | None = None) -> list[RoundRecord]:
+        """The records of rounds 1 to ``up_to``: later ones belong to rounds whose checkpoints were removed."""
         records: dict[int, RoundRecord] = {}
         if self._records.exists():
             for line in self._records.read_text(encoding="utf-8").splitlines():
@@ -180,7 +183,7 @@ class CheckpointStore:
                     record = RoundRecord.of_text(line)
                 except ValueError:
                     continue  # the last line, torn by a crash
-                if record.round <= up_to:
+                if up_to is None or record.round <= up_to:
                     records[record.round] = record
         return [records[number] for number in sorted(records)]
 

@@ -41,7 +41,7 @@ class Course:
     initial: State | None = None
     """These weights."""
     broken: StrategyError | None = None
-    """What a user's strategy died of: the job cannot go on."""
+    """What the strategy died of: the job cannot go on."""
     final: tuple[str, str] | None = None
     """The final model's path and SHA-256, once it is written."""
     open: asyncio.Event = field(default_factory=asyncio.Event)

@@ -17,6 +17,7 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from ..strategies import Strategy
 from ..tensors import State
 from . import messages
+from .budget import PrivacyBudget
 from .checkpoints import Checkpoint, CheckpointError, CheckpointStore, RoundRecord
 from .clientbook import ClientBook
 from .compression import Broadcast, Compression
@@ -50,8 +51,10 @@ class Federation:
     """Runs a job's rounds over whatever clients are there. ``run()`` returns when training is complete."""
 
     def __init__(
-        self, job: Job, store: CheckpointStore, strategy: Strategy, metrics: AggregatorMetrics, tracker: Tracker
-    ) -> None:
+        self, job: Job, store: CheckpointStore, strategy: Strategy, metrics: AggregatorMetrics, tracker: Tracker,
+        budget: PrivacyBudget | None = None,
+    ) -> None:  # fmt: skip
+        """``budget``: of differential privacy, which ``strategy`` then has."""
         self.job = job
         self.spec = job.spec
         self.metrics = metrics
@@ -68,12 +71,15 @@ class Federation:
         self._store = store
         self._strategy = strategy
         self._tracker = tracker
+        self._budget = budget
         self.progress = Progress(job.spec.objective)
         self._contributors: set[ClientId] = set()  # to the newest committed round
         self._evaluations = WeightedMeans()
         self._record: RoundRecord | None = None  # of the newest committed round
         self._offer: pb.ServerMessage | None = None  # of the round in progress: the same for all
-        self._reporter = Reporter(job.spec, self.course, self.members, self.progress, tracker, store.directory, metrics)
+        self._reporter = Reporter(
+            job.spec, self.course, self.members, self.progress, tracker, store.directory, metrics, budget
+        )
 
     # ---- the course of training
 
@@ -82,6 +88,8 @@ class Federation:
         self.metrics.rounds_planned.set(self.spec.rounds)
         await asyncio.to_thread(self._store.open)
         checkpoint = await asyncio.to_thread(self._store.latest)
+        if self._budget is not None:
+            self._budget.restore(_committed(checkpoint), self._store.records())
         if checkpoint is None:
             checkpoint = await self._initialize()
         else:
@@ -90,7 +98,7 @@ class Federation:
             self._strategy.load_state(checkpoint.strategy)
             await self._remember(checkpoint)
         await self._adopt(checkpoint)
-        while checkpoint.round < self.spec.rounds and not self.progress.reached:
+        while checkpoint.round < self.spec.rounds and not self.progress.reached and not self._out_of_budget(checkpoint):
             await self._wait_for_quorum()
             checkpoint = await self._train(checkpoint)
         self.course.open.set()  # whoever waits hears that it is over
@@ -105,6 +113,13 @@ class Federation:
         self.dismiss(pb.Stop.COMPLETE, "training is complete")
         self._reporter.refresh()
         self.course.changes.ring()
+
+    def _out_of_budget(self, checkpoint: Checkpoint) -> bool:
+        """Whether the next round would cost more privacy than the job has."""
+        spent = self._budget is not None and self._budget.spent
+        if spent:
+            log.info("the privacy budget ends after round %d of %d", checkpoint.round, self.spec.rounds)
+        return spent
 
     def dismiss(self, reason: "pb.Stop.Reason.ValueType", message: str) -> None:
         """Tells every client to stop."""
@@ -247,10 +262,15 @@ class Federation:
         """What a round comes to."""
         means = {_train_name(name): value for name, value in self.course.training.means().items()}
         seconds = time.monotonic() - state.started
-        return RoundRecord(state.number, seconds, state.updates, self.course.examples, means, time.time())
+        record = RoundRecord(state.number, seconds, state.updates, self.course.examples, means, time.time())
+        if self._budget is not None:
+            record.privacy = self._budget.account()
+        return record
 
     async def _conclude(self, state: RoundState, record: RoundRecord) -> None:
         """Books a round whose checkpoint is durable."""
+        if self._budget is not None:
+            self._budget.charge()
         await self._close_evaluations()
         record.seconds, record.time = time.monotonic() - state.started, time.time()
         away = {client.id for client in self.members if not client.ready}
@@ -446,6 +466,13 @@ class Federation:
         self._reporter.refresh_soon()
         self.course.changes.tell()
         await self.course.changes.wait(until)
+
+
+def _committed(checkpoint: Checkpoint | None) -> RoundRecord | None:
+    """The record in a checkpoint; ``None`` where it holds no round's result."""
+    if checkpoint is None or not checkpoint.round:
+        return None
+    return RoundRecord.of_text(checkpoint.notes.get(_RECORD, RoundRecord(checkpoint.round, 0.0, 0, 0).text()))
 
 
 def _train_name(name: str) -> str:

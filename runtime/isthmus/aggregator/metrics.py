@@ -82,6 +82,14 @@ class AggregatorMetrics:
         )
         self.metric = gauge("isthmus_metric", "Newest value of a training or evaluation metric", "metric")
         self.best_metric = gauge("isthmus_best_metric", "Best value of the objective's metric", "metric")
+        self.privacy_epsilon = gauge(
+            "isthmus_privacy_epsilon", "Epsilon of all models that were published, for the job's delta"
+        )
+        self.privacy_epsilon_limit = gauge("isthmus_privacy_epsilon_limit", "The privacy budget: maxEpsilon")
+        self.privacy_delta = gauge("isthmus_privacy_delta", "The delta that epsilon goes with")
+        self.privacy_clipped = gauge(
+            "isthmus_privacy_clipped_ratio", "Share of the newest round's updates that were longer than clipNorm"
+        )
         self.model_bytes = gauge("isthmus_model_bytes", "Size of the global model").labels(**bound)
 
     def show(self, status: pb.FederationStatus, round_number: int) -> None:
@@ -97,6 +105,17 @@ class AggregatorMetrics:
             self.metric.labels(**self.bound, metric=metric.name).set(metric.value)
         if status.best.name:
             self.best_metric.labels(**self.bound, metric=status.best.name).set(status.best.value)
+
+        if status.HasField("privacy"):
+            self._show_privacy(status.privacy)
+
+    def _show_privacy(self, privacy: pb.PrivacyStatus) -> None:
+        """A job without differential privacy has none of these series."""
+        self.privacy_epsilon.labels(**self.bound).set(privacy.epsilon)
+        self.privacy_delta.labels(**self.bound).set(privacy.delta)
+        self.privacy_clipped.labels(**self.bound).set(privacy.clipped_ratio)
+        if privacy.max_epsilon:
+            self.privacy_epsilon_limit.labels(**self.bound).set(privacy.max_epsilon)
 
     def accepted(self, pool: str, staleness: int) -> None:
         """An update counts that was trained from a model so many rounds older than the newest."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 
+from .budget import PrivacyBudget
 from .course import Course
 from .membership import Membership
 from .metrics import AggregatorMetrics
@@ -21,7 +22,7 @@ class Reporter:
 
     def __init__(
         self, spec: FederatedJobSpec, course: Course, members: Membership, progress: Progress, tracker: Tracker,
-        directory: Path, metrics: AggregatorMetrics,
+        directory: Path, metrics: AggregatorMetrics, budget: PrivacyBudget | None = None,
     ) -> None:  # fmt: skip
         self._spec = spec
         self._course = course
@@ -30,6 +31,7 @@ class Reporter:
         self._tracker = tracker
         self._directory = directory
         self._metrics = metrics
+        self._budget = budget
         self._due: asyncio.TimerHandle | None = None
 
     def status(self) -> pb.FederationStatus:
@@ -51,6 +53,8 @@ class Reporter:
             round_started=course.round_started,
             started=course.started,
         )
+        if self._budget is not None:
+            status.privacy.CopyFrom(self._budget.status())
         if course.final is not None:
             status.model.path, status.model.sha256 = course.final
             status.model.round = completed

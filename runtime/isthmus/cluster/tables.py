@@ -37,6 +37,10 @@ def job_view(job: Body) -> Group:
     lines: list[Any] = [head]
     if metrics:
         lines.append(Text(", ".join(metrics) + (f"; best {best['value']} (round {best['round']})" if best else "")))
+    if privacy := status.get("privacy"):
+        budget = ((spec.get("privacy") or {}).get("differentialPrivacy") or {}).get("maxEpsilon")
+        of = f" of {budget}" if budget else ""
+        lines.append(Text(f"privacy: epsilon {privacy['epsilon']}{of} (delta {privacy['delta']})"))
     if status.get("message"):
         lines.append(Text(str(status["message"])))
     table = Table(box=None, pad_edge=False)

@@ -264,6 +264,10 @@ class LocalRun:
         self._view.tell(f"complete: {rounds} rounds in {self._elapsed():.1f} s")
         if best.name:
             self._view.tell(f"best {format_metrics({best.name: best.value})[0]} (round {best.round})")
+        if self._status.HasField("privacy"):
+            privacy = self._status.privacy
+            ended = f"; another round would pass maxEpsilon {privacy.max_epsilon:g}" if privacy.spent else ""
+            self._view.tell(f"privacy: epsilon {privacy.epsilon:.4g} (delta {privacy.delta:g}){ended}")
         self._view.tell(f"model: {self._directory.model}")
         return EXIT_COMPLETE
 

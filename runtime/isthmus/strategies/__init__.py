@@ -5,9 +5,9 @@ from pathlib import Path
 
 from isthmus_contracts.strategy import Strategy as StrategySpec
 
-from .base import Setup, Strategy, Update
+from .base import Setup, Strategy, StrategyError, Update
 from .coordinate_median import CoordinateMedian
-from .custom import Custom, StrategyError
+from .custom import Custom
 from .deterministic import Deterministic
 from .fedadagrad import FedAdagrad
 from .fedadam import FedAdam

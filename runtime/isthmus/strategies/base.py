@@ -11,6 +11,10 @@ import torch
 from ..tensors import State
 
 
+class StrategyError(Exception):
+    """A strategy cannot go on, and neither can the job. ``str()`` says where and why, in one line."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a strategy is made from."""

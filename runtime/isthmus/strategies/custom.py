@@ -7,13 +7,9 @@ from typing import TypeVar
 from isthmus_contracts.manifest import ManifestError
 
 from ..tensors import State, mismatch, non_finite, specs_of
-from .base import Setup, Strategy, Update
+from .base import Setup, Strategy, StrategyError, Update
 
 T = TypeVar("T")
-
-
-class StrategyError(Exception):
-    """A user's strategy failed: the job cannot go on. ``str()`` says where and why, in one line."""
 
 
 class Custom(Strategy):

@@ -18,12 +18,14 @@ import torch
 
 from isthmus.aggregator import __main__ as aggregator
 from isthmus.aggregator import checkpoints
+from isthmus.aggregator.budget import PrivacyBudget
 from isthmus.aggregator.federation import Federation
 from isthmus.aggregator.intake import Intake
 from isthmus.aggregator.membership import Client, Membership
 from isthmus.aggregator.service import FederationService
 from isthmus.client import session, transfer
 from isthmus.codecs import Decoder
+from isthmus.privacy import Private
 from isthmus.strategies.deterministic import Deterministic
 from isthmus.strategies.fedavg import FedAvg
 from isthmus.strategies.spill import Spill
@@ -35,6 +37,7 @@ POINTS: list[tuple[Any, str]] = [
     (Reception, "__init__"), (Reception, "write"), (Reception, "finish"), (Decoder, "write"),
     (FederationService, "_count"), (Intake, "precheck"), (Intake, "_count"), (Intake, "_fold"),
     (Deterministic, "accept"), (Deterministic, "finish"), (FedAvg, "accept"), (FedAvg, "finish"), (Spill, "add"),
+    (Private, "accept"), (Private, "finish"), (PrivacyBudget, "account"), (PrivacyBudget, "charge"),
     (Federation, "_begin_round"), (Federation, "_record_of"),
     (checkpoints.CheckpointStore, "save"), (checkpoints.CheckpointStore, "append"), (checkpoints, "_publishing"),
     (os, "fdatasync"), (os, "fsync"), (Path, "rename"), (Path, "unlink"),

@@ -2,9 +2,9 @@
 
 PAUSE: seconds a round takes longer. HOLD: round from which on it waits for the file ``go``, so that a test that
 disturbs a run never comes after its end. BREAK: "round:exception" raises there. NAN: round in which the weights are
-NaN. WIDTH: of a hidden layer that makes the model larger. SCALE: what the trained weights are multiplied by. STEPS:
-of the optimizer in a round. Each client leaves a list of the rounds that it trained, and of the digests of the
-weights that it began them with.
+NaN. NORM: "layer" normalises by LayerNorm rather than BatchNorm1d. WIDTH: of a hidden layer that makes the model
+larger. SCALE: what the trained weights are multiplied by. STEPS: of the optimizer in a round. Each client leaves a list
+of the rounds that it trained, and of the digests of the weights that it began them with.
 """
 
 import hashlib
@@ -28,7 +28,8 @@ def build() -> torch.nn.Module:
     width = int(os.environ.get("WIDTH", "0"))
     wide = [torch.nn.Linear(8, width), torch.nn.ReLU(), torch.nn.Linear(width, width), torch.nn.ReLU(),
             torch.nn.Linear(width, 8)] if width else []  # fmt: skip
-    return torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), *wide, torch.nn.Linear(8, 1))
+    norm = torch.nn.LayerNorm(8) if os.environ.get("NORM") == "layer" else torch.nn.BatchNorm1d(8)
+    return torch.nn.Sequential(torch.nn.Linear(5, 8), norm, *wide, torch.nn.Linear(8, 1))
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:

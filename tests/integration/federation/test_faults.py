@@ -5,6 +5,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,9 +22,14 @@ def trained(job: Federation, client: int) -> Counter[int]:
     return Counter(int(line) for line in (job.directory / f"trained-{client}").read_text().split())
 
 
+def records(job: Federation) -> list[dict[str, Any]]:
+    """The newest record of each round, in their order."""
+    newest = {record["round"]: record for record in map(json.loads, (job.state / "rounds.jsonl").open())}
+    return [newest[number] for number in sorted(newest)]
+
+
 def updates(job: Federation) -> dict[int, int]:
-    lines = (job.state / "rounds.jsonl").read_text().splitlines()
-    return {record["round"]: record["updates"] for record in map(json.loads, lines)}
+    return {record["round"]: record["updates"] for record in records(job)}
 
 
 def test_the_aggregator_killed_again_and_again(federation: Make, script: Path) -> None:

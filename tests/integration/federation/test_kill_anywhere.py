@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from isthmus_contracts import identities
+from isthmus_contracts.accounting import Spent
 from tests.ports import free_port
 
 from .conftest import DAY, POOL, SERVER_NAME, UID, Federation, eventually
-from .test_faults import trained, updates
+from .test_faults import records, trained, updates
 
 Make = Callable[..., Federation]
 CLIENTS = 2
@@ -139,3 +141,28 @@ def test_at_random_points_with_a_larger_model_and_codecs(
     kills = random.Random(seed).choices(range(5, 130), k=12)  # noqa: S311
     run(killed, script, nurseries, kills, WIDTH="600")
     assert verify(killed, rounds) == verify(undisturbed, rounds)
+
+
+def test_the_privacy_account_counts_what_was_published(
+    federation: Make, script: Path, nurseries: tuple[Nursery, Nursery]
+) -> None:
+    """Each committed round once, wherever the aggregator is killed: a round that is done again was never published."""
+    rounds = 24
+    private = {"clipNorm": "0.5", "noiseMultiplier": "0.8"}
+    job = federation(
+        CLIENTS, rounds, privacy={"differentialPrivacy": private}, aggregator={"checkpoint": {"keep": 100}}
+    )
+    names = ("Private.accept", "Private.finish", "PrivacyBudget.account", "os.fsync", "Path.rename",
+             "CheckpointStore.save", "PrivacyBudget.charge", "CheckpointStore.append", "Client.send")  # fmt: skip
+    named = [f"{side} {name}" for name in names for side in ("before", "after")]
+    assert run(job, script, nurseries, named, NORM="layer") == named
+    verify(job, rounds)
+    account = Spent()
+    for record in records(job):
+        account = account.after(0.8)
+        assert (record["privacy"]["rounds"], record["round"]) == (account.rounds, account.rounds)
+        assert record["privacy"]["epsilon"] == pytest.approx(account.epsilon(1e-5), rel=1e-9)
+    # What is committed with each model says the same as the file beside it.
+    for number, record in enumerate(records(job), start=1):
+        with safe_open(job.state / "checkpoints" / f"round-{number:06d}.safetensors", "pt") as file:
+            assert json.loads(file.metadata()["record"])["privacy"] == record["privacy"]

@@ -10,7 +10,7 @@ from isthmus_contracts.identities import FINALIZER
 from isthmus_contracts.manifest import parse_spec
 from isthmus_operator import actions as act
 from isthmus_operator.draft import Limits
-from isthmus_operator.observed import FederationView, Metric, ModelView, Observed, Refusal
+from isthmus_operator.observed import FederationView, Metric, ModelView, Observed, PrivacyView, Refusal
 from isthmus_operator.plan import plan
 from isthmus_operator.record import Record
 
@@ -163,6 +163,28 @@ def test_a_target_that_is_reached_completes_the_job_early() -> None:
     (complete,) = [item for item in decided.status["conditions"] if item["type"] == "Complete"]
     assert (complete["status"], complete["reason"]) == ("True", "TargetReached")
     assert decided.status["message"] == "accuracy reached 0.9 after 2 rounds"
+
+
+@pytest.mark.parametrize(
+    ("completed", "spent", "reason", "message"),
+    [
+        (2, True, "PrivacyBudgetSpent",
+         "epsilon is 7.513 after 2 of 5 rounds, and another would pass maxEpsilon 8"),
+        (2, False, "RoundsCompleted", "2 rounds completed"),
+        (5, True, "RoundsCompleted", "5 rounds completed"),
+    ],
+)  # fmt: skip
+def test_a_privacy_budget_that_is_spent_completes_the_job_early(
+    completed: int, spent: bool, reason: str, message: str
+) -> None:
+    private = {"clipNorm": "1", "noiseMultiplier": "1", "maxEpsilon": "8"}
+    wanted = spec(privacy={"differentialPrivacy": private})
+    privacy = PrivacyView(epsilon=7.51201, delta=1e-5, rounds=completed, spent=spent)
+    said = FederationView("COMPLETE", completed_rounds=completed, total_rounds=5, privacy=privacy)
+    decided = plan(job(wanted), standing(wanted, pods=(aggregator(),), federation=said), NOW, Limits())
+    (complete,) = [item for item in decided.status["conditions"] if item["type"] == "Complete"]
+    assert (complete["status"], complete["reason"], decided.status["message"]) == ("True", reason, message)
+    assert decided.status["privacy"] == {"epsilon": "7.513", "delta": "1e-05", "rounds": completed}
 
 
 def test_an_aggregator_that_keeps_crashing_fails_the_job_unless_it_gets_on() -> None:

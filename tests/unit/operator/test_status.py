@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from isthmus_contracts.federatedjob_status import ConditionType, Reason
 from isthmus_operator.record import AggregatorRecord, ClientRecord, CloudRecord, HpcRecord, Record
-from isthmus_operator.status import StatusDraft, decimal, is_urgent, merge_patch, parse_timestamp, timestamp
+from isthmus_operator.status import StatusDraft, decimal, is_urgent, merge_patch, parse_timestamp, rounded_up, timestamp
 
 from .world import NOW, job
 
@@ -77,6 +77,13 @@ def test_only_transitions_are_urgent() -> None:
 )
 def test_decimals_are_short(value: float, text: str) -> None:
     assert decimal(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0"), (4.37701, "4.378"), (4.377, "4.377"), (127131.4, "1.272e+05"), (0.25, "0.25")]
+)
+def test_what_must_not_look_small_is_rounded_up(value: float, text: str) -> None:
+    assert rounded_up(value) == text
 
 
 def test_times() -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from isthmus.aggregator.checkpoints import RoundRecord
+from isthmus.aggregator.job import Job
 from isthmus.aggregator.tracking.sink import Sink, Worker
 from isthmus.aggregator.tracking.tensorboard import TensorBoardSink
-from isthmus.aggregator.tracking.tracker import Tracker, numbers_of
+from isthmus.aggregator.tracking.tracker import Tracker, numbers_of, parameters_of
+from isthmus_contracts.manifest import parse_spec
 
 LONG = 60.0
 
@@ -103,6 +105,22 @@ def test_what_does_not_fit_is_lost_and_nobody_waits(caplog: pytest.LogCaptureFix
     worker.close(0.1)  # it hangs, and is left behind
     sink.gate.set()
     assert any("entries were not written" in record.message for record in caplog.records)
+
+
+def test_what_a_round_cost_in_privacy() -> None:
+    private = {"epsilon": 2.5, "delta": 1e-5, "rounds": 3, "mu_squared": 0.1, "clipped_ratio": 0.25}
+    numbers = numbers_of(RoundRecord(3, 1.0, 2, 20, privacy=private))
+    assert (numbers["round/epsilon"], numbers["round/clipped_ratio"]) == (2.5, 0.25)
+    assert not {"round/epsilon", "round/delta"} & set(numbers_of(RoundRecord(3, 1.0, 2, 20)))
+
+
+def test_a_private_jobs_parameters() -> None:
+    private = {"differentialPrivacy": {"clipNorm": "0.5", "noiseMultiplier": "2"}}
+    pools = [{"name": "cloud", "replicas": 2, "cloud": {}}]
+    spec = parse_spec({"rounds": 1, "task": {"image": "i", "command": ["x"]}, "pools": pools, "privacy": private})
+    parameters = parameters_of(Job("job", "default", "uid", spec))
+    told = {name: value for name, value in parameters.items() if name.startswith("privacy.")}
+    assert told == {"privacy.clipNorm": "0.5", "privacy.noiseMultiplier": "2", "privacy.delta": "1e-5"}
 
 
 def test_names_that_no_sink_takes_are_mended() -> None:

@@ -1,0 +1,97 @@
+"""What differential privacy costs in accuracy: Fashion-MNIST over many clients, with more and more noise.
+
+``python -m bench.privacy``: a JSON line for each number of clients and each noise multiplier (0: no privacy). In this
+process, through the aggregator's real mechanism and rules, without gRPC. The noise is the system's: no two runs agree
+to the last digit.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from isthmus.privacy import Private
+from isthmus.strategies import Strategy
+from isthmus_contracts.accounting import Spent
+from isthmus_contracts.strategy import Strategy as Spec
+from isthmus_examples.fashion_mnist import DEBIAN_DIRECTORY, load
+from isthmus_examples.partition import dirichlet_partition
+from isthmus_examples.training import Examples, Settings, evaluate
+
+from .simulation import Client, federate
+from .strategies import halved
+
+SETTINGS = Settings(epochs=2, learning_rate=0.1, batch_size=10)
+LAST_ROUNDS = 5
+
+
+def main() -> None:
+    """Parses the command line and measures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", nargs="*", type=int, default=[100, 1000])
+    parser.add_argument("--noise", nargs="*", type=float, default=[0, 1, 2, 4, 8], help="multipliers; 0: no privacy")
+    parser.add_argument("--clip", type=float, default=0.5)
+    parser.add_argument("--delta", type=float, default=1e-5)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--examples", type=int, default=20, help="of each client")
+    parser.add_argument("--alpha", type=float, default=1.0, help="of the Dirichlet partition")
+    parser.add_argument("--seeds", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for clients in options.clients:
+        for noise in options.noise:
+            print(json.dumps({"bench": "privacy", **measure(clients, noise, options)}), flush=True)
+
+
+def measure(count: int, noise: float, options: argparse.Namespace) -> dict[str, object]:
+    """Accuracy on the whole test set over the last rounds, and what it cost."""
+    everyone, test = map(halved, load(Path(os.environ.get("FASHION_MNIST_DIR", DEBIAN_DIRECTORY))))
+    accuracies, clipped, started = [], [], time.perf_counter()
+    for seed in range(options.seeds):
+        chosen = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed))[
+            : count * options.examples
+        ]
+        data = Examples(everyone.inputs[chosen], everyone.labels[chosen])
+        shares = dirichlet_partition(data.labels.numpy(), count, options.alpha, seed=seed)
+        clients = [
+            Client(index, Examples(data.inputs[share], data.labels[share]), SETTINGS)
+            for index, share in enumerate(shares)
+        ]
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(196, 64), nn.ReLU(), nn.Linear(64, 10))
+        mechanism: list[Private] = []
+
+        def protect(rule: Strategy, mechanism: list[Private] = mechanism) -> Strategy:
+            if not noise:
+                return rule
+            mechanism.append(Private(rule, options.clip, noise, count))
+            return mechanism[-1]
+
+        for number in federate(Spec(), model, clients, options.rounds, seed, protect):
+            clipped += [private.clipped_ratio for private in mechanism]
+            if number > options.rounds - LAST_ROUNDS:
+                accuracies.append(evaluate(model, test)["accuracy"])
+    private: dict[str, object] = {}
+    if noise:
+        epsilon = Spent().after(noise, options.rounds).epsilon(options.delta)
+        private = {"epsilon": round(epsilon, 3), "delta": options.delta, "clip_norm": options.clip}
+        private["clipped"] = round(statistics.mean(clipped), 3)
+    return {
+        "clients": count,
+        "noise_multiplier": noise,
+        **private,
+        "accuracy": round(statistics.mean(accuracies), 4),
+        "rounds": options.rounds,
+        "examples": options.examples,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Privacy in the manifest: what anyone who sees the model may learn of one client's data."""
+
+import math
+from collections.abc import Mapping
+from typing import Self
+
+from pydantic import field_validator, model_validator
+
+from .accounting import Spent
+from .fields import Decimal, Resource
+from .strategy import Algorithm
+
+_SMOOTH = "FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam or FedYogi"
+# Rules that look at more of a client than its clipped change. The others see the noisy mean alone.
+_UNPROTECTED: Mapping[Algorithm, str] = {
+    **dict.fromkeys(
+        ("CoordinateMedian", "TrimmedMean", "Krum", "MultiKrum", "GeometricMedian"),
+        "which compares single updates: noise is added to their sum",
+    ),
+    "FedNova": "which scales updates by the clients' numbers of steps",
+    "QFedAvg": "which weights updates by the clients' losses",
+    "SCAFFOLD": "which shares the clients' gradients beside their updates",
+    "FedDyn": "which keeps the clients' drift beside their updates",
+    **dict.fromkeys(("FedBuff", "FedAsync"), "in which a client may count twice in a round"),
+    "Custom": "of which nobody knows what it does with single updates",
+}
+
+
+class DifferentialPrivacy(Resource):
+    """User-level differential privacy, by DP-FedAvg (McMahan et al. 2018): what is protected is all that one client
+    does to the model."""
+
+    clip_norm: Decimal
+    """Each update's change of the model, all tensors together, is scaled down to this L2 norm if it is longer: the
+    most that one client can move a round's sum. Above 0."""
+    noise_multiplier: Decimal
+    """The standard deviation of the Gaussian noise that each round's sum gets, in clipNorms. Above 0."""
+    delta: Decimal = "1e-5"
+    """The delta for which epsilon is told: above 0, and less than one over the number of clients that train."""
+    max_epsilon: Decimal | None = None
+    """The privacy budget: training ends, with the model that it has, before the round that would cost more.
+    Default: all rounds are done, whatever they cost."""
+
+    @field_validator("clip_norm", "noise_multiplier")
+    @classmethod
+    def _is_size(cls, text: str) -> str:
+        if not 0 < float(text) <= 1e5:
+            raise ValueError(f"must be above 0 and at most 100000, not {text}")
+        return text
+
+    @field_validator("delta")
+    @classmethod
+    def _is_delta(cls, text: str) -> str:
+        if not 1e-15 <= float(text) < 1:
+            raise ValueError(f"must be at least 1e-15 and below 1, not {text}")
+        return text
+
+    @model_validator(mode="after")
+    def _pays_a_round(self) -> Self:
+        if self.max_epsilon is None:
+            return self
+        if not (limit := float(self.max_epsilon)) > 0 or not math.isfinite(limit):
+            raise ValueError(f"maxEpsilon: must be above 0 and finite, not {self.max_epsilon}")
+        first = Spent().after(float(self.noise_multiplier)).epsilon(float(self.delta))
+        if first > limit:
+            raise ValueError(
+                f"maxEpsilon: {self.max_epsilon} does not pay for one round, which costs {first:.4g} with"
+                f" noiseMultiplier {self.noise_multiplier} and delta {self.delta}; raise noiseMultiplier"
+            )
+        return self
+
+    def problem(self, algorithm: Algorithm, trainers: int) -> str | None:
+        """What does not fit a job of so many clients, after the field's name; ``None``: nothing."""
+        if reason := _UNPROTECTED.get(algorithm):
+            return f"differentialPrivacy: does not go with {algorithm}, {reason}; use {_SMOOTH}"
+        if float(self.delta) * trainers >= 1:
+            return f"differentialPrivacy.delta: {self.delta} is not less than 1/{trainers}, one over the clients"
+        return None
+
+
+class Privacy(Resource):
+    """What keeps a client's data from whoever sees the model (docs/privacy.md)."""
+
+    differential_privacy: DifferentialPrivacy | None = None
+    """Clips what each client contributes, and adds noise to each round's sum. Default: none."""

@@ -1,0 +1,137 @@
+"""The Gaussian mechanism over the clients' changes of the model."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ..strategies.base import Strategy, StrategyError, Update, wide
+from ..tensors import State
+from .noise import Normals, gaussian
+
+# What a clipped change is rounded to, as a share of the bound. A sum of 2^31 clients still fits 64 bits, and noise of a
+# hundred thousand bounds is a whole number that a double holds.
+_STEPS = 2**32
+# By how much less than the bound a change may be: more than all that doubles lose in scaling it.
+_SLACK = 1e-9
+# Values that are worked on at a time: 2 MiB of doubles.
+_BLOCK = 1 << 18
+# The statistics of batch and instance normalisation, by their last names.
+_STATISTICS = frozenset({"running_mean", "running_var"})
+
+
+class Private(Strategy):
+    """Hands a rule the noisy mean of a round's clipped changes, as one update: DP-FedAvg with a fixed denominator.
+
+    McMahan et al., "Learning Differentially Private Recurrent Language Models" (2018), algorithm 1 and its estimator
+    f_f, with weights of 1 and flat clipping: each client's change, all floating-point tensors together, is scaled down
+    to ``clip_norm`` where it is longer; the sum of a round gets Gaussian noise of standard deviation
+    ``noise_multiplier * clip_norm`` and is divided by ``clients``, a number that does not depend on who took part. What
+    the rule makes of it, and every later round, is post-processing. Its number of examples does not count.
+
+    Doubles would break the proof twice: their sums depend on more than the summands (Casacuberta et al. 2022), and the
+    last bits of noise tell what it was added to (Mironov 2012). So changes are cut, towards zero, to whole steps of
+    ``clip_norm / 2^32``, summed as integers, and the noise is rounded to steps as well: that is the ideal mechanism,
+    rounded afterwards. An integer sum also depends on no order.
+
+    Integers, booleans, and tensors that no optimizer trains stay as the model has them.
+    """
+
+    order_free = True
+
+    def __init__(
+        self, rule: Strategy, clip_norm: float, noise_multiplier: float, clients: int,
+        normals: Callable[[int], Normals] = gaussian,
+    ) -> None:  # fmt: skip
+        """``normals``: so many independent standard normal numbers."""
+        self._rule = rule
+        self._clip_norm = clip_norm
+        self._noise = noise_multiplier * _STEPS
+        self._clients = clients
+        self._normals = normals
+        self._model: State = {}
+        self._sums: State = {}
+        self._still: frozenset[str] = frozenset()
+        self._updates = self._clipped = 0
+
+    @property
+    def clipped_ratio(self) -> float:
+        """The share of the round's updates that were longer than the bound."""
+        return self._clipped / self._updates if self._updates else 0.0
+
+    def begin(self, model: State) -> None:
+        statistics = [name for name in model if name.rpartition(".")[2] in _STATISTICS]
+        if statistics:
+            shown = ", ".join(statistics[:3]) + (", …" if len(statistics) > 3 else "")
+            raise StrategyError(
+                f"spec.privacy.differentialPrivacy: the model holds statistics of its clients' data ({shown}), which"
+                " noise would make useless; normalise by GroupNorm or LayerNorm instead"
+            )
+        self._model = model
+        trained = {name: tensor for name, tensor in model.items() if tensor.is_floating_point()}
+        if self._sums.keys() != trained.keys():
+            self._sums = {name: torch.empty(tensor.numel(), dtype=torch.int64) for name, tensor in trained.items()}
+        for total in self._sums.values():
+            total.zero_()
+        self._still = frozenset(trained)
+        self._updates = self._clipped = 0
+
+    def accept(self, update: Update) -> None:
+        names = [name for name in self._sums if name not in update.buffers]
+        norm = self._norm(update, names)
+        most = self._clip_norm * (1 - _SLACK)
+        self._updates += 1
+        self._clipped += not norm <= self._clip_norm
+        # Where one client alone names a tensor as trained, that tensor gets noise; where none does, nothing moved it.
+        self._still &= update.buffers
+        if not math.isfinite(norm):
+            return  # so far away that doubles cannot tell the direction
+        steps = _STEPS / self._clip_norm * min(1.0, most / norm if norm else 1.0)
+        for name in names:
+            total = self._sums[name]
+            for start, change in self._changes(update, name):
+                total[start : start + len(change)] += change.mul_(steps).trunc_().to(torch.int64)
+
+    def finish(self) -> State:
+        released = {name: self._release(name) for name in self._sums if name not in self._still}
+        tensors = {name: released.get(name, old) for name, old in self._model.items()}
+        self._rule.begin(self._model)
+        self._rule.accept(Update("all", 1, tensors, buffers=self._still))
+        return self._rule.finish()
+
+    def companion(self) -> State:
+        return self._rule.companion()
+
+    def state(self) -> State:
+        return self._rule.state()
+
+    def load_state(self, state: State) -> None:
+        self._rule.load_state(state)
+
+    def _norm(self, update: Update, names: list[str]) -> float:
+        """The L2 norm of a client's change; not finite where a double does not hold it."""
+        squares = 0.0
+        for name in names:
+            for _, change in self._changes(update, name):
+                squares += float(change.square_().sum())
+        return math.sqrt(squares) if math.isfinite(squares) else math.inf
+
+    def _changes(self, update: Update, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """A tensor's change, block by block: where the block begins, and its doubles."""
+        new, old = update.tensors[name].reshape(-1), self._model[name].reshape(-1)
+        for start in range(0, len(old), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            yield start, new[block].to(torch.float64, copy=True).sub_(old[block])
+
+    def _release(self, name: str) -> torch.Tensor:
+        """The model's tensor, moved by the noisy mean."""
+        total, old = self._sums[name], self._model[name].reshape(-1)
+        # In the sum's own memory, of which it takes at most as much as has been read.
+        result = total.view(wide(old.dtype))[: len(old)]
+        scale = self._clip_norm / _STEPS / self._clients
+        for start in range(0, len(old), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            noise = torch.from_numpy(self._normals(len(old[block]))).mul_(self._noise).round_()
+            noisy = total[block].add(noise.to(torch.int64)).double()
+            result[block] = noisy.mul_(scale).add_(old[block])
+        return result.view(self._model[name].shape)

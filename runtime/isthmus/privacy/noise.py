@@ -1,0 +1,25 @@
+"""Gaussian noise that nobody can guess."""
+
+import math
+import os
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+Entropy = Callable[[int], bytes]
+Normals = npt.NDArray[np.float64]
+
+
+def gaussian(count: int, entropy: Entropy = os.urandom) -> Normals:
+    """``count`` standard normal numbers, by Box and Muller (1958) from the system's cryptographic generator.
+
+    A generator such as torch's or numpy's can be told from a few of its outputs, and a model gives away millions. With
+    64 bits for each radius the tails end at 9.4 standard deviations, which a normal number passes with a probability of
+    5e-21.
+    """
+    pairs = (count + 1) // 2
+    bits = np.frombuffer(entropy(16 * pairs), dtype="<u8")
+    radius = np.sqrt(-2.0 * np.log((bits[:pairs].astype(np.float64) + 1.0) * 2.0**-64))
+    angle = bits[pairs:].astype(np.float64) * (2.0**-64 * 2.0 * math.pi)
+    return np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[:count]

@@ -1,0 +1,127 @@
+"""Differential privacy, over real aggregators and clients."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from isthmus_contracts.accounting import Spent
+
+from .conftest import Federation
+from .test_faults import records, trained
+
+Make = Callable[..., Federation]
+CLIP, NOISE = 0.5, 0.8
+LAYER = {"NORM": "layer"}
+
+
+def private(**more: str) -> dict[str, Any]:
+    return {"differentialPrivacy": {"clipNorm": str(CLIP), "noiseMultiplier": str(NOISE), **more}}
+
+
+def norm_of_change(job: Federation, number: int) -> tuple[float, int]:
+    """By how far a round moved the model, and in how many dimensions."""
+    old, new = (load_file(job.state / "checkpoints" / f"round-{n:06d}.safetensors") for n in (number - 1, number))
+    change = torch.cat([(new[name].double() - old[name].double()).flatten() for name in new])
+    return float(change.norm()), len(change)
+
+
+def test_a_liar_is_clipped_and_the_account_is_told(federation: Make, script: Path) -> None:
+    """With compressed updates: what counts is what they decode to."""
+    job = federation(
+        3, 4, privacy=private(maxEpsilon="20"), compression={"upload": "Int8"}, strategy={"algorithm": "FedProx"},
+        aggregator={"checkpoint": {"keep": 100}},
+    )  # fmt: skip
+    job.start_aggregator()
+    # The second client's updates are as long as they come; the others wait, so that there is time to look.
+    clients = [
+        job.start_client(script, index, SCALE="1e12" if index == 1 else "1", HOLD="4", **LAYER) for index in range(3)
+    ]
+    job.wait_for_round(3)
+    status, scraped = job.status().privacy, job.metrics()
+    spent = Spent().after(NOISE, 3)
+    assert (status.rounds, status.delta, status.max_epsilon, status.spent) == (3, 1e-5, 20.0, False)
+    assert status.epsilon == pytest.approx(spent.epsilon(1e-5), rel=1e-9)
+    for name, value in (("epsilon_limit", 20.0), ("delta", 1e-5)):
+        assert f'isthmus_privacy_{name}{{job="job",namespace="default"}} {value!r}' in scraped
+    assert 'isthmus_privacy_clipped_ratio{job="job",namespace="default"}' in scraped
+    job.let_go()
+    job.wait_for_completion()
+    assert [client.wait() for client in clients] == [0] * 3, job.log("client-0-0")
+    for record in records(job):
+        assert record["updates"] == 3
+        assert record["privacy"]["clipped_ratio"] > 0.3
+    for number in range(1, 5):
+        # Three clients of at most CLIP, and noise, whose length in so many dimensions hardly varies; over three.
+        length, dimensions = norm_of_change(job, number)
+        noise = NOISE * CLIP * math.sqrt(dimensions)
+        assert (noise * 0.6 - 3 * CLIP) / 3 < length < (noise * 1.4 + 3 * CLIP) / 3
+
+
+def test_training_ends_when_the_budget_is_spent(federation: Make, script: Path) -> None:
+    affordable = 3
+    limit = f"{Spent().after(NOISE, affordable).epsilon(1e-5) * 1.001:.6f}"
+    job = federation(2, 50, privacy=private(maxEpsilon=limit), strategy={"algorithm": "FedAdam"})
+    job.start_aggregator()
+    clients = [job.start_client(script, index, **LAYER) for index in range(2)]
+    status = job.wait_for_completion()
+    assert [client.wait() for client in clients] == [0, 0], job.log("client-0-0")
+    assert (status.completed_rounds, status.total_rounds) == (affordable, 50)
+    assert status.privacy.spent and status.privacy.epsilon <= float(limit)
+    assert (job.state / "model.safetensors").exists()
+    # An aggregator that is started once more knows it, and does nothing but evaluate.
+    job.start_aggregator()
+    late = [job.start_client(script, index, attempt=1, **LAYER) for index in range(2)]
+    assert job.wait_for_completion().completed_rounds == affordable
+    assert [client.wait() for client in late] == [0, 0]
+    assert all(sum(trained(job, client).values()) == affordable for client in range(2))
+
+
+def test_a_model_that_was_published_stays_on_the_account(federation: Make, script: Path) -> None:
+    """Also where somebody removes its checkpoint, and has the round done again."""
+    job = federation(2, 6, privacy=private(), aggregator={"checkpoint": {"keep": 100}})
+    job.start_aggregator()
+    clients = [job.start_client(script, index, HOLD="5", **LAYER) for index in range(2)]
+    job.wait_for_round(4)
+    job.kill_aggregator()
+    for number in (3, 4):
+        (job.state / "checkpoints" / f"round-{number:06d}.safetensors").unlink()
+    job.start_aggregator()
+    job.let_go()
+    job.wait_for_completion()
+    assert [client.wait() for client in clients] == [0, 0], job.log("client-0-0")
+    assert {record["round"]: record["privacy"]["rounds"] for record in records(job)} == {
+        1: 1, 2: 2, 3: 5, 4: 6, 5: 7, 6: 8,
+    }  # fmt: skip
+
+
+def test_batch_norm_ends_the_job_with_a_reason(federation: Make, script: Path) -> None:
+    job = federation(1, 2, privacy=private())
+    last_words = job.directory / "termination-log"
+    last_words.touch()
+    job.start_aggregator(arguments=["--termination-log", last_words])
+    client = job.start_client(script)
+    assert job.aggregator is not None and job.aggregator.wait() == 1
+    message = "spec.privacy.differentialPrivacy: the model holds statistics of its clients' data (1.running_mean,"
+    assert json.loads(last_words.read_text())["message"].startswith(message)
+    assert client.wait() == 1
+    assert message in job.log("client-0-0")
+
+
+def test_it_cannot_be_added_to_a_model_that_was_trained_without(federation: Make, script: Path) -> None:
+    job = federation(1, 2)
+    job.start_aggregator()
+    client = job.start_client(script, **LAYER)
+    job.wait_for_completion()
+    assert client.wait() == 0
+    job.spec["privacy"] = private()
+    job.start_aggregator(wait=False)
+    assert job.aggregator is not None and job.aggregator.wait() == 1
+    assert "the checkpoints were made without differential privacy, which cannot be added later" in job.log(
+        "aggregator"
+    )

@@ -1,0 +1,33 @@
+"""What ``isthmus status`` shows of a job."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from isthmus.cluster.tables import job_view
+
+
+def shown(private: dict[str, str], privacy: dict[str, Any] | None) -> str:
+    pools = [{"name": "cloud", "replicas": 2, "cloud": {}}]
+    spec = {"rounds": 9, "pools": pools, "privacy": {"differentialPrivacy": private}}
+    status = {"phase": "Running", "rounds": {"completed": 3, "total": 9}, **({"privacy": privacy} if privacy else {})}
+    console = Console(file=io.StringIO(), width=120)
+    console.print(job_view({"metadata": {"name": "digits"}, "spec": spec, "status": status}))
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("private", "line"),
+    [
+        ({"maxEpsilon": "8"}, "privacy: epsilon 2.131 of 8 (delta 1e-05)"),
+        ({}, "privacy: epsilon 2.131 (delta 1e-05)"),
+    ],
+)
+def test_what_is_spent_of_the_privacy_budget(private: dict[str, str], line: str) -> None:
+    assert line in shown(private, {"epsilon": "2.131", "delta": "1e-05", "rounds": 3}).splitlines()
+
+
+def test_a_job_without_says_nothing_of_it() -> None:
+    assert "privacy" not in shown({}, None)
