@@ -86,6 +86,11 @@ class Draft:
         self.wake_at(moment)
         return False
 
+    def rested(self, since: dt.datetime, pause: dt.timedelta) -> bool:
+        """Whether a pause is over; if not, looks again when it is. One that has yet to begin was noted before a clock
+        was put back, and is over."""
+        return since > self.now or self.reached(since + pause)
+
     def emit(self, type_: Literal["Normal", "Warning"], reason: Reason, message: str) -> None:
         """Adds an event, up to a bound."""
         if len(self.events) < MAX_EVENTS:

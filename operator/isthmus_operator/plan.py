@@ -191,7 +191,7 @@ def _plan_finished(draft: Draft) -> Plan:
     status = st.StatusDraft(draft.job, draft.now)
     ended = st.parse_timestamp(draft.job.status.get("completionTime")) or draft.now
     complete = st.finished(draft.job.status) is ConditionType.COMPLETE
-    if not complete or draft.reached(ended + dt.timedelta(seconds=draft.limits.grace)):
+    if not complete or draft.rested(ended, dt.timedelta(seconds=draft.limits.grace)):
         _stop_pods(draft)
         plan_cancel(draft, "the job is complete" if complete else "the job failed")
     elif any(not record.ended for record in draft.record.hpc.values()):

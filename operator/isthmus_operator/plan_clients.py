@@ -137,7 +137,7 @@ class _CloudPool:
             times = entry.failures if not pod.disrupted else 1
         else:
             times = pod.attempt + 1
-        if self.draft.reached(_ended_at(pod, self.draft.now) + restart_delay(times)):
+        if self.draft.rested(_ended_at(pod, self.draft.now), restart_delay(times)):
             self._start(index, pod.attempt + 1)
 
     def _start(self, index: int, attempt: int) -> None:

@@ -11,6 +11,7 @@ import yaml
 from isthmus_contracts.code import check_files
 from isthmus_contracts.identities import API_VERSION
 from isthmus_contracts.manifest import ManifestError, check_job_name, parse_federated_job
+from isthmus_contracts.yamltext import dumped
 
 _POOL = re.compile(
     r"(?P<name>[a-z][a-z0-9-]*)=(?P<replicas>\d+)(?:@(?P<site>[a-z][a-z0-9-]*)(?:/(?P<environment>[a-z][a-z0-9-]*))?)?"
@@ -62,7 +63,7 @@ def documents(
 
 def dump(objects: Sequence[dict[str, Any]]) -> str:
     """As YAML that ``kubectl apply`` and ``isthmus run`` take."""
-    return yaml.safe_dump_all(objects, sort_keys=False)
+    return dumped(objects)
 
 
 def again(script: Path, name: str) -> str:

@@ -71,7 +71,7 @@ def test_a_killed_aggregator_counts_late_updates_once(federation: Make, script: 
     counted = sum(record["updates"] for record in records(job))
     done = sum((trained(job, index) for index in range(3)), Counter[int]()).total()
     # Each training counts at most once; only what was under way at the end does not count at all.
-    assert done - 3 <= counted <= done
+    assert done - 3 <= counted <= done, [job.log(f"client-{index}-0") for index in range(3)]
     assert len(records(job)) == 16
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import UID, Federation
+from .conftest import UID, Federation, eventually
 
 Make = Callable[..., Federation]
 
@@ -33,6 +33,8 @@ def test_real_sinks(
     job.start_aggregator()
     clients = [job.start_client(script, index, PAUSE="0.1", HOLD="5") for index in range(2)]
     job.wait_for_round(3)
+    # MLflow itself writes a run's own file in place: a kill while it does so leaves none that can be read.
+    eventually("MLflow has the run", lambda: list((tmp_path / "mlruns").rglob("metrics/train_loss")))
     job.kill_aggregator()  # as hard as it gets: what is then in the queue is lost, but the run goes on under its name
     job.start_aggregator()
     job.let_go()

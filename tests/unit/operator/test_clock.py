@@ -136,6 +136,21 @@ def test_a_plan_does_not_wait_for_a_pause_noted_before_the_clock_was_put_back() 
     assert denied.due(NOW - 2 * HOUR)
 
 
+def test_a_pod_that_seems_to_end_in_hours_is_replaced_at_once() -> None:
+    wanted = spec()
+    failed = {"phase": "Failed", "exit_code": 1, "finished": NOW}
+    seen = standing(wanted, pods=(aggregator(**failed), client(0, **failed), client(1)))
+    record = Record({"cloud": CloudRecord(2)}, {}, AggregatorRecord("uid-aggregator"))
+
+    def acts(now: dt.datetime) -> tuple[bool, bool]:
+        decided = plan(job(wanted, record=record.dump()), seen, now, Limits())
+        return bool(of_kind(decided, act.DeletePod)), bool(of_kind(decided, act.CreatePod))
+
+    assert acts(NOW + dt.timedelta(seconds=1)) == (False, False)
+    assert acts(NOW + dt.timedelta(seconds=61)) == (True, True)
+    assert acts(NOW - 2 * HOUR) == (True, True)
+
+
 @pytest.mark.parametrize("ahead", [-2 * HOUR, 2 * HOUR])
 def test_a_sites_moments_are_taken_as_ours(ahead: dt.timedelta) -> None:
     """A queue time-out neither comes two hours early nor late because of a site's clock."""

@@ -1,0 +1,26 @@
+"""YAML that means to Kubernetes what it means to us."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+# PyYAML speaks YAML 1.1, where a number with an exponent has a point. Kubernetes reads numbers as YAML 1.2, 10.3.2, does.
+_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings that would be read as numbers."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if _NUMBER.fullmatch(text) else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def dumped(objects: Iterable[Any]) -> str:
+    """The objects as YAML documents, their keys in the order that they have."""
+    return str(yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=120))
