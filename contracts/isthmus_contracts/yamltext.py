@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-# PyYAML speaks YAML 1.1, where a number with an exponent has a point. Kubernetes reads numbers as YAML 1.2 does (10.3.2).
+# PyYAML speaks YAML 1.1, where a number with an exponent has a point. In Kubernetes' YAML 1.2 it needs none.
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 

@@ -275,17 +275,21 @@ class Welcome(_message.Message):
 
     HEARTBEAT_SECONDS_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     heartbeat_seconds: _builtins.float
     rounds: _builtins.int
+    instance: _builtins.str
+    """of the aggregator's process: what an earlier one accepted may not be part of what this one commits"""
     def __init__(
         self,
         *,
         heartbeat_seconds: _builtins.float = ...,
         rounds: _builtins.int = ...,
+        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_seconds", b"heartbeat_seconds", "rounds", b"rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_seconds", b"heartbeat_seconds", "instance", b"instance", "rounds", b"rounds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -853,12 +857,15 @@ class PushReply(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     verdict: Global___PushReply.Verdict.ValueType
     message: _builtins.str
     round: _builtins.int
     """of ACCEPTED: where it counts; the client keeps it until that round is committed"""
     reason: _builtins.str
     """in one word, as the metric isthmus_updates_refused_total names it; empty where it is accepted"""
+    instance: _builtins.str
+    """of the aggregator's process, as in Welcome"""
     def __init__(
         self,
         *,
@@ -866,10 +873,11 @@ class PushReply(_message.Message):
         message: _builtins.str = ...,
         round: _builtins.int = ...,
         reason: _builtins.str = ...,
+        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "round", b"round", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "message", b"message", "reason", b"reason", "round", b"round", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

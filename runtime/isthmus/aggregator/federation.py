@@ -7,6 +7,7 @@ on only through :mod:`.decisions`; this module carries the decisions out.
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -57,6 +58,8 @@ class Federation:
         """``budget``: of differential privacy, which ``strategy`` then has."""
         self.job = job
         self.spec = job.spec
+        self.instance = uuid.uuid4().hex
+        """Of this process."""
         self.metrics = metrics
         self.members = Membership(job.spec, job.uid)
         self.compression = Compression(job.uid, job.spec)
@@ -371,7 +374,11 @@ class Federation:
     def join(self, hello: pb.Hello) -> Client:
         """A client's hello: it is welcomed and told what there is for it now. Raises :class:`membership.Refusal`."""
         client = self.members.admit(hello)
-        client.send(pb.ServerMessage(welcome=pb.Welcome(heartbeat_seconds=HEARTBEAT_SECONDS, rounds=self.spec.rounds)))
+        client.send(
+            pb.ServerMessage(
+                welcome=pb.Welcome(heartbeat_seconds=HEARTBEAT_SECONDS, rounds=self.spec.rounds, instance=self.instance)
+            )
+        )
         if self.course.model is not None:
             client.send(messages.committed(self.course.model.round))
             self._ask_evaluator(client)

@@ -133,6 +133,7 @@ class FederationService:
         reply = self._intake.precheck(header)
         if reply is not None and reply.verdict == pb.PushReply.ACCEPTED:
             self._count(header, "repeated")
+            reply.instance = self._federation.instance
             return reply
         if reply is None:
             try:
@@ -147,6 +148,7 @@ class FederationService:
                 await context.abort(grpc.StatusCode.DATA_LOSS, fault.message, reason)
         assert reply is not None
         self._count(header, _RESULTS[reply.verdict], reply.reason)
+        reply.instance = self._federation.instance
         return reply
 
     def _count(self, header: pb.UpdateHeader, result: str, reason: str = "") -> None:

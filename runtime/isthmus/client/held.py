@@ -16,6 +16,8 @@ class _Held:
     update: FinishedUpdate
     counts_in: int | None = None
     """The round that it counts in, once the aggregator has said so."""
+    accepted_by: str = ""
+    """The aggregator's process that did."""
     folds_late: bool = False
     """Where it can also count after its own round."""
 
@@ -45,15 +47,18 @@ class HeldUpdates:
         """Heeds the aggregator's answer: what it will never count is not kept."""
         for held in self._held:
             if held.update is update and reply.verdict == pb.PushReply.ACCEPTED:
-                held.counts_in = reply.round or update.round
+                held.counts_in, held.accepted_by = reply.round or update.round, reply.instance
         if reply.verdict in (pb.PushReply.INVALID, pb.PushReply.FENCED):
             self._keep_only([held for held in self._held if held.update is not update])
 
-    def committed(self, round_number: int) -> None:
-        """Lets go of what is part of a committed model, or can never be."""
+    def committed(self, round_number: int, instance: str) -> None:
+        """Lets go of what is part of a committed model, or can never be. ``instance``: the aggregator's process.
+
+        One that was killed may have accepted an update for a round that the next one committed without it.
+        """
 
         def over(held: _Held) -> bool:
-            if held.counts_in is None:
+            if held.counts_in is None or held.accepted_by != instance:
                 return not held.folds_late and held.update.round <= round_number
             return held.counts_in <= round_number
 

@@ -200,9 +200,11 @@ class Participation:
                 case "offer":
                     newest = message.offer
                     # Where an offer follows at once, the commit of the model that it starts from is not told by itself.
-                    self._held.committed(newest.base_round)
+                    self._held.committed(newest.base_round, self._session.aggregator)
                 case "committed":
-                    self._held.committed(message.committed.round)
+                    self._held.committed(message.committed.round, self._session.aggregator)
+                    if newest is not None and newest.kind == pb.Offer.TRAIN and newest.round <= message.committed.round:
+                        newest = None  # it is over: a newer one follows, or the end
                 case "stop":
                     if message.stop.reason == pb.Stop.COMPLETE:
                         return None

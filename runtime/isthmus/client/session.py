@@ -75,6 +75,8 @@ class Session:
         self.instance = uuid.uuid4().hex
         self.incoming: queue.Queue[pb.ServerMessage | FederationError] = queue.Queue()
         """Offers, commits and stops, in the order of their arrival."""
+        self.aggregator = ""
+        """The aggregator's process that has welcomed us."""
         self.stages = Stages()
         self.over = threading.Event()
         """The aggregator has ended our part: it need not be there any more."""
@@ -236,6 +238,7 @@ class Session:
         match message.WhichOneof("message"):
             case "welcome":
                 self._heartbeat_seconds = message.welcome.heartbeat_seconds or self._heartbeat_seconds
+                self.aggregator = message.welcome.instance
                 log.info("connected to %s as %s/%d", self.endpoint, self.context.pool, self.context.index)
             case "stop" if message.stop.reason == pb.Stop.RESTARTING:
                 return False

@@ -1,0 +1,50 @@
+"""What a client keeps of its finished work, and until when."""
+
+import pytest
+
+from isthmus.client.held import HeldUpdates
+from isthmus.client.transfer import FinishedUpdate
+from isthmus_contracts.pb import federation_pb2 as pb
+
+
+def finished(round_number: int) -> FinishedUpdate:
+    return FinishedUpdate(round_number, f"model {round_number - 1}", 1, {}, {})
+
+
+def accepted(round_number: int, instance: str) -> pb.PushReply:
+    return pb.PushReply(verdict=pb.PushReply.ACCEPTED, round=round_number, instance=instance)
+
+
+@pytest.mark.parametrize("folds_late", [True, False])
+def test_an_update_goes_with_the_commit_of_the_round_that_it_counts_in(folds_late: bool) -> None:
+    gone: list[FinishedUpdate] = []
+    held, update = HeldUpdates(gone.append), finished(3)
+    held.keep(update, folds_late=folds_late)
+    held.answered(update, accepted(3, "first"))
+    held.committed(2, "first")
+    assert not gone
+    held.committed(3, "first")
+    assert gone == [update]
+
+
+def test_an_aggregator_that_did_not_accept_it_does_not_commit_it() -> None:
+    gone: list[FinishedUpdate] = []
+    held, update = HeldUpdates(gone.append), finished(3)
+    held.keep(update, folds_late=True)
+    held.answered(update, accepted(4, "first"))
+    held.committed(4, "second")  # the first one was killed before it could
+    assert not gone
+    offer = pb.Offer(kind=pb.Offer.TRAIN, round=5, base_digest="model 4", folds_late=True)
+    assert held.asked(offer) == [update]
+    held.answered(update, accepted(5, "second"))
+    held.committed(5, "second")
+    assert gone == [update]
+
+
+def test_where_late_updates_do_not_count_it_goes_all_the_same() -> None:
+    gone: list[FinishedUpdate] = []
+    held, update = HeldUpdates(gone.append), finished(3)
+    held.keep(update, folds_late=False)
+    held.answered(update, accepted(3, "first"))
+    held.committed(3, "second")
+    assert gone == [update]
