@@ -15,7 +15,7 @@ from .outcome import to_pool
 # Written this often although nothing changes, and believed to be of a living bridge for twice as long and some more.
 HEARTBEAT_SECONDS = 30.0
 _STALE_SECONDS = 90.0
-_HEADS = ("KEY", "POOL", "CALLER", "PHASE", "JOB", "QUEUED", "RUNNING", "DONE", "FAILED", "SINCE", "WHY")
+_HEADS = ("KEY", "POOL", "CALLER", "USER", "PHASE", "JOB", "QUEUED", "RUNNING", "DONE", "FAILED", "SINCE", "WHY")
 _LONGEST_WHY = 80
 
 
@@ -39,6 +39,8 @@ class Line:
     since: float
     """Seconds since the epoch: when it was asked for."""
     why: str
+    user: str = ""
+    """The local user whose jobs they are; empty: the bridge's own."""
 
 
 def line_of(entry: Entry) -> Line:
@@ -47,7 +49,7 @@ def line_of(entry: Entry) -> Line:
     return Line(
         entry.key, f"{spec.namespace}/{spec.job}/{spec.pool}", entry.identity, pb.Pool.Phase.Name(pool.phase),
         pool.slurm_job_id, pool.queued, pool.running, pool.succeeded, pool.failed, entry.created_at,
-        pool.message or pool.reason,
+        pool.message or pool.reason, entry.user,
     )  # fmt: skip
 
 
@@ -101,4 +103,4 @@ def _cells(line: Line) -> tuple[str, ...]:
     why = "".join(character if character.isprintable() else " " for character in line.why)
     why = why if len(why) <= _LONGEST_WHY else why[: _LONGEST_WHY - 1] + "…"
     counts = (str(number) for number in (line.queued, line.running, line.succeeded, line.failed))
-    return (line.key, line.pool, line.caller, line.phase, line.job or "-", *counts, since, why)
+    return (line.key, line.pool, line.caller, line.user or "-", line.phase, line.job or "-", *counts, since, why)

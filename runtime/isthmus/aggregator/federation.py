@@ -8,9 +8,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 from isthmus_contracts.compression import NONE
 from isthmus_contracts.pb import federation_pb2 as pb
@@ -34,6 +32,7 @@ from .model import GlobalModel
 from .progress import Progress, WeightedMeans
 from .reporter import Reporter
 from .selection import choose
+from .statewriter import StateWriter
 from .tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -41,11 +40,9 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 10.0
 # The clients' last measurement, of the final model, may take this long. Seconds.
 EVALUATION_DEADLINE = 300.0
-CHECKPOINT_RETRY = 5.0
 _TRAIN_PREFIX = "train_"
 # What is committed with a model.
 _RECORD, _CLIENTS = "record", "clients"
-T = TypeVar("T")
 
 
 class Federation:
@@ -80,6 +77,7 @@ class Federation:
         self._evaluations = WeightedMeans()
         self._record: RoundRecord | None = None  # of the newest committed round
         self._offer: pb.ServerMessage | None = None  # of the round in progress: the same for all
+        self._writer = StateWriter(store, self.course, self.ledger, metrics, tracker)
         self._reporter = Reporter(
             job.spec, self.course, self.members, self.progress, tracker, store.directory, metrics, budget
         )
@@ -107,8 +105,8 @@ class Federation:
         self.course.open.set()  # whoever waits hears that it is over
         self.intake.receptions.clear()
         await self._evaluate_final()
-        await self._retire()
-        path, sha256 = await self._persist(lambda: self._store.write_final(checkpoint))
+        await self._writer.retire()
+        path, sha256 = await self._writer.checkpoint(lambda: self._store.write_final(checkpoint))
         self.course.final = (path.name, sha256)
         self._tracker.finish(path, sha256)
         self.course.phase, self.course.message = pb.FederationStatus.COMPLETE, ""
@@ -141,7 +139,7 @@ class Federation:
                 ready[0].send(messages.INITIALIZE)
             await self._changed()
         initial = self.course.initial
-        checkpoint = await self._persist(lambda: self._store.save(0, initial))
+        checkpoint = await self._writer.checkpoint(lambda: self._store.save(0, initial))
         self.course.initial = None  # it is as large as the model
         return checkpoint
 
@@ -155,7 +153,7 @@ class Federation:
     async def _train(self, base: Checkpoint) -> Checkpoint:
         """One round on top of ``base``; returns when its checkpoint is durable."""
         state = self._begin_round(base)
-        await self._retire()
+        await self._writer.retire()
         while True:
             if self.course.broken is not None:
                 raise self.course.broken
@@ -177,7 +175,9 @@ class Federation:
         notes = {_RECORD: record.text()}
         if self._keeps_book:
             notes[_CLIENTS] = book.text()
-        checkpoint = await self._persist(lambda: self._store.save(state.number, result, self._strategy.state(), notes))
+        checkpoint = await self._writer.checkpoint(
+            lambda: self._store.save(state.number, result, self._strategy.state(), notes)
+        )
         self.intake.book = book
         await self._conclude(state, record)
         await self._adopt(checkpoint, broadcast)
@@ -230,7 +230,7 @@ class Federation:
         records = self._store.records(checkpoint.round)
         if _RECORD in checkpoint.notes and (not records or records[-1].round < checkpoint.round):
             records.append(RoundRecord.of_text(checkpoint.notes[_RECORD]))
-            await self._write_down(records[-1])
+            await self._writer.record(records[-1])
         self._record = records[-1] if records and records[-1].round == checkpoint.round else None
         return records
 
@@ -279,7 +279,7 @@ class Federation:
         away = {client.id for client in self.members if not client.ready}
         self.ledger.close(record, state.selected, state.accepted, away | state.rejected)
         self._record = record
-        await self._write_down(record)
+        await self._writer.record(record)
         self.progress.take(state.number, record.metrics)
         self.course.round, self._contributors = None, state.accepted | {client for client, _ in state.late}
         self.metrics.round_seconds.observe(record.seconds)
@@ -334,40 +334,9 @@ class Federation:
         self.progress.take(self.course.model.round, means)
         if self._record is not None and self._record.round == self.course.model.round:
             self._record.metrics.update(means)
-            await self._write_down(self._record)
+            await self._writer.record(self._record)
         told = ", ".join(f"{name}={value:.4f}" for name, value in means.items())
         log.info("round %d: %s", self.course.model.round, told)
-
-    async def _write_down(self, record: RoundRecord) -> None:
-        await self._persist(lambda: self._store.append(record), is_checkpoint=False)
-        self._tracker.take(record)
-
-    async def _persist(self, write: Callable[[], T], *, is_checkpoint: bool = True) -> T:
-        """Writes to the state directory, again and again while that fails: a full disk costs time, never a round."""
-        while True:
-            started = time.monotonic()
-            try:
-                # A record is a line, which is not synced: not worth a thread's errand.
-                result = await asyncio.to_thread(write) if is_checkpoint else write()
-            except OSError as error:
-                self.metrics.checkpoint_failures.inc()
-                what = "checkpoint" if is_checkpoint else "round's record"
-                self.course.message = f"the {what} cannot be written: {error.strerror or error}; trying again"
-                log.error("%s", self.course.message)
-                self.course.changes.ring()
-                await asyncio.sleep(CHECKPOINT_RETRY)
-            else:
-                if is_checkpoint:
-                    self.ledger.checkpointed(time.monotonic() - started)
-                self.course.message = ""
-                return result
-
-    async def _retire(self) -> None:
-        """Drops old checkpoints, for which no client waits. Those that cannot be dropped are tried again later."""
-        try:
-            await asyncio.to_thread(self._store.retire)
-        except OSError as error:
-            log.warning("old checkpoints cannot be removed: %s", error.strerror or error)
 
     # ---- what clients say
 

@@ -1,4 +1,5 @@
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,7 @@ def test_status_shows_what_the_bridge_wrote_down(tmp_path: Path, capsys: pytest.
         "KEY",
         "POOL",
         "CALLER",
+        "USER",
         "PHASE",
         "JOB",
         "QUEUED",
@@ -134,9 +136,12 @@ def test_status_shows_what_the_bridge_wrote_down(tmp_path: Path, capsys: pytest.
         "SINCE",
         "WHY",
     ]
-    assert row.split()[:9] == [KEY, "default/fashion/lumi", OPERATOR, "RUNNING", "100", "1", "1", "0", "1"]
+    assert row.split()[:10] == [KEY, "default/fashion/lumi", OPERATOR, "-", "RUNNING", "100", "1", "1", "0", "1"]
     assert row.endswith("task 2: FAILED")
     assert oct((tmp_path / "run" / "status.json").stat().st_mode & 0o777) == "0o600"
+    file.update([replace(world.entry(), user="alice", version=99)], time.time())
+    main(["status", "--policy", str(path)])
+    assert capsys.readouterr().out.splitlines()[2].split()[2:4] == [OPERATOR, "alice"]
     file.update([], time.time() - 1000)
     main(["status", "--policy", str(path)])
     assert "does not run, or hangs" in capsys.readouterr().out

@@ -1,0 +1,76 @@
+"""Writes to the state directory, again and again while that fails: a full disk costs time, never a round."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from .checkpoints import CheckpointStore, RoundRecord
+from .course import Course
+from .ledger import RoundLedger
+from .metrics import AggregatorMetrics
+from .tracking.tracker import Tracker
+
+log = logging.getLogger(__name__)
+
+# Seconds.
+CHECKPOINT_RETRY = 5.0
+T = TypeVar("T")
+
+
+class StateWriter:
+    """While something cannot be written, status and a metric tell."""
+
+    def __init__(
+        self, store: CheckpointStore, course: Course, ledger: RoundLedger, metrics: AggregatorMetrics, tracker: Tracker
+    ) -> None:
+        self._store = store
+        self._course = course
+        self._ledger = ledger
+        self._metrics = metrics
+        self._tracker = tracker
+
+    async def checkpoint(self, write: Callable[[], T]) -> T:
+        """Has a checkpoint written, in a thread; returns when it is durable."""
+        started = time.monotonic()
+
+        async def in_thread() -> T:
+            nonlocal started
+            started = time.monotonic()
+            return await asyncio.to_thread(write)
+
+        result = await self._persistently("checkpoint", in_thread)
+        self._ledger.checkpointed(time.monotonic() - started)
+        return result
+
+    async def record(self, record: RoundRecord) -> None:
+        """Writes a round's record down, and hands it to the trackers."""
+
+        async def here() -> None:
+            # A line, which is not synced: not worth a thread's errand.
+            self._store.append(record)
+
+        await self._persistently("round's record", here)
+        self._tracker.take(record)
+
+    async def _persistently(self, what: str, write: Callable[[], Awaitable[T]]) -> T:
+        while True:
+            try:
+                result = await write()
+            except OSError as error:
+                self._metrics.checkpoint_failures.inc()
+                self._course.message = f"the {what} cannot be written: {error.strerror or error}; trying again"
+                log.error("%s", self._course.message)
+                self._course.changes.ring()
+                await asyncio.sleep(CHECKPOINT_RETRY)
+            else:
+                self._course.message = ""
+                return result
+
+    async def retire(self) -> None:
+        """Drops old checkpoints, for which no client waits. Those that cannot be dropped are tried again later."""
+        try:
+            await asyncio.to_thread(self._store.retire)
+        except OSError as error:
+            log.warning("old checkpoints cannot be removed: %s", error.strerror or error)
