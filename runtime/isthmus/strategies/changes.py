@@ -1,11 +1,14 @@
 """What the rules share that weight the clients' changes, rather than their weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from ..tensors import State
 from .base import Setup, Strategy, Update, narrow, wide
+
+# Values whose change is worked out at a time: 1 MiB of float32.
+_PART = 1 << 18
 
 
 class ChangeRule(Strategy):
@@ -41,12 +44,17 @@ class ChangeRule(Strategy):
         """Adds a client's changes to the sums, those of trained tensors with the given weight."""
         for name, total in self._sums.items():
             share = weight if self.is_trained(name) else update.weight
-            total.add_(self.change(update, name), alpha=share)
+            for part, change in self.changes(update, name):
+                total.view(-1)[part].add_(change, alpha=share)
 
-    def change(self, update: Update, name: str) -> torch.Tensor:
-        """By how much an update moves a tensor, in the precision of the sums."""
+    def changes(self, update: Update, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        """By how much an update moves a tensor, in the precision of the sums: part by part of its flat values, so that
+        the difference lies in memory that the processor has at hand."""
         dtype = self._sums[name].dtype
-        return update.tensors[name].to(dtype) - self._model[name].to(dtype)
+        new, old = update.tensors[name].reshape(-1), self._model[name].reshape(-1)
+        for start in range(0, len(old), _PART):
+            part = slice(start, start + _PART)
+            yield part, new[part].to(dtype) - old[part].to(dtype)
 
     def is_trained(self, name: str) -> bool:
         """Whether the rule applies to a tensor, of the clients' kind since the last update."""

@@ -29,9 +29,9 @@ class QFedAvg(ChangeRule):
 
     def fold(self, update: Update) -> None:
         loss, scale = max(update.scalars["loss"], _SMALLEST_LOSS), self._smoothness
-        square = sum(
-            float(self.change(update, name).mul_(scale).square_().sum()) for name in self._sums if self.is_trained(name)
-        )
+        trained = [name for name in self._sums if self.is_trained(name)]
+        changes = (change for name in trained for _, change in self.changes(update, name))
+        square = sum(float(change.mul_(scale).square_().sum()) for change in changes)
         power = loss**self._q
         self._curvature += update.weight * (self._q * loss ** (self._q - 1) * square + scale * power)
         self.add(update, update.weight * power * scale)

@@ -31,10 +31,11 @@ class Scaffold(ChangeRule):
 
     def fold(self, update: Update) -> None:
         for name, total in self._sums.items():
-            change = self.change(update, name)
-            total.add_(change, alpha=update.weight)
-            if self.is_trained(name):
-                self._slopes[name].add_(change, alpha=update.weight / update.scalars["travel"])
+            for part, change in self.changes(update, name):
+                total.view(-1)[part].add_(change, alpha=update.weight)
+                if self.is_trained(name):
+                    slope = update.weight / update.scalars["travel"]
+                    self._slopes[name].view(-1)[part].add_(change, alpha=slope)
 
     def finish(self) -> State:
         share = min(self._updates / self._setup.clients, 1.0)
