@@ -15,6 +15,9 @@ from pathlib import Path
 
 from lab.errors import LabError
 
+# A killed process may have gigabytes to give back first.
+_END_SECONDS = 60.0
+
 
 def start_time(pid: int) -> int | None:
     """The kernel's start time of a live process; None where there is none (a zombie counts as none)."""
@@ -101,6 +104,11 @@ class Supervisor:
         if pid is None:
             raise LabError(f"{name} does not run")
         os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + _END_SECONDS
+        while self.pid(name) is not None:  # else `again` would find it still there
+            if time.monotonic() > deadline:
+                raise LabError(f"{name} (pid {pid}) does not end")
+            time.sleep(0.02)
 
     def again(self, name: str) -> None:
         """Start a daemon that has ended, as it was started before."""
