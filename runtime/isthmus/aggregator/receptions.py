@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 # Updates being received at the same time take at most about this much memory; the others wait, held back by HTTP/2's
 # flow control.
 RECEPTION_BYTES = 64 << 20
+# Of the one that comes next so much is read before it has a place.
+AHEAD_BYTES = 32 << 20
 _MAX_RECEPTIONS = 64
 # Who waits longer, and sees nobody else get done meanwhile, stands behind somebody slow, and is received into a file.
 PATIENCE_SECONDS = 10.0

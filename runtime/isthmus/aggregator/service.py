@@ -24,7 +24,7 @@ from .companion import companion_messages
 from .federation import Federation
 from .membership import Client, Refusal
 from .readahead import read_ahead
-from .receptions import RECEPTION_BYTES
+from .receptions import AHEAD_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class FederationService:
             if first.checksum is None:
                 # The client waits for it before it sends more than its first message.
                 await context.send_initial_metadata(())
-                room, stream = await read_ahead(stream, place, RECEPTION_BYTES)
+                room, stream = await read_ahead(stream, place, AHEAD_BYTES)
             else:
                 room = await place
             return await self._receive(header, first, stream, room, started)
