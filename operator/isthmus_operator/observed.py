@@ -63,6 +63,10 @@ class PodView:
         """Whether its containers are over for good."""
         return self.phase in ("Succeeded", "Failed")
 
+    def ended_at(self, now: dt.datetime) -> dt.datetime:
+        """When it ended, as far as that is known."""
+        return self.finished or self.created or now
+
     @property
     def active(self) -> bool:
         """Whether it runs, or may yet, and nobody has deleted it."""

@@ -57,7 +57,7 @@ def plan_aggregator(draft: Draft, ready_to_start: bool) -> AggregatorOutcome:
         where = f" on node {pod.node}" if pod.node else ""
         return _down(Reason.AGGREGATOR_LOST, f"its pod is being deleted{where}; a new one follows", federation)
     if pod.ended or _foreign_authority(draft, pod):
-        if not pod.ended or draft.rested(pod.finished or pod.created or draft.now, _REPLACE_DELAY):
+        if not pod.ended or draft.rested(pod.ended_at(draft.now), _REPLACE_DELAY):
             draft.actions.append(DeletePod(pod.name, pod.uid))
         why = one_line(pod.reason or pod.message or "it ended") if pod.ended else "its certificates were made anew"
         return _down(Reason.AGGREGATOR_LOST, f"its pod is replaced: {why}", federation)

@@ -28,10 +28,6 @@ def plan_cloud_pool(draft: Draft, pool: Pool, ready_to_start: bool) -> PoolOutco
     return _CloudPool(draft, pool, ready_to_start).plan()
 
 
-def _ended_at(pod: PodView, now: dt.datetime) -> dt.datetime:
-    return pod.finished or pod.created or now
-
-
 def _words(pod: PodView) -> str:
     """Why a pod failed: its last words, with the cluster's reason where that says more than "Error"."""
     label = pod.reason if pod.reason not in ("", "Error") else killed(pod.exit_code)
@@ -116,7 +112,7 @@ class _CloudPool:
         self._delete([pod for pod in pods if pod.uid not in kept])
 
     def _note_failure(self, pod: PodView) -> None:
-        moment = _ended_at(pod, self.draft.now)
+        moment = pod.ended_at(self.draft.now)
         if pod.phase == "Failed" and (self._newest_failure is None or moment > self._newest_failure[0]):
             self._newest_failure = (moment, f"{pod.name}: {_words(pod)}")
 
@@ -137,7 +133,7 @@ class _CloudPool:
             times = entry.failures if not pod.disrupted else 1
         else:
             times = pod.attempt + 1
-        if self.draft.rested(_ended_at(pod, self.draft.now), restart_delay(times)):
+        if self.draft.rested(pod.ended_at(self.draft.now), restart_delay(times)):
             self._start(index, pod.attempt + 1)
 
     def _start(self, index: int, attempt: int) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -295,6 +296,29 @@ def over(stub: rpc.BridgeStub, key: str, seconds: float = 180.0) -> pb.Pool:
 def running(stub: rpc.BridgeStub, key: str, tasks: int = 2) -> None:
     """Waits until so many tasks run."""
     until(lambda: get(stub, key).running == tasks, f"{tasks} tasks run")
+
+
+def started_again_while_submitting(
+    site: Site, stub: rpc.BridgeStub, key: str, wanted: pb.PoolSpec, mode: str
+) -> rpc.BridgeStub:
+    """Kills the bridge while its sbatch is at work in that mode, and waits until the next one has the pool running."""
+    site.mode(mode)
+    threading.Thread(target=ask_one_that_dies, args=(stub, key, wanted), daemon=True).start()
+    until(lambda: site.began, "sbatch is at work")
+    site.kill()
+    site.mode("")
+    stub = site.start()
+    ensure(stub, key, wanted)
+    running(stub, key)
+    return stub
+
+
+def ask_one_that_dies(stub: rpc.BridgeStub, key: str, wanted: pb.PoolSpec) -> None:
+    """EnsurePool at a bridge that may be killed before it answers."""
+    try:
+        stub.EnsurePool(pb.EnsurePoolRequest(key=key, spec=wanted), timeout=60)
+    except grpc.RpcError as error:
+        assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED), error
 
 
 def wait_for_output(stub: rpc.BridgeStub, key: str, index: int, words: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 
-from .site import Site, ensure, get, over, running, spec, until
+from .site import Site, ask_one_that_dies, ensure, get, over, running, spec, started_again_while_submitting, until
 
 
 def test_the_same_request_twice_is_one_array(site: Site, operator: rpc.BridgeStub) -> None:
@@ -51,14 +51,7 @@ def test_the_bridge_dies_while_a_pool_ends(site: Site, operator: rpc.BridgeStub)
 def test_the_bridge_dies_while_sbatch_runs(site: Site, operator: rpc.BridgeStub, mode: str) -> None:
     """slow: the orphan submits after the bridge is back. hang-after: it has submitted, and nobody heard the answer."""
     key, wanted = site.key(), spec()
-    site.mode(mode)
-    threading.Thread(target=_try, args=(operator, key, wanted), daemon=True).start()
-    until(lambda: site.began, "sbatch is at work")
-    site.kill()
-    site.mode("")
-    operator = site.start()
-    ensure(operator, key, wanted)
-    running(operator, key)
+    operator = started_again_while_submitting(site, operator, key, wanted, mode)
     assert site.arrays(key) == {get(operator, key).slurm_job_id}
 
 
@@ -96,7 +89,7 @@ def test_cancel_of_a_submission_in_doubt(site: Site) -> None:
     operator = site.start()
     key = site.key()
     site.mode("hang-after")
-    threading.Thread(target=_try, args=(operator, key, spec()), daemon=True).start()
+    threading.Thread(target=ask_one_that_dies, args=(operator, key, spec()), daemon=True).start()
     # From Slurm itself: a slow sbatch is killed before it can say that it is done.
     until(lambda: site.arrays(key), "sbatch has submitted")
     operator.CancelPool(pb.CancelPoolRequest(key=key), timeout=60)
@@ -114,10 +107,3 @@ def test_a_lost_journal_finds_its_arrays_again(site: Site, operator: rpc.BridgeS
     ensure(operator, key, wanted)
     running(operator, key)
     assert site.arrays(key) == {first.slurm_job_id} == {get(operator, key).slurm_job_id}
-
-
-def _try(stub: rpc.BridgeStub, key: str, wanted: pb.PoolSpec) -> None:
-    try:
-        stub.EnsurePool(pb.EnsurePoolRequest(key=key, spec=wanted), timeout=60)
-    except grpc.RpcError as error:
-        assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED), error

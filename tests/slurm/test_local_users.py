@@ -5,7 +5,6 @@ import pwd
 import shutil
 import stat
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,19 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 
 from .local_users import ALICE, BOB, Rule, accounts, as_user, prepare
-from .site import Site, ensure, get, over, running, slurm, spec, tail, until, wait_for_output
+from .site import (
+    Site,
+    ensure,
+    get,
+    over,
+    running,
+    slurm,
+    spec,
+    started_again_while_submitting,
+    tail,
+    until,
+    wait_for_output,
+)
 
 if TYPE_CHECKING:
     from lab import Lab
@@ -125,14 +136,7 @@ def test_the_bridge_dies_while_sbatch_runs_as_another_user(shared: Site, mode: s
     shared.settings["slurm"]["command_timeout_seconds"] = 10
     alice = shared.start()
     key, wanted = shared.key(), spec()
-    shared.mode(mode)
-    threading.Thread(target=_try, args=(alice, key, wanted), daemon=True).start()
-    until(lambda: shared.began, "sbatch is at work")
-    shared.kill()
-    shared.mode("")
-    alice = shared.start()
-    ensure(alice, key, wanted)
-    running(alice, key)
+    alice = started_again_while_submitting(shared, alice, key, wanted, mode)
     assert shared.arrays(key) == {get(alice, key).slurm_job_id}
     assert owners(key) == {ALICE}
 
@@ -256,10 +260,3 @@ def _ask(user: str, helper: list[str], request: dict[str, object]) -> object:
     argv += ["sudo", "-n", "-u", ALICE, "--", *helper]
     done = subprocess.run(argv, input=content, capture_output=True, text=True, timeout=60, check=True, cwd="/")
     return json.loads(done.stdout)
-
-
-def _try(stub: rpc.BridgeStub, key: str, wanted: pb.PoolSpec) -> None:
-    try:
-        stub.EnsurePool(pb.EnsurePoolRequest(key=key, spec=wanted), timeout=60)
-    except grpc.RpcError as error:
-        assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED), error

@@ -135,7 +135,7 @@ class CheckpointStore:
         for old in self.numbers()[: -self._keep]:
             for path, spare in ((self._path(old), self._spare), (self._strategy_path(old), self._strategy_spare)):
                 with suppress(FileNotFoundError):  # many strategies have no state
-                    sparefile.set_aside(path, spare)
+                    path.rename(spare)
 
     def _write(
         self, state: State, path: Path, spare: Path, round_number: int, notes: Mapping[str, str] | None = None

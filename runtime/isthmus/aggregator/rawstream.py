@@ -19,7 +19,7 @@ class RawStream:
     def __init__(self, header: pb.ModelHeader, file: TensorFile, chunk_bytes: int) -> None:
         self._header = header
         self._file = file
-        self._opened = file.opened()  # the name may be gone before the last client has come
+        self._opened = file.path.open("rb", buffering=0)  # the name may be gone before the last client has come
         self._chunk_bytes = chunk_bytes
         self._recent: OrderedDict[int, tuple[bytes, int]] = OrderedDict()
 

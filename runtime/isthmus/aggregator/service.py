@@ -131,10 +131,7 @@ class FederationService:
         await self._authenticate(context, header.pool)
         await self._intake.opened()
         reply = self._intake.precheck(header)
-        if reply is not None and reply.verdict == pb.PushReply.ACCEPTED:
-            self._count(header, "repeated")
-            reply.instance = self._federation.instance
-            return reply
+        repeated = reply is not None and reply.verdict == pb.PushReply.ACCEPTED
         if reply is None:
             try:
                 reply = await self._receive_in_turn(header, first, stream, started, context)
@@ -147,7 +144,7 @@ class FederationService:
                 reason = ((refusal.REASON_METADATA, fault.reason.value),)
                 await context.abort(grpc.StatusCode.DATA_LOSS, fault.message, reason)
         assert reply is not None
-        self._count(header, _RESULTS[reply.verdict], reply.reason)
+        self._count(header, "repeated" if repeated else _RESULTS[reply.verdict], reply.reason)
         reply.instance = self._federation.instance
         return reply
 

@@ -12,18 +12,13 @@ from pathlib import Path
 SUFFIX = ".spare"
 
 
-def set_aside(path: Path, spare: Path) -> None:
-    """Keeps a file that is not needed any more as the spare one. Raises ``OSError``."""
-    path.rename(spare)
-
-
-def take(spare: Path, path: Path) -> bool:
+def take(spare: Path, path: Path) -> None:
     """Gives the spare file, if there is one, a new name, to be written over; not if somebody still reads it. Raises
     ``OSError``."""
     try:
         descriptor = os.open(spare, os.O_WRONLY)
     except FileNotFoundError:
-        return False
+        return
     try:
         unread = _is_ours_alone(descriptor)
     finally:
@@ -32,7 +27,6 @@ def take(spare: Path, path: Path) -> bool:
         spare.rename(path)
     else:
         spare.unlink()  # it is gone once they have read it
-    return unread
 
 
 def _is_ours_alone(descriptor: int) -> bool:

@@ -33,16 +33,14 @@ class StateWriter:
 
     async def checkpoint(self, write: Callable[[], T]) -> T:
         """Has a checkpoint written, in a thread; returns when it is durable."""
-        started = time.monotonic()
 
         async def in_thread() -> T:
-            nonlocal started
             started = time.monotonic()
-            return await asyncio.to_thread(write)
+            result = await asyncio.to_thread(write)
+            self._ledger.checkpointed(time.monotonic() - started)
+            return result
 
-        result = await self._persistently("checkpoint", in_thread)
-        self._ledger.checkpointed(time.monotonic() - started)
-        return result
+        return await self._persistently("checkpoint", in_thread)
 
     async def record(self, record: RoundRecord) -> None:
         """Writes a round's record down, and hands it to the trackers."""

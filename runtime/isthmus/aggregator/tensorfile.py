@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 import torch
@@ -37,12 +36,6 @@ class TensorFile:
     data_offset: int
     size: int
     """Bytes of the tensors."""
-
-    def opened(self) -> FileIO:
-        """For reading, from the tensors' first byte on. It may be unlinked meanwhile."""
-        file = self.path.open("rb", buffering=0)
-        file.seek(self.data_offset)
-        return file
 
 
 def write(path: Path, state: State, metadata: Mapping[str, str]) -> TensorFile:

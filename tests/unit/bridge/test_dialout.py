@@ -118,11 +118,8 @@ def up(metrics: Metrics) -> float:
     return sum(sample.value for family in metrics.gateway_connected.collect() for sample in family.samples)
 
 
-def test_a_connection_comes_out_at_the_bridges_own_server(
-    dial_out: DialOut, gateway: FakeGateway, metrics: Metrics, local: socket.socket
-) -> None:
-    gateway.say.put(pb.Frame(welcome=pb.Welcome(version="1")))
-    until(lambda: up(metrics) == 1, "the tunnel counts as up")
+def question_and_answer(gateway: FakeGateway, local: socket.socket) -> socket.socket:
+    """Opens connection 1 at the gateway, and sends a few bytes either way; its end at the bridge's own server."""
     gateway.say.put(pb.Frame(open=1))
     gateway.say.put(pb.Frame(data=pb.Data(connection=1, content=b"question")))
     here, _ = local.accept()
@@ -130,6 +127,15 @@ def test_a_connection_comes_out_at_the_bridges_own_server(
     assert here.recv(100) == b"question"
     here.sendall(b"answer")
     assert gateway.hear() == pb.Frame(data=pb.Data(connection=1, content=b"answer"))
+    return here
+
+
+def test_a_connection_comes_out_at_the_bridges_own_server(
+    dial_out: DialOut, gateway: FakeGateway, metrics: Metrics, local: socket.socket
+) -> None:
+    gateway.say.put(pb.Frame(welcome=pb.Welcome(version="1")))
+    until(lambda: up(metrics) == 1, "the tunnel counts as up")
+    here = question_and_answer(gateway, local)
     gateway.say.put(pb.Frame(close=1))
     assert here.recv(100) == b"", "a call that is cancelled ends here too"
     # The next one lives until the tunnel breaks.
@@ -219,13 +225,7 @@ def test_it_dials_through_an_http_proxy(
     one.start(tmp_path / "s")
     try:
         assert gateway.hear().hello.site == "lumi"
-        gateway.say.put(pb.Frame(open=1))
-        gateway.say.put(pb.Frame(data=pb.Data(connection=1, content=b"question")))
-        here, _ = local.accept()
-        here.settimeout(60)
-        assert here.recv(100) == b"question"
-        here.sendall(b"answer")
-        assert gateway.hear() == pb.Frame(data=pb.Data(connection=1, content=b"answer"))
+        question_and_answer(gateway, local)
     finally:
         one.stop()
     assert set(proxy.asked) == {("gateway.invalid:7446", 200)}
