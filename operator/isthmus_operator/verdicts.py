@@ -14,6 +14,7 @@ from .render import aggregator
 from .render.client import ClientPods
 from .render.merge import TemplateError
 from .render.restrict import violations
+from .text import plural
 
 # What may change while a job lives. Everything else needs a new job.
 LIVE_FIELDS = ("suspend", "backoff_limit", "active_deadline_seconds", "ttl_seconds_after_finished")
@@ -110,11 +111,12 @@ def _client(job: Job, spec: FederatedJobSpec, pool: Pool) -> dict[str, Any]:
 
 def _live(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> Acceptance:
     spec = accepted.model_copy(update={name: getattr(wanted, name) for name in LIVE_FIELDS})
-    pools = [_resized(pool, wanted) for pool in accepted.pools]
-    # A size that is left to follow from replicas follows from the first ones.
-    compared = spec.model_copy(update={"pools": [new for new, _ in pools]})
-    sized = [_of_size(new, old.size) for (new, _), old in zip(pools, accepted.pools, strict=True)]
-    spec = spec.model_copy(update={"pools": sized})
+    pools, problems = _resized_pools(accepted, wanted)
+    compared = spec.model_copy(update={"pools": pools})
+    # A size or a quorum that is left to follow from replicas follows from the first ones: the aggregator knows those.
+    sized = [_of_size(new, old.size) for new, old in zip(pools, accepted.pools, strict=True)]
+    selection = accepted.selection.model_copy(update={"min_clients": accepted.min_clients})
+    spec = spec.model_copy(update={"pools": sized, "selection": selection})
     changed = [
         f"spec.{info.alias or name}"
         for name, info in FederatedJobSpec.model_fields.items()
@@ -122,9 +124,20 @@ def _live(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> Acceptance:
     ]
     if not changed:
         return Acceptance(spec)
-    too_many = "; ".join(filter(None, (problem for _, problem in pools)))
-    why = f"they need a new job ({too_many})" if too_many else "they need a new job"
+    why = f"they need a new job ({'; '.join(problems)})" if problems else "they need a new job"
     return Acceptance(spec, f"changes of {', '.join(changed)} are ignored: {why}")
+
+
+def _resized_pools(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> tuple[list[Pool], list[str]]:
+    """The accepted pools with as many clients as they shall have now, and why some cannot."""
+    resized = [_resized(pool, wanted) for pool in accepted.pools]
+    pools, problems = [pool for pool, _ in resized], [problem for _, problem in resized if problem]
+    trainers, quorum = accepted.model_copy(update={"pools": pools}).trainers, accepted.min_clients
+    if trainers < max(quorum, accepted.min_updates):
+        fewest = f"a quorum of {quorum}" if trainers < quorum else f"rounds of at least {accepted.min_updates} updates"
+        problems.append(f"it was made for {fewest}, and {plural(trainers, 'client')} would train")
+        return accepted.pools, problems
+    return pools, problems
 
 
 def _resized(pool: Pool, wanted: FederatedJobSpec) -> tuple[Pool, str]:

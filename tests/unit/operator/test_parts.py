@@ -194,3 +194,37 @@ def test_clients_share_jobs_where_the_manifest_says_so() -> None:
     go_on(world, steps=4)
     (asked,) = world.requests.values()
     assert (asked.replicas, asked.clients_per_job) == (5, 2)
+
+
+def only_hpc(replicas: int, **changes: Any) -> dict[str, Any]:
+    """A job whose clients are all in one HPC pool of up to four."""
+    manifest = spec(cloud=0, hpc=replicas, **changes)
+    manifest["pools"][0]["hpc"]["maxReplicas"] = 4
+    return manifest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "it was made for a quorum of 2, and 1 client would train"),
+        (
+            {"selection": {"minClients": 1}, "stragglers": {"minUpdates": 2}},
+            "the changed manifest is invalid",
+        ),
+    ],
+)
+def test_a_pool_does_not_shrink_below_what_its_rounds_need(changes: dict[str, Any], message: str) -> None:
+    accepted = parse_spec(only_hpc(3, **changes))
+    verdict = examine(job(only_hpc(1, **changes)), Observed(accepted=accepted))
+    assert isinstance(verdict, Acceptance)
+    assert message in verdict.message
+    assert verdict.spec.pool("lumi").replicas == 3
+
+
+def test_the_quorum_is_the_one_that_the_aggregator_was_told() -> None:
+    accepted = parse_spec(only_hpc(1))
+    verdict = examine(job(only_hpc(4)), Observed(accepted=accepted))
+    assert isinstance(verdict, Acceptance)
+    assert not verdict.message
+    assert verdict.spec.trainers == 4
+    assert verdict.spec.min_clients == accepted.min_clients == 1
