@@ -100,7 +100,7 @@ class MetricStatus(Resource):
 
 
 class ModelStatus(Resource):
-    """The newest committed global model."""
+    """The newest committed global model. A large one is shown a moment after its round: its file is hashed aside."""
 
     uri: str
     round: int

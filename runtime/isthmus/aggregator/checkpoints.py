@@ -35,9 +35,9 @@ class Checkpoint:
     """What else was committed with it, by name."""
 
     @property
-    def sha256(self) -> str:
-        """Of the file: the model's identity in the protocol."""
-        return self.file.sha256
+    def digest(self) -> str:
+        """The model's identity in the protocol."""
+        return self.file.digest
 
 
 @dataclass
@@ -163,16 +163,16 @@ class CheckpointStore:
         strategy = _read(beside, path)[1] if beside.exists() else {}
         return Checkpoint(number, state, file, strategy, metadata)
 
-    def write_final(self, checkpoint: Checkpoint) -> tuple[Path, str]:
-        """Writes the final model for plain PyTorch and safetensors users; returns the latter's path and SHA-256."""
+    def write_final(self, checkpoint: Checkpoint) -> Path:
+        """Writes the final model for plain PyTorch and safetensors users; returns the latter's path."""
         plain, path = self.directory / "model.pt", self.directory / "model.safetensors"
         with _publishing(plain) as partial:
             tensorfile.save_plain(partial, checkpoint.state)
         with _publishing(path) as partial:
             sparefile.take(self._spare, partial)
-            file = tensorfile.write(partial, checkpoint.state, {"format": "pt", "round": str(checkpoint.round)})
+            tensorfile.write(partial, checkpoint.state, {"format": "pt", "round": str(checkpoint.round)})
         self._strategy_spare.unlink(missing_ok=True)
-        return path, file.sha256
+        return path
 
     def records(self, up_to: int | None = None) -> list[RoundRecord]:
         """The records of rounds 1 to ``up_to``: later ones belong to rounds whose checkpoints were removed."""

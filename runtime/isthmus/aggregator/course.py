@@ -42,8 +42,6 @@ class Course:
     """These weights."""
     broken: StrategyError | None = None
     """What the strategy died of: the job cannot go on."""
-    final: tuple[str, str] | None = None
-    """The final model's path and SHA-256, once it is written."""
     open: asyncio.Event = field(default_factory=asyncio.Event)
     """Updates are counted: not so between rounds."""
     changes: Bell = field(default_factory=Bell)

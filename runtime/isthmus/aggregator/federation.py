@@ -30,6 +30,7 @@ from .membership import Client, ClientId, Membership
 from .metrics import AggregatorMetrics
 from .model import GlobalModel
 from .progress import Progress, WeightedMeans
+from .publisher import Publisher, sha256_of
 from .reporter import Reporter
 from .selection import choose
 from .statewriter import StateWriter
@@ -78,8 +79,9 @@ class Federation:
         self._record: RoundRecord | None = None  # of the newest committed round
         self._offer: pb.ServerMessage | None = None  # of the round in progress: the same for all
         self._writer = StateWriter(store, self.course, self.ledger, metrics, tracker)
+        self._publisher = Publisher(store.directory, self.course.changes)
         self._reporter = Reporter(
-            job.spec, self.course, self.members, self.progress, tracker, store.directory, metrics, budget
+            job.spec, self.course, self.members, self.progress, tracker, self._publisher, metrics, budget
         )
 
     # ---- the course of training
@@ -106,8 +108,9 @@ class Federation:
         self.intake.receptions.clear()
         await self._evaluate_final()
         await self._writer.retire()
-        path, sha256 = await self._writer.checkpoint(lambda: self._store.write_final(checkpoint))
-        self.course.final = (path.name, sha256)
+        path = await self._writer.checkpoint(lambda: self._store.write_final(checkpoint))
+        sha256 = await asyncio.to_thread(sha256_of, path)
+        self._publisher.finish(path, checkpoint.round, sha256)
         self._tracker.finish(path, sha256)
         self.course.phase, self.course.message = pb.FederationStatus.COMPLETE, ""
         log.info("complete: %d rounds, model in %s", checkpoint.round, path)
@@ -169,7 +172,7 @@ class Federation:
         self.course.closing = True
         self.course.open.clear()
         result, broadcast = await asyncio.get_running_loop().run_in_executor(
-            self._folder, self.compression.settle, self._strategy.finish, state.number, base.state, base.sha256
+            self._folder, self.compression.settle, self._strategy.finish, state.number, base.state, base.digest
         )
         record, book = self._record_of(state), self._settled_book(state)
         notes = {_RECORD: record.text()}
@@ -189,7 +192,7 @@ class Federation:
         choice = choose(self.spec, number, ready, self.intake.book)
         state = RoundState(number, now, now + self.spec.stragglers.round_deadline_seconds, target=choice.target)
         # Whoever has this round's work in hand, from before a restart of ours, has not done it for nothing.
-        working = [client.id for client in self.members.trainers() if client.works_on(number, base.sha256)]
+        working = [client.id for client in self.members.trainers() if client.works_on(number, base.digest)]
         state.selected.update(choice.clients, working)
         self._strategy.begin(base.state)
         self.ledger.begin()
@@ -291,6 +294,7 @@ class Federation:
         self.metrics.model_bytes.set(self.course.model.size)
         self._evaluations = WeightedMeans()
         self.intake.history.add(checkpoint)
+        self._publisher.publish(checkpoint)
         for client in self.members:
             client.send(messages.committed(checkpoint.round))
             self._ask_evaluator(client)

@@ -33,7 +33,7 @@ class History:
     def find(self, number: int, digest: str) -> State | None:
         """The model of a round, if it is the one of that digest and still there."""
         checkpoint = self._models.get(number)
-        return checkpoint.state if checkpoint is not None and checkpoint.sha256 == digest else None
+        return checkpoint.state if checkpoint is not None and checkpoint.digest == digest else None
 
 
 def rebase(tensors: State, old: State, new: State, buffers: Collection[str]) -> None:

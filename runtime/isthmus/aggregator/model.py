@@ -72,7 +72,7 @@ class GlobalModel:
 
     @property
     def digest(self) -> str:
-        return self.checkpoint.sha256
+        return self.checkpoint.digest
 
     @cached_property
     def size(self) -> int:

@@ -1,7 +1,6 @@
 """What the world sees of a job's training: its status and its metrics."""
 
 import asyncio
-from pathlib import Path
 
 from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
@@ -11,6 +10,7 @@ from .course import Course
 from .membership import Membership
 from .metrics import AggregatorMetrics
 from .progress import Progress
+from .publisher import Publisher
 from .tracking.tracker import Tracker
 
 # Metrics follow the state at most this much later. Seconds.
@@ -22,14 +22,14 @@ class Reporter:
 
     def __init__(
         self, spec: FederatedJobSpec, course: Course, members: Membership, progress: Progress, tracker: Tracker,
-        directory: Path, metrics: AggregatorMetrics, budget: PrivacyBudget | None = None,
+        publisher: Publisher, metrics: AggregatorMetrics, budget: PrivacyBudget | None = None,
     ) -> None:  # fmt: skip
         self._spec = spec
         self._course = course
         self._members = members
         self._progress = progress
         self._tracker = tracker
-        self._directory = directory
+        self._publisher = publisher
         self._metrics = metrics
         self._budget = budget
         self._due: asyncio.TimerHandle | None = None
@@ -52,15 +52,10 @@ class Reporter:
             submitted=state.updates if state else 0,
             round_started=course.round_started,
             started=course.started,
+            model=self._publisher.newest,
         )
         if self._budget is not None:
             status.privacy.CopyFrom(self._budget.status())
-        if course.final is not None:
-            status.model.path, status.model.sha256 = course.final
-            status.model.round = completed
-        elif course.model is not None:
-            path = course.model.checkpoint.file.path.relative_to(self._directory)
-            status.model.CopyFrom(pb.ModelStatus(path=str(path), round=completed, sha256=course.model.digest))
         return status
 
     def refresh_soon(self) -> None:

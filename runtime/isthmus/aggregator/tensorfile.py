@@ -5,11 +5,9 @@ The library's own writer makes a second copy of every tensor; the format is simp
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +27,8 @@ class TensorFile:
     """A file, as its writer or a first reading knows it."""
 
     path: Path
-    sha256: str
-    """Of the whole file."""
+    digest: str
+    """xxh3-128 of the header and the checksum: what tells this model from others."""
     checksum: str
     """xxh3-128 of the tensors' bytes in the file's order: what a stream of them carries."""
     data_offset: int
@@ -47,39 +45,34 @@ def write(path: Path, state: State, metadata: Mapping[str, str]) -> TensorFile:
         offset += spec.size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    lead = len(text).to_bytes(8, "little") + text
+    lead, checksum = len(text).to_bytes(8, "little") + text, xxhash.xxh3_128()
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:
+        # Not file.write: unbuffered, it may write a part of it and not complain.
         if offset <= SMALL_BYTES:
-            # Not file.write: unbuffered, it may write a part of it and not complain.
-            _write_all(file.fileno(), memoryview(b"".join([lead, *map(bytes_view, state.values())])))
-            digests = _digests(lead, state)
+            data = memoryview(b"".join([lead, *map(bytes_view, state.values())]))
+            _write_all(file.fileno(), data)
+            checksum.update(data[len(lead) :])
         else:
-            # Hashing and writing both leave the interpreter free: together they take as long as the slower one.
-            with ThreadPoolExecutor(1) as hasher:
-                hashing = hasher.submit(_digests, lead, state)
-                _write_all(file.fileno(), memoryview(lead))
-                for piece in _pieces(state):
-                    _write_all(file.fileno(), piece)
-                digests = hashing.result()
+            _write_all(file.fileno(), memoryview(lead))
+            for piece in _pieces(state):
+                _write_all(file.fileno(), piece)
+                checksum.update(piece)
         file.truncate(len(lead) + offset)
         _synchronize(file.fileno())
-    return TensorFile(path, *digests, len(lead), offset)
+    return _described(path, lead, checksum.hexdigest(), offset)
 
 
 def read(path: Path) -> tuple[TensorFile, State, dict[str, str]]:
     """A file, its tensors (mapped, not read) and its metadata. Raises ``OSError`` or ``SafetensorError``."""
     with safe_open(path, framework="pt") as opened:
         metadata = dict(opened.metadata() or {})
-    sha256, checksum = hashlib.sha256(), xxhash.xxh3_128()
+    checksum = xxhash.xxh3_128()
     with path.open("rb") as file:
         lead = file.read(8)
         lead += file.read(int.from_bytes(lead, "little"))
-        sha256.update(lead)
         while piece := file.read(_PIECE):
-            sha256.update(piece)
             checksum.update(piece)
-    file_bytes = path.stat().st_size
-    found = TensorFile(path, sha256.hexdigest(), checksum.hexdigest(), len(lead), file_bytes - len(lead))
+    found = _described(path, lead, checksum.hexdigest(), path.stat().st_size - len(lead))
     return found, mapped(path), metadata
 
 
@@ -93,12 +86,8 @@ def mapped(path: Path) -> State:
         return {name: opened.get_tensor(name) for name in names}
 
 
-def _digests(lead: bytes, state: State) -> tuple[str, str]:
-    sha256, checksum = hashlib.sha256(lead), xxhash.xxh3_128()
-    for piece in _pieces(state):
-        sha256.update(piece)
-        checksum.update(piece)
-    return sha256.hexdigest(), checksum.hexdigest()
+def _described(path: Path, lead: bytes, checksum: str, size: int) -> TensorFile:
+    return TensorFile(path, xxhash.xxh3_128_hexdigest(lead + checksum.encode()), checksum, len(lead), size)
 
 
 def _pieces(state: State) -> Iterator[memoryview]:

@@ -36,8 +36,10 @@ class HandMadeClient:
         yield hello
         eventually("the test is over", lambda: self.channel is None, 1200)
 
-    def offer(self) -> pb.Offer:
-        return next(message.offer for message in self.messages if message.HasField("offer"))
+    def offer(self, round_number: int = 0) -> pb.Offer:
+        """The next one, or the next of a round."""
+        offers = (message.offer for message in self.messages if message.HasField("offer"))
+        return next(offer for offer in offers if offer.round == round_number or not round_number)
 
     def header(self, round_number: int, digest: str = "", **changes: object) -> pb.UpdateHeader:
         header = pb.UpdateHeader(

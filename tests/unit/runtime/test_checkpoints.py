@@ -33,7 +33,7 @@ def test_the_newest_comes_back_and_old_ones_go(tmp_path: Path) -> None:
         store(tmp_path).retire()
     latest = store(tmp_path).latest()
     assert latest is not None
-    assert (latest.round, latest.sha256) == (3, saved.sha256)
+    assert (latest.round, latest.digest) == (3, saved.digest)
     assert latest.state["w"].tolist() == [3.0] * 3
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "round-000002.safetensors",
@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_the_final_model_loads_without_us(tmp_path: Path) -> None:
     saved = store(tmp_path).save(5, state(2))
-    path, _ = store(tmp_path).write_final(saved)
+    path = store(tmp_path).write_final(saved)
     plain = torch.load(tmp_path / "model.pt", weights_only=True)
     for loaded in (plain, load_file(path)):
         assert loaded["w"].tolist() == [2.0] * 3
@@ -194,7 +194,7 @@ def test_a_full_disk_leaves_neither_a_torn_file_nor_its_remains(
         assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["round-000001.safetensors"]
     latest = store(tmp_path).latest()
     assert latest is not None
-    assert (latest.round, latest.sha256) == (1, saved.sha256)
+    assert (latest.round, latest.digest) == (1, saved.digest)
     assert store(tmp_path).save(2, large).round == 2
     store(tmp_path).write_final(saved)
     assert len(torch.load(tmp_path / "model.pt", weights_only=True)["w"]) == 100_000
