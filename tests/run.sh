@@ -36,6 +36,10 @@ run() { # run COMMAND…: a failure is remembered, and the other layers still ru
   "$@" || status=1
 }
 
+in_lab() { # in_lab FOLDER…: these tests, in the lab that is up
+  ISTHMUS_IMAGES=$images "$python" -m lab exec --dir "$lab_dir" -- "$python" -m pytest "${options[@]}" "$@"
+}
+
 paths() { # paths LAYER…: the folders of those that are wanted
   local layer
   for layer in "$@"; do ! wanted "$layer" || echo "tests/$layer"; done
@@ -62,7 +66,18 @@ elif [ ${#there[@]} -gt 0 ]; then
     [ $ready = 1 ] && { "$python" -m lab up --dir "$lab_dir" || ready=0; }
     if [ $ready = 1 ]; then
       trap '"$python" -m lab down --dir "$lab_dir"' EXIT
-      ISTHMUS_IMAGES=$images run "$python" -m lab exec --dir "$lab_dir" -- "$python" -m pytest "${options[@]}" "${there[@]}"
+      # Slurm's tests leave Kubernetes alone, and the other way round: mostly, both wait.
+      if wanted slurm && wanted kube; then
+        in_lab tests/slurm >"$lab_dir/slurm-tests.log" 2>&1 &
+        beside=$!
+        run in_lab tests/kube
+        echo "+ in_lab tests/slurm (meanwhile)"
+        wait $beside || status=1
+        cat "$lab_dir/slurm-tests.log"
+        ! wanted e2e || run in_lab tests/e2e
+      else
+        run in_lab "${there[@]}"
+      fi
     else
       echo "tests/run.sh: the lab did not come up; see above"
       status=1
