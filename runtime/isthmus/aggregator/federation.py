@@ -10,7 +10,6 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-from isthmus_contracts.compression import NONE
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..strategies import Strategy
@@ -21,7 +20,8 @@ from .checkpoints import Checkpoint, CheckpointError, CheckpointStore, RoundReco
 from .clientbook import ClientBook
 from .compression import Broadcast, Compression
 from .course import Course
-from .decisions import LOST_CLIENT_GRACE, RoundState, Verdict, decide
+from .decisions import RoundState, Verdict, decide
+from .evaluations import Evaluations
 from .handover import Handover
 from .intake import Intake
 from .job import Job
@@ -29,6 +29,7 @@ from .ledger import RoundLedger
 from .membership import Client, ClientId, Membership
 from .metrics import AggregatorMetrics
 from .model import GlobalModel
+from .offers import Offers
 from .progress import Progress, WeightedMeans
 from .publisher import Publisher, sha256_of
 from .reporter import Reporter
@@ -39,8 +40,6 @@ from .tracking.tracker import Tracker
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
-# The clients' last measurement, of the final model, may take this long. Seconds.
-EVALUATION_DEADLINE = 300.0
 _TRAIN_PREFIX = "train_"
 # What is committed with a model.
 _RECORD, _CLIENTS = "record", "clients"
@@ -75,10 +74,10 @@ class Federation:
         self._budget = budget
         self.progress = Progress(job.spec.objective)
         self._contributors: set[ClientId] = set()  # to the newest committed round
-        self._evaluations = WeightedMeans()
         self._record: RoundRecord | None = None  # of the newest committed round
-        self._offer: pb.ServerMessage | None = None  # of the round in progress: the same for all
+        self._offers = Offers(job.spec, self.course, self.compression, self.ledger)
         self._writer = StateWriter(store, self.course, self.ledger, metrics, tracker)
+        self._evaluations = Evaluations(job.spec, self.course, self.members, self.progress, self._offers, self._writer)
         self._publisher = Publisher(store.directory, self.course.changes)
         self._reporter = Reporter(
             job.spec, self.course, self.members, self.progress, tracker, self._publisher, metrics, budget
@@ -106,7 +105,7 @@ class Federation:
             checkpoint = await self._train(checkpoint)
         self.course.open.set()  # whoever waits hears that it is over
         self.intake.receptions.clear()
-        await self._evaluate_final()
+        await self._evaluations.conclude(self._contributors, self._record, self._changed)
         await self._writer.retire()
         path = await self._writer.checkpoint(lambda: self._store.write_final(checkpoint))
         sha256 = await asyncio.to_thread(sha256_of, path)
@@ -196,7 +195,7 @@ class Federation:
         state.selected.update(choice.clients, working)
         self._strategy.begin(base.state)
         self.ledger.begin()
-        self._offer = None
+        self._offers.begin()
         self.course.round, self.course.round_started, self.course.closing = state, time.time(), False
         self.course.training, self.course.examples = WeightedMeans(), 0
         self.course.phase, self.course.message = pb.FederationStatus.TRAINING, ""
@@ -204,7 +203,7 @@ class Federation:
         log.info("round %d: %d of %d ready clients", number, len(state.selected), len(ready))
         for client in self.members.trainers():
             if client.id in state.selected:
-                self._ask(client, state)
+                self._offers.train(client, state)
         self.course.changes.ring()
         return state
 
@@ -213,7 +212,7 @@ class Federation:
         for client in self.members.trainers():
             if client.id not in state.selected:
                 state.selected.add(client.id)
-                self._ask(client, state)
+                self._offers.train(client, state)
         have, need = state.updates, self.spec.min_updates
         self.course.message = f"round {state.number} has {have} of {need} needed updates; waiting for clients"
 
@@ -226,7 +225,7 @@ class Federation:
         state.rejected.clear()
         for client in self.members.trainers():
             if client.id in state.selected - state.accepted:
-                self._ask(client, state)
+                self._offers.train(client, state)
 
     async def _records(self, checkpoint: Checkpoint) -> list[RoundRecord]:
         """The records up to a checkpoint, whose own may not have come so far as the file when we were killed."""
@@ -277,7 +276,7 @@ class Federation:
         """Books a round whose checkpoint is durable."""
         if self._budget is not None:
             self._budget.charge()
-        await self._close_evaluations()
+        await self._evaluations.close(self._record)
         record.seconds, record.time = time.monotonic() - state.started, time.time()
         away = {client.id for client in self.members if not client.ready}
         self.ledger.close(record, state.selected, state.accepted, away | state.rejected)
@@ -292,55 +291,13 @@ class Federation:
         """Makes a durable checkpoint the global model, and tells the clients."""
         self.course.model = GlobalModel.of(checkpoint, self.spec.total_clients, broadcast)
         self.metrics.model_bytes.set(self.course.model.size)
-        self._evaluations = WeightedMeans()
         self.intake.history.add(checkpoint)
         self._publisher.publish(checkpoint)
+        self._evaluations.begin()
         for client in self.members:
             client.send(messages.committed(checkpoint.round))
-            self._ask_evaluator(client)
+            self._offers.watch(client)
         self.course.changes.ring()
-
-    async def _evaluate_final(self) -> None:
-        """The clients measure the final model on their held-out data."""
-        assert self.course.model is not None
-        self.course.phase = pb.FederationStatus.EVALUATING
-        offered: set[ClientId] = set()
-        started = time.monotonic()
-        until = started + EVALUATION_DEADLINE
-        while time.monotonic() < until:
-            ready = self.members.ready()
-            evaluators = [client for client in ready if client.evaluates]
-            for client in evaluators:
-                if client.id not in offered:
-                    offered.add(client.id)
-                    self._send_offer(client, messages.evaluate(self.course.model, self.compression))
-            # After a restart of ours, the clients need a moment to come back.
-            all_back = len(self.members.trainers()) >= self.spec.min_clients
-            settled_at = started if all_back else started + LOST_CLIENT_GRACE
-            if time.monotonic() < settled_at:
-                await self._changed(until=settled_at)
-            elif self._awaited(evaluators) <= self._evaluations.clients():
-                break
-            else:
-                await self._changed(until=until)
-        await self._close_evaluations()
-
-    def _awaited(self, evaluators: list[Client]) -> set[ClientId]:
-        """Whose evaluation of the final model is waited for: a straggler may be at an earlier round for long."""
-        waited_for = {client.id for client in evaluators if client.id in self._contributors or not client.trains}
-        return waited_for or {client.id for client in evaluators}
-
-    async def _close_evaluations(self) -> None:
-        """Books what the clients measured of the current model."""
-        if self.course.model is None or not len(self._evaluations):
-            return
-        means = self._evaluations.means()
-        self.progress.take(self.course.model.round, means)
-        if self._record is not None and self._record.round == self.course.model.round:
-            self._record.metrics.update(means)
-            await self._writer.record(self._record)
-        told = ", ".join(f"{name}={value:.4f}" for name, value in means.items())
-        log.info("round %d: %s", self.course.model.round, told)
 
     # ---- what clients say
 
@@ -354,14 +311,14 @@ class Federation:
         )
         if self.course.model is not None:
             client.send(messages.committed(self.course.model.round))
-            self._ask_evaluator(client)
+            self._offers.watch(client)
         match self.course.phase:
             case pb.FederationStatus.COMPLETE:
                 client.send(messages.stop(pb.Stop.COMPLETE, "training is complete"))
             case pb.FederationStatus.INITIALIZING if client.id == self.course.initializer:
                 client.send(messages.INITIALIZE)
             case pb.FederationStatus.EVALUATING if client.evaluates and self.course.model is not None:
-                self._send_offer(client, messages.evaluate(self.course.model, self.compression))
+                self._offers.evaluate(client)
             case _:
                 self._ask_again(client)
         log.info("%s joined (attempt %d)", client.name, client.attempt)
@@ -376,12 +333,7 @@ class Federation:
         if client.works_on(state.number, model.digest):
             state.selected.add(client.id)
         if client.id in state.selected - state.accepted - state.rejected:
-            self._ask(client, state)
-
-    def _ask_evaluator(self, client: Client) -> None:
-        """A client that trains nothing measures every model."""
-        if self.course.model is not None and client.ready and client.evaluates and not client.trains:
-            self._send_offer(client, messages.evaluate(self.course.model, self.compression))
+            self._offers.train(client, state)
 
     def leave(self, client: Client, outbox: "asyncio.Queue[pb.ServerMessage | None]") -> None:
         """A control stream has ended."""
@@ -396,7 +348,7 @@ class Federation:
             case "heartbeat":
                 client.stage = message.heartbeat.stage
             case "evaluation":
-                self._take_evaluation(client, message.evaluation)
+                self._evaluations.take(client, message.evaluation)
             case "failure":
                 self.members.fail(client, message.failure)
                 log.warning("%s failed: %s", client.name, message.failure.message)
@@ -404,38 +356,10 @@ class Federation:
             case "leaving":
                 log.info("%s leaves: %s", client.name, message.leaving.reason)
 
-    def _take_evaluation(self, client: Client, evaluation: pb.Evaluation) -> None:
-        if self.course.model is None or evaluation.model_digest != self.course.model.digest:
-            return
-        self._evaluations.add(client.id, max(evaluation.num_examples, 1), evaluation.metrics)
-        waited_for, heard = self.course.round.selected if self.course.round else set(), self._evaluations.clients()
-        if client.id in waited_for and all(
-            member.id in heard for member in self.members if member.evaluates and member.id in waited_for
-        ):
-            self.progress.take(self.course.model.round, self._evaluations.means())
-        self.course.changes.ring()
-
     @property
     def companion(self) -> State:
         """What the strategy sends along with the model."""
         return self._strategy.companion()
-
-    # ---- offers and status
-
-    def _ask(self, client: Client, state: RoundState) -> None:
-        """Offers the round's work to a client."""
-        assert self.course.model is not None
-        client.offered(state.number, time.monotonic())
-        if client.heirs:
-            return  # its successor, which comes in a moment, is asked instead
-        if self._offer is None:
-            self._offer = messages.train(self.spec, state.number, self.course.model, self.compression)
-        self._send_offer(client, self._offer)
-
-    def _send_offer(self, client: Client, message: pb.ServerMessage) -> None:
-        if client.connected and message.offer.model and self.course.model is not None:
-            self.ledger.sent(client.id[0], NONE, self.course.model.size)
-        client.send(message)
 
     def status(self) -> pb.FederationStatus:
         """What the operator sees."""

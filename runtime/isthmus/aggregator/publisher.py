@@ -52,9 +52,7 @@ class Publisher:
         while (checkpoint := self._next) is not None:
             self._next = None
             with suppress(OSError):  # it was retired meanwhile; a newer one follows
-                sha256 = await asyncio.get_running_loop().run_in_executor(
-                    self._thread, sha256_of, checkpoint.file.path
-                )
+                sha256 = await asyncio.get_running_loop().run_in_executor(self._thread, sha256_of, checkpoint.file.path)
                 self._show(checkpoint, sha256)
         self._hashing = None
 

@@ -13,14 +13,28 @@ from isthmus.aggregator.bell import Bell
 from isthmus.aggregator.checkpoints import Checkpoint, CheckpointStore
 from isthmus.aggregator.publisher import Publisher, sha256_of
 
-Body = Callable[[Publisher, CheckpointStore], Awaitable[None]]
+Body = Callable[["Watched", CheckpointStore], Awaitable[None]]
+
+
+class Watched(Publisher):
+    """Whose news one can wait for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.bell = Bell()
+        super().__init__(directory, self.bell)
+
+    async def shown(self, number: int) -> None:
+        async with asyncio.timeout(30):
+            async for _ in self.bell.listen():
+                if self.newest is not None and self.newest.round >= number:
+                    return
 
 
 def run(directory: Path, body: Body) -> None:
     async def main() -> None:
         store = CheckpointStore(directory, "uid", 1)
         store.open()
-        await body(Publisher(directory, Bell()), store)
+        await body(Watched(directory), store)
 
     asyncio.run(main())
 
@@ -29,19 +43,13 @@ def saved(store: CheckpointStore, number: int) -> Checkpoint:
     return store.save(number, {"w": torch.full((1000,), float(number))})
 
 
-async def shown(published: Publisher, number: int) -> None:
-    async with asyncio.timeout(30):
-        while published.newest is None or published.newest.round < number:
-            await asyncio.sleep(0.001)
-
-
-def told(published: Publisher) -> tuple[str, int, str]:
+def told(published: Watched) -> tuple[str, int, str]:
     assert published.newest is not None
     return published.newest.path, published.newest.round, published.newest.sha256
 
 
 def test_a_small_model_is_shown_at_once(tmp_path: Path) -> None:
-    async def body(published: Publisher, store: CheckpointStore) -> None:
+    async def body(published: Watched, store: CheckpointStore) -> None:
         published.publish(saved(store, 1))
         path = "checkpoints/round-000001.safetensors"
         assert told(published) == (path, 1, hashlib.sha256((tmp_path / path).read_bytes()).hexdigest())
@@ -54,15 +62,15 @@ def test_a_large_one_is_shown_once_it_is_hashed_and_the_newest_in_the_end(
 ) -> None:
     monkeypatch.setattr(publisher, "SMALL_BYTES", 0)
 
-    async def body(published: Publisher, store: CheckpointStore) -> None:
+    async def body(published: Watched, store: CheckpointStore) -> None:
         for number in range(1, 6):
             published.publish(saved(store, number))
             assert published.newest is None
-        await shown(published, 5)
+        await published.shown(5)
         path, _, sha256 = told(published)
         assert sha256 == sha256_of(tmp_path / path)
         published.publish(saved(store, 6))
-        await shown(published, 6)
+        await published.shown(6)
 
     run(tmp_path, body)
 
@@ -70,13 +78,13 @@ def test_a_large_one_is_shown_once_it_is_hashed_and_the_newest_in_the_end(
 def test_a_model_that_was_retired_meanwhile_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publisher, "SMALL_BYTES", 0)
 
-    async def body(published: Publisher, store: CheckpointStore) -> None:
+    async def body(published: Watched, store: CheckpointStore) -> None:
         lost = saved(store, 1)
         lost.file.path.unlink()
         published.publish(lost)
         await asyncio.sleep(0)
         published.publish(saved(store, 2))
-        await shown(published, 2)
+        await published.shown(2)
 
     run(tmp_path, body)
 
@@ -84,7 +92,7 @@ def test_a_model_that_was_retired_meanwhile_is_passed_over(tmp_path: Path, monke
 def test_nothing_comes_after_the_final_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publisher, "SMALL_BYTES", 0)
 
-    async def body(published: Publisher, store: CheckpointStore) -> None:
+    async def body(published: Watched, store: CheckpointStore) -> None:
         checkpoint = saved(store, 3)
         published.publish(checkpoint)
         await asyncio.sleep(0)

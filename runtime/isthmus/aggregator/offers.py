@@ -1,0 +1,55 @@
+"""The work that clients are offered."""
+
+import time
+
+from isthmus_contracts.compression import NONE
+from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.pb import federation_pb2 as pb
+
+from . import messages
+from .compression import Compression
+from .course import Course
+from .decisions import RoundState
+from .ledger import RoundLedger
+from .membership import Client
+
+
+class Offers:
+    """Makes them of the newest committed model, which must be there, and sends them."""
+
+    def __init__(self, spec: FederatedJobSpec, course: Course, compression: Compression, ledger: RoundLedger) -> None:
+        self._spec = spec
+        self._course = course
+        self._compression = compression
+        self._ledger = ledger
+        self._training: pb.ServerMessage | None = None  # of the round in progress: the same for all
+
+    def begin(self) -> None:
+        """A new round has begun."""
+        self._training = None
+
+    def train(self, client: Client, state: RoundState) -> None:
+        """Offers the round's work to a client."""
+        client.offered(state.number, time.monotonic())
+        if client.heirs:
+            return  # its successor, which comes in a moment, is asked instead
+        if self._training is None:
+            assert self._course.model is not None
+            self._training = messages.train(self._spec, state.number, self._course.model, self._compression)
+        self._send(client, self._training)
+
+    def evaluate(self, client: Client) -> None:
+        """Asks a client to measure the model."""
+        assert self._course.model is not None
+        self._send(client, messages.evaluate(self._course.model, self._compression))
+
+    def watch(self, client: Client) -> None:
+        """A client that trains nothing measures every model."""
+        if client.ready and client.evaluates and not client.trains:
+            self.evaluate(client)
+
+    def _send(self, client: Client, message: pb.ServerMessage) -> None:
+        if client.connected and message.offer.model:
+            assert self._course.model is not None
+            self._ledger.sent(client.id[0], NONE, self._course.model.size)
+        client.send(message)
