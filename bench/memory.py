@@ -22,7 +22,7 @@ import xxhash
 from isthmus.client.context import Context
 from isthmus.client.participation import Participation
 from isthmus.client.replicas import Replicas
-from isthmus.tensors import specs_of
+from isthmus.tensors import chunk_bytes, specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
 from isthmus_contracts.transport import channel
@@ -30,7 +30,6 @@ from isthmus_contracts.transport import channel
 from .job import POOL, SERVER_NAME, UID, Job, aggregator, client_environment, connections_of_their_own, peak_memory
 from .noop_clients import Weights
 
-CHUNK = bytes(1 << 20)
 CHAINS = ("None", "Int8", "TopK+Int8")
 
 
@@ -73,17 +72,20 @@ def server(clients: int, parameters: int, rounds: int) -> int:
     connections_of_their_own()
     with tempfile.TemporaryDirectory() as scratch, aggregator(Path(scratch), clients, rounds) as job:
         with ThreadPoolExecutor(clients) as pool:
-            for done in as_completed([pool.submit(by_hand, job, index, parameters) for index in range(clients)]):
+            for done in as_completed(
+                [pool.submit(by_hand, job, index, clients, parameters) for index in range(clients)]
+            ):
                 done.result()
         return job.peak_memory()
 
 
-def by_hand(job: Job, index: int, parameters: int) -> None:
+def by_hand(job: Job, index: int, clients: int, parameters: int) -> None:
     """A client that holds no model: what it pulls it throws away, and what it pushes is zeros."""
     size = parameters * 4
     specs = specs_of(Weights(parameters, "meta").tensors)
+    piece = bytes(chunk_bytes(clients))  # as the library does it
     digest = xxhash.xxh3_128()
-    for chunk in zeros(size):
+    for chunk in zeros(piece, size):
         digest.update(chunk)
     with channel(f"127.0.0.1:{job.port}", job.client, SERVER_NAME) as connection:
         stub = FederationStub(connection)
@@ -96,7 +98,7 @@ def by_hand(job: Job, index: int, parameters: int) -> None:
         def update(header: pb.UpdateHeader, pushing: "Future[Any]") -> Iterator[pb.UpdateChunk]:
             yield pb.UpdateChunk(header=header)
             pushing.result().initial_metadata()  # as the library does it: there is room for the rest
-            for chunk in zeros(size):
+            for chunk in zeros(piece, size):
                 yield pb.UpdateChunk(data=bytes(chunk))
             yield pb.UpdateChunk(trailer=pb.Trailer(checksum=digest.hexdigest()))
 
@@ -118,8 +120,8 @@ def by_hand(job: Job, index: int, parameters: int) -> None:
         over.set()
 
 
-def zeros(size: int) -> Iterable[memoryview]:
-    return (memoryview(CHUNK)[: size - start] for start in range(0, size, len(CHUNK)))
+def zeros(piece: bytes, size: int) -> Iterable[memoryview]:
+    return (memoryview(piece)[: size - start] for start in range(0, size, len(piece)))
 
 
 def library(parameters: int, chain: str) -> dict[str, object]:

@@ -19,6 +19,10 @@ Data = bytes | memoryview
 
 # Far below gRPC's default limit of 4 MiB a message, and large enough that the per-message cost does not show.
 CHUNK_BYTES = 1 << 20
+_SMALLEST_CHUNK_BYTES = 1 << 16
+# What an aggregator's gRPC may hold of chunks, over all clients: of each one's it keeps a few copies on the way out,
+# and on the way in the room for the next one.
+_ALL_CHUNKS_BYTES = 16 << 20
 
 _DTYPES = {
     "F64": torch.float64,
@@ -77,20 +81,25 @@ def specs_of(state: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
     ]
 
 
-def chunks_of(state: Mapping[str, torch.Tensor]) -> Iterator[Data]:
-    """The stream's bytes, at most :data:`CHUNK_BYTES` at a time. Small tensors share a chunk, large ones are views."""
+def chunk_bytes(clients: int) -> int:
+    """How large chunks are where so many clients pull from one aggregator, and push to it."""
+    return min(max(_ALL_CHUNKS_BYTES // max(clients, 1), _SMALLEST_CHUNK_BYTES), CHUNK_BYTES)
+
+
+def chunks_of(state: Mapping[str, torch.Tensor], size: int = CHUNK_BYTES) -> Iterator[Data]:
+    """The stream's bytes, at most ``size`` at a time. Small tensors share a chunk, large ones are views."""
     gathered = bytearray()
     for tensor in state.values():
         view = bytes_view(tensor)
         start = 0
         while start < len(view):
-            part = view[start : start + CHUNK_BYTES - len(gathered)]
+            part = view[start : start + size - len(gathered)]
             start += len(part)
-            if not gathered and len(part) == CHUNK_BYTES:
+            if not gathered and len(part) == size:
                 yield part
                 continue
             gathered += part
-            if len(gathered) == CHUNK_BYTES:
+            if len(gathered) == size:
                 yield bytes(gathered)
                 gathered.clear()
     if gathered:

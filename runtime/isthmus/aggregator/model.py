@@ -9,7 +9,7 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..codecs import Encoded
 from ..framing import model_messages
-from ..tensors import CHUNK_BYTES, specs_of
+from ..tensors import CHUNK_BYTES, chunk_bytes, specs_of
 from .checkpoints import Checkpoint
 from .compression import Broadcast
 from .rawstream import RawStream
@@ -17,9 +17,6 @@ from .rawstream import RawStream
 # A model up to this size goes out with the offers: a call less for each client and round, against a message that stands
 # in a queue.
 INLINE_BYTES = 256 << 10
-# What gRPC may hold of a model that all clients pull: of each one's chunk it keeps a few copies until it is on its way.
-PULL_BYTES = 16 << 20
-SMALLEST_CHUNK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,8 @@ class GlobalModel:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, clients: int, broadcast: Broadcast | None = None) -> "GlobalModel":
-        """A checkpoint's model, for so many clients: the more may pull it at the same time the less each is sent at
-        once."""
-        chunk_bytes = min(max(PULL_BYTES // max(clients, 1), SMALLEST_CHUNK_BYTES), CHUNK_BYTES)
-        return cls(checkpoint, specs_of(checkpoint.state), broadcast, chunk_bytes)
+        """A checkpoint's model, for so many clients."""
+        return cls(checkpoint, specs_of(checkpoint.state), broadcast, chunk_bytes(clients))
 
     def stream(self, request: pb.PullRequest) -> tuple[Iterable[tuple[bytes, int]], str]:
         """The answer to a Pull, as framing makes it, and the name of its encoding.

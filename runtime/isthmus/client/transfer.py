@@ -13,7 +13,7 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..codecs import CodecError, Encoded
 from ..framing import receive_model, update_messages
-from ..tensors import Reception, State, TransferError, chunks_of, specs_of
+from ..tensors import Reception, State, TransferError, chunk_bytes, chunks_of, specs_of
 from .compression import Compression
 from .session import GIVE_UP_AFTER, FederationError, Session
 
@@ -106,10 +106,10 @@ def push(session: Session, update: FinishedUpdate) -> pb.PushReply:
         scalars=update.scalars,
         seconds=update.seconds,
     )
-    checksum = tensors.checksum if isinstance(tensors, Encoded) else ""
+    checksum, size = tensors.checksum if isinstance(tensors, Encoded) else "", chunk_bytes(session.context.clients)
 
     def attempt() -> pb.PushReply:
-        data = tensors.chunks if isinstance(tensors, Encoded) else chunks_of(tensors)
+        data = tensors.chunks if isinstance(tensors, Encoded) else chunks_of(tensors, size)
         messages = update_messages(header, data, checksum)
         first, second = next(messages), next(messages, None)
         return session.push_one(first) if second is None else session.push(chain((first, second), messages))

@@ -11,6 +11,7 @@ from isthmus.tensors import (
     State,
     TransferError,
     checksum_of,
+    chunk_bytes,
     chunks_of,
     mismatch,
     non_finite,
@@ -55,11 +56,19 @@ def test_any_state_survives_any_cut(shapes: list[tuple[torch.dtype, list[int]]],
         assert torch.equal(result[name], tensor)
 
 
-def test_large_and_small_tensors_share_full_chunks() -> None:
+@pytest.mark.parametrize("clients", [1, 16, 64, 1000])
+def test_large_and_small_tensors_share_full_chunks(clients: int) -> None:
     state = {"a": torch.randn(10), "b": torch.randn(700_000), "c": torch.randn(3)}
-    chunks = list(chunks_of(state))
-    assert [len(chunk) for chunk in chunks[:-1]] == [CHUNK_BYTES] * (len(chunks) - 1)
+    size = chunk_bytes(clients)
+    chunks = list(chunks_of(state, size))
+    assert [len(chunk) for chunk in chunks[:-1]] == [size] * (len(chunks) - 1)
+    assert b"".join(chunks) == b"".join(chunks_of(state))
     assert torch.equal(received(state)["b"], state["b"])
+
+
+def test_the_more_clients_the_smaller_the_chunks() -> None:
+    sizes = [chunk_bytes(clients) >> 10 for clients in (0, 1, 16, 64, 256, 1000)]
+    assert sizes == [1024, 1024, 1024, 256, 64, 64]
 
 
 def test_a_snapshot_is_contiguous_and_independent() -> None:
