@@ -47,10 +47,17 @@ def crds(require: Callable[[bool, str], None]) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever a test waits for has its own deadline; on a slow machine they add up to more than other tests get."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
+    """Whatever a test waits for has its own deadline; on a slow machine they add up to more than other tests get.
+
+    The longest comes first: where several run at a time, nothing waits for it in the end.
+    """
+    places = [place for place, item in enumerate(items) if Path(__file__).parent in item.path.parents]
+    ours = [items[place] for place in places]
+    for item in ours:
+        if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(900))
+    for place, item in zip(places, sorted(ours, key=lambda item: item.path.stem != "test_soak"), strict=True):
+        items[place] = item
 
 
 @pytest.hookimpl(trylast=True)
