@@ -22,6 +22,7 @@ from isthmus_contracts.pb.federation_pb2_grpc import add_ObserverServicer_to_ser
 from isthmus_contracts.transport import SERVER_OPTIONS, renewed_server_credentials
 
 from ..strategies import StrategyError, make_strategy
+from .allocator import keep_memory_flat
 from .budget import protect
 from .checkpoints import CheckpointError, CheckpointStore
 from .federation import Federation
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--termination-log", type=Path, default=Path("/dev/termination-log"),
                         help="the final status goes here, where the file exists")  # fmt: skip
     arguments = parser.parse_args()
+    keep_memory_flat()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         sys.exit(asyncio.run(serve(arguments)))
