@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -15,12 +16,14 @@ from .checkpoints import Checkpoint
 from .tensorfile import SMALL_BYTES
 
 _NICENESS = 10
+# So many times as long as hashing took it rests: it shall not slow quick rounds of a large model down.
+_REST = 10
 
 
 class Publisher:
     """Hashes the files of large models aside, behind everything that a round waits for.
 
-    Where rounds are quicker than that, models in between are passed over.
+    Where rounds are quick, models in between are passed over.
     """
 
     def __init__(self, directory: Path, changes: Bell) -> None:
@@ -51,9 +54,11 @@ class Publisher:
     async def _hash(self) -> None:
         while (checkpoint := self._next) is not None:
             self._next = None
+            started = time.monotonic()
             with suppress(OSError):  # it was retired meanwhile; a newer one follows
                 sha256 = await asyncio.get_running_loop().run_in_executor(self._thread, sha256_of, checkpoint.file.path)
                 self._show(checkpoint, sha256)
+            await asyncio.sleep(_REST * (time.monotonic() - started))
         self._hashing = None
 
     def _show(self, checkpoint: Checkpoint, sha256: str) -> None:

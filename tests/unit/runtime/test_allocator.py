@@ -1,0 +1,49 @@
+"""However many threads allocate, glibc keeps few arenas."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Sixteen threads allocate, all of them alive; the C library tells of its arenas.
+ALLOCATE = """
+import ctypes, sys, threading
+from isthmus.aggregator.allocator import keep_memory_flat
+
+keep_memory_flat()
+libc = ctypes.CDLL(None)
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+libc.fopen.restype = ctypes.c_void_p
+libc.fclose.argtypes, libc.malloc_info.argtypes = [ctypes.c_void_p], [ctypes.c_int, ctypes.c_void_p]
+met = threading.Barrier(16)
+
+
+def allocate():
+    met.wait()
+    libc.malloc(100_000)
+    met.wait()
+
+
+threads = [threading.Thread(target=allocate) for _ in range(16)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+file = libc.fopen(sys.argv[1].encode(), b"w")
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+def arenas(directory: Path, **environment: str) -> int:
+    told = directory / "arenas.xml"
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | environment
+    subprocess.run([sys.executable, "-c", ALLOCATE, told], check=True, env=own, timeout=120)
+    return told.read_text().count("<heap nr=")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="needs glibc")
+def test_two_arenas_unless_somebody_has_chosen(tmp_path: Path) -> None:
+    assert arenas(tmp_path) <= 2
+    assert arenas(tmp_path, MALLOC_ARENA_MAX="9") == 9
