@@ -38,7 +38,8 @@ class Publisher:
     def publish(self, checkpoint: Checkpoint) -> None:
         """Takes up a committed model."""
         if checkpoint.file.size <= SMALL_BYTES:
-            self._show(checkpoint, sha256_of(checkpoint.file.path))
+            with suppress(OSError):  # only the status misses it
+                self._show(checkpoint, sha256_of(checkpoint.file.path))
             return
         self._next = checkpoint
         if self._hashing is None:
