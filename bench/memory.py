@@ -72,9 +72,8 @@ def server(clients: int, parameters: int, rounds: int) -> int:
     connections_of_their_own()
     with tempfile.TemporaryDirectory() as scratch, aggregator(Path(scratch), clients, rounds) as job:
         with ThreadPoolExecutor(clients) as pool:
-            for done in as_completed(
-                [pool.submit(by_hand, job, index, clients, parameters) for index in range(clients)]
-            ):
+            calls = [pool.submit(by_hand, job, index, clients, parameters) for index in range(clients)]
+            for done in as_completed(calls):
                 done.result()
         return job.peak_memory()
 

@@ -24,6 +24,7 @@ while [ $# -gt 0 ]; do
 done
 [ ${#layers[@]} -gt 0 ] || layers=(unit integration chart slurm kube e2e)
 status=0
+beside=
 
 wanted() {
   local layer
@@ -74,19 +75,21 @@ elif [ ${#there[@]} -gt 0 ]; then
       trap 'lab down' EXIT
       # Most of these tests wait, and leave each other alone: Slurm's run beside those of Kubernetes, three at a time.
       # Those that kill the cluster's parts come after them.
-      if wanted slurm; then
+      alone=()
+      if wanted slurm && wanted kube; then
         in_lab tests/slurm >"$lab_dir/slurm-tests.log" 2>&1 &
         beside=$!
+      elif wanted slurm; then
+        alone+=(tests/slurm)
       fi
-      alone=()
       if wanted kube; then
         run in_lab -n 3 --dist worksteal tests/kube --ignore tests/kube/test_disruptions.py
         lab exec -- kubectl delete --ignore-not-found --timeout=240s -f crds || status=1
         alone+=(tests/kube/test_disruptions.py)
       fi
-      if wanted slurm; then
+      if [ -n "$beside" ]; then
         echo "+ in_lab tests/slurm (meanwhile)"
-        wait $beside || status=1
+        wait "$beside" || status=1
         cat "$lab_dir/slurm-tests.log"
       fi
       ! wanted e2e || alone+=(tests/e2e)

@@ -163,8 +163,8 @@ class CheckpointStore:
         strategy = _read(beside, path)[1] if beside.exists() else {}
         return Checkpoint(number, state, file, strategy, metadata)
 
-    def write_final(self, checkpoint: Checkpoint) -> Path:
-        """Writes the final model for plain PyTorch and safetensors users; returns the latter's path."""
+    def write_final(self, checkpoint: Checkpoint) -> tuple[Path, str]:
+        """Writes the final model for plain PyTorch and safetensors users; returns the latter's path and SHA-256."""
         plain, path = self.directory / "model.pt", self.directory / "model.safetensors"
         with _publishing(plain) as partial:
             tensorfile.save_plain(partial, checkpoint.state)
@@ -172,7 +172,7 @@ class CheckpointStore:
             sparefile.take(self._spare, partial)
             tensorfile.write(partial, checkpoint.state, {"format": "pt", "round": str(checkpoint.round)})
         self._strategy_spare.unlink(missing_ok=True)
-        return path
+        return path, tensorfile.sha256_of(path)
 
     def records(self, up_to: int | None = None) -> list[RoundRecord]:
         """The records of rounds 1 to ``up_to``: later ones belong to rounds whose checkpoints were removed."""

@@ -31,7 +31,7 @@ from .metrics import AggregatorMetrics
 from .model import GlobalModel
 from .offers import Offers
 from .progress import Progress, WeightedMeans
-from .publisher import Publisher, sha256_of
+from .publisher import Publisher
 from .reporter import Reporter
 from .selection import choose
 from .statewriter import StateWriter
@@ -107,8 +107,7 @@ class Federation:
         self.intake.receptions.clear()
         await self._evaluations.conclude(self._contributors, self._record, self._changed)
         await self._writer.retire()
-        path = await self._writer.checkpoint(lambda: self._store.write_final(checkpoint))
-        sha256 = await asyncio.to_thread(sha256_of, path)
+        path, sha256 = await self._writer.checkpoint(lambda: self._store.write_final(checkpoint))
         self._publisher.finish(path, checkpoint.round, sha256)
         self._tracker.finish(path, sha256)
         self.course.phase, self.course.message = pb.FederationStatus.COMPLETE, ""

@@ -1,7 +1,6 @@
 """Which model the status tells of: the newest committed one, as soon as its file's SHA-256 is known."""
 
 import asyncio
-import hashlib
 import os
 import threading
 import time
@@ -13,7 +12,7 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 from .bell import Bell
 from .checkpoints import Checkpoint
-from .tensorfile import SMALL_BYTES
+from .tensorfile import SMALL_BYTES, sha256_of
 
 _NICENESS = 10
 # So many times as long as hashing took it rests: it shall not slow quick rounds of a large model down.
@@ -66,12 +65,6 @@ class Publisher:
         path = checkpoint.file.path.relative_to(self._directory)
         self.newest = pb.ModelStatus(path=str(path), round=checkpoint.round, sha256=sha256)
         self._changes.tell()
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's content, in hexadecimal. Raises ``OSError``."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _step_back() -> None:

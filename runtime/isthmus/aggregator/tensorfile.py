@@ -5,6 +5,7 @@ The library's own writer makes a second copy of every tensor; the format is simp
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -84,6 +85,12 @@ def mapped(path: Path) -> State:
     names = sorted(header, key=lambda name: tuple(header[name]["data_offsets"]))
     with safe_open(path, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in names}
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, in hexadecimal. Raises ``OSError``."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _described(path: Path, lead: bytes, checksum: str, size: int) -> TensorFile:

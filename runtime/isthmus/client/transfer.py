@@ -106,7 +106,8 @@ def push(session: Session, update: FinishedUpdate) -> pb.PushReply:
         scalars=update.scalars,
         seconds=update.seconds,
     )
-    checksum, size = tensors.checksum if isinstance(tensors, Encoded) else "", chunk_bytes(session.context.clients)
+    checksum = tensors.checksum if isinstance(tensors, Encoded) else ""
+    size = chunk_bytes(session.context.clients)
 
     def attempt() -> pb.PushReply:
         data = tensors.chunks if isinstance(tensors, Encoded) else chunks_of(tensors, size)

@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_the_final_model_loads_without_us(tmp_path: Path) -> None:
     saved = store(tmp_path).save(5, state(2))
-    path = store(tmp_path).write_final(saved)
+    path, _ = store(tmp_path).write_final(saved)
     plain = torch.load(tmp_path / "model.pt", weights_only=True)
     for loaded in (plain, load_file(path)):
         assert loaded["w"].tolist() == [2.0] * 3

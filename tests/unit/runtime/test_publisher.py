@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,8 @@ import torch
 from isthmus.aggregator import publisher
 from isthmus.aggregator.bell import Bell
 from isthmus.aggregator.checkpoints import Checkpoint, CheckpointStore
-from isthmus.aggregator.publisher import Publisher, sha256_of
-
-Body = Callable[["Watched", CheckpointStore], Awaitable[None]]
+from isthmus.aggregator.publisher import Publisher
+from isthmus.aggregator.tensorfile import sha256_of
 
 
 class Watched(Publisher):
@@ -29,76 +27,71 @@ class Watched(Publisher):
                 if self.newest is not None and self.newest.round >= number:
                     return
 
+    @property
+    def told(self) -> tuple[str, int, str]:
+        assert self.newest is not None
+        return self.newest.path, self.newest.round, self.newest.sha256
 
-def run(directory: Path, body: Body) -> None:
-    async def main() -> None:
-        store = CheckpointStore(directory, "uid", 1)
-        store.open()
-        await body(Watched(directory), store)
 
-    asyncio.run(main())
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    result = CheckpointStore(tmp_path, "uid", 1)
+    result.open()
+    return result
+
+
+@pytest.fixture
+def published(store: CheckpointStore) -> Watched:
+    return Watched(store.directory)
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model counts as one."""
+    monkeypatch.setattr(publisher, "SMALL_BYTES", 0)
 
 
 def saved(store: CheckpointStore, number: int) -> Checkpoint:
     return store.save(number, {"w": torch.full((1000,), float(number))})
 
 
-def told(published: Watched) -> tuple[str, int, str]:
-    assert published.newest is not None
-    return published.newest.path, published.newest.round, published.newest.sha256
+async def test_a_small_model_is_shown_at_once(published: Watched, store: CheckpointStore) -> None:
+    published.publish(saved(store, 1))
+    path = "checkpoints/round-000001.safetensors"
+    assert published.told == (path, 1, hashlib.sha256((store.directory / path).read_bytes()).hexdigest())
 
 
-def test_a_small_model_is_shown_at_once(tmp_path: Path) -> None:
-    async def body(published: Watched, store: CheckpointStore) -> None:
-        published.publish(saved(store, 1))
-        path = "checkpoints/round-000001.safetensors"
-        assert told(published) == (path, 1, hashlib.sha256((tmp_path / path).read_bytes()).hexdigest())
-
-    run(tmp_path, body)
-
-
-def test_a_large_one_is_shown_once_it_is_hashed_and_the_newest_in_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("large")
+async def test_a_large_one_is_shown_once_it_is_hashed_and_the_newest_in_the_end(
+    published: Watched, store: CheckpointStore
 ) -> None:
-    monkeypatch.setattr(publisher, "SMALL_BYTES", 0)
-
-    async def body(published: Watched, store: CheckpointStore) -> None:
-        for number in range(1, 6):
-            published.publish(saved(store, number))
-            assert published.newest is None
-        await published.shown(5)
-        path, _, sha256 = told(published)
-        assert sha256 == sha256_of(tmp_path / path)
-        published.publish(saved(store, 6))
-        await published.shown(6)
-
-    run(tmp_path, body)
+    for number in range(1, 6):
+        published.publish(saved(store, number))
+        assert published.newest is None
+    await published.shown(5)
+    path, _, sha256 = published.told
+    assert sha256 == sha256_of(store.directory / path)
+    published.publish(saved(store, 6))
+    await published.shown(6)
 
 
-def test_a_model_that_was_retired_meanwhile_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher, "SMALL_BYTES", 0)
-
-    async def body(published: Watched, store: CheckpointStore) -> None:
-        lost = saved(store, 1)
-        lost.file.path.unlink()
-        published.publish(lost)
-        await asyncio.sleep(0)
-        published.publish(saved(store, 2))
-        await published.shown(2)
-
-    run(tmp_path, body)
+@pytest.mark.usefixtures("large")
+async def test_a_model_that_was_retired_meanwhile_is_passed_over(published: Watched, store: CheckpointStore) -> None:
+    lost = saved(store, 1)
+    lost.file.path.unlink()
+    published.publish(lost)
+    await asyncio.sleep(0)
+    published.publish(saved(store, 2))
+    await published.shown(2)
 
 
-def test_nothing_comes_after_the_final_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher, "SMALL_BYTES", 0)
-
-    async def body(published: Watched, store: CheckpointStore) -> None:
-        checkpoint = saved(store, 3)
-        published.publish(checkpoint)
-        await asyncio.sleep(0)
-        final = store.write_final(checkpoint)
-        published.finish(final, 3, sha256_of(final))
-        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
-        assert told(published) == ("model.safetensors", 3, sha256_of(final))
-
-    run(tmp_path, body)
+@pytest.mark.usefixtures("large")
+async def test_nothing_comes_after_the_final_model(published: Watched, store: CheckpointStore) -> None:
+    checkpoint = saved(store, 3)
+    published.publish(checkpoint)
+    await asyncio.sleep(0)
+    hashing = asyncio.all_tasks() - {asyncio.current_task()}
+    final, sha256 = store.write_final(checkpoint)
+    published.finish(final, 3, sha256)
+    await asyncio.gather(*hashing, return_exceptions=True)
+    assert published.told == ("model.safetensors", 3, sha256_of(final))
