@@ -21,8 +21,8 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import add_ObserverServicer_to_server
 from isthmus_contracts.transport import SERVER_OPTIONS, renewed_server_credentials
 
+from ..allocator import keep_memory_flat
 from ..strategies import StrategyError, make_strategy
-from .allocator import keep_memory_flat
 from .budget import protect
 from .checkpoints import CheckpointError, CheckpointStore
 from .federation import Federation

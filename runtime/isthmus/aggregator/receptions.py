@@ -1,12 +1,12 @@
 """Updates that are being received: how many at a time, and the memory that they lie in."""
 
 import asyncio
+import errno
 import logging
-import math
 import mmap
 import os
+import shutil
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,12 +24,16 @@ log = logging.getLogger(__name__)
 
 # Updates being received at the same time take at most about this much memory; the others wait, held back by HTTP/2's
 # flow control.
-RECEPTION_BYTES = 64 << 20
+RECEPTION_BYTES = 24 << 20
 # Of the one that comes next so much is read before it has a place.
 AHEAD_BYTES = 32 << 20
 _MAX_RECEPTIONS = 64
-# Who waits longer, and sees nobody else get done meanwhile, stands behind somebody slow, and is received into a file.
-PATIENCE_SECONDS = 10.0
+# So quickly an aggregator takes in the updates of clients on good links, one after the other, however busy it is. Who
+# is kept waiting for longer stands behind slow links, and is received beside them, into a file.
+SECONDS_OF_EACH, BYTES_PER_SECOND = 0.05, 50e6
+GRACE_SECONDS = 1.0
+# Files leave room on the disk for so many models: the checkpoints matter more.
+_MODELS_LEFT_FREE = 4
 _ALIGNMENT = 64
 
 
@@ -55,31 +59,30 @@ class Receptions:
         self._limits: _Limits | None = None
         self._spare: list[State] = []
         self._in_files: set[int] = set()
-        self._moved = -math.inf  # when somebody was last done, in monotonic seconds
+        self._waiting = 0
 
     @asynccontextmanager
-    async def turn(self, model: GlobalModel | None) -> AsyncIterator[None]:
-        """Waits until one more client may send. There is one turn more than there are places: an update shall be on its
-        way while the one before it is being folded."""
+    async def turn(self, model: GlobalModel | None) -> AsyncIterator[bool]:
+        """Waits until one more client may send; yields whether it may do so in the queue, or beside it. There is one
+        turn more than there are places: an update shall be on its way while the one before it is being folded."""
         turns = self._limits_for(model).turns
-        taken = await self._acquired(turns)
+        queued = await self._acquired(turns, model)
         try:
-            yield
+            yield queued
         finally:
-            self._moved = time.monotonic()
-            if taken:
+            if queued:
                 turns.release()
 
     @asynccontextmanager
-    async def place(self, model: GlobalModel | None) -> AsyncIterator[State]:
+    async def place(self, model: GlobalModel | None, *, queued: bool = True) -> AsyncIterator[State]:
         """Waits for a place; yields tensors that nobody needs any more, maybe none.
 
         A client on a slow link may hold its place for minutes. The others then wait for a while only, and yet cost no
         memory: their tensors lie in a file without a name, whose pages the kernel writes out when it is short of them.
         """
         places = self._limits_for(model).places
-        if not await self._acquired(places):
-            room = None if model is None else await asyncio.to_thread(self._file, model.specs)
+        if not (queued and await self._acquired(places, model)):
+            room = None if model is None else await asyncio.to_thread(self._file, model)
             if room is not None:
                 pointers = {tensor.data_ptr() for tensor in room.values()}
                 self._in_files |= pointers
@@ -94,23 +97,19 @@ class Receptions:
         finally:
             places.release()
 
-    async def _acquired(self, semaphore: asyncio.Semaphore) -> bool:
-        """Waits for it, but not behind somebody slow: while others come and go it is only a queue."""
+    async def _acquired(self, semaphore: asyncio.Semaphore, model: GlobalModel | None) -> bool:
+        """Waits for it, but not behind slow links."""
         if not semaphore.locked():
             return await semaphore.acquire()
-        waiting = asyncio.ensure_future(semaphore.acquire())
+        self._waiting += 1
+        each = SECONDS_OF_EACH + (0 if model is None else model.size) / BYTES_PER_SECOND
         try:
-            while True:
-                await asyncio.wait([waiting], timeout=PATIENCE_SECONDS)
-                if waiting.done():
-                    return True
-                if time.monotonic() - self._moved >= PATIENCE_SECONDS:
-                    waiting.cancel()
-                    return False
-        except asyncio.CancelledError:
-            if not waiting.cancel():  # it has just been acquired
-                semaphore.release()
-            raise
+            async with asyncio.timeout(GRACE_SECONDS + self._waiting * each):
+                return await semaphore.acquire()
+        except TimeoutError:
+            return False
+        finally:
+            self._waiting -= 1
 
     def give_back(self, tensors: State) -> None:
         """Takes tensors that nobody needs any more."""
@@ -130,9 +129,11 @@ class Receptions:
             self._limits = _Limits.of(max(1, min(_MAX_RECEPTIONS, RECEPTION_BYTES // max(model.size, 1))))
         return self._limits
 
-    def _file(self, specs: Iterable[TensorSpec]) -> State | None:
+    def _file(self, model: GlobalModel) -> State | None:
         try:
-            return in_file(specs, self._directory)
+            if shutil.disk_usage(self._directory or tempfile.gettempdir()).free < (1 + _MODELS_LEFT_FREE) * model.size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return in_file(model.specs, self._directory)
         except OSError as error:
             log.warning("no file to receive an update into, it waits instead: %s", error.strerror or error)
             return None

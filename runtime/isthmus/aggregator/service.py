@@ -163,8 +163,8 @@ class FederationService:
     ) -> pb.PushReply:
         """Takes in an update when there is room for it. Raises ``TransferError``."""
         model, receptions = self._federation.course.model, self._intake.receptions
-        async with receptions.turn(model), AsyncExitStack() as stack:
-            place = stack.enter_async_context(receptions.place(model))
+        async with receptions.turn(model) as queued, AsyncExitStack() as stack:
+            place = stack.enter_async_context(receptions.place(model, queued=queued))
             if first.checksum is None:
                 # The client waits for it before it sends more than its first message.
                 await context.send_initial_metadata(())

@@ -8,6 +8,7 @@ from queue import Empty
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
+from ..allocator import keep_chunks
 from ..tensors import snapshot
 from .compression import Compression
 from .context import Context
@@ -44,6 +45,7 @@ class Participation:
         self._evaluate = evaluate
         self._replicas = replicas
         self._evaluation = pb.Evaluation()  # the newest
+        keep_chunks()
         self._session = Session(place, evaluates=evaluate is not None, stopping=stopping)
         self._stopping = stopping
         self._compression = Compression(self._session)

@@ -1,7 +1,8 @@
-"""However many threads allocate, glibc keeps few arenas."""
+"""However many threads allocate, glibc keeps few arenas; and chunks find the memory of earlier ones."""
 
 import ctypes
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 # Sixteen threads allocate, all of them alive; the C library tells of its arenas.
 ALLOCATE = """
 import ctypes, sys, threading
-from isthmus.aggregator.allocator import keep_memory_flat
+from isthmus.allocator import keep_memory_flat
 
 keep_memory_flat()
 libc = ctypes.CDLL(None)
@@ -35,6 +36,26 @@ libc.malloc_info(0, file)
 libc.fclose(file)
 """
 
+# Four chunks at a time, again and again; the kernel tells of the pages that it had to find for them.
+CHUNKS = """
+import resource, sys
+from isthmus.allocator import keep_chunks
+
+sys.argv[1:] and keep_chunks()
+for _ in range(100):
+    chunks = [b"x" * (1 << 20) for _ in range(4)]
+    del chunks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+def faults(*arguments: str) -> int:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    run = subprocess.run(
+        [sys.executable, "-c", CHUNKS, *arguments], check=True, env=own, timeout=120, capture_output=True
+    )
+    return int(run.stdout)
+
 
 def arenas(directory: Path, **environment: str) -> int:
     told = directory / "arenas.xml"
@@ -47,3 +68,9 @@ def arenas(directory: Path, **environment: str) -> int:
 def test_two_arenas_unless_somebody_has_chosen(tmp_path: Path) -> None:
     assert arenas(tmp_path) <= 2
     assert arenas(tmp_path, MALLOC_ARENA_MAX="9") == 9
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="needs glibc")
+def test_chunks_find_the_memory_of_earlier_ones() -> None:
+    pages = 100 * 4 * (1 << 20) // resource.getpagesize()
+    assert faults() - faults("keep") > pages // 2

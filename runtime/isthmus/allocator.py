@@ -1,7 +1,10 @@
-"""The C library's allocator, told to keep little of what is freed: memory shall be as flat after a thousand rounds."""
+"""How much of what is freed the C library keeps: enough that the chunks of streams lie in memory that is there already,
+and so little that memory is as flat after a thousand rounds."""
 
 import ctypes
 import os
+
+import torch
 
 # malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -13,7 +16,8 @@ _KEPT_BYTES = 4 << 20
 
 
 def keep_memory_flat() -> None:
-    """To be called before threads begin. Who has set ``MALLOC_ARENA_MAX``, or has no glibc, is left alone."""
+    """For a process of ours, to be called before threads begin. Who has set ``MALLOC_ARENA_MAX``, or has no glibc, is
+    left alone."""
     if "MALLOC_ARENA_MAX" in os.environ:
         return
     try:
@@ -26,3 +30,10 @@ def keep_memory_flat() -> None:
         (_M_TRIM_THRESHOLD, _KEPT_BYTES),
     ):
         mallopt(parameter, value)
+
+
+def keep_chunks() -> None:
+    """For a process of the user's, whose settings stay: glibc keeps twice as much as the largest block that was freed,
+    up to 64 MB, so that a script that has freed a tensor of a few megabytes has this already. Without it every chunk
+    is read into fresh pages, which costs more than to copy it. Source: mallopt(3), ``M_MMAP_THRESHOLD``."""
+    torch.empty(_KEPT_BYTES, dtype=torch.uint8)  # freed at once, and never touched, so it takes no memory
