@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from isthmus.codecs import Chain, Decoder, Encoded, download_seed, encode, parse_chain, upload_seed
+from isthmus.codecs import Chain, Decoder, Encoded, Residual, download_seed, encode, parse_chain, upload_seed
 from isthmus.tensors import State
 from isthmus_contracts.compression import Compression
 from isthmus_examples.fashion_mnist import DEBIAN_DIRECTORY, load
@@ -129,7 +129,7 @@ def federate(
     download = parse_chain(()) if upload.sparse or not options.download else upload
     settings = Settings(epochs=1, learning_rate=0.05, batch_size=32)
     state: State = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    residuals: list[State | None] = [None] * len(shares)
+    residuals: list[Residual | None] = [None] * len(shares)
     total, size = sum(map(len, shares)), 0
     accuracies: list[float] = []
     for number in range(1, options.rounds + 1):

@@ -9,7 +9,18 @@ import torch
 from isthmus_contracts import identities
 from isthmus_contracts.pb import federation_pb2 as pb
 
-from ..codecs import KNOWN, Chain, Decoder, Encoded, ErrorFeedback, download_seed, encode, parse_chain, upload_seed
+from ..codecs import (
+    KNOWN,
+    Chain,
+    Decoder,
+    Encoded,
+    ErrorFeedback,
+    Residual,
+    download_seed,
+    encode,
+    parse_chain,
+    upload_seed,
+)
 from ..tensors import Reception, State, snapshot
 from .session import Session
 
@@ -20,8 +31,8 @@ class Compression:
     """Decodes the global model, and encodes updates as the offers ask for.
 
     Beside the script's own model it holds, at most: the memory of the global model as it was pulled (where an update
-    finds its place that travels raw, and the new residual of a sparse one), with TopK the residual, and the finished
-    update in its encoded form.
+    finds its place that travels raw), the finished update in its encoded form and, with TopK, the residual, which is
+    half a model, and the next one, until the update is accepted.
     """
 
     def __init__(self, session: Session) -> None:
@@ -78,11 +89,13 @@ class Compression:
             return snapshot(live, room)
         place = self._session.context
         seed = upload_seed(self._session.job_uid, offer.round, place.pool, place.index)
-        keep_base = _DELTA in offer.model_codecs
-        room, self._room = self._room, {}
-        encoded = encode(live, chain, seed, self._base, self._residual(chain), keep_base=keep_base, room=room)
-        if not keep_base:
-            self._base, self._base_digest = {}, ""
+        if _DELTA in offer.model_codecs:
+            return encode(live, chain, seed, self._base, self._residual(chain))
+        base, self._base, self._base_digest = self._base, {}, ""
+        if chain.sparse:
+            return encode(live, chain, seed, base, self._residual(chain), keep_base=False)
+        encoded = encode(live, chain, seed, base)
+        self._room = self._room or base
         return encoded
 
     def dropped(self, update: State | Encoded) -> None:
@@ -97,7 +110,7 @@ class Compression:
             residual, update.residual = update.residual, None
             self._feedback.advance(residual, round_number)
 
-    def _residual(self, chain: Chain) -> State | None:
+    def _residual(self, chain: Chain) -> Residual | None:
         if not chain.sparse:
             return None
         if self._feedback is None:

@@ -5,6 +5,7 @@ from .chain import KNOWN, Chain, parse_chain
 from .decoding import Decoder
 from .encoding import Encoded, encode
 from .feedback import ErrorFeedback
+from .residual import Residual
 
 __all__ = [
     "KNOWN",
@@ -13,6 +14,7 @@ __all__ = [
     "Decoder",
     "Encoded",
     "ErrorFeedback",
+    "Residual",
     "SegmentCodec",
     "download_seed",
     "encode",

@@ -8,11 +8,12 @@ import xxhash
 
 from isthmus_contracts.pb.federation_pb2 import TensorSpec
 
-from ..tensors import CHUNK_BYTES, State, bytes_view, checked, roomy, specs_of
+from ..tensors import CHUNK_BYTES, State, bytes_view, checked, specs_of
 from . import zstd
 from .base import SEGMENT, seed_of
 from .chain import Chain
 from .delta import difference
+from .residual import Residual
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Encoded:
     specs: list[TensorSpec] = field(default_factory=list)
     chunks: list[bytes] = field(default_factory=list)
     checksum: str = ""
-    residual: State | None = None
+    residual: Residual | None = None
     """What a sparse chain left out: the sender's next update makes up for it, once this one is accepted."""
 
     @property
@@ -37,21 +38,18 @@ def encode(
     chain: Chain,
     seed: str,
     base: State | None = None,
-    residual: State | None = None,
+    residual: Residual | None = None,
     *,
     keep_base: bool = True,
-    room: State | None = None,
 ) -> Encoded:
     """Encodes tensor by tensor, on whatever device they are. Raises :class:`TransferError` for what cannot travel.
 
     ``base`` is what a Delta is taken from, ``residual`` what earlier updates left out, ``seed`` names the job, the
-    round and the sender. A sparse chain lays the new residual into ``room``, tensors that nobody needs any more, or,
-    without ``keep_base``, into the base's memory.
+    round and the sender. Without ``keep_base`` each of its tensors is taken out once it has been used: the new residual
+    of a sparse chain then never stands beside all of it.
     """
-    encoded = Encoded(chain, residual={} if chain.sparse else None)
-    if base and not keep_base:
-        room = {**base, **(room or {})}
-    run = _Run(chain, seed, base or {}, residual or {}, encoded, room or {})
+    encoded = Encoded(chain, residual=Residual() if chain.sparse else None)
+    run = _Run(chain, seed, base or {}, residual or Residual(), encoded, keep_base)
     digest = xxhash.xxh3_128()
     pieces = _gathered(piece for name, tensor in state.items() for piece in run.pieces(name, checked(name, tensor)))
     for chunk in zstd.compressed(pieces) if chain.zstd else pieces:
@@ -64,13 +62,15 @@ def encode(
 class _Run:
     """One encoding."""
 
-    def __init__(self, chain: Chain, seed: str, base: State, residual: State, encoded: Encoded, room: State) -> None:
+    def __init__(
+        self, chain: Chain, seed: str, base: State, residual: Residual, encoded: Encoded, keep_base: bool
+    ) -> None:
         self._chain = chain
         self._seed = seed
-        self._base = base if chain.delta else {}
+        self._base = base
         self._residual = residual
         self._encoded = encoded
-        self._room = room
+        self._keep_base = keep_base
 
     def pieces(self, name: str, tensor: torch.Tensor) -> Iterator[bytes]:
         """One tensor's bytes."""
@@ -85,33 +85,26 @@ class _Run:
             return
         codec, flat = self._chain.codec, tensor.reshape(-1)
         assert codec is not None
-        base = self._flat(self._base, name, tensor)
-        before = self._flat(self._residual, name, tensor)
-        after = self._new_residual(name, tensor)
+        base = self._flat_base(name, tensor)
+        after = self._encoded.residual
+        if after is not None:
+            after.begin(name, tensor.shape)
         for number, start in enumerate(range(0, len(flat), SEGMENT)):
             cut = slice(start, start + SEGMENT)
             change = difference(flat[cut], None if base is None else base[cut])
-            if before is not None:
-                change += before[cut]
+            if (before := self._residual.read(name, tensor.shape, start, len(change))) is not None:
+                change += before
             seed = seed_of(self._seed, name, number)
             data_of_segment = codec.encode(change, seed)
             if after is not None:
                 change -= codec.decode(memoryview(data_of_segment), len(change), seed)
-                after[cut] = change
+                after.write(name, start, change)
             yield data_of_segment
 
-    @staticmethod
-    def _flat(state: State, name: str, like: torch.Tensor) -> torch.Tensor | None:
-        found = state.get(name)
-        return None if found is None or found.shape != like.shape else found.reshape(-1)
-
-    def _new_residual(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Where the tensor's new residual goes."""
-        if self._encoded.residual is None:
-            return None
-        after = roomy(name, tensor.shape, torch.float32, self._room)
-        self._encoded.residual[name] = after
-        return after.reshape(-1)
+    def _flat_base(self, name: str, like: torch.Tensor) -> torch.Tensor | None:
+        """What a tensor's Delta is taken from."""
+        found = self._base.get(name) if self._keep_base else self._base.pop(name, None)
+        return found.reshape(-1) if self._chain.delta and found is not None and found.shape == like.shape else None
 
 
 def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:

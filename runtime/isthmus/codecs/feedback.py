@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..tensors import State
+from .residual import Residual
 
 log = logging.getLogger("isthmus")
 
@@ -25,13 +25,13 @@ class ErrorFeedback:
     """
 
     def __init__(self, scratch: Path | None, job_uid: str, pool: str, index: int) -> None:
-        self.residual: State | None = None
+        self.residual: Residual | None = None
         self._job_uid = job_uid
         self._path = None if scratch is None else scratch / f"residual-{pool}-{index}.safetensors"
         if self._path is not None and self._path.exists():
             self._load(self._path)
 
-    def advance(self, residual: State, round_number: int) -> None:
+    def advance(self, residual: Residual, round_number: int) -> None:
         """The update of this round, which left ``residual`` out, was accepted."""
         self.residual = residual
         if self._path is None:
@@ -39,7 +39,7 @@ class ErrorFeedback:
         partial = self._path.with_suffix(".partial")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(residual, partial, {"job_uid": self._job_uid, "round": str(round_number)})
+            save_file(residual.tensors, partial, {"job_uid": self._job_uid, "round": str(round_number)})
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(self._path)
@@ -53,8 +53,8 @@ class ErrorFeedback:
                 metadata = file.metadata() or {}
                 if metadata.get("job_uid") != self._job_uid:
                     return  # another job's: replaced at the first acceptance
-                self.residual = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+                self.residual = Residual({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
             log.warning("%s cannot be read (%s): the error feedback begins anew", path, error)
             return
         log.info("error feedback of round %s found in %s", metadata.get("round", "?"), path.parent)

@@ -4,14 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from isthmus.client.compression import Compression
 from isthmus.client.context import Context
-from isthmus.codecs import Encoded, ErrorFeedback
+from isthmus.codecs import Encoded, ErrorFeedback, Residual
 from isthmus_contracts import identities
 from isthmus_contracts.pb import federation_pb2 as pb
 
-RESIDUAL = {"w": torch.arange(5.0)}
+RESIDUAL = Residual()
+RESIDUAL.begin("w", (5,))
+RESIDUAL.write("w", 0, torch.arange(5.0))
 
 
 def test_it_survives_a_restart(tmp_path: Path) -> None:
@@ -19,7 +22,9 @@ def test_it_survives_a_restart(tmp_path: Path) -> None:
     ErrorFeedback(scratch, "uid", "pool", 3).advance(RESIDUAL, 7)
     found = ErrorFeedback(scratch, "uid", "pool", 3).residual
     assert found is not None
-    assert torch.equal(found["w"], RESIDUAL["w"])
+    values = found.read("w", (5,), 0, 5)
+    assert values is not None
+    torch.testing.assert_close(values, torch.arange(5.0), rtol=0, atol=4 / 65534)
     assert [path.name for path in scratch.iterdir()] == ["residual-pool-3.safetensors"]
 
 
@@ -35,6 +40,12 @@ def test_a_damaged_file_begins_anew(tmp_path: Path) -> None:
     assert feedback.residual is None
     feedback.advance(RESIDUAL, 1)
     assert ErrorFeedback(tmp_path, "uid", "pool", 3).residual is not None
+
+
+def test_a_file_with_something_else_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_file({"w": torch.arange(5.0)}, tmp_path / "residual-pool-3.safetensors", {"job_uid": "uid"})
+    assert ErrorFeedback(tmp_path, "uid", "pool", 3).residual is None
+    assert "w is no part of a residual" in caplog.text
 
 
 def test_a_directory_that_cannot_be_written_costs_only_the_file(tmp_path: Path) -> None:
