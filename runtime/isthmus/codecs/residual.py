@@ -9,6 +9,8 @@ import torch
 from ..tensors import State
 
 BLOCK, LEVELS = 256, 32767
+# Blocks with a smaller scale become zeros: its reciprocal must stay finite.
+_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 _CODES, _SCALES = "codes/", "scales/"
 
 
@@ -39,13 +41,14 @@ class Residual:
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Lays down consecutive values (one-dimensional, float32); ``start`` is a multiple of a block."""
-        blocks = np.pad(values.numpy(), (0, -len(values) % BLOCK)).reshape(-1, BLOCK)
-        # In numpy, which computes in this thread alone. What is not finite is refused by whoever gets the update.
-        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            scales = np.abs(blocks).max(axis=1) / np.float32(LEVELS)
-            codes = np.rint(blocks / np.where(scales > 0, scales, np.float32(1))[:, None])
-            codes = np.clip(codes, -LEVELS, LEVELS).astype(np.int16).reshape(-1)[: len(values)]
-        self.tensors[_CODES + name].reshape(-1)[start : start + len(values)] = torch.from_numpy(codes)
+        blocks = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+        numbers = blocks.numpy()  # whose extremes numpy finds sooner
+        scales = np.maximum(numbers.max(axis=1), -numbers.min(axis=1)) / np.float32(LEVELS)
+        scales[scales < _SMALLEST_SCALE] = 0.0
+        inverse = torch.from_numpy(np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0))
+        # What is not finite is refused by whoever gets the update, and this residual with it.
+        codes = (blocks * inverse[:, None]).round_().view(-1)[: len(values)]
+        self.tensors[_CODES + name].view(-1)[start : start + len(values)] = codes
         first = start // BLOCK
         self.tensors[_SCALES + name][first : first + len(scales)] = torch.from_numpy(scales)
 
