@@ -62,26 +62,29 @@ class Receptions:
         self._waiting = 0
 
     @asynccontextmanager
-    async def turn(self, model: GlobalModel | None) -> AsyncIterator[bool]:
-        """Waits until one more client may send; yields whether it may do so in the queue, or beside it. There is one
-        turn more than there are places: an update shall be on its way while the one before it is being folded."""
+    async def turn(self, model: GlobalModel | None) -> AsyncIterator[State | None]:
+        """Waits until one more client may send. There is one turn more than there are places: an update shall be on its
+        way while the one before it is being folded.
+
+        A client on a slow link may take minutes. The others then wait for a while only, and are yielded tensors that
+        cost no memory: they lie in a file without a name, whose pages the kernel writes out when it is short of them.
+        Who is yielded none asks for a :meth:`place`.
+        """
         turns = self._limits_for(model).turns
-        queued = await self._acquired(turns, model)
-        try:
-            yield queued
-        finally:
-            if queued:
-                turns.release()
+        async with self._admitted(turns, model) as room:
+            yield room
 
     @asynccontextmanager
-    async def place(self, model: GlobalModel | None, *, queued: bool = True) -> AsyncIterator[State]:
-        """Waits for a place; yields tensors that nobody needs any more, maybe none.
-
-        A client on a slow link may hold its place for minutes. The others then wait for a while only, and yet cost no
-        memory: their tensors lie in a file without a name, whose pages the kernel writes out when it is short of them.
-        """
+    async def place(self, model: GlobalModel | None) -> AsyncIterator[State]:
+        """Waits for a place, likewise; yields tensors that nobody needs any more, maybe none."""
         places = self._limits_for(model).places
-        if not (queued and await self._acquired(places, model)):
+        async with self._admitted(places, model) as room:
+            yield room if room is not None else self._spare.pop() if self._spare else {}
+
+    @asynccontextmanager
+    async def _admitted(self, semaphore: asyncio.Semaphore, model: GlobalModel | None) -> AsyncIterator[State | None]:
+        """Waits for the semaphore, but not behind slow links, if there is room for a file: its tensors are yielded."""
+        if not await self._acquired(semaphore, model):
             room = None if model is None else await asyncio.to_thread(self._file, model)
             if room is not None:
                 pointers = {tensor.data_ptr() for tensor in room.values()}
@@ -91,11 +94,11 @@ class Receptions:
                 finally:
                     self._in_files -= pointers
                 return
-            await places.acquire()
+            await semaphore.acquire()
         try:
-            yield self._spare.pop() if self._spare else {}
+            yield None
         finally:
-            places.release()
+            semaphore.release()
 
     async def _acquired(self, semaphore: asyncio.Semaphore, model: GlobalModel | None) -> bool:
         """Waits for it, but not behind slow links."""

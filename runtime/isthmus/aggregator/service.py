@@ -163,11 +163,14 @@ class FederationService:
     ) -> pb.PushReply:
         """Takes in an update when there is room for it. Raises ``TransferError``."""
         model, receptions = self._federation.course.model, self._intake.receptions
-        async with receptions.turn(model) as queued, AsyncExitStack() as stack:
-            place = stack.enter_async_context(receptions.place(model, queued=queued))
+        async with receptions.turn(model) as file, AsyncExitStack() as stack:
             if first.checksum is None:
                 # The client waits for it before it sends more than its first message.
                 await context.send_initial_metadata(())
+            if file is not None:
+                return await self._receive(header, first, stream, file, started)
+            place = stack.enter_async_context(receptions.place(model))
+            if first.checksum is None:
                 room, stream = await read_ahead(stream, place, AHEAD_BYTES)
             else:
                 room = await place

@@ -1,12 +1,16 @@
 """The wire, spoken by hand: what is damaged, stale or repeated is answered as the protocol says."""
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 
 import grpc
 import pytest
 import torch
 
-from isthmus.tensors import checksum_of, chunks_of, specs_of
+from isthmus.aggregator.receptions import RECEPTION_BYTES
+from isthmus.tensors import Data, State, checksum_of, chunks_of, specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
 from isthmus_contracts.transport import channel
@@ -19,8 +23,8 @@ STATE = {"w": torch.arange(300_000, dtype=torch.float32)}
 class HandMadeClient:
     """A client without the library."""
 
-    def __init__(self, job: Federation, index: int = 0, attempt: int = 0) -> None:
-        self.job, self.index, self.attempt = job, index, attempt
+    def __init__(self, job: Federation, index: int = 0, attempt: int = 0, state: State = STATE) -> None:
+        self.job, self.index, self.attempt, self.state = job, index, attempt, state
         self.instance = f"i{index}-{attempt}"
         self.channel = channel(f"127.0.0.1:{job.port}", job.credentials(), SERVER_NAME)
         self.stub = FederationStub(self.channel)
@@ -44,18 +48,23 @@ class HandMadeClient:
     def header(self, round_number: int, digest: str = "", **changes: object) -> pb.UpdateHeader:
         header = pb.UpdateHeader(
             job_uid=UID, pool=POOL, index=self.index, round=round_number, base_digest=digest, num_examples=5,
-            tensors=specs_of(STATE), attempt=self.attempt, instance=self.instance,
+            tensors=specs_of(self.state), attempt=self.attempt, instance=self.instance,
         )  # fmt: skip
         header.MergeFrom(pb.UpdateHeader(**changes))  # type: ignore[arg-type]
         return header
 
-    def push(self, header: pb.UpdateHeader, data: list[bytes] | None = None, checksum: str | None = "") -> pb.PushReply:
-        # Not as the library frames it: a header, data and a trailer in messages of their own are as good.
-        parts = [pb.UpdateChunk(header=header)]
-        parts += [pb.UpdateChunk(data=bytes(chunk)) for chunk in (data if data is not None else chunks_of(STATE))]
-        if checksum is not None:
-            parts.append(pb.UpdateChunk(trailer=pb.Trailer(checksum=checksum or checksum_of(STATE))))
-        return self.stub.Push(iter(parts), timeout=120)
+    def push(
+        self, header: pb.UpdateHeader, data: Iterable[Data] | None = None, checksum: str | None = ""
+    ) -> pb.PushReply:
+        def parts() -> Iterator[pb.UpdateChunk]:
+            """Not as the library frames it: a header, data and a trailer in messages of their own are as good."""
+            yield pb.UpdateChunk(header=header)
+            for chunk in chunks_of(self.state) if data is None else data:
+                yield pb.UpdateChunk(data=bytes(chunk))
+            if checksum is not None:
+                yield pb.UpdateChunk(trailer=pb.Trailer(checksum=checksum or checksum_of(self.state)))
+
+        return self.stub.Push(parts(), timeout=120)
 
 
 @pytest.fixture
@@ -124,3 +133,37 @@ def test_only_the_current_model_is_served(clients: list[HandMadeClient]) -> None
     with pytest.raises(grpc.RpcError) as error:
         list(clients[0].stub.Pull(pb.PullRequest(job_uid=UID, digest="other"), timeout=60))
     assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_clients_on_slow_links_need_not_wait_for_each_other(federation: Callable[..., Federation]) -> None:
+    """Of a model as large as this one few updates have a place in memory, and here nobody is done before all are
+    half-way."""
+    count, size = 6, 4_000_000
+    assert 4 * size > RECEPTION_BYTES // 2
+    job = federation(count, 1)
+    job.start_aggregator()
+    half_way = threading.Barrier(count, timeout=120)
+
+    def slowly(state: State) -> Iterator[Data]:
+        for number, chunk in enumerate(chunks_of(state)):
+            if number == 8:
+                half_way.wait()
+            yield chunk
+
+    def train(client: HandMadeClient) -> "pb.PushReply.Verdict.ValueType":
+        offer = client.offer(1)
+        return client.push(client.header(1, offer.base_digest), slowly(client.state)).verdict
+
+    with ExitStack() as stack:
+        states = [{"w": torch.full((size,), float(index))} for index in range(count)]
+        clients = [
+            stack.enter_context(closing(HandMadeClient(job, index, state=states[index]))) for index in range(count)
+        ]
+        assert clients[0].offer().kind == pb.Offer.INITIALIZE
+        assert clients[0].push(clients[0].header(0)).verdict == pb.PushReply.ACCEPTED
+        with ThreadPoolExecutor(count) as pool:
+            assert list(pool.map(train, clients)) == [pb.PushReply.ACCEPTED] * count
+        job.wait_for(lambda status: status.phase == pb.FederationStatus.COMPLETE)
+    job.wait_for_exit()
+    model = torch.load(job.state / "model.pt", weights_only=True)
+    assert torch.equal(model["w"], torch.full((size,), 2.5))
