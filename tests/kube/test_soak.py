@@ -1,6 +1,7 @@
 """Many short jobs one after the other: the operator forgets each."""
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ echo '{"phase":"COMPLETE","completedRounds":3,"totalRounds":3}' >/dev/terminatio
 CONCURRENCY = 4  # requests to the API server at the same time: each takes a thread, which is kept
 OF_JOBS = ("jobs", "memories", "keys", "pods", "channels")
 ROUNDS = 4
+REST_SECONDS = 5  # tasks for the news of an object end half a second after the last news
 
 
 def kept(operator: Operator) -> dict[str, int]:
@@ -55,13 +57,27 @@ def one_round(namespace: Namespace, operator: Operator, number: int) -> None:
     eventually(lambda: nothing.items() <= kept(operator).items(), "it forgets the jobs", show=lambda: kept(operator))
 
 
+def settled(operator: Operator) -> int:
+    """How many tasks the operator has at rest: so many for a while, whatever was still beginning or ending."""
+    last, since = kept(operator)["tasks"], time.monotonic()
+
+    def still() -> bool:
+        nonlocal last, since
+        if (now := kept(operator)["tasks"]) != last:
+            last, since = now, time.monotonic()
+        return time.monotonic() - since > REST_SECONDS
+
+    eventually(still, f"its tasks stay the same for {REST_SECONDS} s", show=lambda: kept(operator))
+    return last
+
+
 def test_nothing_is_kept_of_short_jobs(namespace: Namespace, operator: Operator) -> None:
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("reads threads and files from /proc")
     operator.stop()
     operator.start("--api-concurrency", str(CONCURRENCY))
-    tasks = kept(operator)["tasks"]
     one_round(namespace, operator, 0)
+    tasks = settled(operator)
     threads, files = usage(operator)
     for number in range(1, ROUNDS):
         one_round(namespace, operator, number)
