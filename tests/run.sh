@@ -7,7 +7,7 @@
 # skip, saying what to install; with ISTHMUS_REQUIRE_ALL=1 they fail. With --kubeconfig, kube and e2e use that cluster
 # instead; see docs/development.md for what it must have.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 python=$PWD/.venv/bin/python
 lab_dir=${ISTHMUS_TEST_LAB:-/var/tmp/isthmus-test-lab}
 images=${IMAGES_DIR:-/var/tmp/isthmus-images}
@@ -24,7 +24,8 @@ while [ $# -gt 0 ]; do
 done
 [ ${#layers[@]} -gt 0 ] || layers=(unit integration chart slurm kube e2e)
 status=0
-beside=
+logs=$(mktemp -d)
+declare -A beside=() # what runs beside the rest: its process group, by name
 
 wanted() {
   local layer
@@ -36,6 +37,32 @@ run() { # run COMMAND…: a failure is remembered, and the other layers still ru
   echo "+ $*"
   "$@" || status=1
 }
+
+aside() { # aside NAME COMMAND…: begins a command, whose output `collect NAME` shows when it has ended
+  local name=$1
+  shift
+  echo "+ $* (meanwhile; shown when it has ended)"
+  set -m # in a process group of its own
+  "$@" >"$logs/$name" 2>&1 &
+  set +m
+  beside[$name]=$!
+}
+
+collect() {
+  [ -n "${beside[$1]:-}" ] || return 0
+  echo "+ $1 tests, which ran meanwhile:"
+  wait "${beside[$1]}" || status=1
+  unset "beside[$1]"
+  cat "$logs/$1"
+}
+
+end() {
+  local group
+  for group in "${beside[@]}"; do kill -- "-$group" 2>/dev/null; done
+  [ -z "${lab_is_up:-}" ] || lab down
+  rm -rf "$logs"
+}
+trap end EXIT
 
 in_lab() { # in_lab FOLDER…: these tests, in the lab that is up
   ISTHMUS_IMAGES=$images lab exec -- "$python" -m pytest "${options[@]}" "$@"
@@ -52,16 +79,21 @@ paths() { # paths LAYER…: the folders of those that are wanted
   for layer in "$@"; do ! wanted "$layer" || echo "tests/$layer"; done
 }
 
+can_have_lab() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
+
 mapfile -t here < <(paths unit integration chart)
-if [ ${#here[@]} -gt 0 ]; then
-  run "$python" -m pytest -n auto --dist loadfile "${options[@]}" "${here[@]}"
+mapfile -t there < <(paths slurm kube e2e)
+quick=("$python" -m pytest -n auto --dist loadfile "${options[@]}" "${here[@]}")
+if [ ${#here[@]} -gt 0 ] && [ ${#there[@]} -gt 0 ] && [ -z "$kubeconfig" ] && can_have_lab; then
+  aside quick nice -n 10 "${quick[@]}"
+elif [ ${#here[@]} -gt 0 ]; then
+  run "${quick[@]}"
 fi
 
-mapfile -t there < <(paths slurm kube e2e)
 if [ ${#there[@]} -gt 0 ] && [ -n "$kubeconfig" ]; then
   KUBECONFIG=$kubeconfig run "$python" -m pytest "${options[@]}" "${there[@]}"
 elif [ ${#there[@]} -gt 0 ]; then
-  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+  if ! can_have_lab; then
     echo "The lab needs root on Debian: without it, these layers skip."
     run "$python" -m pytest "${options[@]}" "${there[@]}"
   else
@@ -72,13 +104,12 @@ elif [ ${#there[@]} -gt 0 ]; then
     fi
     [ $ready = 1 ] && { lab up || ready=0; }
     if [ $ready = 1 ]; then
-      trap 'lab down' EXIT
-      # Most of these tests wait, and leave each other alone: Slurm's run beside those of Kubernetes, three at a time.
-      # Those that kill the cluster's parts come after them.
+      lab_is_up=1
+      # Most of the lab's tests wait, and leave each other alone: Slurm's run beside those of Kubernetes, three at a time,
+      # and the quick ones beside both. Those that kill the cluster's parts come after them.
       alone=()
       if wanted slurm && wanted kube; then
-        in_lab tests/slurm >"$lab_dir/slurm-tests.log" 2>&1 &
-        beside=$!
+        aside slurm in_lab tests/slurm
       elif wanted slurm; then
         alone+=(tests/slurm)
       fi
@@ -87,16 +118,14 @@ elif [ ${#there[@]} -gt 0 ]; then
         lab exec -- kubectl delete --ignore-not-found --timeout=240s -f crds || status=1
         alone+=(tests/kube/test_disruptions.py)
       fi
-      if [ -n "$beside" ]; then
-        echo "+ in_lab tests/slurm (meanwhile)"
-        wait "$beside" || status=1
-        cat "$lab_dir/slurm-tests.log"
-      fi
+      collect quick
+      collect slurm
       ! wanted e2e || alone+=(tests/e2e)
       [ ${#alone[@]} -eq 0 ] || run in_lab "${alone[@]}"
     else
       echo "tests/run.sh: the lab did not come up; see above"
       status=1
+      collect quick
     fi
   fi
 fi
