@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
+from isthmus_contracts import tasks
 from isthmus_contracts.pb import gateway_pb2 as pb
 from isthmus_contracts.pb.gateway_pb2_grpc import GatewayStub
 from isthmus_contracts.transport import aio_public_channel
@@ -77,9 +78,7 @@ class DialOut:
             self._tasks.append(asyncio.create_task(self._keep(gateway)))
 
     async def _end(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await tasks.end(self._tasks)
 
     async def _keep(self, gateway: GatewaySettings) -> None:
         failures = 0

@@ -9,6 +9,7 @@ from typing import Any
 import prometheus_client
 
 from isthmus_contracts import identities as ids
+from isthmus_contracts import tasks
 
 from .clock import Clock
 from .draft import Limits
@@ -117,9 +118,7 @@ class App:
 
     async def stop(self) -> None:
         """Stops at once: whatever was under way is taken up again by the next operator."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await tasks.end(self._tasks)
         for part in self._stops:
             closed = part.close()
             if closed is not None:

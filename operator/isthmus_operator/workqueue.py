@@ -8,6 +8,8 @@ import time
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
+from isthmus_contracts import tasks
+
 from .effects.kube import KubeError
 from .metrics import QUEUE_DEPTH, RECONCILE_ERRORS, WORKERS_BUSY
 
@@ -84,9 +86,7 @@ class WorkQueue(Generic[K]):
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await tasks.end(self._tasks)
 
     async def _wait(self) -> None:
         """Until some key is due."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from grpc import aio
 
+from isthmus_contracts import tasks
 from isthmus_contracts.identities import aggregator_server_name
 from isthmus_contracts.manifest import FederatedJob
 from isthmus_contracts.pb import federation_pb2 as pb
@@ -100,10 +101,7 @@ class LocalRun:
 
     async def _stop(self) -> None:
         """Ends every task and every process: the clients first, which may still hand something in."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await tasks.end(self._tasks)
         clients = [child for name, child in self._children.items() if name != AGGREGATOR]
         await asyncio.gather(*(child.stop(_GRACE, self._hurry) for child in clients))
         if aggregator := self._children.get(AGGREGATOR):
