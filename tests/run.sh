@@ -85,7 +85,7 @@ mapfile -t here < <(paths unit integration chart)
 mapfile -t there < <(paths slurm kube e2e)
 quick=("$python" -m pytest -n auto --dist loadfile "${options[@]}" "${here[@]}")
 if [ ${#here[@]} -gt 0 ] && [ ${#there[@]} -gt 0 ] && [ -z "$kubeconfig" ] && can_have_lab; then
-  aside quick nice -n 10 "${quick[@]}"
+  aside quick nice -n 5 "${quick[@]}"
 elif [ ${#here[@]} -gt 0 ]; then
   run "${quick[@]}"
 fi

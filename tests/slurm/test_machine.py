@@ -98,7 +98,7 @@ def arrays(_cluster: None) -> Iterator[list[str]]:
 @pytest.mark.parametrize("first", FIRST)
 def test_machine(folder: Path, arrays: list[str], first: str) -> None:
     bounds = settings(
-        max_examples=EXAMPLES or 4, stateful_step_count=15, deadline=None, database=None,
+        max_examples=EXAMPLES or 4, stateful_step_count=15, database=None,
         # Not made smaller where it fails: Slurm takes its time, and never does the same thing twice.
         phases=[Phase.generate], suppress_health_check=list(HealthCheck),
     )  # fmt: skip

@@ -14,8 +14,9 @@ log = logging.getLogger("isthmus")
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
 _TRACEBACK_LINES = 20
-# How long after the script has left its loop an uncaught exception may reach a hook. Seconds.
-_HOOK_SECONDS = 2.0
+# How long after the script has left its loop an uncaught exception may reach a hook. In a notebook the traceback is put
+# into colours first, which takes its time on a busy machine. Seconds.
+_HOOK_SECONDS, _NOTEBOOK_HOOK_SECONDS = 2.0, 20.0
 
 
 class ProcessWatch:
@@ -54,7 +55,8 @@ class ProcessWatch:
         """The script has left the loop: by a break, or by an exception, which reaches a hook in a moment."""
         self._left = True
         self._end_signals()
-        self._timer = threading.Timer(_HOOK_SECONDS, self._close)
+        patience = _HOOK_SECONDS if self._events is None else _NOTEBOOK_HOOK_SECONDS
+        self._timer = threading.Timer(patience, self._close)
         self._timer.daemon = True
         self._timer.start()
 

@@ -34,7 +34,5 @@ class Machine(AnyMachine[FakeSlurm]):
         assert not (problem := self.disagreement()), problem
 
 
-Machine.TestCase.settings = settings(
-    max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+Machine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, suppress_health_check=list(HealthCheck))
 TestMachine = Machine.TestCase

@@ -105,7 +105,7 @@ TEXT_FIELDS = ["key", "job_uid", "namespace", "job", "pool", "partition", "accou
 PLAIN = re.compile(r"[A-Za-z0-9_.:@/\[\]+-]+")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(field=st.sampled_from(TEXT_FIELDS), value=HOSTILE)
 def test_a_hostile_string_in_any_field_is_refused_by_name_or_stays_a_plain_word(
     tmp_path: Path, field: str, value: str

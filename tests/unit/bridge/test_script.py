@@ -89,7 +89,7 @@ def seen(site: Policy) -> dict[str, object]:
     return content
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arguments=st.lists(VALUE, max_size=6), variables=st.dictionaries(NAMES, VALUE, max_size=6))
 @example(arguments=["-c", "--", "-x"], variables={"launcher": "/bin/false", "index": "9", "run": "/etc", "IFS": "/"})
 def test_the_script_gets_exactly_its_arguments_and_variables(
@@ -109,7 +109,7 @@ def test_the_script_gets_exactly_its_arguments_and_variables(
     assert not Path("/tmp/owned").exists()  # noqa: S108
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     environment=st.sampled_from(sorted(SITE_ENVIRONMENTS)),
     arguments=st.lists(VALUE, min_size=1, max_size=4),

@@ -211,7 +211,7 @@ def _known(world: World, key: str) -> bool:
     return any(key == world._key(part, record.attempt) for part, record in world._record().hpc.items())
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_state_converges(data: st.DataObject) -> None:
     world = data.draw(worlds())
@@ -240,7 +240,7 @@ def test_the_ordinary_course(cloud: int, hpc: int) -> None:
     check_settled(world)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), at=st.integers(0, 15))
 def test_a_job_can_be_deleted_at_any_moment(data: st.DataObject, at: int) -> None:
     world = World(spec(cloud=2, hpc=2))

@@ -137,7 +137,7 @@ def test_a_pool_that_shrinks_while_two_attempts_overlap_shrinks_both(world: Worl
     assert not world.living()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 4), st.booleans()), min_size=1, max_size=6))
 def test_whatever_the_sizes_each_client_runs_once_and_those_that_stay_stay(
     sizes: list[tuple[int, int, bool]],

@@ -20,7 +20,7 @@ def aggregate(model: State, updates: list[tuple[int, State]]) -> State:
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=6), st.integers(0, 2**31))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_fedavg_is_the_weighted_mean(examples: list[int], seed: int) -> None:
     torch.manual_seed(seed)
     states = [{"w": torch.randn(3, 4), "b": torch.randn(4, dtype=torch.float64)} for _ in examples]
