@@ -24,8 +24,7 @@ while [ $# -gt 0 ]; do
 done
 [ ${#layers[@]} -gt 0 ] || layers=(unit integration chart slurm kube e2e)
 status=0
-logs=$(mktemp -d)
-declare -A beside=() # what runs beside the rest: its process group, by name
+beside=
 
 wanted() {
   local layer
@@ -37,32 +36,6 @@ run() { # run COMMAND…: a failure is remembered, and the other layers still ru
   echo "+ $*"
   "$@" || status=1
 }
-
-aside() { # aside NAME COMMAND…: begins a command, whose output `collect NAME` shows when it has ended
-  local name=$1
-  shift
-  echo "+ $* (meanwhile; shown when it has ended)"
-  set -m # in a process group of its own
-  "$@" >"$logs/$name" 2>&1 &
-  set +m
-  beside[$name]=$!
-}
-
-collect() {
-  [ -n "${beside[$1]:-}" ] || return 0
-  echo "+ $1 tests, which ran meanwhile:"
-  wait "${beside[$1]}" || status=1
-  unset "beside[$1]"
-  cat "$logs/$1"
-}
-
-end() {
-  local group
-  for group in "${beside[@]}"; do kill -- "-$group" 2>/dev/null; done
-  [ -z "${lab_is_up:-}" ] || lab down
-  rm -rf "$logs"
-}
-trap end EXIT
 
 in_lab() { # in_lab FOLDER…: these tests, in the lab that is up
   ISTHMUS_IMAGES=$images lab exec -- "$python" -m pytest "${options[@]}" "$@"
@@ -79,21 +52,16 @@ paths() { # paths LAYER…: the folders of those that are wanted
   for layer in "$@"; do ! wanted "$layer" || echo "tests/$layer"; done
 }
 
-can_have_lab() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
-
 mapfile -t here < <(paths unit integration chart)
-mapfile -t there < <(paths slurm kube e2e)
-quick=("$python" -m pytest -n auto --dist loadfile "${options[@]}" "${here[@]}")
-if [ ${#here[@]} -gt 0 ] && [ ${#there[@]} -gt 0 ] && [ -z "$kubeconfig" ] && can_have_lab; then
-  aside quick nice -n 5 "${quick[@]}"
-elif [ ${#here[@]} -gt 0 ]; then
-  run "${quick[@]}"
+if [ ${#here[@]} -gt 0 ]; then
+  run "$python" -m pytest -n auto --dist loadfile "${options[@]}" "${here[@]}"
 fi
 
+mapfile -t there < <(paths slurm kube e2e)
 if [ ${#there[@]} -gt 0 ] && [ -n "$kubeconfig" ]; then
   KUBECONFIG=$kubeconfig run "$python" -m pytest "${options[@]}" "${there[@]}"
 elif [ ${#there[@]} -gt 0 ]; then
-  if ! can_have_lab; then
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     echo "The lab needs root on Debian: without it, these layers skip."
     run "$python" -m pytest "${options[@]}" "${there[@]}"
   else
@@ -104,12 +72,13 @@ elif [ ${#there[@]} -gt 0 ]; then
     fi
     [ $ready = 1 ] && { lab up || ready=0; }
     if [ $ready = 1 ]; then
-      lab_is_up=1
-      # Most of the lab's tests wait, and leave each other alone: Slurm's run beside those of Kubernetes, three at a time,
-      # and the quick ones beside both. Those that kill the cluster's parts come after them.
+      trap 'lab down' EXIT
+      # Most of these tests wait, and leave each other alone: Slurm's run beside those of Kubernetes, three at a time.
+      # Those that kill the cluster's parts come after them.
       alone=()
       if wanted slurm && wanted kube; then
-        aside slurm in_lab tests/slurm
+        in_lab tests/slurm >"$lab_dir/slurm-tests.log" 2>&1 &
+        beside=$!
       elif wanted slurm; then
         alone+=(tests/slurm)
       fi
@@ -118,14 +87,16 @@ elif [ ${#there[@]} -gt 0 ]; then
         lab exec -- kubectl delete --ignore-not-found --timeout=240s -f crds || status=1
         alone+=(tests/kube/test_disruptions.py)
       fi
-      collect quick
-      collect slurm
+      if [ -n "$beside" ]; then
+        echo "+ in_lab tests/slurm (meanwhile)"
+        wait "$beside" || status=1
+        cat "$lab_dir/slurm-tests.log"
+      fi
       ! wanted e2e || alone+=(tests/e2e)
       [ ${#alone[@]} -eq 0 ] || run in_lab "${alone[@]}"
     else
       echo "tests/run.sh: the lab did not come up; see above"
       status=1
-      collect quick
     fi
   fi
 fi
