@@ -67,7 +67,7 @@ class DialOut:
     def stop(self) -> None:
         """Ends the tunnels."""
         if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+            asyncio.run_coroutine_threadsafe(tasks.end(self._tasks), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
         self._loop.close()
@@ -76,9 +76,6 @@ class DialOut:
         for gateway in self._gateways:
             self._metrics.gateway_connected.labels(gateway.address).set(0)
             self._tasks.append(asyncio.create_task(self._keep(gateway)))
-
-    async def _end(self) -> None:
-        await tasks.end(self._tasks)
 
     async def _keep(self, gateway: GatewaySettings) -> None:
         failures = 0

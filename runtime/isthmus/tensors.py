@@ -215,6 +215,17 @@ def non_finite(state: Mapping[str, torch.Tensor]) -> str | None:
     return None
 
 
+def group(name: str, state: State) -> State:
+    """The tensors under names that say whose they are, to be kept with those of others."""
+    return {f"{name}/{key}": tensor for key, tensor in state.items()}
+
+
+def ungroup(name: str, state: State) -> State:
+    """The tensors that :func:`group` named so."""
+    prefix = f"{name}/"
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+
+
 def dtype_of(spec: TensorSpec) -> torch.dtype:
     """What a spec announces. Raises :class:`TransferError`."""
     if spec.dtype not in _DTYPES:

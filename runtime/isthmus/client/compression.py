@@ -89,13 +89,13 @@ class Compression:
             return snapshot(live, room)
         place = self._session.context
         seed = upload_seed(self._session.job_uid, offer.round, place.pool, place.index)
-        if _DELTA in offer.model_codecs:
-            return encode(live, chain, seed, self._base, self._residual(chain))
-        base, self._base, self._base_digest = self._base, {}, ""
-        if chain.sparse:
-            return encode(live, chain, seed, base, self._residual(chain), keep_base=False)
-        encoded = encode(live, chain, seed, base)
-        self._room = self._room or base
+        wanted = _DELTA in offer.model_codecs
+        keep_base = wanted or not chain.sparse
+        encoded = encode(live, chain, seed, self._base, self._residual(chain), keep_base=keep_base)
+        if not wanted:
+            # The next global model finds its place in what is left of this one.
+            self._room = self._room or self._base
+            self._base, self._base_digest = {}, ""
         return encoded
 
     def dropped(self, update: State | Encoded) -> None:

@@ -49,7 +49,8 @@ def encode(
     of a sparse chain then never stands beside all of it.
     """
     encoded = Encoded(chain, residual=Residual() if chain.sparse else None)
-    run = _Run(chain, seed, base or {}, residual or Residual(), encoded, keep_base)
+    base = base or {}
+    run = _Run(chain, seed, dict(base) if keep_base else base, residual or Residual(), encoded)
     digest = xxhash.xxh3_128()
     pieces = _gathered(piece for name, tensor in state.items() for piece in run.pieces(name, checked(name, tensor)))
     for chunk in zstd.compressed(pieces) if chain.zstd else pieces:
@@ -62,15 +63,12 @@ def encode(
 class _Run:
     """One encoding."""
 
-    def __init__(
-        self, chain: Chain, seed: str, base: State, residual: Residual, encoded: Encoded, keep_base: bool
-    ) -> None:
+    def __init__(self, chain: Chain, seed: str, base: State, residual: Residual, encoded: Encoded) -> None:
         self._chain = chain
         self._seed = seed
         self._base = base
         self._residual = residual
         self._encoded = encoded
-        self._keep_base = keep_base
 
     def pieces(self, name: str, tensor: torch.Tensor) -> Iterator[bytes]:
         """One tensor's bytes."""
@@ -102,8 +100,8 @@ class _Run:
             yield data_of_segment
 
     def _flat_base(self, name: str, like: torch.Tensor) -> torch.Tensor | None:
-        """What a tensor's Delta is taken from."""
-        found = self._base.get(name) if self._keep_base else self._base.pop(name, None)
+        """What a tensor's Delta is taken from, which is not needed again."""
+        found = self._base.pop(name, None)
         return found.reshape(-1) if self._chain.delta and found is not None and found.shape == like.shape else None
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from .base import SegmentCodec, bytes_of, read
-from .rounding import quantise, scales_from
+from .rounding import dequantise, quantise, scales_from
 
 BLOCK, LEVELS = 128, 7
 
@@ -30,5 +30,4 @@ class Int4(SegmentCodec):
         scales = scales_from(data, -(-count // BLOCK))
         packed = read(data, np.uint8, -(-count // 2), scales.nbytes)
         codes = torch.stack((packed & 15, packed >> 4), 1).view(-1)[:count].float().sub_(LEVELS + 1)
-        padded = torch.nn.functional.pad(codes, (0, -count % BLOCK)).view(-1, BLOCK)
-        return padded.mul_(scales[:, None]).view(-1)[:count]
+        return dequantise(codes, scales, BLOCK)

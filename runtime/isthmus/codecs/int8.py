@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from .base import SegmentCodec, bytes_of, read
-from .rounding import quantise, scales_from
+from .rounding import dequantise, quantise, scales_from
 
 BLOCK, LEVELS = 256, 127
 
@@ -27,5 +27,4 @@ class Int8(SegmentCodec):
     def decode(self, data: memoryview, count: int, seed: int) -> torch.Tensor:
         scales = scales_from(data, -(-count // BLOCK))
         codes = read(data, np.int8, count, scales.nbytes).float()
-        padded = torch.nn.functional.pad(codes, (0, -count % BLOCK)).view(-1, BLOCK)
-        return padded.mul_(scales[:, None]).view(-1)[:count]
+        return dequantise(codes, scales, BLOCK)

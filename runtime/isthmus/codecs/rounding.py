@@ -7,9 +7,12 @@ Communication-Efficient SGD via Gradient Quantization and Encoding" (2017), sect
 """
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .base import CodecError, read
+
+Floats = npt.NDArray[np.float32]
 
 # Blocks with a smaller scale become zeros: its reciprocal must stay finite.
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
@@ -20,9 +23,7 @@ def quantise(values: torch.Tensor, block: int, levels: int, seed: int) -> tuple[
     blocks. A block with NaN or infinity gets such a scale."""
     # In numpy, which computes in this thread alone.
     blocks = np.pad(values.numpy(), (0, -len(values) % block)).reshape(-1, block)
-    scales = np.abs(blocks).max(axis=1) / np.float32(levels)
-    scales[scales < _SMALLEST_SCALE] = 0.0
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    scales, inverse = scales_of(blocks, levels)
     # Sixteen random bits a value, centred: the expectation is off by nothing, each probability by at most 2^-17.
     drawn = np.random.SFC64(seed).random_raw(-(-blocks.size // 4)).view(np.int16)[: blocks.size]
     codes = drawn.astype(np.float32).reshape(blocks.shape)
@@ -33,6 +34,20 @@ def quantise(values: torch.Tensor, block: int, levels: int, seed: int) -> tuple[
     np.floor(codes, out=codes)
     np.clip(codes, -levels, levels, out=codes)
     return torch.from_numpy(scales), torch.from_numpy(codes.reshape(-1))
+
+
+def scales_of(blocks: Floats, levels: int) -> tuple[Floats, Floats]:
+    """What brings the largest magnitude in each row to the top level, and its reciprocal: 0 where that is too small."""
+    # Sooner than the largest of the absolute values.
+    scales = np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(levels)
+    scales[scales < _SMALLEST_SCALE] = 0.0
+    return scales, np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+
+
+def dequantise(codes: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
+    """The values again, from their codes as float32."""
+    padded = torch.nn.functional.pad(codes, (0, -len(codes) % block)).view(-1, block)
+    return padded.mul_(scales[:, None]).view(-1)[: len(codes)]
 
 
 def scales_from(data: memoryview, count: int) -> torch.Tensor:

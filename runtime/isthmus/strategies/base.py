@@ -116,14 +116,3 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def narrow(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Back to the model's own dtype; integers and booleans are rounded (in place)."""
     return value.to(dtype) if dtype.is_floating_point else value.round_().to(dtype)
-
-
-def group(name: str, state: State) -> State:
-    """The tensors under names that say whose they are: a part of a strategy's :meth:`Strategy.state`."""
-    return {f"{name}/{key}": tensor for key, tensor in state.items()}
-
-
-def ungroup(name: str, state: State) -> State:
-    """The tensors that :func:`group` named so."""
-    prefix = f"{name}/"
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}

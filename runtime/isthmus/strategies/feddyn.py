@@ -1,7 +1,7 @@
 """Dynamic regularisation, the server's part."""
 
-from ..tensors import State
-from .base import Setup, group, ungroup
+from ..tensors import State, group, ungroup
+from .base import Setup
 from .changes import ChangeRule, zeros_like
 
 

@@ -1,7 +1,7 @@
 """Stochastic controlled averaging, the server's part."""
 
-from ..tensors import State
-from .base import Setup, Update, group, ungroup
+from ..tensors import State, group, ungroup
+from .base import Setup, Update
 from .changes import ChangeRule, zeros_like
 
 

@@ -4,8 +4,8 @@ from abc import abstractmethod
 
 import torch
 
-from ..tensors import State
-from .base import Setup, Update, group, narrow, ungroup, wide
+from ..tensors import State, group, ungroup
+from .base import Setup, Update, narrow, wide
 from .fedavg import FedAvg
 
 

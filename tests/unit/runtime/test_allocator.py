@@ -49,18 +49,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
 
 
+def output(script: str, *arguments: str | Path, **environment: str) -> bytes:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | environment
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, check=True, env=own, timeout=120, stdout=subprocess.PIPE).stdout
+
+
 def faults(*arguments: str) -> int:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    run = subprocess.run(
-        [sys.executable, "-c", CHUNKS, *arguments], check=True, env=own, timeout=120, capture_output=True
-    )
-    return int(run.stdout)
+    return int(output(CHUNKS, *arguments))
 
 
 def arenas(directory: Path, **environment: str) -> int:
     told = directory / "arenas.xml"
-    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | environment
-    subprocess.run([sys.executable, "-c", ALLOCATE, told], check=True, env=own, timeout=120)
+    output(ALLOCATE, told, **environment)
     return told.read_text().count("<heap nr=")
 
 

@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import shutil
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,33 +71,38 @@ def test_who_stands_behind_a_slow_client_is_received_into_a_file(
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(("seconds_of_each", "in_memory"), [(0.5, 12), (0.001, 1)])
-def test_a_queue_is_waited_for_as_long_as_it_moves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds_of_each: float, in_memory: int
-) -> None:
+async def twelve_clients(places: Receptions, rooms: list[State], work: Callable[[], Awaitable[object]]) -> None:
+    model = large()
+
+    async def client() -> None:
+        async with AsyncExitStack() as stack:
+            room = await stack.enter_async_context(places.turn(model))
+            rooms.append(await stack.enter_async_context(places.place(model)) if room is None else room)
+            await work()
+
+    await asyncio.gather(*(client() for _ in range(12)))
+
+
+def test_a_queue_that_moves_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     impatient(monkeypatch)
-    monkeypatch.setattr(receptions, "SECONDS_OF_EACH", seconds_of_each)
+    monkeypatch.setattr(receptions, "SECONDS_OF_EACH", 0.5)
+    rooms: list[State] = []
+    clients = twelve_clients(Receptions(tmp_path), rooms, lambda: asyncio.sleep(0.05))
+    asyncio.run(asyncio.wait_for(clients, 60))
+    assert rooms == [{}] * 12, "each in memory, though the last waited for longer than the grace"
 
-    async def run() -> None:
-        places, model = Receptions(tmp_path), large()
-        rooms: list[State] = []
-        done = asyncio.Event()
 
-        async def client() -> None:
-            async with AsyncExitStack() as stack:
-                room = await stack.enter_async_context(places.turn(model))
-                rooms.append(await stack.enter_async_context(places.place(model)) if room is None else room)
-                # On good links each takes a moment, on slow ones nobody is done before all have begun.
-                await (asyncio.sleep(0.05) if in_memory == 12 else done.wait())
+def test_a_queue_that_stands_still_is_left_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    impatient(monkeypatch)
+    monkeypatch.setattr(receptions, "SECONDS_OF_EACH", 0.001)
+    rooms: list[State] = []
 
-        clients = [asyncio.create_task(client()) for _ in range(12)]
-        while in_memory < 12 and len(rooms) < 12:  # noqa: ASYNC110 - nothing else tells
+    async def until_all_have_begun() -> None:
+        while len(rooms) < 12:  # noqa: ASYNC110 - nothing else tells
             await asyncio.sleep(0.01)
-        done.set()
-        await asyncio.gather(*clients)
-        assert rooms.count({}) == in_memory
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(twelve_clients(Receptions(tmp_path), rooms, until_all_have_begun), 60))
+    assert rooms.count({}) == 1
 
 
 def test_one_more_than_there_are_places_may_send() -> None:
