@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from isthmus_contracts.accounting import Spent
 
-from .conftest import Federation
+from .conftest import Federation, eventually
 from .test_faults import records, trained
 
 Make = Callable[..., Federation]
@@ -43,13 +43,13 @@ def test_a_liar_is_clipped_and_the_account_is_told(federation: Make, script: Pat
         job.start_client(script, index, SCALE="1e12" if index == 1 else "1", HOLD="4", **LAYER) for index in range(3)
     ]
     job.wait_for_round(3)
-    status, scraped = job.status().privacy, job.metrics()
+    status = job.status().privacy
     spent = Spent().after(NOISE, 3)
     assert (status.rounds, status.delta, status.max_epsilon, status.spent) == (3, 1e-5, 20.0, False)
     assert status.epsilon == pytest.approx(spent.epsilon(1e-5), rel=1e-9)
-    for name, value in (("epsilon_limit", 20.0), ("delta", 1e-5)):
-        assert f'isthmus_privacy_{name}{{job="job",namespace="default"}} {value!r}' in scraped
-    assert 'isthmus_privacy_clipped_ratio{job="job",namespace="default"}' in scraped
+    shown = {"epsilon": status.epsilon, "epsilon_limit": 20.0, "delta": 1e-5, "clipped_ratio": status.clipped_ratio}
+    lines = {f'isthmus_privacy_{name}{{job="job",namespace="default"}} {value!r}' for name, value in shown.items()}
+    eventually("the gauges have followed", lambda: lines <= {*job.metrics().splitlines()})
     job.let_go()
     job.wait_for_completion()
     assert [client.wait() for client in clients] == [0] * 3, job.log("client-0-0")
