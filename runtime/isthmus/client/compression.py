@@ -1,12 +1,9 @@
 """What a client keeps between rounds so that less has to travel."""
 
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
-from isthmus_contracts import identities
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..codecs import (
@@ -14,7 +11,6 @@ from ..codecs import (
     Chain,
     Decoder,
     Encoded,
-    ErrorFeedback,
     Residual,
     download_seed,
     encode,
@@ -22,6 +18,7 @@ from ..codecs import (
     upload_seed,
 )
 from ..tensors import Reception, State, snapshot
+from .feedback import ErrorFeedback
 from .session import Session
 
 _DELTA = "Delta"
@@ -114,8 +111,5 @@ class Compression:
         if not chain.sparse:
             return None
         if self._feedback is None:
-            scratch = os.environ.get(identities.ENV_SCRATCH)
-            place = self._session.context
-            directory = Path(scratch) if scratch else None
-            self._feedback = ErrorFeedback(directory, self._session.job_uid, place.pool, place.index)
+            self._feedback = ErrorFeedback(self._session.job_uid, self._session.context)
         return self._feedback.residual

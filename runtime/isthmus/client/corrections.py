@@ -46,7 +46,7 @@ class Corrections:
     def accepted(self, update: FinishedUpdate) -> None:
         """The aggregator counts the update: what belongs to it is remembered. Again: nothing changes."""
         if self._memory is not None and update.remembered is not None:
-            self._memory.advance(update.remembered)
+            self._memory.advance(update.remembered, update.round)
 
 
 def correction_of(offer: pb.Offer, names: Names, evaluation: Mapping[str, float], aids: Ingredients) -> Correction:

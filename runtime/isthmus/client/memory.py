@@ -1,4 +1,4 @@
-"""Tensors that a client keeps from round to round for a correction."""
+"""Tensors that a client keeps from round to round: a correction's, or what its updates left out."""
 
 import logging
 import os
@@ -16,37 +16,47 @@ log = logging.getLogger("isthmus")
 
 
 class Memory:
-    """In memory, and where there is a scratch directory (``ISTHMUS_SCRATCH``) also there, for the client's restart."""
+    """In memory, and where there is a scratch directory (``ISTHMUS_SCRATCH``) also there, for the client's restart.
 
-    def __init__(self, algorithm: str, job_uid: str, place: Context) -> None:
+    Nothing is ever wrong with the file: it appears whole or not at all.
+    """
+
+    def __init__(self, name: str, job_uid: str, place: Context) -> None:
         self.tensors: State = {}
+        self._name = name
         self._job_uid = job_uid
         scratch = os.environ.get(identities.ENV_SCRATCH)
-        self._path = Path(scratch) / f"{algorithm.lower()}-{place.pool}-{place.index}.safetensors" if scratch else None
+        self._path = Path(scratch) / f"{name.lower()}-{place.pool}-{place.index}.safetensors" if scratch else None
         if self._path is not None and self._path.exists():
             self._load(self._path)
 
-    def advance(self, tensors: State) -> None:
-        """Takes new tensors up, once the update that belongs to them has been accepted."""
+    def advance(self, tensors: State, round_number: int) -> None:
+        """Takes new tensors up, once the update of this round, which belongs to them, has been accepted."""
         self.tensors = tensors
         if self._path is None:
             return
         partial = self._path.with_suffix(".partial")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, {"job_uid": self._job_uid})
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(self._path)
+            try:
+                save_file(tensors, partial, {"job_uid": self._job_uid, "round": str(round_number)})
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+                partial.replace(self._path)
+            finally:
+                partial.unlink(missing_ok=True)  # on a full disk a part of it would take what room there is
         except (OSError, SafetensorError) as error:
             # The run goes on: only a restart would miss it.
-            log.warning("the correction's state could not be kept in %s: %s", self._path.parent, error)
+            log.warning("%s could not be kept in %s: %s", self._name, self._path.parent, error)
 
     def _load(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("job_uid") != self._job_uid:
+                metadata = file.metadata() or {}
+                if metadata.get("job_uid") != self._job_uid:
                     return  # another job's: replaced at the first acceptance
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            log.warning("%s cannot be read (%s): the correction begins anew", path, error)
+            log.warning("%s cannot be read (%s): it begins anew", path, error)
+            return
+        log.info("%s of round %s found in %s", self._name, metadata.get("round", "?"), path.parent)

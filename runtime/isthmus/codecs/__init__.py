@@ -4,7 +4,6 @@ from .base import CodecError, SegmentCodec, download_seed, upload_seed
 from .chain import KNOWN, Chain, parse_chain
 from .decoding import Decoder
 from .encoding import Encoded, encode
-from .feedback import ErrorFeedback
 from .residual import Residual
 
 __all__ = [
@@ -13,7 +12,6 @@ __all__ = [
     "CodecError",
     "Decoder",
     "Encoded",
-    "ErrorFeedback",
     "Residual",
     "SegmentCodec",
     "download_seed",

@@ -69,10 +69,10 @@ def test_a_script_that_does_not_wrap_is_told(correction: Correction) -> None:
 
 def test_memory_survives_a_restart_where_there_is_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Context(pool="pool", index=3)
-    Memory("SCAFFOLD", "uid", place).advance({"w": torch.ones(2)})
+    Memory("SCAFFOLD", "uid", place).advance({"w": torch.ones(2)}, 1)
     assert Memory("SCAFFOLD", "uid", place).tensors == {}
     monkeypatch.setenv("ISTHMUS_SCRATCH", str(tmp_path / "scratch"))
-    Memory("SCAFFOLD", "uid", place).advance({"w": torch.ones(2)})
+    Memory("SCAFFOLD", "uid", place).advance({"w": torch.ones(2)}, 1)
     assert Memory("SCAFFOLD", "uid", place).tensors["w"].tolist() == [1.0, 1.0]
     assert Memory("SCAFFOLD", "another job", place).tensors == {}
     assert Memory("FedDyn", "uid", place).tensors == {}

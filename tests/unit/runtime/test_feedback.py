@@ -1,5 +1,6 @@
 """The residual outlives its process where there is a scratch directory, and nothing else does."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from safetensors.torch import save_file
 
 from isthmus.client.compression import Compression
 from isthmus.client.context import Context
-from isthmus.codecs import Encoded, ErrorFeedback, Residual
+from isthmus.client.feedback import ErrorFeedback
+from isthmus.codecs import Encoded, Residual
 from isthmus_contracts import identities
 from isthmus_contracts.pb import federation_pb2 as pb
 
@@ -17,42 +19,73 @@ RESIDUAL.begin("w", (5,))
 RESIDUAL.write("w", 0, torch.arange(5.0))
 
 
-def test_it_survives_a_restart(tmp_path: Path) -> None:
-    scratch = tmp_path / "not" / "yet"
-    ErrorFeedback(scratch, "uid", "pool", 3).advance(RESIDUAL, 7)
-    found = ErrorFeedback(scratch, "uid", "pool", 3).residual
+PLACE = Context(pool="pool", index=3)
+FILE = "residual-pool-3.safetensors"
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The scratch directory, which is not there yet."""
+    monkeypatch.setenv(identities.ENV_SCRATCH, str(tmp_path / "scratch"))
+    return tmp_path / "scratch"
+
+
+def test_it_survives_a_restart(scratch: Path) -> None:
+    ErrorFeedback("uid", PLACE).advance(RESIDUAL, 7)
+    found = ErrorFeedback("uid", PLACE).residual
     assert found is not None
     values = found.read("w", (5,), 0, 5)
     assert values is not None
     torch.testing.assert_close(values, torch.arange(5.0), rtol=0, atol=4 / 65534)
-    assert [path.name for path in scratch.iterdir()] == ["residual-pool-3.safetensors"]
+    assert [path.name for path in scratch.iterdir()] == [FILE]
 
 
-def test_another_jobs_is_not_taken(tmp_path: Path) -> None:
-    ErrorFeedback(tmp_path, "uid", "pool", 3).advance(RESIDUAL, 7)
-    assert ErrorFeedback(tmp_path, "other", "pool", 3).residual is None
-    assert ErrorFeedback(tmp_path, "uid", "pool", 4).residual is None
+def test_another_jobs_is_not_taken(scratch: Path) -> None:
+    ErrorFeedback("uid", PLACE).advance(RESIDUAL, 7)
+    assert ErrorFeedback("other", PLACE).residual is None
+    assert ErrorFeedback("uid", Context(pool="pool", index=4)).residual is None
 
 
-def test_a_damaged_file_begins_anew(tmp_path: Path) -> None:
-    (tmp_path / "residual-pool-3.safetensors").write_bytes(b"garbage")
-    feedback = ErrorFeedback(tmp_path, "uid", "pool", 3)
+def test_a_damaged_file_begins_anew(scratch: Path) -> None:
+    scratch.mkdir()
+    (scratch / FILE).write_bytes(b"garbage")
+    feedback = ErrorFeedback("uid", PLACE)
     assert feedback.residual is None
     feedback.advance(RESIDUAL, 1)
-    assert ErrorFeedback(tmp_path, "uid", "pool", 3).residual is not None
+    assert ErrorFeedback("uid", PLACE).residual is not None
 
 
-def test_a_file_with_something_else_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save_file({"w": torch.arange(5.0)}, tmp_path / "residual-pool-3.safetensors", {"job_uid": "uid"})
-    assert ErrorFeedback(tmp_path, "uid", "pool", 3).residual is None
+def test_a_file_with_something_else_begins_anew(scratch: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scratch.mkdir()
+    save_file({"w": torch.arange(5.0)}, scratch / FILE, {"job_uid": "uid"})
+    assert ErrorFeedback("uid", PLACE).residual is None
     assert "w is no part of a residual" in caplog.text
 
 
-def test_a_directory_that_cannot_be_written_costs_only_the_file(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    feedback = ErrorFeedback(tmp_path / "file", "uid", "pool", 3)
+def test_a_directory_that_cannot_be_written_costs_only_the_file(scratch: Path) -> None:
+    scratch.write_text("")
+    feedback = ErrorFeedback("uid", PLACE)
     feedback.advance(RESIDUAL, 1)
     assert feedback.residual is RESIDUAL
+
+
+def test_a_full_disk_costs_only_the_file(scratch: Path) -> None:
+    """And keeps the one before: nothing half-written takes room."""
+    feedback = ErrorFeedback("uid", PLACE)
+    feedback.advance(RESIDUAL, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = Residual()
+    large.begin("w", (100_000,))
+    large.write("w", 0, torch.ones(100_000))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        feedback.advance(large, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert feedback.residual is large
+    assert [path.name for path in scratch.iterdir()] == [FILE]
+    found = ErrorFeedback("uid", PLACE).residual
+    assert found is not None and found.read("w", (5,), 0, 5) is not None
 
 
 class FakeSession:
