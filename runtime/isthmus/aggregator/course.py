@@ -18,7 +18,7 @@ from .tensorfile import SMALL_BYTES
 
 @dataclass
 class Course:
-    """Changed on the event loop only, but for what folding books in :attr:`round` when it fails."""
+    """Changed on the event loop only."""
 
     phase: pb.FederationStatus.Phase.ValueType = pb.FederationStatus.WAITING
     message: str = ""

@@ -1,5 +1,6 @@
 """The decisions of a round, apart from everything that carries them out."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -30,6 +31,8 @@ class RoundState:
     """Updates of earlier rounds (their client and that round) that count in this one."""
     reports: list[tuple[ClientId, Report]] = field(default_factory=list)
     """Of every update that counts."""
+    folding: int = 0
+    """So many of those that count are still on their way into the result, and may yet fail to be kept."""
 
     @property
     def updates(self) -> int:
@@ -66,7 +69,18 @@ class Decision:
 
 
 def decide(state: RoundState, presence: Mapping[ClientId, Presence], min_updates: int, now: float) -> Decision:
-    """What to do with the round, given who is there."""
+    """What to do with the round, given who is there.
+
+    A round that could end does so once nothing is being folded: an update that cannot be kept, since the disk is full,
+    does not count, and its client tries again.
+    """
+    decision = _decide(state, presence, min_updates, now)
+    if decision.verdict is Verdict.COMMIT and state.folding:
+        return Decision(Verdict.WAIT, math.inf)
+    return decision
+
+
+def _decide(state: RoundState, presence: Mapping[ClientId, Presence], min_updates: int, now: float) -> Decision:
     outstanding, look_again = _outstanding(state, presence, now)
     enough = state.updates >= min_updates
     full = state.target is not None and state.updates >= state.target

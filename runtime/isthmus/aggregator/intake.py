@@ -133,18 +133,26 @@ class Intake:
         update = self._update(header, tensors, number - header.round)
         # From here to the submission nothing awaits: whatever is accepted is folded before the round's result is made.
         self._count(header, state)
+        base = self.base(header) if header.round < number else None
         if self._course.is_small:
-            problem = self._fold(update, header, state)
+            problem = self._fold(header, update, base)
+            self._folded(header, state, problem)
         else:
-            folding = asyncio.get_running_loop().run_in_executor(self._folder, self._fold, update, header, state)
+            folding = asyncio.get_running_loop().run_in_executor(self._folder, self._fold, header, update, base)
+            state.folding += 1
+
+            def over(done: "asyncio.Future[OSError | StrategyError | None]") -> None:
+                state.folding -= 1
+                self._folded(header, state, None if done.cancelled() else done.exception() or done.result())
+
+            folding.add_done_callback(over)
             # A client that goes away meanwhile cancels its call, but not the folding.
             problem = await asyncio.shield(folding)
-        self._course.changes.ring()
         if self._course.broken is not None:
             return refusal.reply(pb.PushReply.STALE, str(self._course.broken))
-        if problem is not None:
+        if isinstance(problem, OSError):
             # A rule that keeps updates on disk, and the disk is full: the client tries again.
-            self._course.message = f"an update cannot be kept: {problem}; trying again"
+            self._course.message = f"an update cannot be kept: {problem.strerror or problem}; trying again"
             raise StorageError(self._course.message)
         return messages.reply(pb.PushReply.ACCEPTED, "", number)
 
@@ -168,8 +176,13 @@ class Intake:
         self._course.training.add(client_id, header.num_examples, header.metrics)
         self._ledger.submitted(header, state.number - header.round)
 
-    def _discount(self, header: pb.UpdateHeader, state: RoundState) -> None:
-        """Takes back what :meth:`_count` did."""
+    def _folded(self, header: pb.UpdateHeader, state: RoundState, problem: BaseException | None) -> None:
+        """An update has been folded; or it could not be kept, and what :meth:`_count` did is taken back."""
+        self._course.changes.ring()
+        if isinstance(problem, StrategyError):
+            self._course.broken = problem
+        if not isinstance(problem, OSError):
+            return
         client_id = (header.pool, header.index)
         if header.round < state.number:
             state.late.discard((client_id, header.round))
@@ -179,21 +192,16 @@ class Intake:
         self._course.examples -= header.num_examples
         self._ledger.withdrawn(header)
 
-    def _fold(self, update: Update, header: pb.UpdateHeader, state: RoundState) -> str | None:
-        """Folds an update in; returns what kept it from being counted, if anything."""
+    def _fold(self, header: pb.UpdateHeader, update: Update, base: State | None) -> OSError | StrategyError | None:
+        """Folds an update in, in any thread; returns what kept it from that. ``base``: a late one's."""
         started = time.monotonic()
         try:
-            if header.round < state.number and self._strategy.rebases:
-                old, model = self.base(header), self._course.model
-                assert old is not None and model is not None
-                rebase(update.tensors, old, model.checkpoint.state, update.buffers)
+            if base is not None and self._strategy.rebases:
+                assert self._course.model is not None
+                rebase(update.tensors, base, self._course.model.checkpoint.state, update.buffers)
             self._strategy.accept(update)
-        except OSError as error:
-            self._discount(header, state)
-            return error.strerror or str(error)
-        except StrategyError as error:
-            self._course.broken = error
-            return str(error)
+        except (OSError, StrategyError) as error:
+            return error
         self._ledger.folded(header.pool, time.monotonic() - started)
         self.receptions.give_back(update.tensors)
         return None

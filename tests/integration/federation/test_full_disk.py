@@ -4,8 +4,10 @@ The kernel's limit on the size of a process's files stands for the disk: it cuts
 aggregator only, and can be lifted again without any rights.
 """
 
+import json
 import resource
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from safetensors.torch import load_file
@@ -98,3 +100,29 @@ def test_an_update_that_cannot_be_kept_is_sent_again(federation: Make) -> None:
         finish(job, client)
     finally:
         client.close()
+
+
+def test_a_round_does_not_end_without_an_update_that_cannot_be_kept(federation: Make) -> None:
+    """It was counted, and the round could have ended with the others, before it was known that there is no room."""
+    state = {"w": torch.zeros(2_000_000)}
+    size = state["w"].nbytes
+    job = federation(4, 1, strategy={"algorithm": "CoordinateMedian"})
+    job.start_aggregator()
+    clients = [HandMadeClient(job, index, state=state) for index in range(4)]
+    try:
+        clients[0].offer()
+        assert clients[0].push(clients[0].header(0)).verdict == pb.PushReply.ACCEPTED
+        headers = [client.header(1, client.offer(1).base_digest) for client in clients]
+        limit_files(job, size * 7 // 2)
+        with ThreadPoolExecutor() as pool:
+            pushes = [pool.submit(client.push, header) for client, header in zip(clients, headers, strict=True)]
+        refused = [index for index, push in enumerate(pushes) if push.exception() is not None]
+        assert len(refused) == 1
+        assert (job.status().submitted, job.status().completed_rounds) == (3, 0)
+        limit_files(job)
+        assert clients[refused[0]].push(headers[refused[0]]).verdict == pb.PushReply.ACCEPTED
+        finish(job, *clients)
+    finally:
+        for client in clients:
+            client.close()
+    assert json.loads((job.state / "rounds.jsonl").read_text())["updates"] == 4

@@ -78,3 +78,12 @@ def test_a_round_with_a_target_does_not_wait_for_the_rest() -> None:
     assert decide(over_selected, everybody, 2, NOW).verdict is Verdict.COMMIT
     # But a target below the minimum does not lower it.
     assert decide(over_selected, everybody, 4, NOW).verdict is Verdict.WAIT
+
+
+@pytest.mark.parametrize("now", [NOW, DEADLINE])
+def test_a_round_ends_once_what_counts_has_been_folded(now: float) -> None:
+    presence, round_state = {A: READY, B: READY}, state({A, B}, {A, B})
+    round_state.folding = 1
+    assert decide(round_state, presence, 1, now).verdict is Verdict.WAIT
+    round_state.folding = 0
+    assert decide(round_state, presence, 1, now).verdict is Verdict.COMMIT
