@@ -11,8 +11,11 @@ from grpc import aio
 from .identities import CERTIFICATE_FILE, KEY_FILE
 from .pki import Credentials
 
+# The header of a model or an update names its tensors: 100 bytes or so for each.
+HEADER_BYTES = 32 << 20
 # Keepalive finds dead peers behind NATs and firewalls within about 40 s; servers allow it even between calls.
 _CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
+    ("grpc.max_receive_message_length", HEADER_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),

@@ -5,6 +5,7 @@ regard to tensor borders, and an xxh3-128 checksum of all of it.
 """
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -206,12 +207,18 @@ def mismatch(expected: Sequence[TensorSpec], offered: Sequence[TensorSpec]) -> M
 
 def non_finite(state: Mapping[str, torch.Tensor]) -> str | None:
     """The first tensor that holds NaN or infinity, if any."""
+    found = beyond(sys.float_info.max, state)
+    return found[0] if found is not None else None
+
+
+def beyond(limit: float, state: Mapping[str, torch.Tensor]) -> tuple[str, float] | None:
+    """The first tensor of floating-point numbers that holds one of a larger magnitude, or NaN, and that number."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and tensor.numel():
             # In one pass without a copy: infinite where a value is, NaN where one is.
-            least, most = torch.aminmax(tensor)
-            if not (math.isfinite(least) and math.isfinite(most)):
-                return name
+            for extreme in map(float, torch.aminmax(tensor)):
+                if not abs(extreme) <= limit:
+                    return name, extreme
     return None
 
 
@@ -239,7 +246,10 @@ def allocate(spec: TensorSpec, room: State | None = None) -> torch.Tensor:
     ``room``: tensors that nobody needs any more; where one fits it is used again, since to touch fresh memory takes
     several times as long as to fill it.
     """
-    return roomy(spec.name, tuple(spec.shape), dtype_of(spec), room)
+    try:
+        return roomy(spec.name, tuple(spec.shape), dtype_of(spec), room)
+    except RuntimeError:  # of PyTorch's allocator
+        raise TransferError(f"{spec.name} announces {spec.size} bytes, for which there is no memory") from None
 
 
 def roomy(name: str, shape: Sequence[int], dtype: torch.dtype, room: State | None) -> torch.Tensor:

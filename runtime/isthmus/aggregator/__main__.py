@@ -19,7 +19,7 @@ from prometheus_client import start_http_server
 from isthmus_contracts.manifest import ManifestError
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import add_ObserverServicer_to_server
-from isthmus_contracts.transport import SERVER_OPTIONS, renewed_server_credentials
+from isthmus_contracts.transport import HEADER_BYTES, SERVER_OPTIONS, renewed_server_credentials
 
 from ..allocator import keep_memory_flat
 from ..strategies import StrategyError, make_strategy
@@ -81,7 +81,7 @@ async def serve(arguments: argparse.Namespace) -> int:
     federation = Federation(job, store, strategy, metrics, tracker, budget)
     observer = ObserverService(federation)
 
-    server = aio.server(options=SERVER_OPTIONS)
+    server = aio.server(options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", HEADER_BYTES)])
     server.add_generic_rpc_handlers((FederationService(federation).handler(),))
     add_ObserverServicer_to_server(observer, server)
     try:

@@ -7,6 +7,7 @@ from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..codecs import KNOWN, Chain, Decoder, Encoded, download_seed, encode, parse_chain, upload_seed
+from ..strategies import StrategyError
 from ..tensors import Reception, State, non_finite
 
 
@@ -66,9 +67,17 @@ class Compression:
     def settle(
         self, finish: Callable[[], State], round_number: int, base: State, base_digest: str
     ) -> tuple[State, Broadcast | None]:
-        """The next global model, as clients will see it, and its encoded form, if it has one."""
+        """The next global model, as clients will see it, and its encoded form, if it has one.
+
+        Raises :class:`StrategyError` where nobody could go on from it.
+        """
         result = finish()
-        if not self._download.names or non_finite(result) is not None:
+        if (bad := non_finite(result)) is not None:
+            raise StrategyError(
+                f"spec.strategy: round {round_number} came to NaN or infinity in {bad}: smaller steps may help "
+                "(the server's learning rate and the clients')"
+            )
+        if not self._download.names:
             return result, None
         seed = download_seed(self._job_uid, round_number)
         encoded = encode(result, self._download, seed, base)

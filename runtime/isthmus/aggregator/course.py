@@ -40,6 +40,8 @@ class Course:
     """Who was asked for the first weights."""
     initial: State | None = None
     """These weights."""
+    buffers: frozenset[str] | None = None
+    """Which of the model's tensors no optimizer trains. Who handed in the initial weights has said so for all."""
     broken: StrategyError | None = None
     """What the strategy died of: the job cannot go on."""
     open: asyncio.Event = field(default_factory=asyncio.Event)

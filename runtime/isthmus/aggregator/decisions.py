@@ -1,10 +1,11 @@
 """The decisions of a round, apart from everything that carries them out."""
 
 import math
+from asyncio import Future
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Protocol
+from typing import Any, Protocol
 
 from .clientbook import Report
 from .membership import ClientId
@@ -31,8 +32,11 @@ class RoundState:
     """Updates of earlier rounds (their client and that round) that count in this one."""
     reports: list[tuple[ClientId, Report]] = field(default_factory=list)
     """Of every update that counts."""
-    folding: int = 0
-    """So many of those that count are still on their way into the result, and may yet fail to be kept."""
+    folding: dict[tuple[ClientId, int], Future[Any]] = field(default_factory=dict)
+    """Updates (their client and round) among those that count that are on their way into the result, and may yet fail
+    to be kept."""
+    fault: str = ""
+    """Who was refused last, and why."""
 
     @property
     def updates(self) -> int:

@@ -5,6 +5,7 @@ on only through :mod:`.decisions`; this module carries the decisions out.
 """
 
 import asyncio
+import json
 import logging
 import time
 import uuid
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 10.0
 _TRAIN_PREFIX = "train_"
 # What is committed with a model.
-_RECORD, _CLIENTS = "record", "clients"
+_RECORD, _CLIENTS, _BUFFERS = "record", "clients", "buffers"
 
 
 class Federation:
@@ -99,6 +100,8 @@ class Federation:
             log.info("resuming after round %d of %d", checkpoint.round, self.spec.rounds)
             self._strategy.load_state(checkpoint.strategy)
             await self._remember(checkpoint)
+        if (buffers := checkpoint.notes.get(_BUFFERS)) is not None:
+            self.course.buffers = frozenset(json.loads(buffers))
         await self._adopt(checkpoint)
         while checkpoint.round < self.spec.rounds and not self.progress.reached and not self._out_of_budget(checkpoint):
             await self._wait_for_quorum()
@@ -140,8 +143,8 @@ class Federation:
                 ready[0].send(messages.INITIALIZE)
             await self._changed()
         initial = self.course.initial
-        checkpoint = await self._writer.checkpoint(lambda: self._store.save(0, initial))
-        self.course.initial = None  # it is as large as the model
+        checkpoint = await self._writer.checkpoint(lambda: self._store.save(0, initial, notes=self._notes()))
+        self.course.initial, self.course.message = None, ""  # the weights take as much memory as the model
         return checkpoint
 
     async def _wait_for_quorum(self) -> None:
@@ -173,7 +176,7 @@ class Federation:
             self._folder, self.compression.settle, self._strategy.finish, state.number, base.state, base.digest
         )
         record, book = self._record_of(state), self._settled_book(state)
-        notes = {_RECORD: record.text()}
+        notes = {**self._notes(), _RECORD: record.text()}
         if self._keeps_book:
             notes[_CLIENTS] = book.text()
         checkpoint = await self._writer.checkpoint(
@@ -183,6 +186,10 @@ class Federation:
         await self._conclude(state, record)
         await self._adopt(checkpoint, broadcast)
         return checkpoint
+
+    def _notes(self) -> dict[str, str]:
+        """What is committed with each model."""
+        return {} if self.course.buffers is None else {_BUFFERS: json.dumps(sorted(self.course.buffers))}
 
     def _begin_round(self, base: Checkpoint) -> RoundState:
         number, now = base.round + 1, time.monotonic()
@@ -213,7 +220,8 @@ class Federation:
                 state.selected.add(client.id)
                 self._offers.train(client, state)
         have, need = state.updates, self.spec.min_updates
-        self.course.message = f"round {state.number} has {have} of {need} needed updates; waiting for clients"
+        refused = f"; refused: {state.fault}" if state.fault else ""
+        self.course.message = f"round {state.number} has {have} of {need} needed updates; waiting for clients{refused}"
 
     def _extend(self, state: RoundState) -> None:
         log.warning(

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -11,7 +12,7 @@ from typing import TypeVar
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..strategies import Strategy, StrategyError, Update
-from ..tensors import State, non_finite
+from ..tensors import State
 from . import messages, refusal
 from .clientbook import ClientBook, Report
 from .compression import Compression
@@ -109,22 +110,26 @@ class Intake:
         """The model that an update was trained from, if it is the present one or a recent one."""
         return self.history.find(header.round - 1, header.base_digest)
 
-    async def opened(self) -> None:
-        """Waits between two rounds, and after a restart, where an update that comes then counts in the next one."""
+    async def answerable(self, header: pb.UpdateHeader) -> None:
+        """Waits while an update's answer is not certain: between two rounds, and after a restart, where one that comes
+        then counts in the next one; and while the same one, sent before, is being folded."""
         waits = self._course.phase in (pb.FederationStatus.TRAINING, pb.FederationStatus.WAITING)
         if self._folds_late and self._course.model is not None and waits:
             await self._course.open.wait()
+        state = self._course.round
+        if state is not None and (folding := state.folding.get(_key(header))) is not None:
+            await asyncio.wait([folding])
 
     async def accept(self, header: pb.UpdateHeader, tensors: State) -> pb.PushReply:
         """Takes a complete update: checks its values, then counts it once."""
-        await self.opened()
-        bad = await self._aside(non_finite, tensors)
+        bad = await self._aside(refusal.examine_values, tensors)
+        await self.answerable(header)
         if (reply := self.precheck(header)) is not None:  # the world may have moved on meanwhile
             return reply
         if bad is not None:
-            return self.reject(header, refusal.not_finite(bad))
+            return self.reject(header, bad)
         if header.round == 0:
-            self._course.initial = tensors
+            self._course.initial, self._course.buffers = tensors, frozenset(header.buffers)
             self._course.changes.ring()
             return messages.reply(pb.PushReply.ACCEPTED, "")
         state = self._course.round
@@ -139,10 +144,10 @@ class Intake:
             self._folded(header, state, problem)
         else:
             folding = asyncio.get_running_loop().run_in_executor(self._folder, self._fold, header, update, base)
-            state.folding += 1
+            state.folding[_key(header)] = folding
 
             def over(done: "asyncio.Future[OSError | StrategyError | None]") -> None:
-                state.folding -= 1
+                del state.folding[_key(header)]
                 self._folded(header, state, None if done.cancelled() else done.exception() or done.result())
 
             folding.add_done_callback(over)
@@ -158,8 +163,10 @@ class Intake:
 
     def _update(self, header: pb.UpdateHeader, tensors: State, staleness: int) -> Update:
         discount = self._spec.stragglers.weight(staleness) if staleness else 1.0
-        name, buffers, scalars = f"{header.pool}/{header.index}", frozenset(header.buffers), dict(header.scalars)
-        return Update(name, header.num_examples, tensors, buffers, scalars, discount)
+        if self._course.buffers is None:  # the checkpoint is of a version that did not keep them
+            self._course.buffers = frozenset(header.buffers)
+        name, scalars = f"{header.pool}/{header.index}", dict(header.scalars)
+        return Update(name, header.num_examples, tensors, self._course.buffers, scalars, discount)
 
     def _count(self, header: pb.UpdateHeader, state: RoundState) -> None:
         client_id = (header.pool, header.index)
@@ -170,7 +177,8 @@ class Intake:
             state.rejected.discard(client_id)
         client = self._members.get(client_id)
         seconds = client.took(header.round, time.monotonic()) if client is not None else 0.0
-        report = Report(header.round, header.num_examples, header.metrics.get("loss"), seconds)
+        loss = header.metrics.get("loss", math.nan)
+        report = Report(header.round, header.num_examples, loss if math.isfinite(loss) else None, seconds)
         state.reports.append((client_id, report))
         self._course.examples += header.num_examples
         self._course.training.add(client_id, header.num_examples, header.metrics)
@@ -202,6 +210,13 @@ class Intake:
             self._strategy.accept(update)
         except (OSError, StrategyError) as error:
             return error
+        except Exception as error:
+            # Half of it may be in the sum, which nobody can trust any more.
+            log.exception("%s: the strategy failed", update.client)
+            return StrategyError(
+                f"the strategy failed on the update of {update.client}: {type(error).__name__}: {error}; the "
+                "aggregator's log has more"
+            )
         self._ledger.folded(header.pool, time.monotonic() - started)
         self.receptions.give_back(update.tensors)
         return None
@@ -210,6 +225,10 @@ class Intake:
         """Refuses an update for good: the round does not wait for this client any longer."""
         if self._course.round is not None and header.round == self._course.round.number:
             self._course.round.rejected.add((header.pool, header.index))
+            self._course.round.fault = f"{header.pool}/{header.index}: {fault}"
+            self._course.changes.ring()
+        if header.round == 0:
+            self._course.message = f"the initial weights of {header.pool}/{header.index} were refused: {fault}"
             self._course.changes.ring()
         log.warning("%s/%d: update of round %d refused: %s", header.pool, header.index, header.round, fault)
         return refusal.reply(pb.PushReply.INVALID, fault.message, fault.reason)
@@ -217,3 +236,8 @@ class Intake:
     async def _aside(self, work: Callable[[State], T], state: State) -> T:
         """Does the work in a thread, unless the model is small."""
         return work(state) if self._course.is_small else await asyncio.to_thread(work, state)
+
+
+def _key(header: pb.UpdateHeader) -> tuple[ClientId, int]:
+    """Which update it is."""
+    return (header.pool, header.index), header.round

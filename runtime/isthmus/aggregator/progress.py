@@ -29,7 +29,8 @@ class WeightedMeans:
                 entry = sums.setdefault(name, [0.0, 0.0])
                 entry[0] += weight * value
                 entry[1] += weight
-        return {name: total / weight for name, (total, weight) in sums.items() if weight}
+        means = {name: total / weight for name, (total, weight) in sums.items() if weight}
+        return {name: mean for name, mean in means.items() if math.isfinite(mean)}  # of huge values it may not be
 
     def clients(self) -> set[ClientId]:
         """Who has reported."""

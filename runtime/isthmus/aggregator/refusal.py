@@ -1,5 +1,6 @@
 """Why an update is refused: a small closed set of reasons, which the reply and the metrics name alike."""
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -7,12 +8,16 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..codecs import CodecError
 from ..strategies import Strategy
-from ..tensors import ChecksumError, TransferError, TruncatedError, misannounced, mismatch
+from ..tensors import ChecksumError, State, TransferError, TruncatedError, beyond, misannounced, mismatch
 from .compression import Compression
 from .model import GlobalModel
 
+# With weights up to here their sums, squares and differences stay finite in float32, whatever the strategy. Larger ones
+# come from training that has diverged.
+GREATEST_WEIGHT = 2.0**60
 # Floats count exactly up to here. A negative number of a client in another language arrives as one far above.
 MOST_EXAMPLES = 2**53
+RESERVED_NAME = "__metadata__"
 # Where a refusal is a gRPC status, because the stream is to be sent again, its trailing metadata bear the reason.
 REASON_METADATA = "isthmus-reason"
 
@@ -22,6 +27,7 @@ class Reason(StrEnum):
 
     # For good: the round does not wait for this update any longer.
     NON_FINITE = "non_finite"
+    RANGE = "range"
     MISSING_TENSOR = "missing_tensor"
     UNKNOWN_TENSOR = "unknown_tensor"
     SHAPE = "shape"
@@ -84,13 +90,21 @@ def examine_initial(header: pb.UpdateHeader) -> Fault | None:
     """The same for initial weights, which there is no model yet to compare with."""
     if header.codecs:
         return Fault(Reason.CODEC, "initial weights travel raw")
+    if any(spec.name == RESERVED_NAME for spec in header.tensors):
+        return Fault(Reason.UNKNOWN_TENSOR, f"a tensor cannot be called {RESERVED_NAME}: safetensors keeps that name")
     found = misannounced(header.tensors)
     return Fault(Reason(found.aspect), found.message) if found else None
 
 
-def not_finite(tensor: str) -> Fault:
-    """A tensor holds what no training should make."""
-    return Fault(Reason.NON_FINITE, f"{tensor} holds NaN or infinity")
+def examine_values(tensors: State) -> Fault | None:
+    """What is wrong with an update's values."""
+    found = beyond(GREATEST_WEIGHT, tensors)
+    if found is None:
+        return None
+    name, value = found
+    if not math.isfinite(value):
+        return Fault(Reason.NON_FINITE, f"{name} holds NaN or infinity")
+    return Fault(Reason.RANGE, f"{name} holds {value:.3g}, which is beyond 2**60: too large to be averaged")
 
 
 def fault_of(error: TransferError) -> Fault:

@@ -129,7 +129,7 @@ class FederationService:
         assert first is not None and first.header is not None
         header, started = first.header, time.monotonic()
         await self._authenticate(context, header.pool)
-        await self._intake.opened()
+        await self._intake.answerable(header)
         reply = self._intake.precheck(header)
         repeated = reply is not None and reply.verdict == pb.PushReply.ACCEPTED
         if reply is None:

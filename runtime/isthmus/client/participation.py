@@ -135,8 +135,9 @@ class Participation:
             raise FederationError(f"round {rnd.number} ended without rnd.submit(num_examples=...)")
 
     def _hand_in_initial(self) -> None:
-        initial = snapshot(self._shared.live())
-        push(self._session, FinishedUpdate(0, "", 1, {}, initial))
+        live = self._shared.live()
+        initial = snapshot(live)
+        push(self._session, FinishedUpdate(0, "", 1, {}, initial, self._shared.buffers(live)))
         self._compression.dropped(initial)
 
     def _push(self, update: FinishedUpdate) -> None:

@@ -167,3 +167,34 @@ def test_clients_on_slow_links_need_not_wait_for_each_other(federation: Callable
     job.wait_for_exit()
     model = torch.load(job.state / "model.pt", weights_only=True)
     assert torch.equal(model["w"], torch.full((size,), 2.5))
+
+
+def test_a_model_of_very_many_tensors(federation: Callable[..., Federation]) -> None:
+    """Its header is larger than gRPC's messages commonly may be."""
+    state = {f"{'layer.' * 15}{number}": torch.zeros(1) for number in range(50_000)}
+    job = federation(1, 1)
+    job.start_aggregator()
+    with closing(HandMadeClient(job, state=state)) as client:
+        client.offer()
+        header = client.header(0)
+        assert header.ByteSize() > 4 << 20
+        assert client.push(header).verdict == pb.PushReply.ACCEPTED
+        digest = client.offer(1).base_digest
+        answer = client.stub.Pull(pb.PullRequest(job_uid=UID, round=0, digest=digest))
+        assert sum(len(chunk.header.tensors) for chunk in answer) == len(state)
+
+
+def test_initial_weights_that_could_not_be_stored(clients: list[HandMadeClient]) -> None:
+    first = clients[0]
+    first.offer()
+    header = first.header(0)
+    header.tensors[0].name = "__metadata__"
+    reply = first.push(header)
+    assert (reply.verdict, reply.reason) == (pb.PushReply.INVALID, "unknown_tensor")
+    assert "safetensors keeps that name" in reply.message
+    header.tensors[0].MergeFrom(pb.TensorSpec(name="w", size=4 << 50))
+    header.tensors[0].shape[:] = [1 << 50]
+    with pytest.raises(grpc.RpcError) as error:
+        first.push(header, [])
+    assert error.value.code() == grpc.StatusCode.DATA_LOSS
+    assert error.value.details() == "w announces 4503599627370496 bytes, for which there is no memory"

@@ -102,7 +102,7 @@ def adversary(federation: Make) -> Iterator[Adversary]:
 
 def test_what_cannot_be_used(adversary: Adversary) -> None:
     refused, w = adversary.refused, STATE["w"]
-    for value in (float("nan"), float("inf"), float("-inf")):
+    for value in (float("nan"), float("inf"), float("-inf"), 1e30):
         bad = w.clone()
         bad[-1] = value
         refused({"w": bad})
@@ -119,7 +119,7 @@ def test_what_cannot_be_used(adversary: Adversary) -> None:
     for scalars in ({}, {"steps": 0.0}, {"steps": -1.0}, {"steps": float("nan")}):
         refused(scalars=scalars)
     assert adversary.reasons == [
-        *["non_finite"] * 3, "missing_tensor", "unknown_tensor", "shape", "shape", "dtype", "duplicate",
+        *["non_finite"] * 3, "range", "missing_tensor", "unknown_tensor", "shape", "shape", "dtype", "duplicate",
         "examples", "examples", "codec", *["scalars"] * 4,
     ]  # fmt: skip
     adversary.end_well()

@@ -1,5 +1,6 @@
 """When a round is committed."""
 
+import asyncio
 from dataclasses import dataclass
 
 import pytest
@@ -83,7 +84,7 @@ def test_a_round_with_a_target_does_not_wait_for_the_rest() -> None:
 @pytest.mark.parametrize("now", [NOW, DEADLINE])
 def test_a_round_ends_once_what_counts_has_been_folded(now: float) -> None:
     presence, round_state = {A: READY, B: READY}, state({A, B}, {A, B})
-    round_state.folding = 1
+    round_state.folding[A, 1] = asyncio.Future(loop=asyncio.new_event_loop())
     assert decide(round_state, presence, 1, now).verdict is Verdict.WAIT
-    round_state.folding = 0
+    round_state.folding.clear()
     assert decide(round_state, presence, 1, now).verdict is Verdict.COMMIT

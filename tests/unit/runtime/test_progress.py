@@ -2,7 +2,7 @@
 
 import pytest
 
-from isthmus.aggregator.progress import Progress
+from isthmus.aggregator.progress import Progress, WeightedMeans
 from isthmus_contracts.federatedjob import Objective
 
 
@@ -22,3 +22,11 @@ def test_the_target(objective: dict[str, str], values: list[float], reached: boo
     for number, value in enumerate(values):
         progress.take(number, {progress.objective.metric: value, "other": 5.0})
     assert progress.reached is reached
+
+
+def test_means_are_numbers() -> None:
+    """JSON has no others."""
+    means = WeightedMeans()
+    means.add(("pool", 0), 3, {"loss": 1.0, "nan": float("nan"), "huge": 1e308})
+    means.add(("pool", 1), 1, {"loss": 5.0, "huge": 1e308})
+    assert means.means() == {"loss": 2.0}

@@ -1,0 +1,178 @@
+"""A job's rounds in this process, with a strategy that does what a test wants; clients are calls."""
+
+import asyncio
+import errno
+import math
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isthmus.aggregator.checkpoints import CheckpointStore
+from isthmus.aggregator.federation import Federation
+from isthmus.aggregator.job import Job
+from isthmus.aggregator.metrics import AggregatorMetrics
+from isthmus.aggregator.refusal import StorageError
+from isthmus.aggregator.tracking.tracker import make_tracker
+from isthmus.strategies import Strategy, StrategyError, Update
+from isthmus.tensors import State, specs_of
+from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.pb import federation_pb2 as pb
+
+# Not small: it is folded in a thread.
+VALUES = 400_000
+SECONDS = 60
+
+
+class Scripted(Strategy):
+    """Takes what comes, as ``on_accept`` lets it; the result is zeros, or what a test puts into ``result``."""
+
+    def __init__(self) -> None:
+        self.on_accept: Callable[[], None] = lambda: None
+        self.updates: list[Update] = []
+        self.result: State = {"w": torch.zeros(VALUES)}
+
+    def begin(self, model: State) -> None:
+        self.updates.clear()
+
+    def accept(self, update: Update) -> None:
+        self.on_accept()
+        self.updates.append(update)
+
+    def finish(self) -> State:
+        return self.result
+
+
+class Trial:
+    """A federation of two clients whose first round is in progress."""
+
+    def __init__(self, directory: Path, strategy: Scripted) -> None:
+        pool = {"name": "pool", "replicas": 2, "cloud": {}}
+        task = {"image": "unused", "command": ["python"]}
+        spec = {"rounds": 1, "task": task, "pools": [pool], "selection": {"policy": "Adaptive", "minClients": 2}}
+        job = Job("job", "default", "uid", parse_spec(spec))
+        self.store = CheckpointStore(directory, "uid", keep=2)
+        self.strategy = strategy
+        self.federation = Federation(
+            job, self.store, strategy, AggregatorMetrics("default", "job"), make_tracker(job, directory)
+        )
+
+    async def until(self, what: Callable[[], Any]) -> None:
+        async with asyncio.timeout(SECONDS):
+            while not what():  # noqa: ASYNC110 - there is nothing to wait for but many things
+                await asyncio.sleep(0.01)
+
+    async def begin(self) -> "asyncio.Task[None]":
+        """Training, which has got to its first round."""
+        running = asyncio.create_task(self.federation.run())
+        course = self.federation.course
+        for index in range(2):
+            self.federation.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
+        await self.until(lambda: course.initializer)
+        assert course.initializer is not None
+        await self.push(course.initializer[1], number=0, buffers=["statistics"])
+        await self.until(lambda: course.round)
+        return running
+
+    def push(self, index: int, number: int = 1, **changes: Any) -> Awaitable[pb.PushReply]:
+        state = {"w": torch.ones(VALUES)}
+        model = self.federation.course.model
+        header = pb.UpdateHeader(
+            job_uid="uid", pool="pool", index=index, round=number, num_examples=5, tensors=specs_of(state),
+            base_digest=model.digest if model is not None else "", **changes,
+        )  # fmt: skip
+        return asyncio.create_task(self.federation.intake.accept(header, state))
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Trial:
+    return Trial(tmp_path, Scripted())
+
+
+async def test_a_repetition_is_answered_once_the_first_is_folded(trial: Trial) -> None:
+    """Whoever is told that an update counts lets go of it."""
+    running = await trial.begin()
+    full, begun = threading.Event(), threading.Event()
+
+    def once_full() -> None:
+        begun.set()
+        assert full.wait(SECONDS)
+        trial.strategy.on_accept = lambda: None
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trial.strategy.on_accept = once_full
+    first = trial.push(0)
+    await trial.until(begun.is_set)
+    again = trial.push(0)
+    other = trial.push(1)
+    await trial.until(lambda: len(trial.federation.course.round.accepted) == 2)  # type: ignore[union-attr]
+    full.set()
+    with pytest.raises(StorageError, match="No space left on device; trying again"):
+        await first
+    assert [(await push).verdict for push in (again, other)] == [pb.PushReply.ACCEPTED] * 2
+    assert sorted(update.client for update in trial.strategy.updates) == ["pool/0", "pool/1"]
+    running.cancel()
+
+
+async def test_a_strategy_that_fails_on_an_update_ends_the_job(trial: Trial) -> None:
+    """Its sum may hold half of the update."""
+
+    def fail() -> None:
+        raise ZeroDivisionError("division by zero")
+
+    running = await trial.begin()
+    trial.strategy.on_accept = fail
+    reply = await trial.push(0)
+    message = "the strategy failed on the update of pool/0: ZeroDivisionError: division by zero"
+    assert reply.verdict == pb.PushReply.STALE and reply.message.startswith(message)
+    with pytest.raises(StrategyError, match=message):
+        await running
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+async def test_a_result_that_nobody_could_go_on_from_is_not_committed(trial: Trial, value: float) -> None:
+    running = await trial.begin()
+    trial.strategy.result["w"][7] = value
+    for index in range(2):
+        assert (await trial.push(index)).verdict == pb.PushReply.ACCEPTED
+    with pytest.raises(StrategyError, match="round 1 came to NaN or infinity in w: smaller steps may help"):
+        await running
+    assert trial.store.numbers() == [0]
+
+
+async def test_what_no_optimizer_trains_is_the_same_for_all(trial: Trial) -> None:
+    """One client cannot take a parameter away from the others' rule. It is known after a restart too."""
+    running = await trial.begin()
+    course = trial.federation.course
+    assert course.model is not None and course.model.checkpoint.notes["buffers"] == '["statistics"]'
+    await trial.push(0, buffers=["w"])
+    await trial.push(1)
+    assert [update.buffers for update in trial.strategy.updates] == [{"statistics"}] * 2
+    running.cancel()
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+async def test_a_loss_that_is_no_number_is_no_loss(trial: Trial, loss: float) -> None:
+    running = await trial.begin()
+    await trial.push(0, metrics={"loss": loss})
+    await trial.push(1, metrics={"loss": 2.0})
+    assert trial.federation.course.round is not None
+    reports = {client[1]: report.loss for client, report in trial.federation.course.round.reports}
+    assert reports == {0: None, 1: 2.0}
+    running.cancel()
+
+
+async def test_initial_weights_that_are_refused_leave_a_reason(trial: Trial) -> None:
+    running = asyncio.create_task(trial.federation.run())
+    for index in range(2):
+        trial.federation.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
+    await trial.until(lambda: trial.federation.course.initializer)
+    header = pb.UpdateHeader(pool="pool", index=0, num_examples=1)
+    reply = await trial.federation.intake.accept(header, {"mask": torch.tensor([0.0, -math.inf])})
+    assert (reply.verdict, reply.reason) == (pb.PushReply.INVALID, "non_finite")
+    message = "the initial weights of pool/0 were refused: mask holds NaN or infinity"
+    assert trial.federation.status().message == message
+    running.cancel()
