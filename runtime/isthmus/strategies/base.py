@@ -10,6 +10,9 @@ import torch
 
 from ..tensors import State
 
+# The largest double that is an int64.
+_MOST = 2.0**63 - 1024
+
 
 class StrategyError(Exception):
     """A strategy cannot go on, and neither can the job. ``str()`` says where and why, in one line."""
@@ -113,6 +116,24 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float64
 
 
-def narrow(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Back to the model's own dtype; integers and booleans are rounded (in place)."""
-    return value.to(dtype) if dtype.is_floating_point else value.round_().to(dtype)
+def change(new: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """By how much ``old`` became ``new``, in the given precision.
+
+    Integers and booleans are subtracted as int64: what has not changed is 0 exactly, however large it is.
+    """
+    if old.dtype.is_floating_point:
+        return new.to(dtype) - old.to(dtype)
+    return (new.to(torch.int64) - old.to(torch.int64)).to(dtype)
+
+
+def narrow(value: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """A rule's result in the dtype of the model's tensor ``old``.
+
+    Of floating-point tensors ``value`` is the result itself. Of integers and booleans it is by how much they move,
+    which is rounded to whole numbers; a double cannot hold the integers themselves beyond 2^53. Used up.
+    """
+    if old.dtype.is_floating_point:
+        return value.to(old.dtype)
+    if value.dtype != torch.int64:
+        value = value.round_().clamp_(-(2.0**63), _MOST).to(torch.int64)
+    return value.add_(old).to(old.dtype)
