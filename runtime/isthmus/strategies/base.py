@@ -1,6 +1,5 @@
 """The strategy interface."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,8 +59,11 @@ class Strategy(ABC):
     """
 
     scalars: tuple[str, ...] = ()
-    """Numbers above zero that every update must bring along, each by its name; what clients know how to tell is
-    ``steps``, ``travel`` and ``loss``, each under the algorithms that ask for it."""
+    """Numbers that every update must bring along, each by its name; what clients know how to tell is ``steps``,
+    ``travel`` and ``loss``, each under the algorithms that ask for it."""
+    least, most = 1e-9, 1e9
+    """From where to where these numbers may be: wide of what any training makes, and so near each other that their
+    ratios, times any weights that are let through, are numbers in single precision."""
     rebases = True
     """Whether an update from an older global model comes as that update's change on top of the present one; where not,
     it comes as the client made it."""
@@ -92,8 +94,8 @@ class Strategy(ABC):
         for name in self.scalars:
             if name not in scalars:
                 return f"{type(self).__name__} needs {name} from every client, and the update has none"
-            if not (math.isfinite(scalars[name]) and scalars[name] > 0):
-                return f"{name} must be a finite number above 0, not {scalars[name]}"
+            if not self.least <= scalars[name] <= self.most:  # nor is NaN
+                return f"{name} must be from {self.least:g} to {self.most:g}, not {scalars[name]}"
         return None
 
     def state(self) -> State:

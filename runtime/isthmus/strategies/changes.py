@@ -9,6 +9,9 @@ from .base import Setup, Strategy, Update, change, narrow, wide
 
 # Values whose change is worked out at a time: 1 MiB of float32.
 _PART = 1 << 18
+# Of sums in which a client's own number is a factor: so small that they stay within single precision, whatever number
+# and weights of a client are let through. A power of two, which changes no bit of them.
+UNIT = 2.0**-32
 
 
 class ChangeRule(Strategy):
@@ -31,10 +34,10 @@ class ChangeRule(Strategy):
         self._sums = zeros_like(model, self._sums)
 
     def accept(self, update: Update) -> None:
-        self._weight += update.weight
-        self._updates += 1
         self._buffers = update.buffers
         self.fold(update)
+        self._weight += update.weight
+        self._updates += 1
 
     def fold(self, update: Update) -> None:
         """Adds an update to the sums: each change counts by its number of examples, unless a rule has it otherwise."""
