@@ -60,7 +60,7 @@ class Strategy(ABC):
 
     scalars: tuple[str, ...] = ()
     """Numbers that every update must bring along, each by its name; what clients know how to tell is ``steps``,
-    ``travel`` and ``loss``, each under the algorithms that ask for it."""
+    ``travel`` and ``loss``, each under the built-in algorithms that ask for it: a user's own class has none."""
     least, most = 1e-9, 1e9
     """From where to where these numbers may be: wide of what any training makes, and so near each other that their
     ratios, times any weights that are let through, are numbers in single precision."""
