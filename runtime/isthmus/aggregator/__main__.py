@@ -1,6 +1,7 @@
 """``python -m isthmus.aggregator``: serves one job until it is complete.
 
-Exit codes: 0 complete; 1 failed for good; 143 stopped by SIGTERM (it resumes when started again).
+Exit codes: 0 complete; 1 failed for good, or by an error that nobody foresaw; 143 stopped by SIGTERM. After the latter
+two it resumes when started again.
 """
 
 import argparse
@@ -42,6 +43,8 @@ TRACKING_SECONDS = 30.0
 TRACKING_SECONDS_WHEN_STOPPED = 5.0
 # Kubernetes keeps this much of a termination message.
 _TERMINATION_MESSAGE_BYTES = 4096
+# Of an unexpected error's own text. Characters.
+_LONGEST_ERROR = 500
 
 
 def main() -> None:
@@ -64,6 +67,11 @@ def main() -> None:
         _terminate(arguments.termination_log, pb.FederationStatus(phase=pb.FederationStatus.FAILED, message=str(error)))
         print(f"isthmus.aggregator: {error}", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        # No status: that would end the job, which a restart may go on with. Python writes the trace, and exits with 1.
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        _leave(arguments.termination_log, f"unexpected error: {text[:_LONGEST_ERROR]}; see the aggregator's log")
+        raise
 
 
 async def serve(arguments: argparse.Namespace) -> int:
@@ -153,15 +161,19 @@ async def _clients_gone(federation: Federation) -> None:
 
 def _terminate(path: Path, status: pb.FederationStatus) -> None:
     """Leaves the final status where the kubelet picks it up."""
-    if not path.exists():
-        return
     text = MessageToJson(status, indent=None)
     if len(text.encode()) > _TERMINATION_MESSAGE_BYTES:
         for pool in status.pools:
             del pool.failures[:]
         text = MessageToJson(status, indent=None)
+    _leave(path, text)
+
+
+def _leave(path: Path, text: str) -> None:
+    """Writes the termination message, where there is a file for it."""
     with suppress(OSError):
-        path.write_text(text, encoding="utf-8")
+        if path.exists():
+            path.write_text(text, encoding="utf-8")
 
 
 def _write_atomically(path: Path, text: str) -> None:

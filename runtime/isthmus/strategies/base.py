@@ -1,6 +1,5 @@
 """The strategy interface."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +8,9 @@ from pathlib import Path
 import torch
 
 from ..tensors import State
+
+# The largest double that is an int64.
+_MOST = 2.0**63 - 1024
 
 
 class StrategyError(Exception):
@@ -57,8 +59,11 @@ class Strategy(ABC):
     """
 
     scalars: tuple[str, ...] = ()
-    """Numbers above zero that every update must bring along, each by its name; what clients know how to tell is
-    ``steps``, ``travel`` and ``loss``, each under the algorithms that ask for it."""
+    """Numbers that every update must bring along, each by its name; what clients know how to tell is ``steps``,
+    ``travel`` and ``loss``, each under the built-in algorithms that ask for it: a user's own class has none."""
+    least, most = 1e-9, 1e9
+    """From where to where these numbers may be: wide of what any training makes, and so near each other that their
+    ratios, times any weights that are let through, are numbers in single precision."""
     rebases = True
     """Whether an update from an older global model comes as that update's change on top of the present one; where not,
     it comes as the client made it."""
@@ -89,8 +94,8 @@ class Strategy(ABC):
         for name in self.scalars:
             if name not in scalars:
                 return f"{type(self).__name__} needs {name} from every client, and the update has none"
-            if not (math.isfinite(scalars[name]) and scalars[name] > 0):
-                return f"{name} must be a finite number above 0, not {scalars[name]}"
+            if not self.least <= scalars[name] <= self.most:  # nor is NaN
+                return f"{name} must be from {self.least:g} to {self.most:g}, not {scalars[name]}"
         return None
 
     def state(self) -> State:
@@ -113,6 +118,24 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float64
 
 
-def narrow(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Back to the model's own dtype; integers and booleans are rounded (in place)."""
-    return value.to(dtype) if dtype.is_floating_point else value.round_().to(dtype)
+def change(new: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """By how much ``old`` became ``new``, in the given precision.
+
+    Integers and booleans are subtracted as int64: what has not changed is 0 exactly, however large it is.
+    """
+    if old.dtype.is_floating_point:
+        return new.to(dtype) - old.to(dtype)
+    return (new.to(torch.int64) - old.to(torch.int64)).to(dtype)
+
+
+def narrow(value: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """A rule's result in the dtype of the model's tensor ``old``.
+
+    Of floating-point tensors ``value`` is the result itself. Of integers and booleans it is by how much they move,
+    which is rounded to whole numbers; a double cannot hold the integers themselves beyond 2^53. Used up.
+    """
+    if old.dtype.is_floating_point:
+        return value.to(old.dtype)
+    if value.dtype != torch.int64:
+        value = value.round_().clamp_(-(2.0**63), _MOST).to(torch.int64)
+    return value.add_(old).to(old.dtype)

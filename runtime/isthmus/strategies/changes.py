@@ -5,10 +5,13 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..tensors import State
-from .base import Setup, Strategy, Update, narrow, wide
+from .base import Setup, Strategy, Update, change, narrow, wide
 
 # Values whose change is worked out at a time: 1 MiB of float32.
 _PART = 1 << 18
+# Of sums in which a client's own number is a factor: so small that they stay within single precision, whatever number
+# and weights of a client are let through. A power of two, which changes no bit of them.
+UNIT = 2.0**-32
 
 
 class ChangeRule(Strategy):
@@ -31,10 +34,10 @@ class ChangeRule(Strategy):
         self._sums = zeros_like(model, self._sums)
 
     def accept(self, update: Update) -> None:
-        self._weight += update.weight
-        self._updates += 1
         self._buffers = update.buffers
         self.fold(update)
+        self._weight += update.weight
+        self._updates += 1
 
     def fold(self, update: Update) -> None:
         """Adds an update to the sums: each change counts by its number of examples, unless a rule has it otherwise."""
@@ -44,17 +47,12 @@ class ChangeRule(Strategy):
         """Adds a client's changes to the sums, those of trained tensors with the given weight."""
         for name, total in self._sums.items():
             share = weight if self.is_trained(name) else update.weight
-            for part, change in self.changes(update, name):
-                total.view(-1)[part].add_(change, alpha=share)
+            for part, moved in self.changes(update, name):
+                total.view(-1)[part].add_(moved, alpha=share)
 
     def changes(self, update: Update, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
-        """By how much an update moves a tensor, in the precision of the sums: part by part of its flat values, so that
-        the difference lies in memory that the processor has at hand."""
-        dtype = self._sums[name].dtype
-        new, old = update.tensors[name].reshape(-1), self._model[name].reshape(-1)
-        for start in range(0, len(old), _PART):
-            part = slice(start, start + _PART)
-            yield part, new[part].to(dtype) - old[part].to(dtype)
+        """By how much an update moves a tensor, in the precision of the sums, part by part."""
+        return changes(update.tensors[name], self._model[name], self._sums[name].dtype)
 
     def is_trained(self, name: str) -> bool:
         """Whether the rule applies to a tensor, of the clients' kind since the last update."""
@@ -65,9 +63,18 @@ class ChangeRule(Strategy):
         result: State = {}
         for name, old in self._model.items():
             total = self._sums[name]
-            change = step(name, total) if self.is_trained(name) else total.div(self._weight)
-            result[name] = narrow(change + old.to(change.dtype), old.dtype)
+            value = step(name, total) if self.is_trained(name) else total.div(self._weight)
+            result[name] = narrow(value + old.to(value.dtype) if old.is_floating_point() else value, old)
         return result
+
+
+def changes(new: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """By how much ``old`` became ``new``: part by part of their flat values, so that the difference lies in memory that
+    the processor has at hand."""
+    new, old = new.reshape(-1), old.reshape(-1)
+    for start in range(0, len(old), _PART):
+        part = slice(start, start + _PART)
+        yield part, change(new[part], old[part], dtype)
 
 
 def zeros_like(model: State, earlier: State) -> State:

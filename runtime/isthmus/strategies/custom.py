@@ -1,15 +1,21 @@
 """Strategies of a user's own, from the aggregator's image."""
 
+import errno
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TypeVar
 
+import torch
+
 from isthmus_contracts.manifest import ManifestError
 
-from ..tensors import State, mismatch, non_finite, specs_of
+from ..tensors import State, TransferError, checked, mismatch, non_finite, specs_of
 from .base import Setup, Strategy, StrategyError, Update
 
 T = TypeVar("T")
+
+# What passes once somebody makes room: the aggregator tries again.
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Custom(Strategy):
@@ -19,7 +25,6 @@ class Custom(Strategy):
         """``reference``: ``module:Class``. Raises :class:`ManifestError` where there is no such strategy."""
         self._reference = reference
         self._strategy = _make(reference, setup)
-        self.scalars = tuple(self._strategy.scalars)
         self.rebases, self.order_free = self._strategy.rebases, self._strategy.order_free
         self._model: State = {}
 
@@ -31,36 +36,57 @@ class Custom(Strategy):
         self._call("accept", lambda: self._strategy.accept(update))
 
     def finish(self) -> State:
-        result = self._call("finish", self._strategy.finish)
-        different = self._call("finish", lambda: mismatch(specs_of(self._model), specs_of(result)))
+        result = self._tensors("finish", self._strategy.finish, "model")
+        different = mismatch(specs_of(self._model), specs_of(result))
         problem = None if different is None else different.message
         if problem is None and (name := non_finite(result)) is not None:
             problem = f"{name} holds NaN or infinity"
         if problem is not None:
-            raise StrategyError(f"spec.strategy.class: {self._reference}: finish() returned no model: {problem}")
-        return {name: result[name].contiguous() for name in self._model}
+            raise self._error(f"finish() returned no model: {problem}")
+        return {name: result[name] for name in self._model}
 
     def companion(self) -> State:
-        return self._call("companion", self._strategy.companion)
-
-    def problem_with(self, scalars: Mapping[str, float]) -> str | None:
-        return self._call("problem_with", lambda: self._strategy.problem_with(scalars))
+        return self._tensors("companion", self._strategy.companion, "companion")
 
     def state(self) -> State:
-        return self._call("state", self._strategy.state)
+        return self._tensors("state", self._strategy.state, "state")
 
     def load_state(self, state: State) -> None:
         self._call("load_state", lambda: self._strategy.load_state(state))
 
     def _call(self, method: str, call: Callable[[], T]) -> T:
+        """What a method of the class returns. A full disk alone passes as the ``OSError`` that it is."""
         try:
             return call()
-        except OSError:
-            raise  # a full disk, which passes
         except Exception as error:
-            raise StrategyError(
-                f"spec.strategy.class: {self._reference}: {method}() raised {_one_line(error)}"
-            ) from error
+            if isinstance(error, OSError) and error.errno in _FULL_DISK:
+                raise
+            raise self._error(f"{method}() raised {_one_line(error)}") from error
+
+    def _tensors(self, method: str, call: Callable[[], State], what: str) -> State:
+        """What a method returns, if it can be written and sent."""
+        returned = self._call(method, call)
+        try:
+            return _plain(returned)
+        except TransferError as error:
+            raise self._error(f"{method}() returned no {what}: {error}") from error
+
+    def _error(self, what: str) -> StrategyError:
+        return StrategyError(f"spec.strategy.class: {self._reference}: {what}")
+
+
+def _plain(returned: object) -> State:
+    """Tensors in main memory, dense, and without a gradient. Raises :class:`TransferError`."""
+    if not isinstance(returned, Mapping):
+        raise TransferError(f"it is a {type(returned).__name__}, not a dict of tensors")
+    tensors: State = {}
+    for name, tensor in returned.items():
+        if not isinstance(name, str):
+            raise TransferError(f"the name {name!r} is a {type(name).__name__}, not a string")
+        if checked(name, tensor).device.type != "cpu" or tensor.layout != torch.strided:
+            raise TransferError(f"{name} is {tensor.layout} on {tensor.device}, not torch.strided on cpu")
+        tensors[name] = tensor.detach().contiguous()
+    return tensors
 
 
 def _make(reference: str, setup: Setup) -> Strategy:
@@ -77,9 +103,13 @@ def _make(reference: str, setup: Setup) -> Strategy:
         raise ManifestError([f"{where}: is no subclass of isthmus.strategies.Strategy"])
     try:
         make: Callable[[Setup], Strategy] = found  # the interface asks for such a constructor
-        return make(setup)
+        made = make(setup)
     except Exception as error:
         raise ManifestError([f"{where}: cannot be made: {_one_line(error)}"]) from error
+    if made.scalars:
+        problem = f"its scalars are {made.scalars!r}, which clients tell under the built-in algorithms alone"
+        raise ManifestError([f"{where}: {problem}; leave them empty"])
+    return made
 
 
 def _one_line(error: Exception) -> str:

@@ -1,7 +1,9 @@
 """Asynchronous aggregation, one update at a time."""
 
+import torch
+
 from ..tensors import State
-from .base import Setup, Strategy, Update, narrow, wide
+from .base import Setup, Strategy, Update, change, narrow, wide
 
 
 class FedAsync(Strategy):
@@ -21,12 +23,17 @@ class FedAsync(Strategy):
 
     def begin(self, model: State) -> None:
         self._model = model
-        self._mixed = {name: tensor.to(wide(tensor.dtype), copy=True) for name, tensor in model.items()}
+        self._mixed = {
+            name: tensor.to(wide(tensor.dtype), copy=True)
+            if tensor.is_floating_point() else torch.zeros_like(tensor, dtype=wide(tensor.dtype))  # of its change
+            for name, tensor in model.items()
+        }  # fmt: skip
 
     def accept(self, update: Update) -> None:
         share = self._mixing * update.discount
         for name, mixed in self._mixed.items():
-            mixed.lerp_(update.tensors[name].to(mixed.dtype), share)
+            new, old = update.tensors[name], self._model[name]
+            mixed.lerp_(new.to(mixed.dtype) if old.is_floating_point() else change(new, old, mixed.dtype), share)
 
     def finish(self) -> State:
-        return {name: narrow(self._mixed.pop(name), old.dtype) for name, old in self._model.items()}
+        return {name: narrow(self._mixed.pop(name), old) for name, old in self._model.items()}

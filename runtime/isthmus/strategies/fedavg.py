@@ -4,14 +4,14 @@ import torch
 
 from ..tensors import State
 from .base import Setup, Strategy, Update, narrow
-from .changes import zeros_like
+from .changes import changes, zeros_like
 
 
 class FedAvg(Strategy):
     """Mean of the clients' weights, weighted by their numbers of examples.
 
     McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (2017), algorithm 1.
-    Integer and boolean buffers (such as batch-norm counters) are averaged in double precision and rounded.
+    Integer and boolean buffers (such as batch-norm counters) move by the mean of their changes, rounded.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -28,12 +28,16 @@ class FedAvg(Strategy):
         self._weight += update.weight
         for name, total in self._sums.items():
             tensor = update.tensors[name]
-            total.add_(tensor if tensor.is_floating_point() else tensor.to(total.dtype), alpha=update.weight)
+            if tensor.is_floating_point():
+                total.add_(tensor, alpha=update.weight)
+                continue
+            for part, moved in changes(tensor, self._model[name], total.dtype):
+                total.view(-1)[part].add_(moved, alpha=update.weight)
 
     def finish(self) -> State:
         # In place: it is the new model until the next round begins.
-        return {name: narrow(self._sums[name].div_(self._weight), old.dtype) for name, old in self._model.items()}
+        return {name: narrow(self._sums[name].div_(self._weight), old) for name, old in self._model.items()}
 
     def _mean(self, name: str) -> torch.Tensor:
-        """A tensor's mean over the clients so far, in the precision that it was summed in."""
+        """A tensor's mean over the clients so far, or that of its change (see :func:`narrow`), as it was summed."""
         return self._sums[name].div(self._weight)

@@ -23,8 +23,8 @@ class FedBuff(ChangeRule):
         self._examples = 0
 
     def fold(self, update: Update) -> None:
-        self._examples += update.num_examples
         super().fold(update)
+        self._examples += update.num_examples
 
     def finish(self) -> State:
         return self.moved(lambda name, total: total.mul(self._rate / self._examples))

@@ -2,7 +2,7 @@
 
 from ..tensors import State
 from .base import Setup, Update
-from .changes import ChangeRule
+from .changes import UNIT, ChangeRule
 
 
 class FedNova(ChangeRule):
@@ -25,9 +25,9 @@ class FedNova(ChangeRule):
 
     def fold(self, update: Update) -> None:
         steps = update.scalars["steps"]
+        self.add(update, update.weight / steps * UNIT)
         self._weighted_steps += update.weight * steps
-        self.add(update, update.weight / steps)
 
     def finish(self) -> State:
         effective = self._weighted_steps / self._weight
-        return self.moved(lambda name, total: total.mul(effective / self._weight))
+        return self.moved(lambda name, total: total.mul(effective / self._weight / UNIT))

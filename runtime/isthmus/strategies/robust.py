@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..tensors import State
-from .base import Setup, Strategy, Update, narrow
+from .base import Setup, Strategy, Update, change, narrow, wide
 from .spill import Spill
 
 
@@ -47,21 +47,34 @@ class RobustRule(Strategy):
         """The next global model from the given rows of the file."""
 
     def blockwise(self, rows: Sequence[int], rule: Callable[[torch.Tensor], torch.Tensor]) -> State:
-        """Makes a model of what ``rule`` makes of each block (a row for each update, a column for each coordinate)."""
+        """Makes a model of what ``rule`` makes of each block (a row for each update, a column for each coordinate).
+
+        A block of integers or booleans is int64 and holds by how much they moved.
+        """
         result: State = {}
         width = self._spill.width(len(rows))
         for name, old in self._model.items():
-            flat = torch.empty(old.numel(), dtype=old.dtype)
+            flat, base = torch.empty(old.numel(), dtype=old.dtype), old.reshape(-1)
             for start in range(0, len(flat), width):
-                part = flat[start : start + width]
-                part.copy_(narrow(rule(self._spill.read(name, start, len(part), rows)), old.dtype))
+                part = base[start : start + width]
+                block = self._spill.read(name, start, len(part), rows)
+                if not old.is_floating_point():
+                    block = change(block, part, block.dtype)
+                flat[start : start + width] = narrow(rule(block), part)
             result[name] = flat.view(old.shape)
         return result
 
     def mean(self, rows: Sequence[int], weights: torch.Tensor | None = None) -> State:
-        """The mean of some updates, with weights (which sum to 1) or without."""
+        """The mean of some updates, with weights (which sum to 1) or without. Of one update, it is the copy."""
+        if len(rows) == 1:
+            return self._spill.update(rows[0])
         shares = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64) if weights is None else weights
-        return self.blockwise(rows, lambda block: shares.to(block.dtype) @ block)
+
+        def mean(block: torch.Tensor) -> torch.Tensor:
+            dtype = wide(block.dtype)
+            return shares.to(dtype) @ block.to(dtype)
+
+        return self.blockwise(rows, mean)
 
     def squared_distances(self, rows: Sequence[int]) -> torch.Tensor:
         """Between every two updates, over what is trained: statistics of batch-norm layers are of another scale.

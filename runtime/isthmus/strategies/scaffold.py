@@ -2,7 +2,7 @@
 
 from ..tensors import State, group, ungroup
 from .base import Setup, Update
-from .changes import ChangeRule, zeros_like
+from .changes import UNIT, ChangeRule, zeros_like
 
 
 class Scaffold(ChangeRule):
@@ -34,14 +34,14 @@ class Scaffold(ChangeRule):
             for part, change in self.changes(update, name):
                 total.view(-1)[part].add_(change, alpha=update.weight)
                 if self.is_trained(name):
-                    slope = update.weight / update.scalars["travel"]
+                    slope = update.weight / update.scalars["travel"] * UNIT
                     self._slopes[name].view(-1)[part].add_(change, alpha=slope)
 
     def finish(self) -> State:
         share = min(self._updates / self._setup.clients, 1.0)
         for name, control in self._control.items():
             if self.is_trained(name):
-                control.mul_(1 - share).sub_(self._slopes[name], alpha=share / self._weight)
+                control.mul_(1 - share).sub_(self._slopes[name], alpha=share / self._weight / UNIT)
         return self.moved(lambda name, total: total.mul(self._rate / self._weight))
 
     def companion(self) -> State:

@@ -37,7 +37,7 @@ class ServerOptimizer(FedAvg):
             if old.is_floating_point() and name not in self._buffers:
                 start = old.to(value.dtype)
                 value = self.step(value.sub_(start), *(self._slot(slot, name) for slot in self.slots)).add_(start)
-            result[name] = narrow(value, old.dtype)
+            result[name] = narrow(value, old)
         return result
 
     @abstractmethod

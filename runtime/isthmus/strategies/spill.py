@@ -58,8 +58,12 @@ class Spill:
         return max(1, BLOCK_BYTES // (8 * rows))
 
     def read(self, name: str, start: int, count: int, rows: Sequence[int]) -> torch.Tensor:
-        """``count`` coordinates of a tensor from ``start`` on, of the given rows: a row of the result for each."""
-        return self._raw(name, start, count, rows).to(wide(self._model[name].dtype))
+        """``count`` coordinates of a tensor from ``start`` on, of the given rows: a row of the result for each.
+
+        Floating-point numbers come in the precision of sums, integers and booleans as int64.
+        """
+        dtype = self._model[name].dtype
+        return self._raw(name, start, count, rows).to(wide(dtype) if dtype.is_floating_point else torch.int64)
 
     def _raw(self, name: str, start: int, count: int, rows: Sequence[int]) -> torch.Tensor:
         assert self._file is not None

@@ -1,7 +1,9 @@
 """The mean of each coordinate without its extremes."""
 
+import torch
+
 from ..tensors import State
-from .base import Setup
+from .base import Setup, wide
 from .robust import RobustRule
 
 
@@ -17,4 +19,8 @@ class TrimmedMean(RobustRule):
 
     def combine(self, rows: list[int]) -> State:
         cut = int(self._trim * len(rows))
-        return self.blockwise(rows, lambda block: block.sort(dim=0).values[cut : len(rows) - cut].mean(dim=0))
+
+        def mean(block: torch.Tensor) -> torch.Tensor:
+            return block.sort(dim=0).values[cut : len(rows) - cut].mean(dim=0, dtype=wide(block.dtype))
+
+        return self.blockwise(rows, mean)

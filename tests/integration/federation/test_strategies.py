@@ -12,6 +12,29 @@ from .conftest import Federation
 
 FEDADAM = {"algorithm": "FedAdam", "parameters": {"learningRate": "0.05"}}
 
+RULES = """
+from isthmus.strategies.fedavg import FedAvg
+
+class Asks(FedAvg):
+    scalars = ("steps",)
+
+class Raises(FedAvg):
+    def accept(self, update):
+        raise ValueError("not today")
+
+class Reads(FedAvg):
+    def finish(self):
+        return open("/nowhere/table")
+
+class Counts(FedAvg):
+    def state(self):
+        return {"rounds": 1}
+
+class Full(FedAvg):
+    def finish(self):
+        raise OSError(28, "No space left on device")
+"""
+
 
 def train(job: Federation, script: Path, kill_after: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
     """The final model of a run whose aggregator is killed after some rounds."""
@@ -52,24 +75,30 @@ def test_a_liar_does_not_move_the_median(federation: Callable[..., Federation], 
     ("reference", "message"),
     [
         ("rules:Missing", "spec.strategy.class: rules:Missing: rules has no Missing"),
+        (
+            "rules:Asks",
+            "spec.strategy.class: rules:Asks: its scalars are ('steps',), which clients tell under the built-in"
+            " algorithms alone; leave them empty",
+        ),
         ("rules:Raises", "spec.strategy.class: rules:Raises: accept() raised ValueError: not today"),
+        (
+            "rules:Reads",
+            "spec.strategy.class: rules:Reads: finish() raised FileNotFoundError: [Errno 2] No such file or directory:"
+            " '/nowhere/table'",
+        ),
+        ("rules:Counts", "spec.strategy.class: rules:Counts: state() returned no state: rounds is a int, not a tensor"),
     ],
 )
 def test_a_broken_class_fails_the_job(
     federation: Callable[..., Federation], script: Path, reference: str, message: str
 ) -> None:
     job = federation(1, 2, strategy={"algorithm": "Custom", "class": reference})
-    (job.directory / "rules.py").write_text(
-        "from isthmus.strategies.fedavg import FedAvg\n"
-        "class Raises(FedAvg):\n"
-        "    def accept(self, update):\n"
-        "        raise ValueError('not today')\n"
-    )
+    (job.directory / "rules.py").write_text(RULES)
     last_words = job.directory / "termination-log"
     last_words.touch()
     job.start_aggregator(wait=False, arguments=["--termination-log", last_words])
     assert job.aggregator is not None
-    if reference == "rules:Raises":
+    if reference not in ("rules:Missing", "rules:Asks"):
         job.wait_for_port()
         client = job.start_client(script)
         assert client.wait() == 1
@@ -77,3 +106,18 @@ def test_a_broken_class_fails_the_job(
     assert job.aggregator.wait() == 1
     said = json.loads(last_words.read_text())
     assert (said["phase"], said["message"]) == ("FAILED", message)
+
+
+def test_an_error_that_nobody_foresaw_leaves_a_line(federation: Callable[..., Federation], script: Path) -> None:
+    job = federation(1, 2, strategy={"algorithm": "Custom", "class": "rules:Full"})
+    (job.directory / "rules.py").write_text(RULES)
+    last_words = job.directory / "termination-log"
+    last_words.touch()
+    job.start_aggregator(arguments=["--termination-log", last_words])
+    job.start_client(script)
+    assert job.aggregator is not None
+    assert job.aggregator.wait() == 1
+    # No status: the operator would take it for the job's end, and not start the aggregator again.
+    expected = "unexpected error: OSError: [Errno 28] No space left on device; see the aggregator's log"
+    assert last_words.read_text() == expected
+    assert "Traceback" in job.log("aggregator")

@@ -1,12 +1,16 @@
 """A user's own class: what it may do, and what happens when it cannot be loaded or misbehaves."""
 
+import errno
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+from isthmus.aggregator.checkpoints import CheckpointStore
 from isthmus.strategies import Setup, Strategy, StrategyError, Update, make_strategy
 from isthmus.strategies.fedavg import FedAvg
 from isthmus.tensors import State
@@ -38,7 +42,53 @@ class Broken(FedAvg):
             result["w"].fill_(float("nan"))
         if self.how == 5:
             result["w"] = result["w"].double()
+        if self.how == 6:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/nowhere")
+        if self.how == 7:
+            return None  # type: ignore[return-value]
+        if self.how == 8:
+            result["w"] = 3  # type: ignore[assignment]
+        if self.how == 9:
+            result["w"] = result["w"].to_sparse()
         return result
+
+
+class Asking(FedAvg):
+    scalars = ("steps",)
+
+
+class Answer(FedAvg):
+    """Whose methods but ``finish`` do what a test says."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.answers: dict[str, object] = {}
+
+    def begin(self, model: State) -> None:
+        self._answer("begin")
+        super().begin(model)
+
+    def accept(self, update: Update) -> None:
+        self._answer("accept")
+        super().accept(update)
+
+    def finish(self) -> State:
+        return {name: torch.nn.Parameter(value, value.is_floating_point()) for name, value in super().finish().items()}
+
+    def companion(self) -> State:
+        return self._answer("companion")
+
+    def state(self) -> State:
+        return self._answer("state")
+
+    def load_state(self, state: State) -> None:
+        self._answer("load_state")
+
+    def _answer(self, method: str) -> Any:
+        answer = self.answers.get(method, {})
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 class Unfinished(Strategy):
@@ -48,7 +98,7 @@ class Unfinished(Strategy):
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     made = ModuleType("rules")
-    made.__dict__.update(Broken=Broken, Unfinished=Unfinished, number=3)
+    made.__dict__.update(Broken=Broken, Asking=Asking, Answer=Answer, Unfinished=Unfinished, number=3)
     monkeypatch.setitem(sys.modules, "rules", made)
     return made
 
@@ -76,6 +126,11 @@ def test_the_documented_class_works(module: ModuleType) -> None:
         ("rules:number", {}, "is no subclass of isthmus.strategies.Strategy"),
         ("rules:Unfinished", {}, "cannot be made: TypeError: "),
         ("rules:Broken", {"how": "1"}, "cannot be made: ValueError: no such thing"),
+        (
+            "rules:Asking",
+            {},
+            "its scalars are ('steps',), which clients tell under the built-in algorithms alone",
+        ),
     ],
 )
 def test_what_cannot_be_loaded(module: ModuleType, reference: str, parameters: dict[str, str], message: str) -> None:
@@ -92,6 +147,10 @@ def test_what_cannot_be_loaded(module: ModuleType, reference: str, parameters: d
         ("3", "finish() returned no model: tensors are missing: w"),
         ("4", "finish() returned no model: w holds NaN or infinity"),
         ("5", "finish() returned no model: w is F64, but the model's is F32"),
+        ("6", "finish() raised FileNotFoundError: [Errno 2] No such file or directory: '/nowhere'"),
+        ("7", "finish() returned no model: it is a NoneType, not a dict of tensors"),
+        ("8", "finish() returned no model: w is a int, not a tensor"),
+        ("9", "finish() returned no model: w is torch.sparse_coo on cpu, not torch.strided on cpu"),
     ],
 )
 def test_what_misbehaves(module: ModuleType, how: str, message: str) -> None:
@@ -99,3 +158,62 @@ def test_what_misbehaves(module: ModuleType, how: str, message: str) -> None:
     with pytest.raises(StrategyError) as error:
         run(custom("rules:Broken", how=how), base, updates(base, 2, seed=1))
     assert str(error.value) == f"spec.strategy.class: rules:Broken: {message}"
+
+
+def calls(answers: dict[str, object]) -> dict[str, Callable[[], object]]:
+    """The methods of a rule in the middle of a round; those that are named do as they are told."""
+    strategy, base = custom("rules:Answer"), model()
+    strategy.begin(base)
+    strategy._strategy.answers.update(answers)  # type: ignore[attr-defined]
+    return {
+        "begin": lambda: strategy.begin(base),
+        "accept": lambda: strategy.accept(updates(base, 1, seed=1)[0]),
+        "companion": strategy.companion,
+        "state": strategy.state,
+        "load_state": lambda: strategy.load_state({}),
+    }
+
+
+METHODS = ["begin", "accept", "companion", "state", "load_state"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_full_disk_alone_passes(module: ModuleType, method: str) -> None:
+    for error in (FileNotFoundError(errno.ENOENT, "gone", "x"), OSError("without a number"), ValueError("no\nway")):
+        with pytest.raises(StrategyError) as raised:
+            calls({method: error})[method]()
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        assert str(raised.value) == f"spec.strategy.class: rules:Answer: {method}() raised {said}"
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        with pytest.raises(OSError, match="no room"):
+            calls({method: OSError(number, "no room")})[method]()
+
+
+@pytest.mark.parametrize("method", ["state", "companion"])
+def test_what_cannot_be_written_is_named(module: ModuleType, method: str) -> None:
+    wrong: dict[str, object] = {
+        "step is a int, not a tensor": {"step": 3},
+        "c has dtype torch.complex64, which cannot travel": {"c": torch.zeros(2, dtype=torch.complex64)},
+        "it is a NoneType, not a dict of tensors": None,
+        "the name 3 is a int, not a string": {3: torch.zeros(1)},
+        "m is torch.strided on meta, not torch.strided on cpu": {"m": torch.zeros(1, device="meta")},
+    }
+    for problem, returned in wrong.items():
+        with pytest.raises(StrategyError) as raised:
+            calls({method: returned})[method]()
+        assert str(raised.value) == f"spec.strategy.class: rules:Answer: {method}() returned no {method}: {problem}"
+
+
+def test_tensors_need_not_be_plain(module: ModuleType, tmp_path: Path) -> None:
+    """Parameters with a gradient, and views, are written all the same."""
+    base, strategy = model(), custom("rules:Answer")
+    result = run(strategy, base, updates(base, 2, seed=1))
+    grown = torch.nn.Parameter(torch.arange(6.0).view(2, 3)).T
+    strategy._strategy.answers["state"] = {"grown": grown}  # type: ignore[attr-defined]
+    store = CheckpointStore(tmp_path, "uid", keep=1)
+    store.open()
+    store.save(1, result, strategy.state())
+    kept = store.latest()
+    assert kept is not None
+    assert torch.equal(kept.state["w"], result["w"])
+    assert torch.equal(kept.strategy["grown"], grown.detach())

@@ -1,5 +1,7 @@
 """The order of arrival makes no difference, bit for bit, where the manifest says so."""
 
+import errno
+import os
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -51,3 +53,26 @@ def test_without_it_the_order_shows() -> None:
     contributions = updates(base(), 4, seed=2)
     results = [run(make_strategy(Strategy()), base(), list(order)) for order in permutations(contributions)]
     assert not all(same(result, results[0]) for result in results)
+
+
+def test_an_update_that_cannot_be_kept_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contributions = updates(base(), 3, seed=2)
+    spec = Strategy.model_validate({"deterministic": True})
+    strategy, whole = make_strategy(spec, tmp_path), os.pwrite
+    strategy.begin(base())
+    strategy.accept(contributions[0])
+    left = 2
+
+    def full(file: int, data: memoryview, position: int) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(file, data[:7], position)
+
+    with monkeypatch.context() as broken:
+        broken.setattr("os.pwrite", full)
+        with pytest.raises(OSError, match="No space left"):
+            strategy.accept(contributions[1])
+    strategy.accept(contributions[2])
+    assert same(strategy.finish(), run(make_strategy(spec, tmp_path), base(), [contributions[0], contributions[2]]))
