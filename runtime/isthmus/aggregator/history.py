@@ -43,5 +43,11 @@ def rebase(tensors: State, old: State, new: State, buffers: Collection[str]) -> 
     """
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and name not in buffers:
+            if not tensor.is_floating_point() or name in buffers:
+                continue
+            if tensor.dtype not in (torch.float16, torch.bfloat16):
                 tensor.sub_(old[name]).add_(new[name])
+                continue
+            # The difference of two numbers that float16 can hold may be one that it cannot.
+            limits = torch.finfo(tensor.dtype)
+            tensor.copy_(tensor.float().sub_(old[name]).add_(new[name]).clamp_(limits.min, limits.max))

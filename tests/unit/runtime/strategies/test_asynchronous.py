@@ -77,3 +77,13 @@ def test_an_update_of_an_older_model_keeps_its_change() -> None:
     torch.testing.assert_close(moved["w"] - new["w"], trained["w"] - old["w"])
     assert torch.equal(moved["b"], trained["b"])  # a buffer
     assert torch.equal(moved["seen"], trained["seen"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_change_of_half_precision_may_be_more_than_it_holds(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    old = {"w": torch.tensor([-largest, -largest, 1.0], dtype=dtype)}
+    new = {"w": torch.tensor([-largest, largest, 2.0], dtype=dtype)}
+    update = {"w": torch.tensor([largest, largest, 3.0], dtype=dtype)}
+    rebase(update, old, new, ())
+    assert update["w"].tolist() == [largest, largest, 4.0]
