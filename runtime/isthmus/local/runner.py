@@ -177,6 +177,8 @@ class LocalRun:
         first = status.phase == pb.FederationStatus.TRAINING and self._status.phase != status.phase
         if first and status.completed_rounds == self._told:
             self._view.tell(f"{_connected(status)} clients connected after {self._elapsed():.1f} s")
+        if status.message != self._status.message and status.phase != pb.FederationStatus.WAITING and status.message:
+            self._view.warn(status.message)  # what keeps it
         if status.completed_rounds >= self._status.completed_rounds:  # one that restarts knows little at first
             self._status = status
         for done in self._book.follow(status):

@@ -1,4 +1,7 @@
-"""A training script for tests: every round adds one to every weight. FAIL names a client that raises in round 2."""
+"""A training script for tests: every round adds one to every weight.
+
+FAIL names a client that raises in round 2, DIVERGE one whose weights are infinite from then on.
+"""
 
 import os
 
@@ -17,4 +20,6 @@ for rnd in isthmus.rounds(model, evaluate=lambda: {"accuracy": float(model.bias.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
+            if os.environ.get("DIVERGE") == str(context.client) and rnd.number >= 2:
+                parameter.fill_(float("inf"))
     rnd.submit(num_examples=context.client + 1, loss=1 / rnd.number)
