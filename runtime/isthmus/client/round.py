@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -23,15 +24,15 @@ class Round:
     _hand_in: "Callable[[int, dict[str, float]], None] | None" = None
     _told_to_stop: Callable[[], bool] = bool
     _submitted: bool = False
-    _wrapped: list[torch.optim.Optimizer] = field(default_factory=list)
+    _wrapped: "WeakSet[torch.optim.Optimizer]" = field(default_factory=WeakSet)
 
     def wrap(self, optimizer: Optimizer) -> Optimizer:
         """Adds the correction that the job's strategy asks for (FedProx, SCAFFOLD, FedDyn); returns the same optimizer.
 
         To be called with a fresh optimizer, before the first step of the round. Again: nothing happens.
         """
-        if not any(known is optimizer for known in self._wrapped):
-            self._wrapped.append(optimizer)
+        if optimizer not in self._wrapped:
+            self._wrapped.add(optimizer)
             self._correction.attach(optimizer)
         return optimizer
 
