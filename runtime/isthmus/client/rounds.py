@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 
 from .context import context
-from .evaluation import Evaluate
+from .evaluation import Evaluate, numbers_of
 from .follower import Follower
 from .participation import Participation
 from .replicas import Group, Replicas, replicas_here
@@ -24,9 +24,9 @@ def rounds(model: Model, evaluate: Evaluate | None = None, parameters: Parameter
     arguments, its weights loaded into ``model``, and returns named numbers. An entry ``num_examples`` is their weight.
     ``parameters`` chooses the tensors that travel, all of them if it is not given: ``"trainable"``, those parameters
     that require a gradient; a list of patterns such as ``"*.lora_*"``; or a function from a name to a bool.
-    Outside a federation there is one round. Raises :class:`FederationError` where the federation ends badly,
-    ``ValueError`` for ``parameters`` that choose nothing, and ``SystemExit`` (143) where the process is told to stop
-    while it waits.
+    Outside a federation there is one round. Raises :class:`FederationError` where the federation ends badly, or
+    ``evaluate`` returns something else, ``ValueError`` for ``parameters`` that choose nothing, and ``SystemExit`` (143)
+    where the process is told to stop while it waits.
 
     In an initialised torch.distributed process group every rank loops through the same rounds; rank 0 alone is
     connected, and its numbers count.
@@ -63,7 +63,7 @@ def _alone(model: Model, evaluate: Evaluate | None, parameters: Parameters, *, p
     SharedState(model, parameters)
     yield Round(number=1, config={})
     if evaluate is not None:
-        measured = evaluate()
+        measured = numbers_of(evaluate)
         if prints:
             print("  ".join(f"{name}={value:.4f}" for name, value in measured.items()))
 
