@@ -26,6 +26,11 @@ log = logging.getLogger("isthmus")
 
 # How long other ranks may take to hear that a failure, or a signal, ends this one. Seconds.
 _PARTING_SECONDS = 5.0
+# A mask of -inf among the buffers is no accident.
+_OF_NON_FINITE = (
+    ": leave it out, with isthmus.rounds(..., parameters=...) or, where it is a buffer, by registering it with"
+    " persistent=False"
+)
 
 
 class Participation:
@@ -136,8 +141,11 @@ class Participation:
 
     def _hand_in_initial(self) -> None:
         initial = snapshot(self._shared.live())
-        push(self._session, FinishedUpdate(0, "", 1, {}, initial))
+        reply = push(self._session, FinishedUpdate(0, "", 1, {}, initial))
         self._compression.dropped(initial)
+        if reply.verdict == pb.PushReply.INVALID:  # all other answers mean that another client's have been taken
+            advice = _OF_NON_FINITE if reply.reason == "non_finite" else ""
+            raise FederationError(f"the initial weights were refused: {reply.message}{advice}")
 
     def _push(self, update: FinishedUpdate) -> None:
         self._session.stages.enter("pushing")

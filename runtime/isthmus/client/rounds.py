@@ -9,6 +9,7 @@ from .context import context
 from .evaluation import Evaluate, numbers_of
 from .follower import Follower
 from .participation import Participation
+from .process import end_without_trace
 from .replicas import Group, Replicas, replicas_here
 from .round import Round
 from .session import FederationError
@@ -31,6 +32,14 @@ def rounds(model: Model, evaluate: Evaluate | None = None, parameters: Parameter
     In an initialised torch.distributed process group every rank loops through the same rounds; rank 0 alone is
     connected, and its numbers count.
     """
+    try:
+        yield from _rounds(model, evaluate, parameters)
+    except FederationError:
+        end_without_trace()
+        raise
+
+
+def _rounds(model: Model, evaluate: Evaluate | None, parameters: Parameters) -> Iterator[Round]:
     replicas = replicas_here(stopping := threading.Event())
     if isinstance(replicas, Group) and replicas.rank:
         if replicas.join():
