@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
-from ..codecs import CodecError
+from ..codecs import CodecError, NonFiniteError
 from ..strategies import Strategy
 from ..tensors import ChecksumError, State, TransferError, TruncatedError, beyond, misannounced, mismatch
 from .compression import Compression
@@ -116,6 +116,8 @@ def fault_of(error: TransferError) -> Fault:
             reason = Reason.TRUNCATED
         case StorageError():
             reason = Reason.STORAGE
+        case NonFiniteError():
+            reason = Reason.NON_FINITE
         case CodecError():
             reason = Reason.CODEC
         case _:

@@ -1,16 +1,14 @@
 """What a strategy changes in a client's training, and what it wants to know of it."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from ..tensors import State
-from .gradscaler import add_unscaled, gradient_scale
 from .names import Names
 from .steps import StepMeter
+from .terms import GradientTerms
 
 
 class Correction:
@@ -53,7 +51,7 @@ class InitialLoss(Correction):
     def scalars(self, metrics: Mapping[str, float]) -> dict[str, float]:
         for name, source in (("initial_loss", metrics), ("loss", self._evaluation), ("eval_loss", self._evaluation)):
             if name in source:
-                return {"loss": max(source[name], 1e-10)}
+                return {"loss": source[name]}
         raise ValueError(
             "QFedAvg needs the loss at the global model: pass initial_loss to rnd.submit(),"
             " or let the evaluation function return it as loss"
@@ -69,22 +67,22 @@ class DriftCorrection(Correction):
         self._names = names
         self._memory = memory
         self._meter = StepMeter(names)
-        self._handles: list[RemovableHandle] = []
+        self._terms = GradientTerms(self._terms_of)
         self._tracked: dict[str, torch.Tensor] = {}
         self._anchors: dict[str, torch.Tensor] = {}
         self._corrections: dict[str, torch.Tensor] = {}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                name = self._names.find(parameter)
-                if name is not None and name not in self._tracked:
-                    self._tracked[name] = parameter
-                    self._anchors[name] = parameter.detach().clone()
-                    constant = self.constant(name, parameter)
-                    if constant is not None:
-                        self._corrections[name] = constant.to(parameter)
-        self._handles.append(optimizer.register_step_pre_hook(self._correct))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        named = [(name, parameter) for parameter in parameters if (name := self._names.find(parameter)) is not None]
+        for name, parameter in named:
+            if name not in self._tracked:
+                self._tracked[name] = parameter
+                self._anchors[name] = parameter.detach().clone()
+                constant = self.constant(name, parameter)
+                if constant is not None:
+                    self._corrections[name] = constant.to(parameter)
+        self._terms.hook(optimizer, (parameter for _, parameter in named))
 
     @abstractmethod
     def constant(self, name: str, parameter: torch.Tensor) -> torch.Tensor | None:
@@ -111,22 +109,17 @@ class DriftCorrection(Correction):
 
     def close(self) -> None:
         self._meter.close()
-        for handle in self._handles:
-            handle.remove()
+        self._terms.close()
         self._anchors.clear()
         self._corrections.clear()
 
-    def _correct(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        scale = gradient_scale(optimizer)
-        with torch.no_grad():
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    name = self._names.find(parameter)
-                    if parameter.grad is None or name not in self._anchors:
-                        continue
-                    for term in (self._corrections.get(name), self.moving(name, parameter)):
-                        if term is not None:
-                            add_unscaled(parameter.grad, term, scale)
+    def _terms_of(self, parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+        name = self._names.find(parameter)
+        if name is None or name not in self._anchors:
+            return
+        for term in (self._corrections.get(name), self.moving(name, parameter)):
+            if term is not None:
+                yield term
 
 
 def _positive(value: float, algorithm: str) -> float:

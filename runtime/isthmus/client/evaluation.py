@@ -5,16 +5,37 @@ from collections.abc import Callable, Mapping
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
+from .numbers import MOST, as_number, shown
+from .session import FederationError
+
+_WEIGHT = "num_examples"
 Evaluate = Callable[[], Mapping[str, float]]
 
 
+def numbers_of(evaluate: Evaluate) -> dict[str, float]:
+    """What the function returns. Raises :class:`FederationError` where that is not named numbers."""
+    returned = evaluate()
+    if not isinstance(returned, Mapping):
+        raise FederationError(
+            f'the evaluation function must return named numbers, like {{"accuracy": 0.93}}, not {shown(returned)}'
+        )
+    try:
+        numbers = {str(name): as_number(str(name), value) for name, value in returned.items()}
+        weight = numbers.get(_WEIGHT, 1.0)
+        if not math.isfinite(weight):
+            raise ValueError(f"{_WEIGHT} must be finite, not {weight}")
+    except ValueError as error:
+        raise FederationError(f"the evaluation function must return named numbers: {error}") from None
+    return numbers
+
+
 def measure(evaluate: Evaluate, offer: pb.Offer) -> pb.Evaluation:
-    """Measures the model that an offer names, which the script's model holds."""
-    metrics = {name: float(value) for name, value in evaluate().items()}
-    weight = metrics.pop("num_examples", 1.0)
+    """Measures the model that an offer names, which the script's model holds. Raises as :func:`numbers_of` does."""
+    metrics = numbers_of(evaluate)
+    weight = metrics.pop(_WEIGHT, 1.0)
     return pb.Evaluation(
         model_round=offer.base_round,
         model_digest=offer.base_digest,
-        num_examples=max(int(weight), 1),
+        num_examples=min(max(int(weight), 1), MOST),
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
     )

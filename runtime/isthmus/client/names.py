@@ -5,6 +5,8 @@ from typing import Self
 
 import torch
 
+_Place = tuple[int, torch.Size, tuple[int, ...], torch.device]
+
 
 class Names:
     """Finds the name, in the state that travels, of a parameter that an optimizer holds.
@@ -13,7 +15,7 @@ class Names:
     that is no module only the place of the values is known.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], places: Mapping[int, str] | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, torch.Tensor], places: Mapping[_Place, str] | None = None) -> None:
         self._parameters = dict(parameters)  # holds them, so that no other object gets their ids
         self._by_object = {id(parameter): name for name, parameter in reversed(self._parameters.items())}
         self._places = places
@@ -21,19 +23,20 @@ class Names:
     @classmethod
     def of(cls, model: object, live: Mapping[str, torch.Tensor]) -> Self:
         """Those of a model's trained parameters among ``live``; of tied ones, the first name."""
+        if isinstance(model, torch.nn.Module):
+            trained = trained_of(model, live)
+            return cls({name: parameter for name, parameter in trained.items() if live[name].is_floating_point()})
         buffers = set(buffers_of(model, live))
-        places: dict[int, str] = {}
+        places: dict[_Place, str] = {}
         for name, tensor in live.items():
             if name not in buffers and tensor.numel() and tensor.is_floating_point():
-                places.setdefault(tensor.data_ptr(), name)
-        if not isinstance(model, torch.nn.Module):
-            return cls({}, places)
-        return cls({places[p.data_ptr()]: p for p in model.parameters() if p.data_ptr() in places})
+                places.setdefault(_place(tensor), name)
+        return cls({}, places)
 
     def find(self, parameter: torch.Tensor) -> str | None:
         """The parameter's name; ``None`` for one that does not travel, or that is not the model's."""
         if self._places is not None:
-            return self._places.get(parameter.data_ptr())
+            return self._places.get(_place(parameter))
         return self._by_object.get(id(parameter))
 
     def leave_out(self, parameter: torch.Tensor) -> bool:
@@ -41,18 +44,41 @@ class Names:
         return self._places is None and id(parameter) not in self._by_object
 
 
+def trained_of(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A module's parameters, by the names of their values in its state: several names where they are tied.
+
+    The names tell, also where ``state_dict()`` returns copies (on the CPU, say). Where it renames, the place does.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    placed = {_place(parameter): parameter for parameter in named.values() if parameter.numel()}
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        parameter = named.get(name)
+        if parameter is None or parameter.shape != tensor.shape:
+            parameter = placed.get(_place(tensor))
+        if parameter is not None:
+            found[name] = parameter
+    return found
+
+
 def buffers_of(model: object, state: Mapping[str, torch.Tensor]) -> list[str]:
     """The names in a model's state that are no parameters: batch-norm statistics, counters.
 
     Of a model that is no ``torch.nn.Module``, and has no ``parameters()``, nothing is known: everything may be trained.
     """
+    if isinstance(model, torch.nn.Module):
+        trained = trained_of(model, state)
+        return [name for name in state if name not in trained]
     parameters = getattr(model, "parameters", None)
     if not callable(parameters):
         return []
-    trained = {_place(parameter) for parameter in parameters()}
-    return [name for name, tensor in state.items() if _place(tensor) not in trained]
+    places = {_place(parameter) for parameter in parameters()}
+    return [name for name, tensor in state.items() if _place(tensor) not in places]
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, torch.Size, torch.device]:
-    """Where a tensor's values are. A state dict's tensors are others than the model's, but in the same place."""
-    return tensor.data_ptr(), tensor.shape, tensor.device
+def _place(tensor: torch.Tensor) -> _Place:
+    """Where a tensor's values are. A state dict's tensors are others than the model's, but in the same place.
+
+    A view is told from what it is a view of: a tied ``weight.t()`` begins where the weight does.
+    """
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device

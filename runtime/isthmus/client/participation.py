@@ -26,6 +26,11 @@ log = logging.getLogger("isthmus")
 
 # How long other ranks may take to hear that a failure, or a signal, ends this one. Seconds.
 _PARTING_SECONDS = 5.0
+# A mask of -inf, or of the least float, among the buffers is no accident.
+_OF_BAD_VALUES = (
+    ": leave it out, with isthmus.rounds(..., parameters=...) or, where it is a buffer, by registering it with"
+    " persistent=False"
+)
 
 
 class Participation:
@@ -137,8 +142,11 @@ class Participation:
     def _hand_in_initial(self) -> None:
         live = self._shared.live()
         initial = snapshot(live)
-        push(self._session, FinishedUpdate(0, "", 1, {}, initial, self._shared.buffers(live)))
+        reply = push(self._session, FinishedUpdate(0, "", 1, {}, initial, self._shared.buffers(live)))
         self._compression.dropped(initial)
+        if reply.verdict == pb.PushReply.INVALID:  # all other answers mean that another client's have been taken
+            advice = _OF_BAD_VALUES if reply.reason in ("non_finite", "range") else ""
+            raise FederationError(f"the initial weights were refused: {reply.message}{advice}")
 
     def _push(self, update: FinishedUpdate) -> None:
         self._session.stages.enter("pushing")

@@ -1,6 +1,7 @@
 """The process around a training script: its signals, its uncaught exceptions, its end."""
 
 import atexit
+import functools
 import logging
 import signal
 import sys
@@ -10,7 +11,11 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from .session import FederationError
+
 log = logging.getLogger("isthmus")
+
+_Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
 _TRACEBACK_LINES = 20
@@ -93,7 +98,7 @@ class ProcessWatch:
 
     def _hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self._uncaught(error)
-        self._previous_hook(kind, error, trace)
+        _show(self._previous_hook, kind, error, trace)
 
     def _thread_hook(self, args: "threading.ExceptHookArgs", /) -> None:
         if args.thread is self._thread:
@@ -114,11 +119,29 @@ def _notebook_events() -> Any:
     return None if shell is None else shell.events
 
 
+def end_without_trace() -> None:
+    """From now on a :class:`FederationError` that nobody catches ends the script with what it says, without a trace."""
+    if getattr(sys.excepthook, "func", None) is not _show:
+        sys.excepthook = functools.partial(_show, sys.excepthook)
+
+
+def _show(previous: _Hook, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if isinstance(error, FederationError):
+        print(f"isthmus.{_said(error)}", file=sys.stderr)
+    else:
+        previous(kind, error, trace)
+
+
 def last_lines(error: BaseException) -> str:
-    """The end of an exception's traceback."""
-    return "\n".join("".join(traceback.format_exception(error)).splitlines()[-_TRACEBACK_LINES:])
+    """The end of an exception's traceback; of a :class:`FederationError`, which has nothing to trace, what it says."""
+    said = _said(error) if isinstance(error, FederationError) else "".join(traceback.format_exception(error))
+    return "\n".join(said.splitlines()[-_TRACEBACK_LINES:])
 
 
 def one_line(error: BaseException) -> str:
     """An exception's kind and what it says."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return _said(error).splitlines()[0]
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

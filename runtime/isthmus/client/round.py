@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 
 from .correction import Correction
+from .numbers import as_count, as_number
 
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 
@@ -23,15 +25,15 @@ class Round:
     _hand_in: "Callable[[int, dict[str, float]], None] | None" = None
     _told_to_stop: Callable[[], bool] = bool
     _submitted: bool = False
-    _wrapped: list[torch.optim.Optimizer] = field(default_factory=list)
+    _wrapped: "WeakSet[torch.optim.Optimizer]" = field(default_factory=WeakSet)
 
     def wrap(self, optimizer: Optimizer) -> Optimizer:
         """Adds the correction that the job's strategy asks for (FedProx, SCAFFOLD, FedDyn); returns the same optimizer.
 
         To be called with a fresh optimizer, before the first step of the round. Again: nothing happens.
         """
-        if not any(known is optimizer for known in self._wrapped):
-            self._wrapped.append(optimizer)
+        if optimizer not in self._wrapped:
+            self._wrapped.add(optimizer)
             self._correction.attach(optimizer)
         return optimizer
 
@@ -55,12 +57,13 @@ class Round:
         ``num_examples`` is the update's weight; ``metrics`` (loss, accuracy, ...) are averaged over
         the clients with it. With torch.distributed every rank calls it, and what rank 0 says counts: the number of
         examples is that of all ranks together.
-        Raises ``ValueError`` for a count below 1 and ``RuntimeError`` if called twice in a round.
+        Raises ``ValueError`` for a count that is no whole number of at least 1, or a metric that is no number: it may
+        then be called again; and ``RuntimeError`` if called twice in a round.
         """
         if self._submitted:
             raise RuntimeError(f"round {self.number}: submit() was called twice")
-        if isinstance(num_examples, bool) or int(num_examples) != num_examples or num_examples < 1:
-            raise ValueError(f"num_examples must be a whole number of at least 1, not {num_examples!r}")
+        count = as_count("num_examples", num_examples)
+        numbers = {name: as_number(name, value) for name, value in metrics.items()}
         self._submitted = True
         if self._hand_in is not None:
-            self._hand_in(int(num_examples), {name: float(value) for name, value in metrics.items()})
+            self._hand_in(count, numbers)

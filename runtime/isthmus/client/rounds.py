@@ -6,9 +6,10 @@ import threading
 from collections.abc import Iterator
 
 from .context import context
-from .evaluation import Evaluate
+from .evaluation import Evaluate, numbers_of
 from .follower import Follower
 from .participation import Participation
+from .process import end_without_trace
 from .replicas import Group, Replicas, replicas_here
 from .round import Round
 from .session import FederationError
@@ -24,13 +25,21 @@ def rounds(model: Model, evaluate: Evaluate | None = None, parameters: Parameter
     arguments, its weights loaded into ``model``, and returns named numbers. An entry ``num_examples`` is their weight.
     ``parameters`` chooses the tensors that travel, all of them if it is not given: ``"trainable"``, those parameters
     that require a gradient; a list of patterns such as ``"*.lora_*"``; or a function from a name to a bool.
-    Outside a federation there is one round. Raises :class:`FederationError` where the federation ends badly,
-    ``ValueError`` for ``parameters`` that choose nothing, and ``SystemExit`` (143) where the process is told to stop
-    while it waits.
+    Outside a federation there is one round. Raises :class:`FederationError` where the federation ends badly, or
+    ``evaluate`` returns something else, ``ValueError`` for ``parameters`` that choose nothing, and ``SystemExit`` (143)
+    where the process is told to stop while it waits.
 
     In an initialised torch.distributed process group every rank loops through the same rounds; rank 0 alone is
     connected, and its numbers count.
     """
+    try:
+        yield from _rounds(model, evaluate, parameters)
+    except FederationError:
+        end_without_trace()
+        raise
+
+
+def _rounds(model: Model, evaluate: Evaluate | None, parameters: Parameters) -> Iterator[Round]:
     replicas = replicas_here(stopping := threading.Event())
     if isinstance(replicas, Group) and replicas.rank:
         if replicas.join():
@@ -63,7 +72,7 @@ def _alone(model: Model, evaluate: Evaluate | None, parameters: Parameters, *, p
     SharedState(model, parameters)
     yield Round(number=1, config={})
     if evaluate is not None:
-        measured = evaluate()
+        measured = numbers_of(evaluate)
         if prints:
             print("  ".join(f"{name}={value:.4f}" for name, value in measured.items()))
 

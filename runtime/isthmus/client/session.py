@@ -43,6 +43,20 @@ class FederationError(RuntimeError):
     """The federation has ended for this client, and not well. ``str()`` says why."""
 
 
+def too_large(what: str, error: grpc.RpcError) -> FederationError | None:
+    """What to raise where a call fails since a message is above a limit on its size: it would fail again.
+
+    Tensors are cut into small messages; what is said of them all is one, the first.
+    """
+    details = error.details() or ""
+    if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED or "larger than max" not in details:
+        return None
+    return FederationError(
+        f"{what}: so many tensors with such long names do not fit a message's header ({details}):"
+        " let fewer travel with isthmus.rounds(..., parameters=...), or shorten their names"
+    )
+
+
 class _Line:
     """A channel, and the calls that go through it."""
 
@@ -182,6 +196,9 @@ class Session:
             except grpc.RpcError as error:
                 code, details = error.code(), error.details()
                 if self._closed.is_set():
+                    return
+                if (hopeless := too_large("control", error)) is not None:
+                    self.incoming.put(hopeless)
                     return
                 if code in _FATAL:
                     self.incoming.put(FederationError(f"the aggregator at {self.endpoint} refuses us: {details}"))

@@ -1,5 +1,6 @@
 """The part of a script's model that travels."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -7,8 +8,10 @@ from typing import Any, Protocol
 import torch
 
 from ..tensors import State, mismatch, specs_of
-from .names import Names, buffers_of
+from .names import Names, buffers_of, trained_of
 from .session import FederationError
+
+log = logging.getLogger("isthmus")
 
 Parameters = str | Iterable[str] | Callable[[str], bool] | None
 """Which tensors travel: ``"trainable"``, patterns, a predicate on names; ``None``: all of them."""
@@ -33,6 +36,7 @@ class SharedState:
 
     def __init__(self, model: Model, parameters: Parameters = None) -> None:
         self._model = unwrapped(model)
+        _warn_of_strange_names(self._model)
         self._chosen = None if parameters is None else _choose(self._model, parameters)
 
     def live(self) -> Mapping[str, torch.Tensor]:
@@ -81,6 +85,17 @@ def unwrapped(model: Model) -> Model:
             model = inner
         else:
             return model
+
+
+def _warn_of_strange_names(model: Model) -> None:
+    """Strategies tell what is trained from what is counted by the module's own parameters."""
+    if not isinstance(model, torch.nn.Module) or next(model.parameters(), None) is None:
+        return
+    if not trained_of(model, model.state_dict()):
+        log.warning(
+            "none of the model's parameters is found in its state_dict(), which gives copies under other names:"
+            " its tensors are averaged as statistics are, and no strategy can correct or count its training"
+        )
 
 
 def _choose(model: Model, parameters: str | Iterable[str] | Callable[[str], bool]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from ..codecs import CodecError, Encoded
 from ..framing import receive_model, update_messages
 from ..tensors import Reception, State, TransferError, chunk_bytes, chunks_of, specs_of
 from .compression import Compression
-from .session import GIVE_UP_AFTER, FederationError, Session
+from .session import GIVE_UP_AFTER, FederationError, Session, too_large
 
 log = logging.getLogger("isthmus")
 
@@ -133,6 +133,8 @@ def _persistently(session: Session, what: str, attempt: Callable[[], T]) -> T:
             code, problem = error.code(), error.details() or ""
             if code == grpc.StatusCode.FAILED_PRECONDITION:
                 raise OutdatedError(problem) from None
+            if (hopeless := too_large(what, error)) is not None:
+                raise hopeless from None
             if code not in _TRANSIENT:
                 raise FederationError(f"{what}: the aggregator at {session.endpoint} refuses us: {problem}") from None
         if session.over.is_set():

@@ -1,6 +1,6 @@
 """Codecs: what becomes of tensors before they travel, and back. docs/compression.md tells users about them."""
 
-from .base import CodecError, SegmentCodec, download_seed, upload_seed
+from .base import CodecError, NonFiniteError, SegmentCodec, download_seed, upload_seed
 from .chain import KNOWN, Chain, parse_chain
 from .decoding import Decoder
 from .encoding import Encoded, encode
@@ -12,6 +12,7 @@ __all__ = [
     "CodecError",
     "Decoder",
     "Encoded",
+    "NonFiniteError",
     "Residual",
     "SegmentCodec",
     "download_seed",

@@ -27,6 +27,10 @@ class CodecError(TransferError):
     """Encoded data that no honest encoder makes, so that sending it again would not help. ``str()`` says what."""
 
 
+class NonFiniteError(CodecError):
+    """Encoded NaN or infinity: of the values, not of the codec."""
+
+
 class SegmentCodec(ABC):
     """Turns float32 values into bytes, and back into values close to them."""
 

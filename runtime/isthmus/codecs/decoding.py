@@ -101,7 +101,7 @@ class Decoder:
                 try:
                     applied(codec.decode(data, len(out), seed), base, out)
                 except CodecError as error:
-                    raise CodecError(f"{name} holds {error}") from None
+                    raise type(error)(f"{name} holds {error}") from None
 
             yield codec.size(len(out)), sink
 

@@ -1,5 +1,6 @@
 """State dicts through a chain, into the bytes that travel."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from isthmus_contracts.pb.federation_pb2 import TensorSpec
 
 from ..tensors import CHUNK_BYTES, State, bytes_view, checked, specs_of
 from . import zstd
-from .base import SEGMENT, seed_of
+from .base import SEGMENT, NonFiniteError, seed_of
 from .chain import Chain
 from .delta import difference
 from .residual import Residual
@@ -95,7 +96,9 @@ class _Run:
             seed = seed_of(self._seed, name, number)
             data_of_segment = codec.encode(change, seed)
             if after is not None:
-                change -= codec.decode(memoryview(data_of_segment), len(change), seed)
+                # Whoever gets NaN or infinity refuses it, and with it this residual.
+                with contextlib.suppress(NonFiniteError):
+                    change -= codec.decode(memoryview(data_of_segment), len(change), seed)
                 after.write(name, start, change)
             yield data_of_segment
 

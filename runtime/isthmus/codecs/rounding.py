@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .base import CodecError, read
+from .base import CodecError, NonFiniteError, read
 
 Floats = npt.NDArray[np.float32]
 
@@ -54,7 +54,7 @@ def scales_from(data: memoryview, count: int) -> torch.Tensor:
     """The scales at the beginning of encoded data. Raises :class:`CodecError` for any that is none."""
     scales = read(data, np.float32, count)
     if not torch.isfinite(scales).all():
-        raise CodecError("NaN or infinity (in a block's scale)")
+        raise NonFiniteError("NaN or infinity (in a block's scale)")
     if (scales < 0).any():
         raise CodecError("a block with a negative scale")
     return scales

@@ -1,8 +1,8 @@
 """A training script for tests: linear regression, every client on data that its number decides.
 
 PAUSE: seconds a round takes longer. HOLD: round from which on it waits for the file ``go``, so that a test that
-disturbs a run never comes after its end. BREAK: "round:exception" raises there. NAN: round in which the weights are
-NaN. NORM: "layer" normalises by LayerNorm rather than BatchNorm1d. WIDTH: of a hidden layer that makes the model
+disturbs a run never comes after its end. BREAK: "round:exception" raises there. NAN: round in which most weights
+are NaN. NORM: "layer" normalises by LayerNorm rather than BatchNorm1d. WIDTH: of a hidden layer that makes the model
 larger. SCALE: what the trained weights are multiplied by. STEPS: of the optimizer in a round. Each client leaves a list
 of the rounds that it trained, and of the digests of the weights that it began them with.
 """
@@ -66,7 +66,7 @@ def main() -> None:
         loss = train(model, client, optimizer, int(os.environ.get("STEPS", "3")))
         if rnd.number == int(os.environ.get("NAN", "0")):
             with torch.no_grad():
-                next(model.parameters()).fill_(float("nan"))
+                max(model.parameters(), key=torch.numel).fill_(float("nan"))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(float(os.environ.get("SCALE", "1")))

@@ -122,14 +122,19 @@ def test_kills_with_error_feedback_train_nothing_twice(federation: Make, script:
     ]  # fmt: skip
 
 
-def test_nan_is_refused_through_a_codec_too(federation: Make, script: Path) -> None:
-    job = federation(2, 3, compression={"upload": "Int8"}, stragglers={"minUpdates": 1}, task=SLOW)
+@pytest.mark.parametrize("upload", ["Int8", "TopK+Int8", "TopK+Int4+Zstd"])
+def test_an_update_of_nan_travels_and_is_refused_as_such(federation: Make, script: Path, upload: str) -> None:
+    job = federation(2, 3, compression={"upload": upload}, stragglers={"minUpdates": 1}, task=SLOW)
     job.start_aggregator()
-    clients = [job.start_client(script, 0, WIDTH=WIDTH), job.start_client(script, 1, WIDTH=WIDTH, NAN="2")]
+    clients = [job.start_client(script, k, WIDTH=WIDTH, HOLD="3", NAN="2" if k == 0 else "0") for k in range(2)]
+    job.wait_for_round(2)
+    refused = re.findall(r'isthmus_updates_refused_total\{.*reason="(\w+)"\} (\S+)', job.metrics())
+    assert {reason: float(count) for reason, count in refused} == {"non_finite": 1.0}
+    job.let_go()
     job.wait_for_completion()
-    assert [client.wait() for client in clients] == [0, 0]
+    assert [client.wait() for client in clients] == [0, 0], job.log("client-0-0")
     assert updates(job) == {1: 2, 2: 1, 3: 2}
-    assert re.search(r"round 2: update refused: \S+ holds NaN or infinity", job.log("client-1-0"))
+    assert "round 2: update refused: 4.weight holds NaN or infinity" in job.log("client-0-0")
 
 
 def test_what_no_encoder_makes_is_refused_for_good(federation: Make) -> None:

@@ -29,6 +29,31 @@ def test_a_client_that_the_job_does_not_have_is_refused_with_1(federation: Make)
         "FederationError: the aggregator ended our part: pool pool has 1 clients; index 5 is not one of them"
         in job.log("client-5")
     )
+    assert "Traceback" not in job.log("client-5")
+
+
+def test_initial_weights_that_no_round_could_begin_with_are_told(federation: Make, tmp_path: Path) -> None:
+    script = tmp_path / "masked.py"
+    script.write_text(
+        "import isthmus, torch\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "model.register_buffer('mask', torch.full((2, 2), float('-inf')).triu(1))\n"
+        "for rnd in isthmus.rounds(model):\n"
+        "    rnd.submit(num_examples=1)\n"
+    )
+    job = federation(1, 1)
+    job.start_aggregator()
+    client = job.start("client-0", [script], job.client_environment())
+    eventually("the client has ended", lambda: client.poll() is not None, 60)
+    assert client.wait() == 1
+    said = (
+        "FederationError: the initial weights were refused: mask holds NaN or infinity: leave it out,"
+        " with isthmus.rounds(..., parameters=...) or, where it is a buffer, by registering it with persistent=False"
+    )
+    assert job.log("client-0").splitlines()[-1] == f"isthmus.{said}"
+    assert "Traceback" not in job.log("client-0")
+    failure = eventually("the failure is known", lambda: job.status().pools[0].failures)[0]
+    assert (failure.message, failure.traceback) == (said, said)
 
 
 def test_a_round_without_submit_is_1(federation: Make, tmp_path: Path) -> None:

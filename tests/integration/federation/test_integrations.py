@@ -27,16 +27,16 @@ def final(job: Federation) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_a_round_trains_what_a_plain_loop_would(federation: Make, trainer: str) -> None:
-    """Under SCAFFOLD, with accumulated gradients, so that optimizers must be wrapped and steps counted right."""
+@pytest.mark.parametrize(("trainer", "accumulate"), [("lightning", "1"), ("lightning", "2"), ("transformers", "2")])
+def test_a_round_trains_what_a_plain_loop_would(federation: Make, trainer: str, accumulate: str) -> None:
+    """Under SCAFFOLD, so that optimizers must be wrapped and steps counted right, also where gradients accumulate."""
     results = []
     for plain in ("", "yes"):
         job = federation(2, 2, strategy={"algorithm": "SCAFFOLD"})
         job.start_aggregator()
-        first = start(job, trainer, 0, PLAIN=plain)
+        first = start(job, trainer, 0, PLAIN=plain, ACCUMULATE=accumulate)
         eventually("client 0 is there", lambda job=job: job.status().pools[0].connected == 1)  # type: ignore[misc]
-        clients = [first, start(job, trainer, 1, PLAIN=plain)]
+        clients = [first, start(job, trainer, 1, PLAIN=plain, ACCUMULATE=accumulate)]
         status = job.wait_for_completion()
         assert [client.wait() for client in clients] == [0, 0], job.log("client-0") + job.log("client-1")
         results.append((final(job), {metric.name: metric.value for metric in status.metrics}["train_loss"]))

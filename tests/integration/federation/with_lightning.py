@@ -1,4 +1,5 @@
-"""A training script for tests that trains with Lightning. PLAIN: with a loop of its own. ENDLESS: until it is told."""
+"""A training script for tests that trains with Lightning. PLAIN: with a loop of its own. ENDLESS: until it is told.
+ACCUMULATE: the number of batches that a step takes."""
 
 import os
 from pathlib import Path
@@ -10,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import isthmus
 from isthmus.integrations.lightning import FederatedCallback
 
-BATCH, ACCUMULATE, RATE = 6, 2, 0.05
+BATCH, RATE = 6, 0.05
+ACCUMULATE = int(os.environ.get("ACCUMULATE", "2"))
 
 
 class Regression(lightning.LightningModule):

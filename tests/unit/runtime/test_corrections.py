@@ -1,5 +1,7 @@
 """What clients measure and remember for their strategies."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from isthmus.client.context import Context
 from isthmus.client.correction import Correction, CountedSteps, InitialLoss
 from isthmus.client.feddyn import DynamicRegularizer
 from isthmus.client.memory import Memory
-from isthmus.client.names import Names, buffers_of
+from isthmus.client.names import Names
+from isthmus.client.round import Round
 from isthmus.client.scaffold import ControlVariates
 from isthmus.client.steps import StepMeter
 
@@ -52,6 +55,84 @@ def test_other_optimizers_steps_count_once_and_other_models_not_at_all() -> None
     assert counted.scalars({}) == {"steps": 4.0}
 
 
+def test_the_steps_of_optimizers_that_follow_each_other_add_up() -> None:
+    """A new one for every epoch, kept or not; with momentum each begins anew."""
+    weight, kept = parameter(), []
+    meter = StepMeter(Names({"w": weight}))
+    for epoch in range(4):
+        optimizer = torch.optim.SGD([weight], lr=RATE, momentum=0.9)
+        kept += [optimizer] if epoch % 2 else []
+        for _ in range(10):
+            weight.grad = torch.ones(2)
+            optimizer.step()
+    meter.close()
+    assert meter.travel == pytest.approx(-weight[0].item(), rel=1e-4)
+    assert meter.steps == pytest.approx(meter.travel / RATE)
+    counted = CountedSteps(Names({"w": weight}))
+    for _ in range(4):
+        optimizer = torch.optim.SGD([weight], lr=RATE)
+        for _ in range(10):
+            optimizer.step()
+    counted.close()
+    assert counted.scalars({}) == {"steps": 40.0}
+
+
+def test_of_optimizers_of_different_parameters_the_one_that_went_farthest_counts() -> None:
+    """A generator's and a discriminator's; what both hold takes the steps of both."""
+    weights = {name: parameter() for name in ("generator", "discriminator", "shared")}
+    counted = CountedSteps(Names(weights))
+    generator = torch.optim.SGD([weights["generator"]], lr=RATE)
+    discriminator = torch.optim.Adam([weights["discriminator"]])
+    for _ in range(3):
+        generator.step()
+        for _ in range(5):
+            discriminator.step()
+    assert counted.scalars({}) == {"steps": 15.0}
+    generator.add_param_group({"params": [weights["shared"]]})
+    discriminator.add_param_group({"params": [weights["shared"]]})
+    for _ in range(10):
+        generator.step()
+        discriminator.step()
+    assert counted.scalars({}) == {"steps": 25.0}
+    for _ in range(10):
+        generator.step()
+    assert counted.scalars({}) == {"steps": 30.0}
+    counted.close()
+
+
+class Around(torch.optim.Optimizer):
+    """Leaves its steps to an optimizer inside, as ZeroRedundancyOptimizer does."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+
+def test_a_step_that_an_optimizer_inside_takes_is_one_step() -> None:
+    weight = parameter()
+    meter = StepMeter(Names({"w": weight}))
+    optimizer = Around(torch.optim.SGD([weight], lr=RATE, momentum=0.9))
+    for _ in range(5):
+        weight.grad = torch.ones(2)
+        optimizer.step()
+    meter.close()
+    assert meter.travel == pytest.approx(-weight[0].item())
+
+
+def test_a_meter_keeps_no_optimizer() -> None:
+    weight = parameter()
+    rnd = Round(1, {}, CountedSteps(Names({"w": weight})))
+    optimizer = rnd.wrap(torch.optim.SGD([weight], lr=RATE))
+    optimizer.step()
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+
+
 def test_where_the_initial_loss_comes_from() -> None:
     assert InitialLoss({"loss": 2.0}).scalars({"initial_loss": 3.0}) == {"loss": 3.0}
     assert InitialLoss({"loss": 2.0}).scalars({"loss": 1.0}) == {"loss": 2.0}  # that one is after training
@@ -78,9 +159,3 @@ def test_memory_survives_a_restart_where_there_is_scratch(tmp_path: Path, monkey
     assert Memory("FedDyn", "uid", place).tensors == {}
     next((tmp_path / "scratch").iterdir()).write_bytes(b"garbage")
     assert Memory("SCAFFOLD", "uid", place).tensors == {}
-
-
-def test_buffers_are_what_no_optimizer_trains() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    names = buffers_of(model, model.state_dict())
-    assert names == ["1.running_mean", "1.running_var", "1.num_batches_tracked"]

@@ -1,9 +1,17 @@
 """A training script outside a federation runs on its own."""
 
+import re
+import warnings
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
 import isthmus
+from isthmus.client.evaluation import measure
+from isthmus.client.round import Round
+from isthmus_contracts.pb import federation_pb2 as pb
 
 
 def test_one_round_and_a_printed_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,11 +32,60 @@ def test_the_context_is_that_of_an_only_client(monkeypatch: pytest.MonkeyPatch) 
     assert isthmus.context() == isthmus.Context(data="/data")
 
 
-@pytest.mark.parametrize("count", [0, -1, 1.5, True])
-def test_a_wrong_number_of_examples(count: int) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        for rnd in isthmus.rounds(torch.nn.Linear(1, 1)):
-            rnd.submit(num_examples=count)
+WRONG_COUNTS = [0, -1, 1.5, True, None, "5", float("nan"), float("inf"), 2**53 + 2, 10**400, torch.tensor([1, 2])]
+
+
+@pytest.mark.parametrize("count", WRONG_COUNTS)
+def test_a_wrong_number_of_examples_is_told_and_may_be_corrected(count: Any) -> None:
+    rnd = next(iter(isthmus.rounds(torch.nn.Linear(1, 1))))
+    with pytest.raises(ValueError, match=r"^num_examples must be a whole number of at least 1 .* not .{1,60}$"):
+        rnd.submit(num_examples=count)
+    assert not rnd.submitted
+    rnd.submit(num_examples=5)
+    assert rnd.submitted
+
+
+@pytest.mark.parametrize("loss", [None, "0.5", [0.5], torch.ones(300, 2), 1j, 10**400])
+def test_a_metric_that_is_no_number_is_named_and_may_be_corrected(loss: Any) -> None:
+    rnd = next(iter(isthmus.rounds(torch.nn.Linear(1, 1))))
+    with pytest.raises(ValueError, match=r"^loss must be a number, not .{1,60}$"):
+        rnd.submit(num_examples=5, accuracy=0.5, loss=loss)
+    rnd.submit(num_examples=5, accuracy=0.5, loss=0.1)
+
+
+@pytest.mark.parametrize("count", [5, 5.0, np.int64(5), np.float32(5), torch.tensor(5), torch.tensor([5.0])])
+def test_numbers_of_any_kind(count: Any) -> None:
+    handed_in: list[tuple[int, dict[str, float]]] = []
+    rnd = Round(1, {}, _hand_in=lambda number, metrics: handed_in.append((number, metrics)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rnd.submit(num_examples=count, loss=torch.tensor(0.5, requires_grad=True), diverged=float("nan"))
+    assert handed_in == [(5, {"loss": 0.5, "diverged": pytest.approx(float("nan"), nan_ok=True)})]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (0.93, 'must return named numbers, like {"accuracy": 0.93}, not 0.93'),
+        (None, 'must return named numbers, like {"accuracy": 0.93}, not None'),
+        ({"loss": 0.1, "accuracy": None}, "must return named numbers: accuracy must be a number, not None"),
+        ({"accuracy": 0.1, "num_examples": float("nan")}, "num_examples must be finite, not nan"),
+    ],
+)
+def test_an_evaluation_that_is_no_named_numbers(returned: Any, message: str) -> None:
+    with pytest.raises(isthmus.FederationError, match=re.escape(message)):
+        for rnd in isthmus.rounds(torch.nn.Linear(1, 1), evaluate=lambda: returned):
+            rnd.submit(num_examples=1)
+    with pytest.raises(isthmus.FederationError, match=re.escape(message)):
+        measure(lambda: returned, pb.Offer())
+
+
+def test_an_evaluation_of_tensors_and_of_what_is_not_finite() -> None:
+    returned = {"accuracy": torch.tensor(0.5), "loss": float("inf"), "num_examples": np.int64(7)}
+    measured = measure(lambda: returned, pb.Offer(base_round=3, base_digest="of it"))
+    assert measured == pb.Evaluation(
+        model_round=3, model_digest="of it", num_examples=7, metrics={"accuracy": 0.5}
+    )  # fmt: skip
 
 
 def test_twice() -> None:

@@ -9,10 +9,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.codecs import Chain, CodecError, Decoder, Encoded, encode, parse_chain
+from isthmus.aggregator.refusal import Fault, Reason, fault_of
+from isthmus.codecs import Chain, CodecError, Decoder, Encoded, NonFiniteError, encode, parse_chain
 from isthmus.codecs.base import RAW_BELOW, SEGMENT
 from isthmus.codecs.zstd import BLOCK_BYTES
-from isthmus.tensors import CHUNK_BYTES, State, TransferError
+from isthmus.tensors import CHUNK_BYTES, State, TransferError, non_finite
 from isthmus_contracts.compression import Compression
 
 CHAINS = [
@@ -179,8 +180,22 @@ def test_bad_scales(name: str, scale: float, problem: str) -> None:
     encoded = encode(STATE, chain(name), SEED, BASE)
     data = bytearray(b"".join(encoded.chunks))
     data[:4] = torch.tensor([scale]).numpy().tobytes()
-    with pytest.raises(CodecError, match=f"^w holds .*{problem}"):
+    with pytest.raises(CodecError, match=f"^w holds .*{problem}") as caught:
         decoded(forged(encoded, bytes(data)), BASE)
+    reason = Reason.CODEC if scale < 0 else Reason.NON_FINITE
+    assert fault_of(caught.value) == Fault(reason, str(caught.value))
+
+
+@pytest.mark.parametrize("name", [name for name in CHAINS if "Rotation" not in name])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_travels_and_is_seen_by_the_receiver(name: str, bad: float) -> None:
+    state = {"w": STATE["w"].clone()}
+    state["w"][SEGMENT + 17] = bad
+    encoded = encode(state, chain(name), SEED, BASE)
+    try:
+        assert non_finite(decoded(encoded, BASE)) == "w"
+    except NonFiniteError as error:
+        assert str(error).startswith("w holds NaN or infinity")
 
 
 @pytest.mark.parametrize("positions", [(5, 5), (6, 5), (0xFFFF, 0xFFFF)])
