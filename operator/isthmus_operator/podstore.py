@@ -26,19 +26,21 @@ _NODE_IS_SHORT = "The node was low on resource"
 _ON_THE_WAY = {"", "ContainerCreating", "PodInitializing"}
 _REMEMBERED = 10_000  # uids of deleted pods
 
+_JobKey = tuple[str, str]  # a job's namespace and uid
+
 
 class PodStore:
-    """Views of pods by job uid and pod name."""
+    """Views of pods by job and pod name. Labels alone make no pod a job's: anybody can write them, in any namespace."""
 
     def __init__(self, now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC)) -> None:
         self._now = now
-        self._pods: dict[str, dict[str, PodView]] = {}
+        self._pods: dict[_JobKey, dict[str, PodView]] = {}
         self._gone: dict[str, None] = {}  # uids, oldest first: what arrives late must not bring them back
         self._doubted: set[str] = set()
 
     def knows(self, body: Mapping[str, Any]) -> bool:
         """Whether this very pod is known."""
-        known = self._pods.get(job_uid_of(body), {}).get(str(body["metadata"]["name"]))
+        known = self._pods.get(_key_of(body), {}).get(str(body["metadata"]["name"]))
         return known is not None and known.uid == body["metadata"]["uid"]
 
     def doubt(self, job_uid: str) -> None:
@@ -55,20 +57,21 @@ class PodStore:
         """How many pods are known, of any job."""
         return sum(map(len, list(self._pods.values())))
 
-    def of(self, job_uid: str) -> tuple[PodView, ...]:
+    def of(self, namespace: str, job_uid: str) -> tuple[PodView, ...]:
         """The pods of a job."""
-        return tuple(self._pods.get(job_uid, {}).values())
+        return tuple(self._pods.get((namespace, job_uid), {}).values())
 
     def put(self, body: Mapping[str, Any]) -> None:
-        """Takes in an object of the API server, unless something newer is known."""
-        job_uid, pod = job_uid_of(body), view(body)
-        if not job_uid or pod.uid in self._gone:
-            return
-        pods = self._pods.setdefault(job_uid, {})
-        known = pods.get(pod.name)
+        """Takes in an object of the API server, unless it is no job's, or something newer is known."""
+        key, pod = _key_of(body), view(body)
+        known = self._pods.get(key, {}).get(pod.name)
         known = known if known is not None and known.uid == pod.uid else None
+        # One that is known stays so when its owner reference is taken away: ``kubectl delete --cascade=orphan`` does.
+        if pod.uid in self._gone or (known is None and not belongs_to(body, key[1])):
+            return
         if known is None or _newer(pod, known):
-            pods[pod.name] = replace(pod, finished=self._finished(pod, known)) if pod.ended else pod
+            kept = replace(pod, finished=self._finished(pod, known)) if pod.ended else pod
+            self._pods.setdefault(key, {})[pod.name] = kept
 
     def _finished(self, pod: PodView, known: PodView | None) -> dt.datetime:
         """When a pod ended by our own clock: its node's may be wrong, and pauses are counted from then."""
@@ -81,46 +84,58 @@ class PodStore:
     def drop(self, body: Mapping[str, Any]) -> None:
         """Takes in a deletion."""
         metadata = body.get("metadata") or {}
-        self._forget(job_uid_of(body), str(metadata.get("name")), str(metadata.get("uid")))
+        self._forget(_key_of(body), str(metadata.get("name")), str(metadata.get("uid")))
 
-    def replace(self, job_uid: str, bodies: Iterable[Mapping[str, Any]], known_before: Iterable[str]) -> None:
+    def replace(
+        self, namespace: str, job_uid: str, bodies: Iterable[Mapping[str, Any]], known_before: Iterable[str]
+    ) -> None:
         """Takes in a list of all pods of a job. ``known_before``: uids known when the list was asked for."""
         seen = set()
         for body in bodies:
             seen.add(str(body["metadata"]["uid"]))
             self.put(body)
         ghosts = set(known_before) - seen
-        for pod in self.of(job_uid):
+        for pod in self.of(namespace, job_uid):
             if pod.uid in ghosts:
-                self._forget(job_uid, pod.name, pod.uid)
+                self._forget((namespace, job_uid), pod.name, pod.uid)
 
     def forget_all_but(self, job_uids: Collection[str]) -> None:
         """Forgets what is of no job that there is. Where one of these is merely not known yet, no harm is done: a job's
         first look lists its pods."""
-        for uid in self._pods.keys() - job_uids:
-            del self._pods[uid]
+        for key in [key for key in self._pods if key[1] not in job_uids]:
+            del self._pods[key]
         self._doubted.intersection_update(job_uids)
 
-    def _forget(self, job_uid: str, name: str, uid: str) -> None:
+    def _forget(self, key: _JobKey, name: str, uid: str) -> None:
         self._gone[uid] = None
         while len(self._gone) > _REMEMBERED:
             del self._gone[next(iter(self._gone))]
-        pods = self._pods.get(job_uid, {})
+        pods = self._pods.get(key, {})
         if name in pods and pods[name].uid == uid:
             del pods[name]
         if not pods:
-            self._pods.pop(job_uid, None)
+            self._pods.pop(key, None)
 
 
 def job_uid_of(body: Mapping[str, Any]) -> str:
-    """The uid of the job that an object belongs to."""
+    """The uid of the job that an object's labels name."""
     return str(((body.get("metadata") or {}).get("labels") or {}).get(ids.LABEL_JOB_UID, ""))
+
+
+def belongs_to(body: Mapping[str, Any], job_uid: str) -> bool:
+    """Whether a pod is a job's by its labels and by its owner: a copy made by hand has the labels alone."""
+    owners = (body.get("metadata") or {}).get("ownerReferences") or ()
+    return bool(job_uid) and job_uid_of(body) == job_uid and any(owner.get("uid") == job_uid for owner in owners)
 
 
 def job_of(body: Mapping[str, Any]) -> tuple[str, str]:
     """Namespace and name of the job that an object belongs to."""
     metadata = body.get("metadata") or {}
     return str(metadata.get("namespace", "")), str((metadata.get("labels") or {}).get(ids.LABEL_JOB, ""))
+
+
+def _key_of(body: Mapping[str, Any]) -> _JobKey:
+    return job_of(body)[0], job_uid_of(body)
 
 
 def view(body: Mapping[str, Any]) -> PodView:

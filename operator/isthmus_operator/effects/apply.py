@@ -30,7 +30,7 @@ from ..jobstore import JobStore
 from ..memory import JobMemory
 from ..metrics import ACTIONS, EVENTS, STATUS_WRITES
 from ..observed import Job, ProblemKind
-from ..podstore import PodStore, job_uid_of
+from ..podstore import PodStore, belongs_to
 from ..status import timestamp
 from ..text import one_line
 from .bridge import Bridges
@@ -204,7 +204,7 @@ class Effects:
                 memory.refuse(key, one_line(str(error)), now)
                 return
             known = await self._kube.get("Pod", job.namespace, action.name)
-            if known is None or job_uid_of(known) != job.uid:
+            if known is None or not belongs_to(known, job.uid):
                 # Of another job, or of an earlier one of this name that is still going.
                 memory.refuse(key, "a pod of that name exists and is not this job's", now)
                 return

@@ -60,8 +60,8 @@ class Observer:
         pools, base = await asyncio.gather(
             self._ask_sites(job, memory, now), self._look_at_dependents(job, memory, now, idle)
         )
-        pods = self._pods.of(job.uid)
-        aggregator = next((pod for pod in pods if pod.role == names.ROLE_AGGREGATOR), None)
+        pods = self._pods.of(job.namespace, job.uid)
+        aggregator = next((pod for pod in pods if pod.name == names.aggregator(job.name)), None)
         federation, error = await self._ask_aggregator(job, base, aggregator)
         return Observed(
             pods=pods,
@@ -88,9 +88,9 @@ class Observer:
         if not doubted and began - memory.pods_listed < _PODS_AGE:
             return
         memory.pods_listed = -math.inf  # should the list fail, it is made at the next look
-        known = [pod.uid for pod in self._pods.of(job.uid)]
+        known = [pod.uid for pod in self._pods.of(job.namespace, job.uid)]
         listed = await self._kube.list("Pod", job.namespace, f"{ids.LABEL_JOB_UID}={job.uid}")
-        self._pods.replace(job.uid, listed.get("items") or (), known)
+        self._pods.replace(job.namespace, job.uid, listed.get("items") or (), known)
         memory.pods_listed = began
 
     async def _look_at_dependents(self, job: Job, memory: JobMemory, now: dt.datetime, idle: bool) -> Dependents:

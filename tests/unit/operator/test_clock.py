@@ -88,7 +88,7 @@ def test_a_pause_begins_when_the_operator_sees_a_pod_end(node: dt.timedelta) -> 
     store = PodStore(lambda: now)
 
     def ended() -> PodView:
-        (known,) = store.of(UID)
+        (known,) = store.of("team", UID)
         return known
 
     finished = (NOW + node).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -14,12 +14,15 @@ def pod(name: str = "demo-cloud-0-0", version: int = 5, **status: Any) -> dict[s
         "isthmus.dev/job": "demo", "isthmus.dev/job-uid": UID, "isthmus.dev/role": "client",
         "isthmus.dev/pool": "cloud", "isthmus.dev/index": "0", "isthmus.dev/attempt": "0",
     }  # fmt: skip
-    metadata = {"name": name, "uid": f"uid-{name}", "resourceVersion": str(version), "labels": labels}
+    metadata = {
+        "name": name, "namespace": "team", "uid": f"uid-{name}", "resourceVersion": str(version), "labels": labels,
+        "ownerReferences": [{"apiVersion": "isthmus.dev/v1alpha1", "kind": "FederatedJob", "name": "demo", "uid": UID}],
+    }  # fmt: skip
     return {"metadata": metadata, "spec": {"nodeName": "n1"}, "status": {"phase": "Pending", **status}}
 
 
 def phases(store: PodStore) -> list[str]:
-    return [item.phase for item in store.of(UID)]
+    return [item.phase for item in store.of("team", UID)]
 
 
 def test_an_older_version_does_not_replace_a_newer_one() -> None:
@@ -39,10 +42,10 @@ def test_what_was_deleted_does_not_come_back_with_a_late_answer() -> None:
 def test_a_list_sweeps_up_what_vanished_unseen_but_not_what_came_meanwhile() -> None:
     store = PodStore()
     store.put(pod("ghost"))
-    known = [item.uid for item in store.of(UID)]
+    known = [item.uid for item in store.of("team", UID)]
     store.put(pod("newcomer"))
-    store.replace(UID, [pod("listed")], known)
-    assert {item.name for item in store.of(UID)} == {"listed", "newcomer"}
+    store.replace("team", UID, [pod("listed")], known)
+    assert {item.name for item in store.of("team", UID)} == {"listed", "newcomer"}
 
 
 def test_a_new_pod_of_the_same_name() -> None:
@@ -51,9 +54,39 @@ def test_a_new_pod_of_the_same_name() -> None:
     successor = pod(version=2)
     successor["metadata"]["uid"] = "another"
     store.put(successor)
-    assert [item.uid for item in store.of(UID)] == ["another"]
+    assert [item.uid for item in store.of("team", UID)] == ["another"]
     store.drop(pod(version=9))
-    assert [item.uid for item in store.of(UID)] == ["another"]
+    assert [item.uid for item in store.of("team", UID)] == ["another"]
+
+
+def test_a_pod_of_another_namespace_is_no_pod_of_the_job() -> None:
+    store = PodStore()
+    store.put(pod(version=5, phase="Running"))
+    forged = pod(version=9, phase="Succeeded")
+    forged["metadata"] |= {"namespace": "other", "uid": "forged"}
+    store.put(forged)
+    assert phases(store) == ["Running"]
+    store.drop(forged)
+    assert phases(store) == ["Running"]
+
+
+@pytest.mark.parametrize("owners", [None, [], [{"kind": "ReplicaSet", "uid": "another"}]])
+def test_a_copy_with_the_jobs_labels_is_no_pod_of_the_job(owners: list[dict[str, str]] | None) -> None:
+    store = PodStore()
+    copy = pod("demo-aggregator", phase="Succeeded")
+    copy["metadata"]["ownerReferences"] = owners
+    store.put(copy)
+    store.replace("team", UID, [copy], [])
+    assert (store.count(), store.of("team", UID)) == (0, ())
+
+
+def test_a_pod_that_lost_its_owner_stays_known() -> None:
+    store = PodStore()
+    store.put(pod(version=5, phase="Running"))
+    orphan = pod(version=6, phase="Failed")
+    del orphan["metadata"]["ownerReferences"]
+    store.put(orphan)
+    assert phases(store) == ["Failed"]
 
 
 def terminated(**state: Any) -> dict[str, Any]:
@@ -119,4 +152,4 @@ def test_pods_of_jobs_that_are_gone_are_forgotten() -> None:
     store.forget_all_but({UID})
     assert store.count() == 1
     store.forget_all_but(set())
-    assert (store.count(), store.of(UID)) == (0, ())
+    assert (store.count(), store.of("team", UID)) == (0, ())
