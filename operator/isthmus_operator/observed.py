@@ -39,7 +39,8 @@ class PodView:
     pool: str = ""
     index: int = 0
     attempt: int = 0
-    phase: str = "Pending"
+    phase: str = "Pending"  # Succeeded or Failed as soon as its program has ended
+    lingers: bool = False  # its program has ended, and a container beside it lives on
     deleting: bool = False
     ready: bool = False
     created: dt.datetime | None = None
@@ -60,7 +61,7 @@ class PodView:
 
     @property
     def ended(self) -> bool:
-        """Whether its containers are over for good."""
+        """Whether its program is over for good."""
         return self.phase in ("Succeeded", "Failed")
 
     def ended_at(self, now: dt.datetime) -> dt.datetime:
@@ -69,8 +70,8 @@ class PodView:
 
     @property
     def active(self) -> bool:
-        """Whether it runs, or may yet, and nobody has deleted it."""
-        return not self.ended and not self.deleting
+        """Whether any of it runs, or may yet, and nobody has deleted it."""
+        return (self.lingers or not self.ended) and not self.deleting
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,10 +104,11 @@ class _CloudPool:
                 self._waiting = self._waiting or newest.waiting
 
     def _delete_obsolete(self, pods: Sequence[PodView]) -> None:
-        """Keeps the newest pod of a client and, for its log, the last that ended; fenced and older ones go."""
+        """Keeps the newest pod of a client and, for its log, the last that ended; fenced and older ones go, and one
+        that still takes up its node's resources."""
         if len(pods) < 2:
             return
-        ended = [pod for pod in pods if pod.ended]
+        ended = [pod for pod in pods if pod.ended and not pod.lingers]
         kept = {pods[-1].uid} | ({ended[-1].uid} if ended else set())
         self._delete([pod for pod in pods if pod.uid not in kept])
 

@@ -23,6 +23,7 @@ _DISRUPTIONS = {
     "UnexpectedAdmissionError", "OutOfcpu", "OutOfmemory", "OutOfpods", "OutOfephemeral-storage",
 }  # fmt: skip
 _NODE_IS_SHORT = "The node was low on resource"
+_ENDED = ("Succeeded", "Failed")
 _ON_THE_WAY = {"", "ContainerCreating", "PodInitializing"}
 _REMEMBERED = 10_000  # uids of deleted pods
 
@@ -147,7 +148,8 @@ def view(body: Mapping[str, Any]) -> PodView:
     state = container.get("state") or {}
     ended, last = state.get("terminated") or {}, (container.get("lastState") or {}).get("terminated") or {}
     conditions = {item.get("type"): item for item in status.get("conditions") or ()}
-    phase = str(status.get("phase") or "Pending")
+    said = str(status.get("phase") or "Pending")
+    phase = _phase(said, status, role, ended)
     reason = str(status.get("reason") or ended.get("reason") or "")
     disrupted = conditions.get("DisruptionTarget", {}).get("status") == "True"
     return PodView(
@@ -158,10 +160,11 @@ def view(body: Mapping[str, Any]) -> PodView:
         index=_number(labels.get(ids.LABEL_INDEX)),
         attempt=_number(labels.get(ids.LABEL_ATTEMPT)),
         phase=phase,
+        lingers=phase in _ENDED and said not in _ENDED,
         deleting=metadata.get("deletionTimestamp") is not None,
         ready=conditions.get("Ready", {}).get("status") == "True",
         created=parse_timestamp(metadata.get("creationTimestamp")),
-        finished=_finished(status, ended, conditions) if phase in ("Succeeded", "Failed") else None,
+        finished=_finished(status, ended, conditions) if phase in _ENDED else None,
         exit_code=ended.get("exitCode"),
         reason=reason,
         message=str(ended.get("message") or status.get("message") or ""),
@@ -176,6 +179,18 @@ def view(body: Mapping[str, Any]) -> PodView:
         authority=str((metadata.get("annotations") or {}).get(names.ANNOTATION_AUTHORITY, "")),
         resource_version=str(metadata.get("resourceVersion", "")),
     )
+
+
+def _phase(said: str, status: Mapping[str, Any], role: str, ended: Mapping[str, Any]) -> str:
+    """How a pod's program ended, where a container beside it (a log shipper, a mesh's proxy) may live on or end in
+    another way: Kubernetes speaks of all of them. Where there is none, its own word comes soon, and knows more."""
+    alone = len(status.get("containerStatuses") or ()) < 2
+    if alone or "exitCode" not in ended:
+        return said
+    if ended["exitCode"] == 0:
+        return "Succeeded"
+    # The aggregator's is started again.
+    return said if role == names.ROLE_AGGREGATOR else "Failed"
 
 
 def _own_excess(status: Mapping[str, Any]) -> bool:

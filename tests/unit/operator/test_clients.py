@@ -68,6 +68,14 @@ def test_the_last_failed_pod_of_a_client_is_kept_for_its_log() -> None:
     assert deleted(decided) == ["demo-cloud-0-0"]
 
 
+def test_a_failed_pod_in_which_something_lives_on_is_deleted_once_it_is_replaced() -> None:
+    left = failed(lingers=True)
+    alone = plan(job(record=STARTED), around(left, client(1)), after(6), LIMITS)
+    assert (started(alone), deleted(alone)) == (["demo-cloud-0-1"], [])
+    decided = plan(job(record=STARTED), around(left, client(0, 1), client(1)), after(6), LIMITS)
+    assert deleted(decided) == ["demo-cloud-0-0"]
+
+
 def test_an_older_attempt_that_still_runs_is_ended() -> None:
     decided = plan(job(record=STARTED), around(client(0, 0), client(0, 1), client(1)), NOW, LIMITS)
     assert deleted(decided) == ["demo-cloud-0-0"]

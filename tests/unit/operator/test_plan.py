@@ -329,6 +329,18 @@ def test_a_finished_job_is_deleted_when_its_time_is_over() -> None:
     assert world.gone
 
 
+def test_a_complete_job_stops_what_lives_on_beside_its_programs() -> None:
+    said = '{"phase":"COMPLETE","completedRounds":5}'
+    pods = (
+        aggregator("Succeeded", exit_code=0, message=said, lingers=True),
+        client(0, phase="Succeeded", lingers=True),
+    )
+    first = plan(job(), standing(pods=pods), NOW, LIMITS)
+    assert conditions(first)["Complete"] == "True/RoundsCompleted"
+    later = plan(job(status=first.status), standing(pods=pods), NOW + dt.timedelta(seconds=60), LIMITS)
+    assert [item.name for item in of_kind(later, act.DeletePod)] == ["demo-aggregator", "demo-cloud-0-0"]
+
+
 def test_a_complete_job_keeps_the_pods_that_ended_and_stops_the_rest_after_a_grace() -> None:
     status = {
         "conditions": [{"type": "Complete", "status": "True", "reason": "RoundsCompleted"}],

@@ -101,6 +101,45 @@ def test_a_failure_is_read_from_the_clients_own_container() -> None:
     assert seen.finished is not None
 
 
+def beside(role: str, main: dict[str, Any], phase: str = "Running") -> dict[str, Any]:
+    """A pod with a proxy that lives on."""
+    proxy = {"name": "proxy", "state": {"running": {}}}
+    body = pod(phase=phase, containerStatuses=[proxy, {"name": role, "state": main}])
+    body["metadata"]["labels"]["isthmus.dev/role"] = role
+    return body
+
+
+@pytest.mark.parametrize(
+    ("role", "main", "phase"),
+    [
+        ("client", {"terminated": {"exitCode": 0}}, "Succeeded"),
+        ("client", {"terminated": {"exitCode": 1}}, "Failed"),
+        ("client", {"running": {}}, "Running"),
+        ("aggregator", {"terminated": {"exitCode": 0}}, "Succeeded"),
+        # It is started again in place.
+        ("aggregator", {"terminated": {"exitCode": 1}}, "Running"),
+    ],
+)
+def test_a_pod_has_ended_with_its_program_whatever_runs_beside_it(role: str, main: dict[str, Any], phase: str) -> None:
+    seen = view(beside(role, main))
+    assert (seen.phase, seen.lingers) == (phase, phase != "Running")
+    assert seen.active, "what runs beside it has to be stopped"
+
+
+def test_a_pod_that_ended_whole_does_not_linger() -> None:
+    seen = view(beside("client", {"terminated": {"exitCode": 1}}, "Failed"))
+    assert (seen.phase, seen.lingers, seen.active) == ("Failed", False, False)
+
+
+def test_how_what_runs_beside_it_ended_says_nothing_of_the_program() -> None:
+    assert view(beside("client", {"terminated": {"exitCode": 0}}, "Failed")).phase == "Succeeded"
+
+
+def test_one_container_alone_is_judged_by_kubernetes() -> None:
+    # It may yet say that the node evicted it.
+    assert view(pod(**terminated(exitCode=137), phase="Running")).phase == "Running"
+
+
 @pytest.mark.parametrize(
     ("status", "disrupted"),
     [
