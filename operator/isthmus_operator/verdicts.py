@@ -1,5 +1,6 @@
 """Whether a manifest is acceptable, and which later changes of it count. Pure."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,8 @@ from .render.client import ClientPods
 from .render.merge import TemplateError
 from .render.restrict import violations
 from .text import plural
+
+log = logging.getLogger(__name__)
 
 # What may change while a job lives. Everything else needs a new job.
 LIVE_FIELDS = ("suspend", "backoff_limit", "active_deadline_seconds", "ttl_seconds_after_finished")
@@ -75,11 +78,7 @@ def _valid_spec(job: Job) -> FederatedJobSpec:
     if problems:
         raise ManifestError(problems)
     spec = parse_spec(job.spec)
-    for path, render in _templates(job, spec):
-        try:
-            render()
-        except TemplateError as error:
-            problems.append(f"{path}.{error}")
+    problems = _judge_templates(job, spec, frozenset())[0]
     if problems:
         raise ManifestError(problems)
     return spec
@@ -87,13 +86,25 @@ def _valid_spec(job: Job) -> FederatedJobSpec:
 
 def _forbidden(job: Job, spec: FederatedJobSpec, allowed: frozenset[str]) -> list[str]:
     """What templates ask for that the admin has not allowed."""
-    problems = []
+    invalid, forbidden = _judge_templates(job, spec, allowed)
+    return [*invalid, *forbidden]
+
+
+def _judge_templates(job: Job, spec: FederatedJobSpec, allowed: frozenset[str]) -> tuple[list[str], list[str]]:
+    """Why templates make no pod, and what they ask for that the admin has not allowed."""
+    invalid: list[str] = []
+    forbidden: list[str] = []
     for path, render in _templates(job, spec):
         try:
-            problems += [f"{path}.{problem}" for problem in violations(render(), allowed)]
+            forbidden += [f"{path}.{problem}" for problem in violations(render(), allowed)]
         except TemplateError as error:
-            problems.append(f"{path}.{error}")
-    return problems
+            invalid.append(f"{path}.{error}")
+        except Exception as error:
+            # The CRD lets any mapping through. One that nobody thought of would else stop each look at the job, and the
+            # webhook, without a word to the user.
+            log.exception("%s/%s: %s", job.namespace, job.name, path)
+            invalid.append(f"{path}: no pod can be made from it: {type(error).__name__}: {error}")
+    return invalid, forbidden
 
 
 def _templates(job: Job, spec: FederatedJobSpec) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:

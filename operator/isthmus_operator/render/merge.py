@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+_PORT = "containerPort"
 # Lists that are merged item by item, and the field that tells their items apart. Any other list is replaced whole.
 _KEYED = {
     "containers": "name",
@@ -12,7 +13,7 @@ _KEYED = {
     "volumes": "name",
     "volumeMounts": "mountPath",
     "volumeDevices": "devicePath",
-    "ports": "containerPort",
+    "ports": _PORT,
     "imagePullSecrets": "name",
     "hostAliases": "ip",
 }
@@ -50,17 +51,20 @@ def merge_template(base: Mapping[str, Any], template: Mapping[str, Any], contain
     for key in template:
         if key not in ("metadata", "spec"):
             raise TemplateError(f"{key}: unknown field; a pod template has metadata and spec")
-    for part in ("metadata", "spec"):
-        if not isinstance(template.get(part) or {}, Mapping):
+    # One that is left empty asks for nothing, and takes nothing away.
+    template = {key: value for key, value in template.items() if value is not None}
+    for part, value in template.items():
+        if not isinstance(value, Mapping):
             raise TemplateError(f"{part}: must be a mapping")
     for key in template.get("metadata") or {}:
         if key not in _OWN_METADATA:
             raise TemplateError(f"metadata.{key}: only labels and annotations can be set")
     result: dict[str, Any] = merge(base, template)
-    spec = result.get("spec")
-    containers = spec.get("containers") if isinstance(spec, Mapping) else None
-    if not containers or all(item.get("name") != container for item in containers):
+    spec = result["spec"]
+    if all(item.get("name") != container for item in spec.get("containers") or ()):
         raise TemplateError(f"spec.containers: the container {container!r} cannot be removed")
+    if not isinstance(spec.get("initContainers") or [], list):
+        raise TemplateError("spec.initContainers: must be a list")
     _check_strings(result["metadata"])
     return result
 
@@ -82,8 +86,13 @@ def _keyed(base: list[Any], patch: list[Any], key: str, path: str) -> list[Any]:
         if not isinstance(item, Mapping):
             raise TemplateError(f"{where}: must be a mapping")
         name = item.get(key)
-        if not isinstance(name, str | int) or name == "":
+        if name is None or name == "":
             raise TemplateError(f"{where}.{key}: is missing")
+        if key == _PORT and (not isinstance(name, int) or isinstance(name, bool)):
+            raise TemplateError(f"{where}.{key}: must be a number")
+        if key != _PORT and not isinstance(name, str):
+            # YAML reads NO, on and 5 as something else.
+            raise TemplateError(f"{where}.{key}: must be a string (put it in quotes)")
         result[name] = merge(result.get(name), item, where)
     return list(result.values())
 

@@ -127,17 +127,25 @@ def finish(
     main = next(item for item in pod["spec"]["containers"] if item["name"] == container)
     env = [item for item in main.get("env") or [] if not item["name"].startswith(ids.RESERVED_ENV_PREFIX)]
     main["env"] = [*env, *reserved_env]
-    for added in (*pod["spec"]["containers"], *(pod["spec"].get("initContainers") or ())):
-        _harden(added)
+    for kind in ("containers", "initContainers"):
+        for added in pod["spec"].get(kind) or ():
+            _harden(added, f"spec.{kind}[{added['name']}]")
     return {"apiVersion": "v1", "kind": "Pod", **pod}
 
 
-def _harden(container: dict[str, Any]) -> None:
+def _harden(container: dict[str, Any], path: str) -> None:
     """A container that a template adds is no exception to the restricted standard, unless it says so."""
     security = container.get("securityContext")
     if security is None or isinstance(security, Mapping):
         base = {key: _CONTAINER_SECURITY[key] for key in ("allowPrivilegeEscalation", "capabilities")}
         container["securityContext"] = {**base, **(security or {})}
+        _check_capabilities(container["securityContext"].get("capabilities"), f"{path}.securityContext.capabilities")
+
+
+def _check_capabilities(capabilities: Any, path: str) -> None:
+    for field, names_ in capabilities.items() if isinstance(capabilities, Mapping) else ():
+        if names_ is not None and not (isinstance(names_, list) and all(isinstance(name, str) for name in names_)):
+            raise TemplateError(f"{path}.{field}: must be a list of strings")
 
 
 def _refuse_reserved(template: Mapping[str, Any]) -> None:

@@ -47,8 +47,9 @@ def _of_pod(spec: Mapping[str, Any]) -> Iterator[_Finding]:
             yield f"spec.{field}", f"the service account {spec[field]!r}", SERVICE_ACCOUNT
     security = _mapping(spec.get("securityContext"))
     for number, item in enumerate(_mappings(security.get("sysctls"))):
-        if item.get("name") not in _SYSCTLS:
-            yield f"spec.securityContext.sysctls[{number}]", f"the sysctl {item.get('name')!r}", PRIVILEGED
+        name = item.get("name")
+        if not isinstance(name, str) or name not in _SYSCTLS:
+            yield f"spec.securityContext.sysctls[{number}]", f"the sysctl {name!r}", PRIVILEGED
     yield from _of_context("spec.securityContext", security)
 
 

@@ -176,12 +176,29 @@ def test_null_removes_a_field() -> None:
         ({"spec": {"containers": [{"image": "x"}]}}, "spec.containers[0].name: is missing"),
         ({"spec": {"containers": ["client"]}}, "spec.containers[0]: must be a mapping"),
         ({"spec": {"securityContext": "none"}}, "spec.securityContext: must be a mapping"),
+        ({"spec": {"initContainers": 5}}, "spec.initContainers: must be a list"),
+        # A YAML ``NO``.
+        ({"spec": {"containers": [{"name": "client", "env": [{"name": False, "value": "x"}]}]}},
+         "spec.containers[0].env[0].name: must be a string (put it in quotes)"),
+        ({"spec": {"containers": [{"name": "client", "env": [{"name": 5, "value": "x"}]}]}},
+         "spec.containers[0].env[0].name: must be a string (put it in quotes)"),
+        ({"spec": {"containers": [{"name": "client", "ports": [{"containerPort": "web"}]}]}},
+         "spec.containers[0].ports[0].containerPort: must be a number"),
+        ({"spec": {"containers": [{"name": "client", "securityContext": {"capabilities": {"add": 5}}}]}},
+         "spec.containers[client].securityContext.capabilities.add: must be a list of strings"),
+        ({"spec": {"initContainers": [{"name": "i", "securityContext": {"capabilities": {"add": "SYS_ADMIN"}}}]}},
+         "spec.initContainers[i].securityContext.capabilities.add: must be a list of strings"),
     ],
-)
+)  # fmt: skip
 def test_a_template_that_cannot_be_merged_is_told_apart(template: dict[str, Any], message: str) -> None:
     with pytest.raises(TemplateError) as error:
         client_pod(template)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("template", [{"metadata": None}, {"spec": None}, {"metadata": None, "spec": None}])
+def test_a_part_that_is_left_empty_asks_for_nothing(template: dict[str, Any]) -> None:
+    assert client_pod(template) == client_pod({})
 
 
 def test_merging_leaves_both_sides_alone() -> None:

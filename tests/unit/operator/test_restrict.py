@@ -6,6 +6,7 @@ import pytest
 
 from isthmus_contracts.federatedjob_status import Reason
 from isthmus_contracts.manifest import parse_spec
+from isthmus_operator import verdicts
 from isthmus_operator.render.restrict import ALLOWANCES, HOST_NAMESPACES, HOST_PATH, PRIVILEGED, SERVICE_ACCOUNT
 from isthmus_operator.verdicts import Acceptance, Rejection, examine
 
@@ -45,6 +46,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     (PRIVILEGED, {"spec": {"securityContext": None}}, "runAsNonRoot"),
     (PRIVILEGED, {"spec": {"securityContext": {"runAsUser": 0}}}, "spec.securityContext.runAsUser"),
     (PRIVILEGED, {"spec": {"securityContext": {"sysctls": [{"name": "kernel.msgmax", "value": "1"}]}}}, "sysctls[0]"),
+    (PRIVILEGED, {"spec": {"securityContext": {"sysctls": [{"name": ["x"]}]}}}, "the sysctl ['x']"),
     (PRIVILEGED, {"spec": {"initContainers": [{"name": "i", "securityContext": {"privileged": True}}]}},
      "spec.initContainers[i].securityContext.privileged"),
     (PRIVILEGED, {"spec": {"containers": [{"name": "side", "securityContext": {"privileged": True}}]}},
@@ -99,6 +101,25 @@ def test_the_aggregators_template_is_no_way_round() -> None:
     verdict = examine(job(bad), standing(bad, accepted=None), NONE)
     assert isinstance(verdict, Rejection)
     assert verdict.message.startswith("spec.aggregator.template.spec.hostNetwork: hostNetwork is not allowed here")
+
+
+def test_a_template_that_nobody_thought_of_is_an_invalid_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise AttributeError("'bool' object has no attribute 'startswith'")
+
+    monkeypatch.setattr(verdicts, "violations", fails)
+    odd = wanted({"spec": {"nodeSelector": {"a": "b"}}})
+    verdict = examine(job(odd), standing(odd, accepted=None), NONE)
+    assert isinstance(verdict, Rejection)
+    assert verdict.reason is Reason.INVALID_SPEC
+    assert verdict.message.startswith(
+        "spec.pools[0].cloud.template: no pod can be made from it: AttributeError: 'bool'"
+    )
+    assert "team/demo: spec.pools[0].cloud.template" in caplog.text
+    # Of one that is running already, too.
+    assert isinstance(examine(job(odd), standing(odd), NONE), Rejection)
 
 
 def test_a_forged_record_of_the_accepted_job_is_no_way_round() -> None:
