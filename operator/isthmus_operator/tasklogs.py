@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from isthmus_contracts import identities as ids
 
@@ -14,6 +13,7 @@ from .memory import JobMemory
 from .observed import Job
 from .parts import holder, parts_of
 from .plan import load_record
+from .podstore import job_uid_of
 from .render.hpc import key
 from .render.pod import owned
 
@@ -42,16 +42,26 @@ class TaskLogs:
             if index < 0 or not 0 <= lines <= _MAX_LINES:
                 raise ValueError("index or lines out of range")
             said = {"id": str(request["id"])[:64], **await self._read(job, pool, index, lines)}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             log.warning("%s/%s: malformed log request: %s", job.namespace, job.name, error)
             return
         try:
-            await self._kube.apply(owned(job, "ConfigMap", ids.log_answer(job.name), {"data": said}))
+            await self._hand_on(job, ids.log_answer(job.name), said)
         except KubeError as error:
-            memory.log_answered = ""  # at the next look at the job again
+            if not error.definite:
+                memory.log_answered = ""  # at the next look at the job again
             log.warning("%s/%s: the log cannot be handed on: %s", job.namespace, job.name, error)
 
-    async def _read(self, job: Job, pool: str, index: int, lines: int) -> Mapping[str, Any]:
+    async def _hand_on(self, job: Job, name: str, said: Mapping[str, str]) -> None:
+        # The apply is forced: it would take anybody's ConfigMap over.
+        known = await self._kube.get("ConfigMap", job.namespace, name)
+        if known is not None and job_uid_of(known) != job.uid:
+            raise KubeError(
+                409, f"the ConfigMap {name} exists and is not this job's; rename or delete it, and ask again"
+            )
+        await self._kube.apply(owned(job, "ConfigMap", name, {"data": said}))
+
+    async def _read(self, job: Job, pool: str, index: int, lines: int) -> Mapping[str, str]:
         whole = load_record(job)
         if not parts_of(whole, pool):
             return {"error": f"pool {pool!r} has not been submitted to a site"}

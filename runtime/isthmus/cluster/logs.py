@@ -58,7 +58,13 @@ def _ask(cluster: Cluster, job: str, pool: str, index: int, lines: int, pause: C
     cluster.annotate(job, {ids.ANNOTATION_LOG_REQUEST: json.dumps(request)})
     until = time.monotonic() + ANSWER_SECONDS
     while time.monotonic() < until:
-        answer = (cluster.get("configmaps", ids.log_answer(job)) or {}).get("data") or {}
+        found = cluster.get("configmaps", ids.log_answer(job)) or {}
+        if found and (found["metadata"].get("labels") or {}).get(ids.LABEL_JOB) != job:
+            raise ClusterError(
+                f"the ConfigMap {ids.log_answer(job)} exists and is not of this job: the operator cannot answer there; "
+                "rename or delete it, and ask again"
+            )
+        answer = found.get("data") or {}
         if answer.get("id") == request["id"]:
             if answer.get("error"):
                 raise ClusterError(str(answer["error"]))
