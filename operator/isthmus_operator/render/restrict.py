@@ -17,6 +17,9 @@ _VOLUMES = {
 }  # fmt: skip
 _CAPABILITIES = {"NET_BIND_SERVICE"}
 _SECCOMP = ("RuntimeDefault", "Localhost")
+_APPARMOR = ("RuntimeDefault", "Localhost")
+# Kubernetes before 1.30, and later ones too, where the field is not set.
+_APPARMOR_ANNOTATION = "container.apparmor.security.beta.kubernetes.io/"
 _SELINUX_TYPES = (None, "", "container_t", "container_init_t", "container_kvm_t", "container_engine_t")
 _SYSCTLS = {
     "kernel.shm_rmid_forced", "net.ipv4.ip_local_port_range", "net.ipv4.ip_unprivileged_port_start",
@@ -33,9 +36,22 @@ def violations(pod: Mapping[str, Any], allowed: frozenset[str]) -> list[str]:
     spec = pod.get("spec") or {}
     return [
         f"{path}: {what} is not allowed here; the platform's admin can allow {need} (operator.allowInTemplates)"
-        for path, what, need in (*_of_pod(spec), *_of_volumes(spec), *_of_containers(spec))
+        for path, what, need in (
+            *_of_annotations(pod),
+            *_of_pod(spec),
+            *_of_volumes(spec),
+            *_of_containers(spec),
+        )
         if need not in allowed
     ]
+
+
+def _of_annotations(pod: Mapping[str, Any]) -> Iterator[_Finding]:
+    annotations = _mapping(_mapping(pod.get("metadata")).get("annotations"))
+    for key, profile in annotations.items():
+        named = profile in ("", "runtime/default") or str(profile).startswith("localhost/")
+        if key.startswith(_APPARMOR_ANNOTATION) and not named:
+            yield f"metadata.annotations[{key}]", f"the AppArmor profile {profile!r}", PRIVILEGED
 
 
 def _of_pod(spec: Mapping[str, Any]) -> Iterator[_Finding]:
@@ -82,6 +98,9 @@ def _of_context(path: str, security: Mapping[str, Any]) -> Iterator[_Finding]:
         yield f"{path}.runAsUser", "running as root", PRIVILEGED
     if _mapping(security.get("windowsOptions")).get("hostProcess"):
         yield f"{path}.windowsOptions.hostProcess", "hostProcess", PRIVILEGED
+    profile = _mapping(security.get("appArmorProfile"))
+    if profile and profile.get("type") not in _APPARMOR:
+        yield f"{path}.appArmorProfile", "running without an AppArmor profile", PRIVILEGED
     labels = _mapping(security.get("seLinuxOptions"))
     if labels.get("type") not in _SELINUX_TYPES or labels.get("user") or labels.get("role"):
         yield f"{path}.seLinuxOptions", "an SELinux user, role or type of one's own", PRIVILEGED

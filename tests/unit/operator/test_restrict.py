@@ -12,6 +12,7 @@ from isthmus_operator.verdicts import Acceptance, Rejection, examine
 
 from .world import job, spec, standing
 
+APPARMOR = "container.apparmor.security.beta.kubernetes.io/"
 NONE: frozenset[str] = frozenset()
 
 
@@ -42,6 +43,12 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     (PRIVILEGED, security(runAsUser=0), "runAsUser"),
     (PRIVILEGED, security(seccompProfile={"type": "Unconfined"}), "seccompProfile"),
     (PRIVILEGED, security(seLinuxOptions={"type": "spc_t"}), "seLinuxOptions"),
+    (PRIVILEGED, security(appArmorProfile={"type": "Unconfined"}),
+     "spec.containers[client].securityContext.appArmorProfile"),
+    (PRIVILEGED, {"spec": {"securityContext": {"appArmorProfile": {"type": "Unconfined"}}}},
+     "spec.securityContext.appArmorProfile"),
+    (PRIVILEGED, {"metadata": {"annotations": {f"{APPARMOR}client": "unconfined"}}},
+     f"metadata.annotations[{APPARMOR}client]"),
     (PRIVILEGED, security(windowsOptions={"hostProcess": True}), "hostProcess"),
     (PRIVILEGED, {"spec": {"securityContext": None}}, "runAsNonRoot"),
     (PRIVILEGED, {"spec": {"securityContext": {"runAsUser": 0}}}, "spec.securityContext.runAsUser"),
@@ -62,6 +69,9 @@ FINE: list[dict[str, Any]] = [
     # Added containers are hardened as ours are.
     {"spec": {"initContainers": [{"name": "fetch", "image": "i"}], "containers": [{"name": "side", "image": "i"}]}},
     container(securityContext=None),
+    security(appArmorProfile={"type": "RuntimeDefault"}),
+    security(appArmorProfile={"type": "Localhost", "localhostProfile": "mine"}),
+    {"metadata": {"annotations": {f"{APPARMOR}client": "runtime/default", f"{APPARMOR}side": "localhost/mine"}}},
     security(capabilities=None),
     security(capabilities={"drop": ["ALL"], "add": ["NET_BIND_SERVICE"]}, runAsUser=1000),
 ]  # fmt: skip
