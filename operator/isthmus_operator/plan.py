@@ -86,7 +86,7 @@ def _plan_running(draft: Draft, verdict: Acceptance) -> Plan:
     status.pools(pools, ready)
     message = _aggregator_condition(draft, status, aggregator)
     if ready is not None:
-        _quorum_condition(status, spec, sum(ready.values()))
+        _quorum_condition(status, spec, sum(ready.get(name, 0) for name in _trainers(spec)))
     end = aggregator.verdict or _impossible(draft, aggregator, pools) or _deadline(draft, started)
     if end is not None:
         status.set(ConditionType(end.outcome), True, end.reason, end.message)
@@ -138,9 +138,16 @@ def _quorum_condition(status: st.StatusDraft, spec: FederatedJobSpec, connected:
     status.set(ConditionType.QUORUM_REACHED, enough, reason, message)
 
 
-def _impossible(draft: Draft, aggregator: AggregatorOutcome, pools: list[PoolOutcome]) -> Verdict | None:
+def _trainers(spec: FederatedJobSpec) -> frozenset[str]:
+    """The pools whose clients count towards the quorum, as they do for the aggregator: those that train."""
+    return frozenset(pool.name for pool in spec.pools if pool.role == "Train")
+
+
+def _impossible(draft: Draft, aggregator: AggregatorOutcome, outcomes: list[PoolOutcome]) -> Verdict | None:
     """Whether too few clients can ever be there."""
     needed = max(draft.spec.min_clients, draft.spec.min_updates)
+    training = _trainers(draft.spec)
+    pools = [outcome for outcome in outcomes if outcome.name in training]
     possible = sum(pool.possible for pool in pools)
     if possible >= needed:
         return None

@@ -9,12 +9,13 @@ import pytest
 from isthmus_contracts.identities import FINALIZER
 from isthmus_contracts.manifest import parse_spec
 from isthmus_operator import actions as act
+from isthmus_operator import names
 from isthmus_operator.draft import Limits
-from isthmus_operator.observed import FederationView, Metric, ModelView, Observed, PrivacyView, Refusal
+from isthmus_operator.observed import FederationView, Metric, ModelView, Observed, PodView, PrivacyView, Refusal
 from isthmus_operator.plan import plan
-from isthmus_operator.record import Record
+from isthmus_operator.record import ClientRecord, CloudRecord, Record
 
-from .world import NOW, World, aggregator, client, job, of_kind, present, site, spec, standing
+from .world import AUTHORITY, NOW, World, aggregator, client, job, of_kind, present, site, spec, standing
 
 LIMITS = Limits(cluster="c")
 
@@ -347,3 +348,27 @@ def test_a_damaged_record_does_not_lose_the_pool_at_the_site() -> None:
     (cancel,) = of_kind(decided, act.CancelPool)
     assert cancel.site == "site"
     assert not [item for item in of_kind(decided, act.SaveJob) if item.finalizers is not None]
+
+
+def with_evaluators(count: int) -> dict[str, Any]:
+    wanted = spec(backoffLimit=0)
+    return {**wanted, "pools": [*wanted["pools"], {"name": "ev", "replicas": count, "role": "Evaluate", "cloud": {}}]}
+
+
+def evaluator(index: int) -> PodView:
+    name = names.client("demo", "ev", index, 0)
+    return PodView(name, name, names.ROLE_CLIENT, "ev", index, 0, "Running", ready=True, authority=AUTHORITY)
+
+
+def test_clients_that_only_evaluate_make_no_quorum() -> None:
+    wanted = with_evaluators(3)
+    said = FederationView("WAITING", message="0 of 2 needed clients are connected", connected={"cloud": 0, "ev": 3})
+    pods = (aggregator(), *(evaluator(index) for index in range(3)))
+    waits = plan(job(wanted), standing(wanted, pods=pods, federation=said), NOW, LIMITS)
+    quorum = next(item for item in waits.status["conditions"] if item["type"] == "QuorumReached")
+    assert (quorum["status"], quorum["message"]) == ("False", "0 clients connected, 2 needed")
+    assert waits.status["clients"]["summary"] == "3/5"
+    # Nor do they keep a job alive whose trainers are out of restarts.
+    lost = Record(cloud={"cloud": CloudRecord(2, {i: ClientRecord(0, 1, 0) for i in (0, 1)}), "ev": CloudRecord(3)})
+    ended = plan(job(wanted, record=lost.dump()), standing(wanted, pods=pods, federation=said), NOW, LIMITS)
+    assert conditions(ended)["Failed"] == "True/QuorumImpossible"
