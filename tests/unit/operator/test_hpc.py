@@ -9,7 +9,15 @@ import pytest
 from isthmus_contracts.identities import FINALIZER
 from isthmus_operator import actions as act
 from isthmus_operator.draft import Limits
-from isthmus_operator.observed import Observed, PoolPhase, PoolProblem, PoolView, ProblemKind, ServiceView
+from isthmus_operator.observed import (
+    FederationView,
+    Observed,
+    PoolPhase,
+    PoolProblem,
+    PoolView,
+    ProblemKind,
+    ServiceView,
+)
 from isthmus_operator.plan import plan
 from isthmus_operator.record import AggregatorRecord, CloudRecord, HpcRecord, Record
 from isthmus_operator.render import hpc as render_hpc
@@ -137,6 +145,20 @@ def test_a_denied_pool_names_the_rule_and_the_job_goes_on_if_it_can() -> None:
         job(SPEC, record=record(seen=False)), around(problems={"lumi": problem}), NOW + dt.timedelta(seconds=61), LIMITS
     )
     assert of_kind(later, act.EnsurePool)
+
+
+@pytest.mark.parametrize("kind", [ProblemKind.DENIED, ProblemKind.REFUSED])
+def test_a_pool_that_runs_is_not_lost_for_a_denied_question(kind: ProblemKind) -> None:
+    alone = spec(cloud=0, hpc=2)
+    problem = PoolProblem(kind, "rule identities: unknown", NOW + dt.timedelta(seconds=60))
+    said = FederationView("TRAINING", current_round=2, completed_rounds=1, connected={"lumi": 2})
+    observed = standing(alone, pods=(aggregator(),), federation=said, problems={"lumi": problem})
+    decided = plan(job(alone, record=record(ran=True)), observed, NOW, LIMITS)
+    assert decided.status["phase"] == "Running"
+    assert pool_status(decided)["reason"] == "PolicyDenied: rule identities: unknown"
+    # Of an attempt that the site has never taken on, nothing can come.
+    new = plan(job(alone, record=record(attempt=1, seen=False)), observed, NOW, LIMITS)
+    assert "Failed" in {item["type"] for item in new.status["conditions"]}
 
 
 def test_a_denied_pool_that_is_needed_fails_the_job() -> None:
