@@ -26,7 +26,7 @@ class CloudRecord:
 
     started: int = 0  # clients below this index have been started at least once
     clients: dict[int, ClientRecord] = field(default_factory=dict)
-    size: int = 0  # how far it has grown or shrunk; 0: as the manifest says
+    size: int | None = None  # how far it has grown or shrunk; None: as the manifest says
 
     def client(self, index: int) -> ClientRecord:
         """The client's entry, for reading."""
@@ -83,7 +83,7 @@ class Record:
         cloud = {
             name: {"started": pool.started, "clients": {str(i): [c.attempt, c.failures, c.counted] for i, c in
                                                         sorted(pool.clients.items())},
-                   **({"size": pool.size} if pool.size else {})}
+                   **({} if pool.size is None else {"size": pool.size})}
             for name, pool in sorted(self.cloud.items())
         }  # fmt: skip
         hpc = {name: _without_defaults(pool) for name, pool in sorted(self.hpc.items())}
@@ -101,7 +101,7 @@ class Record:
                 str(name): CloudRecord(
                     int(pool["started"]),
                     {int(i): ClientRecord(*(int(v) for v in entry)) for i, entry in pool["clients"].items()},
-                    int(pool.get("size", 0)),
+                    int(pool["size"]) if "size" in pool else None,
                 )
                 for name, pool in content.get("cloud", {}).items()
             }
