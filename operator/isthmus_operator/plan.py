@@ -45,9 +45,9 @@ def plan(job: Job, observed: Observed, now: dt.datetime, limits: Limits) -> Plan
 
 
 def load_record(job: Job) -> Record:
-    """The record; if someone damaged it, as much of it as the status still tells."""
+    """The job's record; if someone damaged it, as much of it as the status still tells."""
     try:
-        return Record.load(job.record)
+        return Record.load(job.record, job.uid)
     except ValueError:
         record = Record()
         sites = {
@@ -279,8 +279,8 @@ def _rejected(job: Job, now: dt.datetime, limits: Limits, rejection: Rejection) 
 def _close(draft: Draft, status: st.StatusDraft) -> Plan:
     """Puts the plan together: what must be remembered is written before anything is done."""
     job = draft.job
-    record = draft.record.dump()
-    save = record != (job.record or Record().dump())
+    record = draft.record.dump(job.uid)
+    save = record != job.record and _differs(draft.record, job)
     finalizers = None
     if job.deleted is None and FINALIZER not in job.finalizers and draft.actions:
         finalizers = (*job.finalizers, FINALIZER)
@@ -291,6 +291,14 @@ def _close(draft: Draft, status: st.StatusDraft) -> Plan:
         draft.events[-1] = Emit(last.type, last.reason, f"{last.message} (and {draft.unsaid} more such events)")
     events = (*transition_events(job.status, status.content), *draft.events)
     return Plan(tuple(draft.actions), status.content, events, draft.requeue)
+
+
+def _differs(record: Record, job: Job) -> bool:
+    """Whether the job's annotation tells something else, or nothing at all any more."""
+    try:
+        return record != Record.load(job.record, job.uid)
+    except ValueError:
+        return True
 
 
 def _any_spec(job: Job, observed: Observed) -> FederatedJobSpec:

@@ -3,7 +3,8 @@
 It holds only what cannot be seen in the cluster or at the site: numbers of attempts, which must rise even when a pod
 vanished without a trace, and how often a client failed by its own doing. It is written before what it announces is
 done, so that a crash in between skips a number and never uses one twice. It lies on the FederatedJob because
-everything else may be gone by the time the pools are cancelled (a namespace being deleted, a foreground deletion).
+everything else may be gone by the time the pools are cancelled (a namespace being deleted, a foreground deletion). It
+bears the job's uid: one that was copied with a manifest, or came from a backup, tells nothing of this job.
 """
 
 import json
@@ -78,8 +79,8 @@ class Record:
     hpc: dict[str, HpcRecord] = field(default_factory=dict)
     aggregator: AggregatorRecord = field(default_factory=AggregatorRecord)
 
-    def dump(self) -> str:
-        """As compact JSON; equal records give equal text."""
+    def dump(self, uid: str = "") -> str:
+        """As compact JSON; equal records give equal text. ``uid``: the job's."""
         cloud = {
             name: {"started": pool.started, "clients": {str(i): [c.attempt, c.failures, c.counted] for i, c in
                                                         sorted(pool.clients.items())},
@@ -87,16 +88,19 @@ class Record:
             for name, pool in sorted(self.cloud.items())
         }  # fmt: skip
         hpc = {name: _without_defaults(pool) for name, pool in sorted(self.hpc.items())}
-        content = {"cloud": cloud, "hpc": hpc, "aggregator": _without_defaults(self.aggregator)}
+        content = {"uid": uid, "cloud": cloud, "hpc": hpc, "aggregator": _without_defaults(self.aggregator)}
         return json.dumps({key: value for key, value in content.items() if value}, separators=(",", ":"))
 
     @classmethod
-    def load(cls, text: str) -> Self:
-        """Reads :meth:`dump`'s text. Raises ``ValueError`` for any other."""
+    def load(cls, text: str, uid: str = "") -> Self:
+        """Reads :meth:`dump`'s text; that of another job than ``uid`` is empty. Raises ``ValueError`` for any other."""
         if not text:
             return cls()
         try:
             content = json.loads(text)
+            # Records were written without a uid once.
+            if uid and content.get("uid", uid) != uid:
+                return cls()
             cloud = {
                 str(name): CloudRecord(
                     int(pool["started"]),

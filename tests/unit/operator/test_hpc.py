@@ -22,7 +22,7 @@ from isthmus_operator.plan import plan
 from isthmus_operator.record import AggregatorRecord, CloudRecord, HpcRecord, Record
 from isthmus_operator.render import hpc as render_hpc
 
-from .world import AUTHORITY, NOW, World, aggregator, client, job, of_kind, site, spec, standing
+from .world import AUTHORITY, NOW, UID, World, aggregator, client, job, of_kind, site, spec, standing
 
 LIMITS = Limits(cluster="c", site_give_up=3600)
 SPEC = spec(hpc=2)
@@ -33,7 +33,7 @@ def record(**changes: Any) -> str:
     pool = replace(
         HpcRecord("site", authority=AUTHORITY, certificate="first of demo-lumi-tls", seen=True, size=2), **changes
     )
-    return Record({"cloud": CloudRecord(2)}, {"lumi": pool}, AggregatorRecord("uid-aggregator")).dump()
+    return Record({"cloud": CloudRecord(2)}, {"lumi": pool}, AggregatorRecord("uid-aggregator")).dump(UID)
 
 
 def around(view: PoolView | None = None, wanted: dict[str, Any] = SPEC, **changes: Any) -> Observed:
