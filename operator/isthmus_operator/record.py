@@ -8,8 +8,18 @@ bears the job's uid: one that was copied with a manifest, or came from a backup,
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
+
+from isthmus_contracts.federatedjob_status import Reason
+
+from . import ranges
+
+# Users can write the annotation: what no operator has ever counted up to counts as damage.
+_MOST = 1_000_000_000
+_MOST_CLIENTS = 200_000  # of all pools
+_LAST_SECOND = 100_000_000_000  # since the epoch
 
 
 @dataclass
@@ -82,8 +92,7 @@ class Record:
     def dump(self, uid: str = "") -> str:
         """As compact JSON; equal records give equal text. ``uid``: the job's."""
         cloud = {
-            name: {"started": pool.started, "clients": {str(i): [c.attempt, c.failures, c.counted] for i, c in
-                                                        sorted(pool.clients.items())},
+            name: {"started": pool.started, "clients": _grouped(pool.clients),
                    **({} if pool.size is None else {"size": pool.size})}
             for name, pool in sorted(self.cloud.items())
         }  # fmt: skip
@@ -101,22 +110,40 @@ class Record:
             # Records were written without a uid once.
             if uid and content.get("uid", uid) != uid:
                 return cls()
-            cloud = {
-                str(name): CloudRecord(
-                    int(pool["started"]),
-                    {int(i): ClientRecord(*(int(v) for v in entry)) for i, entry in pool["clients"].items()},
-                    int(pool["size"]) if "size" in pool else None,
-                )
-                for name, pool in content.get("cloud", {}).items()
-            }
-            hpc = {str(name): HpcRecord(**pool) for name, pool in content.get("hpc", {}).items()}
+            cloud: dict[str, CloudRecord] = {}
+            room = _MOST_CLIENTS
+            for name, pool in content.get("cloud", {}).items():
+                cloud[name] = _cloud(pool, room)
+                room -= len(cloud[name].clients)
+            hpc = {name: HpcRecord(**pool) for name, pool in content.get("hpc", {}).items()}
             aggregator = AggregatorRecord(**content.get("aggregator", {}))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            for entry in (*hpc.values(), aggregator):
+                _check(entry)
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"the record does not parse: {error}") from error
-        for pool in hpc.values():
-            _check(pool)
-        _check(aggregator)
         return cls(cloud, hpc, aggregator)
+
+
+def _grouped(clients: Mapping[int, ClientRecord]) -> dict[str, list[int]]:
+    """What is remembered, by the indices of the clients of which the same is: an annotation holds only so much."""
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for index, entry in sorted(clients.items()):
+        alike.setdefault((entry.attempt, entry.failures, entry.counted), []).append(index)
+    return {ranges.write(indices): list(entry) for entry, indices in alike.items()}
+
+
+def _cloud(pool: Mapping[str, Any], most: int) -> CloudRecord:
+    clients: dict[int, ClientRecord] = {}
+    for indices, (attempt, failures, counted) in pool["clients"].items():
+        _in_range(attempt, failures)
+        _in_range(counted, least=-1)
+        for index in ranges.read(indices):
+            if index in clients or len(clients) >= most:
+                raise ValueError(f"client {index} is told of twice, or is one too many")
+            clients[index] = ClientRecord(attempt, failures, counted)
+    size = pool.get("size")
+    _in_range(pool["started"], 0 if size is None else size)
+    return CloudRecord(pool["started"], clients, size)
 
 
 def _without_defaults(entry: HpcRecord | AggregatorRecord) -> dict[str, Any]:
@@ -128,4 +155,14 @@ def _check(entry: HpcRecord | AggregatorRecord) -> None:
     for item in fields(entry):
         value = getattr(entry, item.name)
         if type(value) is not item.type:
-            raise ValueError(f"the record does not parse: {item.name} is {value!r}")
+            raise ValueError(f"{item.name} is {value!r}")
+        if item.type is int:
+            _in_range(value, most=_LAST_SECOND if item.name == "retry_at" else _MOST)
+    if isinstance(entry, HpcRecord) and entry.over:
+        Reason(entry.over)
+
+
+def _in_range(*numbers: object, least: int = 0, most: int = _MOST) -> None:
+    for number in numbers:
+        if type(number) is not int or not least <= number <= most:
+            raise ValueError(f"{number!r} is no number from {least} to {most}")

@@ -101,3 +101,8 @@ def test_a_client_that_is_lost_for_good_is_none_of_the_few_that_stay() -> None:
     world.fail("demo-cloud-0-0")
     assert world.settle(0, 1) == {1}
     assert not world.condition("Failed").startswith("True")
+
+
+def test_a_size_that_somebody_wrote_into_the_record_moves_the_pool_only_within_its_limits() -> None:
+    world = Queue(bursting(), record='{"cloud":{"cloud":{"started":0,"clients":{},"size":900000000}}}')
+    assert world.settle(0, 0) == {0, 1, 2, 3, 4}
