@@ -117,8 +117,9 @@ class Record:
                 room -= len(cloud[name].clients)
             hpc = {name: HpcRecord(**pool) for name, pool in content.get("hpc", {}).items()}
             aggregator = AggregatorRecord(**content.get("aggregator", {}))
-            for entry in (*hpc.values(), aggregator):
-                _check(entry)
+            for part in hpc.values():
+                _check(part)
+            _check(aggregator)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"the record does not parse: {error}") from error
         return cls(cloud, hpc, aggregator)

@@ -1,14 +1,18 @@
 """HPC pools: submissions, attempts, cancellation."""
 
 import datetime as dt
+import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from isthmus_contracts.identities import FINALIZER
+from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_operator import actions as act
+from isthmus_operator.clock import Clock
 from isthmus_operator.draft import Limits
+from isthmus_operator.effects.bridge import Bridges, pool_view
 from isthmus_operator.observed import (
     FederationView,
     Observed,
@@ -276,3 +280,15 @@ def test_a_pool_that_the_manifest_no_longer_names_is_cancelled_all_the_same(acce
     observed = around(PoolView(0, PoolPhase.RUNNING, running=2))
     decided = plan(going, observed if accepted else replace(observed, accepted=None), NOW, LIMITS)
     assert [item.site for item in of_kind(decided, act.CancelPool)] == ["site"]
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 1e20, 1e300, -5.0, 1e11])
+def test_what_is_no_time_at_a_site_stops_no_job(odd: float) -> None:
+    for phase in (pb.Pool.RUNNING, pb.Pool.PENDING):
+        said = pb.Pool(
+            phase=phase, queued=2, reason="Priority", expected_start=odd, submitted_at=odd, ends_at=odd, now=odd
+        )
+        for view in (pool_view(said, 0), Bridges(cast(Any, None), Clock())._view(said, 0)):
+            assert (view.expected_start, view.submitted_at, view.ends_at) == (0.0, 0.0, 0.0)
+            decided = plan(job(SPEC, record=record()), around(view), NOW, LIMITS)
+            assert decided.status["phase"] == "Starting"
