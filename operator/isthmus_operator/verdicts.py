@@ -117,6 +117,7 @@ def _live(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> Acceptance:
     sized = [_of_size(new, old.size) for new, old in zip(pools, accepted.pools, strict=True)]
     selection = accepted.selection.model_copy(update={"min_clients": accepted.min_clients})
     spec = spec.model_copy(update={"pools": sized, "selection": selection})
+    compared, wanted = _written_out(compared, accepted), _written_out(wanted, accepted)
     changed = [
         f"spec.{info.alias or name}"
         for name, info in FederatedJobSpec.model_fields.items()
@@ -126,6 +127,15 @@ def _live(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> Acceptance:
         return Acceptance(spec)
     why = f"they need a new job ({'; '.join(problems)})" if problems else "they need a new job"
     return Acceptance(spec, f"changes of {', '.join(changed)} are ignored: {why}")
+
+
+def _written_out(spec: FederatedJobSpec, accepted: FederatedJobSpec) -> FederatedJobSpec:
+    """The spec with what it leaves open as it was accepted: the webhook wrote it down when the job was made, and the
+    user's own manifest still leaves it open."""
+    clients, updates = spec.selection.min_clients, spec.stragglers.min_updates
+    selection = spec.selection.model_copy(update={"min_clients": clients or accepted.min_clients})
+    stragglers = spec.stragglers.model_copy(update={"min_updates": updates or accepted.min_updates})
+    return spec.model_copy(update={"selection": selection, "stragglers": stragglers})
 
 
 def _resized_pools(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> tuple[list[Pool], list[str]]:
