@@ -129,11 +129,11 @@ def _aggregator_condition(draft: Draft, status: st.StatusDraft, aggregator: Aggr
 
 
 def _quorum_condition(status: st.StatusDraft, spec: FederatedJobSpec, connected: int) -> None:
-    message = f"{plural(connected, 'client')} connected, {spec.min_clients} needed"
+    message = f"{plural(connected, _counted(spec))} connected, {spec.min_clients} needed"
     enough = connected >= spec.min_clients
     # While it holds, the message keeps still: a thousand clients that come one by one are no thousand changes.
     if enough:
-        message = f"at least {plural(spec.min_clients, 'client')} connected"
+        message = f"at least {plural(spec.min_clients, _counted(spec))} connected"
     reason = Reason.ENOUGH_CLIENTS if enough else Reason.WAITING_FOR_CLIENTS
     status.set(ConditionType.QUORUM_REACHED, enough, reason, message)
 
@@ -141,6 +141,10 @@ def _quorum_condition(status: st.StatusDraft, spec: FederatedJobSpec, connected:
 def _trainers(spec: FederatedJobSpec) -> frozenset[str]:
     """The pools whose clients count towards the quorum, as they do for the aggregator: those that train."""
     return frozenset(pool.name for pool in spec.pools if pool.role == "Train")
+
+
+def _counted(spec: FederatedJobSpec) -> str:
+    return "client" if len(_trainers(spec)) == len(spec.pools) else "training client"
 
 
 def _impossible(draft: Draft, aggregator: AggregatorOutcome, outcomes: list[PoolOutcome]) -> Verdict | None:
@@ -163,7 +167,7 @@ def _impossible(draft: Draft, aggregator: AggregatorOutcome, outcomes: list[Pool
     else:
         reason = Reason.QUORUM_IMPOSSIBLE
     why = "; ".join(f"pool {pool.name}: {one_line(pool.reason)}" for pool in lost if pool.reason)
-    message = f"{plural(possible, 'client')} can still take part, {needed} are needed"
+    message = f"{plural(possible, _counted(draft.spec))} can still take part, {needed} are needed"
     return Verdict("Failed", reason, f"{message}; {why}" if why else message)
 
 

@@ -367,12 +367,13 @@ def test_clients_that_only_evaluate_make_no_quorum() -> None:
     pods = (aggregator(), *(evaluator(index) for index in range(3)))
     waits = plan(job(wanted), standing(wanted, pods=pods, federation=said), NOW, LIMITS)
     quorum = next(item for item in waits.status["conditions"] if item["type"] == "QuorumReached")
-    assert (quorum["status"], quorum["message"]) == ("False", "0 clients connected, 2 needed")
+    assert (quorum["status"], quorum["message"]) == ("False", "0 training clients connected, 2 needed")
     assert waits.status["clients"]["summary"] == "3/5"
     # Nor do they keep a job alive whose trainers are out of restarts.
     lost = Record(cloud={"cloud": CloudRecord(2, {i: ClientRecord(0, 1, 0) for i in (0, 1)}), "ev": CloudRecord(3)})
     ended = plan(job(wanted, record=lost.dump()), standing(wanted, pods=pods, federation=said), NOW, LIMITS)
     assert conditions(ended)["Failed"] == "True/QuorumImpossible"
+    assert ended.status["message"].startswith("0 training clients can still take part, 2 are needed")
 
 
 OTHER_UID = "0f9a7c1e-0000-4000-8000-00000000ffff"
