@@ -14,7 +14,6 @@ from isthmus_operator.draft import Limits
 from isthmus_operator.observed import FederationView, Metric, ModelView, Observed, PodView, PrivacyView, Refusal
 from isthmus_operator.plan import plan
 from isthmus_operator.record import ClientRecord, CloudRecord, HpcRecord, Record
-from isthmus_operator.verdicts import Acceptance, examine
 
 from .world import AUTHORITY, NOW, UID, World, aggregator, client, job, of_kind, present, site, spec, standing
 
@@ -401,37 +400,3 @@ def test_a_copied_record_cancels_nothing_when_the_new_job_goes() -> None:
     there = Record(hpc={"lumi": HpcRecord("site", attempt=2, authority="b" * 16, seen=True, size=2)})
     decided = plan(job(spec(hpc=2), record=there.dump(OTHER_UID), deleted=NOW), standing(spec(hpc=2)), NOW, LIMITS)
     assert decided.actions == (act.SaveJob(finalizers=()),)
-
-
-def grown(replicas: Any, **changes: Any) -> dict[str, Any]:
-    wanted = spec(cloud=1, hpc=4, **changes)
-    wanted["pools"][1]["hpc"]["maxReplicas"] = 8
-    wanted["pools"][1]["replicas"] = replicas
-    return wanted
-
-
-def test_a_mistake_in_a_changed_manifest_leaves_what_may_change_in_force() -> None:
-    observed = standing(grown(4))
-    wrong = grown(2, suspend=True, backoffLimit=0, selection={"minClients": 99})
-    verdict = examine(job(wrong), observed)
-    assert isinstance(verdict, Acceptance)
-    assert verdict.message.startswith(
-        "the changed manifest is invalid and is ignored but for what may change: spec.selection.minClients: 99"
-    )
-    assert (verdict.spec.suspend, verdict.spec.backoff_limit, verdict.spec.min_clients) == (True, 0, 2)
-    assert (verdict.spec.pool("lumi").replicas, verdict.spec.pool("lumi").size) == (2, 8)
-    decided = plan(job(wrong, record='{"cloud":{"cloud":{"started":1,"clients":{}}}}'), observed, NOW, LIMITS)
-    assert conditions(decided)["Suspended"] == "True/SuspendedByUser"
-    assert not of_kind(decided, act.CreatePod)
-    # A value that is itself the mistake does not count, and takes no other with it.
-    for mistake in (grown("many", suspend=True), grown(4, suspend=True, backoffLimit=-1), grown(99, suspend=True)):
-        verdict = examine(job(mistake), observed)
-        assert isinstance(verdict, Acceptance)
-        assert (verdict.spec.suspend, verdict.spec.backoff_limit, verdict.spec.pool("lumi").replicas) == (True, 3, 4)
-
-
-@pytest.mark.parametrize("pools", [None, 5, "x", [None], [{"name": []}], [{"name": "lumi", "replicas": {}}]])
-def test_any_nonsense_later_leaves_the_job_as_it_is(pools: Any) -> None:
-    verdict = examine(job({"suspend": [], "pools": pools}), standing(grown(4)))
-    assert isinstance(verdict, Acceptance)
-    assert (verdict.spec.suspend, verdict.spec.pool("lumi").replicas) == (False, 4)
