@@ -15,7 +15,7 @@ from isthmus_contracts.manifest import ManifestError, parse_site_spec, parse_spe
 
 from .observed import Job, Observed
 from .status import is_true
-from .verdicts import Rejection, examine
+from .verdicts import IGNORED, Rejection, examine
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,8 @@ def review_job(
             return Answer(True, warnings=(f"{verdict.reason}: {verdict.message}; the job waits for it",))
         return Answer(False, f"{verdict.reason}: {verdict.message}")
     if verdict.message:
-        return Answer(
-            False, verdict.message.replace(" are ignored:", " are refused:").replace("is ignored", "is refused")
-        )
+        refusal = verdict.message.replace(" are ignored:", " are refused:").replace(f"is {IGNORED}:", "is refused:")
+        return Answer(False, refusal)
     return Answer(True)
 
 

@@ -11,10 +11,11 @@ def wanted(draft: Draft, pool: Pool, record: CloudRecord) -> int:
     """The pool's number of clients now, which the record remembers."""
     if pool.size == pool.fewest:
         return pool.replicas
-    before, target = record.size or pool.replicas, _target(draft, pool, record)
+    before = pool.replicas if record.size is None else min(max(pool.fewest, record.size), pool.size)
+    target = _target(draft, pool, record)
     # It grows at once; it shrinks only for clients that are there, not for such as are about to be.
     now = target if target > before or _connected(draft) else before
-    record.size = 0 if now == pool.replicas else now
+    record.size = None if now == pool.replicas else now
     return now
 
 

@@ -20,6 +20,7 @@ class Dependents:
     loaded: float  # by time.monotonic()
     accepted: FederatedJobSpec | None = None
     present: frozenset[str] = frozenset()
+    rendered: Mapping[str, str] = field(default_factory=dict)
     foreign: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
     authority: Authority | None = None

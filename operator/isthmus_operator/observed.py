@@ -216,6 +216,7 @@ class Observed:
     pods: tuple[PodView, ...] = ()
     accepted: FederatedJobSpec | None = None  # from the job's ConfigMap
     present: frozenset[str] = frozenset()  # names of other objects that exist and are this job's: Kind/name
+    rendered: Mapping[str, str] = field(default_factory=dict)  # by Kind/name: which NetworkPolicy we wrote there
     code: tuple[str, ...] = ()  # names of the files of task.code
     foreign: tuple[str, ...] = ()  # Kind/name of objects that bear our names and are not this job's
     authority: str = ""  # fingerprint of the job's CA; empty: there is none

@@ -45,9 +45,9 @@ def plan(job: Job, observed: Observed, now: dt.datetime, limits: Limits) -> Plan
 
 
 def load_record(job: Job) -> Record:
-    """The record; if someone damaged it, as much of it as the status still tells."""
+    """The job's record; if someone damaged it, as much of it as the status still tells."""
     try:
-        return Record.load(job.record)
+        return Record.load(job.record, job.uid)
     except ValueError:
         record = Record()
         sites = {
@@ -86,7 +86,7 @@ def _plan_running(draft: Draft, verdict: Acceptance) -> Plan:
     status.pools(pools, ready)
     message = _aggregator_condition(draft, status, aggregator)
     if ready is not None:
-        _quorum_condition(status, spec, sum(ready.values()))
+        _quorum_condition(status, spec, sum(ready.get(name, 0) for name in _trainers(spec)))
     end = aggregator.verdict or _impossible(draft, aggregator, pools) or _deadline(draft, started)
     if end is not None:
         status.set(ConditionType(end.outcome), True, end.reason, end.message)
@@ -129,18 +129,29 @@ def _aggregator_condition(draft: Draft, status: st.StatusDraft, aggregator: Aggr
 
 
 def _quorum_condition(status: st.StatusDraft, spec: FederatedJobSpec, connected: int) -> None:
-    message = f"{plural(connected, 'client')} connected, {spec.min_clients} needed"
+    message = f"{plural(connected, _counted(spec))} connected, {spec.min_clients} needed"
     enough = connected >= spec.min_clients
     # While it holds, the message keeps still: a thousand clients that come one by one are no thousand changes.
     if enough:
-        message = f"at least {plural(spec.min_clients, 'client')} connected"
+        message = f"at least {plural(spec.min_clients, _counted(spec))} connected"
     reason = Reason.ENOUGH_CLIENTS if enough else Reason.WAITING_FOR_CLIENTS
     status.set(ConditionType.QUORUM_REACHED, enough, reason, message)
 
 
-def _impossible(draft: Draft, aggregator: AggregatorOutcome, pools: list[PoolOutcome]) -> Verdict | None:
+def _trainers(spec: FederatedJobSpec) -> frozenset[str]:
+    """The pools whose clients count towards the quorum, as they do for the aggregator: those that train."""
+    return frozenset(pool.name for pool in spec.pools if pool.role == "Train")
+
+
+def _counted(spec: FederatedJobSpec) -> str:
+    return "client" if len(_trainers(spec)) == len(spec.pools) else "training client"
+
+
+def _impossible(draft: Draft, aggregator: AggregatorOutcome, outcomes: list[PoolOutcome]) -> Verdict | None:
     """Whether too few clients can ever be there."""
     needed = max(draft.spec.min_clients, draft.spec.min_updates)
+    training = _trainers(draft.spec)
+    pools = [outcome for outcome in outcomes if outcome.name in training]
     possible = sum(pool.possible for pool in pools)
     if possible >= needed:
         return None
@@ -156,7 +167,7 @@ def _impossible(draft: Draft, aggregator: AggregatorOutcome, pools: list[PoolOut
     else:
         reason = Reason.QUORUM_IMPOSSIBLE
     why = "; ".join(f"pool {pool.name}: {one_line(pool.reason)}" for pool in lost if pool.reason)
-    message = f"{plural(possible, 'client')} can still take part, {needed} are needed"
+    message = f"{plural(possible, _counted(draft.spec))} can still take part, {needed} are needed"
     return Verdict("Failed", reason, f"{message}; {why}" if why else message)
 
 
@@ -272,8 +283,8 @@ def _rejected(job: Job, now: dt.datetime, limits: Limits, rejection: Rejection) 
 def _close(draft: Draft, status: st.StatusDraft) -> Plan:
     """Puts the plan together: what must be remembered is written before anything is done."""
     job = draft.job
-    record = draft.record.dump()
-    save = record != (job.record or Record().dump())
+    record = draft.record.dump(job.uid)
+    save = record != job.record and _differs(draft.record, job)
     finalizers = None
     if job.deleted is None and FINALIZER not in job.finalizers and draft.actions:
         finalizers = (*job.finalizers, FINALIZER)
@@ -284,6 +295,14 @@ def _close(draft: Draft, status: st.StatusDraft) -> Plan:
         draft.events[-1] = Emit(last.type, last.reason, f"{last.message} (and {draft.unsaid} more such events)")
     events = (*transition_events(job.status, status.content), *draft.events)
     return Plan(tuple(draft.actions), status.content, events, draft.requeue)
+
+
+def _differs(record: Record, job: Job) -> bool:
+    """Whether the job's annotation tells something else, or nothing at all any more."""
+    try:
+        return record != Record.load(job.record, job.uid)
+    except ValueError:
+        return True
 
 
 def _any_spec(job: Job, observed: Observed) -> FederatedJobSpec:

@@ -1,5 +1,7 @@
 """What everything else of a job stands on: the job file, certificates, the Service, the claim."""
 
+from typing import Any
+
 from isthmus_contracts import identities as ids
 from isthmus_contracts.federatedjob import FederatedJobSpec
 
@@ -47,6 +49,30 @@ def certificates(job: Job, spec: FederatedJobSpec) -> list[IssueCertificate]:
     return wanted
 
 
+def _policies(draft: Draft) -> list[dict[str, Any]]:
+    """The job's NetworkPolicies, where there shall be some."""
+    if not draft.limits.network_policies:
+        return []
+    sites = [draft.observed.sites[name] for name in _site_names(draft.spec) if name in draft.observed.sites]
+    outside = [cidr for site in sites for cidr in site.client_cidrs]
+    policy = protect.aggregator_policy(draft.job, draft.limits.namespace, outside)
+    return [policy, protect.clients_policy(draft.job)]
+
+
+def _outdated(draft: Draft, policy: Apply) -> bool:
+    """Whether a policy that is there is one of before a site's clientCIDRs changed. A site that is gone shuts
+    nobody out: what runs there goes on."""
+    key, observed = f"{policy.kind}/{policy.name}", draft.observed
+    if key not in observed.present or not all(name in observed.sites for name in _site_names(draft.spec)):
+        return False
+    wanted = str(policy.body["metadata"]["annotations"][names.ANNOTATION_RENDERED])
+    return observed.rendered.get(key, "") != wanted
+
+
+def _site_names(spec: FederatedJobSpec) -> list[str]:
+    return [pool.hpc.site_ref.name for pool in spec.pools if pool.hpc is not None]
+
+
 def plan_base(draft: Draft) -> bool:
     """Asks for what is missing. Returns whether all of it is there, so that pods can be made."""
     job, spec, observed = draft.job, draft.spec, draft.observed
@@ -55,15 +81,14 @@ def plan_base(draft: Draft) -> bool:
         bodies.insert(0, aggregator.job_file(job, spec))
     if spec.aggregator.checkpoint.storage == "PersistentVolumeClaim":
         bodies.append(aggregator.claim(job, spec))
-    if draft.limits.network_policies:
-        hpc = [pool.hpc.site_ref.name for pool in spec.pools if pool.hpc is not None]
-        outside = [cidr for name in hpc if name in observed.sites for cidr in observed.sites[name].client_cidrs]
-        bodies += [protect.aggregator_policy(job, draft.limits.namespace, outside), protect.clients_policy(job)]
+    policies = _policies(draft)
+    bodies += policies
     if spec.aggregator.disruption_budget == "Protect":
         bodies.append(protect.disruption_budget(job))
     missing = [Apply(body) for body in bodies]
     missing = [item for item in missing if f"{item.kind}/{item.name}" not in observed.present]
-    draft.actions += [item for item in missing if not draft.refused(f"{item.kind}/{item.name}")]
+    outdated = [item for item in map(Apply, policies) if _outdated(draft, item)]
+    draft.actions += [item for item in (*missing, *outdated) if not draft.refused(f"{item.kind}/{item.name}")]
     complete = not missing
     key = f"ConfigMap/{names.code(job.name)}"
     if spec.task.code is not None and key not in observed.present:

@@ -270,7 +270,9 @@ def _outcome(draft: Draft, pool: Pool, part: str, record: HpcRecord | None, view
         outcome.reason = f"{record.over}: {record.message}"
         outcome.failed = max(outcome.failed, 0 if view is not None and not view.ended else size)
     elif problem is not None and problem.kind is not ProblemKind.UNREACHABLE:
-        outcome.possible, outcome.blocked = 0, Reason.POLICY_DENIED
+        if record is None or not record.seen:
+            outcome.possible, outcome.blocked = 0, Reason.POLICY_DENIED
+        # Else only the question was denied: what the site has taken on goes on there.
         outcome.reason = f"{Reason.POLICY_DENIED}: {problem.message}"
     elif problem is not None:
         outcome.reason = f"{Reason.SITE_UNREACHABLE}: {problem.message}"

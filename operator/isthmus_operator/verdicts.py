@@ -1,7 +1,7 @@
 """Whether a manifest is acceptable, and which later changes of it count. Pure."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 # What may change while a job lives. Everything else needs a new job.
 LIVE_FIELDS = ("suspend", "backoff_limit", "active_deadline_seconds", "ttl_seconds_after_finished")
+# What becomes of an invalid change that came in past the webhook.
+IGNORED = "ignored but for what may change"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def examine(job: Job, observed: Observed, allowed: frozenset[str] = frozenset())
         try:
             return _live(observed.accepted, parse_spec(job.spec))
         except ManifestError as error:
-            return Acceptance(observed.accepted, f"the changed manifest is invalid and is ignored: {error}")
+            spec = _live(observed.accepted, _still_valid(observed.accepted, job.spec)).spec
+            return Acceptance(spec, f"the changed manifest is invalid and is {IGNORED}: {error}")
     try:
         wanted = _valid_spec(job)
     except ManifestError as error:
@@ -128,6 +131,7 @@ def _live(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> Acceptance:
     sized = [_of_size(new, old.size) for new, old in zip(pools, accepted.pools, strict=True)]
     selection = accepted.selection.model_copy(update={"min_clients": accepted.min_clients})
     spec = spec.model_copy(update={"pools": sized, "selection": selection})
+    compared, wanted = _written_out(compared, accepted), _written_out(wanted, accepted)
     changed = [
         f"spec.{info.alias or name}"
         for name, info in FederatedJobSpec.model_fields.items()
@@ -137,6 +141,46 @@ def _live(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> Acceptance:
         return Acceptance(spec)
     why = f"they need a new job ({'; '.join(problems)})" if problems else "they need a new job"
     return Acceptance(spec, f"changes of {', '.join(changed)} are ignored: {why}")
+
+
+def _still_valid(accepted: FederatedJobSpec, manifest: Mapping[str, Any]) -> FederatedJobSpec:
+    """The accepted spec with what may change as an invalid manifest has it, each where it is valid by itself: a mistake
+    elsewhere starts no job that is suspended, and brings no clients back that were let go."""
+    content = accepted.model_dump(mode="json", by_alias=True)
+    spec = accepted
+    for name in LIVE_FIELDS:
+        field = FederatedJobSpec.model_fields[name]
+        alias = field.alias or name
+        content, spec = _tried({**content, alias: manifest.get(alias, field.default)}, content, spec)
+    pools = manifest.get("pools")
+    for given in pools if isinstance(pools, list) else ():
+        wanted = given if isinstance(given, Mapping) else {}
+        resized = [
+            {**pool, "replicas": wanted.get("replicas", 1)}
+            if pool["hpc"] and pool["name"] == wanted.get("name")
+            else pool
+            for pool in content["pools"]
+        ]
+        content, spec = _tried({**content, "pools": resized}, content, spec)
+    return spec
+
+
+def _tried(
+    changed: dict[str, Any], before: dict[str, Any], spec: FederatedJobSpec
+) -> tuple[dict[str, Any], FederatedJobSpec]:
+    try:
+        return changed, parse_spec(changed)
+    except ManifestError:
+        return before, spec
+
+
+def _written_out(spec: FederatedJobSpec, accepted: FederatedJobSpec) -> FederatedJobSpec:
+    """The spec with what it leaves open as it was accepted: the webhook wrote it down when the job was made, and the
+    user's own manifest still leaves it open."""
+    clients, updates = spec.selection.min_clients, spec.stragglers.min_updates
+    selection = spec.selection.model_copy(update={"min_clients": clients or accepted.min_clients})
+    stragglers = spec.stragglers.model_copy(update={"min_updates": updates or accepted.min_updates})
+    return spec.model_copy(update={"selection": selection, "stragglers": stragglers})
 
 
 def _resized_pools(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> tuple[list[Pool], list[str]]:

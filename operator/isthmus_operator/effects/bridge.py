@@ -26,6 +26,7 @@ Answer = TypeVar("Answer")
 
 _DENIED = (grpc.StatusCode.PERMISSION_DENIED,)
 _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT,)
+_LAST_SECOND = 100_000_000_000.0  # since the epoch: calendars go on for a while after it
 
 
 class Bridges:
@@ -119,7 +120,8 @@ class Bridges:
 
     def _view(self, pool: pb.Pool, attempt: int, first: int = 0) -> PoolView:
         # To the minute: the way of an answer takes a while, and what is shown shall not tremble with it.
-        ahead = 60.0 * round((pool.now - self._clock.now().timestamp()) / 60) if pool.now else 0.0
+        theirs = _moment(pool.now, 0.0)
+        ahead = 60.0 * round((theirs - self._clock.now().timestamp()) / 60) if theirs else 0.0
         return pool_view(pool, attempt, first, ahead)
 
 
@@ -160,7 +162,9 @@ def pool_view(pool: pb.Pool, attempt: int, first: int = 0, ahead: float = 0.0) -
 
 
 def _moment(theirs: float, ahead: float) -> float:
-    return theirs - ahead if theirs else 0.0
+    """When that is by our clock; 0 where the site says nothing, or what is no time."""
+    ours = theirs - ahead if theirs else 0.0
+    return ours if 0.0 < ours < _LAST_SECOND else 0.0
 
 
 def _translated(error: aio.AioRpcError) -> BridgeError:

@@ -32,7 +32,7 @@ async def load(kube: Kube, job: Job, now: dt.datetime, network_policies: bool, r
         objects |= await _get(kube, job, _expected(job, spec, network_policies))
     ours = {key: body for key, body in objects.items() if job_uid_of(body) == job.uid}
     foreign = tuple(sorted(set(objects) - set(ours)))
-    result = Dependents(began, accepted, frozenset(ours), foreign)
+    result = Dependents(began, accepted, frozenset(ours), _rendered(ours), foreign)
     service = ours.get(f"Service/{names.aggregator(job.name)}")
     if service is not None:
         result.service = service_view(service)
@@ -67,6 +67,13 @@ def service_view(body: Mapping[str, Any]) -> ServiceView:
     return ServiceView(
         "" if cluster_ip == "None" else cluster_ip, int(node_port), str(first.get("ip") or first.get("hostname") or "")
     )
+
+
+def _rendered(ours: Objects) -> dict[str, str]:
+    """Which policies were written, as far as that can be told."""
+    annotations = {key: body["metadata"].get("annotations") or {} for key, body in ours.items()}
+    return {key: str(found.get(names.ANNOTATION_RENDERED, "")) for key, found in annotations.items()
+            if key.startswith("NetworkPolicy/")}  # fmt: skip
 
 
 def _expected(job: Job, spec: FederatedJobSpec, network_policies: bool) -> list[str]:

@@ -67,6 +67,7 @@ class Observer:
             pods=pods,
             accepted=base.accepted,
             present=base.present,
+            rendered=base.rendered,
             foreign=base.foreign,
             code=base.code,
             authority=base.fingerprint,

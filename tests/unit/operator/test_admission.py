@@ -14,7 +14,7 @@ from isthmus_contracts.pki import Authority
 from isthmus_operator.admission import Answer, defaults, review_job, review_site
 from isthmus_operator.jobstore import SiteStore
 from isthmus_operator.observed import Observed
-from isthmus_operator.verdicts import Rejection, examine
+from isthmus_operator.verdicts import Acceptance, Rejection, examine
 from isthmus_operator.webhook import Webhook
 
 from .world import UID, job, site, spec
@@ -70,7 +70,7 @@ def test_changes_that_need_a_new_job_are_refused() -> None:
     assert not review_job(body(spec(rounds=9)), known, None, {}, NONE).allowed
     broken = judge(spec(rounds=0), old=spec(), accepted=spec())
     assert not broken.allowed
-    assert "spec.rounds" in broken.message
+    assert broken.message.startswith("the changed manifest is invalid and is refused: spec.rounds: ")
 
 
 def test_what_leaves_the_spec_alone_always_passes() -> None:
@@ -100,6 +100,22 @@ def test_defaults_are_written_down_and_change_no_verdict() -> None:
     assert defaults(body(filled)) == []
     assert parse_spec(filled).min_clients == parse_spec(wanted).min_clients
     assert defaults(body(spec(rounds=0))) == []
+
+
+def test_the_users_own_manifest_is_taken_again_after_the_defaults_were_written_down() -> None:
+    own = spec(cloud=3)
+    stored = {**own, "selection": {"minClients": 2}, "stragglers": {"minUpdates": 2}}
+    assert judge(own, old=stored, accepted=stored) == Answer(True)
+    assert judge({**own, "suspend": True}, old=stored, accepted=stored) == Answer(True)
+    # The other way round, too: the webhook was away when the job was made.
+    assert judge(stored, old=own, accepted=own) == Answer(True)
+    verdict = examine(job({**own, "suspend": True}), Observed(accepted=parse_spec(stored)))
+    assert isinstance(verdict, Acceptance)
+    assert (verdict.message, verdict.spec.suspend, verdict.spec.min_updates) == ("", True, 2)
+    other = {**own, "selection": {"minClients": 3}}
+    assert judge(other, old=stored, accepted=stored) == Answer(
+        False, "changes of spec.selection are refused: they need a new job"
+    )
 
 
 async def call(webhook: Webhook, review: object, path: str, tmp: Path) -> dict[str, Any]:

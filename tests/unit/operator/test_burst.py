@@ -82,8 +82,16 @@ def test_what_does_not_fit_is_refused(wanted: dict[str, Any], words: str) -> Non
     assert words in str(caught.value)
 
 
-def test_the_record_remembers_the_size() -> None:
-    record = Record(cloud={"cloud": CloudRecord(started=4, size=4)})
+def test_a_pool_that_has_shrunk_to_nothing_stays_so_while_the_aggregator_does_not_answer() -> None:
+    world = Queue(bursting(least=0))
+    assert world.settle(0, 2) == set()
+    world._federation = lambda: None  # type: ignore[method-assign]
+    assert world.settle(0, 2) == set()
+
+
+@pytest.mark.parametrize("size", [4, 0, None])
+def test_the_record_remembers_the_size(size: int | None) -> None:
+    record = Record(cloud={"cloud": CloudRecord(started=4, size=size)})
     assert Record.load(record.dump()) == record
 
 
@@ -93,3 +101,8 @@ def test_a_client_that_is_lost_for_good_is_none_of_the_few_that_stay() -> None:
     world.fail("demo-cloud-0-0")
     assert world.settle(0, 1) == {1}
     assert not world.condition("Failed").startswith("True")
+
+
+def test_a_size_that_somebody_wrote_into_the_record_moves_the_pool_only_within_its_limits() -> None:
+    world = Queue(bursting(), record='{"cloud":{"cloud":{"started":0,"clients":{},"size":900000000}}}')
+    assert world.settle(0, 0) == {0, 1, 2, 3, 4}

@@ -1,20 +1,32 @@
 """HPC pools: submissions, attempts, cancellation."""
 
 import datetime as dt
+import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from isthmus_contracts.identities import FINALIZER
+from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_operator import actions as act
+from isthmus_operator.clock import Clock
 from isthmus_operator.draft import Limits
-from isthmus_operator.observed import Observed, PoolPhase, PoolProblem, PoolView, ProblemKind, ServiceView
+from isthmus_operator.effects.bridge import Bridges, pool_view
+from isthmus_operator.observed import (
+    FederationView,
+    Observed,
+    PoolPhase,
+    PoolProblem,
+    PoolView,
+    ProblemKind,
+    ServiceView,
+)
 from isthmus_operator.plan import plan
 from isthmus_operator.record import AggregatorRecord, CloudRecord, HpcRecord, Record
 from isthmus_operator.render import hpc as render_hpc
 
-from .world import AUTHORITY, NOW, World, aggregator, client, job, of_kind, site, spec, standing
+from .world import AUTHORITY, NOW, UID, World, aggregator, client, job, of_kind, site, spec, standing
 
 LIMITS = Limits(cluster="c", site_give_up=3600)
 SPEC = spec(hpc=2)
@@ -25,7 +37,7 @@ def record(**changes: Any) -> str:
     pool = replace(
         HpcRecord("site", authority=AUTHORITY, certificate="first of demo-lumi-tls", seen=True, size=2), **changes
     )
-    return Record({"cloud": CloudRecord(2)}, {"lumi": pool}, AggregatorRecord("uid-aggregator")).dump()
+    return Record({"cloud": CloudRecord(2)}, {"lumi": pool}, AggregatorRecord("uid-aggregator")).dump(UID)
 
 
 def around(view: PoolView | None = None, wanted: dict[str, Any] = SPEC, **changes: Any) -> Observed:
@@ -137,6 +149,20 @@ def test_a_denied_pool_names_the_rule_and_the_job_goes_on_if_it_can() -> None:
         job(SPEC, record=record(seen=False)), around(problems={"lumi": problem}), NOW + dt.timedelta(seconds=61), LIMITS
     )
     assert of_kind(later, act.EnsurePool)
+
+
+@pytest.mark.parametrize("kind", [ProblemKind.DENIED, ProblemKind.REFUSED])
+def test_a_pool_that_runs_is_not_lost_for_a_denied_question(kind: ProblemKind) -> None:
+    alone = spec(cloud=0, hpc=2)
+    problem = PoolProblem(kind, "rule identities: unknown", NOW + dt.timedelta(seconds=60))
+    said = FederationView("TRAINING", current_round=2, completed_rounds=1, connected={"lumi": 2})
+    observed = standing(alone, pods=(aggregator(),), federation=said, problems={"lumi": problem})
+    decided = plan(job(alone, record=record(ran=True)), observed, NOW, LIMITS)
+    assert decided.status["phase"] == "Running"
+    assert pool_status(decided)["reason"] == "PolicyDenied: rule identities: unknown"
+    # Of an attempt that the site has never taken on, nothing can come.
+    new = plan(job(alone, record=record(attempt=1, seen=False)), observed, NOW, LIMITS)
+    assert "Failed" in {item["type"] for item in new.status["conditions"]}
 
 
 def test_a_denied_pool_that_is_needed_fails_the_job() -> None:
@@ -254,3 +280,15 @@ def test_a_pool_that_the_manifest_no_longer_names_is_cancelled_all_the_same(acce
     observed = around(PoolView(0, PoolPhase.RUNNING, running=2))
     decided = plan(going, observed if accepted else replace(observed, accepted=None), NOW, LIMITS)
     assert [item.site for item in of_kind(decided, act.CancelPool)] == ["site"]
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 1e20, 1e300, -5.0, 1e11])
+def test_what_is_no_time_at_a_site_stops_no_job(odd: float) -> None:
+    for phase in (pb.Pool.RUNNING, pb.Pool.PENDING):
+        said = pb.Pool(
+            phase=phase, queued=2, reason="Priority", expected_start=odd, submitted_at=odd, ends_at=odd, now=odd
+        )
+        for view in (pool_view(said, 0), Bridges(cast(Any, None), Clock())._view(said, 0)):
+            assert (view.expected_start, view.submitted_at, view.ends_at) == (0.0, 0.0, 0.0)
+            decided = plan(job(SPEC, record=record()), around(view), NOW, LIMITS)
+            assert decided.status["phase"] == "Starting"

@@ -9,12 +9,13 @@ import pytest
 from isthmus_contracts.identities import FINALIZER
 from isthmus_contracts.manifest import parse_spec
 from isthmus_operator import actions as act
+from isthmus_operator import names
 from isthmus_operator.draft import Limits
-from isthmus_operator.observed import FederationView, Metric, ModelView, Observed, PrivacyView, Refusal
+from isthmus_operator.observed import FederationView, Metric, ModelView, Observed, PodView, PrivacyView, Refusal
 from isthmus_operator.plan import plan
-from isthmus_operator.record import Record
+from isthmus_operator.record import ClientRecord, CloudRecord, HpcRecord, Record
 
-from .world import NOW, World, aggregator, client, job, of_kind, present, site, spec, standing
+from .world import AUTHORITY, NOW, UID, World, aggregator, client, job, of_kind, present, site, spec, standing
 
 LIMITS = Limits(cluster="c")
 
@@ -359,3 +360,55 @@ def test_a_damaged_record_does_not_lose_the_pool_at_the_site() -> None:
     (cancel,) = of_kind(decided, act.CancelPool)
     assert cancel.site == "site"
     assert not [item for item in of_kind(decided, act.SaveJob) if item.finalizers is not None]
+
+
+def with_evaluators(count: int) -> dict[str, Any]:
+    wanted = spec(backoffLimit=0)
+    return {**wanted, "pools": [*wanted["pools"], {"name": "ev", "replicas": count, "role": "Evaluate", "cloud": {}}]}
+
+
+def evaluator(index: int) -> PodView:
+    name = names.client("demo", "ev", index, 0)
+    return PodView(name, name, names.ROLE_CLIENT, "ev", index, 0, "Running", ready=True, authority=AUTHORITY)
+
+
+def test_clients_that_only_evaluate_make_no_quorum() -> None:
+    wanted = with_evaluators(3)
+    said = FederationView("WAITING", message="0 of 2 needed clients are connected", connected={"cloud": 0, "ev": 3})
+    pods = (aggregator(), *(evaluator(index) for index in range(3)))
+    waits = plan(job(wanted), standing(wanted, pods=pods, federation=said), NOW, LIMITS)
+    quorum = next(item for item in waits.status["conditions"] if item["type"] == "QuorumReached")
+    assert (quorum["status"], quorum["message"]) == ("False", "0 training clients connected, 2 needed")
+    assert waits.status["clients"]["summary"] == "3/5"
+    # Nor do they keep a job alive whose trainers are out of restarts.
+    lost = Record(cloud={"cloud": CloudRecord(2, {i: ClientRecord(0, 1, 0) for i in (0, 1)}), "ev": CloudRecord(3)})
+    ended = plan(job(wanted, record=lost.dump()), standing(wanted, pods=pods, federation=said), NOW, LIMITS)
+    assert conditions(ended)["Failed"] == "True/QuorumImpossible"
+    assert ended.status["message"].startswith("0 training clients can still take part, 2 are needed")
+
+
+OTHER_UID = "0f9a7c1e-0000-4000-8000-00000000ffff"
+
+
+def test_a_record_that_was_copied_with_a_manifest_tells_nothing_of_the_new_job() -> None:
+    lost = Record(cloud={"cloud": CloudRecord(2, {i: ClientRecord(3, 4, 3) for i in (0, 1)})})
+    assert conditions(plan(job(record=lost.dump(UID)), standing(), NOW, LIMITS))["Failed"] == "True/QuorumImpossible"
+    copied = job(record=lost.dump(OTHER_UID))
+    decided = plan(copied, standing(), NOW, LIMITS)
+    assert {item.name for item in of_kind(decided, act.CreatePod)} >= {"demo-cloud-0-0", "demo-cloud-1-0"}
+    # What is written from now on is this job's; before there is anything to remember nothing is.
+    saved = of_kind(decided, act.SaveJob)[0].record
+    assert Record.load(saved, UID).cloud["cloud"].started == 2
+    assert not of_kind(plan(copied, standing(certificates={}), NOW, LIMITS), act.SaveJob)
+    # One of before records bore a uid is the job's own, and is not written anew for the uid alone.
+    old = job(record=lost.dump())
+    assert "Failed" in conditions(plan(old, standing(), NOW, LIMITS))
+    assert not of_kind(
+        plan(job(record='{"aggregator":{"round":1}}'), standing(certificates={}), NOW, LIMITS), act.SaveJob
+    )
+
+
+def test_a_copied_record_cancels_nothing_when_the_new_job_goes() -> None:
+    there = Record(hpc={"lumi": HpcRecord("site", attempt=2, authority="b" * 16, seen=True, size=2)})
+    decided = plan(job(spec(hpc=2), record=there.dump(OTHER_UID), deleted=NOW), standing(spec(hpc=2)), NOW, LIMITS)
+    assert decided.actions == (act.SaveJob(finalizers=()),)

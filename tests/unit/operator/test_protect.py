@@ -1,5 +1,7 @@
 """Who may reach a job's pods, and what a drain may do."""
 
+import datetime as dt
+from dataclasses import replace
 from typing import Any
 
 import kubernetes_validate
@@ -8,10 +10,11 @@ import pytest
 from isthmus_contracts.manifest import parse_site_spec
 from isthmus_operator import actions as act
 from isthmus_operator.draft import Limits
-from isthmus_operator.observed import Observed
+from isthmus_operator.effects import dependents
+from isthmus_operator.observed import Observed, Refusal
 from isthmus_operator.plan import plan
 
-from .world import NOW, UID, job, of_kind, site, spec
+from .world import NOW, UID, job, of_kind, site, spec, standing
 
 SITE = {"endpoint": "h:1", "tls": {"secretRef": {"name": "a", "namespace": "b"}}, "allowedNamespaces": ["*"]}
 
@@ -69,3 +72,47 @@ def test_kubernetes_takes_them(version: str) -> None:
 def test_without_them_nothing_waits() -> None:
     decided = plan(job(spec()), Observed(sites={}), NOW, Limits())
     assert not [item for item in of_kind(decided, act.Apply) if item.kind == "NetworkPolicy"]
+
+
+def narrow(*cidrs: str) -> dict[str, Any]:
+    return {"site": parse_site_spec({**SITE, "clientCIDRs": list(cidrs)})}
+
+
+def test_another_range_of_a_sites_clients_reaches_the_policies_of_jobs_that_run() -> None:
+    wanted, limits = spec(hpc=2), Limits(network_policies=True)
+    policies = {
+        key: body for key, body in made(wanted, narrow("192.0.2.0/24"), namespace="x").items() if "Policy" in key
+    }
+    there = standing(wanted, sites=narrow("192.0.2.0/24"))
+    there = replace(
+        there,
+        present=there.present | set(policies),
+        rendered={key: body["metadata"]["annotations"]["isthmus.dev/rendered"] for key, body in policies.items()},
+    )
+
+    def applied(observed: Observed) -> list[str]:
+        decided = plan(job(wanted), observed, NOW, replace(limits, namespace="x"))
+        # Nothing waits for it.
+        assert of_kind(decided, act.CreatePod)
+        return [f"{item.kind}/{item.name}" for item in of_kind(decided, act.Apply)]
+
+    assert applied(there) == []
+    assert applied(replace(there, sites=narrow("198.51.100.0/24"))) == ["NetworkPolicy/demo-aggregator"]
+    # Written by an operator that noted nothing there.
+    assert applied(replace(there, rendered={})) == ["NetworkPolicy/demo-aggregator", "NetworkPolicy/demo-clients"]
+    # A site that went shuts out nobody who still runs there.
+    assert applied(replace(there, sites={})) == []
+    refusal = Refusal("no", NOW + dt.timedelta(seconds=10))
+    refused = replace(there, sites=narrow("::/0"), refusals={"NetworkPolicy/demo-aggregator": refusal})
+    assert applied(refused) == []
+
+
+def test_what_was_written_into_a_policy_is_read_again() -> None:
+    policies = made(spec(), namespace="x")
+    found = {key: body for key, body in policies.items() if key.startswith("NetworkPolicy/")}
+    noted = dependents._rendered({**policies, "NetworkPolicy/old": {"metadata": {}}})
+    assert noted == {
+        "NetworkPolicy/old": "",
+        **{key: body["metadata"]["annotations"]["isthmus.dev/rendered"] for key, body in found.items()},
+    }
+    assert len(set(noted.values())) == 3

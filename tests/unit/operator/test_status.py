@@ -93,6 +93,7 @@ def test_times() -> None:
     assert parse_timestamp(None) is None
 
 
+client_records = st.builds(ClientRecord, st.integers(0, 2), st.integers(0, 2), st.integers(-1, 2))
 records = st.builds(
     Record,
     st.dictionaries(
@@ -100,7 +101,7 @@ records = st.builds(
         st.builds(
             CloudRecord,
             st.integers(0, 9),
-            st.dictionaries(st.integers(0, 9), st.builds(ClientRecord, *[st.integers(-1, 9)] * 3), max_size=3),
+            st.dictionaries(st.integers(0, 9), client_records, max_size=5),
         ),
         max_size=3,
     ),
@@ -120,8 +121,40 @@ def test_a_record_survives_writing(record: Record) -> None:
     "text",
     ["nonsense", "[]", '{"cloud":{"a":{}}}', '{"cloud":{"a":{"started":1,"clients":{"0":[1,2,3,4]}}}}',
      '{"hpc":{"a":{"attempt":1}}}', '{"hpc":{"a":{"site":"s","attempt":"1"}}}', '{"aggregator":{"x":1}}', "5",
-     '{"hpc":{"a":{"site":"s","ran":1}}}', '{"cloud":[]}'],
+     '{"hpc":{"a":{"site":"s","ran":1}}}', '{"cloud":[]}', "[" * 100_000,
+     '{"cloud":{"a":{"started":Infinity,"clients":{}}}}', '{"cloud":{"a":{"started":-5,"clients":{}}}}',
+     '{"cloud":{"a":{"started":1,"clients":{},"size":NaN}}}', '{"cloud":{"a":{"started":1,"clients":{"0":[-7,0,-1]}}}}',
+     '{"cloud":{"a":{"started":1,"clients":{"0-":[1,0,-1]}}}}',
+     '{"cloud":{"a":{"started":1,"clients":{"0-4,2":[1,0,1]}}}}',
+     '{"cloud":{"a":{"started":1,"clients":{"0":[1,0,true]}}}}',
+     '{"cloud":{"a":{"started":1,"clients":{"0-999999999":[1,0,-1]}}}}',
+     '{"hpc":{"a":{"site":"s","retry_at":-100000000000000000000}}}', '{"hpc":{"a":{"site":"s","size":-3}}}',
+     '{"hpc":{"a":{"site":"s","attempt":99999999999}}}', '{"hpc":{"a":{"site":"s","over":"Because"}}}'],
 )  # fmt: skip
 def test_a_damaged_record_is_told(text: str) -> None:
     with pytest.raises(ValueError, match="record"):
         Record.load(text)
+
+
+def test_a_record_of_many_clients_fits_into_an_annotation() -> None:
+    for clients in (
+        {index: ClientRecord(1) for index in range(20_000)},
+        {index: ClientRecord(1 + index % 2) for index in range(20_000)},
+    ):
+        record = Record(cloud={"cloud": CloudRecord(20_000, clients)})
+        assert len(record.dump()) < 200_000  # 262,144 for all annotations together
+        assert Record.load(record.dump()) == record
+    assert Record(cloud={"a": CloudRecord(9, {i: ClientRecord(i // 5) for i in (3, 0, 1, 2, 7)})}).dump() == (
+        '{"cloud":{"a":{"started":9,"clients":{"0-3":[0,0,-1],"7":[1,0,-1]}}}}'
+    )
+
+
+def test_a_short_text_makes_no_long_record() -> None:
+    pools = ",".join(f'"p{number}":{{"started":1,"clients":{{"0-99999":[1,0,-1]}}}}' for number in range(3))
+    with pytest.raises(ValueError, match="one too many"):
+        Record.load(f'{{"cloud":{{{pools}}}}}')
+
+
+def test_a_record_of_before_runs_were_written_together_is_read() -> None:
+    old = '{"cloud":{"a":{"started":2,"clients":{"0":[1,0,-1],"1":[1,0,-1]}}}}'
+    assert Record.load(old) == Record(cloud={"a": CloudRecord(2, {0: ClientRecord(1), 1: ClientRecord(1)})})
