@@ -29,7 +29,11 @@ def make(
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     certificate, key = directory / CA_FILE, directory / "ca.key"
-    trusted = certificates_in(certificate.read_bytes()) if key.exists() else []
+    # By ca.crt, not by ca.key, which may be kept elsewhere: a CA that is in use is never replaced unasked.
+    trusted = certificates_in(certificate.read_bytes()) if certificate.exists() else []
+    if not new_ca and certificate.exists() != key.exists():
+        missing = key if certificate.exists() else certificate
+        raise ValueError(f"{missing.name} is not there: put it there for the moment, or make a new CA with --new-ca")
     if trusted and not new_ca:
         authority = Authority.load(trusted[0], key.read_bytes())
         if only_this_ca:
