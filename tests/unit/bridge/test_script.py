@@ -222,6 +222,19 @@ def test_a_prefix_that_the_node_lacks(site: Policy) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["setup", "env"])
+@pytest.mark.parametrize("launcher", [{"apptainer": "/x.sif"}, {"prefix": ["apptainer", "exec", "/x.sif"]}])
+def test_the_set_up_leads_to_the_launcher(tmp_path: Path, launcher: dict[str, object], kind: str) -> None:
+    (tmp_path / "apptainer").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "apptainer").chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    lead = {"setup": [f"export PATH='{path}'"]} if kind == "setup" else {"env": {"PATH": path}}
+    own = policy(tmp_path, environments={"plain": {**launcher, **lead}})
+    result = run(own, spec(command=["train"]))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.stdout.splitlines()[0], result.stdout.splitlines()[-2:]) == ("exec", ["/x.sif", "train"])
+
+
 @pytest.mark.parametrize(("handler", "code"), [("trap 'echo bye; exit 5' TERM;", 5), ("", 143)])
 def test_sigterm_reaches_the_script_and_its_own_end_counts(site: Policy, handler: str, code: int) -> None:
     run(site, spec(command=["true"]))  # lays the directories out
