@@ -88,9 +88,8 @@ def decide(policy: Policy, identity: Identity, spec: pb.PoolSpec) -> Grant | Den
         return Denial(
             "code_files", f"{min(spec.code)!r} is not allowed for {who}; this site takes no files (task.code)"
         )
-    for name in spec.env:
-        if pattern := next((pattern for pattern in policy.env_denied if fnmatchcase(name, pattern)), None):
-            return Denial("env_denied", f"{name!r} is not allowed for {who}; denied: {pattern}")
+    if denial := _variables(policy, environment, spec, who):
+        return denial
     if denial := _caps(policy, spec):
         return denial
     gres = tuple(Gres(item.name, item.type, item.count) for item in spec.gres)
@@ -158,6 +157,15 @@ def _image(environment: Environment, spec: pb.PoolSpec, who: str) -> Denial | No
     if any(fnmatchcase(spec.image, pattern) for pattern in environment.images):
         return None
     return _not_allowed(f"environments.{spec.environment}.images", spec.image, who, environment.images)
+
+
+def _variables(policy: Policy, environment: Environment, spec: pb.PoolSpec, who: str) -> Denial | None:
+    rules = {"env_denied": policy.env_denied, f"environments.{spec.environment}.env_denied": environment.denied}
+    for name in spec.env:
+        for rule, patterns in rules.items():
+            if pattern := next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None):
+                return Denial(rule, f"{name!r} is not allowed for {who}; denied: {pattern}")
+    return None
 
 
 def _caps(policy: Policy, spec: pb.PoolSpec) -> Denial | None:

@@ -44,7 +44,7 @@ NAMES = st.one_of(
 # bash sets or guards these itself; a job that names them gets bash's values.
 BASH_OWN = {"_", "UID", "EUID", "PPID", "BASHOPTS", "SHELLOPTS", "PATH"}
 
-SITE_ENVIRONMENTS = {
+SITE_ENVIRONMENTS: dict[str, dict[str, object]] = {
     "plain": {"prefix": ["env"]},
     "nowhere": {"prefix": ["no-such-launcher", "--"]},
     "venv": {"venv": "/opt/a venv"},
@@ -64,7 +64,9 @@ SITE_ENVIRONMENTS = {
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Policy:
     root = tmp_path_factory.mktemp("it's $HOME & co")
-    return policy(root, environments=SITE_ENVIRONMENTS, data_sets={"cohort-a": "/data/co hort"}, env_denied=[])
+    # Nothing is denied: what the script does with a variable is tested here, not the policy.
+    environments = {name: {**one, "env_denied": []} for name, one in SITE_ENVIRONMENTS.items()}
+    return policy(root, environments=environments, data_sets={"cohort-a": "/data/co hort"}, env_denied=[])
 
 
 def rendered(site: Policy, request: pb.PoolSpec) -> str:
