@@ -8,7 +8,7 @@ from pathlib import Path
 from isthmus_contracts.identities import CA_FILE, operator_identity
 from isthmus_contracts.pki import Authority, Credentials, certificates_in
 
-CA_LIFETIME = dt.timedelta(days=3650)
+CA_DAYS = 3650
 SERVER = "server"
 
 
@@ -41,7 +41,7 @@ def make(
         yield f"site CA: {certificate} (was there)"
     else:
         # A name of its own: some TLS libraries find the signer by that alone.
-        authority = Authority.create(f"isthmus site CA {secrets.token_hex(4)}", CA_LIFETIME)
+        authority = Authority.create(f"isthmus site CA {secrets.token_hex(4)}", dt.timedelta(days=CA_DAYS))
         trusted = [authority.certificate, *trusted]
         _write_private(key, authority.key)
         yield f"site CA: {certificate}; keep {key} safe: whoever has it can submit here"

@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from isthmus_contracts.fields import PATTERN_OBJECT_NAME, DnsLabel, EnvName, SlurmName
 from isthmus_contracts.identities import BRIDGE_PORT, RESERVED_ENV_PREFIX
 
+from . import strict_yaml
 from .policy_fields import (
     LAUNCHER_ENV,
     PLAIN_PATH,
@@ -346,12 +346,8 @@ def load(path: Path) -> Policy:
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PolicyError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    try:
-        return parse(content)
-    except PolicyError as error:
+        return parse(strict_yaml.read(text))
+    except ValueError as error:
         raise PolicyError(f"{path}: {error}") from None
 
 
