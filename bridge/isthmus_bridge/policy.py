@@ -170,7 +170,8 @@ class RelaySettings(_Part):
     destinations: Annotated[list[Line], Field(min_length=1)]
     """Patterns (``*``, ``?``) of the aggregators' host:port that it may dial."""
     connections: Annotated[int, Field(ge=1, le=100_000)] = 4096
-    """Open at the same time, over all pools. Each pool may have two for each client, and a few."""
+    """Open at the same time, over all pools, as far as the limit of open files goes: each takes two. Each pool may have
+    two for each client, and a few."""
 
 
 class RestSettings(_Part):
