@@ -1,15 +1,20 @@
 """What the policy permits: pure decisions about one caller and one request."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from ipaddress import ip_address
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .packing import jobs_for, per_job
 from .policy import Environment, Identity, Policy
 from .slurm.model import Gres
+
+# A pattern of addresses: 10.1.* is not meant for 10.1.example.org, which is somebody's name.
+_NUMERIC = re.compile(r"[0-9.*?!\[\]-]*[0-9][0-9.*?!\[\]-]*")
 
 
 @dataclass(frozen=True)
@@ -146,9 +151,24 @@ def _endpoint(policy: Policy, spec: pb.PoolSpec, who: str) -> str | Denial:
         return endpoint
     if policy.relay is None:
         return Denial("relay", "this site's bridge relays nothing; its nodes must reach the aggregator themselves")
-    if any(fnmatchcase(endpoint, pattern) for pattern in policy.relay.destinations):
+    if any(_may_dial(endpoint, pattern) for pattern in policy.relay.destinations):
         return policy.relay.address
     return _not_allowed("relay.destinations", endpoint, who, policy.relay.destinations)
+
+
+def _may_dial(endpoint: str, pattern: str) -> bool:
+    if not fnmatchcase(endpoint, pattern):
+        return False
+    host = pattern.rpartition(":")[0] or pattern
+    return _NUMERIC.fullmatch(host) is None or _is_address(endpoint.rpartition(":")[0])
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _image(environment: Environment, spec: pb.PoolSpec, who: str) -> Denial | None:

@@ -109,6 +109,27 @@ def test_denials(tmp_path: Path, relay: object, message: str) -> None:
     assert isinstance(denial, Denial) and str(denial) == message
 
 
+@pytest.mark.parametrize(
+    ("pattern", "endpoint", "granted"),
+    [
+        ("10.1.*:7443", "10.1.2.3:7443", True),
+        ("10.1.*:7443", "10.1.attacker.example:7443", False),
+        ("10.1.*", "10.1.attacker.example:7443", False),
+        ("10.1.*:*", "10.1.2.3.example:7443", False),
+        ("10.1.[0-9].*:7443", "10.1.2.x:7443", False),
+        ("*.k8s.example:*", "a1.k8s.example:7443", True),
+        ("node1*.example:7443", "node12.example:7443", True),
+        ("*:7443", "anybody.example:7443", True),
+    ],
+)
+def test_a_pattern_of_addresses_matches_no_name(tmp_path: Path, pattern: str, endpoint: str, granted: bool) -> None:
+    site = policy(tmp_path, relay={"listen": "127.0.0.1:0", "address": "login1:7445", "destinations": [pattern]})
+    wanted = spec()
+    wanted.federation.via_bridge = True
+    wanted.federation.endpoint = endpoint
+    assert isinstance(decide(site, site.identities[0], wanted), Denial) is not granted
+
+
 class Far:
     """A listener that the relay dials."""
 
