@@ -13,6 +13,7 @@ from .packing import jobs_for, per_job
 from .policy import Environment, Identity, Policy
 from .slurm.model import Gres
 
+_MINUTE = 60
 # A pattern of addresses: 10.1.* is not meant for 10.1.example.org, which is somebody's name.
 _NUMERIC = re.compile(r"[0-9.*?!\[\]-]*[0-9][0-9.*?!\[\]-]*")
 
@@ -200,8 +201,13 @@ def _caps(policy: Policy, spec: pb.PoolSpec) -> Denial | None:
             wanted += spec.first_index
         if name in ("cpus_per_task", "memory_mib"):
             wanted *= share
+        why = ""
+        if name == "time_limit_seconds" and most % _MINUTE:
+            # Slurm is asked for whole minutes, rounded up.
+            why = f" ({most} in whole minutes)"
+            most -= most % _MINUTE
         if wanted > most:
-            return Denial(f"limits.{name}", f"{wanted} is more than the {most} that the site allows")
+            return Denial(f"limits.{name}", f"{wanted} is more than the {most} that the site allows{why}")
     totals: dict[str, int] = {}
     for gres in spec.gres:
         totals[gres.name] = totals.get(gres.name, 0) + share * gres.count

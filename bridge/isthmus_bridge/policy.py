@@ -133,10 +133,12 @@ class Limits(_Part):
     """Of each task of an array, with all the clients that share it; likewise memory_mib and gres."""
     memory_mib: Annotated[int, Field(ge=1)] = 262_144
     time_limit_seconds: Annotated[int, Field(ge=60)] = 86_400
+    """Holds in whole minutes, rounded down: Slurm knows no others."""
     gres: dict[SlurmName, Annotated[int, Field(ge=0)]] = {}
     """Most of each generic resource per task; what is not listed is not allowed."""
     running_tasks: Annotated[int, Field(ge=1)] | None = None
-    """Clients of a pool that run at the same time; the others wait. Default: all of them."""
+    """Clients of a pool's array that run at the same time; the others wait. Each part by which a pool has grown is an
+    array of its own. Default: all of them."""
     pools: Annotated[int, Field(ge=1)] = 32
     """Live pools of one identity."""
     pools_per_day: Annotated[int, Field(ge=1)] | None = None

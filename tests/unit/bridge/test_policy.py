@@ -189,6 +189,15 @@ def test_a_jobs_variables_do_not_act_on_a_launcher_outside_of_the_container(
     assert "denied: PYTHONHASH*" in str(decide(site, site.identities[0], wanted))
 
 
+def test_a_time_limit_is_granted_in_slurms_whole_minutes() -> None:
+    """61 s would become two minutes, above a cap of 90 s."""
+    site = parse(with_(limits={"time_limit_seconds": 90}))
+    assert str(decide(site, site.identities[0], spec(environment="venv", time_limit_seconds=61))) == (
+        "policy limits.time_limit_seconds: 61 is more than the 60 that the site allows (90 in whole minutes)"
+    )
+    assert isinstance(decide(site, site.identities[0], spec(environment="venv", time_limit_seconds=60)), Grant)
+
+
 def test_users_files_are_taken_where_the_site_takes_them(policy: Policy) -> None:
     wanted = spec(environment="venv", code={"train.py": b"1", "data.py": b"2"})
     assert isinstance(decide(policy, policy.identities[0], wanted), Grant)
