@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ..metrics import Metrics
 from ..policy import RelaySettings
-from .capacity import affordable, unnamed
+from .capacity import BACKLOG, affordable, unnamed
 from .hello import LONGEST, NotTls, server_name
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ _CHUNK = 64 << 10
 _BUFFER = 256 << 10
 _SPARE_CONNECTIONS = 8
 _STOP_SECONDS = 5.0
-_BACKLOG = 1024
 # Refusals of one kind are told once in this time, with their number: anybody can cause them.
 _QUIET_SECONDS = 10.0
 
@@ -108,7 +107,7 @@ class Relay:
     async def _listen(self) -> None:
         host, _, port = self._settings.listen.rpartition(":")
         self._server = await asyncio.start_server(
-            self._accept, host.strip("[]"), int(port), limit=_BUFFER, backlog=_BACKLOG
+            self._accept, host.strip("[]"), int(port), limit=_BUFFER, backlog=BACKLOG
         )
         self.port = self._server.sockets[0].getsockname()[1]
 
