@@ -1,15 +1,21 @@
 """What the policy permits: pure decisions about one caller and one request."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from ipaddress import ip_address
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .packing import jobs_for, per_job
 from .policy import Environment, Identity, Policy
 from .slurm.model import Gres
+
+_MINUTE = 60
+# A pattern of addresses: 10.1.* is not meant for 10.1.example.org, which is somebody's name.
+_NUMERIC = re.compile(r"[0-9.*?!\[\]-]*[0-9][0-9.*?!\[\]-]*")
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,8 @@ def decide(policy: Policy, identity: Identity, spec: pb.PoolSpec) -> Grant | Den
         return Denial(
             "code_files", f"{min(spec.code)!r} is not allowed for {who}; this site takes no files (task.code)"
         )
-    for name in spec.env:
-        if pattern := next((pattern for pattern in policy.env_denied if fnmatchcase(name, pattern)), None):
-            return Denial("env_denied", f"{name!r} is not allowed for {who}; denied: {pattern}")
+    if denial := _variables(policy, environment, spec, who):
+        return denial
     if denial := _caps(policy, spec):
         return denial
     gres = tuple(Gres(item.name, item.type, item.count) for item in spec.gres)
@@ -147,9 +152,24 @@ def _endpoint(policy: Policy, spec: pb.PoolSpec, who: str) -> str | Denial:
         return endpoint
     if policy.relay is None:
         return Denial("relay", "this site's bridge relays nothing; its nodes must reach the aggregator themselves")
-    if any(fnmatchcase(endpoint, pattern) for pattern in policy.relay.destinations):
+    if any(_may_dial(endpoint, pattern) for pattern in policy.relay.destinations):
         return policy.relay.address
     return _not_allowed("relay.destinations", endpoint, who, policy.relay.destinations)
+
+
+def _may_dial(endpoint: str, pattern: str) -> bool:
+    if not fnmatchcase(endpoint, pattern):
+        return False
+    host = pattern.rpartition(":")[0] or pattern
+    return _NUMERIC.fullmatch(host) is None or _is_address(endpoint.rpartition(":")[0])
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _image(environment: Environment, spec: pb.PoolSpec, who: str) -> Denial | None:
@@ -158,6 +178,15 @@ def _image(environment: Environment, spec: pb.PoolSpec, who: str) -> Denial | No
     if any(fnmatchcase(spec.image, pattern) for pattern in environment.images):
         return None
     return _not_allowed(f"environments.{spec.environment}.images", spec.image, who, environment.images)
+
+
+def _variables(policy: Policy, environment: Environment, spec: pb.PoolSpec, who: str) -> Denial | None:
+    rules = {"env_denied": policy.env_denied, f"environments.{spec.environment}.env_denied": environment.denied}
+    for name in spec.env:
+        for rule, patterns in rules.items():
+            if pattern := next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None):
+                return Denial(rule, f"{name!r} is not allowed for {who}; denied: {pattern}")
+    return None
 
 
 def _caps(policy: Policy, spec: pb.PoolSpec) -> Denial | None:
@@ -172,8 +201,13 @@ def _caps(policy: Policy, spec: pb.PoolSpec) -> Denial | None:
             wanted += spec.first_index
         if name in ("cpus_per_task", "memory_mib"):
             wanted *= share
+        why = ""
+        if name == "time_limit_seconds" and most % _MINUTE:
+            # Slurm is asked for whole minutes, rounded up.
+            why = f" ({most} in whole minutes)"
+            most -= most % _MINUTE
         if wanted > most:
-            return Denial(f"limits.{name}", f"{wanted} is more than the {most} that the site allows")
+            return Denial(f"limits.{name}", f"{wanted} is more than the {most} that the site allows{why}")
     totals: dict[str, int] = {}
     for gres in spec.gres:
         totals[gres.name] = totals.get(gres.name, 0) + share * gres.count

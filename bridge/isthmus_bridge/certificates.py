@@ -8,7 +8,7 @@ from pathlib import Path
 from isthmus_contracts.identities import CA_FILE, operator_identity
 from isthmus_contracts.pki import Authority, Credentials, certificates_in
 
-CA_LIFETIME = dt.timedelta(days=3650)
+CA_DAYS = 3650
 SERVER = "server"
 
 
@@ -29,7 +29,11 @@ def make(
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     certificate, key = directory / CA_FILE, directory / "ca.key"
-    trusted = certificates_in(certificate.read_bytes()) if key.exists() else []
+    # By ca.crt, not by ca.key, which may be kept elsewhere: a CA that is in use is never replaced unasked.
+    trusted = certificates_in(certificate.read_bytes()) if certificate.exists() else []
+    if not new_ca and certificate.exists() != key.exists():
+        missing = key if certificate.exists() else certificate
+        raise ValueError(f"{missing.name} is not there: put it there for the moment, or make a new CA with --new-ca")
     if trusted and not new_ca:
         authority = Authority.load(trusted[0], key.read_bytes())
         if only_this_ca:
@@ -37,7 +41,7 @@ def make(
         yield f"site CA: {certificate} (was there)"
     else:
         # A name of its own: some TLS libraries find the signer by that alone.
-        authority = Authority.create(f"isthmus site CA {secrets.token_hex(4)}", CA_LIFETIME)
+        authority = Authority.create(f"isthmus site CA {secrets.token_hex(4)}", dt.timedelta(days=CA_DAYS))
         trusted = [authority.certificate, *trusted]
         _write_private(key, authority.key)
         yield f"site CA: {certificate}; keep {key} safe: whoever has it can submit here"

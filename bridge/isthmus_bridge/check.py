@@ -81,19 +81,27 @@ def problems(policy: Policy) -> Iterator[str]:
     yield from faults(policy)
     yield from _tls(policy.tls_dir)
     for number, gateway in enumerate(policy.gateways):
-        if gateway.ca is not None and not gateway.ca.exists():
-            yield f"gateways[{number}].ca: {gateway.ca} does not exist on this machine"
+        if gateway.ca is not None:
+            yield from _lacking(f"gateways[{number}].ca", gateway.ca)
     for name, environment in sorted(policy.environments.items()):
         for path in (environment.venv, environment.apptainer):
-            if path is not None and not path.exists():
-                yield f"environments.{name}: {path} does not exist on this machine"
+            if path is not None:
+                yield from _lacking(f"environments.{name}", path)
     for name, path in sorted(policy.data_sets.items()):
-        if not path.exists():
-            yield f"data_sets.{name}: {path} does not exist on this machine"
+        yield from _lacking(f"data_sets.{name}", path)
     try:
         slurm_adapter(policy).jobs()
     except SlurmError as error:
         yield f"slurm: {error}"
+
+
+def _lacking(field: str, path: Path) -> Iterator[str]:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        yield f"{field}: {path} does not exist on this machine"
+    except OSError as error:
+        yield f"{field}: {path} cannot be looked at by this user: {error.strerror}"
 
 
 def readable(policy: Policy, file: Path) -> Iterator[str]:
@@ -104,10 +112,15 @@ def readable(policy: Policy, file: Path) -> Iterator[str]:
 
 def _directory(policy: Policy) -> Iterator[str]:
     path = policy.run_dir
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    try:
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        mode = existing.stat().st_mode
+    except OSError as error:
+        yield f"run_dir: {path} cannot be looked at by this user: {error.strerror}"
+        return
     if not os.access(existing, os.W_OK | os.X_OK):
         yield f"run_dir: {existing} is not writable by this user"
-    if path.exists() and path.stat().st_mode & 0o022:
+    if existing == path and mode & 0o022:
         yield f"run_dir: others may write to {path}"
 
 

@@ -130,6 +130,8 @@ def _certs(options: argparse.Namespace) -> int:
     for cluster in options.operator:
         if _CLUSTER.fullmatch(cluster) is None:
             return _complain(f"--operator: {cluster!r} is no name of a cluster", 2)
+    if not 1 <= options.days <= certificates.CA_DAYS:
+        return _complain(f"--days: {options.days} is not from 1 to {certificates.CA_DAYS}, which the CA lasts", 2)
     if not (options.host or options.operator or options.only_this_ca):
         return _complain("give --host, --operator or both", 2)
     if options.new_ca and options.host:

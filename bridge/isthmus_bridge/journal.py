@@ -193,12 +193,12 @@ class Journal:
         return self._query(f"{_SELECT} WHERE state IN ({marks}) AND finished_at < ?", *OVER, moment)
 
     def live_specs(self, identity: str) -> list[pb.PoolSpec]:
-        """The caller's pools that are not over, as they are now."""
+        """The caller's pools that are not over, with the clients that their jobs hold."""
         marks = ", ".join("?" * len(OVER))
         sql = f"SELECT spec, keep FROM pools WHERE identity = ? AND state NOT IN ({marks})"  # noqa: S608
         with self._lock:
             rows = self._connection.execute(sql, (identity, *OVER)).fetchall()
-        return [_spec(*row) for row in rows]
+        return [_held(*row) for row in rows]
 
     def count_since(self, identity: str, moment: float) -> int:
         """How many pools the caller has asked for since then."""
@@ -245,6 +245,15 @@ def _spec(content: bytes, keep: int) -> pb.PoolSpec:
         # What its clients are told stays as it was.
         spec.pool_size = spec.pool_size or spec.replicas
         spec.replicas = keep
+    return spec
+
+
+def _held(content: bytes, keep: int) -> pb.PoolSpec:
+    spec = pb.PoolSpec.FromString(content)
+    if keep:
+        # A job of which one client stays goes on with all of them.
+        share = max(1, spec.clients_per_job)
+        spec.replicas = min(spec.replicas, -(-keep // share) * share)
     return spec
 
 

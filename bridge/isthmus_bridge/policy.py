@@ -5,13 +5,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from isthmus_contracts.fields import PATTERN_OBJECT_NAME, DnsLabel, EnvName, SlurmName
 from isthmus_contracts.identities import BRIDGE_PORT, RESERVED_ENV_PREFIX
 
+from . import strict_yaml
 from .policy_fields import (
+    LAUNCHER_ENV,
     PLAIN_PATH,
     AbsolutePath,
     IdentityUri,
@@ -79,6 +80,9 @@ class Environment(_Part):
     setup: list[Line] = []
     """Lines of bash, run before the script; the first that fails ends the task."""
     env: dict[EnvName, Value] = {}
+    env_denied: list[Line] | None = None
+    """Patterns of variables that a job must not set here, besides the site's ``env_denied``. Default: with apptainer
+    and prefix what would act on that program, outside of the container (PATH, PYTHONPATH, HOME, ...), else none."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -108,6 +112,13 @@ class Environment(_Part):
         return self
 
     @property
+    def denied(self) -> list[str]:
+        """Patterns of the variables that a job must not set here."""
+        if self.env_denied is not None:
+            return self.env_denied
+        return LAUNCHER_ENV if self.apptainer or self.prefix else []
+
+    @property
     def runs_image(self) -> bool:
         """Whether the job's own image is run."""
         return bool(self.images)
@@ -122,10 +133,12 @@ class Limits(_Part):
     """Of each task of an array, with all the clients that share it; likewise memory_mib and gres."""
     memory_mib: Annotated[int, Field(ge=1)] = 262_144
     time_limit_seconds: Annotated[int, Field(ge=60)] = 86_400
+    """Holds in whole minutes, rounded down: Slurm knows no others."""
     gres: dict[SlurmName, Annotated[int, Field(ge=0)]] = {}
     """Most of each generic resource per task; what is not listed is not allowed."""
     running_tasks: Annotated[int, Field(ge=1)] | None = None
-    """Clients of a pool that run at the same time; the others wait. Default: all of them."""
+    """Clients of a pool's array that run at the same time; the others wait. Each part by which a pool has grown is an
+    array of its own. Default: all of them."""
     pools: Annotated[int, Field(ge=1)] = 32
     """Live pools of one identity."""
     pools_per_day: Annotated[int, Field(ge=1)] | None = None
@@ -157,9 +170,11 @@ class RelaySettings(_Part):
     address: Listen
     """The same as they dial it, host:port."""
     destinations: Annotated[list[Line], Field(min_length=1)]
-    """Patterns (``*``, ``?``) of the aggregators' host:port that it may dial."""
+    """Patterns (``*``, ``?``) of the aggregators' host:port that it may dial. One of numbers (10.1.*:7443) matches
+    addresses, no names."""
     connections: Annotated[int, Field(ge=1, le=100_000)] = 4096
-    """Open at the same time, over all pools. Each pool may have two for each client, and a few."""
+    """Open at the same time, over all pools, as far as the limit of open files goes: each takes two. Each pool may have
+    two for each client, and a few."""
 
 
 class RestSettings(_Part):
@@ -335,12 +350,8 @@ def load(path: Path) -> Policy:
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PolicyError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    try:
-        return parse(content)
-    except PolicyError as error:
+        return parse(strict_yaml.read(text))
+    except ValueError as error:
         raise PolicyError(f"{path}: {error}") from None
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 
@@ -83,6 +84,14 @@ def show(path: Path) -> Iterator[str]:
         raise StatusError(f"{path}: not there; the bridge has never run with this policy") from None
     except (OSError, ValueError) as error:
         raise StatusError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        lines = list(_lines(content))
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
+        raise StatusError(f"{path}: not as this version writes it; is the running bridge another?") from None
+    yield from lines
+
+
+def _lines(content: Any) -> Iterator[str]:
     age = time.time() - content["time"]
     alive = "runs" if age < _STALE_SECONDS else "does not run, or hangs"
     yield f"the bridge {alive} (pid {content['pid']}, last sign {age:.0f} s ago); {len(content['pools'])} live pools"

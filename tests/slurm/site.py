@@ -97,7 +97,7 @@ class Site:
             "metrics_listen": None,
             "identities": [{"uri": operator_identity("prod")}, {"uri": operator_identity("other")}],
             "partitions": ["main", "debug"],
-            "environments": {"plain": {"prefix": ["env"]}, "system": {"venv": "/usr"}},
+            "environments": {"plain": {"prefix": ["env"], "env_denied": []}, "system": {"venv": "/usr"}},
             "slurm": {"bin_dir": str(self.bin), "poll_seconds": 0.5, "absence_seconds": 4, "absence_lookups": 3},
         }
         self.own_files()

@@ -70,7 +70,9 @@ def root_site(lab: "Lab", island: str) -> Iterator[Site]:
     """A bridge that runs as root, since only root can put a job into another network."""
     port = free_port("10.77.0.1")
     one = Site(Path(tempfile.mkdtemp(prefix="bridge-test-")), None, Path(sys.executable), {})
-    one.settings["environments"]["island"] = {"prefix": ["nsenter", f"--net=/run/netns/{island}", "--"]}
+    one.settings["environments"]["island"] = {
+        "prefix": ["nsenter", f"--net=/run/netns/{island}", "--"], "env_denied": [],
+    }  # fmt: skip
     one.settings["relay"] = {
         "listen": f"10.77.0.1:{port}", "address": f"10.77.0.1:{port}", "destinations": [f"{lab.node_address}:*"],
     }  # fmt: skip

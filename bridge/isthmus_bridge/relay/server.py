@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ..metrics import Metrics
 from ..policy import RelaySettings
+from .capacity import BACKLOG, affordable, unnamed
 from .hello import LONGEST, NotTls, server_name
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,8 @@ _CHUNK = 64 << 10
 _BUFFER = 256 << 10
 _SPARE_CONNECTIONS = 8
 _STOP_SECONDS = 5.0
-_BACKLOG = 1024
+# Refusals of one kind are told once in this time, with their number: anybody can cause them.
+_QUIET_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,11 @@ class Relay:
         self._settings = settings
         self._lookup = lookup
         self._metrics = metrics
+        self._most = settings.connections
         self._open = Counter[str]()
+        self._unnamed = 0
+        # By reason: when the last one was told, and how many were not since.
+        self._told: dict[str, tuple[float, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
@@ -74,6 +80,12 @@ class Relay:
 
     def start(self) -> None:
         """Listens. Raises ``OSError``."""
+        self._most = affordable(self._settings.connections)
+        if self._most < self._settings.connections:
+            log.warning(
+                "relay: room for %d connections only, not for %d: raise the limit of open files (LimitNOFILE=)",
+                self._most, self._settings.connections,
+            )  # fmt: skip
         self._thread.start()
         try:
             asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
@@ -95,7 +107,7 @@ class Relay:
     async def _listen(self) -> None:
         host, _, port = self._settings.listen.rpartition(":")
         self._server = await asyncio.start_server(
-            self._accept, host.strip("[]"), int(port), limit=_BUFFER, backlog=_BACKLOG
+            self._accept, host.strip("[]"), int(port), limit=_BUFFER, backlog=BACKLOG
         )
         self.port = self._server.sockets[0].getsockname()[1]
 
@@ -113,10 +125,9 @@ class Relay:
         self._tasks.add(task)
         name = ""
         try:
-            if len(self._tasks) > self._settings.connections:
-                raise RefusedError("limit", f"{self._settings.connections} connections are open")
-            async with asyncio.timeout(_HELLO_SECONDS):
-                first, name = await _hello(reader)
+            if len(self._tasks) > self._most:
+                raise RefusedError("limit", f"{self._most} connections are open")
+            first, name = await self._first(reader)
             route = await asyncio.to_thread(self._lookup, name)
             if route is None:
                 raise RefusedError("unknown", f"no live pool goes to {name or 'a server without a name'!r}")
@@ -143,10 +154,27 @@ class Relay:
             self._tasks.discard(task)
             _abort(writer)
 
+    async def _first(self, reader: asyncio.StreamReader) -> tuple[bytes, str]:
+        if self._unnamed >= unnamed(self._most):
+            raise RefusedError("limit", f"{self._unnamed} connections have not said yet where they go")
+        self._unnamed += 1
+        try:
+            async with asyncio.timeout(_HELLO_SECONDS):
+                return await _hello(reader)
+        finally:
+            self._unnamed -= 1
+
     def _refused(self, reason: str, writer: asyncio.StreamWriter, message: str) -> None:
         self._metrics.relay_refused.labels(reason).inc()
+        now = self._loop.time()
+        last, untold = self._told.get(reason, (-_QUIET_SECONDS, 0))
+        if now < last + _QUIET_SECONDS:
+            self._told[reason] = last, untold + 1
+            return
+        self._told[reason] = now, 0
+        more = f" ({untold} more like it since the last line)" if untold else ""
         peer = writer.get_extra_info("peername")
-        log.warning("relay: %s", message, extra={"peer": str(peer[0]) if peer else ""})
+        log.warning("relay: %s%s", message, more, extra={"peer": str(peer[0]) if peer else ""})
 
     async def _join(
         self, first: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, route: Route

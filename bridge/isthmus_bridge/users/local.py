@@ -29,9 +29,17 @@ def fault(user: str) -> str:
 
 def faults(policy: Policy) -> Iterator[str]:
     """What keeps this machine's users from being used, one line each."""
+    first: dict[int, str] = {}
     for number, identity in enumerate(policy.identities):
-        if identity.user and (why := fault(identity.user)):
+        if not identity.user:
+            continue
+        if why := fault(identity.user):
             yield f"identities[{number}].user: {why}"
+            continue
+        # Slurm tells whose a job is by the number alone.
+        uid = pwd.getpwnam(identity.user).pw_uid
+        if (other := first.setdefault(uid, identity.user)) != identity.user:
+            yield f"identities[{number}].user: {identity.user!r} is the same user as {other!r} (uid {uid})"
     if not named(policy):
         return
     if policy.slurm.conf is None and "SLURM_CONF" in os.environ:

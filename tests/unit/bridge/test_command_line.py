@@ -1,3 +1,5 @@
+import errno
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +9,7 @@ import yaml
 from cryptography import x509
 
 from isthmus_bridge.cli import main
+from isthmus_bridge.policy import load
 from isthmus_bridge.status import StatusFile
 from isthmus_contracts.pki import Credentials
 
@@ -98,6 +101,100 @@ def test_a_bad_policy_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([command, "--policy", str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"isthmus-bridge: {path}: ") and "colour: unknown field" in line and "partitions: " in line
+
+
+def test_check_tells_of_what_this_user_may_not_look_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    def guarded(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if path.is_relative_to("/closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(Path, "stat", guarded)
+    path = policy_file(
+        tmp_path, environments={"v": {"venv": "/closed/v"}, "a": {"apptainer": "/nowhere/x.sif"}},
+        data_sets={"d": "/closed/d"}, run_dir="/closed/run", gateways=[{"address": "g:1", "ca": "/closed/ca.crt"}],
+    )  # fmt: skip
+    assert main(["check", "--policy", str(path)]) == 1
+    said = capsys.readouterr().out
+    for name, file in (
+        ("environments.v", "/closed/v"),
+        ("data_sets.d", "/closed/d"),
+        ("run_dir", "/closed/run"),
+        ("gateways[0].ca", "/closed/ca.crt"),
+    ):
+        assert f"problem: {name}: {file} cannot be looked at by this user: Permission denied\n" in said
+    assert "problem: environments.a: /nowhere/x.sif does not exist on this machine\n" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("retention_days: 2024-13-45", "not YAML: month must be in 1..12"),
+        ("site: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("partitions: [main]\nlimits: {replicas: 8}\nlimits: {pools: 3}", "line 3: 'limits' stands in line 2 already"),
+        ("limits:\n  replicas: 8\n  'replicas': 900", "line 3: 'replicas' stands in line 2 already"),
+        ("a: 1\nb: [", "not YAML: while parsing"),
+    ],
+    ids=["date", "depth", "twice", "twice-below", "syntax"],
+)
+def test_a_file_that_is_no_policy_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, complaint: str
+) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(text)
+    assert main(["check", "--policy", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"isthmus-bridge: {path}: {complaint}")
+
+
+def test_a_mapping_may_be_merged_into_another_and_overrule_it(tmp_path: Path) -> None:
+    path = policy_file(tmp_path)
+    path.write_text(
+        path.read_text().replace("environments:\n  venv:\n    venv: /usr\n", "")
+        + "environments:\n  a: &a {venv: /a, setup: ['true']}\n  b: &b {<<: *a, venv: /b}\n  c: {<<: *b, venv: /c}\n"
+    )
+    found = load(path).environments
+    assert {name: (str(one.venv), one.setup) for name, one in found.items()} == {
+        name: (f"/{name}", ["true"]) for name in "abc"
+    }
+
+
+@pytest.mark.parametrize("days", ["0", "-3", "3651", "100000000"])
+def test_certificates_of_no_sensible_lifetime(tmp_path: Path, capsys: pytest.CaptureFixture[str], days: str) -> None:
+    assert main(["certs", "--dir", str(tmp_path / "certs"), "--operator", "prod", "--days", days]) == 2
+    assert capsys.readouterr().err == f"isthmus-bridge: --days: {days} is not from 1 to 3650, which the CA lasts\n"
+    assert not (tmp_path / "certs").exists()
+
+
+def test_a_journal_that_cannot_be_made_is_told_by_its_own_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    journal = tmp_path / "file" / "journal.db"
+    assert main(["serve", "--policy", str(policy_file(tmp_path, journal=str(journal)))]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"isthmus-bridge: journal {journal}: ") and "run_dir" not in said
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", '{"time": 1, "pid": 2, "pools": [{"key": "k"}]}', '{"time": "x", "pid": 2, "pools": []}',
+     '{"time": 1, "pid": 2, "pools": [7]}', "not JSON"],
+)  # fmt: skip
+def test_a_status_of_another_bridge_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    path = policy_file(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text(content)
+    assert main(["status", "--policy", str(path)]) == 1
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith(f"isthmus-bridge: {tmp_path / 'run' / 'status.json'}: ") and said.out == ""
 
 
 def test_serve_without_certificates_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

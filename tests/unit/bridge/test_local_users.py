@@ -296,6 +296,20 @@ def test_the_helper_refuses_what_comes_late_and_what_another_version_asks(root: 
     assert not (root / KEY).exists()
 
 
+def test_two_names_of_one_user_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm tells of numbers: whose array it is could not be told."""
+    site = policy(tmp_path, **settings(tmp_path))
+    passwd = type("Passwd", (), {"pw_uid": 4711})
+    monkeypatch.setattr(local.pwd, "getpwnam", lambda name: passwd)
+    assert f"identities[1].user: '{BOB}' is the same user as '{ALICE}' (uid 4711)" in list(local.faults(site))
+    with pytest.raises(PolicyError, match="is the same user as"):
+        local.require(site)
+    same = policy(
+        tmp_path, **{**settings(tmp_path), "identities": [{"uri": u, "user": ALICE} for u in (OPERATOR, OTHER)]}
+    )
+    assert not [fault for fault in local.faults(same) if "same user" in fault], "one name may stand there twice"
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be root")
 def test_the_helper_never_runs_as_root(tmp_path: Path) -> None:
     argv = [sys.executable, "-I", "-m", rule.MODULE, "--run-dir", str(tmp_path)]

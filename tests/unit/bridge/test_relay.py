@@ -1,6 +1,7 @@
 """The relay: what it reads of a connection, where it takes it, and what it does not let through."""
 
 import datetime as dt
+import resource
 import socket
 import ssl
 import time
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from isthmus_bridge.access import Denial, decide
 from isthmus_bridge.metrics import Metrics
 from isthmus_bridge.policy import RelaySettings
+from isthmus_bridge.relay.capacity import affordable
 from isthmus_bridge.relay.hello import LONGEST, NotTls, server_name
 from isthmus_bridge.relay.server import Relay, Route, connections_of, routes
 from isthmus_bridge.server import Bridge
@@ -105,6 +107,27 @@ def test_denials(tmp_path: Path, relay: object, message: str) -> None:
     wanted.federation.via_bridge = True
     denial = decide(site, site.identities[0], wanted)
     assert isinstance(denial, Denial) and str(denial) == message
+
+
+@pytest.mark.parametrize(
+    ("pattern", "endpoint", "granted"),
+    [
+        ("10.1.*:7443", "10.1.2.3:7443", True),
+        ("10.1.*:7443", "10.1.attacker.example:7443", False),
+        ("10.1.*", "10.1.attacker.example:7443", False),
+        ("10.1.*:*", "10.1.2.3.example:7443", False),
+        ("10.1.[0-9].*:7443", "10.1.2.x:7443", False),
+        ("*.k8s.example:*", "a1.k8s.example:7443", True),
+        ("node1*.example:7443", "node12.example:7443", True),
+        ("*:7443", "anybody.example:7443", True),
+    ],
+)
+def test_a_pattern_of_addresses_matches_no_name(tmp_path: Path, pattern: str, endpoint: str, granted: bool) -> None:
+    site = policy(tmp_path, relay={"listen": "127.0.0.1:0", "address": "login1:7445", "destinations": [pattern]})
+    wanted = spec()
+    wanted.federation.via_bridge = True
+    wanted.federation.endpoint = endpoint
+    assert isinstance(decide(site, site.identities[0], wanted), Denial) is not granted
 
 
 class Far:
@@ -234,6 +257,64 @@ def test_the_limit_of_all(far: Far, relaying: Any) -> None:
     with dial(relay) as first, _joined(first, far), dial(relay) as second:
         assert ended(second)
     assert value(metrics, "isthmus_bridge_relay_refused_total", reason="limit") == 1
+
+
+def test_connections_that_say_nothing_leave_room_for_those_that_do(far: Far, relaying: Any) -> None:
+    relay, metrics = relaying({NAME: Route("127.0.0.1", far.port, 9)}, connections=8)
+    silent = [dial(relay) for _ in range(2)]
+    with dial(relay) as third:
+        assert ended(third), "one in four may be without a name"
+    assert value(metrics, "isthmus_bridge_relay_refused_total", reason="limit") == 1
+    silent.pop().close()
+    deadline = time.monotonic() + 10
+    while not value(metrics, "isthmus_bridge_relay_refused_total", reason="not-tls"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with dial(relay) as named, _joined(named, far):
+        pass
+    silent.pop().close()
+
+
+@pytest.mark.parametrize(
+    ("limits", "connections", "room", "soft"),
+    [
+        ((1024, 524_288), 4096, 4096, 8704),
+        ((1024, 4096), 4096, 1792, 4096),
+        ((1024, resource.RLIM_INFINITY), 4096, 4096, 8704),
+        ((65_536, 524_288), 4096, 4096, 65_536),
+        ((256, 256), 4096, 1, 256),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 4096, 4096, resource.RLIM_INFINITY),
+    ],
+)
+def test_the_bridge_keeps_descriptors_for_itself(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], connections: int, room: int, soft: int
+) -> None:
+    now = [limits]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda which, new: now.append(new))
+    assert affordable(connections) == room
+    assert now == [limits, *([] if soft == limits[0] else [(soft, limits[1])])]
+
+
+def test_a_relay_holds_no_more_than_there_are_descriptors_for(
+    far: Far, relaying: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (516, 516))
+    relay, metrics = relaying({NAME: Route("127.0.0.1", far.port, 9)})
+    assert "relay: room for 2 connections only, not for 4096: raise the limit of open files" in caplog.text
+    with dial(relay) as one, _joined(one, far), dial(relay) as two, _joined(two, far), dial(relay) as third:
+        assert ended(third)
+    assert value(metrics, "isthmus_bridge_relay_refused_total", reason="limit") == 1
+
+
+def test_a_flood_of_refusals_is_one_line(relaying: Any, caplog: pytest.LogCaptureFixture) -> None:
+    relay, metrics = relaying({})
+    for _ in range(20):
+        with dial(relay) as near:
+            near.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert ended(near)
+    assert value(metrics, "isthmus_bridge_relay_refused_total", reason="not-tls") == 20
+    assert len([record for record in caplog.records if record.message.startswith("relay: ")]) == 1
 
 
 def test_a_flood_that_is_no_name_is_cut_off(relaying: Any) -> None:

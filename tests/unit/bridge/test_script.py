@@ -44,7 +44,7 @@ NAMES = st.one_of(
 # bash sets or guards these itself; a job that names them gets bash's values.
 BASH_OWN = {"_", "UID", "EUID", "PPID", "BASHOPTS", "SHELLOPTS", "PATH"}
 
-SITE_ENVIRONMENTS = {
+SITE_ENVIRONMENTS: dict[str, dict[str, object]] = {
     "plain": {"prefix": ["env"]},
     "nowhere": {"prefix": ["no-such-launcher", "--"]},
     "venv": {"venv": "/opt/a venv"},
@@ -64,7 +64,9 @@ SITE_ENVIRONMENTS = {
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Policy:
     root = tmp_path_factory.mktemp("it's $HOME & co")
-    return policy(root, environments=SITE_ENVIRONMENTS, data_sets={"cohort-a": "/data/co hort"}, env_denied=[])
+    # Nothing is denied: what the script does with a variable is tested here, not the policy.
+    environments = {name: {**one, "env_denied": []} for name, one in SITE_ENVIRONMENTS.items()}
+    return policy(root, environments=environments, data_sets={"cohort-a": "/data/co hort"}, env_denied=[])
 
 
 def rendered(site: Policy, request: pb.PoolSpec) -> str:
@@ -220,6 +222,19 @@ def test_a_prefix_that_the_node_lacks(site: Policy) -> None:
         "isthmus: no-such-launcher is not on this node\n"
         "isthmus: the task failed while preparing the environment (exit code 127)",
     )
+
+
+@pytest.mark.parametrize("kind", ["setup", "env"])
+@pytest.mark.parametrize("launcher", [{"apptainer": "/x.sif"}, {"prefix": ["apptainer", "exec", "/x.sif"]}])
+def test_the_set_up_leads_to_the_launcher(tmp_path: Path, launcher: dict[str, object], kind: str) -> None:
+    (tmp_path / "apptainer").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "apptainer").chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    lead = {"setup": [f"export PATH='{path}'"]} if kind == "setup" else {"env": {"PATH": path}}
+    own = policy(tmp_path, environments={"plain": {**launcher, **lead}})
+    result = run(own, spec(command=["train"]))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.stdout.splitlines()[0], result.stdout.splitlines()[-2:]) == ("exec", ["/x.sif", "train"])
 
 
 @pytest.mark.parametrize(("handler", "code"), [("trap 'echo bye; exit 5' TERM;", 5), ("", 143)])

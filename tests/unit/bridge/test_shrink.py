@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from isthmus_bridge.journal import Journal
-from isthmus_bridge.pools import NoSuchPool, NothingLeft
+from isthmus_bridge.pools import Denied, NoSuchPool, NothingLeft
 from isthmus_bridge.run_directory import RunDirectory
 
 from .world import KEY, World
@@ -82,6 +82,15 @@ def test_totals_count_what_stays(tmp_path: Path) -> None:
     world.ensure()
     world.shrink(1)
     assert world.ensure("f" * 32).pool_spec().replicas == 3
+
+
+def test_totals_count_all_clients_of_a_shared_job_that_goes_on(tmp_path: Path) -> None:
+    world = World(tmp_path, limits={"total_tasks": 8})
+    world.ensure(replicas=7, total_clients=9, clients_per_job=4)
+    world.shrink(1)
+    with pytest.raises(Denied, match=r"limits\.total_tasks: 5 more than the 4 that"):
+        world.ensure("e" * 32, replicas=5, total_clients=9)
+    assert world.ensure("f" * 32, replicas=4, total_clients=9).pool_spec().replicas == 4
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])
