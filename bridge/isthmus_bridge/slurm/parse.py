@@ -17,9 +17,9 @@ SQUEUE_FIELDS = (
     "JobID", "ArrayJobID", "ArrayTaskID", "Name", "State", "exit_code", "RestartCnt", "StartTime", "EndTime",
     "SubmitTime", "NodeList", "UserID", "Reason",
 )  # fmt: skip
-SQUEUE_FORMAT = ",".join(
-    f"{field}:{'64' if field == 'Name' else ''}{SEPARATOR}" for field in SQUEUE_FIELDS
-)  # A job's name decides whether a pool exists: never let it be cut.
+# A job's name decides whether a pool exists: never let it be cut. Ours are up to 71 characters long.
+NAME_WIDTH = 128
+SQUEUE_FORMAT = ",".join(f"{field}:{NAME_WIDTH if field == 'Name' else ''}{SEPARATOR}" for field in SQUEUE_FIELDS)
 SACCT_FIELDS = ("JobID", "JobIDRaw", "JobName", "State", "ExitCode", "NodeList", "Submit", "Start", "Reason", "UID")
 SACCT_FORMAT = ",".join(SACCT_FIELDS)
 

@@ -1,9 +1,13 @@
 """Answers as Slurm 22.05 gave them, and answers that must not be believed."""
 
+import re
+
 import pytest
 
+from isthmus_bridge.run_directory import PATTERN_KEY
 from isthmus_bridge.slurm import parse
 from isthmus_bridge.slurm.model import SlurmError
+from isthmus_contracts.identities import slurm_job_name
 
 S = parse.SEPARATOR
 
@@ -126,3 +130,10 @@ def test_sacct_of_the_completion_log_names_no_index_and_others_jobs_are_left_out
     text += accounts("26", "26", "other", "COMPLETED", "0:0", "n1", "1", "2", "", "0")
     (record,) = parse.sacct(text, frozenset({"isthmus-b"}), 0)
     assert (record.job_id, record.indices, record.exit_code) == (24, None, 2)
+
+
+def test_squeue_shows_the_longest_name_of_ours_in_full() -> None:
+    longest = "k" * 63
+    assert re.fullmatch(PATTERN_KEY, longest) and not re.fullmatch(PATTERN_KEY, longest + "k")
+    assert len(slurm_job_name(longest)) < parse.NAME_WIDTH
+    assert f"Name:{parse.NAME_WIDTH}{S}" in parse.SQUEUE_FORMAT
