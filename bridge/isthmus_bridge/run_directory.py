@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import plain_files
+
 PATTERN_KEY = r"^[a-z0-9][a-z0-9-]{6,61}[a-z0-9]$"
 TAIL_LINES = 20
 TAIL_BYTES = 4096
@@ -97,18 +99,13 @@ class RunDirectory:
             return
         self.code.mkdir(mode=0o700, exist_ok=True)
         for name, content in files.items():
-            (self.code / name).write_bytes(content)
+            plain_files.write(self.code / name, content)
 
     def write_scripts(self, batch: str, client: str = "") -> None:
         """Writes the batch script and, where it starts several clients, theirs. Raises ``OSError``."""
         if client:
-            self._write(self.client_script, client)
-        self._write(self.script, batch)
-
-    def _write(self, path: Path, text: str) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o700)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+            plain_files.write(self.client_script, client.encode(), 0o700)
+        plain_files.write(self.script, batch.encode(), 0o700)
 
     def holds_credentials(self) -> bool:
         """Whether it may."""
@@ -195,22 +192,16 @@ def _tail(log: Path, lines: int, limit: int) -> str:
 
 def _content(path: Path, limit: int = 1 << 20) -> bytes:
     try:
-        with path.open("rb") as file:
-            return file.read(limit)
+        return plain_files.read(path, limit)
     except OSError:
         return b""
 
 
 def _end(path: Path, limit: int) -> tuple[bytes, bool]:
     try:
-        # Not through a link, and no waiting at a pipe: what the tasks leave here is theirs to choose.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return b"", False
-    with os.fdopen(descriptor, "rb") as file:
-        try:
+        with plain_files.opened(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - limit))
             return file.read(limit), size > limit
-        except OSError:
-            return b"", False
+    except OSError:
+        return b"", False
