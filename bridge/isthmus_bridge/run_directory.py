@@ -22,6 +22,7 @@ TAIL_BYTES = 4096
 # Array id, Slurm's restart count, then the exit code or the node.
 _MARK = re.compile(r"(\d{1,10}) (\d{1,6}) ([A-Za-z0-9._-]{1,255})\n?")
 _MARK_BYTES = 512
+_EXIT_CODE = re.compile(r"[0-9]{1,3}")
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class RunDirectory:
         """What the tasks wrote down, by index. Files that make no sense are left out."""
         found: dict[int, Marks] = {}
         for index, kind, array_id, last in self._read_marks():
+            ended = exit_code(last) if kind == "exit" else None
             old = found.get(index)
             if old is not None and old.array_id != array_id:
                 # The exit of an earlier start is no news of this one.
@@ -136,7 +138,7 @@ class RunDirectory:
                     continue
                 old = None
             node = last if kind == "start" else old.node if old else ""
-            code = int(last) if kind == "exit" and last.isdecimal() else old.exit_code if old else None
+            code = ended if ended is not None else old.exit_code if old else None
             found[index] = Marks(array_id, node, code)
         return found
 
@@ -148,8 +150,8 @@ class RunDirectory:
             if ending != "exit" or not index.isdecimal() or int(index) not in wanted:
                 continue
             match = _MARK.fullmatch(_content(entry, _MARK_BYTES).decode("utf-8", "replace"))
-            if match is not None and match[3].isdecimal():
-                found[int(index)] = Exit(int(match[1]), int(match[2]), int(match[3]))
+            if match is not None and (code := exit_code(match[3])) is not None:
+                found[int(index)] = Exit(int(match[1]), int(match[2]), code)
         return found
 
     def _read_marks(self) -> Iterator[tuple[int, str, int, str]]:
@@ -188,6 +190,12 @@ def _tail(log: Path, lines: int, limit: int) -> str:
         # The first line begins somewhere in its middle.
         listed = listed[1:]
     return "\n".join(listed[-lines:])
+
+
+def exit_code(text: str) -> int | None:
+    """What a mark says in the place of an exit code; None: no program ends like that."""
+    code = int(text) if _EXIT_CODE.fullmatch(text) else 256
+    return code if code < 256 else None
 
 
 def _content(path: Path, limit: int = 1 << 20) -> bytes:

@@ -90,8 +90,9 @@ class BridgeService(rpc.BridgeServicer):
             seen = request.since
             while context.is_active() and not self._closing.is_set():
                 for entry in self._pools.changes(caller, seen, _WATCH_SECONDS):
-                    yield _told(entry)
                     seen = entry.version
+                    if (pool := _told_if_any(entry)) is not None:
+                        yield pool
 
     def CancelPool(self, request: pb.CancelPoolRequest, context: Context) -> pb.Pool:
         """Ends a pool."""
@@ -205,6 +206,15 @@ def _told(entry: Entry) -> pb.Pool:
     pool = to_pool(entry)
     pool.now = time.time()
     return pool
+
+
+def _told_if_any(entry: Entry) -> pb.Pool | None:
+    """One pool that cannot be told does not hide the others."""
+    try:
+        return _told(entry)
+    except Exception:
+        log.exception("cannot tell of the pool", extra={"key": entry.key})
+        return None
 
 
 def _abort(context: Context, code: grpc.StatusCode, message: str) -> NoReturn:

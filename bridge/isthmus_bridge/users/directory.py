@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import plain_files
-from ..run_directory import TAIL_BYTES, TAIL_LINES, Exit, Marks, RunDirectory
+from ..run_directory import TAIL_BYTES, TAIL_LINES, Exit, Marks, RunDirectory, exit_code
 from ..slurm.delegate import AsUserError
 from .ask import AsUser, encoded
 
@@ -97,11 +97,17 @@ class UserDirectory:
 
 def _mark(told: Any) -> Marks:
     code = told["exit_code"]
-    return Marks(int(told["array_id"]), str(told["node"]), None if code is None else int(code))
+    return Marks(int(told["array_id"]), str(told["node"]), None if code is None else _code(code))
 
 
 def _exit(told: Any) -> Exit:
-    return Exit(int(told["array_id"]), int(told["restarts"]), int(told["code"]))
+    return Exit(int(told["array_id"]), int(told["restarts"]), _code(told["code"]))
+
+
+def _code(told: Any) -> int:
+    if (code := exit_code(str(told))) is None:
+        raise ValueError(told)
+    return code
 
 
 def _read(one: Callable[[Any], T], told: Any) -> dict[int, T]:
