@@ -155,6 +155,11 @@ class Journal:
         last = self._connection.execute("SELECT max(version) FROM pools").fetchone()[0]
         self._version: int = last or 0
 
+    @property
+    def version(self) -> int:
+        """Of the latest change of any pool."""
+        return self._version
+
     def close(self) -> None:
         """Closes the file."""
         with self._lock:
