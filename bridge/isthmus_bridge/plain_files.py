@@ -4,7 +4,9 @@ A pipe would keep whoever opens it waiting, and a link may lead anywhere.
 """
 
 import os
+import shutil
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,3 +41,36 @@ def write(path: Path, content: bytes, mode: int = 0o600) -> None:
     with os.fdopen(created(fresh, mode), "wb") as file:
         file.write(content)
     fresh.replace(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a folder, those in it that were made read-only included. Raises ``OSError``."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    try:
+        shutil.rmtree(path)
+    except OSError:
+        with suppress(FileNotFoundError):
+            _open_up(path)
+            shutil.rmtree(path)
+
+
+def _open_up(path: Path) -> None:
+    """Lets its owner change all folders beneath; through no link, whatever takes a folder's place meanwhile."""
+    own(path)
+    for _, names, _, folder in os.fwalk(path):
+        # Those are entered only now.
+        for name in names:
+            own(name, folder)
+
+
+def own(name: str | Path, folder: int | None = None) -> None:
+    """Lets its owner do anything in a folder, where that is possible."""
+    with suppress(OSError):
+        descriptor = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            # fchmod() takes no such descriptor, and any other needs the right to read.
+            Path(f"/proc/self/fd/{descriptor}").chmod(0o700)
+        finally:
+            os.close(descriptor)

@@ -7,10 +7,8 @@ one file per client; ``work/`` the clients' own directories.
 
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,13 +116,12 @@ class RunDirectory:
 
     def forget_credentials(self) -> None:
         """Removes the credentials: the pool is over. Raises ``OSError``."""
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self.tls)
+        plain_files.own(self.path)
+        plain_files.remove_tree(self.tls)
 
     def remove(self) -> None:
         """Removes everything. Raises ``OSError``."""
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self.path)
+        plain_files.remove_tree(self.path)
 
     def marks(self) -> dict[int, Marks]:
         """What the tasks wrote down, by index. Files that make no sense are left out."""

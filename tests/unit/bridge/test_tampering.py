@@ -1,8 +1,12 @@
 """What a job leaves in its pool's directory is its own pool's trouble at most."""
 
 import os
+import pwd
+import shutil
+import subprocess
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -94,6 +98,55 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     run.log(0).symlink_to(secret)
     (run.path / "tasks" / "0.exit").symlink_to(secret)
     assert (run.tails([0]), run.exits([0]), run.marks()) == ({0: ""}, {}, {})
+
+
+@pytest.fixture
+def own_folder() -> Iterator[Path]:
+    """A folder of an ordinary user, as whom the test goes on: root may write anywhere."""
+    folder = Path(tempfile.mkdtemp())
+    before = os.geteuid()
+    if before == 0:
+        nobody = pwd.getpwnam("nobody").pw_uid
+        os.chown(folder, nobody, -1)
+        os.seteuid(nobody)
+    try:
+        yield folder
+    finally:
+        os.seteuid(before)
+        subprocess.run(["chmod", "-R", "u+rwx", folder], check=True)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o000])
+def test_folders_that_a_job_made_read_only_are_removed_and_no_link_is_followed(own_folder: Path, mode: int) -> None:
+    run = RunDirectory(own_folder / "run", KEY)
+    run.create({"tls.key": b"key"})
+    (elsewhere := own_folder / "elsewhere").mkdir()
+    (elsewhere / "kept").touch()
+    elsewhere.chmod(0o555)
+    cache = run.path / "work" / "0" / "modcache"
+    (cache / "deeper").mkdir(parents=True)
+    (cache / "deeper" / "file").touch()
+    (run.path / "work" / "link").symlink_to(elsewhere)
+    for folder in (cache / "deeper", cache, cache.parent, run.tls, run.path):
+        folder.chmod(mode)
+    run.forget_credentials()
+    assert not run.tls.exists()
+    run.remove()
+    assert not run.path.exists()
+    assert elsewhere.stat().st_mode & 0o777 == 0o555 and (elsewhere / "kept").exists()
+    run.remove()
+    run.forget_credentials()
+
+
+def test_credentials_whose_folder_a_job_made_a_link_are_no_trouble(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, KEY)
+    run.create({})
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    run.tls.rmdir()
+    run.tls.symlink_to(elsewhere)
+    run.forget_credentials()
+    assert not run.tls.is_symlink() and elsewhere.exists()
 
 
 @pytest.mark.parametrize("where", ["logs/0.log", "tasks/0.exit"])
