@@ -89,7 +89,10 @@ class BridgeService(rpc.BridgeServicer):
         with self._call("WatchPools", context) as caller, self._watching(caller):
             seen = request.since
             while context.is_active() and not self._closing.is_set():
-                for entry in self._pools.changes(caller, seen, _WATCH_SECONDS):
+                entries = self._pools.changes(caller, seen, _WATCH_SECONDS)
+                # The policy may have been read anew while this waited.
+                self._identify(context)
+                for entry in entries:
                     seen = entry.version
                     if (pool := _told_if_any(entry)) is not None:
                         yield pool
@@ -152,15 +155,18 @@ class BridgeService(rpc.BridgeServicer):
         """Names the caller, and turns what is raised inside into gRPC's status."""
         code = grpc.StatusCode.OK
         try:
-            caller = identify(self._policy, peer_uris(context))
-            if isinstance(caller, Denial):
-                raise Denied(caller)
-            yield caller
+            yield self._identify(context)
         except Exception as error:
             code, message = self._status(method, error)
             _abort(context, code, message)
         finally:
             self._metrics.requests.labels(method, code.name).inc()
+
+    def _identify(self, context: Context) -> Identity:
+        caller = identify(self._policy, peer_uris(context))
+        if isinstance(caller, Denial):
+            raise Denied(caller)
+        return caller
 
     def _status(self, method: str, error: Exception) -> tuple[grpc.StatusCode, str]:
         match error:

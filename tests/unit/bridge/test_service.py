@@ -13,6 +13,7 @@ import pytest
 from isthmus_bridge.journal import Entry, State
 from isthmus_bridge.observation import Observation, TaskObservation
 from isthmus_bridge.outcome import to_pool
+from isthmus_bridge.policy import Policy
 from isthmus_bridge.server import Bridge
 from isthmus_bridge.service import MAX_WATCHERS_PER_CALLER
 from isthmus_contracts.identities import operator_identity
@@ -37,12 +38,15 @@ def slurm() -> FakeSlurm:
     return FakeSlurm(time.time)
 
 
+def site(root: Path, **changes: object) -> Policy:
+    slurm = {"poll_seconds": 0.1, "absence_seconds": 1, "absence_lookups": 2}
+    return policy(root, listen="127.0.0.1:0", metrics_listen=None, slurm=slurm, **changes)
+
+
 @pytest.fixture
 def bridge(tmp_path: Path, authority: Authority, slurm: FakeSlurm) -> Iterator[Bridge]:
     authority.issue("localhost", DAY, hosts=["localhost"]).write(tmp_path / "tls")
-    site = policy(tmp_path, listen="127.0.0.1:0", metrics_listen=None,
-                  slurm={"poll_seconds": 0.1, "absence_seconds": 1, "absence_lookups": 2})  # fmt: skip
-    running = Bridge(site, slurm)
+    running = Bridge(site(tmp_path), slurm)
     running.start()
     yield running
     running.stop()
@@ -151,6 +155,20 @@ def _collect(stream: Iterator[pb.Pool], heard: list[tuple[float, pb.Pool]]) -> N
     with contextlib.suppress(grpc.RpcError):
         for pool in stream:
             heard.append((time.monotonic(), pool))
+
+
+def test_a_stream_ends_with_the_callers_identity(
+    connect: Connect, bridge: Bridge, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    stub = connect("prod")
+    ensure(stub)
+    stream = stub.WatchPools(pb.WatchPoolsRequest(), timeout=20)
+    heard = [next(iter(stream)).key]
+    bridge.rules.replace(site(tmp_path, identities=[{"uri": "isthmus://operator/other"}]))
+    slurm.arrays[0].states = ["RUNNING"] * 3
+    code, details = refused(lambda: heard.extend(pool.key for pool in stream if pool.running))
+    assert (code, heard) == (grpc.StatusCode.PERMISSION_DENIED, [KEY])
+    assert details == "policy identities: 'isthmus://operator/prod' is not known at this site"
 
 
 def test_a_pool_that_cannot_be_told_hides_no_other(
