@@ -1,10 +1,11 @@
 """The bridge's memory: one SQLite file, one writer, every change on disk before it counts."""
 
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -118,6 +119,7 @@ class Journal:
         self.changed = threading.Condition(self._lock)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
+            _make_private(path)
             self._connection = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
             # Exclusive: a second bridge on the same journal must not run, and WAL then needs no shared memory, which
             # network file systems lack.
@@ -126,12 +128,13 @@ class Journal:
             self._connection.execute("BEGIN IMMEDIATE")
             self._migrate(path)
             self._connection.execute("COMMIT")
-            path.chmod(0o600)
         except sqlite3.OperationalError as error:
             reason = "another bridge uses it" if "locked" in str(error) else str(error)
             raise JournalError(f"journal {path}: {reason}") from None
         except sqlite3.DatabaseError as error:
             raise JournalError(f"journal {path}: {error}") from None
+        except OSError as error:
+            raise JournalError(f"journal {path}: {error.strerror}") from None
 
     def _migrate(self, path: Path) -> None:
         application = self._connection.execute("PRAGMA application_id").fetchone()[0]
@@ -151,6 +154,11 @@ class Journal:
             raise JournalError(f"journal {path}: made by another program or a newer bridge")
         last = self._connection.execute("SELECT max(version) FROM pools").fetchone()[0]
         self._version: int = last or 0
+
+    @property
+    def version(self) -> int:
+        """Of the latest change of any pool."""
+        return self._version
 
     def close(self) -> None:
         """Closes the file."""
@@ -237,6 +245,16 @@ class Journal:
     def _query(self, sql: str, *values: Any) -> list[Entry]:
         with self._lock:
             return [_entry(row) for row in self._connection.execute(sql, values).fetchall()]
+
+
+def _make_private(path: Path) -> None:
+    """Before SQLite opens it: the files that it puts beside it (-wal) get the mode that this one has then."""
+    # One that exists is not opened here: closing it would end the locks that this process may have on it.
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
+        with suppress(FileNotFoundError):
+            path.with_name(name).chmod(0o600)
 
 
 def _spec(content: bytes, keep: int) -> pb.PoolSpec:

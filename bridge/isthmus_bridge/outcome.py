@@ -83,11 +83,16 @@ def to_pool(entry: Entry) -> pb.Pool:
             continue
         pool.tasks.append(
             pb.Task(
-                index=index, state=task.state, reason=task.reason, exit_code=task.exit_code, signal=task.signal,
-                node=task.node, log_tail=task.tail,
+                index=index, state=task.state, reason=task.reason, exit_code=_number(task.exit_code),
+                signal=task.signal, node=task.node, log_tail=task.tail,
             )
         )  # fmt: skip
     return pool
+
+
+def _number(value: int) -> int:
+    """What the message's field holds: a journal of an older bridge may have taken a job's word for its exit code."""
+    return value if 0 <= value <= 0x7FFFFFFF else -1
 
 
 def _trouble(observation: Observation) -> str:

@@ -162,10 +162,13 @@ class Pools:
             now = self._clock()
             if entry is None:
                 log.info("cancelled before it was asked for", extra={"key": key})
-                return self._journal.insert(
+                entry = self._journal.insert(
                     Entry(key=key, identity=identity.uri, state=State.CANCELLED, cancel=True, message=message,
-                          created_at=now, finished_at=now)
+                          created_at=now, finished_at=now, user=identity.user or "")
                 )  # fmt: skip
+                # Or the journal was lost, and an array lives: the sweep ends it.
+                self._wake()
+                return entry
             if entry.identity != identity.uri:
                 raise NoSuchPool(key)
             if entry.state.over or entry.cancel:

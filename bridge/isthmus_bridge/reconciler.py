@@ -69,6 +69,7 @@ class Reconciler:
         self._asked_to_cancel: dict[tuple[str, int, int], float] = {}
         self._last_sweep = -math.inf
         self._sweep_until = steady() + _SWEEP_FOR
+        self._seen = journal.version
         self._strangers: set[_Array] = set()
         self._status = StatusFile(policy.status_path)
         self.wake = threading.Event()
@@ -99,7 +100,10 @@ class Reconciler:
         self._count(live)
         followed = [entry for entry in live if entry.state in (State.SUBMITTED, State.UNKNOWN)]
         now = self._steady()
-        if followed:
+        version = self._journal.version
+        if followed or version != self._seen:
+            # A pool that was cancelled before it was asked for is not followed, and is one that a lost journal knew.
+            self._seen = version
             self._sweep_until = now + _SWEEP_FOR
         elif now > self._sweep_until or now < self._last_sweep + _SWEEP_EVERY:
             return self._policy.slurm.poll_seconds if live else _LONGEST_PAUSE

@@ -7,12 +7,12 @@ one file per client; ``work/`` the clients' own directories.
 
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from . import plain_files
 
 PATTERN_KEY = r"^[a-z0-9][a-z0-9-]{6,61}[a-z0-9]$"
 TAIL_LINES = 20
@@ -20,6 +20,7 @@ TAIL_BYTES = 4096
 # Array id, Slurm's restart count, then the exit code or the node.
 _MARK = re.compile(r"(\d{1,10}) (\d{1,6}) ([A-Za-z0-9._-]{1,255})\n?")
 _MARK_BYTES = 512
+_EXIT_CODE = re.compile(r"[0-9]{1,3}")
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,13 @@ class RunDirectory:
             return
         self.code.mkdir(mode=0o700, exist_ok=True)
         for name, content in files.items():
-            (self.code / name).write_bytes(content)
+            plain_files.write(self.code / name, content)
 
     def write_scripts(self, batch: str, client: str = "") -> None:
         """Writes the batch script and, where it starts several clients, theirs. Raises ``OSError``."""
         if client:
-            self._write(self.client_script, client)
-        self._write(self.script, batch)
-
-    def _write(self, path: Path, text: str) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o700)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+            plain_files.write(self.client_script, client.encode(), 0o700)
+        plain_files.write(self.script, batch.encode(), 0o700)
 
     def holds_credentials(self) -> bool:
         """Whether it may."""
@@ -120,18 +116,18 @@ class RunDirectory:
 
     def forget_credentials(self) -> None:
         """Removes the credentials: the pool is over. Raises ``OSError``."""
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self.tls)
+        plain_files.own(self.path)
+        plain_files.remove_tree(self.tls)
 
     def remove(self) -> None:
         """Removes everything. Raises ``OSError``."""
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self.path)
+        plain_files.remove_tree(self.path)
 
     def marks(self) -> dict[int, Marks]:
         """What the tasks wrote down, by index. Files that make no sense are left out."""
         found: dict[int, Marks] = {}
         for index, kind, array_id, last in self._read_marks():
+            ended = exit_code(last) if kind == "exit" else None
             old = found.get(index)
             if old is not None and old.array_id != array_id:
                 # The exit of an earlier start is no news of this one.
@@ -139,7 +135,7 @@ class RunDirectory:
                     continue
                 old = None
             node = last if kind == "start" else old.node if old else ""
-            code = int(last) if kind == "exit" and last.isdecimal() else old.exit_code if old else None
+            code = ended if ended is not None else old.exit_code if old else None
             found[index] = Marks(array_id, node, code)
         return found
 
@@ -151,8 +147,8 @@ class RunDirectory:
             if ending != "exit" or not index.isdecimal() or int(index) not in wanted:
                 continue
             match = _MARK.fullmatch(_content(entry, _MARK_BYTES).decode("utf-8", "replace"))
-            if match is not None and match[3].isdecimal():
-                found[int(index)] = Exit(int(match[1]), int(match[2]), int(match[3]))
+            if match is not None and (code := exit_code(match[3])) is not None:
+                found[int(index)] = Exit(int(match[1]), int(match[2]), code)
         return found
 
     def _read_marks(self) -> Iterator[tuple[int, str, int, str]]:
@@ -193,24 +189,24 @@ def _tail(log: Path, lines: int, limit: int) -> str:
     return "\n".join(listed[-lines:])
 
 
+def exit_code(text: str) -> int | None:
+    """What a mark says in the place of an exit code; None: no program ends like that."""
+    code = int(text) if _EXIT_CODE.fullmatch(text) else 256
+    return code if code < 256 else None
+
+
 def _content(path: Path, limit: int = 1 << 20) -> bytes:
     try:
-        with path.open("rb") as file:
-            return file.read(limit)
+        return plain_files.read(path, limit)
     except OSError:
         return b""
 
 
 def _end(path: Path, limit: int) -> tuple[bytes, bool]:
     try:
-        # Not through a link, and no waiting at a pipe: what the tasks leave here is theirs to choose.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return b"", False
-    with os.fdopen(descriptor, "rb") as file:
-        try:
+        with plain_files.opened(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - limit))
             return file.read(limit), size > limit
-        except OSError:
-            return b"", False
+    except OSError:
+        return b"", False

@@ -89,9 +89,13 @@ class BridgeService(rpc.BridgeServicer):
         with self._call("WatchPools", context) as caller, self._watching(caller):
             seen = request.since
             while context.is_active() and not self._closing.is_set():
-                for entry in self._pools.changes(caller, seen, _WATCH_SECONDS):
-                    yield _told(entry)
+                entries = self._pools.changes(caller, seen, _WATCH_SECONDS)
+                # The policy may have been read anew while this waited.
+                self._identify(context)
+                for entry in entries:
                     seen = entry.version
+                    if (pool := _told_if_any(entry)) is not None:
+                        yield pool
 
     def CancelPool(self, request: pb.CancelPoolRequest, context: Context) -> pb.Pool:
         """Ends a pool."""
@@ -151,15 +155,18 @@ class BridgeService(rpc.BridgeServicer):
         """Names the caller, and turns what is raised inside into gRPC's status."""
         code = grpc.StatusCode.OK
         try:
-            caller = identify(self._policy, peer_uris(context))
-            if isinstance(caller, Denial):
-                raise Denied(caller)
-            yield caller
+            yield self._identify(context)
         except Exception as error:
             code, message = self._status(method, error)
             _abort(context, code, message)
         finally:
             self._metrics.requests.labels(method, code.name).inc()
+
+    def _identify(self, context: Context) -> Identity:
+        caller = identify(self._policy, peer_uris(context))
+        if isinstance(caller, Denial):
+            raise Denied(caller)
+        return caller
 
     def _status(self, method: str, error: Exception) -> tuple[grpc.StatusCode, str]:
         match error:
@@ -205,6 +212,15 @@ def _told(entry: Entry) -> pb.Pool:
     pool = to_pool(entry)
     pool.now = time.time()
     return pool
+
+
+def _told_if_any(entry: Entry) -> pb.Pool | None:
+    """One pool that cannot be told does not hide the others."""
+    try:
+        return _told(entry)
+    except Exception:
+        log.exception("cannot tell of the pool", extra={"key": entry.key})
+        return None
 
 
 def _abort(context: Context, code: grpc.StatusCode, message: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """What `isthmus-bridge status` shows: the running bridge writes it down, since the journal is its alone."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,8 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .journal import Entry
 from .outcome import to_pool
+
+log = logging.getLogger(__name__)
 
 # Written this often although nothing changes, and believed to be of a living bridge for twice as long and some more.
 HEARTBEAT_SECONDS = 30.0
@@ -54,6 +57,15 @@ def line_of(entry: Entry) -> Line:
     )  # fmt: skip
 
 
+def _line_if_any(entry: Entry) -> Line | None:
+    """One pool that cannot be shown does not hide the others."""
+    try:
+        return line_of(entry)
+    except Exception:
+        log.exception("cannot show the pool", extra={"key": entry.key})
+        return None
+
+
 class StatusFile:
     """Written by the bridge, each time in one piece."""
 
@@ -67,7 +79,8 @@ class StatusFile:
         versions = tuple(entry.version for entry in entries)
         if versions == self._seen and now < self._written + HEARTBEAT_SECONDS:
             return
-        content = {"time": now, "pid": os.getpid(), "pools": [asdict(line_of(entry)) for entry in entries]}
+        lines = [line for entry in entries if (line := _line_if_any(entry)) is not None]
+        content = {"time": now, "pid": os.getpid(), "pools": [asdict(line) for line in lines]}
         fresh = self._path.with_suffix(".new")
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:

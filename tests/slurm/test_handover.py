@@ -50,7 +50,7 @@ def trained(site: Site, key: str, client: int) -> set[int]:
 def that_run(*keys: str) -> set[str]:
     """Those keys of which a task runs, by one look at Slurm's own queue."""
     named = {slurm_job_name(key): key for key in keys}
-    listed = slurm("squeue", "-h", "-r", f"--name={','.join(named)}", "--states=RUNNING", "-O", "Name:64").split()
+    listed = slurm("squeue", "-h", "-r", f"--name={','.join(named)}", "--states=RUNNING", "-O", "Name:128").split()
     return {named[name] for name in listed}
 
 

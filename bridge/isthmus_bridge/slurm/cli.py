@@ -167,7 +167,10 @@ class CliAdapter:
             owners |= {self._uid_of(user): user for user in users}
         listed = ",".join(map(str, owners))
         argv = ["squeue", "--noheader", "--all", "--local", "--states=all", f"--user={listed}"]
-        return parse.squeue(self._ask([*argv, f"--Format={parse.SQUEUE_FORMAT}"]), self._prefix, owners)
+        separator = parse.new_separator()
+        # Not among the arguments, which every user of this machine may read.
+        env = {**self._query_env, "SQUEUE_FORMAT2": parse.squeue_format(separator)}
+        return parse.squeue(self._ask(argv, env=env), separator, self._prefix, owners)
 
     def _uid_of(self, user: str) -> int:
         uid = uid_of(user)
@@ -194,11 +197,12 @@ class CliAdapter:
         accounting = self.describe().accounting
         if not accounting:
             return []
-        argv = [*accounting.split(), "--noheader", "--parsable2", f"--delimiter={parse.SEPARATOR}", "--allocations"]
+        separator = parse.new_separator()
+        argv = [*accounting.split(), "--noheader", "--parsable", f"--delimiter={separator}", "--allocations"]
         argv += [f"--format={parse.SACCT_FORMAT}", f"--user={uid}", f"--name={','.join(names)}"]
         # A day earlier than needed, for clocks that disagree. TZ is UTC.
         argv.append("--starttime=" + time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(max(0.0, since - 86400))))
-        return parse.sacct(self._ask(argv), frozenset(names), uid, user)
+        return parse.sacct(self._ask(argv), separator, frozenset(names), uid, user)
 
     def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None, user: str = "") -> None:
         """Runs scancel."""
@@ -242,10 +246,12 @@ class CliAdapter:
                 return "sacct -c"
         return ""
 
-    def _ask(self, argv: list[str], accept: frozenset[int] = frozenset({0})) -> str:
+    def _ask(
+        self, argv: list[str], accept: frozenset[int] = frozenset({0}), env: Mapping[str, str] | None = None
+    ) -> str:
         """Output of a program that changes nothing by being run twice. Raises :class:`SlurmError`."""
         try:
-            result = self._run(argv)
+            result = self._run(argv, env=env)
         except (CommandTimeout, CommandOutputTooLong) as error:
             raise SlurmError(str(error)) from None
         except OSError as error:

@@ -12,10 +12,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from .. import plain_files
 from .model import SubmissionAmbiguous
 
 _LOCK = "sbatch.lock"
 _UNTIL = "request.until"
+_UNTIL_BYTES = 64
 
 
 def may_run(directory: Path) -> bool:
@@ -42,7 +44,7 @@ def announce(directory: Path, seconds: float) -> None:
     """Writes down, durably, that a request is under way for at most so long. Raises ``OSError``."""
     _refuse_second(directory)
     fresh = directory / f"{_UNTIL}.new"
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    descriptor = plain_files.created(fresh, 0o600)
     try:
         os.write(descriptor, f"{time.time() + seconds:.3f}\n".encode())
         os.fsync(descriptor)
@@ -82,7 +84,7 @@ def _locked(path: Path) -> bool:
 
 def _until(path: Path) -> float:
     try:
-        text = path.read_text(encoding="ascii").strip()
+        text = plain_files.read(path, _UNTIL_BYTES).decode("ascii", "replace").strip()
     except FileNotFoundError:
         return 0.0
     # What is not understood was written by nobody we know: it says nothing about the past.

@@ -1,42 +1,54 @@
 """Reads what Slurm's programs print in the delimited formats that :mod:`.cli` asks for. Pure, and strict.
 
 A row that is not understood raises: half an answer must not look like the absence of a job.
+
+A job's name may hold any character, line breaks too: whoever knew what separates the fields could have a job of theirs
+pass for another's, or spoil the whole answer. So that is another string each time, and nothing else is split at.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 
 from .model import SlurmError, TaskRecord
 from .states import normal
-
-# No field of Slurm's holds this character: reasons and node lists hold commas and bars.
-SEPARATOR = "\x1f"
 
 # Widths are given where a default would cut off; without a number a field is as wide as its content.
 SQUEUE_FIELDS = (
     "JobID", "ArrayJobID", "ArrayTaskID", "Name", "State", "exit_code", "RestartCnt", "StartTime", "EndTime",
     "SubmitTime", "NodeList", "UserID", "Reason",
 )  # fmt: skip
-SQUEUE_FORMAT = ",".join(
-    f"{field}:{'64' if field == 'Name' else ''}{SEPARATOR}" for field in SQUEUE_FIELDS
-)  # A job's name decides whether a pool exists: never let it be cut.
+# A job's name decides whether a pool exists: never let it be cut. Ours are up to 71 characters long.
+NAME_WIDTH = 128
 SACCT_FIELDS = ("JobID", "JobIDRaw", "JobName", "State", "ExitCode", "NodeList", "Submit", "Start", "Reason", "UID")
 SACCT_FORMAT = ",".join(SACCT_FIELDS)
 
+_NAMES = frozenset({"Name", "JobName"})
 _NOTHING = frozenset({"", "N/A", "n/a", "(null)", "None", "None assigned", "Unknown"})
 _MAX_INDEX = 4_000_001  # Slurm's own bound of MaxArraySize
 _RANGE = re.compile(r"(\d{1,7})(?:-(\d{1,7})(?::(\d{1,7}))?)?")
 _SACCT_ID = re.compile(r"(\d+)(?:_(?:(\d+)|\[([^\]]*)\]))?")
 
 
-def squeue(text: str, prefix: str, owners: Mapping[int, str]) -> list[TaskRecord]:
+def new_separator() -> str:
+    """What ends each field of one answer. No digit comes first: squeue would take it for the field's width."""
+    return "\x1f" + secrets.token_urlsafe(9)
+
+
+def squeue_format(separator: str) -> str:
+    """For ``squeue -O``: each field, and the separator."""
+    return ",".join(f"{field}:{NAME_WIDTH if field == 'Name' else ''}{separator}" for field in SQUEUE_FIELDS)
+
+
+def squeue(text: str, separator: str, prefix: str, owners: Mapping[int, str]) -> list[TaskRecord]:
     """Rows of ``squeue -O`` whose job name begins with ``prefix``, of these users. Raises :class:`SlurmError`.
 
     ``owners``: what the users are called in the records, by uid.
     """
     records = []
-    for row in _rows(text, len(SQUEUE_FIELDS) + 1):  # each field ends with the separator
-        job, array, indices, name, state, status, restarts, start, end, submitted, node, uid, reason, _ = row
+    for row in _rows(text, separator, SQUEUE_FIELDS):
+        job, array, indices, padded, state, status, restarts, start, end, submitted, node, uid, reason = row
+        name = padded.rstrip(" ")
         if not name.startswith(prefix) or _number(uid) not in owners:
             continue
         code, signal = exit_status(status)
@@ -62,13 +74,13 @@ def squeue(text: str, prefix: str, owners: Mapping[int, str]) -> list[TaskRecord
     return records
 
 
-def sacct(text: str, names: frozenset[str], uid: int, user: str = "") -> list[TaskRecord]:
-    """Rows of ``sacct -P`` of these job names and this user. Raises :class:`SlurmError`.
+def sacct(text: str, separator: str, names: frozenset[str], uid: int, user: str = "") -> list[TaskRecord]:
+    """Rows of ``sacct -p`` of these job names and this user. Raises :class:`SlurmError`.
 
     ``user``: what that one is called in the records.
     """
     records = []
-    for row in _rows(text, len(SACCT_FIELDS)):
+    for row in _rows(text, separator, SACCT_FIELDS):
         shown, raw, name, state, status, node, submitted, start, reason, owner = row
         # `sacct -c` knows no filter: other users' jobs, and their imitations of our names, are in its answer.
         if name not in names or owner != str(uid):
@@ -126,14 +138,17 @@ def exit_status(text: str) -> tuple[int, int]:
     return (status >> 8) & 0xFF, status & 0x7F
 
 
-def _rows(text: str, fields: int) -> Iterator[list[str]]:
-    for line in text.split("\n"):
-        if not line.strip():
-            continue
-        row = [field.strip() for field in line.split(SEPARATOR)]
-        if len(row) != fields:
-            raise SlurmError(f"a row of {len(row)} fields instead of {fields}: {line[:120]!r}")
-        yield row
+def _rows(text: str, separator: str, fields: Sequence[str]) -> Iterator[list[str]]:
+    *cells, rest = text.split(separator)
+    if rest.strip() or len(cells) % len(fields):
+        raise SlurmError(f"an answer that is not rows of {len(fields)} fields; it ends: {text[-120:]!r}")
+    for start in range(0, len(cells), len(fields)):
+        row = cells[start : start + len(fields)]
+        # Each row is a line of its own. What was said before it is no field.
+        if (start and not row[0].startswith("\n")) or len(row[0].split()) != 1:
+            raise SlurmError(f"a row that begins with {row[0][:120]!r}")
+        # Names stay as they are: one that only looks like ours is none of ours.
+        yield [cell if field in _NAMES else cell.strip() for field, cell in zip(fields, row, strict=True)]
 
 
 def _number(text: str) -> int:

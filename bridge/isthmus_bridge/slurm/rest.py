@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import plain_files
 from . import in_flight, refusal, rest_format
 from .environment import DEFAULT_PATH, job_environment, user_name
 from .model import SiteDescription, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused, TaskRecord
@@ -64,7 +65,7 @@ class RestAdapter:
         """POST /slurm/…/job/submit, once: whatever goes wrong after it was sent leaves it open what Slurm did."""
         try:
             version, token = self.version(), self._token.get()
-            script = submission.script.read_text(encoding="utf-8")
+            script = plain_files.read(submission.script).decode()
         except OSError as error:
             raise SubmissionRefused(f"cannot read {submission.script}: {error.strerror}", transient=True) from None
         except SlurmError as error:

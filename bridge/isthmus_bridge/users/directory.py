@@ -4,7 +4,6 @@ In the bridge's own ``run_dir`` stands a folder of the same key. It holds the mo
 under way, and ``credentials-of``, the user's name, as long as that user's directory may hold the pool's credentials.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -12,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..run_directory import TAIL_BYTES, TAIL_LINES, Exit, Marks, RunDirectory
+from .. import plain_files
+from ..run_directory import TAIL_BYTES, TAIL_LINES, Exit, Marks, RunDirectory, exit_code
 from ..slurm.delegate import AsUserError
 from .ask import AsUser, encoded
 
@@ -48,9 +48,7 @@ class UserDirectory:
         self._ask("credentials", files=encoded(credentials))
 
     def _note_credentials(self) -> None:
-        descriptor = os.open(self.guard / _OWNER, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(self._user)
+        plain_files.write(self.guard / _OWNER, self._user.encode("ascii"))
 
     def write_code(self, files: Mapping[str, bytes]) -> None:
         """See :meth:`~..run_directory.RunDirectory.write_code`."""
@@ -99,11 +97,17 @@ class UserDirectory:
 
 def _mark(told: Any) -> Marks:
     code = told["exit_code"]
-    return Marks(int(told["array_id"]), str(told["node"]), None if code is None else int(code))
+    return Marks(int(told["array_id"]), str(told["node"]), None if code is None else _code(code))
 
 
 def _exit(told: Any) -> Exit:
-    return Exit(int(told["array_id"]), int(told["restarts"]), int(told["code"]))
+    return Exit(int(told["array_id"]), int(told["restarts"]), _code(told["code"]))
+
+
+def _code(told: Any) -> int:
+    if (code := exit_code(str(told))) is None:
+        raise ValueError(told)
+    return code
 
 
 def _read(one: Callable[[Any], T], told: Any) -> dict[int, T]:
@@ -117,7 +121,7 @@ def _read(one: Callable[[Any], T], told: Any) -> dict[int, T]:
 def owner(guard: Path) -> str:
     """The user whose directory may hold the credentials of the pool of this folder; empty: nobody's."""
     try:
-        text = (guard / _OWNER).read_text(encoding="ascii")
+        text = plain_files.read(guard / _OWNER).decode("ascii")
     except (OSError, UnicodeDecodeError):
         return ""
     return text if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", text) else ""

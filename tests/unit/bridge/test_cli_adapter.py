@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from errno import ECONNRESET, EHOSTUNREACH, EIO, ENETUNREACH, EPIPE
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,10 @@ def test_accepted(output: str, job: int) -> None:
         (f"sbatch: error: AssocGrpSubmitJobsLimit\n{NO} {ACCOUNT_LIMIT}", True),
         (f"sbatch: error: QOSMaxWallDurationPerJobLimit\n{NO} {ACCOUNT_LIMIT}", False),
         (f"{NO} Slurm temporarily unable to accept job, sleeping and retrying", True),
+        (f"{NO} Slurm backup controller in standby mode", True),
+        (f"{NO} Controller is in standby mode, try a different controller", True),
+        (f"{NO} Resource temporarily unavailable", True),
+        ("sbatch: error: Unable to open file /run/x/batch.sh: Permission denied", False),
     ],
 )  # fmt: skip
 def test_refused(message: str, transient: bool) -> None:
@@ -86,6 +91,12 @@ def test_refused(message: str, transient: bool) -> None:
         failed(f"{NO} Socket timed out on send/recv operation"),
         failed(f"{NO} Unable to contact slurm controller (connect failure)"),
         failed(f"{NO} Zero Bytes were transmitted or received"),
+        failed(f"{NO} Message send failure"),
+        failed(f"{NO} Message receive failure"),
+        failed(f"{NO} Communication shutdown failure"),
+        failed(f"{NO} Unspecified error"),
+        # The system's words, not the controller's: they came while the two talked.
+        *(failed(f"{NO} {os.strerror(number)}\n") for number in (EPIPE, EHOSTUNREACH, ENETUNREACH, ECONNRESET, EIO)),
         failed("Killed", -9),
         failed("a wrapper's own words", 3),
         Result(0, "", ""),

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from isthmus_bridge.slurm import parse
 from isthmus_bridge.slurm.accounts import uid_of
 from isthmus_bridge.slurm.command import CommandTimeout, Result, run
 from isthmus_bridge.slurm.delegate import AsUserError
@@ -76,20 +75,21 @@ def test_cancelling_goes_to_the_delegate(tmp_path: Path) -> None:
 
 def row(job: int, uid: object) -> str:
     fields = [str(job), str(job), "0-1", "isthmus-x", "PENDING", "0", "0", "N/A", "N/A", "1", "", str(uid), "None"]
-    return parse.SEPARATOR.join(fields) + parse.SEPARATOR
+    return "SEP".join(fields) + "SEP"
 
 
 def test_the_queue_of_several_users_is_one_question(tmp_path: Path) -> None:
     (tmp_path / "queue").write_text("\n".join([row(1, 0), row(2, DAEMON), row(3, 54321)]) + "\n")
     bin_dir = programs(
-        tmp_path, squeue=f'echo "$@" >{tmp_path}/asked; cat {tmp_path}/queue',
+        tmp_path,
+        squeue=f'echo "$@" >{tmp_path}/asked; f=${{SQUEUE_FORMAT2#*:}}; sed "s/SEP/${{f%%,*}}/g" {tmp_path}/queue',
         scontrol=f"printf '{CONFIG.format('none')}'",
     )  # fmt: skip
     one = adapter(bin_dir)
     one._uid = 0
     found = {record.array_id: record.user for record in one.jobs(["daemon"])}
     assert found == {1: "", 2: "daemon"}, "what others own is not told, whatever its name"
-    assert f"--user=0,{DAEMON} " in (tmp_path / "asked").read_text()
+    assert f"--user=0,{DAEMON}\n" in (tmp_path / "asked").read_text()
     assert {record.array_id for record in one.jobs()} == {1}
     with pytest.raises(SlurmError, match="the local user no-such-user is not known"):
         one.jobs(["no-such-user"])

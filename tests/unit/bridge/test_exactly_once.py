@@ -1,5 +1,8 @@
 """Never two submissions for one key: crashes, lost answers, duplicates, and look-ups that fail."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from isthmus_bridge.journal import JournalError, State
@@ -30,6 +33,23 @@ def test_another_spec_under_the_same_key_is_refused_with_the_fields_names(world:
     with pytest.raises(SpecDiffers, match=r"differs in: command, replicas"):
         world.ensure(replicas=2, command=["python3"])
     assert world.slurm.submissions == 1
+
+
+def test_the_journal_and_what_belongs_to_it_are_private_from_the_first_moment(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        world = World(tmp_path)
+        world.ensure(env={"SECRET": "hunter2"})
+        for _ in range(2):
+            files = list(tmp_path.glob("journal.db*"))
+            assert any(b"hunter2" in path.read_bytes() for path in files)
+            assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+            # As an older bridge may have left them.
+            for path in files:
+                path.chmod(0o644)
+            world.boot()
+    finally:
+        os.umask(before)
 
 
 def test_other_credentials_are_the_same_spec_and_reach_the_tasks(world: World) -> None:

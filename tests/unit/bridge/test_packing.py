@@ -54,6 +54,18 @@ def test_clients_are_counted_and_one_that_fails_leaves_its_job_alone(world: Worl
     assert world.pool().message == "1 of 5 tasks did not succeed; task 0: FAILED, exit code 3"
 
 
+@pytest.mark.parametrize("code", [256, 99999999999, 2147483647])
+def test_a_number_that_is_no_exit_code_is_no_end(world: World, code: int) -> None:
+    world.ensure(**PACKED)
+    world.array().states[:] = ["RUNNING"] * 3
+    leave(world, 0, code)
+    leave(world, 1, 255)
+    world.tick()
+    assert [(task.index, task.exit_code) for task in world.pool().tasks] == [(1, 255)]
+    run = RunDirectory(world.policy.run_dir, KEY)
+    assert {index: mark.exit_code for index, mark in run.marks().items()} == {0: None, 1: 255}
+
+
 def test_what_a_former_start_left_behind_says_nothing_of_the_next(world: World) -> None:
     job = TaskObservation("RUNNING", restarts=1, job_id=7)
     seen = Observation({0: job}, clients={0: ClientNote(0, 3, "old"), 1: ClientNote(1, 0)})

@@ -1,11 +1,15 @@
 """Answers as Slurm 22.05 gave them, and answers that must not be believed."""
 
+import re
+
 import pytest
 
+from isthmus_bridge.run_directory import PATTERN_KEY
 from isthmus_bridge.slurm import parse
 from isthmus_bridge.slurm.model import SlurmError
+from isthmus_contracts.identities import slurm_job_name
 
-S = parse.SEPARATOR
+S = parse.new_separator()
 
 
 def row(*fields: str) -> str:
@@ -67,7 +71,7 @@ STRANGER = row(
 
 def test_squeue() -> None:
     waiting, running, failed, rest = parse.squeue(
-        WAITING + RUNNING + FAILED + REST + STRANGER + "\n", "isthmus-", {1001: ""}
+        WAITING + RUNNING + FAILED + REST + STRANGER + "\n", S, "isthmus-", {1001: ""}
     )
     assert (waiting.indices, waiting.reason, waiting.start) == (tuple(range(2, 10)), "Resources", 1795436990.0)
     assert (running.job_id, running.array_id, running.indices, running.node) == (18, 17, (0,), "n1")
@@ -86,11 +90,16 @@ def test_squeue() -> None:
         WAITING.replace("2-9", "2-"),
         WAITING.replace("2-9", "0-99999999"),
         RUNNING.replace("18", "x"),
+        "squeue: warning\n" + RUNNING,
+        RUNNING[:-40],
+        WAITING + RUNNING[: RUNNING.index("RUNNING") - len(S)],
+        WAITING + RUNNING[: RUNNING.index("RUNNING")],
+        (WAITING + RUNNING).replace("\n", ""),
     ],
 )
 def test_what_is_not_understood_raises(text: str) -> None:
     with pytest.raises(SlurmError):
-        parse.squeue(text, "isthmus-", {1001: ""})
+        parse.squeue(text, S, "isthmus-", {1001: ""})
 
 
 @pytest.mark.parametrize(
@@ -109,13 +118,13 @@ def test_exit_status(text: str, code: int, signal: int) -> None:
 
 
 def accounts(*fields: str) -> str:
-    return S.join(fields) + "\n"
+    return row(*fields)
 
 
 def test_sacct_of_slurmdbd() -> None:
     text = accounts("7_3", "12", "isthmus-b", "CANCELLED by 0", "0:15", "n1", "1", "2", "None", "0")
     text += accounts("7_[4-6%2]", "7", "isthmus-b", "PENDING", "0:0", "None assigned", "1", "Unknown", "Priority", "0")
-    one, many = parse.sacct(text, frozenset({"isthmus-b"}), 0)
+    one, many = parse.sacct(text, S, frozenset({"isthmus-b"}), 0)
     assert (one.job_id, one.array_id, one.indices, one.state, one.signal) == (12, 7, (3,), "CANCELLED", 15)
     assert (many.indices, many.node) == ((4, 5, 6), "")
 
@@ -124,5 +133,45 @@ def test_sacct_of_the_completion_log_names_no_index_and_others_jobs_are_left_out
     text = accounts("24", "24", "isthmus-b", "FAILED", "2:0", "n1", "1", "2", "", "0")
     text += accounts("25", "25", "isthmus-b", "COMPLETED", "0:0", "n1", "1", "2", "", "1234")
     text += accounts("26", "26", "other", "COMPLETED", "0:0", "n1", "1", "2", "", "0")
-    (record,) = parse.sacct(text, frozenset({"isthmus-b"}), 0)
+    (record,) = parse.sacct(text, S, frozenset({"isthmus-b"}), 0)
     assert (record.job_id, record.indices, record.exit_code) == (24, None, 2)
+
+
+def test_squeue_shows_the_longest_name_of_ours_in_full() -> None:
+    longest = "k" * 63
+    assert re.fullmatch(PATTERN_KEY, longest) and not re.fullmatch(PATTERN_KEY, longest + "k")
+    assert len(slurm_job_name(longest)) < parse.NAME_WIDTH
+    assert f",Name:{parse.NAME_WIDTH}{S}," in parse.squeue_format(S)
+
+
+ODD = [
+    "x\ny",
+    "x\x1fy",
+    "\x1f" * 12,
+    "isthmus-bbbb\n",
+    "\nisthmus-bbbb",
+    "x\n" + RUNNING.replace(S, "\x1f"),
+    "\n\n",
+    "",
+]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_job_of_any_name_neither_spoils_the_queue_nor_passes_for_ours(name: str) -> None:
+    odd = STRANGER.replace("interactive, |odd|", name)
+    for text in (odd + RUNNING, RUNNING + odd, RUNNING + odd + odd):
+        found = parse.squeue(text, S, "isthmus-", {1001: ""})
+        assert [record.job_id for record in found if record.name == "isthmus-bbbb"] == [18]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_job_of_any_name_neither_spoils_the_accounts_nor_passes_for_ours(name: str) -> None:
+    odd = accounts("24", "24", name, "FAILED", "2:0", "n1", "1", "2", "", "0")
+    ours = accounts("25", "25", "isthmus-bbbb", "FAILED", "2:0", "n1", "1", "2", "", "0")
+    for text in (odd + ours, ours + odd):
+        assert [record.job_id for record in parse.sacct(text, S, frozenset({"isthmus-bbbb"}), 0)] == [25]
+
+
+def test_nobody_can_know_what_separates_fields() -> None:
+    assert len({parse.new_separator() for _ in range(100)}) == 100
+    assert not any(set(parse.new_separator()) & set(",:% \n") or parse.new_separator()[0].isdigit() for _ in range(100))

@@ -1,12 +1,14 @@
 """The life of a pool, as callers see it."""
 
+from pathlib import Path
+
 import pytest
 
 from isthmus_bridge.journal import State
-from isthmus_bridge.pools import Denied, KeyTaken, NoSuchPool
+from isthmus_bridge.pools import Denied, KeyTaken, NoSuchPool, Pools
 from isthmus_bridge.requests import RequestError
 
-from .world import KEY, World, spec
+from .world import KEY, NAME, OPERATOR, Array, World, spec
 
 
 def test_waiting_running_succeeded(world: World) -> None:
@@ -96,6 +98,29 @@ def test_cancel_of_an_unknown_key_leaves_a_tombstone(world: World) -> None:
     world.ensure()
     world.tick(times=3)
     assert (world.phase(), world.slurm.submissions) == ("CANCELLED", 0)
+
+
+@pytest.mark.parametrize("user", [None, "nobody"])
+@pytest.mark.parametrize("late", [0.0, 100_000.0])
+def test_cancel_of_a_pool_that_the_journal_has_lost_ends_its_array(
+    tmp_path: Path, user: str | None, late: float
+) -> None:
+    world = World(
+        tmp_path, identities=[{"uri": OPERATOR, "user": user}], users={"run_dir": f"{tmp_path}/of/{{user}}/isthmus"}
+    )
+    mine = Array(77, NAME, ["RUNNING"] * 3, [0] * 3, world.now, user or "")
+    another = Array(78, NAME, ["RUNNING"], [0], world.now, "" if user else "nobody")
+    world.slurm.arrays += [mine, another]
+    world.tick(late / 100 + 1, times=100)
+    assert mine.lives
+    woken: list[bool] = []
+    assert world.journal is not None
+    Pools(world.rules, world.journal, lambda key: None, lambda: woken.append(True), world.clock).cancel(
+        world.identity, KEY, "deleted"
+    )
+    assert woken and world.phase() == "CANCELLED"
+    world.tick()
+    assert not mine.lives and another.lives
 
 
 def test_cancel_before_submission(world: World) -> None:

@@ -10,6 +10,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from isthmus_bridge.journal import Entry, State
+from isthmus_bridge.observation import Observation, TaskObservation
+from isthmus_bridge.outcome import to_pool
+from isthmus_bridge.policy import Policy
 from isthmus_bridge.server import Bridge
 from isthmus_bridge.service import MAX_WATCHERS_PER_CALLER
 from isthmus_contracts.identities import operator_identity
@@ -34,12 +38,15 @@ def slurm() -> FakeSlurm:
     return FakeSlurm(time.time)
 
 
+def site(root: Path, **changes: object) -> Policy:
+    slurm = {"poll_seconds": 0.1, "absence_seconds": 1, "absence_lookups": 2}
+    return policy(root, listen="127.0.0.1:0", metrics_listen=None, slurm=slurm, **changes)
+
+
 @pytest.fixture
 def bridge(tmp_path: Path, authority: Authority, slurm: FakeSlurm) -> Iterator[Bridge]:
     authority.issue("localhost", DAY, hosts=["localhost"]).write(tmp_path / "tls")
-    site = policy(tmp_path, listen="127.0.0.1:0", metrics_listen=None,
-                  slurm={"poll_seconds": 0.1, "absence_seconds": 1, "absence_lookups": 2})  # fmt: skip
-    running = Bridge(site, slurm)
+    running = Bridge(site(tmp_path), slurm)
     running.start()
     yield running
     running.stop()
@@ -148,6 +155,49 @@ def _collect(stream: Iterator[pb.Pool], heard: list[tuple[float, pb.Pool]]) -> N
     with contextlib.suppress(grpc.RpcError):
         for pool in stream:
             heard.append((time.monotonic(), pool))
+
+
+def test_a_stream_ends_with_the_callers_identity(
+    connect: Connect, bridge: Bridge, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    stub = connect("prod")
+    ensure(stub)
+    stream = stub.WatchPools(pb.WatchPoolsRequest(), timeout=20)
+    heard = [next(iter(stream)).key]
+    bridge.rules.replace(site(tmp_path, identities=[{"uri": "isthmus://operator/other"}]))
+    slurm.arrays[0].states = ["RUNNING"] * 3
+    code, details = refused(lambda: heard.extend(pool.key for pool in stream if pool.running))
+    assert (code, heard) == (grpc.StatusCode.PERMISSION_DENIED, [KEY])
+    assert details == "policy identities: 'isthmus://operator/prod' is not known at this site"
+
+
+def test_a_pool_that_cannot_be_told_hides_no_other(
+    connect: Connect, bridge: Bridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub, bad = connect("prod"), "b" * 32
+    ensure(stub, key=bad)
+    monkeypatch.setattr("isthmus_bridge.service.to_pool", _all_but(bad))
+    monkeypatch.setattr("isthmus_bridge.status.to_pool", _all_but(bad))
+    ensure(stub)
+    assert next(iter(stub.WatchPools(pb.WatchPoolsRequest(), timeout=20))).key == KEY
+    status = bridge.rules.current.status_path
+    eventually(lambda: status.exists() and KEY in status.read_text())
+    assert bad not in status.read_text()
+
+
+def _all_but(key: str) -> Callable[[Entry], pb.Pool]:
+    def told(entry: Entry) -> pb.Pool:
+        if entry.key == key:
+            raise ValueError("Value out of range: 99999999999")
+        return to_pool(entry)
+
+    return told
+
+
+def test_a_forged_exit_code_in_an_older_journal_is_told_as_none() -> None:
+    task = TaskObservation("FAILED", exit_code=99999999999)
+    entry = Entry(KEY, "x", State.SUBMITTED, spec=spec().SerializeToString(), observation=Observation({0: task}))
+    assert [each.exit_code for each in to_pool(entry).tasks] == [-1]
 
 
 def test_watchers_are_limited(connect: Connect) -> None:
