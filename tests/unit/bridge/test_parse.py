@@ -96,6 +96,7 @@ def test_squeue() -> None:
         WAITING + RUNNING[: RUNNING.index("RUNNING")],
         (WAITING + RUNNING).replace("\n", ""),
     ],
+    ids=range(10),  # the separator is another one each time
 )
 def test_what_is_not_understood_raises(text: str) -> None:
     with pytest.raises(SlurmError):
