@@ -14,6 +14,7 @@ from typing import Any
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .observation import Observation
+from .packing import jobs_for, per_job
 
 
 class JournalError(Exception):
@@ -117,8 +118,8 @@ class Journal:
         self._clock = clock
         self._lock = threading.RLock()
         self.changed = threading.Condition(self._lock)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _make_private(path)
             self._connection = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
             # Exclusive: a second bridge on the same journal must not run, and WAL then needs no shared memory, which
@@ -267,11 +268,9 @@ def _spec(content: bytes, keep: int) -> pb.PoolSpec:
 
 
 def _held(content: bytes, keep: int) -> pb.PoolSpec:
-    spec = pb.PoolSpec.FromString(content)
-    if keep:
-        # A job of which one client stays goes on with all of them.
-        share = max(1, spec.clients_per_job)
-        spec.replicas = min(spec.replicas, -(-keep // share) * share)
+    spec, asked = _spec(content, keep), pb.PoolSpec.FromString(content).replicas
+    # A job of which one client stays goes on with all of them.
+    spec.replicas = min(asked, jobs_for(spec) * per_job(spec))
     return spec
 
 

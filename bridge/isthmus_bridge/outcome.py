@@ -1,6 +1,8 @@
-"""What a pool looks like from outside: its end in a sentence, its phase, its message of the protocol. Pure."""
+"""What a pool looks like from outside: its end in a sentence, its phase, its message of the protocol. Pure, but for a line in the log."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 
@@ -9,7 +11,10 @@ from .observation import Observation, TaskObservation, notable
 from .packing import by_client
 from .slurm.states import LOST, Meaning
 
+log = logging.getLogger(__name__)
+
 MAX_TASKS = 32
+T = TypeVar("T")
 
 _PHASES: Mapping[State, pb.Pool.Phase.ValueType] = {
     State.RESERVED: pb.Pool.SUBMITTING,
@@ -88,6 +93,15 @@ def to_pool(entry: Entry) -> pb.Pool:
             )
         )  # fmt: skip
     return pool
+
+
+def if_tellable(tell: Callable[[Entry], T], entry: Entry) -> T | None:
+    """What ``tell`` makes of a pool: of many, one that cannot be told does not hide the others."""
+    try:
+        return tell(entry)
+    except Exception:
+        log.exception("cannot tell of the pool", extra={"key": entry.key})
+        return None
 
 
 def _number(value: int) -> int:

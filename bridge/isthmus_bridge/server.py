@@ -19,7 +19,7 @@ from isthmus_contracts.transport import SERVER_OPTIONS, renewed_server_credentia
 from .adapters import slurm_adapter
 from .dialout import DialOut
 from .housekeeping import keep_house
-from .journal import Journal, JournalError
+from .journal import Journal
 from .metrics import Metrics
 from .policy import Policy, PolicyError
 from .pools import Pools
@@ -90,10 +90,7 @@ class Bridge:
         self.rules = Rules(policy)
         policy.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._adapter = adapter or slurm_adapter(policy, self.metrics.command)
-        try:
-            self._journal = Journal(policy.journal_path)
-        except OSError as error:
-            raise JournalError(f"journal {policy.journal_path}: {error.strerror}") from None
+        self._journal = Journal(policy.journal_path)
         self._dispatch = Dispatcher(_SUBMIT_THREADS)
         submitter = Submitter(self.rules, self._journal, self._adapter, self.metrics, time.time)
         self._dispatch.function = submitter.advance

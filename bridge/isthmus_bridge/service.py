@@ -17,7 +17,7 @@ from . import __version__
 from .access import Denial, accounts_of, identify, partitions_of
 from .journal import Entry, State
 from .metrics import Metrics
-from .outcome import to_pool
+from .outcome import if_tellable, to_pool
 from .policy import Identity, Policy
 from .pools import Denied, KeyTaken, NoSuchPool, NothingLeft, Pools, SpecDiffers
 from .requests import RequestError
@@ -94,7 +94,7 @@ class BridgeService(rpc.BridgeServicer):
                 self._identify(context)
                 for entry in entries:
                     seen = entry.version
-                    if (pool := _told_if_any(entry)) is not None:
+                    if (pool := if_tellable(_told, entry)) is not None:
                         yield pool
 
     def CancelPool(self, request: pb.CancelPoolRequest, context: Context) -> pb.Pool:
@@ -212,15 +212,6 @@ def _told(entry: Entry) -> pb.Pool:
     pool = to_pool(entry)
     pool.now = time.time()
     return pool
-
-
-def _told_if_any(entry: Entry) -> pb.Pool | None:
-    """One pool that cannot be told does not hide the others."""
-    try:
-        return _told(entry)
-    except Exception:
-        log.exception("cannot tell of the pool", extra={"key": entry.key})
-        return None
 
 
 def _abort(context: Context, code: grpc.StatusCode, message: str) -> NoReturn:

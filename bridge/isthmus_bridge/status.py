@@ -1,7 +1,6 @@
 """What `isthmus-bridge status` shows: the running bridge writes it down, since the journal is its alone."""
 
 import json
-import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,9 +11,7 @@ from typing import Any
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .journal import Entry
-from .outcome import to_pool
-
-log = logging.getLogger(__name__)
+from .outcome import if_tellable, to_pool
 
 # Written this often although nothing changes, and believed to be of a living bridge for twice as long and some more.
 HEARTBEAT_SECONDS = 30.0
@@ -57,15 +54,6 @@ def line_of(entry: Entry) -> Line:
     )  # fmt: skip
 
 
-def _line_if_any(entry: Entry) -> Line | None:
-    """One pool that cannot be shown does not hide the others."""
-    try:
-        return line_of(entry)
-    except Exception:
-        log.exception("cannot show the pool", extra={"key": entry.key})
-        return None
-
-
 class StatusFile:
     """Written by the bridge, each time in one piece."""
 
@@ -79,7 +67,7 @@ class StatusFile:
         versions = tuple(entry.version for entry in entries)
         if versions == self._seen and now < self._written + HEARTBEAT_SECONDS:
             return
-        lines = [line for entry in entries if (line := _line_if_any(entry)) is not None]
+        lines = [line for entry in entries if (line := if_tellable(line_of, entry)) is not None]
         content = {"time": now, "pid": os.getpid(), "pools": [asdict(line) for line in lines]}
         fresh = self._path.with_suffix(".new")
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -9,6 +9,9 @@ from typing import Any
 from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.hpcsite import HpcSiteSpec
 
+ENDED_PHASES = ("Succeeded", "Failed")
+"""Of a pod."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -62,7 +65,7 @@ class PodView:
     @property
     def ended(self) -> bool:
         """Whether its program is over for good."""
-        return self.phase in ("Succeeded", "Failed")
+        return self.phase in ENDED_PHASES
 
     def ended_at(self, now: dt.datetime) -> dt.datetime:
         """When it ended, as far as that is known."""

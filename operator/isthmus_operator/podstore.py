@@ -13,7 +13,7 @@ from typing import Any
 from isthmus_contracts import identities as ids
 
 from . import names
-from .observed import PodView
+from .observed import ENDED_PHASES, PodView
 from .status import parse_timestamp
 
 _CONTAINERS = {names.ROLE_AGGREGATOR: "aggregator", names.ROLE_CLIENT: "client"}
@@ -23,7 +23,6 @@ _DISRUPTIONS = {
     "UnexpectedAdmissionError", "OutOfcpu", "OutOfmemory", "OutOfpods", "OutOfephemeral-storage",
 }  # fmt: skip
 _NODE_IS_SHORT = "The node was low on resource"
-_ENDED = ("Succeeded", "Failed")
 _ON_THE_WAY = {"", "ContainerCreating", "PodInitializing"}
 _REMEMBERED = 10_000  # uids of deleted pods
 
@@ -160,11 +159,11 @@ def view(body: Mapping[str, Any]) -> PodView:
         index=_number(labels.get(ids.LABEL_INDEX)),
         attempt=_number(labels.get(ids.LABEL_ATTEMPT)),
         phase=phase,
-        lingers=phase in _ENDED and said not in _ENDED,
+        lingers=phase in ENDED_PHASES and said not in ENDED_PHASES,
         deleting=metadata.get("deletionTimestamp") is not None,
         ready=conditions.get("Ready", {}).get("status") == "True",
         created=parse_timestamp(metadata.get("creationTimestamp")),
-        finished=_finished(status, ended, conditions) if phase in _ENDED else None,
+        finished=_finished(status, ended, conditions) if phase in ENDED_PHASES else None,
         exit_code=ended.get("exitCode"),
         reason=reason,
         message=str(ended.get("message") or status.get("message") or ""),

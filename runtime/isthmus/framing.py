@@ -24,6 +24,8 @@ PULL, PUSH = f"/{SERVICE}/Pull", f"/{SERVICE}/Push"
 Message = TypeVar("Message", pb.TensorChunk, pb.UpdateChunk)
 Header = TypeVar("Header", pb.ModelHeader, pb.UpdateHeader)
 
+# Floats count exactly up to here. A negative number of a client in another language arrives as one far above.
+MOST_EXAMPLES = 2**53
 # More encoded bytes than this are decoded in a thread, fewer are not worth its errand.
 _DECODED_AT_ONCE = 1 << 15
 # Field 2 of either message, data, with its length before it.

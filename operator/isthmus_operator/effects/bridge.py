@@ -14,6 +14,7 @@ from isthmus_contracts.pki import Credentials
 from ..clock import Clock
 from ..metrics import BRIDGE_CALLS, BRIDGE_SECONDS
 from ..observed import PoolPhase, PoolView, ProblemKind
+from ..record import LAST_SECOND
 from ..text import last_lines, one_line
 from .lines import CALL_SECONDS, BridgeError, Lines
 
@@ -26,7 +27,6 @@ Answer = TypeVar("Answer")
 
 _DENIED = (grpc.StatusCode.PERMISSION_DENIED,)
 _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT,)
-_LAST_SECOND = 100_000_000_000.0  # since the epoch: calendars go on for a while after it
 
 
 class Bridges:
@@ -164,7 +164,7 @@ def pool_view(pool: pb.Pool, attempt: int, first: int = 0, ahead: float = 0.0) -
 def _moment(theirs: float, ahead: float) -> float:
     """When that is by our clock; 0 where the site says nothing, or what is no time."""
     ours = theirs - ahead if theirs else 0.0
-    return ours if 0.0 < ours < _LAST_SECOND else 0.0
+    return ours if 0.0 < ours < LAST_SECOND else 0.0
 
 
 def _translated(error: aio.AioRpcError) -> BridgeError:

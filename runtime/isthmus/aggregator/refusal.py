@@ -7,6 +7,7 @@ from enum import StrEnum
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..codecs import CodecError, NonFiniteError
+from ..framing import MOST_EXAMPLES
 from ..strategies import Strategy
 from ..tensors import ChecksumError, State, TransferError, TruncatedError, beyond, misannounced, mismatch
 from .compression import Compression
@@ -15,8 +16,6 @@ from .model import GlobalModel
 # With weights up to here their sums, squares and differences stay finite in float32, whatever the strategy. Larger ones
 # come from training that has diverged.
 GREATEST_WEIGHT = 2.0**60
-# Floats count exactly up to here. A negative number of a client in another language arrives as one far above.
-MOST_EXAMPLES = 2**53
 RESERVED_NAME = "__metadata__"
 # Where a refusal is a gRPC status, because the stream is to be sent again, its trailing metadata bear the reason.
 REASON_METADATA = "isthmus-reason"

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
-from .numbers import MOST, as_number, shown
+from ..framing import MOST_EXAMPLES
+from .numbers import as_number, shown
 from .session import FederationError
 
 _WEIGHT = "num_examples"
@@ -36,6 +37,6 @@ def measure(evaluate: Evaluate, offer: pb.Offer) -> pb.Evaluation:
     return pb.Evaluation(
         model_round=offer.base_round,
         model_digest=offer.base_digest,
-        num_examples=min(max(int(weight), 1), MOST),
+        num_examples=min(max(int(weight), 1), MOST_EXAMPLES),
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
     )

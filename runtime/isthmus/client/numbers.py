@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-# Floats count exactly up to here, and the aggregator takes no more.
-MOST = 2**53
+from ..framing import MOST_EXAMPLES
 
 
 def as_number(name: str, value: Any) -> float:
@@ -24,7 +23,7 @@ def as_count(name: str, value: Any) -> int:
         number = as_number(name, value)
     except ValueError:
         number = 0.0
-    if isinstance(value, bool) or not number.is_integer() or not 1 <= number <= MOST:
+    if isinstance(value, bool) or not number.is_integer() or not 1 <= number <= MOST_EXAMPLES:
         raise ValueError(f"{name} must be a whole number of at least 1 and at most 2**53, not {shown(value)}")
     return int(number)
 
