@@ -1,4 +1,4 @@
-"""What a pool looks like from outside: its end in a sentence, its phase, its message of the protocol. Pure, but for a line in the log."""
+"""What a pool looks like from outside: its end in a sentence, its phase, its message of the protocol."""
 
 import logging
 from collections.abc import Callable, Mapping
