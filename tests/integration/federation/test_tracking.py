@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.aggregator.checkpoints import RoundRecord
+from isthmus.aggregator.tracking.tracker import numbers_of
+
 from .conftest import UID, Federation, eventually
 
 Make = Callable[..., Federation]
@@ -32,10 +35,10 @@ def test_real_sinks(
     job = federation(2, 6, tracking=tracking, objective={"metric": "score"})
     job.start_aggregator()
     clients = [job.start_client(script, index, PAUSE="0.1", HOLD="5") for index in range(2)]
-    job.wait_for_round(3)
-    # MLflow itself writes a run's own file in place: a kill while it does so leaves none that can be read.
-    eventually("MLflow has the run", lambda: list((tmp_path / "mlruns").rglob("metrics/train_loss")))
-    job.kill_aggregator()  # as hard as it gets: what is then in the queue is lost, but the run goes on under its name
+    job.wait_for_round(4)  # the fifth waits
+    # MLflow itself writes its files in place: a kill while it does so leaves some that cannot be read.
+    eventually("MLflow has all of round 4", lambda: _all_of_round(4, job.state, tmp_path / "mlruns"))
+    job.kill_aggregator()  # as hard as it gets: the run goes on under its name
     job.start_aggregator()
     job.let_go()
     status = job.wait_for_completion()
@@ -63,7 +66,18 @@ def test_real_sinks(
     assert run.data.tags["model.sha256"] == status.model.sha256
     assert run.data.tags["model.uri"] == (job.state / "model.safetensors").as_uri()
     history = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "train_loss")}
-    assert history[6] == pytest.approx(records[6]["metrics"]["train_loss"])
+    assert history == {number: pytest.approx(record["metrics"]["train_loss"]) for number, record in records.items()}
+
+
+def _all_of_round(number: int, state: Path, runs: Path) -> bool:
+    """Whether MLflow's store of plain files has whatever a round's record names."""
+    lines = (state / "rounds.jsonl").read_text().splitlines(keepends=True)
+    records = [RoundRecord.of_text(line) for line in lines if line.endswith("\n")]
+    names = {name for record in records if record.round == number for name in numbers_of(record)}
+    written = [directory for directory in runs.glob("*/*/metrics") if directory.is_dir()]
+    return bool(names and written) and all(
+        (file := written[0] / name).exists() and file.read_text().endswith(f" {number}\n") for name in names
+    )
 
 
 def test_a_server_that_is_away_stops_nothing(federation: Make, script: Path) -> None:
