@@ -19,6 +19,7 @@ from isthmus_contracts.transport import SERVER_OPTIONS, channel, server_credenti
 
 from .gate import Gate, Turnstile
 from .job import SERVER_NAME, Job, connections_of_their_own
+from .payload import payload
 from .processes import Peers, in_processes, program
 
 CHUNK = 1 << 20
@@ -92,10 +93,11 @@ async def serve(directory: Path, clients: int, size: int) -> None:
 
 
 def chunks(size: int) -> list[bytes]:
-    return [bytes(min(CHUNK, size - start)) for start in range(0, size, CHUNK)]
+    return [payload(min(CHUNK, size - start)) for start in range(0, size, CHUNK)]
 
 
-def participate(index: int, directory: Path, port: int, data: list[bytes], gate: Gate) -> None:
+def participate(index: int, directory: Path, port: int, size: int, gate: Gate) -> None:
+    data = chunks(size)
     with channel(f"127.0.0.1:{port}", Credentials.read(directory), SERVER_NAME) as connection:
         control: Any = connection.stream_stream(f"/{SERVICE}/Control")
         pull: Any = connection.unary_stream(f"/{SERVICE}/Pull")
@@ -118,8 +120,8 @@ def main() -> None:
         return
     directory, port, clients, processes, size = Path(sys.argv[2]), *map(int, sys.argv[3:])
     connections_of_their_own()
-    data, gate = chunks(size), Gate(processes)
-    in_processes(clients, processes, lambda index: participate(index, directory, port, data, gate), gate)
+    gate = Gate(processes)
+    in_processes(clients, processes, lambda index: participate(index, directory, port, size, gate), gate)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from .gate import Gate, Turnstile
+from .payload import payload
 from .processes import Peers, in_processes, program
 
 _ROOM = 1 << 20
@@ -29,7 +30,7 @@ def running(clients: int, processes: int, size: int) -> Iterator[Peers]:
 
 def serve(clients: int, size: int) -> None:
     """Rounds without end: every client gets the bytes and sends as many, and the next begins once all have."""
-    data = bytes(size)
+    data = payload(size)
     all_have_sent = threading.Barrier(clients)
 
     def attend(connection: socket.socket) -> None:
@@ -49,12 +50,13 @@ def serve(clients: int, size: int) -> None:
     sys.stdin.buffer.read()
 
 
-def participate(index: int, port: int, data: bytes, gate: Gate) -> None:
+def participate(index: int, port: int, size: int, gate: Gate) -> None:
+    data = payload(size)
     room = bytearray(_ROOM)
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         while True:
-            receive(connection, len(data), room)
+            receive(connection, size, room)
             gate.pass_through(index)
             connection.sendall(data)
 
@@ -73,8 +75,8 @@ def main() -> None:
         serve(*map(int, sys.argv[2:]))
         return
     port, clients, processes, size = map(int, sys.argv[2:])
-    data, gate = bytes(size), Gate(processes)
-    in_processes(clients, processes, lambda index: participate(index, port, data, gate), gate)
+    gate = Gate(processes)
+    in_processes(clients, processes, lambda index: participate(index, port, size, gate), gate)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from isthmus_contracts.transport import channel
 from . import bare
 from .job import POOL, SERVER_NAME, Job, aggregator, client_environment
 from .noop_clients import Weights
+from .payload import payload
 from .processes import program
 
 SIZES = (10_000, 250_000, 2_500_000, 25_000_000, 100_000_000)
@@ -143,7 +144,7 @@ class RawTcp:
     """One connection over loopback."""
 
     def __init__(self, size: int) -> None:
-        self._data, self._room = bytes(size), bytearray(size)
+        self._data, self._room = payload(size), bytearray(size)
         self._server = socket.create_server(("127.0.0.1", 0))
         self._client = socket.create_connection(self._server.getsockname())
         self._peer, _ = self._server.accept()

@@ -11,39 +11,24 @@ async def read_ahead(stream: AsyncIterator[bytes], place: Awaitable[T], limit: i
     """Waits for a place and reads up to about ``limit`` bytes meanwhile; returns the place, and the whole stream."""
     waiting = asyncio.ensure_future(place)
     early: list[bytes] = []
-    size, reading = 0, None
+    size = 0
     try:
         # A place that is free is had in the first turn of the loop.
         await asyncio.sleep(0)
-        while not waiting.done():
-            if reading is None and size < limit:
-                reading = asyncio.ensure_future(_next(stream))
-            await asyncio.wait([waiting] if reading is None else [waiting, reading], return_when="FIRST_COMPLETED")
-            if reading is not None and reading.done():
-                if (message := reading.result()) is None:
-                    break
-                early.append(message)
-                size, reading = size + len(message), None
+        # With a place or without one, there is nothing to be done before the next message is there.
+        while not waiting.done() and size < limit and (message := await anext(stream, None)) is not None:
+            early.append(message)
+            size += len(message)
         found = await waiting
     except BaseException:
         waiting.cancel()
-        if reading is not None:
-            reading.cancel()
         raise
-    return found, _joined(early, reading, stream)
+    return found, _joined(early, stream)
 
 
-async def _next(stream: AsyncIterator[bytes]) -> bytes | None:
-    return await anext(stream, None)
-
-
-async def _joined(
-    early: list[bytes], reading: "asyncio.Future[bytes | None] | None", stream: AsyncIterator[bytes]
-) -> AsyncIterator[bytes]:
+async def _joined(early: list[bytes], stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     early.reverse()
     while early:
         yield early.pop()  # its memory is needed
-    if reading is not None and (message := await reading) is not None:
-        yield message
     async for message in stream:
         yield message
