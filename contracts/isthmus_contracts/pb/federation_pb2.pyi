@@ -4,7 +4,9 @@ isort:skip_file
 The federation protocol: what clients and the aggregator of one FederatedJob say to each other.
 
 One Control stream per client carries small messages both ways; the server pushes work, nobody polls.
-Tensors travel on Pull and Push, in chunks far below gRPC's message limit, so a model may have any size.
+Tensors travel on Pull and Push, in chunks far below gRPC's message limit, so a model may have any size. Those of a
+small model go with the offers, and updates that are a single message on the Control stream: a round of them costs
+no call.
 A client is named by (job uid, pool, index); its certificate carries the job and the pool. A newer attempt
 of a client fences the older one. Every offer is idempotent: the server repeats it until the round commits.
 """
@@ -36,6 +38,9 @@ class ClientMessage(_message.Message):
     EVALUATION_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
+    UPDATE_FIELD_NUMBER: _builtins.int
+    update: _builtins.bytes
+    """what Push would take, where that is a single UpdateChunk and Welcome says so; answered by reply"""
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -54,12 +59,13 @@ class ClientMessage(_message.Message):
         evaluation: Global___Evaluation | None = ...,
         failure: Global___Failure | None = ...,
         leaving: Global___Leaving | None = ...,
+        update: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "failure", b"failure", "heartbeat", b"heartbeat", "hello", b"hello", "leaving", b"leaving", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "failure", b"failure", "heartbeat", b"heartbeat", "hello", b"hello", "leaving", b"leaving", "message", b"message", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "failure", b"failure", "heartbeat", b"heartbeat", "hello", b"hello", "leaving", b"leaving", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "failure", b"failure", "heartbeat", b"heartbeat", "hello", b"hello", "leaving", b"leaving", "message", b"message", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "evaluation", "failure", "leaving"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "evaluation", "failure", "leaving", "update"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -243,6 +249,7 @@ class ServerMessage(_message.Message):
     OFFER_FIELD_NUMBER: _builtins.int
     COMMITTED_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
+    REPLY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -251,6 +258,10 @@ class ServerMessage(_message.Message):
     def committed(self) -> Global___Committed: ...
     @_builtins.property
     def stop(self) -> Global___Stop: ...
+    @_builtins.property
+    def reply(self) -> Global___PushReply:
+        """to the update on this stream; a client sends the next one after it"""
+
     def __init__(
         self,
         *,
@@ -258,12 +269,13 @@ class ServerMessage(_message.Message):
         offer: Global___Offer | None = ...,
         committed: Global___Committed | None = ...,
         stop: Global___Stop | None = ...,
+        reply: Global___PushReply | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "message", b"message", "offer", b"offer", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "message", b"message", "offer", b"offer", "reply", b"reply", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "message", b"message", "offer", b"offer", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "message", b"message", "offer", b"offer", "reply", b"reply", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "offer", "committed", "stop"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "offer", "committed", "stop", "reply"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -276,20 +288,24 @@ class Welcome(_message.Message):
     HEARTBEAT_SECONDS_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    TAKES_UPDATES_FIELD_NUMBER: _builtins.int
     heartbeat_seconds: _builtins.float
     rounds: _builtins.int
     instance: _builtins.str
     """of the aggregator's process: what an earlier one accepted may not be part of what this one commits"""
+    takes_updates: _builtins.bool
+    """on this stream"""
     def __init__(
         self,
         *,
         heartbeat_seconds: _builtins.float = ...,
         rounds: _builtins.int = ...,
         instance: _builtins.str = ...,
+        takes_updates: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_seconds", b"heartbeat_seconds", "instance", b"instance", "rounds", b"rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_seconds", b"heartbeat_seconds", "instance", b"instance", "rounds", b"rounds", "takes_updates", b"takes_updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -840,6 +856,8 @@ class PushReply(_message.Message):
         FENCED: PushReply._Verdict.ValueType  # 4
         CLOSED: PushReply._Verdict.ValueType  # 5
         """the round is committing: the update came too late, try the next round"""
+        RESEND: PushReply._Verdict.ValueType  # 6
+        """on the Control stream alone: it was damaged, or cannot be kept now; by Push it would be a status"""
 
     class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper): ...
     VERDICT_UNSPECIFIED: PushReply.Verdict.ValueType  # 0
@@ -852,6 +870,8 @@ class PushReply(_message.Message):
     FENCED: PushReply.Verdict.ValueType  # 4
     CLOSED: PushReply.Verdict.ValueType  # 5
     """the round is committing: the update came too late, try the next round"""
+    RESEND: PushReply.Verdict.ValueType  # 6
+    """on the Control stream alone: it was damaged, or cannot be kept now; by Push it would be a status"""
 
     VERDICT_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int

@@ -4,7 +4,9 @@ isort:skip_file
 The federation protocol: what clients and the aggregator of one FederatedJob say to each other.
 
 One Control stream per client carries small messages both ways; the server pushes work, nobody polls.
-Tensors travel on Pull and Push, in chunks far below gRPC's message limit, so a model may have any size.
+Tensors travel on Pull and Push, in chunks far below gRPC's message limit, so a model may have any size. Those of a
+small model go with the offers, and updates that are a single message on the Control stream: a round of them costs
+no call.
 A client is named by (job uid, pool, index); its certificate carries the job and the pool. A newer attempt
 of a client fences the older one. Every offer is idempotent: the server repeats it until the round commits.
 """

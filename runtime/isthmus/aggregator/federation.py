@@ -311,11 +311,7 @@ class Federation:
     def join(self, hello: pb.Hello) -> Client:
         """A client's hello: it is welcomed and told what there is for it now. Raises :class:`membership.Refusal`."""
         client = self.members.admit(hello)
-        client.send(
-            pb.ServerMessage(
-                welcome=pb.Welcome(heartbeat_seconds=HEARTBEAT_SECONDS, rounds=self.spec.rounds, instance=self.instance)
-            )
-        )
+        client.send(messages.welcome(HEARTBEAT_SECONDS, self.spec.rounds, self.instance))
         if self.course.model is not None:
             client.send(messages.committed(self.course.model.round))
             self._offers.watch(client)

@@ -12,9 +12,11 @@ from .model import GlobalModel
 INITIALIZE = pb.ServerMessage(offer=pb.Offer(kind=pb.Offer.INITIALIZE))
 
 
-def welcome(heartbeat_seconds: float, rounds: int) -> pb.ServerMessage:
+def welcome(heartbeat_seconds: float, rounds: int, instance: str) -> pb.ServerMessage:
     """The answer to a hello."""
-    return pb.ServerMessage(welcome=pb.Welcome(heartbeat_seconds=heartbeat_seconds, rounds=rounds))
+    return pb.ServerMessage(
+        welcome=pb.Welcome(heartbeat_seconds=heartbeat_seconds, rounds=rounds, instance=instance, takes_updates=True)
+    )
 
 
 def train(spec: FederatedJobSpec, round_number: int, base: GlobalModel, compression: Compression) -> pb.ServerMessage:

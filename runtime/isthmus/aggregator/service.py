@@ -2,9 +2,7 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import grpc
@@ -16,31 +14,17 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import ObserverServicer
 from isthmus_contracts.transport import peer_uris
 
-from ..codecs import CodecError
-from ..framing import SERVICE, Frame, receive_update, update_frame
-from ..tensors import State, TransferError
+from ..framing import SERVICE, Frame, update_frame
+from ..tensors import TransferError
 from . import messages, refusal
 from .companion import companion_messages
 from .federation import Federation
 from .membership import Client, Refusal
-from .readahead import read_ahead
-from .receptions import AHEAD_BYTES
+from .pushes import Pushes, ResendError
 
 log = logging.getLogger(__name__)
 
 Context = aio.ServicerContext[Any, Any]
-
-_RESULTS = {
-    pb.PushReply.ACCEPTED: "accepted",
-    pb.PushReply.STALE: "stale",
-    pb.PushReply.INVALID: "invalid",
-    pb.PushReply.FENCED: "fenced",
-    pb.PushReply.CLOSED: "closed",
-}
-
-
-class _OutdatedError(Exception):
-    """The global model has changed while an update was on its way."""
 
 
 class FederationService:
@@ -48,8 +32,7 @@ class FederationService:
 
     def __init__(self, federation: Federation) -> None:
         self._federation = federation
-        self._intake = federation.intake
-        self._metrics = federation.metrics
+        self._pushes = Pushes(federation)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """For a server. The tensors' messages stay as they are: :mod:`..framing` reads and makes them."""
@@ -96,10 +79,24 @@ class FederationService:
         client: Client,
         outbox: "asyncio.Queue[pb.ServerMessage | None]",
     ) -> None:
-        with suppress(aio.AioRpcError, asyncio.CancelledError):
+        async def answer(update: bytes) -> None:
+            outbox.put_nowait(pb.ServerMessage(reply=await self._pushes.answer(update, client)))
+
+        answering: set[asyncio.Task[None]] = set()
+        try:
             async for message in incoming:
-                if client.outbox is outbox:  # a fenced process is not listened to any more
-                    self._federation.hear(client, message)
+                if client.outbox is not outbox:  # a fenced process is not listened to any more
+                    continue
+                self._federation.hear(client, message)
+                if message.HasField("update"):
+                    # Aside: an answer may take a while, and what else the client says is to be heard.
+                    answering.add(task := asyncio.create_task(answer(message.update)))
+                    task.add_done_callback(answering.discard)
+        except (aio.AioRpcError, asyncio.CancelledError):
+            pass
+        finally:
+            for task in answering:
+                task.cancel()
         outbox.put_nowait(None)
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:
@@ -127,83 +124,18 @@ class FederationService:
         if first is None or first.header is None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a header")
         assert first is not None and first.header is not None
-        header, started = first.header, time.monotonic()
-        await self._authenticate(context, header.pool)
-        await self._intake.answerable(header)
-        reply = self._intake.precheck(header)
-        repeated = reply is not None and reply.verdict == pb.PushReply.ACCEPTED
-        if reply is None:
-            try:
-                reply = await self._receive_in_turn(header, first, stream, started, context)
-            except CodecError as error:  # sent again it would be the same
-                reply = self._intake.precheck(header) or self._intake.reject(header, refusal.fault_of(error))
-            except TransferError as error:
-                fault = refusal.fault_of(error)
-                self._count(header, "corrupt", fault.reason)
-                log.warning("%s/%d: update of round %d refused: %s", header.pool, header.index, header.round, fault)
-                reason = ((refusal.REASON_METADATA, fault.reason.value),)
-                await context.abort(grpc.StatusCode.DATA_LOSS, fault.message, reason)
-        assert reply is not None
-        self._count(header, "repeated" if repeated else _RESULTS[reply.verdict], reply.reason)
-        reply.instance = self._federation.instance
-        return reply
+        await self._authenticate(context, first.header.pool)
 
-    def _count(self, header: pb.UpdateHeader, result: str, reason: str = "") -> None:
-        self._metrics.updates.labels(**self._metrics.bound, pool=header.pool, result=result).inc()
-        if reason:
-            self._metrics.refused.labels(**self._metrics.bound, pool=header.pool, reason=reason).inc()
-
-    async def _receive_in_turn(
-        self,
-        header: pb.UpdateHeader,
-        first: Frame[pb.UpdateHeader],
-        stream: AsyncIterator[bytes],
-        started: float,
-        context: Context,
-    ) -> pb.PushReply:
-        """Takes in an update when there is room for it. Raises ``TransferError``."""
-        model, receptions = self._federation.course.model, self._intake.receptions
-        async with receptions.turn(model) as file, AsyncExitStack() as stack:
-            if first.checksum is None:
-                # The client waits for it before it sends more than its first message.
-                await context.send_initial_metadata(())
-            if file is not None:
-                return await self._receive(header, first, stream, file, started)
-            place = stack.enter_async_context(receptions.place(model))
-            if first.checksum is None:
-                room, stream = await read_ahead(stream, place, AHEAD_BYTES)
-            else:
-                room = await place
-            return await self._receive(header, first, stream, room, started)
-
-    async def _receive(
-        self,
-        header: pb.UpdateHeader,
-        first: Frame[pb.UpdateHeader],
-        stream: AsyncIterator[bytes],
-        room: State,
-        started: float,
-    ) -> pb.PushReply:
-        """Takes in a whole update; whatever is wrong with the stream refuses all of it. Raises ``TransferError``."""
-        reception = self._federation.compression.reception(header, self._intake.base(header), room)
-        model = self._federation.course.model
-
-        def still_wanted() -> None:
-            """A slow client must not hold the base model of a Delta for ever."""
-            nonlocal model
-            if self._federation.course.model is not model:
-                model = self._federation.course.model
-                if self._intake.precheck(header) is not None:
-                    raise _OutdatedError
+        async def invite() -> None:
+            """A client sends no more than its first message before it hears of the call."""
+            await context.send_initial_metadata(())
 
         try:
-            tensors, size = await receive_update(first, stream, reception, still_wanted)
-        except _OutdatedError:
-            reply = self._intake.precheck(header)
-            return reply or refusal.reply(pb.PushReply.STALE, "its round is over")
-        codec = "+".join(header.codecs) or NONE
-        self._federation.ledger.received(header.pool, codec, size, time.monotonic() - started)
-        return await self._intake.accept(header, tensors)
+            return await self._pushes.take(first, stream, invite)
+        except ResendError as error:
+            reason = ((refusal.REASON_METADATA, error.fault.reason.value),)
+            await context.abort(grpc.StatusCode.DATA_LOSS, error.fault.message, reason)
+        raise AssertionError("abort raises")
 
     async def _authenticate(self, context: Context, pool: str | None = None) -> str:
         """The pool in the caller's certificate, which must be the one that it speaks for."""

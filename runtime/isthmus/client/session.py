@@ -22,6 +22,7 @@ from isthmus_contracts.transport import channel
 
 from .. import __version__
 from ..framing import PULL, PUSH
+from ..tensors import CHUNK_BYTES, TransferError
 from .context import Context
 from .stages import Stages
 
@@ -118,6 +119,9 @@ class Session:
             evaluates=evaluates,
         )
         self._outgoing: queue.Queue[pb.ClientMessage | None] = queue.Queue()  # of the present stream
+        self._asking = threading.Lock()
+        self._takes_updates = False  # the present stream
+        self._asked: Future[pb.PushReply | None] | None = None  # by an update that is on it; None: there is no answer
         self._heartbeat_seconds = 10.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="isthmus-control", daemon=True)
@@ -128,8 +132,21 @@ class Session:
         return self._line.pull(request)
 
     def push_one(self, message: bytes) -> pb.PushReply:
-        """Sends an update that is a single message."""
-        return self._line.push_one(message)
+        """Sends an update that is a single message: on the control stream, where the aggregator takes it there.
+
+        Raises :class:`TransferError` where it should be sent again.
+        """
+        with self._asking:
+            aside = self._takes_updates and len(message) <= CHUNK_BYTES
+            asked = self._asked = Future() if aside else None
+            if asked is not None:
+                self._outgoing.put(pb.ClientMessage(update=message))
+        reply = asked.result() if asked is not None else None
+        if reply is None:  # the stream has broken, and maybe the connection: a call tells
+            reply = self._line.push_one(message)
+        if reply.verdict == pb.PushReply.RESEND:
+            raise TransferError(reply.message)
+        return reply
 
     def works_on(self, round_number: int, base_digest: str) -> None:
         """Notes what is in hand, for the next hello: an aggregator that restarts shall not pass it over."""
@@ -214,6 +231,10 @@ class Session:
                 if now - last_warning > _WARN_EVERY:
                     last_warning = now
                     log.warning("aggregator %s: %s; trying again", self.endpoint, details or code.name)
+            finally:
+                with self._asking:
+                    self._takes_updates = False
+                self._answer(None)
             # A little randomness keeps a thousand clients from coming back at the same instant.
             self._closed.wait(backoff * random.uniform(0.5, 1.0))  # noqa: S311
             backoff = min(backoff * 2, _LONGEST_BACKOFF)
@@ -250,13 +271,24 @@ class Session:
                 return
             yield message
 
+    def _answer(self, reply: pb.PushReply | None) -> None:
+        """Ends the wait of an update on the stream, if there is one."""
+        with self._asking:
+            asked, self._asked = self._asked, None
+        if asked is not None:
+            asked.set_result(reply)
+
     def _take(self, message: pb.ServerMessage) -> bool:
         """Whether this message was the last."""
         match message.WhichOneof("message"):
             case "welcome":
                 self._heartbeat_seconds = message.welcome.heartbeat_seconds or self._heartbeat_seconds
+                with self._asking:
+                    self._takes_updates = message.welcome.takes_updates
                 self.aggregator = message.welcome.instance
                 log.info("connected to %s as %s/%d", self.endpoint, self.context.pool, self.context.index)
+            case "reply":
+                self._answer(message.reply)
             case "stop" if message.stop.reason == pb.Stop.RESTARTING:
                 return False
             case "stop":

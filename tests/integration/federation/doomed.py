@@ -22,7 +22,7 @@ from isthmus.aggregator.budget import PrivacyBudget
 from isthmus.aggregator.federation import Federation
 from isthmus.aggregator.intake import Intake
 from isthmus.aggregator.membership import Client, Membership
-from isthmus.aggregator.service import FederationService
+from isthmus.aggregator.pushes import Pushes
 from isthmus.client import session, transfer
 from isthmus.codecs import Decoder
 from isthmus.privacy import Private
@@ -35,7 +35,7 @@ from isthmus_contracts import transport
 # Everything that happens between the first chunk of an update and the last word about its commit.
 POINTS: list[tuple[Any, str]] = [
     (Reception, "__init__"), (Reception, "write"), (Reception, "finish"), (Decoder, "write"),
-    (FederationService, "_count"), (Intake, "precheck"), (Intake, "_count"), (Intake, "_fold"),
+    (Pushes, "_count"), (Intake, "precheck"), (Intake, "_count"), (Intake, "_fold"),
     (Deterministic, "accept"), (Deterministic, "finish"), (FedAvg, "accept"), (FedAvg, "finish"), (Spill, "add"),
     (Private, "accept"), (Private, "finish"), (PrivacyBudget, "account"), (PrivacyBudget, "charge"),
     (Federation, "_begin_round"), (Federation, "_record_of"),

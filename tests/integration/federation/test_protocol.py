@@ -1,5 +1,6 @@
 """The wire, spoken by hand: what is damaged, stale or repeated is answered as the protocol says."""
 
+import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,16 +30,18 @@ class HandMadeClient:
         self.channel = channel(f"127.0.0.1:{job.port}", job.credentials(), SERVER_NAME)
         self.stub = FederationStub(self.channel)
         hello = pb.Hello(job_uid=UID, pool=POOL, index=index, attempt=attempt, instance=self.instance)
-        self.messages = self.stub.Control(self._talk(pb.ClientMessage(hello=hello)))
+        self._to_say: queue.Queue[pb.ClientMessage | None] = queue.Queue()
+        self.say(pb.ClientMessage(hello=hello))
+        self.messages = self.stub.Control(iter(self._to_say.get, None))
 
     def close(self) -> None:
         open_channel, self.channel = self.channel, None  # type: ignore[assignment]
         if open_channel is not None:
             open_channel.close()
+            self._to_say.put(None)
 
-    def _talk(self, hello: pb.ClientMessage) -> Iterator[pb.ClientMessage]:
-        yield hello
-        eventually("the test is over", lambda: self.channel is None, 1200)
+    def say(self, message: pb.ClientMessage) -> None:
+        self._to_say.put(message)
 
     def offer(self, round_number: int = 0) -> pb.Offer:
         """The next one, or the next of a round."""
@@ -118,6 +121,45 @@ def test_a_round_by_hand(clients: list[HandMadeClient]) -> None:
     eventually("the round is committed", lambda: status()[0] == 1)
     metrics = first.job.metrics()
     for result, count in (("accepted", 3), ("repeated", 1), ("stale", 2), ("corrupt", 2), ("invalid", 4)):
+        assert f'pool="{POOL}",result="{result}"}} {count}.0' in metrics
+
+
+def test_updates_on_the_control_stream(clients: list[HandMadeClient]) -> None:
+    first, second = clients
+    assert next(first.messages).welcome.takes_updates
+
+    def answer(client: HandMadeClient, header: pb.UpdateHeader, checksum: str = "") -> pb.PushReply:
+        data, trailer = b"".join(chunks_of(client.state)), pb.Trailer(checksum=checksum or checksum_of(client.state))
+        update = pb.UpdateChunk(header=header, data=data, trailer=trailer).SerializeToString()
+        client.say(pb.ClientMessage(update=update))
+        return next(message.reply for message in client.messages if message.HasField("reply"))
+
+    first.offer()
+    assert answer(first, first.header(0)).verdict == pb.PushReply.ACCEPTED
+    digest = first.offer(1).base_digest
+    # What a Push would answer with a status is to be sent again; what is no update, or not this client's, has no way.
+    damaged = answer(first, first.header(1, digest), "0" * 32)
+    assert (damaged.verdict, damaged.reason) == (pb.PushReply.RESEND, "checksum")
+    others = answer(first, second.header(1, digest))
+    assert (others.verdict, others.message) == (pb.PushReply.RESEND, f"this is the control stream of {POOL}/0")
+    for update in (b"\xff", pb.UpdateChunk(header=first.header(1, digest)).SerializeToString()):
+        first.say(pb.ClientMessage(update=update))
+        reply = next(message.reply for message in first.messages if message.HasField("reply"))
+        assert (reply.verdict, reply.reason) == (pb.PushReply.RESEND, "malformed")
+    assert first.job.status().submitted == 0
+    # One that is counted, once, whichever way it comes again.
+    good = answer(first, first.header(1, digest))
+    assert (good.verdict, good.round, bool(good.instance)) == (pb.PushReply.ACCEPTED, 1, True)
+    assert answer(first, first.header(1, digest)).message == "counted before"
+    assert first.push(first.header(1, digest)).message == "counted before"
+    assert first.job.status().submitted == 1
+    # One that nobody could use, and one that ends the round.
+    stale = answer(second, second.header(1, "another model"))
+    assert (stale.verdict, stale.reason) == (pb.PushReply.STALE, "stale")
+    assert answer(second, second.header(1, digest)).verdict == pb.PushReply.ACCEPTED
+    eventually("the round is committed", lambda: first.job.status().completed_rounds == 1)
+    metrics = first.job.metrics()
+    for result, count in (("accepted", 3), ("repeated", 2), ("stale", 1), ("corrupt", 1)):
         assert f'pool="{POOL}",result="{result}"}} {count}.0' in metrics
 
 

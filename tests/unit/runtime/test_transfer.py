@@ -2,6 +2,7 @@
 
 import datetime as dt
 import threading
+import time
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import closing
@@ -23,12 +24,21 @@ from isthmus_contracts.transport import server_credentials
 
 LIMIT = 4 << 20
 DAY = dt.timedelta(days=1)
+ACCEPTED = pb.PushReply(verdict=pb.PushReply.ACCEPTED)
 
 
 class Aggregator(grpc.GenericRpcHandler):
-    """Takes every update, and welcomes everybody, with a word of ``welcome_bytes``."""
+    """Takes every update, and welcomes everybody, with a word of ``welcome_bytes``.
+
+    ``aside``: its answers to updates on the control stream, which ends in place of one that is None; the last one
+    stays. Empty: it knows nothing of such updates, as older ones.
+    """
 
     welcome_bytes = 1
+
+    def __init__(self, *aside: pb.PushReply | None) -> None:
+        self.aside = list(aside)
+        self.seen: list[str] = []
 
     def service(self, call: Any) -> Any:
         if call.method == PUSH:
@@ -37,6 +47,7 @@ class Aggregator(grpc.GenericRpcHandler):
         return grpc.stream_stream_rpc_method_handler(self.control)
 
     def push(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        self.seen.append("push")
         next(messages)
         context.send_initial_metadata(())  # there is room for the others
         for _ in messages:
@@ -44,10 +55,15 @@ class Aggregator(grpc.GenericRpcHandler):
         return pb.PushReply(verdict=pb.PushReply.ACCEPTED).SerializeToString()
 
     def control(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        welcome = pb.Welcome(heartbeat_seconds=3600, instance="x" * self.welcome_bytes)
+        welcome = pb.Welcome(heartbeat_seconds=3600, instance="x" * self.welcome_bytes, takes_updates=bool(self.aside))
         yield pb.ServerMessage(welcome=welcome).SerializeToString()
-        for _ in messages:
-            pass
+        for message in map(pb.ClientMessage.FromString, messages):
+            if message.HasField("update"):
+                self.seen.append("aside")
+                answer = self.aside.pop(0) if len(self.aside) > 1 else self.aside[0]
+                if answer is None:
+                    return
+                yield pb.ServerMessage(reply=answer).SerializeToString()
 
 
 @pytest.fixture
@@ -72,6 +88,46 @@ def aggregator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Aggr
         monkeypatch.setenv(name, value)
     yield handler
     server.stop(None).wait()
+
+
+def wait_for_welcome(session: Session) -> None:
+    until = time.monotonic() + 60
+    while not session.aggregator:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("aside", "seen"),
+    [
+        ([], ["push"]),
+        ([ACCEPTED], ["aside"]),
+        ([None], ["aside", "push"]),
+        ([pb.PushReply(verdict=pb.PushReply.RESEND, message="a damaged one"), ACCEPTED], ["aside", "aside"]),
+    ],
+    ids=["an older aggregator", "on the control stream", "a stream that breaks", "a damaged one"],
+)
+def test_an_update_of_one_message(
+    aggregator: Aggregator, aside: list[pb.PushReply | None], seen: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    aggregator.aside = aside
+    with closing(Session(Context(pool="pool"), evaluates=False, stopping=threading.Event())) as session:
+        wait_for_welcome(session)
+        reply = push(session, FinishedUpdate(1, "digest", 1, {}, {"w": torch.zeros(1)}))
+    assert reply.verdict == pb.PushReply.ACCEPTED
+    assert aggregator.seen == seen
+    assert ("push failed (a damaged one); trying again" in caplog.text) == (seen[1:] == ["aside"])
+
+
+def test_a_large_update_never_goes_on_the_control_stream(aggregator: Aggregator) -> None:
+    aggregator.aside = [ACCEPTED]
+    large = {"w": torch.zeros(3 << 20, dtype=torch.uint8)}
+    many = {f"{'block.' * 15}{number}": torch.zeros(1) for number in range(10_000)}  # one message with a long header
+    with closing(Session(Context(pool="pool"), evaluates=False, stopping=threading.Event())) as session:
+        wait_for_welcome(session)
+        for state in (large, many):
+            assert push(session, FinishedUpdate(1, "digest", 1, {}, state)).verdict == pb.PushReply.ACCEPTED
+    assert aggregator.seen == ["push", "push"]
 
 
 @pytest.mark.parametrize("size", [1, 3 << 20], ids=["one message", "several messages"])
