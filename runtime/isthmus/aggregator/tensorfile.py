@@ -5,11 +5,13 @@ The library's own writer makes a second copy of every tensor; the format is simp
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
+import ctypes
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,7 +22,12 @@ from ..tensors import State, bytes_view, specs_of
 
 # Below this the errand of a thread takes longer than the work.
 SMALL_BYTES = 1 << 20
-_PIECE = 16 << 20
+_READ_BYTES = 16 << 20
+# A piece is still in the processor's cache when, written, it is summed up.
+_WRITTEN_BYTES = 1 << 20
+# The disk begins with so much at a time.
+_PIECES_AT_ONCE = 16
+_SYNC_FILE_RANGE_WRITE = 2  # fs.h of Linux
 
 
 @dataclass(frozen=True)
@@ -55,9 +62,11 @@ def write(path: Path, state: State, metadata: Mapping[str, str]) -> TensorFile:
             checksum.update(data[len(lead) :])
         else:
             _write_all(file.fileno(), memoryview(lead))
-            for piece in _pieces(state):
+            for number, piece in enumerate(_pieces(state), 1):
                 _write_all(file.fileno(), piece)
                 checksum.update(piece)
+                if number % _PIECES_AT_ONCE == 0:
+                    _begin_writing_back(file.fileno())
         file.truncate(len(lead) + offset)
         _synchronize(file.fileno())
     return _described(path, lead, checksum.hexdigest(), offset)
@@ -71,7 +80,7 @@ def read(path: Path) -> tuple[TensorFile, State, dict[str, str]]:
     with path.open("rb") as file:
         lead = file.read(8)
         lead += file.read(int.from_bytes(lead, "little"))
-        while piece := file.read(_PIECE):
+        while piece := file.read(_READ_BYTES):
             checksum.update(piece)
     found = _described(path, lead, checksum.hexdigest(), path.stat().st_size - len(lead))
     return found, mapped(path), metadata
@@ -100,13 +109,31 @@ def _described(path: Path, lead: bytes, checksum: str, size: int) -> TensorFile:
 def _pieces(state: State) -> Iterator[memoryview]:
     for tensor in state.values():
         view = bytes_view(tensor)
-        for start in range(0, len(view), _PIECE):
-            yield view[start : start + _PIECE]
+        for start in range(0, len(view), _WRITTEN_BYTES):
+            yield view[start : start + _WRITTEN_BYTES]
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
+
+
+def _begin_writing_back(descriptor: int) -> None:
+    """Sets the disk to work on what has been written so far, and does not wait: the end, which does, is nearer then.
+    Where the system has no such call, nothing happens. Source: sync_file_range(2)."""
+    if (begin := _sync_file_range()) is not None:
+        begin(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)  # from 0 to the end; its errors come again at the end
+
+
+@cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    try:
+        call = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError, TypeError):
+        return None
+    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    found: Callable[[int, int, int, int], int] = call
+    return found
 
 
 def _synchronize(descriptor: int) -> None:

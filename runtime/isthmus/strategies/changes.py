@@ -79,9 +79,14 @@ def changes(new: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> Iterato
 
 def zeros_like(model: State, earlier: State) -> State:
     """A sum for every tensor of a model, at zero; in the memory of earlier ones where they fit."""
-    sums = earlier
-    if earlier.keys() != model.keys():
-        sums = {name: torch.empty_like(tensor, dtype=wide(tensor.dtype)) for name, tensor in model.items()}
+    sums = sums_like(model, earlier)
     for total in sums.values():
         total.zero_()
     return sums
+
+
+def sums_like(model: State, earlier: State) -> State:
+    """The memory of a sum for every tensor of a model: that of earlier ones where they fit."""
+    if earlier.keys() == model.keys():
+        return earlier
+    return {name: torch.empty_like(tensor, dtype=wide(tensor.dtype)) for name, tensor in model.items()}

@@ -4,7 +4,7 @@ import torch
 
 from ..tensors import State
 from .base import Setup, Strategy, Update, narrow
-from .changes import changes, zeros_like
+from .changes import changes, sums_like
 
 
 class FedAvg(Strategy):
@@ -22,12 +22,19 @@ class FedAvg(Strategy):
     def begin(self, model: State) -> None:
         self._model = model
         self._weight = 0.0
-        self._sums = zeros_like(model, self._sums)
+        self._sums = sums_like(model, self._sums)
 
     def accept(self, update: Update) -> None:
+        # The first update takes the place of what the sums' memory holds: clients do not wait until it has been zeroed.
+        first = not self._weight
         self._weight += update.weight
         for name, total in self._sums.items():
             tensor = update.tensors[name]
+            if first and tensor.dtype == total.dtype:
+                torch.mul(tensor, update.weight, out=total)
+                continue
+            if first:
+                total.zero_()
             if tensor.is_floating_point():
                 total.add_(tensor, alpha=update.weight)
                 continue
