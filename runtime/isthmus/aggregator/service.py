@@ -89,6 +89,8 @@ class FederationService:
                     continue
                 self._federation.hear(client, message)
                 if message.HasField("update"):
+                    if answering:  # who does not wait for the answer is not read on
+                        await asyncio.wait(answering)
                     # Aside: an answer may take a while, and what else the client says is to be heard.
                     answering.add(task := asyncio.create_task(answer(message.update)))
                     task.add_done_callback(answering.discard)
