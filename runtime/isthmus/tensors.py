@@ -8,9 +8,8 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, SupportsFloat
+from typing import Literal
 
-import numpy as np
 import torch
 import xxhash
 
@@ -39,8 +38,6 @@ _DTYPES = {
     "BOOL": torch.bool,
 }  # safetensors' names
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# In which NumPy finds extremes where they lie, without PyTorch's threads; it is slow with float16, and has no bfloat16.
-_NUMPY_FLOATS: dict[torch.dtype, type[np.floating[Any]]] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class TransferError(ValueError):
@@ -121,14 +118,10 @@ def checksum_of(state: Mapping[str, torch.Tensor]) -> str:
 class Reception:
     """Takes a stream's chunks and makes tensors of them; allocates what the specs announce, and no more."""
 
-    def __init__(self, specs: Iterable[TensorSpec], room: State | None = None, limit: float | None = None) -> None:
-        """``room``: see :func:`allocate`. ``limit``: what is :func:`beyond` it is noted as it comes, while the
-        processor has it at hand; to look at the whole afterwards is another way through memory."""
+    def __init__(self, specs: Iterable[TensorSpec], room: State | None = None) -> None:
+        """``room``: see :func:`allocate`."""
         self._tensors: State = {}
         self._views: list[memoryview] = []
-        self._limit = limit
-        self.beyond: tuple[str, float] | None = None
-        """The first tensor with a value beyond the limit, by its name, and that value."""
         specs = list(specs)
         if (problem := misannounced(specs)) is not None:
             raise TransferError(problem.message)
@@ -136,11 +129,9 @@ class Reception:
             tensor = allocate(spec, room)
             self._tensors[spec.name] = tensor
             self._views.append(bytes_view(tensor))
-        self._names = list(self._tensors)
         self._digest = xxhash.xxh3_128()
         self._current = 0  # which view is being filled
         self._filled = 0  # how far
-        self._skipped = False  # values of it were not looked at
         self.received = 0  # bytes
 
     def write(self, data: Data) -> None:
@@ -155,25 +146,9 @@ class Reception:
             part = source[: len(view) - self._filled]
             view[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
-            if self._limit is not None and self.beyond is None:
-                self._look(part, self._limit)
             source = source[len(part) :]
             if self._filled == len(view):
-                self._current, self._filled, self._skipped = self._current + 1, 0, False
-
-    def _look(self, part: memoryview, limit: float) -> None:
-        """Looks at the values in the part of a chunk that was copied last: in the chunk, which the processor has read;
-        or, where that is not simple, at the tensor, once it is whole."""
-        name = self._names[self._current]
-        tensor = self._tensors[name]
-        size = tensor.element_size()
-        if (kind := _NUMPY_FLOATS.get(tensor.dtype)) is not None and not (self._filled - len(part)) % size:
-            values = np.frombuffer(part, kind, len(part) // size)
-            self.beyond = _first_beyond(limit, name, (values.min(), values.max())) if len(values) else None
-        else:
-            self._skipped = True
-        if self._skipped and self._filled == tensor.nbytes and self.beyond is None:
-            self.beyond = beyond(limit, {name: tensor})
+                self._current, self._filled = self._current + 1, 0
 
     def finish(self, checksum: str) -> State:
         """The tensors, once everything is there and the checksum fits. Raises :class:`TransferError`."""
@@ -239,16 +214,12 @@ def non_finite(state: Mapping[str, torch.Tensor]) -> str | None:
 def beyond(limit: float, state: Mapping[str, torch.Tensor]) -> tuple[str, float] | None:
     """The first tensor of floating-point numbers that holds one of a larger magnitude, or NaN, and that number."""
     for name, tensor in state.items():
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        # In one pass without a copy: infinite where a value is, NaN where one is.
-        if (found := _first_beyond(limit, name, torch.aminmax(tensor))) is not None:
-            return found
+        if tensor.is_floating_point() and tensor.numel():
+            # In one pass without a copy: infinite where a value is, NaN where one is.
+            for extreme in map(float, torch.aminmax(tensor)):
+                if not abs(extreme) <= limit:
+                    return name, extreme
     return None
-
-
-def _first_beyond(limit: float, name: str, extremes: Iterable[SupportsFloat]) -> tuple[str, float] | None:
-    return next(((name, value) for value in map(float, extremes) if not abs(value) <= limit), None)
 
 
 def group(name: str, state: State) -> State:

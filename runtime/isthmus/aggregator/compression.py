@@ -7,7 +7,7 @@ from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..codecs import KNOWN, Chain, Decoder, Encoded, download_seed, encode, parse_chain, upload_seed
-from ..strategies import GREATEST_WEIGHT, StrategyError
+from ..strategies import StrategyError
 from ..tensors import Reception, State, non_finite
 
 
@@ -60,7 +60,7 @@ class Compression:
     def reception(self, header: pb.UpdateHeader, base: State | None, room: State) -> Reception | Decoder:
         """What takes in an update that :meth:`problem` has nothing against. Raises :class:`TransferError`."""
         if not header.codecs:
-            return Reception(header.tensors, room, GREATEST_WEIGHT)
+            return Reception(header.tensors, room)
         seed = upload_seed(self._job_uid, header.round, header.pool, header.index)
         return Decoder(header.tensors, self._upload, seed, base, room)
 

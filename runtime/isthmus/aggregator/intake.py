@@ -4,8 +4,10 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import TypeVar
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
@@ -24,6 +26,8 @@ from .receptions import Receptions
 from .refusal import Fault, Reason, StorageError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Intake:
@@ -116,14 +120,9 @@ class Intake:
         if state is not None and (folding := state.folding.get(_key(header))) is not None:
             await asyncio.wait([folding])
 
-    async def examine(self, tensors: State) -> Fault | None:
-        """What is wrong with an update's values; in a thread, unless the model is small."""
-        if self._course.is_small:
-            return refusal.examine_values(tensors)
-        return await asyncio.to_thread(refusal.examine_values, tensors)
-
-    async def accept(self, header: pb.UpdateHeader, tensors: State, bad: Fault | None) -> pb.PushReply:
-        """Takes a complete update, and counts it once. ``bad``: what is wrong with its values."""
+    async def accept(self, header: pb.UpdateHeader, tensors: State) -> pb.PushReply:
+        """Takes a complete update: checks its values, then counts it once."""
+        bad = await self._aside(refusal.examine_values, tensors)
         await self.answerable(header)
         if (reply := self.precheck(header)) is not None:  # the world may have moved on meanwhile
             return reply
@@ -233,6 +232,10 @@ class Intake:
             self._course.changes.ring()
         log.warning("%s/%d: update of round %d refused: %s", header.pool, header.index, header.round, fault)
         return refusal.reply(pb.PushReply.INVALID, fault.message, fault.reason)
+
+    async def _aside(self, work: Callable[[State], T], state: State) -> T:
+        """Does the work in a thread, unless the model is small."""
+        return work(state) if self._course.is_small else await asyncio.to_thread(work, state)
 
 
 def _key(header: pb.UpdateHeader) -> tuple[ClientId, int]:

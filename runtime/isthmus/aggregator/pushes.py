@@ -10,7 +10,7 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..codecs import CodecError
 from ..framing import Frame, receive_update, update_frame
-from ..tensors import Reception, State, TransferError
+from ..tensors import State, TransferError
 from . import refusal
 from .federation import Federation
 from .membership import Client
@@ -151,11 +151,7 @@ class Pushes:
             return reply or refusal.reply(pb.PushReply.STALE, "its round is over")
         codec = "+".join(header.codecs) or NONE
         self._federation.ledger.received(header.pool, codec, size, time.monotonic() - started)
-        if isinstance(reception, Reception):
-            bad = refusal.fault_beyond(reception.beyond)
-        else:
-            bad = await self._intake.examine(tensors)
-        return await self._intake.accept(header, tensors, bad)
+        return await self._intake.accept(header, tensors)
 
 
 async def _nothing() -> AsyncIterator[bytes]:

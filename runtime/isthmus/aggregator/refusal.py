@@ -8,11 +8,14 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..codecs import CodecError, NonFiniteError
 from ..framing import MOST_EXAMPLES
-from ..strategies import GREATEST_WEIGHT, Strategy
+from ..strategies import Strategy
 from ..tensors import ChecksumError, State, TransferError, TruncatedError, beyond, misannounced, mismatch
 from .compression import Compression
 from .model import GlobalModel
 
+# With weights up to here their sums, squares and differences stay finite in float32, whatever the strategy. Larger ones
+# come from training that has diverged.
+GREATEST_WEIGHT = 2.0**60
 RESERVED_NAME = "__metadata__"
 # Where a refusal is a gRPC status, because the stream is to be sent again, its trailing metadata bear the reason.
 REASON_METADATA = "isthmus-reason"
@@ -94,11 +97,7 @@ def examine_initial(header: pb.UpdateHeader) -> Fault | None:
 
 def examine_values(tensors: State) -> Fault | None:
     """What is wrong with an update's values."""
-    return fault_beyond(beyond(GREATEST_WEIGHT, tensors))
-
-
-def fault_beyond(found: tuple[str, float] | None) -> Fault | None:
-    """The same, given the first tensor with a value beyond the greatest weight, and that value."""
+    found = beyond(GREATEST_WEIGHT, tensors)
     if found is None:
         return None
     name, value = found

@@ -9,9 +9,6 @@ import torch
 
 from ..tensors import State
 
-# With weights up to here their sums, squares and differences stay finite in float32, whatever the strategy. Larger ones
-# come from training that has diverged.
-GREATEST_WEIGHT = 2.0**60
 # The largest double that is an int64.
 _MOST = 2.0**63 - 1024
 

@@ -84,7 +84,7 @@ class Trial:
             job_uid="uid", pool="pool", index=index, round=number, num_examples=5, tensors=specs_of(state),
             base_digest=model.digest if model is not None else "", **changes,
         )  # fmt: skip
-        return asyncio.create_task(self.federation.intake.accept(header, state, None))
+        return asyncio.create_task(self.federation.intake.accept(header, state))
 
 
 @pytest.fixture
@@ -171,8 +171,7 @@ async def test_initial_weights_that_are_refused_leave_a_reason(trial: Trial) -> 
         trial.federation.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
     await trial.until(lambda: trial.federation.course.initializer)
     header = pb.UpdateHeader(pool="pool", index=0, num_examples=1)
-    bad = await trial.federation.intake.examine(mask := {"mask": torch.tensor([0.0, -math.inf])})
-    reply = await trial.federation.intake.accept(header, mask, bad)
+    reply = await trial.federation.intake.accept(header, {"mask": torch.tensor([0.0, -math.inf])})
     assert (reply.verdict, reply.reason) == (pb.PushReply.INVALID, "non_finite")
     message = "the initial weights of pool/0 were refused: mask holds NaN or infinity"
     assert trial.federation.status().message == message
