@@ -82,23 +82,22 @@ class FederationService:
         async def answer(update: bytes) -> None:
             outbox.put_nowait(pb.ServerMessage(reply=await self._pushes.answer(update, client)))
 
-        answering: set[asyncio.Task[None]] = set()
+        answering: asyncio.Task[None] | None = None
         try:
             async for message in incoming:
                 if client.outbox is not outbox:  # a fenced process is not listened to any more
                     continue
                 self._federation.hear(client, message)
                 if message.HasField("update"):
-                    if answering:  # who does not wait for the answer is not read on
-                        await asyncio.wait(answering)
+                    if answering is not None:  # who does not wait for the answer is not read on
+                        await answering
                     # Aside: an answer may take a while, and what else the client says is to be heard.
-                    answering.add(task := asyncio.create_task(answer(message.update)))
-                    task.add_done_callback(answering.discard)
+                    answering = asyncio.create_task(answer(message.update))
         except (aio.AioRpcError, asyncio.CancelledError):
             pass
         finally:
-            for task in answering:
-                task.cancel()
+            if answering is not None:
+                answering.cancel()
         outbox.put_nowait(None)
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:

@@ -232,9 +232,8 @@ class Session:
                     last_warning = now
                     log.warning("aggregator %s: %s; trying again", self.endpoint, details or code.name)
             finally:
-                with self._asking:
-                    self._takes_updates = False
-                self._answer(None)
+                self._takes_updates = False
+                self._answer(None)  # after that: no later update asks
             # A little randomness keeps a thousand clients from coming back at the same instant.
             self._closed.wait(backoff * random.uniform(0.5, 1.0))  # noqa: S311
             backoff = min(backoff * 2, _LONGEST_BACKOFF)
@@ -283,8 +282,7 @@ class Session:
         match message.WhichOneof("message"):
             case "welcome":
                 self._heartbeat_seconds = message.welcome.heartbeat_seconds or self._heartbeat_seconds
-                with self._asking:
-                    self._takes_updates = message.welcome.takes_updates
+                self._takes_updates = message.welcome.takes_updates
                 self.aggregator = message.welcome.instance
                 log.info("connected to %s as %s/%d", self.endpoint, self.context.pool, self.context.index)
             case "reply":

@@ -130,7 +130,9 @@ def test_updates_on_the_control_stream(clients: list[HandMadeClient]) -> None:
 
     def answer(client: HandMadeClient, header: pb.UpdateHeader, checksum: str = "") -> pb.PushReply:
         data, trailer = b"".join(chunks_of(client.state)), pb.Trailer(checksum=checksum or checksum_of(client.state))
-        update = pb.UpdateChunk(header=header, data=data, trailer=trailer).SerializeToString()
+        return answer_to(client, pb.UpdateChunk(header=header, data=data, trailer=trailer).SerializeToString())
+
+    def answer_to(client: HandMadeClient, update: bytes) -> pb.PushReply:
         client.say(pb.ClientMessage(update=update))
         return next(message.reply for message in client.messages if message.HasField("reply"))
 
@@ -143,8 +145,7 @@ def test_updates_on_the_control_stream(clients: list[HandMadeClient]) -> None:
     others = answer(first, second.header(1, digest))
     assert (others.verdict, others.message) == (pb.PushReply.RESEND, f"this is the control stream of {POOL}/0")
     for update in (b"\xff", pb.UpdateChunk(header=first.header(1, digest)).SerializeToString()):
-        first.say(pb.ClientMessage(update=update))
-        reply = next(message.reply for message in first.messages if message.HasField("reply"))
+        reply = answer_to(first, update)
         assert (reply.verdict, reply.reason) == (pb.PushReply.RESEND, "malformed")
     assert first.job.status().submitted == 0
     # One that is counted, once, whichever way it comes again.

@@ -36,8 +36,8 @@ class Aggregator(grpc.GenericRpcHandler):
 
     welcome_bytes = 1
 
-    def __init__(self, *aside: pb.PushReply | None) -> None:
-        self.aside = list(aside)
+    def __init__(self) -> None:
+        self.aside: list[pb.PushReply | None] = []
         self.seen: list[str] = []
 
     def service(self, call: Any) -> Any:
