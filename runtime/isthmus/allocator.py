@@ -1,10 +1,11 @@
 """How much of what is freed the C library keeps: enough that the chunks of streams lie in memory that is there already,
 and so little that memory is as flat after a thousand rounds."""
 
-import ctypes
 import os
 
 import torch
+
+from .clibrary import c_function
 
 # malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -20,9 +21,7 @@ def keep_memory_flat() -> None:
     left alone."""
     if "MALLOC_ARENA_MAX" in os.environ:
         return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
+    if (mallopt := c_function("mallopt")) is None:
         return
     for parameter, value in (
         (_M_ARENA_MAX, _ARENAS),

@@ -9,15 +9,17 @@ import ctypes
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 from safetensors import safe_open
 
+from ..clibrary import c_function
 from ..tensors import State, bytes_view, specs_of
 
 # Below this the errand of a thread takes longer than the work.
@@ -126,14 +128,11 @@ def _begin_writing_back(descriptor: int) -> None:
 
 
 @cache
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    try:
-        call = ctypes.CDLL(None).sync_file_range
-    except (OSError, AttributeError, TypeError):
-        return None
-    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    found: Callable[[int, int, int, int], int] = call
-    return found
+def _sync_file_range() -> Any | None:
+    call: Any = c_function("sync_file_range")
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call
 
 
 def _synchronize(descriptor: int) -> None:
