@@ -31,7 +31,8 @@ def _chain(pattern: str) -> object:
 
 
 class Compression(Resource):
-    """What becomes of tensors before they travel. Integers, booleans and small tensors always travel as they are."""
+    """What becomes of tensors before they travel. Integers, booleans, small tensors and
+    buffers (such as batch-norm statistics) always travel as they are."""
 
     upload: Annotated[str, _chain(PATTERN_UPLOAD)] = NONE
     """Of the clients' updates: None, or a chain [Delta+][TopK+|Rotation+][Float16|BFloat16|Int8|Int4][+Zstd], such as

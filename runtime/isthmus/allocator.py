@@ -35,4 +35,4 @@ def keep_chunks() -> None:
     """For a process of the user's, whose settings stay: glibc keeps twice as much as the largest block that was freed,
     up to 64 MB, so that a script that has freed a tensor of a few megabytes has this already. Without it every chunk
     is read into fresh pages, which costs more than to copy it. Source: mallopt(3), ``M_MMAP_THRESHOLD``."""
-    torch.empty(_KEPT_BYTES, dtype=torch.uint8)  # freed at once, and never touched, so it takes no memory
+    torch.empty(_KEPT_BYTES, dtype=torch.uint8, device="cpu")  # freed at once, and never touched, so it takes no memory

@@ -257,9 +257,19 @@ def roomy(name: str, shape: Sequence[int], dtype: torch.dtype, room: State | Non
     spare = (room or {}).get(name)
     if spare is not None and (spare.dtype, tuple(spare.shape)) == (dtype, tuple(shape)) and spare.is_contiguous():
         return spare
-    return torch.empty(tuple(shape), dtype=dtype)
+    return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's values in one dimension with a stride of 1: a view of a contiguous tensor, a copy of any other.
+
+    A tensor of one element counts as contiguous whatever its stride. ``reshape(-1)`` keeps that stride, and
+    ``view(dtype)`` then fails.
+    """
+    tensor = tensor.detach()
+    return tensor.as_strided((tensor.numel(),), (1,)) if tensor.is_contiguous() else tensor.reshape(-1)
 
 
 def bytes_view(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor, as bytes."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    return flat(tensor).view(torch.uint8).numpy().data

@@ -1,6 +1,6 @@
 """The job's compression, as its aggregator carries it out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from isthmus_contracts.federatedjob import FederatedJobSpec
@@ -65,10 +65,11 @@ class Compression:
         return Decoder(header.tensors, self._upload, seed, base, room)
 
     def settle(
-        self, finish: Callable[[], State], round_number: int, base: State, base_digest: str
+        self, finish: Callable[[], State], round_number: int, base: State, base_digest: str, buffers: Collection[str]
     ) -> tuple[State, Broadcast | None]:
         """The next global model, as clients will see it, and its encoded form, if it has one.
 
+        ``buffers``, which no optimizer trains, travel raw.
         Raises :class:`StrategyError` where nobody could go on from it.
         """
         result = finish()
@@ -80,7 +81,7 @@ class Compression:
         if not self._download.names:
             return result, None
         seed = download_seed(self._job_uid, round_number)
-        encoded = encode(result, self._download, seed, base)
+        encoded = encode(result, self._download, seed, base, raw=buffers)
         broadcast = Broadcast(encoded, base_digest if self._download.delta else "")
         if self._download.codec is None:
             return result, broadcast

@@ -173,8 +173,9 @@ class Federation:
         self.course.closing = True
         self.course.open.clear()
         result, broadcast = await asyncio.get_running_loop().run_in_executor(
-            self._folder, self.compression.settle, self._strategy.finish, state.number, base.state, base.digest
-        )
+            self._folder, self.compression.settle, self._strategy.finish, state.number, base.state, base.digest,
+            self.course.buffers or (),
+        )  # fmt: skip
         record, book = self._record_of(state), self._settled_book(state)
         notes = {**self._notes(), _RECORD: record.text()}
         if self._keeps_book:

@@ -1,6 +1,6 @@
 """What a client keeps between rounds so that less has to travel."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -75,9 +75,12 @@ class Compression:
             }
             self._base_digest = offer.base_digest
 
-    def finished(self, offer: pb.Offer, live: Mapping[str, torch.Tensor]) -> State | Encoded:
+    def finished(
+        self, offer: pb.Offer, live: Mapping[str, torch.Tensor], buffers: Collection[str], frozen: Collection[str]
+    ) -> State | Encoded:
         """The script's trained weights as they will travel, independent of what it does to them later.
 
+        ``buffers``: names of what no optimizer trains; ``frozen``: of parameters that have no gradient.
         Raises :class:`TransferError`.
         """
         chain = parse_chain(offer.codecs)
@@ -88,7 +91,10 @@ class Compression:
         seed = upload_seed(self._session.job_uid, offer.round, place.pool, place.index)
         wanted = _DELTA in offer.model_codecs
         keep_base = wanted or not chain.sparse
-        encoded = encode(live, chain, seed, self._base, self._residual(chain), keep_base=keep_base)
+        residual = self._residual(chain)
+        encoded = encode(
+            live, chain, seed, self._base, residual, raw=buffers, frozen=frozen, keep_base=keep_base
+        )  # fmt: skip
         if not wanted:
             # The next global model finds its place in what is left of this one.
             self._room = self._room or self._base

@@ -76,6 +76,17 @@ def buffers_of(model: object, state: Mapping[str, torch.Tensor]) -> list[str]:
     return [name for name, tensor in state.items() if _place(tensor) not in places]
 
 
+def frozen_of(model: object, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names in a module's state of parameters that require no gradient, and have none.
+
+    Some scripts (of GANs, say) switch ``requires_grad`` off and on again; what they train has a gradient all the same.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return []
+    trained = trained_of(model, state)
+    return [name for name, parameter in trained.items() if not parameter.requires_grad and parameter.grad is None]
+
+
 def _place(tensor: torch.Tensor) -> _Place:
     """Where a tensor's values are. A state dict's tensors are others than the model's, but in the same place.
 

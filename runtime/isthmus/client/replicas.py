@@ -20,7 +20,7 @@ from torch import distributed
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
-from ..tensors import State, allocate, specs_of
+from ..tensors import State, allocate, flat, specs_of
 from .process import one_line
 from .session import GIVE_UP_AFTER, FederationError
 
@@ -158,7 +158,7 @@ class Group(Replicas):
 
     def _broadcast(self, tensor: torch.Tensor) -> None:
         # As bytes, since not every backend knows every dtype.
-        data = tensor.reshape(-1).view(torch.uint8)
+        data = flat(tensor).view(torch.uint8)
         for start in range(0, len(data), _PIECE):
             piece = data[start : start + _PIECE]
             on_device = piece.to(self._device)

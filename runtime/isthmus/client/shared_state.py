@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from ..tensors import State, mismatch, specs_of
-from .names import Names, buffers_of, trained_of
+from .names import Names, buffers_of, frozen_of, trained_of
 from .session import FederationError
 
 log = logging.getLogger("isthmus")
@@ -62,6 +62,10 @@ class SharedState:
     def buffers(self, live: Mapping[str, torch.Tensor]) -> list[str]:
         """The names among ``live`` that no optimizer trains."""
         return buffers_of(self._model, live)
+
+    def frozen(self, live: Mapping[str, torch.Tensor]) -> list[str]:
+        """The names among ``live`` of parameters without a gradient: what moves them is not gradient descent."""
+        return frozen_of(self._model, live)
 
     def names(self) -> Names:
         """Finds the names of the parameters that travel."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import xxhash
 
-from ..tensors import TransferError
+from ..tensors import TransferError, bytes_view
 
 SEGMENT = 1 << 15
 """Elements. TopK's positions fit 16 bits, a segment's working set fits a core's cache, and torch does not spread an
@@ -71,7 +71,7 @@ def download_seed(job_uid: str, round_number: int) -> str:
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
     """The little-endian bytes of a contiguous tensor."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return bytes_view(tensor).tobytes()
 
 
 def read(data: memoryview, dtype: Any, count: int, offset: int = 0) -> torch.Tensor:

@@ -46,9 +46,10 @@ class Chain:
         return self.codec.bytes_per_value if self.codec is not None else BYTES_RAW
 
     def takes(self, spec: TensorSpec) -> bool:
-        """Whether a tensor goes through the chain's lossy codecs: floating point, not tiny, and smaller afterwards."""
+        """Whether a tensor goes through the chain's lossy codecs: floating point, not tiny, smaller afterwards, and not
+        marked by its sender to travel raw."""
         count = math.prod(spec.shape)
-        if self.codec is None or count < RAW_BELOW:
+        if self.codec is None or count < RAW_BELOW or spec.raw:
             return False
         dtype = dtype_of(spec)
         return dtype.is_floating_point and self._encoded_size(count) < count * dtype.itemsize

@@ -25,3 +25,12 @@ def applied(change: torch.Tensor, base: torch.Tensor | None, out: torch.Tensor) 
         torch.add(base, change, out=out)
     else:
         out.copy_(base.float() + change)
+
+
+def landed(change: torch.Tensor, base: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """By how much a receiver's tensor of this dtype moves: half precision rounds the sum of base and change."""
+    if base is None or dtype not in (torch.float16, torch.bfloat16):
+        return change
+    out = torch.empty_like(base, dtype=dtype)
+    applied(change, base, out)
+    return difference(out, base)

@@ -35,8 +35,8 @@ class Residual:
 
     def begin(self, name: str, shape: Sequence[int]) -> None:
         """Makes room for a tensor's values."""
-        codes = self._codes[name] = torch.empty(tuple(shape), dtype=torch.int16)
-        self._scales[name] = torch.empty(_blocks(codes.numel()), dtype=torch.float32)
+        codes = self._codes[name] = torch.empty(tuple(shape), dtype=torch.int16, device="cpu")
+        self._scales[name] = torch.empty(_blocks(codes.numel()), dtype=torch.float32, device="cpu")
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Lays down consecutive values (one-dimensional, float32); ``start`` is a multiple of a block."""

@@ -44,6 +44,6 @@ class TopK(SegmentCodec):
         positions = torch.from_numpy(np.frombuffer(data, np.uint16, kept).astype(np.int64))
         if (positions.diff() <= 0).any() or int(positions[-1]) >= count:
             raise CodecError("positions that do not rise or lie outside of it")
-        values = torch.zeros(count)
+        values = torch.zeros(count, dtype=torch.float32, device="cpu")
         values[positions] = self._inner.decode(data[2 * kept :], kept, seed)
         return values

@@ -70,7 +70,9 @@ class Private(Strategy):
         self._model = model
         trained = {name: tensor for name, tensor in model.items() if tensor.is_floating_point()}
         if self._sums.keys() != trained.keys():
-            self._sums = {name: torch.empty(tensor.numel(), dtype=torch.int64) for name, tensor in trained.items()}
+            self._sums = {
+                name: torch.empty(tensor.numel(), dtype=torch.int64, device="cpu") for name, tensor in trained.items()
+            }
         for total in self._sums.values():
             total.zero_()
         self._still = frozenset(trained)

@@ -24,7 +24,7 @@ class GeometricMedian(RobustRule):
 
     def combine(self, rows: list[int]) -> State:
         between = self.squared_distances(rows)
-        weights = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+        weights = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64, device="cpu")
         for _ in range(_ITERATIONS):
             # |sum_j w_j y_j - y_k|^2 = sum_j w_j |y_j - y_k|^2 - 1/2 sum_ij w_i w_j |y_i - y_j|^2, for weights of sum 1
             towards = between @ weights

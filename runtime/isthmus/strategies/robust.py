@@ -54,7 +54,7 @@ class RobustRule(Strategy):
         result: State = {}
         width = self._spill.width(len(rows))
         for name, old in self._model.items():
-            flat, base = torch.empty(old.numel(), dtype=old.dtype), old.reshape(-1)
+            flat, base = torch.empty(old.numel(), dtype=old.dtype, device="cpu"), old.reshape(-1)
             for start in range(0, len(flat), width):
                 part = base[start : start + width]
                 block = self._spill.read(name, start, len(part), rows)
@@ -68,7 +68,9 @@ class RobustRule(Strategy):
         """The mean of some updates, with weights (which sum to 1) or without. Of one update, it is the copy."""
         if len(rows) == 1:
             return self._spill.update(rows[0])
-        shares = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64) if weights is None else weights
+        shares = (
+            torch.full((len(rows),), 1 / len(rows), dtype=torch.float64, device="cpu") if weights is None else weights
+        )
 
         def mean(block: torch.Tensor) -> torch.Tensor:
             dtype = wide(block.dtype)
@@ -81,7 +83,7 @@ class RobustRule(Strategy):
 
         From inner products of the differences from the global model, in double precision.
         """
-        products = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+        products = torch.zeros(len(rows), len(rows), dtype=torch.float64, device="cpu")
         width = self._spill.width(len(rows))
         for name, old in self._model.items():
             # A single client cannot make a parameter a buffer by calling it one.

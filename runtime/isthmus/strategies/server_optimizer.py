@@ -60,7 +60,7 @@ class ServerOptimizer(FedAvg):
     def _slot(self, slot: str, name: str) -> torch.Tensor:
         memory, old = self._memory[slot], self._model[name]
         if name not in memory or memory[name].shape != old.shape:
-            memory[name] = torch.full(old.shape, self.first(slot), dtype=wide(old.dtype))
+            memory[name] = torch.full(old.shape, self.first(slot), dtype=wide(old.dtype), device="cpu")
         return memory[name]
 
 

@@ -8,7 +8,7 @@ from typing import IO
 
 import torch
 
-from ..tensors import State
+from ..tensors import State, bytes_view
 from .base import wide
 
 # What one block of all updates takes in memory, at most, before the arithmetic on it.
@@ -42,7 +42,7 @@ class Spill:
             self._file = tempfile.TemporaryFile(dir=self._directory, prefix="updates-")  # noqa: SIM115 - until close()
         row = len(self._clients) * self._row
         for name, offset in self._offsets.items():
-            data = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
+            data = bytes_view(tensors[name].contiguous())
             position = row + offset
             while data:
                 written = os.pwrite(self._file.fileno(), data, position)
@@ -68,9 +68,9 @@ class Spill:
     def _raw(self, name: str, start: int, count: int, rows: Sequence[int]) -> torch.Tensor:
         assert self._file is not None
         dtype = self._model[name].dtype
-        raw = torch.empty((len(rows), count), dtype=dtype)
+        raw = torch.empty((len(rows), count), dtype=dtype, device="cpu")
         for target, row in zip(raw, rows, strict=True):
-            view = target.view(torch.uint8).numpy().data
+            view = bytes_view(target)
             position = row * self._row + self._offsets[name] + start * dtype.itemsize
             while view:
                 got = os.preadv(self._file.fileno(), [view], position)

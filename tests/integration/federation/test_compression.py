@@ -22,6 +22,7 @@ from .test_protocol import STATE, HandMadeClient
 
 Make = Callable[..., Federation]
 
+NORMALISED = Path(__file__).with_name("normalised.py")
 WIDTH = "320"
 """Makes the model 109,000 parameters."""
 KEEP = {"checkpoint": {"keep": 100}}
@@ -173,3 +174,21 @@ def test_what_no_encoder_makes_is_refused_for_good(federation: Make) -> None:
     finally:
         for client in (first, second):
             client.close()
+
+
+@pytest.mark.parametrize(
+    "compression", [{"upload": "TopK"}, {"upload": "TopK+Int8", "download": "Int8"}, {"upload": "Rotation+Int8"}]
+)
+def test_statistics_travel_as_they_are(federation: Make, compression: dict[str, str]) -> None:
+    job = federation(2, 4, compression=compression, aggregator=KEEP)
+    job.start_aggregator()
+    clients = [job.start(f"client-{k}", [NORMALISED], job.client_environment(k)) for k in range(2)]
+    job.wait_for_completion()
+    assert [client.wait() for client in clients] == [0, 0], job.log("client-0")
+    for number in range(1, 5):
+        sent = [torch.load(job.directory / f"sent-{client}-{number}.pt", weights_only=True) for client in range(2)]
+        model = checkpoint(job, number)
+        for name in ("0.running_mean", "0.running_var"):
+            # Both clients have as many examples. What a codec makes of it would be off by a percent of the largest.
+            torch.testing.assert_close(model[name], (sent[0][name] + sent[1][name]) / 2, rtol=1e-5, atol=1e-7)
+        assert (model["0.running_var"] > 0).all()

@@ -106,7 +106,7 @@ def one_round(compression: Compression, number: int) -> Encoded:
     live = {"w": torch.zeros(1000)}
     compression.pulled(offer, {"w": torch.zeros(1000)}, lambda: live)
     live["w"] += torch.arange(1000.0)
-    encoded = compression.finished(offer, live)
+    encoded = compression.finished(offer, live, (), ())
     assert isinstance(encoded, Encoded)
     return encoded
 
@@ -131,7 +131,7 @@ def test_a_model_that_adopts_what_it_loads_does_not_change_the_base(compression:
     adopted = {"w": torch.zeros(1000)}
     compression.pulled(offer, adopted, lambda: adopted)
     adopted["w"] += 1.0
-    encoded = compression.finished(offer, adopted)
+    encoded = compression.finished(offer, adopted, (), ())
     assert isinstance(encoded, Encoded)
     assert any(encoded.chunks[0][16:])
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.aggregator.refusal import Fault, Reason, fault_of
-from isthmus.codecs import Chain, CodecError, Decoder, Encoded, NonFiniteError, encode, parse_chain
+from isthmus.codecs import Chain, CodecError, Decoder, Encoded, NonFiniteError, Residual, encode, parse_chain
 from isthmus.codecs.base import RAW_BELOW, SEGMENT
 from isthmus.codecs.zstd import BLOCK_BYTES
 from isthmus.tensors import CHUNK_BYTES, State, TransferError, non_finite
@@ -127,6 +127,41 @@ def test_error_feedback_makes_up_for_what_was_left_out() -> None:
         torch.testing.assert_close(sent + kept, total, rtol=0, atol=(number + 1) * 0.5 * 12 / 32767)
     # It stays bounded (theirs: lemma 3), instead of growing with every round.
     assert kept.norm() < total.norm() * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["TopK", "TopK+Int8", "TopK+Float16"])
+def test_error_feedback_makes_up_for_what_half_precision_rounds_away(name: str, dtype: torch.dtype) -> None:
+    """What the model has moved by so far and the residual add up to all changes so far, also below the weights' ulp."""
+    count, rounds = 1000, 40
+    generator = torch.Generator().manual_seed(0)
+    start = {"w": torch.randn(count, generator=generator).to(dtype)}
+    model, residual = start, None
+    total = torch.zeros(count, dtype=torch.float64)
+    for number in range(rounds):
+        trained = (model["w"].float() + 0.02 * torch.randn(count, generator=generator)).to(dtype)
+        total += trained.double() - model["w"].double()
+        encoded = encode({"w": trained}, chain(name), SEED, model, residual)
+        model, residual = decoded(encoded, model), encoded.residual
+        assert residual is not None
+        kept = residual.read("w", (count,), 0, count)
+        assert kept is not None
+        moved = model["w"].double() - start["w"].double()
+        torch.testing.assert_close(moved + kept, total, rtol=0, atol=(number + 1) * 0.5 / 32767)
+
+
+def test_what_half_precision_would_round_away_takes_no_place() -> None:
+    base = {"w": torch.cat((torch.full((700,), 100.0), torch.full((300,), 0.01))).to(torch.bfloat16)}
+    waiting = Residual()
+    waiting.begin("w", (1000,))
+    waiting.write("w", 0, torch.cat((torch.full((700,), 0.1), torch.full((300,), 0.01))))  # the ulp of 100 is 0.5
+    encoded = encode(base, chain("TopK", "0.3"), SEED, base, waiting)
+    moved = decoded(encoded, base)["w"].float() - base["w"].float()
+    torch.testing.assert_close(moved[700:], torch.full((300,), 0.01), rtol=0.01, atol=0)
+    assert not moved[:700].any()
+    assert encoded.residual is not None
+    kept = encoded.residual.read("w", (1000,), 0, 700)
+    torch.testing.assert_close(kept, torch.full((700,), 0.1), rtol=1e-3, atol=0)
 
 
 def test_a_base_that_is_not_kept_goes_as_its_tensors_are_encoded() -> None:
