@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from lab import check
-from lab.cluster import PARTS, Lab
+from lab.cluster import PARTS, TOOLS, Lab
 from lab.errors import LabError, say
 from lab.paths import DEFAULT_DIRECTORY
 
@@ -94,11 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         )
         return added
 
-    for name, text in (
-        ("install", "install packages and build or fetch every program, without starting anything"),
-        ("up", "start the lab; does nothing where it runs, clears up first where it crashed"),
+    for name, text, parts in (
+        ("install", "install packages and build or fetch every program, without starting anything", (*PARTS, TOOLS)),
+        ("up", "start the lab; does nothing where it runs, clears up first where it crashed", PARTS),
     ):
-        verb(name, text).add_argument("--only", choices=PARTS, help="only this part")
+        verb(name, text).add_argument("--only", choices=parts, help="only this part")
     verb("down", "stop everything and remove every trace but the cache")
     verb("status", "show the lab's daemons; exit status 3 when something does not run")
     verb("env", "print the variables of commands in the lab, for a shell to eval")

@@ -8,15 +8,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lab.paths import cache_directory
+from lab.errors import LabError
+from lab.paths import builds_directory, cache_directory
 
 
 @contextmanager
-def exclusive(name: str) -> Iterator[None]:
-    """One holder of a name at a time on this machine (of those that share the cache)."""
-    directory = cache_directory() / "locks"
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / name).open("w") as handle:
+def exclusive(name: str, directory: Path | None = None) -> Iterator[None]:
+    """One holder of a name at a time on this machine (of those that share the cache, or the directory)."""
+    locks = (directory or cache_directory()) / "locks"
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+        handle = (locks / name).open("w")
+    except OSError as error:
+        raise LabError(
+            f"the cache {locks.parent} cannot be written ({error.strerror}); "
+            "set ISTHMUS_CACHE to a folder of yours, or correct its owner"
+        ) from error
+    with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
@@ -26,12 +34,20 @@ def folder(key: str, make: Callable[[Path], None]) -> Path:
 
     It appears whole or not at all: an interrupted build leaves only scratch, which the next one removes.
     """
-    directory = cache_directory()
+    return _folder(cache_directory(), key, make)
+
+
+def build(key: str, make: Callable[[Path], None]) -> Path:
+    """The same for a build that takes many minutes, which :func:`builds_directory` may keep apart from the rest."""
+    return _folder(builds_directory(), key, make)
+
+
+def _folder(directory: Path, key: str, make: Callable[[Path], None]) -> Path:
     target = directory / key
     if target.is_dir():
         return target
     # Two labs that start together must not build twice.
-    with exclusive(key):
+    with exclusive(key, directory):
         if target.is_dir():
             return target
         scratch = directory / f"{key}.partial"

@@ -31,6 +31,8 @@ from lab.processes import Supervisor, resident_mib
 Argv = Sequence[str | os.PathLike[str]]
 KUBERNETES, SLURM = "kubernetes", "slurm"
 PARTS = (KUBERNETES, SLURM)
+# No part of a lab: programs that tests outside it use.
+TOOLS = "tools"
 DAEMONS = {KUBERNETES: kubernetes_cluster.DAEMONS, SLURM: slurm.DAEMONS}
 
 
@@ -134,7 +136,14 @@ class Lab:
     # The verbs.
 
     def install(self, parts: Iterable[str] = PARTS, companions: bool = True) -> None:
-        """Install packages and get every program that the parts need; quick when all is there."""
+        """Install packages and get every program that the parts need; quick when all is there.
+
+        Of the tools, an ordinary user, or another system than Debian, gets those that need no package.
+        """
+        if list(parts) == [TOOLS]:
+            client_tools.find()
+            debian.install_if_allowed(debian.TOOLS)
+            return
         debian.require_debian()
         wanted = [*debian.BASE]
         if KUBERNETES in parts:
@@ -142,7 +151,7 @@ class Lab:
         if SLURM in parts:
             wanted += debian.SLURM
         if companions:
-            wanted += debian.COMPANIONS
+            wanted += (*debian.TOOLS, *debian.COMPANIONS)
         debian.install(wanted)
         if KUBERNETES in parts:
             images.find()

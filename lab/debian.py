@@ -26,17 +26,15 @@ KUBERNETES = (
 SLURM = ("munge", "slurmctld", "slurmd", "slurmrestd", "slurm-wlm-jwt-plugin", "slurm-client")
 # Needed once, where Kubernetes' server binaries are not in the cache.
 KUBERNETES_BUILD = ("golang-1.19-go", "golang-github-modern-go-reflect2-dev", "rsync", "dpkg-dev", "make")
-# Used by other parts of the project: images, chart checks, data, monitoring.
-COMPANIONS = (
-    "buildah",
-    "debootstrap",
-    "charliecloud",
+# Programs that tests outside the lab use.
+TOOLS = (
     "faketime",
+    "prometheus",  # promtool
     "shellcheck",
-    "sudo",  # a bridge that becomes local users
-    "dataset-fashion-mnist",
-    "prometheus",
+    "sudo",  # visudo; and a bridge that becomes local users
 )
+# Used by other parts of the project: images, data.
+COMPANIONS = ("buildah", "debootstrap", "charliecloud", "dataset-fashion-mnist")
 
 # What the packages above start by themselves on an ordinary system. The lab runs its own and wants none of these.
 PACKAGED_DAEMONS = {
@@ -55,7 +53,7 @@ SUPPORTED = "12"
 
 
 def require_debian() -> None:
-    """Refuse, with a way out, where the recipes below do not hold."""
+    """Raise LabError, naming the way out, on a system that the recipes below are not for."""
     release: dict[str, str] = {}
     try:
         for line in Path("/etc/os-release").read_text().splitlines():
@@ -91,6 +89,17 @@ def missing(packages: Iterable[str]) -> list[str]:
     )
     installed = {line.split()[0] for line in query.stdout.splitlines() if line.split()[1:] == ["ii"]}
     return [name for name in wanted if name not in installed]
+
+
+def install_if_allowed(packages: Iterable[str]) -> None:
+    """Install what is missing; where only root may, or apt is not there, print what is missing and go on."""
+    has_apt = shutil.which("apt-get") is not None
+    if has_apt and os.geteuid() == 0:
+        install(packages)
+    elif not has_apt:
+        say(f"this is not Debian: install the equivalents of {' '.join(packages)}; without them some tests skip")
+    elif wanted := missing(packages):
+        say(f"not installed, so some tests skip; as root: apt-get install {' '.join(wanted)}")
 
 
 def install(packages: Iterable[str]) -> None:

@@ -66,7 +66,7 @@ def find() -> dict[str, Path]:
     programs = {"etcd": Path("/usr/bin/etcd"), **_assets()}
     lacking = [name for name in PROGRAMS if name not in programs]
     if lacking:
-        built = cache.folder(CACHE_KEY, _build)
+        built = cache.build(CACHE_KEY, _build)
         programs |= {name: built / name for name in lacking}
     return programs
 
@@ -83,7 +83,7 @@ def _assets() -> dict[str, Path]:
 
 def kubemark() -> Path:
     """The program of hollow nodes (real kubelets over a runtime that runs nothing); built when it is first needed."""
-    return cache.folder(f"kubemark-v{VERSION}-2", lambda target: _build(target, ("kubemark",))) / "kubemark"
+    return cache.build(f"kubemark-v{VERSION}-2", lambda target: _build(target, ("kubemark",))) / "kubemark"
 
 
 def _build(target: Path, programs: tuple[str, ...] = PROGRAMS) -> None:

@@ -13,9 +13,15 @@ DEFAULT_NAME = "isthmus-lab"
 
 
 def cache_directory() -> Path:
-    """Build results and downloads, shared by all labs of this user and kept by `down`."""
+    """Downloads and locks, shared by all labs of this user and kept by `down`."""
     configured = os.environ.get("ISTHMUS_CACHE")
     return Path(configured) if configured else Path.home() / ".cache" / "isthmus"
+
+
+def builds_directory() -> Path:
+    """Results of builds that take many minutes: in the cache, unless ISTHMUS_BUILDS names another place."""
+    configured = os.environ.get("ISTHMUS_BUILDS")
+    return Path(configured) if configured else cache_directory()
 
 
 @dataclass(frozen=True)

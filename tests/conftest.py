@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -22,3 +23,19 @@ def require() -> Callable[[bool, str], None]:
             pytest.skip(hint)
 
     return check
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Add the reason of each skipped test to the file that tests/run.sh sums up."""
+    file = os.environ.get("ISTHMUS_SKIPPED")
+    if not file or "PYTEST_XDIST_WORKER" in os.environ:  # a worker's reports reach the process that began it
+        return
+    reasons = [reason_of(report) for report in terminalreporter.stats.get("skipped", [])]
+    with Path(file).open("a") as lines:
+        lines.write("".join(f"{reason}\n" for reason in reasons))
+
+
+def reason_of(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Return why a test, or a whole file of tests, was skipped, in one line."""
+    said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return " ".join(said.removeprefix("Skipped: ").split())

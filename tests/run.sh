@@ -3,9 +3,9 @@
 #
 #   tests/run.sh [--verbose] [--kubeconfig FILE] [unit integration chart slurm kube e2e]
 #
-# slurm, kube and e2e run in a lab of their own (see docs/lab.md), which needs root on Debian. Where that is missing they
-# skip, saying what to install; with ISTHMUS_REQUIRE_ALL=1 they fail. With --kubeconfig, kube and e2e use that cluster
-# instead; see docs/development.md for what it must have.
+# What the layers need is installed first. slurm, kube and e2e run in a lab of their own (see docs/lab.md), which needs root
+# on Debian. Where something is missing its tests skip, and the last lines say how many and why; with ISTHMUS_REQUIRE_ALL=1
+# they fail. With --kubeconfig, kube and e2e use that cluster instead; see docs/development.md for what it must have.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=$PWD/.venv/bin/python
@@ -25,6 +25,15 @@ done
 [ ${#layers[@]} -gt 0 ] || layers=(unit integration chart slurm kube e2e)
 status=0
 beside=
+up=
+ISTHMUS_SKIPPED=$(mktemp) # tests/conftest.py adds a line for each test that was skipped
+export ISTHMUS_SKIPPED
+
+clean_up() {
+  [ -z "$up" ] || lab down
+  rm -f "$ISTHMUS_SKIPPED"
+}
+trap clean_up EXIT
 
 wanted() {
   local layer
@@ -52,52 +61,75 @@ paths() { # paths LAYER…: the folders of those that are wanted
   for layer in "$@"; do ! wanted "$layer" || echo "tests/$layer"; done
 }
 
+sum_up() { # how many tests were skipped over all layers, and why
+  local count
+  count=$(wc -l <"$ISTHMUS_SKIPPED")
+  if [ "$count" = 0 ]; then
+    echo "No test was skipped."
+  else
+    echo "Skipped: $count tests (or files of tests), because:"
+    sort "$ISTHMUS_SKIPPED" | uniq -c | sort -rn
+  fi
+}
+
 mapfile -t here < <(paths unit integration chart)
+mapfile -t there < <(paths slurm kube e2e)
+
+in_a_lab=
+if [ ${#there[@]} -gt 0 ] && [ -z "$kubeconfig" ]; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    in_a_lab=1
+  else
+    echo "The lab needs root on Debian: without it, its layers skip."
+  fi
+fi
+ready=1
+if [ -n "$in_a_lab" ]; then
+  "$python" -m lab install || ready=
+else
+  "$python" -m lab install --only tools || echo "Tests that need what is missing skip."
+fi
+
 if [ ${#here[@]} -gt 0 ]; then
   run "$python" -m pytest -n auto --dist loadfile "${options[@]}" "${here[@]}"
 fi
 
-mapfile -t there < <(paths slurm kube e2e)
 if [ ${#there[@]} -gt 0 ] && [ -n "$kubeconfig" ]; then
   KUBECONFIG=$kubeconfig run "$python" -m pytest "${options[@]}" "${there[@]}"
+elif [ ${#there[@]} -gt 0 ] && [ -z "$in_a_lab" ]; then
+  run "$python" -m pytest "${options[@]}" "${there[@]}"
 elif [ ${#there[@]} -gt 0 ]; then
-  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    echo "The lab needs root on Debian: without it, these layers skip."
-    run "$python" -m pytest "${options[@]}" "${there[@]}"
+  if [ -n "$ready" ] && wanted e2e; then
+    "$python" images/build --output "$images" --rootfs "$images/rootfs" operator runtime || ready=
+  fi
+  [ -n "$ready" ] && { lab up || ready=; }
+  if [ -n "$ready" ]; then
+    up=1
+    # Most of these tests wait, and leave each other alone: Slurm's run beside those of Kubernetes, three at a time.
+    # Those that kill the cluster's parts come after them.
+    alone=()
+    if wanted slurm && wanted kube; then
+      in_lab tests/slurm >"$lab_dir/slurm-tests.log" 2>&1 &
+      beside=$!
+    elif wanted slurm; then
+      alone+=(tests/slurm)
+    fi
+    if wanted kube; then
+      run in_lab -n 3 --dist worksteal tests/kube --ignore tests/kube/test_disruptions.py
+      lab exec -- kubectl delete --ignore-not-found --timeout=240s -f crds || status=1
+      alone+=(tests/kube/test_disruptions.py)
+    fi
+    if [ -n "$beside" ]; then
+      echo "+ in_lab tests/slurm (meanwhile)"
+      wait "$beside" || status=1
+      cat "$lab_dir/slurm-tests.log"
+    fi
+    ! wanted e2e || alone+=(tests/e2e)
+    [ ${#alone[@]} -eq 0 ] || run in_lab "${alone[@]}"
   else
-    ready=1
-    "$python" -m lab install || ready=0
-    if [ $ready = 1 ] && wanted e2e; then
-      "$python" images/build --output "$images" --rootfs "$images/rootfs" operator runtime || ready=0
-    fi
-    [ $ready = 1 ] && { lab up || ready=0; }
-    if [ $ready = 1 ]; then
-      trap 'lab down' EXIT
-      # Most of these tests wait, and leave each other alone: Slurm's run beside those of Kubernetes, three at a time.
-      # Those that kill the cluster's parts come after them.
-      alone=()
-      if wanted slurm && wanted kube; then
-        in_lab tests/slurm >"$lab_dir/slurm-tests.log" 2>&1 &
-        beside=$!
-      elif wanted slurm; then
-        alone+=(tests/slurm)
-      fi
-      if wanted kube; then
-        run in_lab -n 3 --dist worksteal tests/kube --ignore tests/kube/test_disruptions.py
-        lab exec -- kubectl delete --ignore-not-found --timeout=240s -f crds || status=1
-        alone+=(tests/kube/test_disruptions.py)
-      fi
-      if [ -n "$beside" ]; then
-        echo "+ in_lab tests/slurm (meanwhile)"
-        wait "$beside" || status=1
-        cat "$lab_dir/slurm-tests.log"
-      fi
-      ! wanted e2e || alone+=(tests/e2e)
-      [ ${#alone[@]} -eq 0 ] || run in_lab "${alone[@]}"
-    else
-      echo "tests/run.sh: the lab did not come up; see above"
-      status=1
-    fi
+    echo "tests/run.sh: the lab did not come up; see above"
+    status=1
   fi
 fi
+sum_up
 exit $status

@@ -76,7 +76,7 @@ class Prometheus:
     def _ready(self) -> bool:
         assert self._process.poll() is None, (self._directory / "prometheus.log").read_text()
         try:
-            with urllib.request.urlopen(f"{ADDRESS}/-/ready", timeout=10) as answer:  # noqa: S310 - our own
+            with urllib.request.urlopen(f"{ADDRESS}/-/ready", timeout=60) as answer:  # noqa: S310 - our own
                 return bool(answer.status == 200)
         except OSError:
             return False

@@ -337,7 +337,7 @@ class Operator:
     @staticmethod
     def ask(port: int, path: str) -> str:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
                 return str(answer.read().decode())
         except (OSError, http.client.HTTPException):
             return ""

@@ -149,11 +149,11 @@ def _call(site: Site, demand: Demand, dice: random.Random) -> None:
             _cancel(operator, key)
         else:
             wanted = spec(replicas=2, memory_mib=10, command=COMMANDS[end])
-            _persistently(lambda: operator.EnsurePool(pb.EnsurePoolRequest(key=key, spec=wanted), timeout=10))  # noqa: B023
+            _persistently(lambda: operator.EnsurePool(pb.EnsurePoolRequest(key=key, spec=wanted), timeout=60))  # noqa: B023
 
 
 def _cancel(operator: rpc.BridgeStub, key: str) -> None:
-    _persistently(lambda: operator.CancelPool(pb.CancelPoolRequest(key=key), timeout=10))
+    _persistently(lambda: operator.CancelPool(pb.CancelPoolRequest(key=key), timeout=60))
 
 
 def _persistently(call: object) -> None:

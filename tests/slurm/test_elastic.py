@@ -31,8 +31,8 @@ def test_it_grows_and_shrinks_and_the_clients_that_stay_notice_nothing(site: Sit
     running(operator, more, 2)
     assert said(operator, more, 1).startswith("4 of 5 is client 7, pid ")
     # It shrinks from the end, also where the bridge is killed in the middle of it.
-    operator.CancelPool(pb.CancelPoolRequest(key=more), timeout=30)
-    operator.ShrinkPool(pb.ShrinkPoolRequest(key=first, replicas=2), timeout=30)
+    operator.CancelPool(pb.CancelPoolRequest(key=more), timeout=60)
+    operator.ShrinkPool(pb.ShrinkPoolRequest(key=first, replicas=2), timeout=60)
     site.kill()
     operator = site.start()
     assert pb.Pool.Phase.Name(over(operator, more).phase) == "CANCELLED"
@@ -44,5 +44,5 @@ def test_it_grows_and_shrinks_and_the_clients_that_stay_notice_nothing(site: Sit
     # What somebody asks for again changes nothing.
     again = spec(replicas=3, total_clients=9, pool_size=5, command=["sh", "-c", SCRIPT])
     assert ensure(operator, first, again).running == 2
-    operator.CancelPool(pb.CancelPoolRequest(key=first), timeout=30)
+    operator.CancelPool(pb.CancelPoolRequest(key=first), timeout=60)
     assert pb.Pool.Phase.Name(over(operator, first).phase) == "CANCELLED"

@@ -255,7 +255,7 @@ def test_without_the_rule_nothing_is_lost(shared: Site, alice: rpc.BridgeStub) -
 
 
 def _ask(user: str, helper: list[str], request: dict[str, object]) -> object:
-    content = json.dumps({"protocol": 1, "deadline": time.time() + 30, **request})
+    content = json.dumps({"protocol": 1, "deadline": time.time() + 60, **request})
     argv = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--"]
     argv += ["sudo", "-n", "-u", ALICE, "--", *helper]
     done = subprocess.run(argv, input=content, capture_output=True, text=True, timeout=60, check=True, cwd="/")

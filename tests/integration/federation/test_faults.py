@@ -85,7 +85,7 @@ def test_an_hpc_client_hands_its_update_in_before_its_next_attempt_takes_over(fe
     job.wait_for_round(2)
     new = job.start_client(script, 0, attempt=1)
     job.wait_for_completion()
-    assert [old.wait(30), new.wait(30), other.wait(30)] == [1, 0, 0]
+    assert [old.wait(120), new.wait(120), other.wait(120)] == [1, 0, 0]
     assert "has taken over" in job.log("client-0-0")
     assert updates(job) == dict.fromkeys(range(1, 7), 2)
     # Neither trained what the other did.

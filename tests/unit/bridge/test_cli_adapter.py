@@ -138,15 +138,11 @@ def test_the_jobs_environment_is_not_the_bridges(tmp_path: Path) -> None:
 
 
 def test_an_sbatch_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
-    bin_dir = programs(tmp_path, sbatch=f"sleep 60 & echo $! >{tmp_path}/child; echo 17; wait")
-    began = time.monotonic()
+    bin_dir = programs(tmp_path, sbatch=f"sleep 600 & echo $! >{tmp_path}/child; echo 17; wait")
     with pytest.raises(SubmissionAmbiguous, match="did not answer in time"):
-        adapter(bin_dir, timeout=0.5).submit(submission(tmp_path))
-    assert time.monotonic() - began < 10
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{(tmp_path / 'child').read_text().strip()}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        adapter(bin_dir, timeout=5).submit(submission(tmp_path))
+    child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}")
+    wait_until(lambda: not child.exists())
     assert not adapter(bin_dir).submission_may_run(tmp_path)
 
 
@@ -193,7 +189,7 @@ def test_an_sbatch_that_outlives_the_bridge_is_noticed(tmp_path: Path) -> None:
 
 
 def test_an_orphaned_sbatch_is_ended_all_the_same(tmp_path: Path) -> None:
-    bridge, slurm = submitting_bridge(tmp_path, "sleep 600 & wait", timeout=3)
+    bridge, slurm = submitting_bridge(tmp_path, "sleep 600 & wait", timeout=10)
     bridge.kill()
     bridge.wait()
     assert slurm.submission_may_run(tmp_path)
@@ -241,11 +237,11 @@ def test_who_keeps_the_accounts(tmp_path: Path, storage: str, completion: str, s
 
 def test_commands_are_bounded() -> None:
     env = {"PATH": "/usr/bin:/bin"}
-    assert run(["/bin/sh", "-c", "echo out; echo err >&2; exit 3"], env=env, timeout=10) == Result(3, "out\n", "err\n")
+    assert run(["/bin/sh", "-c", "echo out; echo err >&2; exit 3"], env=env, timeout=60) == Result(3, "out\n", "err\n")
     with pytest.raises(CommandOutputTooLong):
-        run(["/bin/sh", "-c", "yes"], env=env, timeout=10, max_output=1000)
+        run(["/bin/sh", "-c", "yes"], env=env, timeout=60, max_output=1000)
     with pytest.raises(CommandTimeout):
         run(["/bin/sleep", "60"], env=env, timeout=0.2)
-    assert len(run(["/bin/sh", "-c", "head -c 200000 /dev/zero >&2"], env=env, timeout=10).errors) == 65536
+    assert len(run(["/bin/sh", "-c", "head -c 200000 /dev/zero >&2"], env=env, timeout=60).errors) == 65536
     with pytest.raises(OSError, match="No such file"):
-        run(["/no/such"], env=env, timeout=1)
+        run(["/no/such"], env=env, timeout=60)

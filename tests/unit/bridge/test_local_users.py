@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -247,7 +248,7 @@ def test_the_helper_makes_the_command_lines_itself(root: Path) -> None:
     answer = asked(root, do="submit", job=JOB)["result"]
     assert answer["status"] == 0
     program, *options, script, home = answer["output"].splitlines()
-    assert (program, script, home) == ("sbatch", f"{root}/{KEY}/batch.sh", str(Path.home()))
+    assert (program, script, home) == ("sbatch", f"{root}/{KEY}/batch.sh", pwd.getpwuid(os.getuid()).pw_dir)
     assert {f"--job-name={NAME}", f"--chdir={root}/{KEY}", f"--output={root}/{KEY}/logs/%a.log"} <= set(options)
     answer = asked(root, do="cancel", array=9, first=2, last=3)["result"]
     assert answer["output"].splitlines()[:-1] == ["scancel", f"--user={os.getuid()}", f"--name={NAME}", "9_[2-3]"]

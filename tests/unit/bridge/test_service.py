@@ -78,10 +78,10 @@ def refused(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
 
 
 def ensure(stub: rpc.BridgeStub, key: str = KEY, **changes: object) -> pb.Pool:
-    return stub.EnsurePool(pb.EnsurePoolRequest(key=key, spec=spec(**changes)), timeout=20)
+    return stub.EnsurePool(pb.EnsurePoolRequest(key=key, spec=spec(**changes)), timeout=60)
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"
@@ -95,7 +95,7 @@ def test_a_pools_life(connect: Connect, slurm: FakeSlurm) -> None:
     assert ensure(stub).slurm_job_id == "100"
     slurm.arrays[0].states = ["RUNNING"] * 3
     eventually(lambda: stub.GetPool(pb.GetPoolRequest(key=KEY)).phase == pb.Pool.RUNNING)
-    cancelled = stub.CancelPool(pb.CancelPoolRequest(key=KEY, reason="done"), timeout=20)
+    cancelled = stub.CancelPool(pb.CancelPoolRequest(key=KEY, reason="done"), timeout=60)
     assert (cancelled.phase, cancelled.message) == (pb.Pool.CANCELLED, "cancelled: done")
     assert slurm.submissions == 1
 
@@ -118,10 +118,14 @@ def test_strangers_are_kept_out(connect: Connect, bridge: Bridge) -> None:
     assert details == "policy identities: 'isthmus://operator/nobody' is not known at this site"
     elsewhere = Authority.create("another", DAY)
     stranger = connect("prod", elsewhere)  # type: ignore[call-arg]
-    assert refused(lambda: stranger.DescribeSite(pb.DescribeSiteRequest(), timeout=5))[0] is grpc.StatusCode.UNAVAILABLE
+    assert (
+        refused(lambda: stranger.DescribeSite(pb.DescribeSiteRequest(), timeout=60))[0] is grpc.StatusCode.UNAVAILABLE
+    )
     with grpc.insecure_channel(f"127.0.0.1:{bridge.port}") as plain:
         stub = rpc.BridgeStub(plain)
-        assert refused(lambda: stub.DescribeSite(pb.DescribeSiteRequest(), timeout=5))[0] is grpc.StatusCode.UNAVAILABLE
+        assert (
+            refused(lambda: stub.DescribeSite(pb.DescribeSiteRequest(), timeout=60))[0] is grpc.StatusCode.UNAVAILABLE
+        )
 
 
 def test_callers_see_only_their_own(connect: Connect) -> None:
@@ -143,7 +147,8 @@ def test_watchers_hear_of_changes_at_once_and_skip_what_they_know(connect: Conne
     slurm.arrays[0].states[0] = "RUNNING"
     changed = time.monotonic()
     eventually(lambda: heard[-1][1].running == 1)
-    assert heard[-1][0] - changed < 2.0
+    # Long before a pause of the bridge ends; the poll itself takes 0.1 s where the machine has time for it.
+    assert heard[-1][0] - changed < 25
     stream.cancel()
     versions = [pool.version for _, pool in heard]
     assert versions == sorted(set(versions))
@@ -162,7 +167,7 @@ def test_a_stream_ends_with_the_callers_identity(
 ) -> None:
     stub = connect("prod")
     ensure(stub)
-    stream = stub.WatchPools(pb.WatchPoolsRequest(), timeout=20)
+    stream = stub.WatchPools(pb.WatchPoolsRequest(), timeout=60)
     heard = [next(iter(stream)).key]
     bridge.rules.replace(site(tmp_path, identities=[{"uri": "isthmus://operator/other"}]))
     slurm.arrays[0].states = ["RUNNING"] * 3
@@ -179,7 +184,7 @@ def test_a_pool_that_cannot_be_told_hides_no_other(
     monkeypatch.setattr("isthmus_bridge.service.to_pool", _all_but(bad))
     monkeypatch.setattr("isthmus_bridge.status.to_pool", _all_but(bad))
     ensure(stub)
-    assert next(iter(stub.WatchPools(pb.WatchPoolsRequest(), timeout=20))).key == KEY
+    assert next(iter(stub.WatchPools(pb.WatchPoolsRequest(), timeout=60))).key == KEY
     status = bridge.rules.current.status_path
     eventually(lambda: status.exists() and KEY in status.read_text())
     assert bad not in status.read_text()
@@ -211,7 +216,7 @@ def test_watchers_are_limited(connect: Connect) -> None:
 
     def admitted() -> bool:
         try:
-            return next(iter(stub.WatchPools(pb.WatchPoolsRequest(), timeout=5))).key == KEY
+            return next(iter(stub.WatchPools(pb.WatchPoolsRequest(), timeout=60))).key == KEY
         except grpc.RpcError:
             return False
 
@@ -270,7 +275,7 @@ def test_renewed_credentials_reach_the_tasks_of_a_living_pool(
     request = pb.RenewCredentialsRequest(
         key=KEY, ca_certificate=fresh.ca, certificate=fresh.certificate, private_key=fresh.key
     )
-    assert stub.RenewCredentials(request, timeout=20).slurm_job_id == "100"
+    assert stub.RenewCredentials(request, timeout=60).slurm_job_id == "100"
     assert Credentials.read(tls) == fresh
     for path in tls.iterdir():
         # Put in place as a whole, for its owner only.
@@ -279,15 +284,15 @@ def test_renewed_credentials_reach_the_tasks_of_a_living_pool(
     assert slurm.submissions == 1
     # Nobody else's, nothing that is no certificate, and nothing for a pool that is over.
     other = connect("test")
-    assert refused(lambda: other.RenewCredentials(request, timeout=20))[0] in (
+    assert refused(lambda: other.RenewCredentials(request, timeout=60))[0] in (
         grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DENIED,
     )  # fmt: skip
     broken = pb.RenewCredentialsRequest(key=KEY, ca_certificate=b"x", certificate=b"y", private_key=b"z")
-    code, details = refused(lambda: stub.RenewCredentials(broken, timeout=20))
+    code, details = refused(lambda: stub.RenewCredentials(broken, timeout=60))
     assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "ca_certificate: is not PEM")
-    stub.CancelPool(pb.CancelPoolRequest(key=KEY), timeout=20)
+    stub.CancelPool(pb.CancelPoolRequest(key=KEY), timeout=60)
     eventually(lambda: not tls.exists())
-    assert stub.RenewCredentials(request, timeout=20).phase == pb.Pool.CANCELLED
+    assert stub.RenewCredentials(request, timeout=60).phase == pb.Pool.CANCELLED
     assert not tls.exists()
 
 
@@ -304,7 +309,7 @@ def test_the_bridges_own_certificate_is_renewed_while_it_runs(
         own = by.issue("prod", DAY, uris=[operator_identity("prod")])
         credentials = Credentials(trusted, own.certificate, own.key)
         with channel(f"127.0.0.1:{bridge.port}", credentials, "localhost") as connection:
-            return rpc.BridgeStub(connection).DescribeSite(pb.DescribeSiteRequest(), timeout=20).name
+            return rpc.BridgeStub(connection).DescribeSite(pb.DescribeSiteRequest(), timeout=60).name
 
     assert describe(authority, authority.certificate)
     newer = Authority.create("site", DAY)

@@ -22,7 +22,7 @@ def ends(what: Callable[[], object]) -> bool:
     """Whether it returns at all."""
     thread = threading.Thread(target=what, daemon=True)
     thread.start()
-    thread.join(20)
+    thread.join(60)
     return not thread.is_alive()
 
 

@@ -42,7 +42,7 @@ async def port(authority: Authority, tmp_path: Path) -> AsyncIterator[int]:
 
 
 async def echo(channel: aio.Channel) -> bytes:
-    return bytes(await channel.unary_unary("/S/Echo")(b"x", timeout=10))
+    return bytes(await channel.unary_unary("/S/Echo")(b"x", timeout=60))
 
 
 async def test_a_renewed_certificate_costs_no_connection(authority: Authority, port: int, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ from isthmus_contracts.transport import aio_channel
 
 async def main():
     async with aio_channel(sys.argv[1], Credentials.read(Path(sys.argv[2]))) as channel:
-        await channel.unary_unary("/S/Echo")(b"x", timeout=20)
+        await channel.unary_unary("/S/Echo")(b"x", timeout=60)
     print(datetime.datetime.now(datetime.UTC).isoformat())
 
 asyncio.run(main())

@@ -3,6 +3,7 @@
 import datetime as dt
 import json
 import ssl
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -133,11 +134,12 @@ async def call(webhook: Webhook, review: object, path: str, tmp: Path) -> dict[s
 
     def post() -> dict[str, Any]:
         request = urllib.request.Request(f"https://127.0.0.1:{port}{path}", json.dumps(review).encode())
-        with urllib.request.urlopen(request, context=context, timeout=10) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, context=context, timeout=60) as answer:  # noqa: S310
             return dict(json.load(answer))
 
     try:
-        for _ in range(100):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
             try:
                 return await asyncio.to_thread(post)
             except ConnectionError:

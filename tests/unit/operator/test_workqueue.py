@@ -21,7 +21,7 @@ async def running(
 
 
 async def until(check: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not check():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
@@ -106,7 +106,7 @@ async def test_a_look_that_hangs_is_cut_short() -> None:
     async with running(handle, longest=0.05) as queue:
         queue.add("a")
         await until(lambda: times == 2)
-        assert queue.oldest() < 5
+        assert queue.oldest() < 60
 
 
 async def test_entries_that_earlier_ones_replaced_do_not_pile_up_until_they_would_be_due() -> None:

@@ -15,7 +15,7 @@ async def said(*queued: pb.ServerMessage) -> list[pb.ServerMessage]:
     outbox: asyncio.Queue[pb.ServerMessage | None] = asyncio.Queue()
     for message in (*queued, None):
         outbox.put_nowait(message)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         return [message async for message in messages.spoken(outbox)]
 
 
