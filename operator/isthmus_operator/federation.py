@@ -1,11 +1,19 @@
-"""Reads the aggregator's status, from a call or from its termination message."""
+"""Reads the aggregator's status, from a call or from its termination message.
+
+The aggregator's image is the user's: what it says is made printable and bounded before it reaches a FederatedJob.
+"""
 
 from google.protobuf import json_format
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from .observed import FederationView, Metric, ModelView, PrivacyView
-from .text import last_lines
+from .text import last_lines, one_line
+
+# A FederatedJob shows so many; names are as long as the aggregator takes them.
+_MOST_METRICS = 256
+_LONGEST_NAME = 140
+_LONGEST_PATH = 300
 
 
 def view(status: pb.FederationStatus) -> FederationView:
@@ -14,18 +22,18 @@ def view(status: pb.FederationStatus) -> FederationView:
     for pool in status.pools:
         if pool.failures:
             newest = max(pool.failures, key=lambda failure: failure.time)
-            failures[pool.name] = last_lines(newest.traceback) or newest.message
+            failures[pool.name] = last_lines(newest.traceback) or one_line(newest.message)
     return FederationView(
         phase=pb.FederationStatus.Phase.Name(status.phase),
-        message=status.message,
+        message=one_line(status.message),
         current_round=status.current_round,
         completed_rounds=status.completed_rounds,
         total_rounds=status.total_rounds,
         connected={pool.name: pool.connected for pool in status.pools},
         failures=failures,
-        metrics=tuple(_metric(metric) for metric in status.metrics),
+        metrics=tuple(_metric(metric) for metric in status.metrics[:_MOST_METRICS]),
         best=_metric(status.best) if status.best.name else None,
-        model=ModelView(status.model.path, status.model.round, status.model.sha256) if status.model.path else None,
+        model=_model(status.model) if status.model.path else None,
         privacy=_privacy(status.privacy) if status.HasField("privacy") else None,
     )
 
@@ -42,7 +50,11 @@ def from_termination(message: str) -> FederationView | None:
 
 
 def _metric(value: pb.MetricValue) -> Metric:
-    return Metric(value.name, value.value, value.round)
+    return Metric(one_line(value.name, _LONGEST_NAME), value.value, value.round)
+
+
+def _model(status: pb.ModelStatus) -> ModelView:
+    return ModelView(one_line(status.path, _LONGEST_PATH), status.round, one_line(status.sha256, 64))
 
 
 def _privacy(status: pb.PrivacyStatus) -> PrivacyView:

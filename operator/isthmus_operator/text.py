@@ -1,19 +1,16 @@
 """Words for people: short, printable, bounded."""
 
+from isthmus_contracts import text as _text
+from isthmus_contracts.text import one_line
+
+__all__ = ["killed", "last_lines", "one_line", "plural"]
+
 _MAX = 1000
 
 
-def one_line(text: str, limit: int = 300) -> str:
-    """The text on one line, cut to a length."""
-    joined = " ".join(text.split())
-    return joined if len(joined) <= limit else joined[: limit - 3] + "..."
-
-
 def last_lines(text: str, count: int = 8, limit: int = _MAX) -> str:
-    """The last lines that say something, cut at the front to a length."""
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    result = "\n".join(lines[-count:])
-    return result if len(result) <= limit else "..." + result[-(limit - 3) :]
+    """Return the last lines that are not empty, printable, cut at the front to a length."""
+    return _text.last_lines(text, count, limit)
 
 
 def plural(count: int, noun: str) -> str:

@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 from isthmus_contracts.pb.federation_pb2 import TensorSpec
+from isthmus_contracts.text import one_line
 
 State = dict[str, torch.Tensor]
 Data = bytes | memoryview
@@ -21,6 +22,10 @@ Data = bytes | memoryview
 # Far below gRPC's default limit of 4 MiB a message, and large enough that the per-message cost does not show.
 CHUNK_BYTES = 1 << 20
 _SMALLEST_CHUNK_BYTES = 1 << 16
+# Of a tensor: PyTorch's own bound for most of its functions.
+_MOST_DIMENSIONS = 64
+# Tensors' sizes and offsets are signed 64-bit numbers.
+_MOST_BYTES = 2**63 - 1
 # What an aggregator's gRPC may hold of chunks, over all clients: of each one's it keeps a few copies on the way out,
 # and on the way in the room for the next one.
 _ALL_CHUNKS_BYTES = 16 << 20
@@ -177,14 +182,26 @@ def misannounced(specs: Iterable[TensorSpec]) -> Mismatch | None:
     seen = set()
     for spec in specs:
         if spec.name in seen:
-            return Mismatch("duplicate", f"{spec.name} is announced twice")
+            return Mismatch("duplicate", f"{one_line(spec.name, 100)} is announced twice")
         seen.add(spec.name)
         if spec.dtype not in _DTYPES:
-            return Mismatch("dtype", f"{spec.name} has the unknown dtype {spec.dtype!r}")
-        if math.prod(spec.shape) * dtype_of(spec).itemsize != spec.size:
-            shape = list(spec.shape)
+            return Mismatch("dtype", f"{one_line(spec.name, 100)} has the unknown dtype {one_line(spec.dtype, 30)!r}")
+        if not _is_possible(spec.shape, itemsize := dtype_of(spec).itemsize):
+            return Mismatch("shape", f"{spec.name} has a shape that no tensor has: {_shown(spec.shape)}")
+        if math.prod(spec.shape) * itemsize != spec.size:
+            shape = _shown(spec.shape)
             return Mismatch("size", f"{spec.name}: {spec.size} bytes do not fit {spec.dtype} of shape {shape}")
     return None
+
+
+def _is_possible(shape: Sequence[int], itemsize: int) -> bool:
+    """Whether a tensor may have that shape. An empty dimension does not make up for the others: strides, and readers
+    of safetensors, multiply them one by one."""
+    return len(shape) <= _MOST_DIMENSIONS and math.prod(max(size, 1) for size in shape) * itemsize <= _MOST_BYTES
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return one_line(str(list(shape[: _MOST_DIMENSIONS + 1])), 100)
 
 
 def mismatch(expected: Sequence[TensorSpec], offered: Sequence[TensorSpec]) -> Mismatch | None:
@@ -192,17 +209,21 @@ def mismatch(expected: Sequence[TensorSpec], offered: Sequence[TensorSpec]) -> M
     wanted = {spec.name: spec for spec in expected}
     given = {spec.name: spec for spec in offered}
     if missing := [name for name in wanted if name not in given]:
-        return Mismatch("missing_tensor", f"tensors are missing: {', '.join(missing[:5])}")
+        return Mismatch("missing_tensor", f"tensors are missing: {_listed(missing)}")
     if unknown := [name for name in given if name not in wanted]:
-        return Mismatch("unknown_tensor", f"unknown tensors: {', '.join(unknown[:5])}")
+        return Mismatch("unknown_tensor", f"unknown tensors: {_listed(unknown)}")
     for name, spec in wanted.items():
         other = given[name]
         if other.dtype != spec.dtype:
-            return Mismatch("dtype", f"{name} is {other.dtype}, but the model's is {spec.dtype}")
+            return Mismatch("dtype", f"{name} is {one_line(other.dtype, 30)}, but the model's is {spec.dtype}")
         if list(other.shape) != list(spec.shape):
-            shapes = f"{list(other.shape)}, but the model's has {list(spec.shape)}"
+            shapes = f"{_shown(other.shape)}, but the model's has {_shown(spec.shape)}"
             return Mismatch("shape", f"{name} has shape {shapes}")
     return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(one_line(name, 100) for name in names[:5])
 
 
 def non_finite(state: Mapping[str, torch.Tensor]) -> str | None:
@@ -236,7 +257,7 @@ def ungroup(name: str, state: State) -> State:
 def dtype_of(spec: TensorSpec) -> torch.dtype:
     """What a spec announces. Raises :class:`TransferError`."""
     if spec.dtype not in _DTYPES:
-        raise TransferError(f"{spec.name} has the unknown dtype {spec.dtype!r}")
+        raise TransferError(f"{one_line(spec.name, 100)} has the unknown dtype {one_line(spec.dtype, 30)!r}")
     return _DTYPES[spec.dtype]
 
 
@@ -248,8 +269,9 @@ def allocate(spec: TensorSpec, room: State | None = None) -> torch.Tensor:
     """
     try:
         return roomy(spec.name, tuple(spec.shape), dtype_of(spec), room)
-    except RuntimeError:  # of PyTorch's allocator
-        raise TransferError(f"{spec.name} announces {spec.size} bytes, for which there is no memory") from None
+    except (RuntimeError, TypeError):  # of PyTorch's allocator; TypeError: a dimension beyond 2**63 - 1
+        name = one_line(spec.name, 100)
+        raise TransferError(f"{name} announces {spec.size} bytes, for which there is no memory") from None
 
 
 def roomy(name: str, shape: Sequence[int], dtype: torch.dtype, room: State | None) -> torch.Tensor:

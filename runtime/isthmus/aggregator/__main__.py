@@ -8,18 +8,18 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-from google.protobuf.json_format import MessageToJson
 from grpc import aio
 from prometheus_client import start_http_server
 
 from isthmus_contracts.manifest import ManifestError
 from isthmus_contracts.pb import federation_pb2 as pb
-from isthmus_contracts.pb.federation_pb2_grpc import add_ObserverServicer_to_server
+from isthmus_contracts.text import one_line
 from isthmus_contracts.transport import HEADER_BYTES, SERVER_OPTIONS, renewed_server_credentials
 
 from ..allocator import keep_memory_flat
@@ -30,6 +30,7 @@ from .federation import Federation
 from .job import load_job
 from .metrics import AggregatorMetrics
 from .service import FederationService, ObserverService
+from .termination import termination_message
 from .tracking.tracker import make_tracker
 
 log = logging.getLogger("isthmus.aggregator")
@@ -41,14 +42,13 @@ LINGER_SECONDS = 30.0
 # must be over within a pod's grace period. Seconds.
 TRACKING_SECONDS = 30.0
 TRACKING_SECONDS_WHEN_STOPPED = 5.0
-# Kubernetes keeps this much of a termination message.
-_TERMINATION_MESSAGE_BYTES = 4096
 # Of an unexpected error's own text. Characters.
 _LONGEST_ERROR = 500
 
 
 def main() -> None:
     """Parses the command line and serves."""
+    os.umask(0o077)  # models and records are the job's, and nobody else's on the machine
     parser = argparse.ArgumentParser(prog="python -m isthmus.aggregator", description=__doc__)
     parser.add_argument("--job", type=Path, required=True, help="job file: JSON with name, namespace, uid and spec")
     parser.add_argument("--tls", type=Path, required=True, help="directory with ca.crt, tls.crt and tls.key")
@@ -64,13 +64,14 @@ def main() -> None:
     try:
         sys.exit(asyncio.run(serve(arguments)))
     except (ManifestError, CheckpointError, StrategyError) as error:
-        _terminate(arguments.termination_log, pb.FederationStatus(phase=pb.FederationStatus.FAILED, message=str(error)))
+        status = pb.FederationStatus(phase=pb.FederationStatus.FAILED, message=str(error))
+        _leave(arguments.termination_log, termination_message(status))
         print(f"isthmus.aggregator: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         # No status: that would end the job, which a restart may go on with. Python writes the trace, and exits with 1.
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        _leave(arguments.termination_log, f"unexpected error: {text[:_LONGEST_ERROR]}; see the aggregator's log")
+        text = one_line(f"{type(error).__name__}: {error}", _LONGEST_ERROR)
+        _leave(arguments.termination_log, f"unexpected error: {text}; see the aggregator's log")
         raise
 
 
@@ -90,8 +91,7 @@ async def serve(arguments: argparse.Namespace) -> int:
     observer = ObserverService(federation)
 
     server = aio.server(options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", HEADER_BYTES)])
-    server.add_generic_rpc_handlers((FederationService(federation).handler(),))
-    add_ObserverServicer_to_server(observer, server)
+    server.add_generic_rpc_handlers((FederationService(federation).handler(), observer.handler()))
     try:
         port = server.add_secure_port(arguments.listen, credentials)
         host, _, metrics_port = arguments.metrics.rpartition(":")
@@ -121,7 +121,7 @@ async def serve(arguments: argparse.Namespace) -> int:
             tracker.fail(str(error))
             await _clients_gone(federation)  # one that did not hear would call for half an hour
             raise
-        _terminate(arguments.termination_log, federation.status())
+        _leave(arguments.termination_log, termination_message(federation.status()))
         await _farewell(federation, observer, stopped)
         return 0
     finally:
@@ -157,16 +157,6 @@ async def _clients_gone(federation: Federation) -> None:
         async with asyncio.timeout(FAREWELL_SECONDS):
             while any(client.connected for client in federation.members):  # noqa: ASYNC110 - a moment, at the very end
                 await asyncio.sleep(0.05)
-
-
-def _terminate(path: Path, status: pb.FederationStatus) -> None:
-    """Leaves the final status where the kubelet picks it up."""
-    text = MessageToJson(status, indent=None)
-    if len(text.encode()) > _TERMINATION_MESSAGE_BYTES:
-        for pool in status.pools:
-            del pool.failures[:]
-        text = MessageToJson(status, indent=None)
-    _leave(path, text)
 
 
 def _leave(path: Path, text: str) -> None:

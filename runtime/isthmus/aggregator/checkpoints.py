@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from ..tensors import State, snapshot
 from . import sparefile, tensorfile
-from .tensorfile import TensorFile
+from .tensorfile import HeaderError, TensorFile
 
 _PATTERN = re.compile(r"round-(\d+)\.safetensors")
 
@@ -117,7 +117,8 @@ class CheckpointStore:
     def save(
         self, round_number: int, state: State, strategy: State | None = None, notes: Mapping[str, str] | None = None
     ) -> Checkpoint:
-        """Writes a checkpoint durably: written, fsynced, renamed, directory fsynced. Raises ``OSError``.
+        """Writes a checkpoint durably: written, fsynced, renamed, directory fsynced. Raises ``OSError``, and
+        :class:`CheckpointError` for one that could not be read back, which gets no name.
 
         The strategy's state is there before the model is: the model's appearance commits both.
         """
@@ -143,7 +144,10 @@ class CheckpointStore:
         metadata = {**(notes or {}), "format": "pt", "round": str(round_number), "job_uid": self._job_uid}
         with _publishing(path) as partial:
             sparefile.take(spare, partial)
-            file = tensorfile.write(partial, state, metadata)
+            try:
+                file = tensorfile.write(partial, state, metadata)
+            except HeaderError as error:
+                raise CheckpointError(f"{path} cannot be written: it would have {error}") from None
         return replace(file, path=path)
 
     def latest(self) -> Checkpoint | None:
@@ -225,7 +229,7 @@ def _publishing(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.rename(path)
-    except OSError:
+    except (OSError, CheckpointError):
         partial.unlink(missing_ok=True)
         raise
     descriptor = os.open(path.parent, os.O_RDONLY)

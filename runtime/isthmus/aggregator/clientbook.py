@@ -27,6 +27,8 @@ class ClientRecord:
     """The newest round that it was asked to take part in; 0: none."""
     counted: tuple[int, ...] = ()
     """The rounds, not too long ago for an update to come late, for which it trained an update that is counted."""
+    offered: tuple[int, ...] = ()
+    """The rounds, as many, that it was asked to take part in."""
 
     @property
     def known(self) -> bool:
@@ -66,7 +68,9 @@ class ClientBook:
         """
         book = ClientBook(dict(self.records))
         for client in asked:
-            book.records[client] = replace(book.of(client), asked=round_number)
+            record = book.of(client)
+            offered = tuple(number for number in record.offered if number >= round_number - horizon)
+            book.records[client] = replace(record, asked=round_number, offered=(*offered, round_number))
         for client, seconds in missed.items():
             record = book.of(client)
             if seconds is None:
@@ -100,7 +104,7 @@ class ClientBook:
 
 def _record(*values: Any) -> ClientRecord:
     record = ClientRecord(*values)
-    return replace(record, counted=tuple(record.counted))
+    return replace(record, counted=tuple(record.counted), offered=tuple(record.offered))
 
 
 def _moved(average: float, newest: float) -> float:

@@ -10,7 +10,7 @@ from ..strategies import StrategyError
 from ..tensors import State
 from .bell import Bell
 from .decisions import RoundState
-from .membership import ClientId
+from .initialization import Initialization
 from .model import GlobalModel
 from .progress import WeightedMeans
 from .tensorfile import SMALL_BYTES
@@ -36,11 +36,13 @@ class Course:
     """What the clients measured while they trained for the round in progress."""
     examples: int = 0
     """Of the updates of the round in progress."""
-    initializer: ClientId | None = None
-    """Who was asked for the first weights."""
+    initialization: Initialization = field(default_factory=Initialization)
+    """Who is asked for the first weights."""
     initial: State | None = None
     """These weights."""
-    buffers: frozenset[str] | None = None
+    resumed: int = 0
+    """The round that was in progress when an earlier process ended, where there was one."""
+    buffers: frozenset[str] = frozenset()
     """Which of the model's tensors no optimizer trains. Who handed in the initial weights has said so for all."""
     broken: StrategyError | None = None
     """What the strategy died of: the job cannot go on."""

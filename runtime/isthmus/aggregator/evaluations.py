@@ -57,7 +57,7 @@ class Evaluations:
         if client.id in waited_for and all(
             member.id in heard for member in self._members if member.evaluates and member.id in waited_for
         ):
-            self._progress.take(course.model.round, self._means.means())
+            self._progress.take(course.model.round, self._progress.admit(self._means.means()))
         course.changes.ring()
 
     async def close(self, record: RoundRecord | None) -> None:
@@ -65,7 +65,7 @@ class Evaluations:
         model = self._course.model
         if model is None or not len(self._means):
             return
-        means = self._means.means()
+        means = self._progress.admit(self._means.means())
         self._progress.take(model.round, means)
         if record is not None and record.round == model.round:
             record.metrics.update(means)

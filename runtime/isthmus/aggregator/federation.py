@@ -12,7 +12,9 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.text import one_line
 
+from .. import metricnames
 from ..strategies import Strategy
 from ..tensors import State
 from . import messages
@@ -59,7 +61,7 @@ class Federation:
         self.instance = uuid.uuid4().hex
         """Of this process."""
         self.metrics = metrics
-        self.members = Membership(job.spec, job.uid)
+        self.members = Membership(job.spec)
         self.compression = Compression(job.uid, job.spec)
         self.course = Course()
         self.handover = Handover(self.members, self.course, self._ask_again)
@@ -99,9 +101,9 @@ class Federation:
             self.progress.restore(await self._records(checkpoint))
             log.info("resuming after round %d of %d", checkpoint.round, self.spec.rounds)
             self._strategy.load_state(checkpoint.strategy)
+            self.course.resumed = checkpoint.round + 1
             await self._remember(checkpoint)
-        if (buffers := checkpoint.notes.get(_BUFFERS)) is not None:
-            self.course.buffers = frozenset(json.loads(buffers))
+        self.course.buffers = frozenset(json.loads(checkpoint.notes.get(_BUFFERS, "[]")))
         await self._adopt(checkpoint)
         while checkpoint.round < self.spec.rounds and not self.progress.reached and not self._out_of_budget(checkpoint):
             await self._wait_for_quorum()
@@ -132,16 +134,16 @@ class Federation:
             client.send(messages.stop(reason, message))
 
     async def _initialize(self) -> Checkpoint:
-        """The first model: the initial weights of the first client that is there."""
+        """The first model: the initial weights of the first client that hands in good ones."""
         await self._wait_for_quorum()
         self.course.phase = pb.FederationStatus.INITIALIZING
         while self.course.initial is None:
-            ready = self.members.trainers()
-            if ready and self.course.initializer not in [client.id for client in ready]:
-                self.course.initializer = ready[0].id
-                log.info("asking %s for the initial weights", ready[0].name)
-                ready[0].send(messages.INITIALIZE)
-            await self._changed()
+            initialization, seconds = self.course.initialization, self.spec.stragglers.round_deadline_seconds
+            client = initialization.choose(self.members.trainers(), time.monotonic(), seconds)
+            if client is not None:
+                log.info("asking %s for the initial weights", client.name)
+                client.send(messages.INITIALIZE)
+            await self._changed(until=initialization.until)
         initial = self.course.initial
         checkpoint = await self._writer.checkpoint(lambda: self._store.save(0, initial, notes=self._notes()))
         self.course.initial, self.course.message = None, ""  # the weights take as much memory as the model
@@ -190,15 +192,14 @@ class Federation:
 
     def _notes(self) -> dict[str, str]:
         """What is committed with each model."""
-        return {} if self.course.buffers is None else {_BUFFERS: json.dumps(sorted(self.course.buffers))}
+        return {_BUFFERS: json.dumps(sorted(self.course.buffers))}
 
     def _begin_round(self, base: Checkpoint) -> RoundState:
         number, now = base.round + 1, time.monotonic()
         ready = [client.id for client in self.members.trainers()]
         choice = choose(self.spec, number, ready, self.intake.book)
         state = RoundState(number, now, now + self.spec.stragglers.round_deadline_seconds, target=choice.target)
-        # Whoever has this round's work in hand, from before a restart of ours, has not done it for nothing.
-        working = [client.id for client in self.members.trainers() if client.works_on(number, base.digest)]
+        working = [client.id for client in self.members.trainers() if self._resumes(client, number, base.digest)]
         state.selected.update(choice.clients, working)
         self._strategy.begin(base.state)
         self.ledger.begin()
@@ -213,6 +214,11 @@ class Federation:
                 self._offers.train(client, state)
         self.course.changes.ring()
         return state
+
+    def _resumes(self, client: Client, number: int, digest: str) -> bool:
+        """Whether a client has a round's work in hand from before a restart of ours, which was not for nothing. In any
+        other round who takes part is not the client's to say."""
+        return client.trains and number == self.course.resumed and client.works_on(number, digest)
 
     def _take_in_more(self, state: RoundState) -> None:
         """Clients that the round did not select, or that came later, take the places of those that are lost."""
@@ -273,7 +279,8 @@ class Federation:
 
     def _record_of(self, state: RoundState) -> RoundRecord:
         """What a round comes to."""
-        means = {_train_name(name): value for name, value in self.course.training.means().items()}
+        named = {_train_name(name): value for name, value in self.course.training.means().items()}
+        means = self.progress.admit(named)
         seconds = time.monotonic() - state.started
         record = RoundRecord(state.number, seconds, state.updates, self.course.examples, means, time.time())
         if self._budget is not None:
@@ -311,6 +318,7 @@ class Federation:
 
     def join(self, hello: pb.Hello) -> Client:
         """A client's hello: it is welcomed and told what there is for it now. Raises :class:`membership.Refusal`."""
+        self.intake.permissions.check_hello(hello)
         client = self.members.admit(hello)
         client.send(messages.welcome(HEARTBEAT_SECONDS, self.spec.rounds, self.instance))
         if self.course.model is not None:
@@ -319,7 +327,7 @@ class Federation:
         match self.course.phase:
             case pb.FederationStatus.COMPLETE:
                 client.send(messages.stop(pb.Stop.COMPLETE, "training is complete"))
-            case pb.FederationStatus.INITIALIZING if client.id == self.course.initializer:
+            case pb.FederationStatus.INITIALIZING if self.course.initialization.asked(client.id):
                 client.send(messages.INITIALIZE)
             case pb.FederationStatus.EVALUATING if client.evaluates and self.course.model is not None:
                 self._offers.evaluate(client)
@@ -334,7 +342,7 @@ class Federation:
         state, model = self.course.round, self.course.model
         if state is None or model is None or self.course.closing:
             return
-        if client.works_on(state.number, model.digest):
+        if self._resumes(client, state.number, model.digest):
             state.selected.add(client.id)
         if client.id in state.selected - state.accepted - state.rejected:
             self._offers.train(client, state)
@@ -350,15 +358,18 @@ class Federation:
         client.last_heard = time.monotonic()
         match message.WhichOneof("message"):
             case "heartbeat":
-                client.stage = message.heartbeat.stage
+                client.stage = one_line(message.heartbeat.stage, 32)
             case "evaluation":
-                self._evaluations.take(client, message.evaluation)
+                if (problem := metricnames.problem_with(message.evaluation.metrics)) is not None:
+                    log.warning("%s: evaluation refused: %s", client.name, problem)
+                else:
+                    self._evaluations.take(client, message.evaluation)
             case "failure":
                 self.members.fail(client, message.failure)
-                log.warning("%s failed: %s", client.name, message.failure.message)
+                log.warning("%s failed: %s", client.name, one_line(message.failure.message))
                 self.course.changes.ring()
             case "leaving":
-                log.info("%s leaves: %s", client.name, message.leaving.reason)
+                log.info("%s leaves: %s", client.name, one_line(message.leaving.reason))
 
     @property
     def companion(self) -> State:

@@ -22,6 +22,7 @@ from .history import History, rebase
 from .job import Job
 from .ledger import RoundLedger
 from .membership import ClientId, Membership
+from .permissions import Permissions
 from .receptions import Receptions
 from .refusal import Fault, Reason, StorageError
 
@@ -46,6 +47,8 @@ class Intake:
         self._ledger = ledger
         self._folder = folder
         self._folds_late = job.spec.folds_late
+        self._directory = directory
+        self.permissions = Permissions(job.uid, job.spec, members, course)
         self.history = History(job.spec.stragglers.max_staleness + 1 if self._folds_late else 1)
         self.book = ClientBook()
         """Of the committed rounds."""
@@ -53,9 +56,9 @@ class Intake:
 
     def precheck(self, header: pb.UpdateHeader) -> pb.PushReply | None:
         """The answer to an update that need not even be received; ``None`` where it is wanted."""
+        if (answer := self.permissions.check_update(header)) is not None:
+            return answer
         client_id = (header.pool, header.index)
-        if self._members.is_fenced(client_id, header.attempt):
-            return refusal.reply(pb.PushReply.FENCED, "a newer attempt of this client has taken over")
         if header.round == 0:
             return self._precheck_initial(client_id, header)
         if (answer := self._precheck_round(header, client_id)) is not None:
@@ -69,11 +72,13 @@ class Intake:
     def _precheck_initial(self, client_id: ClientId, header: pb.UpdateHeader) -> pb.PushReply | None:
         if self._course.model is not None or self._course.initial is not None:
             return messages.reply(pb.PushReply.ACCEPTED, "the model has its initial weights")
-        if self._course.phase != pb.FederationStatus.INITIALIZING or client_id != self._course.initializer:
+        if not self.permissions.may_initialize(client_id):
             message = "nobody asked this client for initial weights"
             return refusal.reply(pb.PushReply.STALE, message, Reason.NOT_SELECTED)
-        fault = refusal.examine_initial(header)
-        return self.reject(header, fault) if fault else None
+        if (fault := refusal.examine_initial(header, self._directory)) is not None:
+            return self.reject(header, fault)
+        self._course.initialization.begun(client_id)
+        return None
 
     def _precheck_round(self, header: pb.UpdateHeader, client_id: ClientId) -> pb.PushReply | None:
         """The answer to an update whose round, or whose turn, is not now."""
@@ -86,9 +91,8 @@ class Intake:
             return self._precheck_late(header, client_id, state)
         if header.base_digest != model.digest:
             return refusal.reply(pb.PushReply.STALE, "it was trained from another model than this round's")
-        if client_id not in state.selected:
-            message = f"the client is not in round {state.number}"
-            return refusal.reply(pb.PushReply.STALE, message, Reason.NOT_SELECTED)
+        if not self.permissions.was_offered(client_id, header.round, self.book):
+            return self._unasked(header)
         if client_id in state.accepted:
             return messages.reply(pb.PushReply.ACCEPTED, "counted before", state.number)
         return None
@@ -102,9 +106,15 @@ class Intake:
             return refusal.reply(
                 pb.PushReply.STALE, f"round {header.round} is over for more than stragglers.maxStaleness rounds"
             )
+        if not self.permissions.was_offered(client_id, header.round, self.book):
+            return self._unasked(header)
         if self.base(header) is None:
             return refusal.reply(pb.PushReply.STALE, "the model that it was trained from is not known")
         return None
+
+    def _unasked(self, header: pb.UpdateHeader) -> pb.PushReply:
+        message = f"the client is not in round {header.round}"
+        return refusal.reply(pb.PushReply.STALE, message, Reason.NOT_SELECTED)
 
     def base(self, header: pb.UpdateHeader) -> State | None:
         """The model that an update was trained from, if it is the present one or a recent one."""
@@ -163,8 +173,6 @@ class Intake:
 
     def _update(self, header: pb.UpdateHeader, tensors: State, staleness: int) -> Update:
         discount = self._spec.stragglers.weight(staleness) if staleness else 1.0
-        if self._course.buffers is None:  # the checkpoint is of a version that did not keep them
-            self._course.buffers = frozenset(header.buffers)
         name, scalars = f"{header.pool}/{header.index}", dict(header.scalars)
         return Update(name, header.num_examples, tensors, self._course.buffers, scalars, discount)
 
@@ -228,6 +236,7 @@ class Intake:
             self._course.round.fault = f"{header.pool}/{header.index}: {fault}"
             self._course.changes.ring()
         if header.round == 0:
+            self._course.initialization.refused((header.pool, header.index))
             self._course.message = f"the initial weights of {header.pool}/{header.index} were refused: {fault}"
             self._course.changes.ring()
         log.warning("%s/%d: update of round %d refused: %s", header.pool, header.index, header.round, fault)

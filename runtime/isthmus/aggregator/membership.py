@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.text import last_lines, one_line
 
 ClientId = tuple[str, int]
 """(pool, index within the pool)"""
@@ -88,25 +89,19 @@ class Membership:
     """All clients that were ever seen."""
 
     spec: FederatedJobSpec
-    job_uid: str
     _clients: dict[ClientId, Client] = field(default_factory=dict)
     _failures: dict[str, deque[pb.ClientFailure]] = field(default_factory=dict)
 
     def admit(self, hello: pb.Hello) -> Client:
-        """Takes a client in; an older process of the same client is told to stop. Raises :class:`Refusal`."""
-        if hello.job_uid != self.job_uid:
-            raise Refusal(pb.Stop.REFUSED, f"this is the aggregator of job {self.job_uid}, not of {hello.job_uid}")
-        try:
-            pool = self.spec.pool(hello.pool)
-        except KeyError:
-            raise Refusal(pb.Stop.REFUSED, f"the job has no pool {hello.pool!r}") from None
-        if hello.index >= pool.size:
-            raise Refusal(
-                pb.Stop.REFUSED, f"pool {pool.name} has {pool.size} clients; index {hello.index} is not one of them"
-            )
+        """Take a client of the job in; an older process of the same client is told to stop. Raise :class:`Refusal`.
+
+        An attempt fences the older ones while it is connected: one that nobody has issued, or that has ended, does not
+        keep the real next one out.
+        """
         client_id = (hello.pool, hello.index)
-        client = self._clients.setdefault(client_id, Client(client_id, trains=pool.role == "Train"))
-        if hello.attempt < client.attempt:
+        trains = self.spec.pool(hello.pool).role == "Train"
+        client = self._clients.setdefault(client_id, Client(client_id, trains=trains))
+        if hello.attempt < client.attempt and client.connected:
             raise Refusal(pb.Stop.FENCED, f"attempt {client.attempt} of {client.name} has taken over")
         if client.outbox is not None:
             if client.instance != hello.instance:
@@ -122,7 +117,7 @@ class Membership:
     def predecessor(self, hello: pb.Hello) -> Client | None:
         """The client as an older attempt of an HPC pool fills it now: in the cloud, the older is gone by then."""
         client = self._clients.get((hello.pool, hello.index))
-        if client is None or not client.ready or hello.attempt <= client.attempt or hello.job_uid != self.job_uid:
+        if client is None or not client.ready or hello.attempt <= client.attempt:
             return None
         return client if self.spec.pool(hello.pool).hpc is not None else None
 
@@ -139,16 +134,11 @@ class Membership:
             pb.ClientFailure(
                 index=client.id[1],
                 attempt=client.attempt,
-                message=failure.message[:500],
-                traceback=failure.traceback[-2000:],
+                message=one_line(failure.message, 500),
+                traceback=last_lines(failure.traceback, 40, 2000),
                 time=time.time(),
             )
         )
-
-    def is_fenced(self, client_id: ClientId, attempt: int) -> bool:
-        """Whether a newer attempt of the client is known."""
-        client = self._clients.get(client_id)
-        return client is not None and attempt < client.attempt
 
     @property
     def by_id(self) -> Mapping[ClientId, Client]:

@@ -67,7 +67,7 @@ class AggregatorMetrics:
         )
         self.updates = counter(
             "isthmus_updates_total",
-            "Updates by pool and result (accepted, repeated, stale, closed, fenced, invalid, corrupt)",
+            "Updates by pool and result (accepted, repeated, stale, closed, fenced, invalid, corrupt, unconnected)",
             "pool",
             "result",
         )

@@ -70,6 +70,11 @@ class GlobalModel:
         return self.checkpoint.digest
 
     @cached_property
+    def header_bytes(self) -> int:
+        """Of an update's header, those that name its tensors."""
+        return sum(spec.ByteSize() + 4 for spec in self.specs)
+
+    @cached_property
     def size(self) -> int:
         """Bytes."""
         return sum(spec.size for spec in self.specs)

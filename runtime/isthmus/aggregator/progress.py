@@ -1,14 +1,22 @@
 """Metrics by round: what the clients measured, and the best of it."""
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from isthmus_contracts.federatedjob import Objective
 from isthmus_contracts.pb import federation_pb2 as pb
 
+from ..metricnames import MOST_METRICS
 from .checkpoints import RoundRecord
 from .membership import ClientId
+
+log = logging.getLogger(__name__)
+
+MOST_NAMES = 4 * MOST_METRICS
+"""Of metrics, in a job's life."""
 
 
 @dataclass
@@ -22,14 +30,20 @@ class WeightedMeans:
         self._reports[client] = (weight, {name: value for name, value in values.items() if math.isfinite(value)})
 
     def means(self) -> dict[str, float]:
-        """The weighted mean of each name over the clients that reported it."""
+        """Return the weighted mean of each name over the clients that reported it.
+
+        Names that most clients report come first, so that the names of one client alone are the first to be left out.
+        """
         sums: dict[str, list[float]] = {}
+        voices: Counter[str] = Counter()
         for weight, values in self._reports.values():
+            voices.update(values.keys())
             for name, value in values.items():
                 entry = sums.setdefault(name, [0.0, 0.0])
                 entry[0] += weight * value
                 entry[1] += weight
-        means = {name: total / weight for name, (total, weight) in sums.items() if weight}
+        ordered = sorted(sums, key=lambda name: -voices[name])
+        means = {name: sums[name][0] / sums[name][1] for name in ordered if sums[name][1]}
         return {name: mean for name, mean in means.items() if math.isfinite(mean)}  # of huge values it may not be
 
     def clients(self) -> set[ClientId]:
@@ -47,6 +61,18 @@ class Progress:
     objective: Objective
     newest: dict[str, pb.MetricValue] = field(default_factory=dict)
     best: pb.MetricValue = field(default_factory=pb.MetricValue)
+    _full: bool = False
+
+    def admit(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return those metrics that are kept: of the names that a job ever reports, the first :data:`MOST_NAMES`, and
+        the objective's. Each costs memory, a series and a line of the status until the job ends."""
+        known = {name: value for name, value in means.items() if name in self.newest or name == self.objective.metric}
+        fresh = [name for name in means if name not in known]
+        room = max(MOST_NAMES - len(self.newest), 0)
+        if len(fresh) > room and not self._full:
+            self._full = True
+            log.warning("more than %d names of metrics: those that come now are left out", MOST_NAMES)
+        return {**known, **{name: means[name] for name in fresh[:room]}}
 
     @property
     def reached(self) -> bool:

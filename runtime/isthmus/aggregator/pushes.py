@@ -74,6 +74,9 @@ class Pushes:
                 self._count(header, "corrupt", fault.reason)
                 log.warning("%s/%d: update of round %d refused: %s", header.pool, header.index, header.round, fault)
                 raise ResendError(fault) from None
+        if reply.verdict == pb.PushReply.RESEND:
+            self._count(header, "unconnected", reply.reason)
+            raise ResendError(Fault(refusal.Reason(reply.reason), reply.message))
         self._count(header, "repeated" if repeated else _RESULTS[reply.verdict], reply.reason)
         reply.instance = self._federation.instance
         return reply

@@ -3,13 +3,16 @@
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.text import one_line
 
 from ..codecs import CodecError, NonFiniteError
 from ..framing import MOST_EXAMPLES
 from ..strategies import Strategy
 from ..tensors import ChecksumError, State, TransferError, TruncatedError, beyond, misannounced, mismatch
+from . import bounds
 from .compression import Compression
 from .model import GlobalModel
 
@@ -36,11 +39,13 @@ class Reason(StrEnum):
     EXAMPLES = "examples"
     CODEC = "codec"
     SCALARS = "scalars"
+    BOUNDS = "bounds"
     # To be sent again.
     CHECKSUM = "checksum"
     TRUNCATED = "truncated"
     MALFORMED = "malformed"
     STORAGE = "storage"
+    NOT_CONNECTED = "not_connected"
     # Nothing wrong with it, but nobody waits for it.
     STALE = "stale"
     CLOSED = "closed"
@@ -57,10 +62,13 @@ _OF_VERDICT = {
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with an update, in a word and in a line."""
+    """What is wrong with an update, in a word and in a line: names in it are the client's, so it is made printable."""
 
     reason: Reason
     message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", one_line(self.message))
 
     def __str__(self) -> str:
         return self.message
@@ -72,6 +80,8 @@ class StorageError(TransferError):
 
 def examine(header: pb.UpdateHeader, model: GlobalModel, compression: Compression, strategy: Strategy) -> Fault | None:
     """What is wrong with an update, as far as its header tells."""
+    if problem := bounds.problem_with_size(header, model.header_bytes) or bounds.problem_with_header(header):
+        return Fault(Reason.BOUNDS, problem)
     if not 1 <= header.num_examples <= MOST_EXAMPLES:
         return Fault(Reason.EXAMPLES, "num_examples must be at least 1" + _as_signed(header.num_examples))
     if problem := compression.problem(header):
@@ -85,14 +95,18 @@ def examine(header: pb.UpdateHeader, model: GlobalModel, compression: Compressio
     return None
 
 
-def examine_initial(header: pb.UpdateHeader) -> Fault | None:
-    """The same for initial weights, which there is no model yet to compare with."""
+def examine_initial(header: pb.UpdateHeader, directory: Path | None = None) -> Fault | None:
+    """The same for initial weights, which there is no model yet to compare with. ``directory``: of the checkpoints."""
+    if problem := bounds.problem_with_names(header) or bounds.problem_with_header(header):
+        return Fault(Reason.BOUNDS, problem)
     if header.codecs:
         return Fault(Reason.CODEC, "initial weights travel raw")
     if any(spec.name == RESERVED_NAME for spec in header.tensors):
         return Fault(Reason.UNKNOWN_TENSOR, f"a tensor cannot be called {RESERVED_NAME}: safetensors keeps that name")
-    found = misannounced(header.tensors)
-    return Fault(Reason(found.aspect), found.message) if found else None
+    if found := misannounced(header.tensors):
+        return Fault(Reason(found.aspect), found.message)
+    problem = bounds.problem_with_room(header.tensors, directory)
+    return Fault(Reason.SIZE, problem) if problem else None
 
 
 def examine_values(tensors: State) -> Fault | None:

@@ -2,16 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 
 from isthmus_contracts.compression import NONE
 from isthmus_contracts.identities import client_identity, observer_identity
 from isthmus_contracts.pb import federation_pb2 as pb
-from isthmus_contracts.pb.federation_pb2_grpc import ObserverServicer
 from isthmus_contracts.transport import peer_uris
 
 from ..framing import SERVICE, Frame, update_frame
@@ -25,6 +25,8 @@ from .pushes import Pushes, ResendError
 log = logging.getLogger(__name__)
 
 Context = aio.ServicerContext[Any, Any]
+Request = TypeVar("Request", pb.ClientMessage, pb.PullRequest, pb.GetStatusRequest)
+_OBSERVER = pb.DESCRIPTOR.services_by_name["Observer"].full_name
 
 
 class FederationService:
@@ -38,9 +40,9 @@ class FederationService:
         """For a server. The tensors' messages stay as they are: :mod:`..framing` reads and makes them."""
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Control": grpc.stream_stream_rpc_method_handler(
-                self.Control, pb.ClientMessage.FromString, pb.ServerMessage.SerializeToString
+                self.Control, _lenient(pb.ClientMessage), pb.ServerMessage.SerializeToString
             ),
-            "Pull": grpc.unary_stream_rpc_method_handler(self.Pull, pb.PullRequest.FromString),
+            "Pull": grpc.unary_stream_rpc_method_handler(self.Pull, _lenient(pb.PullRequest)),
             "Push": grpc.stream_unary_rpc_method_handler(self.Push, None, pb.PushReply.SerializeToString),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -54,8 +56,9 @@ class FederationService:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello")
             return
         await self._authenticate(context, first.hello.pool)
-        await self._federation.handover.wait(first.hello)
         try:
+            self._federation.intake.permissions.check_hello(first.hello)
+            await self._federation.handover.wait(first.hello)
             client = self._federation.join(first.hello)
         except Refusal as refusal:
             log.warning("%s/%d refused: %s", first.hello.pool, first.hello.index, refusal)
@@ -149,6 +152,21 @@ class FederationService:
         raise AssertionError("abort raises")
 
 
+def _lenient(kind: type[Request]) -> Callable[[bytes], Request]:
+    """Return a parser that takes what cannot be read for an empty message, which asks for nothing.
+
+    An error here would be none of the handler's: gRPC logs a trace for each, and a stream would not be read any more.
+    """
+
+    def parse(data: bytes) -> Request:
+        try:
+            return kind.FromString(data)
+        except DecodeError:
+            return kind()
+
+    return parse
+
+
 def _first_frame(message: bytes) -> Frame[pb.UpdateHeader] | None:
     try:
         return update_frame(message)
@@ -156,13 +174,25 @@ def _first_frame(message: bytes) -> Frame[pb.UpdateHeader] | None:
         return None
 
 
-class ObserverService(ObserverServicer):
+class ObserverService:
     """Serves whoever watches the job: the operator, or the local runner."""
 
     def __init__(self, federation: Federation) -> None:
         self._federation = federation
         self.completion_seen = asyncio.Event()
         """An observer has read a status that says COMPLETE."""
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """For a server."""
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "GetStatus": grpc.unary_unary_rpc_method_handler(
+                self.GetStatus, _lenient(pb.GetStatusRequest), pb.FederationStatus.SerializeToString
+            ),
+            "WatchStatus": grpc.unary_stream_rpc_method_handler(
+                self.WatchStatus, _lenient(pb.GetStatusRequest), pb.FederationStatus.SerializeToString
+            ),
+        }
+        return grpc.method_handlers_generic_handler(_OBSERVER, methods)
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.FederationStatus:
         """See federation.proto."""

@@ -24,6 +24,8 @@ from ..tensors import State, bytes_view, specs_of
 
 # Below this the errand of a thread takes longer than the work.
 SMALL_BYTES = 1 << 20
+# The library reads no longer ones: MAX_HEADER_SIZE in safetensors/src/tensor.rs.
+MOST_HEADER_BYTES = 100_000_000
 _READ_BYTES = 16 << 20
 # A piece is still in the processor's cache when, written, it is summed up.
 _WRITTEN_BYTES = 1 << 20
@@ -46,8 +48,15 @@ class TensorFile:
     """Bytes of the tensors."""
 
 
+class HeaderError(ValueError):
+    """A file would have a header that its reader does not take. ``str()`` says why."""
+
+
 def write(path: Path, state: State, metadata: Mapping[str, str]) -> TensorFile:
-    """Writes a file, over what it may hold, and makes its content durable; its name is not. Raises ``OSError``."""
+    """Write a file, over what it may hold, and make its content durable; its name is not.
+
+    Raises ``OSError``, and :class:`HeaderError` before anything is written.
+    """
     header, offset = {"__metadata__": dict(metadata)}, 0
     for spec in specs_of(state):
         offsets = [offset, offset + spec.size]
@@ -55,8 +64,13 @@ def write(path: Path, state: State, metadata: Mapping[str, str]) -> TensorFile:
         offset += spec.size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    if len(text) > MOST_HEADER_BYTES:
+        raise HeaderError(
+            f"a header of {len(text)} bytes, and safetensors reads at most {MOST_HEADER_BYTES}: fewer tensors, shorter "
+            "names, or fewer clients"
+        )
     lead, checksum = len(text).to_bytes(8, "little") + text, xxhash.xxh3_128()
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
         # Not file.write: unbuffered, it may write a part of it and not complain.
         if offset <= SMALL_BYTES:
             data = memoryview(b"".join([lead, *map(bytes_view, state.values())]))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..framing import MOST_EXAMPLES
+from ..metricnames import problem_with
 from .numbers import as_number, shown
 from .session import FederationError
 
@@ -22,6 +23,8 @@ def numbers_of(evaluate: Evaluate) -> dict[str, float]:
         )
     try:
         numbers = {str(name): as_number(str(name), value) for name, value in returned.items()}
+        if (problem := problem_with(numbers)) is not None:
+            raise ValueError(problem)
         weight = numbers.get(_WEIGHT, 1.0)
         if not math.isfinite(weight):
             raise ValueError(f"{_WEIGHT} must be finite, not {weight}")

@@ -7,6 +7,7 @@ from weakref import WeakSet
 
 import torch
 
+from ..metricnames import problem_with
 from .correction import Correction
 from .numbers import as_count, as_number
 
@@ -57,13 +58,16 @@ class Round:
         ``num_examples`` is the update's weight; ``metrics`` (loss, accuracy, ...) are averaged over
         the clients with it. With torch.distributed every rank calls it, and what rank 0 says counts: the number of
         examples is that of all ranks together.
-        Raises ``ValueError`` for a count that is no whole number of at least 1, or a metric that is no number: it may
-        then be called again; and ``RuntimeError`` if called twice in a round.
+        Raises ``ValueError`` for a count that is no whole number of at least 1, a metric that is no number, and names
+        that cannot be reported (more than 256, longer than 128 characters, or not printable): it may then be called
+        again; and ``RuntimeError`` if called twice in a round.
         """
         if self._submitted:
             raise RuntimeError(f"round {self.number}: submit() was called twice")
         count = as_count("num_examples", num_examples)
         numbers = {name: as_number(name, value) for name, value in metrics.items()}
+        if (problem := problem_with(numbers)) is not None:
+            raise ValueError(problem)
         self._submitted = True
         if self._hand_in is not None:
             self._hand_in(count, numbers)

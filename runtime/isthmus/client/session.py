@@ -18,6 +18,7 @@ from isthmus_contracts import identities
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
 from isthmus_contracts.pki import Credentials
+from isthmus_contracts.text import one_line
 from isthmus_contracts.transport import channel
 
 from .. import __version__
@@ -290,6 +291,7 @@ class Session:
             case "stop" if message.stop.reason == pb.Stop.RESTARTING:
                 return False
             case "stop":
+                message.stop.message = one_line(message.stop.message)
                 self.over.set()
                 self.incoming.put(message)
                 return True

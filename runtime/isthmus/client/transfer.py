@@ -10,6 +10,7 @@ from typing import TypeVar
 import grpc
 
 from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.text import one_line
 
 from ..codecs import CodecError, Encoded
 from ..framing import receive_model, update_messages
@@ -116,7 +117,9 @@ def push(session: Session, update: FinishedUpdate) -> pb.PushReply:
         return session.push_one(first) if second is None else session.push(chain((first, second), messages))
 
     try:
-        return _persistently(session, "push", attempt)
+        reply = _persistently(session, "push", attempt)
+        reply.message = one_line(reply.message)
+        return reply
     except OutdatedError as error:
         return pb.PushReply(verdict=pb.PushReply.STALE, message=str(error))
 

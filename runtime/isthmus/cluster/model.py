@@ -65,6 +65,7 @@ def reader_pod(name: str, job: dict[str, Any], claim: str) -> dict[str, Any]:
     spec = job["spec"]
     template = ((spec.get("aggregator") or {}).get("template") or {}).get("spec") or {}
     passed_on = {key: template[key] for key in ("nodeSelector", "tolerations", "imagePullSecrets") if key in template}
+    user = (template.get("securityContext") or {}).get("runAsUser", USER)  # the files are the aggregator's alone
     return {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -75,7 +76,7 @@ def reader_pod(name: str, job: dict[str, Any], claim: str) -> dict[str, Any]:
             "activeDeadlineSeconds": 600,
             "automountServiceAccountToken": False,
             "securityContext": {
-                "runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER,
+                "runAsNonRoot": True, "runAsUser": user, "runAsGroup": USER, "fsGroup": USER,
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             "containers": [

@@ -43,7 +43,7 @@ class RunDirectory:
         """
         try:
             created = not self.root.exists()
-            self.root.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise RunDirectoryError(f"{error.filename}: {error.strerror}") from None

@@ -18,6 +18,7 @@ from isthmus_contracts.manifest import FederatedJob
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import ObserverStub
 from isthmus_contracts.pki import Credentials
+from isthmus_contracts.text import one_line
 from isthmus_contracts.transport import aio_channel
 
 from .certificates import AGGREGATOR, issue_certificates
@@ -178,7 +179,7 @@ class LocalRun:
         if first and status.completed_rounds == self._told:
             self._view.tell(f"{_connected(status)} clients connected after {self._elapsed():.1f} s")
         if status.message != self._status.message and status.phase != pb.FederationStatus.WAITING and status.message:
-            self._view.warn(status.message)  # what keeps it
+            self._view.warn(one_line(status.message))  # what keeps it
         if status.completed_rounds >= self._status.completed_rounds:  # one that restarts knows little at first
             self._status = status
         for done in self._book.follow(status):

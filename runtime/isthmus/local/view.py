@@ -10,6 +10,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from isthmus_contracts.text import one_line
 
 from .rounds import Round
 
@@ -74,7 +77,7 @@ def round_line(done: Round, total: int) -> str:
 
 def format_metrics(metrics: Mapping[str, float]) -> list[str]:
     """``name value`` for each metric, by name, with about four digits that matter."""
-    return [f"{name} {format_value(value)}" for name, value in sorted(metrics.items())]
+    return [f"{one_line(name, 60)} {format_value(value)}" for name, value in sorted(metrics.items())]
 
 
 def format_value(value: float) -> str:
@@ -118,7 +121,7 @@ class LiveView:
         self._last: Round | None = None
         self._snapshot = Snapshot("", 0, total)
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds,"),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("rounds,"),
             TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left"),
             console=console, speed_estimate_period=300,
         )  # fmt: skip
@@ -153,5 +156,5 @@ class LiveView:
         for pool in self._snapshot.pools:
             counts = (pool.size, pool.running, pool.connected, pool.failed)
             table.add_row(pool.name, pool.kind, *map(str, counts), style="red" if pool.failed else None)
-        newest = "   ".join(format_metrics(self._last.metrics)) if self._last else ""
+        newest = Text("   ".join(format_metrics(self._last.metrics)) if self._last else "")  # a str would be markup
         return Group("", table, newest, self._progress)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from typing import Any
 
 import grpc
 import pytest
@@ -24,12 +25,17 @@ STATE = {"w": torch.arange(300_000, dtype=torch.float32)}
 class HandMadeClient:
     """A client without the library."""
 
-    def __init__(self, job: Federation, index: int = 0, attempt: int = 0, state: State = STATE) -> None:
-        self.job, self.index, self.attempt, self.state = job, index, attempt, state
+    def __init__(
+        self, job: Federation, index: int = 0, attempt: int = 0, state: State = STATE, pool: str = POOL,
+        **hello_fields: Any,
+    ) -> None:  # fmt: skip
+        self.job, self.pool, self.index, self.attempt, self.state = job, pool, index, attempt, state
         self.instance = f"i{index}-{attempt}"
-        self.channel = channel(f"127.0.0.1:{job.port}", job.credentials(), SERVER_NAME)
+        self.channel = channel(f"127.0.0.1:{job.port}", job.credentials(pool), SERVER_NAME)
         self.stub = FederationStub(self.channel)
-        hello = pb.Hello(job_uid=UID, pool=POOL, index=index, attempt=attempt, instance=self.instance)
+        hello = pb.Hello(
+            job_uid=UID, pool=pool, index=index, attempt=attempt, instance=self.instance, **hello_fields
+        )  # fmt: skip
         self._to_say: queue.Queue[pb.ClientMessage | None] = queue.Queue()
         self.say(pb.ClientMessage(hello=hello))
         self.messages = self.stub.Control(iter(self._to_say.get, None))
@@ -50,7 +56,7 @@ class HandMadeClient:
 
     def header(self, round_number: int, digest: str = "", **changes: object) -> pb.UpdateHeader:
         header = pb.UpdateHeader(
-            job_uid=UID, pool=POOL, index=self.index, round=round_number, base_digest=digest, num_examples=5,
+            job_uid=UID, pool=self.pool, index=self.index, round=round_number, base_digest=digest, num_examples=5,
             tensors=specs_of(self.state), attempt=self.attempt, instance=self.instance,
         )  # fmt: skip
         header.MergeFrom(pb.UpdateHeader(**changes))  # type: ignore[arg-type]
@@ -237,7 +243,6 @@ def test_initial_weights_that_could_not_be_stored(clients: list[HandMadeClient])
     assert "safetensors keeps that name" in reply.message
     header.tensors[0].MergeFrom(pb.TensorSpec(name="w", size=4 << 50))
     header.tensors[0].shape[:] = [1 << 50]
-    with pytest.raises(grpc.RpcError) as error:
-        first.push(header, [])
-    assert error.value.code() == grpc.StatusCode.DATA_LOSS
-    assert error.value.details() == "w announces 4503599627370496 bytes, for which there is no memory"
+    reply = first.push(header, [])
+    assert (reply.verdict, reply.reason) == (pb.PushReply.INVALID, "size")
+    assert reply.message.startswith("the weights have 4503599627370496 bytes, and the aggregator's ")

@@ -33,7 +33,7 @@ class Scripted(Strategy):
     def __init__(self) -> None:
         self.on_accept: Callable[[], None] = lambda: None
         self.updates: list[Update] = []
-        self.result: State = {"w": torch.zeros(VALUES)}
+        self.result: State = {"w": torch.zeros(VALUES), "statistics": torch.zeros(1)}
 
     def begin(self, model: State) -> None:
         self.updates.clear()
@@ -71,17 +71,17 @@ class Trial:
         course = self.federation.course
         for index in range(2):
             self.federation.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
-        await self.until(lambda: course.initializer)
-        assert course.initializer is not None
-        await self.push(course.initializer[1], number=0, buffers=["statistics"])
+        await self.until(lambda: course.initialization.asked(("pool", 0)))
+        await self.push(0, number=0, buffers=["statistics"])
         await self.until(lambda: course.round)
         return running
 
     def push(self, index: int, number: int = 1, **changes: Any) -> Awaitable[pb.PushReply]:
-        state = {"w": torch.ones(VALUES)}
+        state = {"w": torch.ones(VALUES), "statistics": torch.ones(1)}
         model = self.federation.course.model
         header = pb.UpdateHeader(
             job_uid="uid", pool="pool", index=index, round=number, num_examples=5, tensors=specs_of(state),
+            instance=str(index),
             base_digest=model.digest if model is not None else "", **changes,
         )  # fmt: skip
         return asyncio.create_task(self.federation.intake.accept(header, state))
@@ -169,10 +169,15 @@ async def test_initial_weights_that_are_refused_leave_a_reason(trial: Trial) -> 
     running = asyncio.create_task(trial.federation.run())
     for index in range(2):
         trial.federation.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
-    await trial.until(lambda: trial.federation.course.initializer)
-    header = pb.UpdateHeader(pool="pool", index=0, num_examples=1)
-    reply = await trial.federation.intake.accept(header, {"mask": torch.tensor([0.0, -math.inf])})
+    initialization = trial.federation.course.initialization
+    await trial.until(lambda: initialization.asked(("pool", 0)))
+    mask = {"mask": torch.tensor([0.0, -math.inf])}
+    header = pb.UpdateHeader(
+        job_uid="uid", pool="pool", index=0, instance="0", num_examples=1, tensors=specs_of(mask)
+    )  # fmt: skip
+    reply = await trial.federation.intake.accept(header, mask)
     assert (reply.verdict, reply.reason) == (pb.PushReply.INVALID, "non_finite")
     message = "the initial weights of pool/0 were refused: mask holds NaN or infinity"
     assert trial.federation.status().message == message
+    await trial.until(lambda: initialization.asked(("pool", 1)))
     running.cancel()

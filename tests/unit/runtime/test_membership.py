@@ -1,8 +1,13 @@
 """Who may join, and who is fenced."""
 
+from typing import Any
+
 import pytest
 
+from isthmus.aggregator.clientbook import ClientBook
+from isthmus.aggregator.course import Course
 from isthmus.aggregator.membership import Client, Membership, Refusal
+from isthmus.aggregator.permissions import Permissions
 from isthmus.aggregator.progress import Progress, WeightedMeans
 from isthmus_contracts.federatedjob import Objective
 from isthmus_contracts.manifest import parse_spec
@@ -12,7 +17,11 @@ SPEC = parse_spec(
     {
         "rounds": 1,
         "task": {"image": "x", "command": ["python"]},
-        "pools": [{"name": "cloud", "replicas": 2, "cloud": {}}, {"name": "a", "replicas": 1, "cloud": {}}],
+        "pools": [
+            {"name": "cloud", "replicas": 2, "cloud": {}},
+            {"name": "a", "replicas": 1, "cloud": {}},
+            {"name": "judge", "replicas": 1, "role": "Evaluate", "cloud": {}},
+        ],
     }
 )
 
@@ -28,7 +37,12 @@ def drained(client: Client) -> list[pb.ServerMessage | None]:
 
 @pytest.fixture
 def members() -> Membership:
-    return Membership(SPEC, "uid")
+    return Membership(SPEC)
+
+
+@pytest.fixture
+def permissions(members: Membership) -> Permissions:
+    return Permissions("uid", SPEC, members, Course())
 
 
 @pytest.mark.parametrize(
@@ -37,13 +51,72 @@ def members() -> Membership:
         (hello(uid="other"), "not of other"),
         (hello(pool="moon"), "no pool 'moon'"),
         (hello(index=2), "pool cloud has 2 clients; index 2 is not one of them"),
+        (hello(index=2**32 - 1), "index 4294967295 is not one of them"),
+        (hello(attempt=2**32 - 1), "attempt 4294967295 cannot be one that a scheduler has started"),
+        (hello(instance="x" * 129), "instance must be at most 128 printable characters"),
+        (hello(instance="a\nb"), "instance must be at most 128 printable characters, not 'a"),
+        (hello(uid="u" * 5000), "the hello has 5"),
     ],
 )
-def test_strangers_are_refused(members: Membership, bad: pb.Hello, message: str) -> None:
+def test_strangers_are_refused(permissions: Permissions, bad: pb.Hello, message: str) -> None:
     with pytest.raises(Refusal, match=message) as refusal:
-        members.admit(bad)
+        permissions.check_hello(bad)
     assert refusal.value.stop.reason == pb.Stop.REFUSED
-    assert not list(members)
+    assert refusal.value.stop.message.isprintable() and len(refusal.value.stop.message) < 300
+
+
+def update(pool: str = "cloud", index: int = 0, attempt: int = 0, instance: str = "x", uid: str = "uid") -> Any:
+    return pb.UpdateHeader(job_uid=uid, pool=pool, index=index, attempt=attempt, instance=instance, round=1)
+
+
+def test_who_may_hand_in(members: Membership, permissions: Permissions) -> None:
+    """The process that said hello last in the client's name, and nobody else."""
+
+    def reason(header: pb.UpdateHeader) -> str:
+        reply = permissions.check_update(header)
+        return reply.reason if reply is not None else ""
+
+    assert reason(update()) == "not_connected"
+    client = members.admit(hello(attempt=1, instance="y"))
+    assert reason(update(attempt=1, instance="y")) == ""
+    assert reason(update(attempt=1, instance="z")) == "fenced"
+    assert reason(update(attempt=0, instance="y")) == "fenced"
+    assert reason(update(attempt=2, instance="y")) == "not_connected"
+    for header in (update(index=2), update("moon"), update("judge"), update(uid="other", attempt=1, instance="y")):
+        assert reason(header) == "not_selected"
+    # A stream that has broken a moment ago does not matter.
+    assert client.outbox is not None
+    members.leave(client, client.outbox)
+    assert reason(update(attempt=1, instance="y")) == ""
+
+
+def test_only_who_was_offered_a_round_is_in_it(members: Membership, permissions: Permissions) -> None:
+    book = ClientBook().settled(1, [("cloud", 0)], {}, [], horizon=2)
+    assert permissions.was_offered(("cloud", 0), 1, book)
+    assert not permissions.was_offered(("cloud", 1), 1, book)
+    assert not permissions.was_offered(("cloud", 0), 2, book)
+    for number in (2, 3, 4):
+        book = book.settled(number, [("cloud", 1)], {}, [], horizon=2)
+    book = ClientBook.of_text(book.text())
+    assert [permissions.was_offered(("cloud", 1), number, book) for number in (1, 2, 3, 4)] == [False, True, True, True]
+
+
+def test_an_attempt_fences_only_while_it_is_connected(members: Membership) -> None:
+    """One that nobody has issued does not keep the real next one out for ever."""
+    client = members.admit(hello(attempt=5000, instance="false"))
+    assert client.outbox is not None
+    with pytest.raises(Refusal, match="attempt 5000 of cloud/0 has taken over"):
+        members.admit(hello(attempt=1, instance="true"))
+    members.leave(client, client.outbox)
+    assert members.admit(hello(attempt=1, instance="true")).attempt == 1
+
+
+def test_what_a_failing_client_says_is_made_printable(members: Membership) -> None:
+    client = members.admit(hello())
+    members.fail(client, pb.Failure(message="no\n\x1b[2Jforged" + "x" * 9000, traceback="  a\x1b[31m\nb" + "y" * 9000))
+    failure = members.pool_statuses()[0].failures[0]
+    assert failure.message.startswith("no [2Jforgedx") and failure.message.isprintable() and len(failure.message) == 500
+    assert "\x1b" not in failure.traceback and len(failure.traceback) == 2000
 
 
 def test_a_newer_attempt_fences_the_older(members: Membership) -> None:
@@ -57,8 +130,6 @@ def test_a_newer_attempt_fences_the_older(members: Membership) -> None:
     assert outbox.get_nowait() is None
     with pytest.raises(Refusal, match="attempt 2 of cloud/0 has taken over"):
         members.admit(hello(attempt=1))
-    assert members.is_fenced(("cloud", 0), 1)
-    assert not members.is_fenced(("cloud", 0), 2)
 
 
 def test_a_reconnect_of_the_same_process_only_ends_the_old_stream(members: Membership) -> None:
@@ -112,7 +183,7 @@ def test_whom_an_heir_waits_for() -> None:
             {"name": "hpc", "replicas": 1, "hpc": {"siteRef": {"name": "s"}, "environment": "e"}},
         ],
     }
-    members = Membership(parse_spec(manifest), "uid")
+    members = Membership(parse_spec(manifest))
     assert members.predecessor(hello("hpc", attempt=1)) is None
     for pool, waits in (("hpc", True), ("cloud", False)):
         client = members.admit(hello(pool, attempt=1))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from isthmus.aggregator.progress import Progress, WeightedMeans
+from isthmus.aggregator.progress import MOST_NAMES, Progress, WeightedMeans
 from isthmus_contracts.federatedjob import Objective
 
 
@@ -30,3 +30,23 @@ def test_means_are_numbers() -> None:
     means.add(("pool", 0), 3, {"loss": 1.0, "nan": float("nan"), "huge": 1e308})
     means.add(("pool", 1), 1, {"loss": 5.0, "huge": 1e308})
     assert means.means() == {"loss": 2.0}
+
+
+def test_names_are_bounded_over_a_jobs_life() -> None:
+    progress = Progress(Objective.model_validate({"metric": "accuracy"}))
+    for number in range(20):
+        means = progress.admit({f"m{number}.{i}": 1.0 for i in range(256)})
+        progress.take(number, means)
+    assert len(progress.newest) == MOST_NAMES
+    # What is known goes on, and so does what the job is about.
+    assert progress.admit({"new": 1.0, "accuracy": 0.5, "m0.7": 2.0}) == {"accuracy": 0.5, "m0.7": 2.0}
+
+
+def test_the_names_of_one_client_are_the_first_to_be_left_out() -> None:
+    progress, means = Progress(Objective.model_validate({"metric": "accuracy"})), WeightedMeans()
+    for index in range(8):
+        means.add(("evil", index), 1, {f"a{index}.{i}": 0.0 for i in range(256)})
+    for index in range(2):
+        means.add(("good", index), 1, {"loss": 1.0, "recall": 0.5})
+    admitted = progress.admit(means.means())
+    assert len(admitted) == MOST_NAMES and admitted["loss"] == 1.0 and admitted["recall"] == 0.5

@@ -135,7 +135,7 @@ def test_the_book_survives_as_text() -> None:
     reports = [(READY[0], Report(4, 50, None, 2.5)), (READY[1], Report(3, 7, 0.25, 1.0))]
     book = NOBODY.settled(4, READY[:3], {READY[2]: None}, reports, 5).settled(5, READY[:1], {READY[0]: 9.0}, [], 5)
     assert ClientBook.of_text(book.text()) == book
-    assert book.of(READY[0]) == ClientRecord(50, None, 9.0, 1.0, 5, (4,))
+    assert book.of(READY[0]) == ClientRecord(50, None, 9.0, 1.0, 5, (4,), (4, 5))
     assert book.of(READY[1]).counted == (3,)
     assert book.of(READY[2]).reliability == pytest.approx(0.7)
     assert NOBODY.records == {}

@@ -1,0 +1,28 @@
+"""Text that comes from outside, made fit for logs, statuses and terminals: printable and bounded."""
+
+_LINE = 300
+_CUT = "..."
+
+
+def one_line(text: str, limit: int = _LINE) -> str:
+    """Return the text on one line of printable characters, cut to ``limit`` characters.
+
+    Line ends, terminal escapes and other control or formatting characters become spaces; runs of spaces become one.
+    Of a huge text only the beginning is looked at.
+    """
+    head = text[: 4 * limit]
+    line = " ".join("".join(each if each.isprintable() else " " for each in head).split())
+    whole = len(line) <= limit and len(head) == len(text)
+    return line if whole else line[: limit - len(_CUT)] + _CUT
+
+
+def last_lines(text: str, count: int, limit: int) -> str:
+    """Return the last ``count`` lines that are not empty, each printable, cut at the front to ``limit`` characters.
+
+    Indentation is kept: it is what makes a traceback readable.
+    """
+    tail = text[-4 * limit :]
+    lines = ["".join(each if each.isprintable() else " " for each in line).rstrip() for line in tail.splitlines()]
+    result = "\n".join([line for line in lines if line][-count:])
+    whole = len(result) <= limit
+    return result if whole else _CUT + result[-(limit - len(_CUT)) :]

@@ -1,0 +1,75 @@
+"""Who may do what, when: asked of every hello and every update, before anything else is done with it.
+
+A certificate says which clients a caller may speak for. The rest follows from the job (pools, their sizes and roles),
+from who is connected, and from who was asked.
+"""
+
+from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.text import one_line
+
+from . import bounds, refusal
+from .clientbook import ClientBook
+from .course import Course
+from .membership import ClientId, Membership, Refusal
+from .refusal import Reason
+
+
+class Permissions:
+    """Of one job."""
+
+    def __init__(self, job_uid: str, spec: FederatedJobSpec, members: Membership, course: Course) -> None:
+        self._job_uid = job_uid
+        self._spec = spec
+        self._members = members
+        self._course = course
+
+    def check_hello(self, hello: pb.Hello) -> None:
+        """Raise :class:`Refusal` for a client that is none of the job's."""
+        if (problem := bounds.problem_with_hello(hello)) is not None:
+            raise Refusal(pb.Stop.REFUSED, problem)
+        if hello.job_uid != self._job_uid:
+            raise Refusal(pb.Stop.REFUSED, f"this is the aggregator of job {self._job_uid}, not of {hello.job_uid}")
+        if (problem := self._stranger(hello.pool, hello.index)) is not None:
+            raise Refusal(pb.Stop.REFUSED, problem)
+
+    def check_update(self, header: pb.UpdateHeader) -> pb.PushReply | None:
+        """Return the answer to an update whose sender may not hand in anything; ``None`` for one who may.
+
+        Updates are taken from the process that fills the client's place: the one that said hello last.
+        """
+        problem = self._stranger(header.pool, header.index)
+        if header.job_uid != self._job_uid:
+            problem = f"this is the aggregator of job {self._job_uid}, not of {one_line(header.job_uid, 60)}"
+        elif problem is None and self._spec.pool(header.pool).role != "Train":
+            problem = f"pool {header.pool} only evaluates"
+        if problem is not None:
+            return refusal.reply(pb.PushReply.STALE, problem, Reason.NOT_SELECTED)
+        client = self._members.get((header.pool, header.index))
+        if client is not None and (header.attempt, header.instance) == (client.attempt, client.instance):
+            return None
+        if client is None or header.attempt > client.attempt:
+            message = "say hello first, on a control stream"  # after a restart of ours it takes a moment
+            return refusal.reply(pb.PushReply.RESEND, message, Reason.NOT_CONNECTED)
+        return refusal.reply(pb.PushReply.FENCED, "a newer process of this client has taken over")
+
+    def may_initialize(self, client: ClientId) -> bool:
+        """Whether the client was asked for the first weights."""
+        return self._course.phase == pb.FederationStatus.INITIALIZING and self._course.initialization.asked(client)
+
+    def was_offered(self, client: ClientId, round_number: int, book: ClientBook) -> bool:
+        """Whether the client was asked to take part in a round: the one in progress or, by the ``book``, one of those
+        before."""
+        state = self._course.round
+        if state is not None and round_number == state.number:
+            return client in state.selected
+        return round_number in book.of(client).offered
+
+    def _stranger(self, pool_name: str, index: int) -> str | None:
+        try:
+            pool = self._spec.pool(pool_name)
+        except KeyError:
+            return f"the job has no pool {pool_name!r}"
+        if index >= pool.size:
+            return f"pool {pool.name} has {pool.size} clients; index {index} is not one of them"
+        return None
