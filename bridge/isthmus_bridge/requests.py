@@ -64,6 +64,7 @@ def check_spec(spec: pb.PoolSpec) -> None:
         if value := getattr(spec, name):
             _match(f"spec.{name}", value, PATTERN_SLURM_NAME, 64)
     _between("spec.time_limit_seconds", spec.time_limit_seconds, 60, 365 * 86400)
+    _between("spec.max_queue_seconds", spec.max_queue_seconds, 0, 365 * 86400)
     _between("spec.cpus_per_task", spec.cpus_per_task, 1, 1_000_000)
     _between("spec.memory_mib", spec.memory_mib, 1, 1 << 30)
     _check_gres(spec)

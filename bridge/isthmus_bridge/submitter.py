@@ -17,14 +17,14 @@ from .metrics import Metrics
 from .packing import jobs_for, per_job
 from .policy import Policy
 from .rules import Rules
-from .slurm.model import SlurmAdapter, SlurmError, Submission, SubmissionRefused
+from .slurm.model import Patience, SlurmAdapter, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused
 from .users.local import fault
 
 log = logging.getLogger(__name__)
 
-# A refusal that may pass (a submit limit, a full queue) is tried again this often, for so long.
+# How often a submission is tried again that Slurm refuses for now (a submit limit, a full queue, a drained partition).
 RETRY_SECONDS = 30.0
-PATIENCE_SECONDS = 3600.0
+_HOUR = 3600.0
 # A batch script's end needs some time, but not most of its run.
 _LARGEST_WARNING_SHARE = 3
 
@@ -108,7 +108,7 @@ class Submitter:
             entry = self._journal.get(key)
             if entry is None or entry.state is not State.RESERVED or entry.cancel or entry.keep != keep:
                 return False
-            self._journal.update(key, state=State.SUBMITTING, submissions=entry.submissions + 1, message="")
+            self._journal.update(key, state=State.SUBMITTING, submissions=entry.submissions + 1)
         return True
 
     def _submit(self, key: str, submission: Submission) -> None:
@@ -120,23 +120,45 @@ class Submitter:
             # Whatever happened, sbatch may have been heard.
             if not isinstance(error, SlurmError):
                 log.exception("submission broke off", extra={"key": key})
-            self._metrics.submissions.labels("ambiguous").inc()
-            self._journal.update(
-                key, state=State.UNKNOWN, doubt_since=self._clock(), absences=0,
-                message=f"looking for the array in Slurm: {error}",
-            )  # fmt: skip
-            log.warning("submission in doubt: %s", error, extra={"key": key})
+            self._doubt(key, error)
         else:
             self._metrics.submissions.labels("accepted").inc()
-            self._journal.update(
-                key, state=State.SUBMITTED, array_id=array_id, submitted_at=self._clock(), doubt_since=0.0, absences=0
-            )
+            with self._journal.transaction():
+                entry = self._journal.get(key)
+                assert entry is not None
+                self._journal.update(
+                    key, state=State.SUBMITTED, array_id=array_id, submitted_at=self._clock(), doubt_since=0.0,
+                    absences=0, message=entry.message if entry.cancel else "",
+                )  # fmt: skip
             log.info("submitted as job %d", array_id, extra={"key": key, "slurm_job": array_id})
+
+    def _doubt(self, key: str, error: Exception) -> None:
+        """Records that only a look-up shows what became of a submission."""
+        self._metrics.submissions.labels("ambiguous").inc()
+        waiting = isinstance(error, SubmissionAmbiguous) and error.waiting
+        entry = self._journal.get(key)
+        assert entry is not None
+        # A full queue is no failure of the submission: however often that is found, it does not use up the tries.
+        submissions = entry.submissions - 1 if waiting and self._patient(entry, Patience.QUEUE) else entry.submissions
+        self._journal.update(
+            key, state=State.UNKNOWN, doubt_since=self._clock(), absences=0, submissions=submissions,
+            message=str(error) if waiting else f"looking for the array in Slurm: {error}",
+        )  # fmt: skip
+        log.warning("submission in doubt: %s", error, extra={"key": key})
+
+    def _patient(self, entry: Entry, patience: Patience) -> bool:
+        """Tells whether a refused submission is tried again."""
+        if patience is Patience.NONE:
+            return False
+        longest = _HOUR
+        if patience is Patience.QUEUE:
+            longest = entry.pool_spec().max_queue_seconds or _HOUR
+        return self._clock() < entry.created_at + longest
 
     def _refused(self, key: str, error: SubmissionRefused) -> None:
         entry = self._journal.get(key)
         assert entry is not None
-        if error.transient and self._clock() < entry.created_at + PATIENCE_SECONDS:
+        if self._patient(entry, error.patience):
             self._metrics.submissions.labels("deferred").inc()
             self._defer(entry, str(error))
         else:

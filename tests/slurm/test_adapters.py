@@ -22,6 +22,7 @@ import pytest
 from isthmus_bridge import adapters
 from isthmus_bridge.policy import SlurmSettings
 from isthmus_bridge.slurm.model import (
+    Patience,
     SlurmAdapter,
     SlurmError,
     Submission,
@@ -207,7 +208,7 @@ def test_a_refusal_is_one(make: Make, wanted: Callable[..., Submission], partiti
     one = wanted("true", partition=partition)
     with pytest.raises(SubmissionRefused) as caught:
         adapter.submit(one)
-    assert "\n" not in str(caught.value) and not caught.value.transient
+    assert "\n" not in str(caught.value) and caught.value.patience is Patience.NONE
     assert not adapter.submission_may_run(one.directory)
     assert tasks(adapter, one.name) == {}
 
@@ -232,7 +233,7 @@ def test_a_controller_that_is_down_says_nothing(make: Make, wanted: Callable[...
                 ask()
         with pytest.raises((SubmissionAmbiguous, SubmissionRefused)) as caught:
             hasty.submit(another)
-        assert isinstance(caught.value, SubmissionAmbiguous) or caught.value.transient
+        assert isinstance(caught.value, SubmissionAmbiguous) or caught.value.patience is Patience.QUEUE
     finally:
         lab.start_slurm_daemon("slurmctld")
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,15 @@ from .accounts import uid_of
 from .command import CommandOutputTooLong, CommandTimeout, Result, Runner, run
 from .delegate import AsUserError, Delegate
 from .environment import DEFAULT_PATH, program_environment
-from .model import SiteDescription, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused, TaskRecord
+from .model import (
+    Patience,
+    SiteDescription,
+    SlurmError,
+    Submission,
+    SubmissionAmbiguous,
+    SubmissionRefused,
+    TaskRecord,
+)
 
 # A site with a hundred thousand tasks in the queue stays far below this.
 _MAX_LISTING = 64 << 20
@@ -26,12 +33,6 @@ _QUERY = {
     "SLURM_TIME_FORMAT": "%s",
     "SLURM_BITSTR_LEN": "0",  # write lists of task indices in full
 }
-
-# Slurm's own no; before it, sbatch's about its arguments and files.
-_REFUSED = (
-    re.compile(r"Batch job submission failed: *(.*)"),
-    re.compile(r"^sbatch: (?:fatal|error): (.*)$", re.MULTILINE),
-)
 
 Observer = Callable[[str, float, bool], None]
 
@@ -121,11 +122,13 @@ class CliAdapter:
                 guard = [which("timeout", self._query_env["PATH"]), "--signal=KILL", last]
                 argv = ["sbatch", *arguments(submission)]
                 result = self._run(argv, env=self._submit_env, inherit=[lock], guard=guard)
-            except (CommandTimeout, CommandOutputTooLong) as error:
+            except CommandTimeout as error:
+                raise out_of_time(error.errors) from None
+            except CommandOutputTooLong as error:
                 raise SubmissionAmbiguous(str(error)) from None
             except OSError as error:
                 # The program was never started.
-                raise SubmissionRefused(f"sbatch: {error.strerror}", transient=True) from None
+                raise SubmissionRefused(f"sbatch: {error.strerror}", Patience.QUEUE) from None
         return submitted(result)
 
     def _submit_as_user(self, submission: Submission) -> int:
@@ -135,16 +138,16 @@ class CliAdapter:
         try:
             in_flight.announce(guard, self._timeout + _ORPHAN_SECONDS)
         except OSError as error:
-            raise SubmissionRefused(f"cannot write in {guard}: {error.strerror}", transient=True) from None
+            raise SubmissionRefused(f"cannot write in {guard}: {error.strerror}", Patience.QUEUE) from None
         began, good = time.monotonic(), False
         try:
             result = self._others().submit(submission, time.time() + self._timeout)
             good = result.status == 0
         except AsUserError as error:
             if error.begun:
-                raise SubmissionAmbiguous(f"{error.strerror}") from None
+                raise out_of_time(error.errors, f"{error.strerror}") from None
             in_flight.settle(guard)
-            raise SubmissionRefused(f"{error.strerror}", transient=True) from None
+            raise SubmissionRefused(f"{error.strerror}", Patience.QUEUE) from None
         finally:
             self._observer("sbatch", time.monotonic() - began, good)
         in_flight.settle(guard)
@@ -294,13 +297,20 @@ def submitted(result: Result) -> int:
         if len(ids) == 1:
             return int(ids[0])
         raise SubmissionAmbiguous(f"sbatch answered {result.output[:120]!r} instead of a job id")
-    message = last_line(result.errors)
-    match = next((found for pattern in _REFUSED if (found := pattern.search(result.errors))), None)
-    # Only Slurm's own clear no counts as one; a signal, a wrapper's error or a broken connection leaves it open.
-    if match is None or result.status < 0 or refusal.ambiguous(result.errors):
-        raise SubmissionAmbiguous(f"sbatch failed: {message or f'exit code {result.status}'}")
-    why = match[1].strip()[:400] or message
-    raise SubmissionRefused(f"Slurm refused: {why}", transient=refusal.transient(message, result.errors))
+    judgement = refusal.of_sbatch(result.errors)
+    # Only a clear no counts as one; a signal, a wrapper's error or a broken connection leaves it open.
+    if result.status < 0 or judgement.sent is not refusal.Sent.REFUSED:
+        reason = judgement.reason or last_line(result.errors) or f"exit code {result.status}"
+        raise SubmissionAmbiguous(f"sbatch failed: {reason}", waiting=judgement.sent is refusal.Sent.WAITING)
+    raise SubmissionRefused(f"Slurm refused: {judgement.reason}", judgement.patience)
+
+
+def out_of_time(errors: str, message: str = "sbatch did not answer in time") -> SubmissionAmbiguous:
+    """Makes the error for an sbatch that was ended at its time limit. ``errors``: what it had written by then."""
+    judgement = refusal.of_sbatch(errors)
+    if judgement.sent is refusal.Sent.WAITING:
+        return SubmissionAmbiguous(f"Slurm has no room for it: {judgement.reason}", waiting=True)
+    return SubmissionAmbiguous(f"{message}: {judgement.reason}" if judgement.reason else message)
 
 
 def last_line(text: str) -> str:

@@ -16,6 +16,11 @@ _CHUNK = 65536
 class CommandTimeout(Exception):
     """The program did not end in time, and was killed with all that it had started in its session."""
 
+    def __init__(self, message: str, errors: str = "") -> None:
+        """``errors``: what it had written to its standard error by then."""
+        super().__init__(message)
+        self.errors = errors
+
 
 class CommandOutputTooLong(Exception):
     """The program wrote more than allowed, and was killed."""
@@ -92,7 +97,7 @@ def _collect(
         while selector.get_map():
             left = deadline - time.monotonic()
             if left <= 0:
-                raise CommandTimeout(f"{name} did not answer in time")
+                raise CommandTimeout(f"{name} did not answer in time", _words(taken, out))
             # A program may end while a stray child of it still holds its output open.
             ready = selector.select(min(left, 0.5))
             if not ready and process.poll() is not None:
@@ -117,8 +122,12 @@ def _collect(
     try:
         process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        raise CommandTimeout(f"{name} did not end in time") from None
+        raise CommandTimeout(f"{name} did not end in time", _words(taken, out)) from None
     return bytes(taken[out]), bytes(taken[process.stderr.fileno()])
+
+
+def _words(taken: Mapping[int, bytearray], out: int) -> str:
+    return b"".join(bytes(data) for descriptor, data in taken.items() if descriptor != out).decode("utf-8", "replace")
 
 
 def _written(descriptor: int, content: memoryview) -> memoryview:

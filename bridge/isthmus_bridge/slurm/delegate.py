@@ -8,11 +8,15 @@ from .model import Submission
 
 
 class AsUserError(OSError):
-    """It could not be done as that user. ``strerror`` is one line. ``begun``: something may have been, all the same."""
+    """It could not be done as that user. ``strerror`` is one line. ``begun``: something may have been, all the same.
 
-    def __init__(self, message: str, *, begun: bool = False) -> None:
+    ``errors``: what a program that was ended at its time limit had written to its standard error.
+    """
+
+    def __init__(self, message: str, *, begun: bool = False, errors: str = "") -> None:
         super().__init__(errno.EIO, message)
         self.begun = begun
+        self.errors = errors
 
 
 class Delegate(Protocol):

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
@@ -10,16 +11,34 @@ class SlurmError(Exception):
     """Slurm could not be asked, or its answer is not understood. It says nothing about what exists."""
 
 
-class SubmissionRefused(SlurmError):
-    """Slurm said no: nothing was submitted. ``transient``: the same request may pass later."""
+class Patience(Enum):
+    """How long a refused submission is tried again."""
 
-    def __init__(self, message: str, *, transient: bool = False) -> None:
+    NONE = 0
+    """It is final: the same request would be refused again."""
+    HOUR = 1
+    """Accounts and users may reach the controller late."""
+    QUEUE = 2
+    """As long as the pool may wait in the queue: the site is full, drained or cannot be reached for now."""
+
+
+class SubmissionRefused(SlurmError):
+    """Slurm refused, or was never asked: nothing was submitted."""
+
+    def __init__(self, message: str, patience: Patience = Patience.NONE) -> None:
         super().__init__(message)
-        self.transient = transient
+        self.patience = patience
 
 
 class SubmissionAmbiguous(SlurmError):
-    """Nobody knows whether the job was submitted: it must be looked up by its name."""
+    """The job may have been submitted or not: it must be looked up by its name.
+
+    ``waiting``: Slurm had no room, and the program that submits was ended between two tries of its own.
+    """
+
+    def __init__(self, message: str, *, waiting: bool = False) -> None:
+        super().__init__(message)
+        self.waiting = waiting
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,15 @@ from typing import Any
 from . import in_flight, pyslurm_worker, refusal
 from .command import CommandOutputTooLong, CommandTimeout, Result, run
 from .environment import DEFAULT_PATH, job_environment, program_environment
-from .model import SiteDescription, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused, TaskRecord
+from .model import (
+    Patience,
+    SiteDescription,
+    SlurmError,
+    Submission,
+    SubmissionAmbiguous,
+    SubmissionRefused,
+    TaskRecord,
+)
 from .parse import expand
 from .states import normal
 
@@ -61,7 +69,7 @@ class PyslurmAdapter:
             except (CommandTimeout, CommandOutputTooLong) as error:
                 raise SubmissionAmbiguous(f"pyslurm: {error}") from None
             except OSError as error:
-                raise SubmissionRefused(f"pyslurm: {self._argv[0]}: {error.strerror}", transient=True) from None
+                raise SubmissionRefused(f"pyslurm: {self._argv[0]}: {error.strerror}", Patience.QUEUE) from None
         return submitted(result)
 
     def submission_may_run(self, directory: Path) -> bool:
@@ -173,14 +181,15 @@ def submitted(result: Result) -> int:
     if type(job) is int and job > 0:
         return job
     if isinstance(answer.get("refused"), str):
-        raise SubmissionRefused(f"pyslurm: {answer['refused']}", transient=True)
+        raise SubmissionRefused(f"pyslurm: {answer['refused']}", Patience.QUEUE)
     words = _words(answer, result)
     error = answer.get("error")
     number = error[0] if isinstance(error, list) and error else -1
+    judgement = refusal.of_slurm([words])
     # Slurm's numbers for the controller's own clear no.
-    if type(number) is not int or not 2000 <= number < 3000 or refusal.ambiguous(words):
+    if type(number) is not int or not 2000 <= number < 3000 or judgement.sent is not refusal.Sent.REFUSED:
         raise SubmissionAmbiguous(f"pyslurm: {words}")
-    raise SubmissionRefused(f"Slurm refused: {words}", transient=refusal.transient(words))
+    raise SubmissionRefused(f"Slurm refused: {judgement.reason}", judgement.patience)
 
 
 def records(listed: Any) -> list[TaskRecord]:

@@ -13,7 +13,15 @@ from typing import Any
 from .. import plain_files
 from . import in_flight, refusal, rest_format
 from .environment import DEFAULT_PATH, job_environment, user_name
-from .model import SiteDescription, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused, TaskRecord
+from .model import (
+    Patience,
+    SiteDescription,
+    SlurmError,
+    Submission,
+    SubmissionAmbiguous,
+    SubmissionRefused,
+    TaskRecord,
+)
 from .rest_http import BrokenError, Endpoint, NotSentError, exchange
 from .rest_token import TokenCommand, TokenFile
 
@@ -67,21 +75,21 @@ class RestAdapter:
             version, token = self.version(), self._token.get()
             script = plain_files.read(submission.script).decode()
         except OSError as error:
-            raise SubmissionRefused(f"cannot read {submission.script}: {error.strerror}", transient=True) from None
+            raise SubmissionRefused(f"cannot read {submission.script}: {error.strerror}", Patience.QUEUE) from None
         except SlurmError as error:
-            raise SubmissionRefused(str(error), transient=True) from None
+            raise SubmissionRefused(str(error), Patience.QUEUE) from None
         body = rest_format.submission(version, submission, script, self._environment)
         try:
             in_flight.announce(submission.directory, self._timeout + _SETTLE)
         except OSError as error:
             message = f"cannot write in {submission.directory}: {error.strerror}"
-            raise SubmissionRefused(message, transient=True) from None
+            raise SubmissionRefused(message, Patience.QUEUE) from None
         path = f"/slurm/v0.0.{version}/job/submit"
         try:
             status, content = self._exchange("submit", "POST", path, token, json.dumps(body).encode())
         except NotSentError as error:
             in_flight.settle(submission.directory)
-            raise SubmissionRefused(f"slurmrestd: {error}", transient=True) from None
+            raise SubmissionRefused(f"slurmrestd: {error}", Patience.QUEUE) from None
         except BrokenError as error:
             raise SubmissionAmbiguous(f"slurmrestd: {error}") from None
         try:
@@ -236,11 +244,14 @@ def submitted(status: int, content: bytes) -> int:
         return job
     # Some versions name a cause first, and its number last.
     numbers = [number for number, _ in told if number > 0]
-    words = "; ".join(text for _, text in told)
+    # What comes without a number is a site's own words.
+    judgement = refusal.of_slurm(
+        [text for number, text in told if number > 0], [text for number, text in told if number <= 0]
+    )
     clear = bool(numbers) and all(any(number in series for series in _REFUSED) for number in numbers)
-    if status < 400 or not clear or refusal.ambiguous(words):
-        raise SubmissionAmbiguous(f"slurmrestd answered HTTP {status}: {words or _excerpt(content)}")
-    raise SubmissionRefused(f"Slurm refused: {words[:400]}", transient=refusal.transient(words))
+    if status < 400 or not clear or judgement.sent is not refusal.Sent.REFUSED:
+        raise SubmissionAmbiguous(f"slurmrestd answered HTTP {status}: {judgement.reason or _excerpt(content)}")
+    raise SubmissionRefused(f"Slurm refused: {judgement.reason}", judgement.patience)
 
 
 def _answer(what: str, status: int, content: bytes, accept: frozenset[int]) -> Mapping[str, Any]:

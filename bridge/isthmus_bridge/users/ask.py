@@ -93,5 +93,5 @@ def _result(user: str, result: Result) -> Any:
     if "result" in answer:
         return answer["result"]
     if "open" in answer:
-        raise AsUserError(f"{who}: {answer['open']}", begun=True)
+        raise AsUserError(f"{who}: {answer['open']}", begun=True, errors=str(answer.get("errors", "")))
     raise AsUserError(f"{who}: {answer.get('refused') or answer.get('error') or 'no reason given'}")

@@ -35,6 +35,8 @@ PROTOCOL = 1
 MAX_REQUEST = 16 << 20
 _LONGEST = 600.0
 _MAX_OUTPUT = 1 << 16
+# Of the time left: what sbatch gets.
+_SHARE = 0.9
 _MAX_TAIL = 1 << 20
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 # The policy has decided what is allowed. Here no value may pass for an option, or hold what Slurm would expand.
@@ -109,7 +111,8 @@ class Helper:
         )  # fmt: skip
         timeout = which("timeout", self._env["PATH"])
         guard = [timeout, "--signal=KILL", f"{left:g}"]
-        return self._run([*guard, which("sbatch", self._env["PATH"]), *arguments(wanted)], left)
+        # Some time is left for the answer, which says how far sbatch came.
+        return self._run([*guard, which("sbatch", self._env["PATH"]), *arguments(wanted)], left * _SHARE)
 
     def _cancel(self, pool: RunDirectory, request: Mapping[str, Any], left: float) -> Any:
         last = request["last"]
@@ -149,7 +152,9 @@ def respond(helper: Helper, content: bytes) -> dict[str, Any]:
         return {"result": helper.answer(json.loads(content))}
     except RefusedError as error:
         return {"refused": str(error)}
-    except (CommandTimeout, CommandOutputTooLong) as error:
+    except CommandTimeout as error:
+        return {"open": "sbatch did not answer in time", "errors": error.errors}
+    except CommandOutputTooLong as error:
         return {"open": str(error)}
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

@@ -114,6 +114,7 @@ class PoolSpec(_message.Message):
     CLIENTS_PER_JOB_FIELD_NUMBER: _builtins.int
     FIRST_INDEX_FIELD_NUMBER: _builtins.int
     POOL_SIZE_FIELD_NUMBER: _builtins.int
+    MAX_QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
     job_uid: _builtins.str
     namespace: _builtins.str
     job: _builtins.str
@@ -145,6 +146,8 @@ class PoolSpec(_message.Message):
     """client 0's index within the whole pool: where a pool has grown, this is a part of it"""
     pool_size: _builtins.int
     """of the whole pool, as its clients are told; 0: replicas"""
+    max_queue_seconds: _builtins.int
+    """how long a submission that Slurm refuses for now is tried again; 0: an hour"""
     @_builtins.property
     def gres(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenericResource]: ...
     @_builtins.property
@@ -189,10 +192,11 @@ class PoolSpec(_message.Message):
         clients_per_job: _builtins.int = ...,
         first_index: _builtins.int = ...,
         pool_size: _builtins.int = ...,
+        max_queue_seconds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "attempt", b"attempt", "clients_per_job", b"clients_per_job", "code", b"code", "command", b"command", "cpus_per_task", b"cpus_per_task", "data_ref", b"data_ref", "env", b"env", "environment", b"environment", "federation", b"federation", "first_client", b"first_client", "first_index", b"first_index", "gres", b"gres", "image", b"image", "job", b"job", "job_uid", b"job_uid", "memory_mib", b"memory_mib", "namespace", b"namespace", "partition", b"partition", "pool", b"pool", "pool_size", b"pool_size", "qos", b"qos", "replicas", b"replicas", "time_limit_seconds", b"time_limit_seconds", "total_clients", b"total_clients"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "attempt", b"attempt", "clients_per_job", b"clients_per_job", "code", b"code", "command", b"command", "cpus_per_task", b"cpus_per_task", "data_ref", b"data_ref", "env", b"env", "environment", b"environment", "federation", b"federation", "first_client", b"first_client", "first_index", b"first_index", "gres", b"gres", "image", b"image", "job", b"job", "job_uid", b"job_uid", "max_queue_seconds", b"max_queue_seconds", "memory_mib", b"memory_mib", "namespace", b"namespace", "partition", b"partition", "pool", b"pool", "pool_size", b"pool_size", "qos", b"qos", "replicas", b"replicas", "time_limit_seconds", b"time_limit_seconds", "total_clients", b"total_clients"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -51,6 +51,7 @@ def pool_spec(
         replicas=part.size,
         first_index=part.first,
         pool_size=pool.size if pool.size != part.size else 0,
+        max_queue_seconds=hpc.max_queue_seconds,
         first_client=spec.first_client(pool.name) + part.first,
         total_clients=spec.total_clients,
         partition=hpc.partition or "",

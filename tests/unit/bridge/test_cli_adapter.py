@@ -12,7 +12,7 @@ import pytest
 
 from isthmus_bridge.slurm.cli import CliAdapter, arguments, submitted
 from isthmus_bridge.slurm.command import CommandOutputTooLong, CommandTimeout, Result, run
-from isthmus_bridge.slurm.model import Gres, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused
+from isthmus_bridge.slurm.model import Gres, Patience, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused
 
 
 def submission(directory: Path, **changes: object) -> Submission:
@@ -48,6 +48,8 @@ def test_arguments() -> None:
 
 
 NO = "sbatch: error: Batch job submission failed:"
+CONFIGURATION = "Requested node configuration is not available"
+NONE, HOUR, QUEUE = Patience
 ACCOUNT_LIMIT = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
 
 
@@ -61,28 +63,77 @@ def test_accepted(output: str, job: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "transient"),
+    ("message", "patience"),
     [
-        (f"{NO} Invalid account or account/partition combination specified", False),
-        (f"{NO} Requested time limit is invalid (missing or exceeds some limit)", False),
-        (f"{NO} Invalid job array specification", False),
-        (f"sbatch: error: Memory specification can not be satisfied\n{NO} Requested node configuration", False),
-        (f"{NO} {ACCOUNT_LIMIT}", True),
-        (f"sbatch: error: QOSMaxSubmitJobPerUserLimit\n{NO} {ACCOUNT_LIMIT}", True),
-        (f"sbatch: error: AssocGrpSubmitJobsLimit\n{NO} {ACCOUNT_LIMIT}", True),
-        (f"sbatch: error: QOSMaxWallDurationPerJobLimit\n{NO} {ACCOUNT_LIMIT}", False),
-        (f"{NO} Slurm temporarily unable to accept job, sleeping and retrying", True),
-        (f"{NO} Slurm backup controller in standby mode", True),
-        (f"{NO} Controller is in standby mode, try a different controller", True),
-        (f"{NO} Resource temporarily unavailable", True),
-        ("sbatch: error: Unable to open file /run/x/batch.sh: Permission denied", False),
+        (f"{NO} Invalid account or account/partition combination specified", HOUR),
+        (f"{NO} Invalid qos specification", HOUR),
+        (f"{NO} Invalid partition name specified", NONE),
+        (f"{NO} Requested time limit is invalid (missing or exceeds some limit)", NONE),
+        (f"{NO} Invalid job array specification", NONE),
+        (f"{NO} Required partition not available (inactive or drain)", QUEUE),
+        (f"{NO} Requested partition configuration not available now", QUEUE),
+        (f"{NO} {CONFIGURATION}", QUEUE),
+        (f"{NO} Requested reservation not usable now", QUEUE),
+        (f"sbatch: error: Memory specification can not be satisfied\n{NO} {CONFIGURATION}", NONE),
+        (f"sbatch: error: CPU count per node can not be satisfied\n{NO} {CONFIGURATION}", NONE),
+        (f"{NO} {ACCOUNT_LIMIT}", QUEUE),
+        (f"sbatch: error: QOSMaxSubmitJobPerUserLimit\n{NO} {ACCOUNT_LIMIT}", QUEUE),
+        (f"sbatch: error: AssocGrpSubmitJobsLimit\n{NO} {ACCOUNT_LIMIT}", QUEUE),
+        (f"sbatch: error: QOSMaxWallDurationPerJobLimit\n{NO} {ACCOUNT_LIMIT}", NONE),
+        (f"{NO} Slurm temporarily unable to accept job, sleeping and retrying", QUEUE),
+        (f"{NO} Slurm backup controller in standby mode", QUEUE),
+        (f"{NO} Controller is in standby mode, try a different controller", QUEUE),
+        (f"{NO} Resource temporarily unavailable", QUEUE),
+        ("sbatch: error: Unable to open file /run/x/batch.sh: Permission denied", NONE),
+        # A login node that cannot read the configuration or find the controller has sent nothing.
+        ("sbatch: error: resolve_ctls_from_dns_srv: res_nsearch error: Host name lookup failure\n"
+         "sbatch: error: fetch_config: DNS SRV lookup failed\n"
+         "sbatch: error: _establish_config_source: failed to fetch config\n"
+         "sbatch: fatal: Could not establish a configuration source", QUEUE),
+        ("sbatch: fatal: Unable to process configuration file", QUEUE),
+        ("sbatch: fatal: Invalid user for SlurmUser slurm, ignored", QUEUE),
+        # What a site's job_submit.lua says is no evidence of a broken connection.
+        (f"sbatch: error: site policy: connect to the portal and accept the protocol\n{NO} Unspecified error", NONE),
+        (f"sbatch: error: name a node type\n{NO} Unspecified error", NONE),
+        (f"sbatch: error: your credential for the socket timed out\n{NO} Invalid partition name specified", NONE),
+        (f"sbatch: error: too many jobs? try again\n{NO} Invalid partition name specified", NONE),
     ],
 )  # fmt: skip
-def test_refused(message: str, transient: bool) -> None:
+def test_refused(message: str, patience: Patience) -> None:
     with pytest.raises(SubmissionRefused) as caught:
         submitted(failed(message))
-    assert caught.value.transient is transient
+    assert caught.value.patience is patience
     assert "\n" not in str(caught.value)
+
+
+def test_a_refusal_gives_all_that_was_said(tmp_path: Path) -> None:
+    said = "\n".join(
+        [
+            "sbatch: site rule 7: name a node type",
+            "sbatch: error: see https://docs.example/C",
+            f"{NO} Unspecified error",
+        ]
+    )
+    with pytest.raises(SubmissionRefused) as caught:
+        submitted(failed(said))
+    assert str(caught.value) == (
+        "Slurm refused: site rule 7: name a node type; see https://docs.example/C; Unspecified error"
+    )
+    with pytest.raises(SubmissionRefused) as caught:
+        submitted(failed("\n".join([f"sbatch: error: {'word ' * 300}", f"{NO} Invalid partition name specified"])))
+    assert str(caught.value).endswith("…; Invalid partition name specified") and len(str(caught.value)) < 450
+
+
+def test_an_sbatch_that_waits_for_room_is_not_taken_for_a_broken_one(tmp_path: Path) -> None:
+    words = "Slurm temporarily unable to accept job, sleeping and retrying"
+    bin_dir = programs(tmp_path, sbatch=f"echo 'sbatch: error: {words}' >&2; sleep 60")
+    with pytest.raises(SubmissionAmbiguous) as caught:
+        adapter(bin_dir, timeout=2.0).submit(submission(tmp_path))
+    assert caught.value.waiting and str(caught.value) == f"Slurm has no room for it: {words}"
+    bin_dir = programs(tmp_path / "other", sbatch="sleep 60")
+    with pytest.raises(SubmissionAmbiguous) as caught:
+        adapter(bin_dir, timeout=1.0).submit(submission(tmp_path / "other"))
+    assert not caught.value.waiting and str(caught.value) == "sbatch did not answer in time"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +146,8 @@ def test_refused(message: str, transient: bool) -> None:
         failed(f"{NO} Message receive failure"),
         failed(f"{NO} Communication shutdown failure"),
         failed(f"{NO} Unspecified error"),
+        failed(f"sbatch: error: slurm_receive_msg: Unknown error 1\n{NO} Unspecified error"),
+        failed("sbatch: error: Unable to contact slurm controller (connect failure)"),
         # The system's words, not the controller's: they came while the two talked.
         *(failed(f"{NO} {os.strerror(number)}\n") for number in (EPIPE, EHOSTUNREACH, ENETUNREACH, ECONNRESET, EIO)),
         failed("Killed", -9),
@@ -111,7 +164,7 @@ def test_ambiguous(result: Result) -> None:
 
 def programs(directory: Path, **scripts: str) -> Path:
     folder = directory / "bin"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for name, body in scripts.items():
         path = folder / name
         path.write_text(f"#!/bin/bash\n{body}\n")
@@ -203,7 +256,7 @@ def test_a_missing_program(tmp_path: Path) -> None:
         nowhere.jobs()
     with pytest.raises(SubmissionRefused) as caught:
         nowhere.submit(submission(tmp_path))
-    assert caught.value.transient
+    assert caught.value.patience is Patience.QUEUE
 
 
 def test_a_failing_question_is_an_error_in_slurms_words(tmp_path: Path) -> None:

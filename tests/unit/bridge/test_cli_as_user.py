@@ -8,7 +8,7 @@ import pytest
 from isthmus_bridge.slurm.accounts import uid_of
 from isthmus_bridge.slurm.command import CommandTimeout, Result, run
 from isthmus_bridge.slurm.delegate import AsUserError
-from isthmus_bridge.slurm.model import SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused
+from isthmus_bridge.slurm.model import Patience, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused
 
 from .test_cli_adapter import adapter, programs, submission
 
@@ -48,7 +48,7 @@ def test_a_submission_goes_to_the_delegate_and_is_written_down_while_it_is_open(
     delegate.answer = AsUserError("sudo: a password is required")
     with pytest.raises(SubmissionRefused) as caught:
         one.submit(wanted)
-    assert caught.value.transient and not one.submission_may_run(tmp_path)
+    assert caught.value.patience is Patience.QUEUE and not one.submission_may_run(tmp_path)
     # Something may have been: nobody submits, in this life or the next, before it is over.
     delegate.answer = AsUserError("no answer in time", begun=True)
     with pytest.raises(SubmissionAmbiguous, match="no answer in time"):

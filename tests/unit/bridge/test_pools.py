@@ -187,6 +187,38 @@ def test_a_full_queue_is_waited_for(world: World) -> None:
     assert (world.phase(), world.slurm.submissions) == ("PENDING", 3)
 
 
+def test_a_site_without_room_is_waited_for_as_long_as_the_pool_may_queue(world: World) -> None:
+    world.slurm.script = ["full"] * 200
+    world.ensure(max_queue_seconds=7200)
+    world.tick(60.0, times=100)
+    assert (world.phase(), world.pool().message) == ("SUBMITTING", "Slurm refused: job submit limit")
+    world.tick(60.0, times=30)
+    assert (world.phase(), world.pool().message) == ("FAILED", "Slurm refused: job submit limit")
+
+
+def test_an_account_that_the_controller_does_not_know_is_tried_for_an_hour(world: World) -> None:
+    world.slurm.script = ["late account"] * 200
+    world.ensure(max_queue_seconds=86400)
+    world.tick(60.0, times=50)
+    assert world.phase() == "SUBMITTING"
+    world.tick(60.0, times=20)
+    assert world.phase() == "FAILED"
+
+
+def test_a_full_queue_in_which_sbatch_itself_waits_uses_up_no_tries(world: World) -> None:
+    world.slurm.script = ["no room"] * 100
+    world.ensure(max_queue_seconds=86400)
+    for _ in range(11):
+        world.tick(30.0, times=10)
+        assert world.phase() in ("UNKNOWN", "SUBMITTING")
+        assert world.pool().message == "Slurm has no room for it: sleeping and retrying"
+    assert world.slurm.submissions > 10
+    world.slurm.script.clear()
+    world.tick(30.0, times=20)
+    assert (world.phase(), world.slurm.doubles, len(world.slurm.arrays)) == ("PENDING", 0, 1)
+    assert not world.pool().message
+
+
 def test_a_refusal_is_final_and_in_slurms_words(world: World) -> None:
     world.slurm.script = ["refused"]
     world.ensure()

@@ -8,7 +8,7 @@ import pytest
 
 from isthmus_bridge.slurm import in_flight
 from isthmus_bridge.slurm.command import Result
-from isthmus_bridge.slurm.model import Gres, SlurmError, SubmissionAmbiguous, SubmissionRefused
+from isthmus_bridge.slurm.model import Gres, Patience, SlurmError, SubmissionAmbiguous, SubmissionRefused
 from isthmus_bridge.slurm.pyslurm_adapter import PyslurmAdapter, description, submitted
 
 from .test_cli_adapter import submission
@@ -85,7 +85,7 @@ def test_submissions(adapter: PyslurmAdapter, tmp_path: Path) -> None:
     assert "SECRET" not in json.loads((tmp_path / "modules" / "env").read_text())
     with pytest.raises(SubmissionRefused, match="Slurm refused: Invalid partition") as caught:
         adapter.submit(submission(tmp_path, comment="refuse"))
-    assert not caught.value.transient
+    assert caught.value.patience is Patience.NONE
     for mode in ("die", "lost"):
         with pytest.raises(SubmissionAmbiguous):
             adapter.submit(submission(tmp_path, comment=mode))
@@ -108,7 +108,7 @@ def test_without_pyslurm_nothing_was_asked(tmp_path: Path) -> None:
         adapter.jobs()
     with pytest.raises(SubmissionRefused, match="cannot import pyslurm") as caught:
         adapter.submit(submission(tmp_path))
-    assert caught.value.transient
+    assert caught.value.patience is Patience.QUEUE
 
 
 def test_what_pyslurm_is_asked_for() -> None:

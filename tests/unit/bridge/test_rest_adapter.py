@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from isthmus_bridge.slurm import in_flight, rest_format
-from isthmus_bridge.slurm.model import Gres, SlurmError, SubmissionAmbiguous, SubmissionRefused
+from isthmus_bridge.slurm.model import Gres, Patience, SlurmError, SubmissionAmbiguous, SubmissionRefused
 from isthmus_bridge.slurm.rest import RestAdapter, submitted
 from isthmus_bridge.slurm.rest_http import BrokenError, Endpoint, NotSentError, endpoint, exchange
 from isthmus_bridge.slurm.rest_token import TokenCommand, TokenFile
@@ -150,17 +150,18 @@ def test_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "words", "transient"),
+    ("number", "words", "patience"),
     [
-        (2000, "Invalid partition name specified", False),
-        (2051, "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", True),
-        (9001, "Failure during parsing", False),
+        (2000, "Invalid partition name specified", Patience.NONE),
+        (2051, "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", Patience.QUEUE),
+        (2016, "Required partition not available (inactive or drain)", Patience.QUEUE),
+        (9001, "Failure during parsing", Patience.NONE),
     ],
 )
-def test_refused(number: int, words: str, transient: bool) -> None:
+def test_refused(number: int, words: str, patience: Patience) -> None:
     with pytest.raises(SubmissionRefused, match="Slurm refused: ") as caught:
         submitted(500, json.dumps(error(number, words)).encode())
-    assert caught.value.transient is transient
+    assert caught.value.patience is patience
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_nobody_there_is_a_refusal_that_may_pass(daemon: Daemon, adapter: RestAd
     daemon.close()
     with pytest.raises(SubmissionRefused) as caught:
         adapter.submit(submission(tmp_path))
-    assert caught.value.transient and not adapter.submission_may_run(tmp_path)
+    assert caught.value.patience is Patience.QUEUE and not adapter.submission_may_run(tmp_path)
 
 
 def test_an_announcement_that_is_not_understood_counts(tmp_path: Path) -> None:

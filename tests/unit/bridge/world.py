@@ -15,6 +15,7 @@ from isthmus_bridge.pools import Pools
 from isthmus_bridge.reconciler import Reconciler
 from isthmus_bridge.rules import Rules
 from isthmus_bridge.slurm.model import (
+    Patience,
     SiteDescription,
     SlurmAdapter,
     SlurmError,
@@ -130,9 +131,13 @@ class FakeSlurm:
         if what == "refused":
             raise SubmissionRefused("Slurm refused: Invalid account")
         if what == "full":
-            raise SubmissionRefused("Slurm refused: job submit limit", transient=True)
+            raise SubmissionRefused("Slurm refused: job submit limit", Patience.QUEUE)
         if what == "crash-before":
             raise Crash
+        if what == "late account":
+            raise SubmissionRefused("Slurm refused: Invalid account or account/partition combination", Patience.HOUR)
+        if what == "no room":
+            raise SubmissionAmbiguous("Slurm has no room for it: sleeping and retrying", waiting=True)
         if what == "lost":
             raise SubmissionAmbiguous("sbatch did not answer in time")
         array = Array(
