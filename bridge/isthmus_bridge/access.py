@@ -181,7 +181,7 @@ def _image(environment: Environment, spec: pb.PoolSpec, who: str) -> Denial | No
 
 
 def _variables(policy: Policy, environment: Environment, spec: pb.PoolSpec, who: str) -> Denial | None:
-    rules = {"env_denied": policy.env_denied, f"environments.{spec.environment}.env_denied": environment.denied}
+    rules = {"env_denied": policy.env_denied, f"environments.{spec.environment}.env_denied": environment.env_denied}
     for name in spec.env:
         for rule, patterns in rules.items():
             if pattern := next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None):

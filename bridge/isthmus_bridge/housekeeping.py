@@ -6,7 +6,7 @@ import re
 from .directories import pool_directory
 from .journal import Journal
 from .policy import Policy
-from .run_directory import PATTERN_KEY
+from .run_directory import PATTERN_KEY, claimed
 from .submitter import forget_credentials
 from .users.directory import owner
 
@@ -33,7 +33,7 @@ def keep_house(policy: Policy, journal: Journal, now: float) -> None:
 def _remove_unrecorded(policy: Policy, journal: Journal, now: float) -> None:
     """Directories of requests that were never recorded hold credentials, and never led to a job."""
     for path in policy.run_dir.iterdir():
-        if re.fullmatch(PATTERN_KEY, path.name) is None or journal.get(path.name) is not None:
+        if re.fullmatch(PATTERN_KEY, path.name) is None or not claimed(path) or journal.get(path.name) is not None:
             continue
         try:
             run = pool_directory(policy, path.name, owner(path))

@@ -12,7 +12,6 @@ from isthmus_contracts.identities import BRIDGE_PORT, RESERVED_ENV_PREFIX
 
 from . import strict_yaml
 from .policy_fields import (
-    LAUNCHER_ENV,
     PLAIN_PATH,
     AbsolutePath,
     IdentityUri,
@@ -80,9 +79,8 @@ class Environment(_Part):
     setup: list[Line] = []
     """Lines of bash, run before the script; the first that fails ends the task."""
     env: dict[EnvName, Value] = {}
-    env_denied: list[Line] | None = None
-    """Patterns of variables that a job must not set here, besides the site's ``env_denied``. Default: with apptainer
-    and prefix what would act on that program, outside of the container (PATH, PYTHONPATH, HOME, ...), else none."""
+    env_denied: list[Line] = []
+    """Patterns of variables that a job must not set here, besides the site's ``env_denied``."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -110,13 +108,6 @@ class Environment(_Part):
         if reserved := [name for name in self.env if name.startswith(RESERVED_ENV_PREFIX)]:
             raise ValueError(f"env.{reserved[0]}: names that begin with {RESERVED_ENV_PREFIX} are reserved")
         return self
-
-    @property
-    def denied(self) -> list[str]:
-        """Patterns of the variables that a job must not set here."""
-        if self.env_denied is not None:
-            return self.env_denied
-        return LAUNCHER_ENV if self.apptainer or self.prefix else []
 
     @property
     def runs_image(self) -> bool:

@@ -12,13 +12,6 @@ from .slurm.rest_http import endpoint
 # own pattern there.
 PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/@+-]*")
 USER = "{user}"
-# Variables by which a program loads other code, or finds other files: a launcher (perhaps a script itself) runs outside
-# of the container, where a job has no business. Names of Python's that begin with H or U are harmless but for two.
-LAUNCHER_ENV = [
-    "PATH", "HOME", "XDG_*", "BASH_ENV", "ENV", "CDPATH", "GCONV_PATH", "GLIBC_TUNABLES", "PYTHON[!HU]*", "PYTHONHOME",
-    "PYTHONUSERBASE", "PERL*", "RUBY*", "GEM_*", "NODE_*", "LUA_*", "CONTAINER_*", "CONTAINERS_*", "BUILDAH_*",
-    "DOCKER_*", "PODMAN_*", "ENROOT_*", "APPTAINER*", "SINGULARITY*", "CH_*",
-]  # fmt: skip
 # user:password@ may stand before the host.
 PROXY = re.compile(r"http://(?:[^\s/@]+@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})/?")
 _LISTEN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})")

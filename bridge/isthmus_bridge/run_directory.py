@@ -1,12 +1,15 @@
 """The private directory of one pool, on the file system that the nodes share.
 
+``.isthmus-pool`` the mark that the bridge made the folder;
 ``batch.sh`` the script, and ``client.sh`` where it starts several clients; ``code/`` the job's files; ``tls/`` the
 clients' credentials while the pool lives; ``tasks/`` the marks that say which client began and how it ended; ``logs/``
 one file per client; ``work/`` the clients' own directories.
 """
 
+import errno
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +23,8 @@ TAIL_BYTES = 4096
 # Array id, Slurm's restart count, then the exit code or the node.
 _MARK = re.compile(r"(\d{1,10}) (\d{1,6}) ([A-Za-z0-9._-]{1,255})\n?")
 _MARK_BYTES = 512
+# Holds the pool's key, in each folder that the bridge has made.
+_MARK_OF_OURS = ".isthmus-pool"
 _EXIT_CODE = re.compile(r"[0-9]{1,3}")
 
 
@@ -40,6 +45,30 @@ class Exit:
     array_id: int
     restarts: int
     code: int
+
+
+def claim(path: Path) -> None:
+    """Makes a pool's private folder, and marks it as one of the bridge's.
+
+    Raises ``OSError``, also where something else stands in its place: nothing is ever written into a folder, or
+    removed with it, that this user's bridge has not made.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise OSError(errno.EPERM, f"{path} is there, and is no private folder of this user's") from None
+        if not claimed(path) and any(path.iterdir()):
+            raise OSError(errno.EPERM, f"{path} is there, and holds files that the bridge has not made") from None
+    if not claimed(path):
+        plain_files.write(path / _MARK_OF_OURS, path.name.encode())
+
+
+def claimed(path: Path) -> bool:
+    """Tells whether a folder bears the bridge's mark."""
+    return not path.is_symlink() and _content(path / _MARK_OF_OURS, _MARK_BYTES) == path.name.encode()
 
 
 class RunDirectory:
@@ -72,9 +101,9 @@ class RunDirectory:
 
     def create(self, credentials: Mapping[str, bytes]) -> bool:
         """Lays the directory out. Returns whether a script was there: that of an earlier life. Raises ``OSError``."""
+        claim(self.path)
         known = self.script.exists()
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for directory in (self.path, self._logs, self._tasks, self.path / "work"):
+        for directory in (self._logs, self._tasks, self.path / "work"):
             directory.mkdir(mode=0o700, exist_ok=True)
         self.write_credentials(credentials)
         return known

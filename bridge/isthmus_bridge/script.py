@@ -15,6 +15,7 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from .access import Grant
 from .packing import per_job
 from .policy import Environment
+from .setup_lines import steps
 from .slurm.model import Gres
 
 # Slurm's restarts of a task count below the pool's attempts.
@@ -56,6 +57,8 @@ def render(key: str, spec: pb.PoolSpec, grant: Grant, run_dir: Path, tls_dir: Pa
     """
     environment = grant.environment
     prefix = _prefix(environment, grant, tls_dir)
+    job_env = sorted(spec.env.items())
+    carried = _carried(job_env) if prefix else []
     return _TEMPLATE.render(
         title=_title(key, spec),
         per_job=per_job(spec),
@@ -63,9 +66,11 @@ def render(key: str, spec: pb.PoolSpec, grant: Grant, run_dir: Path, tls_dir: Pa
         modules=environment.modules,
         venv=str(environment.venv) if environment.venv else "",
         site_env=sorted(environment.env.items()),
-        setup=environment.setup,
+        setup=steps(tuple(environment.setup)),
         prefix=prefix,
-        job_env=sorted(spec.env.items()),
+        job_env=job_env,
+        carried=carried,
+        unpack=_unpacking([name for name, _ in carried]),
         federation_env=list(_federation(spec, grant, tls_dir).items()),
         index_name=names.ENV_INDEX,
         client_name=names.ENV_CLIENT,
@@ -87,6 +92,21 @@ def render_job(key: str, spec: pb.PoolSpec, gres: Iterable[Gres], client_script:
         gpus=",".join(":".join(filter(None, (g.type, str(g.count)))) for g in gres if g.name == "gpu"),
         client_script=str(client_script),
     )
+
+
+def _carried(variables: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Gives variables neutral names (users cannot use the reserved prefix) under which a launcher passes them on."""
+    return [
+        (f"{names.RESERVED_ENV_PREFIX}ENV_{number}", f"{name}={value}")
+        for number, (name, value) in enumerate(variables)
+    ]
+
+
+def _unpacking(carried: Iterable[str]) -> str:
+    """Makes the POSIX shell program that gives carried variables their own names, and becomes the job's command."""
+    # `command` keeps a name that the shell guards (UID) from ending it.
+    parts = [f'command export "${name}" 2>/dev/null; unset {name}' for name in carried]
+    return "; ".join([*parts, 'exec "$@"'])
 
 
 def _title(key: str, spec: pb.PoolSpec) -> str:

@@ -52,6 +52,7 @@ class Reason(StrEnum):
     QUEUE_TIMEOUT = "QueueTimeout"
     CLIENT_FAILED = "ClientFailed"
     TIME_LIMIT_REACHED = "TimeLimitReached"  # of an HPC pool with rounds left: the next attempt follows
+    PREEMPTED = "Preempted"  # Slurm took an HPC pool's nodes away, or they failed: the next attempt follows
 
 
 class Condition(Resource):

@@ -116,6 +116,7 @@ class PoolView:
     submitted_at: float = 0.0
     failure: str = ""  # the last lines of a failed task
     timed_out: bool = False  # its time limit ended it
+    displaced: bool = False  # every task that failed was preempted, or lost its node
     desired: int = 0  # its clients, less those that a shrinking ended
     ends_at: float = 0.0  # when the time limit ends the first of its clients
 

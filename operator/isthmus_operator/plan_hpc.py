@@ -19,6 +19,21 @@ from .text import last_lines, one_line
 
 _FIRST_DELAY = 10  # seconds before an array is submitted anew; doubled each time
 _LONGEST_DELAY = 300
+_AFTER_DISPLACEMENT = 60
+_WAITING = (PoolPhase.SUBMITTING, PoolPhase.PENDING, PoolPhase.UNKNOWN)
+# Slurm's reasons for a wait that does not end by itself, and what would end it.
+_NEVER = {
+    "PartitionTimeLimit": "its time limit is above the partition's",
+    "PartitionNodeLimit": "it asks for more nodes than the partition allows",
+    "BadConstraints": "no node of the partition has what it asks for",
+    "InvalidAccount": "Slurm does not know the account any more",
+    "InvalidQOS": "Slurm does not know the QOS any more",
+    "DependencyNeverSatisfied": "it depends on a job that failed",
+    "JobHeldAdmin": "the site's admin holds it",
+    "JobHeldUser": "it is held",
+    "launch failed requeued held": "its node could not start it (a failed prolog); the site's admin must release it",
+}
+_LONGEST_STUCK = 3600
 # How long before a time limit the next attempt is asked for: so many times what the queue took, and so many seconds.
 _QUEUE_MARGIN = 1.5
 _SHORTEST_LEAD = 120.0
@@ -136,12 +151,16 @@ def _note(draft: Draft, pool: Pool, record: HpcRecord, view: PoolView) -> None:
     if view.running + view.succeeded + view.failed:
         record.ran = True
     assert pool.hpc is not None
-    waits = view.phase is PoolPhase.PENDING and not record.ran and not record.cancelling and view.submitted_at > 0
+    since = view.submitted_at or record.asked_at
+    waits = view.phase in _WAITING and not record.ran and not record.cancelling and since > 0
     if waits and not record.over:
-        limit = dt.timedelta(seconds=pool.hpc.max_queue_seconds)
-        if draft.reached(dt.datetime.fromtimestamp(view.submitted_at, dt.UTC) + limit):
+        limit = pool.hpc.max_queue_seconds
+        if view.phase is PoolPhase.PENDING and view.reason in _NEVER:
+            limit = min(limit, _LONGEST_STUCK)
+        if draft.reached(dt.datetime.fromtimestamp(since, dt.UTC) + dt.timedelta(seconds=limit)):
             record.over = Reason.QUEUE_TIMEOUT
-            record.message = f"waited in the queue for more than {pool.hpc.max_queue_seconds} s ({view.reason})"
+            why = _queue_reason(view)
+            record.message = f"waited in the queue for more than {limit} s" + (f" ({why})" if why else "")
             draft.emit("Warning", Reason.QUEUE_TIMEOUT, f"pool {pool.name} {record.message}")
 
 
@@ -159,6 +178,13 @@ def _advance(draft: Draft, pool: Pool, part: str, record: HpcRecord, view: PoolV
     if not record.cancelling and view is not None and view.timed_out:
         # No failure of its own: training takes longer than one allocation.
         draft.emit("Normal", Reason.TIME_LIMIT_REACHED, f"pool {pool.name} is submitted anew: its time limit ended it")
+    elif not record.cancelling and view is not None and view.displaced:
+        # As an evicted pod: the site took the nodes, and the client did nothing wrong.
+        record.retry_at = int(draft.now.timestamp()) + _AFTER_DISPLACEMENT
+        record.message = words = one_line(view.message) or "the site took its nodes"
+        draft.emit(
+            "Warning", Reason.PREEMPTED, f"pool {pool.name} is submitted again in {_AFTER_DISPLACEMENT} s: {words}"
+        )
     elif not record.cancelling and view is not None:
         record.failures += 1
         words = _failure(view) or f"its tasks ended ({view.phase.lower()}) before the training was complete"
@@ -168,10 +194,11 @@ def _advance(draft: Draft, pool: Pool, part: str, record: HpcRecord, view: PoolV
             return
         delay = min(_FIRST_DELAY * 2 ** min(record.failures - 1, 16), _LONGEST_DELAY)
         record.retry_at = int(draft.now.timestamp()) + delay
+        record.message = one_line(words)
         draft.emit("Warning", Reason.CLIENT_FAILED, f"pool {pool.name} is submitted anew in {delay} s: {words}")
     record.attempt = next_attempt(draft.record, pool.name)
     record.seen = record.ran = record.cancelling = record.ended = False
-    record.authority = ""
+    record.authority, record.asked_at = "", 0
 
 
 def _ensure(draft: Draft, pool: Pool, part: str, record: HpcRecord | None, view: PoolView | None) -> HpcRecord | None:
@@ -196,6 +223,7 @@ def _ensure(draft: Draft, pool: Pool, part: str, record: HpcRecord | None, view:
     if record is None:
         record = draft.record.hpc[part] = HpcRecord(hpc.site_ref.name, size=pool.replicas)
     record.authority = draft.observed.authority
+    record.asked_at = record.asked_at or int(draft.now.timestamp())
     record.certificate = draft.observed.certificates.get(names.pool_tls(draft.job.name, pool.name), "")
     draft.actions.append(
         EnsurePool(
@@ -264,6 +292,8 @@ def _outcome(draft: Draft, pool: Pool, part: str, record: HpcRecord | None, view
         outcome.jobs = list(before.get("jobs", ()))
         shown_queued = int(before.get("queued", 0)) if record is not None and not record.ended else 0
         outcome.queued = min(shown_queued, size)
+        # Why the attempt before this one ended, until there is news of this one.
+        outcome.reason = record.message if record is not None else ""
     site_problem = wants_site(draft, pool.hpc)
     if record is not None and record.over:
         outcome.possible, outcome.blocked = 0, Reason(record.over)
@@ -288,14 +318,18 @@ def _outcome(draft: Draft, pool: Pool, part: str, record: HpcRecord | None, view
 
 
 def _failure(view: PoolView) -> str:
-    return last_lines(view.failure) if view.failed else ""
+    """Returns the last lines of a failed task or, where none ran, the words of the site or of Slurm."""
+    if view.failed and view.failure:
+        return last_lines(view.failure)
+    return one_line(view.message) if view.phase is PoolPhase.FAILED else ""
 
 
 def _queue_reason(view: PoolView) -> str:
-    if view.phase is PoolPhase.UNKNOWN:
+    """Returns why a pool waits: Slurm's reason, or what keeps the site from submitting it."""
+    if view.phase in (PoolPhase.UNKNOWN, PoolPhase.SUBMITTING) or not view.queued or not view.reason:
         return one_line(view.message)
-    if not view.queued or not view.reason:
-        return ""
+    if view.reason in _NEVER:
+        return f"{view.reason}: {_NEVER[view.reason]}"
     if not view.expected_start:
         return view.reason
     start = dt.datetime.fromtimestamp(view.expected_start, dt.UTC)

@@ -56,8 +56,9 @@ class HpcRecord:
     cancelling: bool = False  # we asked for its end: it counts as no failure
     ended: bool = False  # nothing of it is left at the site
     over: str = ""  # the reason why it is not started again
-    message: str = ""  # the words for it
+    message: str = ""  # the words for it, or for the end of the attempt before this one
     retry_at: int = 0  # seconds since the epoch
+    asked_at: int = 0  # likewise: when this attempt was asked for
     authority: str = ""  # which CA signed its certificate
     certificate: str = ""  # which one the site has
     first: int = 0  # the pool's index of its first client
@@ -158,7 +159,7 @@ def _check(entry: HpcRecord | AggregatorRecord) -> None:
         if type(value) is not item.type:
             raise ValueError(f"{item.name} is {value!r}")
         if item.type is int:
-            _in_range(value, most=LAST_SECOND if item.name == "retry_at" else _MOST)
+            _in_range(value, most=LAST_SECOND if item.name in ("retry_at", "asked_at") else _MOST)
     if isinstance(entry, HpcRecord) and entry.over:
         Reason(entry.over)
 

@@ -114,14 +114,14 @@ class CliAdapter:
         return self._submit_as_user(submission) if submission.user else self._submit(submission)
 
     def _submit(self, submission: Submission) -> int:
-        with in_flight.locked(submission.directory) as lock:
+        last = self._timeout + _ORPHAN_SECONDS
+        with in_flight.guarded(submission.directory, last) as locks:
             try:
                 # Slurm makes the job's environment from this one: nothing of the bridge's own is in it.
                 # `timeout` ends it also where this process is dead by then.
-                last = f"{self._timeout + _ORPHAN_SECONDS:g}"
-                guard = [which("timeout", self._query_env["PATH"]), "--signal=KILL", last]
+                guard = [which("timeout", self._query_env["PATH"]), "--signal=KILL", f"{last:g}"]
                 argv = ["sbatch", *arguments(submission)]
-                result = self._run(argv, env=self._submit_env, inherit=[lock], guard=guard)
+                result = self._run(argv, env=self._submit_env, inherit=locks, guard=guard)
             except CommandTimeout as error:
                 raise out_of_time(error.errors) from None
             except CommandOutputTooLong as error:

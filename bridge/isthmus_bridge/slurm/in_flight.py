@@ -1,23 +1,27 @@
-"""Whether a submission from a pool's directory may still be under way, begun by this process or one that died.
+"""Finds out if a submission from a pool's directory may still be under way, begun by this process or one that died.
 
-A program that submits inherits a lock, which lives as long as it does. A request over the network leaves nothing here
-to hold a lock: it is under way until a moment that is written down before it is sent.
+A program that submits inherits a lock, which lives as long as it does. Some shared file systems (Lustre without
+``-o flock``, some NFS) have no locks, and a request over the network leaves nothing here to hold one: such a submission
+is under way until a moment that is written down before it begins.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import plain_files
-from .model import SubmissionAmbiguous
+from .model import Patience, SubmissionAmbiguous, SubmissionRefused
 
 _LOCK = "sbatch.lock"
 _UNTIL = "request.until"
 _UNTIL_BYTES = 64
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL})
 
 
 def may_run(directory: Path) -> bool:
@@ -26,18 +30,57 @@ def may_run(directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[int]:
-    """A lock that lives as long as any process that inherited it: longer than this one, where that program does."""
-    _refuse_second(directory)
-    descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+def guarded(directory: Path, seconds: float) -> Iterator[Sequence[int]]:
+    """Marks a submission as under way, for as long as the program lives that inherits the yielded descriptors.
+
+    Where the file system has no locks it is under way for at most ``seconds``, unless the block ends before by itself
+    or with :class:`SubmissionRefused`. Raises that, before the block begins, where nothing can be written: the quota is
+    used up, or the file system read-only.
+    """
     try:
+        _refuse_second(directory)
+        descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SubmissionAmbiguous("an earlier submission for this pool still runs") from None
-        yield descriptor
+            has_locks = _take(descriptor)
+            if not has_locks:
+                announce(directory, seconds)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        raise SubmissionRefused(f"cannot write in {directory}: {error.strerror}", Patience.QUEUE) from None
+    over = has_locks
+    try:
+        yield [descriptor] if has_locks else []
+        over = True
+    except SubmissionRefused:
+        over = True
+        raise
     finally:
         os.close(descriptor)
+        if over and not has_locks:
+            # Where it cannot be removed it expires.
+            with contextlib.suppress(OSError):
+                settle(directory)
+
+
+def lockable(directory: Path) -> bool:
+    """Tells whether the file system of a folder has locks. Raises ``OSError`` where no file can be made in it."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        return _take(file.fileno())
+
+
+def _take(descriptor: int) -> bool:
+    """Takes the lock. Returns False where the file system has none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SubmissionAmbiguous("an earlier submission for this pool still runs") from None
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True
 
 
 def announce(directory: Path, seconds: float) -> None:
@@ -77,6 +120,9 @@ def _locked(path: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
     finally:
         os.close(descriptor)
     return False

@@ -62,10 +62,11 @@ class PyslurmAdapter:
     def submit(self, submission: Submission) -> int:
         """JobSubmitDescription(…).submit()."""
         request = {"do": "submit", "job": description(submission, self._job_env)}
-        with in_flight.locked(submission.directory) as lock:
-            guard = [shutil.which("timeout") or "timeout", "--signal=KILL", f"{self._timeout + _ORPHAN_SECONDS:g}"]
+        last = self._timeout + _ORPHAN_SECONDS
+        with in_flight.guarded(submission.directory, last) as locks:
+            guard = [shutil.which("timeout") or "timeout", "--signal=KILL", f"{last:g}"]
             try:
-                result = self._run(request, self._env, guard, [lock])
+                result = self._run(request, self._env, guard, locks)
             except (CommandTimeout, CommandOutputTooLong) as error:
                 raise SubmissionAmbiguous(f"pyslurm: {error}") from None
             except OSError as error:

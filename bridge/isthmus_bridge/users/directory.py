@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import plain_files
-from ..run_directory import TAIL_BYTES, TAIL_LINES, Exit, Marks, RunDirectory, exit_code
+from ..run_directory import TAIL_BYTES, TAIL_LINES, Exit, Marks, RunDirectory, claim, exit_code
 from ..slurm.delegate import AsUserError
 from .ask import AsUser, encoded
 
@@ -38,7 +38,7 @@ class UserDirectory:
 
     def create(self, credentials: Mapping[str, bytes]) -> bool:
         """See :meth:`~..run_directory.RunDirectory.create`."""
-        self.guard.mkdir(mode=0o700, parents=True, exist_ok=True)
+        claim(self.guard)
         self._note_credentials()
         return self._ask("create", files=encoded(credentials)) is True
 

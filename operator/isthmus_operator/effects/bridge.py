@@ -25,6 +25,12 @@ log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
+# Slurm's words for tasks that are not over, and for those that the site itself ended.
+_LIVING = frozenset({
+    "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
+    "RESIZING", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD", "COMPLETED",
+})  # fmt: skip
+_DISPLACED = frozenset({"PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED"})
 _DENIED = (grpc.StatusCode.PERMISSION_DENIED,)
 _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT,)
 
@@ -136,6 +142,7 @@ class _UnknownCallError(BridgeError):
 def pool_view(pool: pb.Pool, attempt: int, first: int = 0, ahead: float = 0.0) -> PoolView:
     """Cuts a bridge's answer down to what the plan looks at. ``ahead``: of our clock, the site's, in seconds."""
     failed = [task for task in pool.tasks if task.log_tail or task.exit_code or task.signal]
+    ended = [task.state for task in pool.tasks if task.state not in _LIVING]
     failure = ""
     if failed:
         task = failed[-1]
@@ -156,6 +163,7 @@ def pool_view(pool: pb.Pool, attempt: int, first: int = 0, ahead: float = 0.0) -
         submitted_at=_moment(pool.submitted_at, ahead),
         failure=failure,
         timed_out=pool.time_limit_reached,
+        displaced=bool(ended) and all(state in _DISPLACED for state in ended),
         desired=pool.desired,
         ends_at=_moment(pool.ends_at, ahead),
     )

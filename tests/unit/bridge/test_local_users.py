@@ -68,10 +68,18 @@ def test_a_pools_files_and_jobs_are_the_users(world: World, tmp_path: Path) -> N
     world.ensure(code={"train.py": b"1"})
     assert world.array().user == ALICE
     files = tmp_path / "users" / ALICE / KEY
-    assert {path.name for path in files.iterdir()} == {"batch.sh", "code", "logs", "tasks", "tls", "work"}
+    assert {path.name for path in files.iterdir()} == {
+        ".isthmus-pool",
+        "batch.sh",
+        "code",
+        "logs",
+        "tasks",
+        "tls",
+        "work",
+    }
     assert oct((files / "tls" / "tls.key").stat().st_mode & 0o777) == "0o600"
     assert str(files) in (files / "batch.sh").read_text()
-    assert [path.name for path in (tmp_path / "run" / KEY).iterdir()] == ["credentials-of"]
+    assert [path.name for path in (tmp_path / "run" / KEY).iterdir()] == [".isthmus-pool", "credentials-of"]
     # A repeated request with newer credentials replaces them.
     renewed = world.pools.ensure(world.identity, KEY, _renewed(world))
     assert renewed.user == ALICE
@@ -79,7 +87,8 @@ def test_a_pools_files_and_jobs_are_the_users(world: World, tmp_path: Path) -> N
     world.cancel()
     world.tick(15, times=2)
     assert world.phase() == "CANCELLED"
-    assert not (files / "tls").exists() and not list((tmp_path / "run" / KEY).iterdir())
+    assert not (files / "tls").exists()
+    assert [path.name for path in (tmp_path / "run" / KEY).iterdir()] == [".isthmus-pool"]
 
 
 RENEWED = b"-----BEGIN CERTIFICATE-----\nAB==\n-----END CERTIFICATE-----\n"

@@ -1,12 +1,15 @@
 """The life of a pool, as callers see it."""
 
+import time
 from pathlib import Path
 
 import pytest
 
+from isthmus_bridge.housekeeping import keep_house
 from isthmus_bridge.journal import State
 from isthmus_bridge.pools import Denied, KeyTaken, NoSuchPool, Pools
 from isthmus_bridge.requests import RequestError
+from isthmus_bridge.run_directory import RunDirectory
 
 from .world import KEY, NAME, OPERATOR, Array, World, spec
 
@@ -172,12 +175,30 @@ def test_cancel_in_the_middle_of_a_look_up(world: World, answer: str) -> None:
 
 
 def test_cancel_just_before_sbatch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from isthmus_bridge.run_directory import RunDirectory
-
     monkeypatch.setattr(RunDirectory, "write_scripts", lambda *_: world.cancel())
     world.ensure()
     world.tick()
     assert (world.phase(), world.slurm.submissions) == ("CANCELLED", 0)
+
+
+def test_only_folders_that_the_bridge_made_are_removed_or_written_to(world: World) -> None:
+    own, foreign, leading = "0" * 32, world.policy.run_dir / "webserver1", world.policy.run_dir / ("1" * 32)
+    RunDirectory(world.policy.run_dir, own).create({"tls.key": b"x"})
+    (foreign / "tls").mkdir(parents=True)
+    (foreign / "thesis.txt").write_text("three years of work")
+    leading.symlink_to(foreign)
+    assert world.journal is not None
+    keep_house(world.policy, world.journal, time.time() + 120)
+    assert not (world.policy.run_dir / own).exists()
+    assert (foreign / "thesis.txt").exists() and (foreign / "tls").exists() and leading.is_symlink()
+    with pytest.raises(OSError, match=r"holds files that the bridge has not made|no private folder"):
+        RunDirectory(world.policy.run_dir, foreign.name).create({"tls.key": b"x"})
+    with pytest.raises(OSError, match="no private folder"):
+        RunDirectory(world.policy.run_dir, leading.name).create({"tls.key": b"x"})
+    assert sorted(path.name for path in foreign.iterdir()) == ["thesis.txt", "tls"]
+    # A folder that the bridge could not mark before it was killed is empty, and is taken up.
+    (world.policy.run_dir / own).mkdir(mode=0o700)
+    assert RunDirectory(world.policy.run_dir, own).create({"tls.key": b"x"}) is False
 
 
 def test_a_full_queue_is_waited_for(world: World) -> None:

@@ -41,8 +41,8 @@ NAMES = st.one_of(
                      "PWD", "_", "OPTIND", "HOME"]),
     st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,12}", fullmatch=True),
 )  # fmt: skip
-# bash sets or guards these itself; a job that names them gets bash's values.
-BASH_OWN = {"_", "UID", "EUID", "PPID", "BASHOPTS", "SHELLOPTS", "PATH"}
+# The shell sets or guards these itself; a job that names them gets the shell's values.
+BASH_OWN = {"_", "UID", "EUID", "PPID", "BASHOPTS", "SHELLOPTS", "PATH", "OPTIND"}
 
 SITE_ENVIRONMENTS: dict[str, dict[str, object]] = {
     "plain": {"prefix": ["env"]},
@@ -65,8 +65,7 @@ SITE_ENVIRONMENTS: dict[str, dict[str, object]] = {
 def site(tmp_path_factory: pytest.TempPathFactory) -> Policy:
     root = tmp_path_factory.mktemp("it's $HOME & co")
     # Nothing is denied: what the script does with a variable is tested here, not the policy.
-    environments = {name: {**one, "env_denied": []} for name, one in SITE_ENVIRONMENTS.items()}
-    return policy(root, environments=environments, data_sets={"cohort-a": "/data/co hort"}, env_denied=[])
+    return policy(root, environments=SITE_ENVIRONMENTS, data_sets={"cohort-a": "/data/co hort"}, env_denied=[])
 
 
 def rendered(site: Policy, request: pb.PoolSpec) -> str:
@@ -152,7 +151,7 @@ def test_no_variable_of_bashs_own_makes_it_run_the_value(site: Policy, tmp_path:
     assert result.returncode == 0, result.stderr
     env = seen(site)["env"]
     assert isinstance(env, dict)
-    assert env["RANDOM"] == env["OPTIND"] == f"a[$(touch {owned})]"
+    assert env["RANDOM"] == f"a[$(touch {owned})]"
 
 
 def test_what_the_task_is_told(site: Policy) -> None:
@@ -195,8 +194,67 @@ def test_a_command_that_is_not_there(site: Policy) -> None:
 def test_a_failing_set_up_ends_the_task(site: Policy) -> None:
     result = run(site, spec(environment="set-up", command=["touch", "never"]))
     assert result.returncode == 1
-    assert "the task failed while preparing the environment" in result.stderr
+    assert "the task failed while running set-up line 2: false (exit code 1)" in result.stderr
     assert not (site.run_dir / KEY / "work" / "1" / "never").exists()
+
+
+PROFILE = '[ -n "$PS1" ] && alias ll="ls -l"\n'
+CONDA = "_activate() { local x; x=$(grep -c nothing /dev/null); export CC=gcc; }\n_activate\nexport PREFIX=/opt/env\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "failure"),
+    [
+        ([". {dir}/profile.sh", "source {dir}/conda.sh # as conda writes it"], ""),
+        ([". {dir}/missing.sh"], "running set-up line 1: . {dir}/missing.sh (exit code 1)"),
+        ([". {dir}/profile.sh; false"], "running set-up line 1: . {dir}/profile.sh; false (exit code 1)"),
+        (["if true; then", "  export SITE=x", "fi", "test $SITE = x"], ""),
+        (["true", "f() {", "  return 7", "}", "f"], "running set-up line 5: f (exit code 7)"),
+        (["cat <<END >/dev/null", "it's", "END", "false \\", "  || true"], ""),
+        (["true | false"], "running set-up line 1: true | false (exit code 1)"),
+        (["exit 9"], "running set-up line 1: exit 9 (exit code 9)"),
+        (["if true; then"], "exit code"),
+    ],
+)
+def test_the_status_of_a_set_up_line_counts_and_not_what_runs_in_it(
+    tmp_path: Path, lines: list[str], failure: str
+) -> None:
+    (tmp_path / "profile.sh").write_text(PROFILE)
+    (tmp_path / "conda.sh").write_text(CONDA)
+    setup = [line.replace("{dir}", str(tmp_path)) for line in lines]
+    own = policy(tmp_path, environments={"plain": {"prefix": ["env"], "setup": setup}})
+    result = run(own, spec(command=["echo", "the script runs"]))
+    if failure == "exit code":  # bash itself reports what never becomes a command
+        assert result.returncode != 0 and "syntax error" in result.stderr
+    elif failure:
+        assert "the task failed while " + failure.replace("{dir}", str(tmp_path)) in result.stderr
+        assert result.stdout == ""
+    else:
+        assert (result.returncode, result.stdout) == (0, "the script runs\n"), result.stderr
+
+
+@pytest.mark.parametrize("kind", [{"prefix": ["launch", "--"]}, {"apptainer": "/x.sif"}])
+def test_a_jobs_variables_act_inside_of_the_container_alone(tmp_path: Path, kind: dict[str, object]) -> None:
+    """The launcher records its environment, and becomes what stands behind the image or the dashes."""
+    for name in ("launch", "apptainer"):
+        (tmp_path / name).write_text(
+            f"#!/bin/bash\n/usr/bin/env -0 >{tmp_path}/outside\n"
+            'while [ "$1" != -- ] && [ "$1" != /x.sif ]; do shift; done; shift; exec "$@"\n'
+        )
+        (tmp_path / name).chmod(0o755)
+    plain = {**kind, "env": {"PATH": f"{tmp_path}:/usr/bin:/bin"}}
+    own = policy(tmp_path, env_denied=[], environments={"plain": plain})
+    hostile = {name: f"/job/{name}\nx" for name in (
+        "PATH", "OPENSSL_CONF", "OPENSSL_MODULES", "CURL_HOME", "SSL_CERT_FILE", "HTTPS_PROXY", "HOSTALIASES", "HOME",
+        "REGISTRY_AUTH_FILE", "JAVA_TOOL_OPTIONS", "GIT_SSH_COMMAND", "PYTHONPATH", "TMPDIR", "LD_LIBRARY_PATH",
+    )}  # fmt: skip
+    result = run(own, spec(command=["/usr/bin/env", "-0"], env=hostile))
+    assert result.returncode == 0, result.stderr
+    outside = dict(entry.split("=", 1) for entry in (tmp_path / "outside").read_text().split("\0") if entry)
+    inside = dict(entry.split("=", 1) for entry in result.stdout.split("\0") if entry)
+    assert {name: inside.get(name) for name in hostile} == hostile
+    assert not any(outside.get(name, "").startswith("/job/") for name in hostile)
+    assert not any(name.startswith("ISTHMUS_ENV_") for name in inside)
 
 
 def test_a_container_is_told_the_paths_inside_of_it(site: Policy, tmp_path: Path) -> None:
@@ -207,7 +265,8 @@ def test_a_container_is_told_the_paths_inside_of_it(site: Policy, tmp_path: Path
                    env={"PATH": "/elsewhere"})  # fmt: skip
     run_dir = site.run_dir / KEY
     binds = [f"--bind={run_dir}/tls:/mnt/0", f"--bind={run_dir}/work/1:/mnt/1"]
-    command = ["reg/x:1", "--", "python3", "x y"]
+    unpack = 'command export "$ISTHMUS_ENV_0" 2>/dev/null; unset ISTHMUS_ENV_0; exec "$@"'
+    command = ["reg/x:1", "--", "sh", "-c", unpack, "sh", "python3", "x y"]
     result = run(site, request, PATH=f"{tmp_path}:/usr/bin:/bin")
     assert result.stdout.splitlines() == [*binds, "--bind=/data/co hort:/mnt/2", *command, "/mnt/0", "/mnt/2"]
     request.data_ref = ""

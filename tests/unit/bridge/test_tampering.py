@@ -63,7 +63,7 @@ def test_pipes_in_the_place_of_what_the_bridge_writes_keep_nobody_waiting(tmp_pa
     assert (run.tls / "tls.key").read_bytes() == b"newer" and (run.code / "train.py").read_bytes() == b"new"
     assert (run.script.read_text(), run.client_script.read_text()) == ("batch", "client")
     assert run.script.stat().st_mode & 0o777 == 0o700 and (run.tls / "tls.key").stat().st_mode & 0o777 == 0o600
-    assert not list(run.path.glob("**/.*"))
+    assert [path.name for path in run.path.glob("**/.*")] == [".isthmus-pool"]
 
 
 def test_a_pipe_for_the_moment_of_a_request_keeps_nobody_waiting_and_says_nothing(tmp_path: Path) -> None:

@@ -130,6 +130,82 @@ def test_a_waiting_pool_shows_slurms_words() -> None:
     assert not of_kind(decided, act.EnsurePool)
 
 
+SLURMS_NO = "Slurm refused: Invalid account or account/partition combination specified"
+LOST = "2 of 2 tasks did not succeed; task 0: Slurm no longer knows it (last seen RUNNING)"
+
+
+@pytest.mark.parametrize(
+    ("phase", "message", "tasks"),
+    [
+        (pb.Pool.FAILED, SLURMS_NO, []),
+        (pb.Pool.FAILED, "policy partitions: 'gpu' is not allowed for isthmus://operator/prod; allowed: main", []),
+        (pb.Pool.FAILED, "all tasks were cancelled, but not by the bridge", []),
+        (pb.Pool.FAILED, LOST, [pb.Task(index=0, state="LOST", reason="last seen RUNNING")]),
+        (pb.Pool.SUBMITTING, "Slurm refused: Required partition not available (inactive or drain)", []),
+        (pb.Pool.SUBMITTING, "cannot write the pool's files: No space left on device", []),
+        (pb.Pool.UNKNOWN, "Slurm does not answer: squeue failed", []),
+    ],
+)
+def test_the_bridges_words_reach_the_user(phase: pb.Pool.Phase.ValueType, message: str, tasks: list[pb.Task]) -> None:
+    ended = phase == pb.Pool.FAILED
+    pool = pb.Pool(key="x" * 8, phase=phase, message=message, desired=2, failed=2 * ended, queued=2 * (not ended),
+                   tasks=tasks)  # fmt: skip
+    decided = plan(job(SPEC, record=record()), around(pool_view(pool, 0)), NOW, LIMITS)
+    assert message in pool_status(decided)["reason"]
+    if ended:
+        assert any(message in event.message for event in decided.events if event.reason == "ClientFailed")
+
+
+@pytest.mark.parametrize(
+    ("states", "displaced"),
+    [
+        (["PREEMPTED", "PREEMPTED"], True),
+        (["NODE_FAIL"], True),
+        (["BOOT_FAIL", "RUNNING", "COMPLETED"], True),
+        (["PREEMPTED", "FAILED"], False),
+        (["RUNNING"], False),
+        ([], False),
+    ],
+)
+def test_what_the_site_took_away_is_no_failure_of_the_clients(states: list[str], displaced: bool) -> None:
+    tasks = [pb.Task(index=index, state=state, exit_code=1) for index, state in enumerate(states)]
+    pool = pb.Pool(key="x" * 8, phase=pb.Pool.FAILED, message="it ended", desired=2, failed=len(states), tasks=tasks)
+    view = pool_view(pool, 4)
+    assert view.displaced is displaced
+    decided = plan(job(SPEC, record=record(attempt=4, failures=1)), around(view), NOW, LIMITS)
+    saved = decided.actions[0]
+    assert isinstance(saved, act.SaveJob)
+    after = Record.load(saved.record or "").hpc["lumi"]
+    assert (after.attempt, after.failures) == (5, 1 if displaced else 2)
+    assert ("Preempted" in {event.reason for event in decided.events}) is displaced
+    # It is not submitted again at once: the nodes are gone.
+    assert not of_kind(decided, act.EnsurePool)
+
+
+@pytest.mark.parametrize("phase", [PoolPhase.SUBMITTING, PoolPhase.UNKNOWN])
+def test_a_pool_that_never_comes_into_the_queue_ends_in_time(phase: PoolPhase) -> None:
+    wanted = spec(hpc=2)
+    wanted["pools"][1]["hpc"]["maxQueueSeconds"] = 60
+    view = PoolView(0, phase, queued=2, message="Slurm refused: the partition is drained")
+    asked = record(asked_at=int(NOW.timestamp()))
+    assert not of_kind(plan(job(wanted, record=asked), around(view, wanted), NOW, LIMITS), act.CancelPool)
+    late = plan(job(wanted, record=asked), around(view, wanted), NOW + dt.timedelta(seconds=61), LIMITS)
+    assert of_kind(late, act.CancelPool)
+    assert "the partition is drained" in pool_status(late)["reason"]
+
+
+def test_a_wait_that_does_not_end_by_itself_is_explained_and_bounded() -> None:
+    moment = NOW.timestamp()
+    view = PoolView(0, PoolPhase.PENDING, queued=2, reason="PartitionTimeLimit", submitted_at=moment)
+    status = pool_status(plan(job(SPEC, record=record()), around(view), NOW, LIMITS))
+    assert status["reason"] == "PartitionTimeLimit: its time limit is above the partition's"
+    late = plan(job(SPEC, record=record()), around(view), NOW + dt.timedelta(seconds=3601), LIMITS)
+    assert of_kind(late, act.CancelPool)
+    ordinary = replace(view, reason="Priority")
+    late = plan(job(SPEC, record=record()), around(ordinary), NOW + dt.timedelta(seconds=3601), LIMITS)
+    assert not of_kind(late, act.CancelPool)
+
+
 def test_a_site_that_is_down_is_shown_and_forgets_nothing() -> None:
     view = PoolView(0, PoolPhase.PENDING, job_id="8123", queued=2)
     before = plan(job(SPEC, record=record()), around(view), NOW, LIMITS).status
