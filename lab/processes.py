@@ -1,6 +1,7 @@
 """Daemons that outlive the command that started them: started detached, found again by pid file, ended by pid.
 
-A pid alone is never trusted: the file also holds the process's start time, which no recycled pid shares.
+A pid alone is never trusted: the file also holds the process's start time, which no recycled pid shares. Signals go
+through a descriptor of the process, so that it cannot have gone between the look at its start time and the signal.
 """
 
 from __future__ import annotations
@@ -39,6 +40,21 @@ def resident_mib(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE") // 2**20
 
 
+def _signal(pid: int, began: int, number: signal.Signals) -> None:
+    """Signal the process that started then; where it is gone, do nothing."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if start_time(pid) == began:
+            signal.pidfd_send_signal(process, number)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(process)
+
+
 def end(pids: Iterable[int], grace: float = 5.0) -> None:
     """Terminate processes, and kill those that have not gone after the grace period."""
     known = {pid: began for pid in pids if (began := start_time(pid)) is not None}
@@ -47,11 +63,8 @@ def end(pids: Iterable[int], grace: float = 5.0) -> None:
         return [pid for pid, began in known.items() if start_time(pid) == began]
 
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in remaining():
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
+        for pid, began in known.items():
+            _signal(pid, began, number)
         deadline = time.monotonic() + (grace if number == signal.SIGTERM else 30.0)
         while remaining() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -101,9 +114,10 @@ class Supervisor:
     def kill(self, name: str) -> None:
         """End a daemon as a crash would; :meth:`again` brings it back."""
         pid = self.pid(name)
-        if pid is None:
+        began = start_time(pid) if pid is not None else None
+        if pid is None or began is None:
             raise LabError(f"{name} does not run")
-        os.kill(pid, signal.SIGKILL)
+        _signal(pid, began, signal.SIGKILL)
         deadline = time.monotonic() + _END_SECONDS
         while self.pid(name) is not None:  # else `again` would find it still there
             if time.monotonic() > deadline:

@@ -21,16 +21,19 @@ def started(*command: str | Path, log: Path, environ: Mapping[str, str]) -> Iter
     try:
         yield process
     finally:
-        _signal(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_SECONDS)
-        _signal(process.pid, signal.SIGKILL)
-        process.wait()
+        # What was reaped is not signalled: its number may be another group's.
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            until = time.monotonic() + _GRACE_SECONDS
+            while not _ended(process.pid) and time.monotonic() < until:
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def _signal(session: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(session, number)
+def _ended(child: int) -> bool:
+    """Whether a child has ended, which stays to be reaped: until then its group's number is its own."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def free_port() -> int:

@@ -1,6 +1,8 @@
 """The ``isthmus`` command. Each verb imports what it needs when it runs: ``--version`` waits for nothing."""
 
 import argparse
+import io
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ EXIT_BAD_INPUT = 2
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, carries it out, and exits."""
+    _prepare_output()
     words = list(sys.argv[1:] if arguments is None else arguments)
     # What follows `--` is a script's.
     end = words.index("--") if "--" in words else len(words)
@@ -32,6 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ManifestError as error:
         _refuse(str(error))
     sys.exit(options.verb(job, options))
+
+
+def _prepare_output() -> None:
+    """Lets no character stop us, be the output in ASCII or a file's name no text, nor an output that was closed."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: some file that we open would get its number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _parser() -> argparse.ArgumentParser:

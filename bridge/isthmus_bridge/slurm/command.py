@@ -69,9 +69,11 @@ def run(
         return Result(process.returncode, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace"))
     except BaseException:
         # A program that has become another user's cannot be killed: it ends by its own time limit, and is reaped later.
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        # The number of one that was reaped may be another's by now.
+        if process.returncode is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         raise
     finally:
         for stream in (process.stdin, process.stdout, process.stderr):

@@ -10,6 +10,12 @@ from isthmus_contracts import identities as ids
 from isthmus_contracts.manifest import FederatedJob
 
 _THREADS = "OMP_NUM_THREADS"
+# What torchrun tells a process of its place among others. Left in a shell, it is no client's place.
+_PLACES = frozenset({
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
+})  # fmt: skip
+_PLACE_PREFIX = "TORCHELASTIC_"
 _BACKOFF_SECONDS = 1.0
 _BACKOFF_LIMIT_SECONDS = 30.0
 
@@ -80,16 +86,22 @@ def client_environment(
 
 
 def inherited(base: Mapping[str, str]) -> dict[str, str]:
-    """Our environment without other federations' settings, but with the data set that the user points at."""
-    environment = {
-        name: value
-        for name, value in base.items()
-        if not name.startswith(ids.RESERVED_ENV_PREFIX) or name == ids.ENV_DATA
-    }
+    """Our environment without the settings of other federations and process groups.
+
+    The data set that the user points at stays.
+    """
+    environment = {name: value for name, value in base.items() if _passes(name)}
     # What is installed beside our interpreter (torchrun, for one) is found first; output reaches the logs as it comes.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
     environment["PYTHONUNBUFFERED"] = "1"
     return environment
+
+
+def _passes(name: str) -> bool:
+    """Whether a variable of our environment is for the processes of a run too."""
+    if name.startswith(ids.RESERVED_ENV_PREFIX):
+        return name == ids.ENV_DATA
+    return name not in _PLACES and not name.startswith(_PLACE_PREFIX)
 
 
 def backoff(failures: int) -> float:

@@ -9,30 +9,43 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-_LAUNCHER = Path(__file__).with_name("launch.py")
+_SUPERVISOR = Path(__file__).with_name("supervise.py")
 # How much of a log's end is read to find its last lines.
 _TAIL_BYTES = 16_384
 
 
 class Child:
-    """A process in a session of its own, its output in a log file. It dies with us, whatever kills us."""
+    """A program under a supervisor (see supervise.py), its output in a log file.
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path, log_start: int) -> None:
+    It ends with all that it has started when we do, whatever kills us. We hold no process number of theirs: signals go
+    to the supervisor through a pipe, whose end is what tells it that we are gone.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, lifeline: int, log: Path, log_start: int) -> None:
+        """``lifeline``: the pipe's descriptor on our side."""
         self._process = process
+        self._lifeline: int | None = lifeline
         self._log = log
         self._log_start = log_start
 
     @classmethod
     async def spawn(cls, argv: Sequence[str], environment: Mapping[str, str], log: Path, cwd: Path | None) -> Self:
         """Starts a program; its output is added to ``log``. ``cwd``: where it runs, if not where we do."""
-        with log.open("ab") as output:
-            start = output.tell()
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), *argv,
-                env=dict(environment), stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True, cwd=cwd,
-            )  # fmt: skip
-        return cls(process, log, start)
+        theirs, ours = os.pipe()
+        try:
+            with log.open("ab") as output:
+                start = output.tell()
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-I", "-S", str(_SUPERVISOR), *argv,
+                    env=dict(environment), stdin=theirs, stdout=output, stderr=output,
+                    start_new_session=True, cwd=cwd,
+                )  # fmt: skip
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        return cls(process, ours, log, start)
 
     @property
     def running(self) -> bool:
@@ -40,20 +53,26 @@ class Child:
         return self._process.returncode is None
 
     async def wait(self) -> int:
-        """Its exit code (negative: killed by that signal), once it and every process of its session's group is gone."""
+        """Its exit code (negative: killed by that signal), once it and every process that it started is gone."""
         code = await self._process.wait()
-        self._signal(signal.SIGKILL)
+        self._let_go()
         return code
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to the program and the other processes of its group."""
+        if self._lifeline is not None:
+            with suppress(BrokenPipeError):
+                os.write(self._lifeline, bytes([number]))
 
     async def stop(self, grace: float, hurry: asyncio.Event) -> None:
         """Asks it to end, and makes it end after ``grace`` seconds or at once when ``hurry`` is set."""
         if self.running:
-            self._signal(signal.SIGTERM)
+            self.send(signal.SIGTERM)
             waiting = [asyncio.create_task(self._process.wait()), asyncio.create_task(hurry.wait())]
             await asyncio.wait(waiting, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
             for task in waiting:
                 task.cancel()
-        self._signal(signal.SIGKILL)
+        self._let_go()
         await self._process.wait()
 
     def last_lines(self, count: int) -> list[str]:
@@ -64,7 +83,7 @@ class Child:
             text = log.read().decode("utf-8", "replace")
         return [line for line in text.splitlines() if line.strip()][-count:]
 
-    def _signal(self, number: signal.Signals) -> None:
-        # The session's leader has the group's number, which stays taken as long as any member lives.
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, number)
+    def _let_go(self) -> None:
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None

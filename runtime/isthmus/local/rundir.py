@@ -25,7 +25,9 @@ class RunDirectory:
     code/, the files of task.code."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        """All paths are absolute: they are handed to processes that may run, or go, elsewhere."""
+        self._given, self.root = root, root.resolve()
+        root = self.root
         self.job_file = root / "job.json"
         self.logs = root / "logs"
         self.tls = root / "tls"
@@ -51,7 +53,7 @@ class RunDirectory:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise RunDirectoryError(f"{self.root} is in use by another run; choose another with --dir") from None
+                raise RunDirectoryError(f"{self._given} is in use by another run; choose another with --dir") from None
             try:
                 uid = self._prepare(job, resume=resume, overwrite=overwrite)
             except RunDirectoryError:
@@ -71,15 +73,15 @@ class RunDirectory:
         previous = self._previous()
         if previous is None:
             if any(path.name != ".lock" for path in self.root.iterdir()):
-                raise RunDirectoryError(f"{self.root} is not empty and holds no run; choose another with --dir")
+                raise RunDirectoryError(f"{self._given} is not empty and holds no run; choose another with --dir")
             if resume:
-                raise RunDirectoryError(f"{self.root} holds no run to resume")
+                raise RunDirectoryError(f"{self._given} holds no run to resume")
             uid = str(uuid.uuid4())
         elif resume:
             uid, name = previous
             if name != job.name:
                 raise RunDirectoryError(
-                    f"{self.root} holds a run of job {name}, not of {job.name}; choose another with --dir"
+                    f"{self._given} holds a run of job {name}, not of {job.name}; choose another with --dir"
                 )
         elif overwrite:
             self._clear()
@@ -88,7 +90,7 @@ class RunDirectory:
             finished = self.finished(job.spec.rounds)
             state = "a finished run" if finished else f"a run that ended after round {self.committed}"
             choices = "--resume goes on with it, --overwrite starts over, --dir chooses another place"
-            raise RunDirectoryError(f"{self.root} holds {state}: {choices}")
+            raise RunDirectoryError(f"{self._given} holds {state}: {choices}")
         self.logs.mkdir(exist_ok=True)
         shutil.rmtree(self.tls, ignore_errors=True)
         self.ports_file.unlink(missing_ok=True)
@@ -107,7 +109,11 @@ class RunDirectory:
         self.code.mkdir()
         for name, content in files.items():
             (self.code / name).write_bytes(content)
-        return self.code.resolve()
+        return self.code
+
+    def shown(self, path: Path) -> Path:
+        """A path of the run as the user would write it, who may have given a relative one for its directory."""
+        return self._given / path.relative_to(self.root)
 
     @property
     def committed(self) -> int:
@@ -127,7 +133,9 @@ class RunDirectory:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise RunDirectoryError(f"{self.job_file}: not a job file ({error}); choose another with --dir") from None
+            raise RunDirectoryError(
+                f"{self.shown(self.job_file)}: not a job file ({error}); choose another with --dir"
+            ) from None
 
     def _clear(self) -> None:
         """Removes what a run makes, and nothing else that may lie here. The job file goes last: it marks the rest."""

@@ -24,6 +24,7 @@ from isthmus_contracts.transport import aio_channel
 from .certificates import AGGREGATOR, issue_certificates
 from .plan import LocalClient, backoff, client_environment, inherited, local_clients, local_command
 from .process import Child
+from .roster import Roster, counted
 from .rounds import RoundBook
 from .rundir import RunDirectory
 from .view import PoolView, Snapshot, View, format_metrics
@@ -63,8 +64,7 @@ class LocalRun:
         self._again = again
         self._clients = local_clients(job)
         self._children: dict[str, Child] = {}
-        self._failed: set[LocalClient] = set()
-        self._left: set[LocalClient] = set()
+        self._roster = Roster(job, self._clients)
         self._shown_failures: set[str] = set()
         self._told = directory.committed
         self._book = RoundBook(directory.rounds_file, job.spec.objective, self._told)
@@ -78,9 +78,9 @@ class LocalRun:
     async def run(self) -> int:
         """Runs until training is complete, has failed, or a signal arrives."""
         loop = asyncio.get_running_loop()
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        for number in signals:
-            loop.add_signal_handler(number, self._signalled, number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, or a shell's background job
+                loop.add_signal_handler(number, self._signalled, number)
         if limit := self._job.spec.active_deadline_seconds:
             loop.call_later(limit, self._fail, f"not complete after activeDeadlineSeconds ({limit} s)")
         try:
@@ -88,11 +88,11 @@ class LocalRun:
             await self._outcome
             return self._complete()
         except RunFailed as error:
-            self._view.warn(f"isthmus: {error}; the logs are in {self._directory.logs}")
+            self._view.warn(f"isthmus: {error}; the logs are in {self._directory.shown(self._directory.logs)}")
             return EXIT_FAILED
         except Interrupted as stop:
             running = sum(child.running for child in self._children.values())
-            self._view.tell(f"{stop}: stopping {running} processes")
+            self._view.tell(f"{stop}: stopping {counted(running, 'process')}")
             await self._stop()
             done = self._directory.committed
             self._view.tell(f"stopped after round {done} of {self._job.spec.rounds}; go on with: {self._again}")
@@ -111,7 +111,9 @@ class LocalRun:
     async def _run(self) -> None:
         spec, view = self._job.spec, self._view
         pools = ", ".join(f"{pool.name} {pool.replicas}" for pool in spec.pools)
-        view.tell(f"{self._job.name}: {spec.rounds} rounds over {len(self._clients)} clients ({pools})")
+        view.tell(
+            f"{self._job.name}: {counted(spec.rounds, 'round')} over {counted(len(self._clients), 'client')} ({pools})"
+        )
         if spec.suspend:
             view.tell("spec.suspend is true: on a cluster this job would wait")
         if self._told:
@@ -122,7 +124,7 @@ class LocalRun:
         self._spawn_task(self._keep_aggregator(listening))
         await listening.wait()
         self._spawn_task(self._watch(credentials))
-        self._show(f"starting {len(self._clients)} clients")
+        self._show(f"starting {counted(len(self._clients), 'client')}")
         for client in self._clients:
             self._spawn_task(self._keep_client(client))
 
@@ -158,7 +160,7 @@ class LocalRun:
                 raise RunFailed(last[0].removeprefix("isthmus.aggregator: "))
             crashes += 1
             if crashes > self._job.spec.backoff_limit:
-                raise RunFailed(f"the aggregator ended {crashes} times ({_reason(code)})")
+                raise RunFailed(f"the aggregator ended {counted(crashes, 'time')} ({_reason(code)})")
             self._view.warn(f"the aggregator ended ({_reason(code)}); starting it again from its last checkpoint")
             await asyncio.sleep(backoff(crashes))
 
@@ -177,7 +179,7 @@ class LocalRun:
     def _follow(self, status: pb.FederationStatus) -> None:
         first = status.phase == pb.FederationStatus.TRAINING and self._status.phase != status.phase
         if first and status.completed_rounds == self._told:
-            self._view.tell(f"{_connected(status)} clients connected after {self._elapsed():.1f} s")
+            self._view.tell(f"{counted(_connected(status), 'client')} connected after {self._elapsed():.1f} s")
         if status.message != self._status.message and status.phase != pb.FederationStatus.WAITING and status.message:
             self._view.warn(one_line(status.message))  # what keeps it
         if status.completed_rounds >= self._status.completed_rounds:  # one that restarts knows little at first
@@ -203,12 +205,12 @@ class LocalRun:
             self._show()
             code = await child.wait()
             if code == 0 or self._status.phase == pb.FederationStatus.COMPLETE:
-                self._left.add(client)
+                self._roster.left.add(client)
                 break
             self._tell_failure(client, child.last_lines(_SHOWN_LINES), _reason(code), log)
             if attempt == limit:
-                self._failed.add(client)
-                self._view.warn(f"{client.name} is given up: it failed {limit + 1} times")
+                self._roster.failed.add(client)
+                self._view.warn(f"{client.name} is given up: it failed {counted(limit + 1, 'time')}")
                 break
             delay = backoff(attempt + 1)
             self._view.warn(f"{client.name} starts again in {delay:.0f} s (attempt {attempt + 1} of {limit})")
@@ -219,20 +221,20 @@ class LocalRun:
     def _tell_failure(self, client: LocalClient, lines: list[str], reason: str, log: Path) -> None:
         """Shows the end of a failed client's log, but once where many fail alike."""
         how = lines[-1] if lines else ""
+        self._roster.note_failure(client, how or reason)
         if how in self._shown_failures:
             lines = [f"as before: {how}"]
         self._shown_failures.add(how)
-        self._view.warn("\n".join([f"{client.name} failed ({reason}), {log}:", *(f"  {line}" for line in lines)]))
+        self._view.warn(
+            "\n".join(
+                [f"{client.name} failed ({reason}), {self._directory.shown(log)}:", *(f"  {line}" for line in lines)]
+            )
+        )
 
     def _check_quorum(self) -> None:
         """Fails the run where too few clients are left for it ever to end."""
-        spec, left = self._job.spec, len(self._clients) - len(self._failed) - len(self._left)
-        waiting = self._status.phase in (pb.FederationStatus.WAITING, pb.FederationStatus.INITIALIZING)
-        needed = max(spec.min_updates, spec.min_clients) if waiting else spec.min_updates
-        over = self._status.phase in (pb.FederationStatus.EVALUATING, pb.FederationStatus.COMPLETE)
-        if left < needed and not over:
-            gone = f"{len(self._failed)} failed" + (f", {len(self._left)} left by themselves" if self._left else "")
-            self._fail(f"{left} of {len(self._clients)} clients remain ({gone}) where a round needs {needed}")
+        if shortage := self._roster.shortage(self._status.phase):
+            self._fail(shortage)
 
     # ---- what the user sees
 
@@ -244,7 +246,7 @@ class LocalRun:
             members = [client for client in self._clients if client.pool == pool.name]
             running = sum(client.name in self._children and self._children[client.name].running for client in members)
             connected = seen[pool.name].connected if pool.name in seen else 0
-            failed = sum(client in self._failed for client in members)
+            failed = sum(client in self._roster.failed for client in members)
             kind = "cloud" if pool.cloud is not None else "hpc"
             pools.append(PoolView(pool.name, kind, pool.replicas, running, connected, failed))
         self._view.show(Snapshot(activity or self._activity(), status.completed_rounds, spec.rounds, pools))
@@ -258,18 +260,18 @@ class LocalRun:
             case pb.FederationStatus.COMPLETE:
                 return "ending the clients"
             case _:
-                return f"starting {len(self._clients)} clients"
+                return f"starting {counted(len(self._clients), 'client')}"
 
     def _complete(self) -> int:
         best, rounds = self._status.best, self._status.completed_rounds or self._job.spec.rounds
-        self._view.tell(f"complete: {rounds} rounds in {self._elapsed():.1f} s")
+        self._view.tell(f"complete: {counted(rounds, 'round')} in {self._elapsed():.1f} s")
         if best.name:
             self._view.tell(f"best {format_metrics({best.name: best.value})[0]} (round {best.round})")
         if self._status.HasField("privacy"):
             privacy = self._status.privacy
             ended = f"; another round would pass maxEpsilon {privacy.max_epsilon:g}" if privacy.spent else ""
             self._view.tell(f"privacy: epsilon {privacy.epsilon:.4g} (delta {privacy.delta:g}){ended}")
-        self._view.tell(f"model: {self._directory.model}")
+        self._view.tell(f"model: {self._directory.shown(self._directory.model)}")
         return EXIT_COMPLETE
 
     def _elapsed(self) -> float:
@@ -328,12 +330,11 @@ def run_job(
 
     Raises :class:`RunDirectoryError`.
     """
-    # Processes that run elsewhere need whole paths.
-    directory = RunDirectory(root.resolve() if code else root)
+    directory = RunDirectory(root)
     with directory.opened(job, resume=resume, overwrite=overwrite) as uid:
         if directory.finished(job.spec.rounds):
             view.tell(f"{job.name}: all {job.spec.rounds} rounds were done before")
-            view.tell(f"model: {directory.model}")
+            view.tell(f"model: {directory.shown(directory.model)}")
             return EXIT_COMPLETE
 
         async def run() -> int:

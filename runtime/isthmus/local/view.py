@@ -4,7 +4,8 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TextIO
+from io import TextIOBase
+from typing import Protocol, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from isthmus_contracts.text import one_line
 
+from .output import Output
 from .rounds import Round
 
 
@@ -58,13 +60,17 @@ class View(Protocol):
         """How things stand."""
 
     def close(self) -> None:
-        """The run is over."""
+        """Shows no snapshot any more; what is told still appears."""
 
 
 def make_view(total: int) -> View:
     """The view that suits standard output."""
-    console = Console(highlight=False)
-    return LiveView(console, total) if console.is_terminal and not console.is_dumb_terminal else PlainView(total)
+    err = Output(sys.stderr, lambda error: None)
+    out = Output(sys.stdout, lambda error: view.warn(f"standard output: {error.strerror}; the run goes on"))
+    console = Console(file=cast(TextIO, out), highlight=False)
+    live = console.is_terminal and not console.is_dumb_terminal
+    view: View = LiveView(console, total) if live else PlainView(total, out, err)
+    return view
 
 
 def round_line(done: Round, total: int) -> str:
@@ -88,10 +94,10 @@ def format_value(value: float) -> str:
 class PlainView:
     """Lines for a pipe or a file: one per round, and what else happens once."""
 
-    def __init__(self, total: int, out: TextIO | None = None, err: TextIO | None = None) -> None:
+    def __init__(self, total: int, out: TextIOBase, err: TextIOBase) -> None:
         self._total = total
-        self._out = out or sys.stdout
-        self._err = err or sys.stderr
+        self._out = out
+        self._err = err
         self._activity = ""
 
     def tell(self, line: str) -> None:
@@ -122,7 +128,7 @@ class LiveView:
         self._snapshot = Snapshot("", 0, total)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("rounds,"),
-            TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left"),
+            TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("remaining"),
             console=console, speed_estimate_period=300,
         )  # fmt: skip
         self._live = Live(console=console, refresh_per_second=8, get_renderable=self._render, transient=True)

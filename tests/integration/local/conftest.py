@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +18,13 @@ DEADLINE = 240.0
 class Run:
     """One ``isthmus run``."""
 
-    def __init__(self, manifest: Path, directory: Path, *options: str) -> None:
+    def __init__(self, manifest: Path, directory: Path, *options: str, under: Sequence[str] = ()) -> None:
+        """``under``: the beginning of a command line that the run's command line ends."""
         self.directory = directory
         self._files = [manifest.with_suffix(f".{time.monotonic_ns()}.{name}") for name in ("out", "err")]
         with self._files[0].open("w") as out, self._files[1].open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "isthmus", "run", str(manifest), "--dir", str(directory), *options],
+                [*under, sys.executable, "-m", "isthmus", "run", str(manifest), "--dir", str(directory), *options],
                 stdout=out,
                 stderr=err,
                 stdin=subprocess.DEVNULL,
@@ -75,9 +76,13 @@ class Run:
                 continue
         return found
 
+    def programs(self) -> dict[int, str]:
+        """Its processes without their supervisors."""
+        return {pid: command for pid, command in self.processes().items() if "supervise.py" not in command}
+
     def pid(self, word: str) -> int:
-        """The process whose command line holds the word."""
-        return next(pid for pid, command in self.processes().items() if word in command)
+        """The program whose command line holds the word."""
+        return next(pid for pid, command in self.programs().items() if word in command)
 
     def kill(self) -> None:
         if self.process.poll() is None:
@@ -91,7 +96,7 @@ class Start(Protocol):
     Without a task in the spec, the script is the one that counts rounds in its weights.
     """
 
-    def __call__(self, spec: dict[str, Any], *options: str) -> Run: ...
+    def __call__(self, spec: dict[str, Any], *options: str, under: Sequence[str] = ()) -> Run: ...
 
 
 @pytest.fixture
@@ -99,7 +104,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts runs; those that are left at the end are killed."""
     runs: list[Run] = []
 
-    def start_one(spec: dict[str, Any], *options: str) -> Run:
+    def start_one(spec: dict[str, Any], *options: str, under: Sequence[str] = ()) -> Run:
         manifest = tmp_path / "job.yaml"
         pools = [
             {"name": "cloud", "replicas": 1, "cloud": {}},
@@ -108,7 +113,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         task = {"image": "unused", "command": ["python", str(Path(__file__).with_name("counting_script.py"))]}
         job = {"apiVersion": "isthmus.dev/v1alpha1", "kind": "FederatedJob", "metadata": {"name": "demo"}}
         manifest.write_text(yaml.safe_dump({**job, "spec": {"pools": pools, "task": task, **spec}}))
-        runs.append(Run(manifest, tmp_path / "run", *options))
+        runs.append(Run(manifest, tmp_path / "run", *options, under=under))
         return runs[-1]
 
     yield start_one

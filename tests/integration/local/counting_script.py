@@ -1,6 +1,7 @@
 """A training script for tests: every round adds one to every weight.
 
-FAIL names a client that raises in round 2, DIVERGE one whose weights are infinite from then on.
+FAIL names a client that raises in round 2, DIVERGE one whose weights are infinite from then on; METRIC is the name of
+what is measured.
 """
 
 import os
@@ -14,7 +15,8 @@ model = torch.nn.Linear(3, 2)
 for parameter in model.parameters():
     torch.nn.init.zeros_(parameter)
 
-for rnd in isthmus.rounds(model, evaluate=lambda: {"accuracy": float(model.bias.detach()[0])}):
+metric = os.environ.get("METRIC", "accuracy")
+for rnd in isthmus.rounds(model, evaluate=lambda: {metric: float(model.bias.detach()[0])}):
     if os.environ.get("FAIL") == str(context.client) and rnd.number >= 2:
         raise ValueError(f"client {context.client} has had enough")
     with torch.no_grad():

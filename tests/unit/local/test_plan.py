@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.local.plan import LocalClient, backoff, client_environment, local_clients, local_command
+from isthmus.local.plan import LocalClient, backoff, client_environment, inherited, local_clients, local_command
 from isthmus_contracts.manifest import FederatedJob, parse_federated_job
 
 
@@ -73,6 +73,13 @@ def test_a_client_is_told_its_place(job: FederatedJob) -> None:
 def test_the_users_environment_reaches_the_script_but_another_federations_does_not(job: FederatedJob) -> None:
     told = environment(job, {"HOME": "/h", "ALPHA": "9", "ISTHMUS_POOL": "other", "ISTHMUS_DATA": "/d"})
     assert (told["HOME"], told["ALPHA"], told["ISTHMUS_POOL"], told["ISTHMUS_DATA"]) == ("/h", "0.3", "site", "/d")
+
+
+def test_a_place_in_a_process_group_that_the_shell_was_left_with_does_not_reach_the_clients(job: FederatedJob) -> None:
+    left = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1", "ROLE_RANK": "1",
+            "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "r"}  # fmt: skip
+    assert not environment(job, {**left, "HOME": "/h"}).keys() & left.keys()
+    assert not inherited(left).keys() & left.keys()
 
 
 def test_programs_beside_our_interpreter_are_found_first(job: FederatedJob) -> None:

@@ -1,10 +1,15 @@
 """What a user reads, in a pipe and in a terminal."""
 
+import errno
 import io
+import os
+from pathlib import Path
+from typing import TextIO, cast
 
 import pytest
 from rich.console import Console
 
+from isthmus.local.output import Output
 from isthmus.local.rounds import Round
 from isthmus.local.view import LiveView, PlainView, PoolView, Snapshot, format_value, round_line
 
@@ -37,6 +42,47 @@ def test_a_pipe_gets_each_activity_once_and_problems_on_the_side() -> None:
     assert err.getvalue() == "oh\n"
 
 
+class Torn(io.StringIO):
+    """A pipe whose reader goes away after the first line."""
+
+    def __init__(self, nowhere: int) -> None:
+        super().__init__()
+        self._descriptor = nowhere
+
+    def write(self, text: str) -> int:
+        if "\n" in self.getvalue():
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        return super().write(text)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+
+def test_a_reader_that_goes_away_is_told_once_and_stops_nothing(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb") as file:
+        torn, lost = Torn(file.fileno()), list[OSError]()
+        view = PlainView(9, Output(torn, lost.append), io.StringIO())
+        for number in range(1, 10):
+            view.tell_round(Round(number, 1.0, 2))
+        view.close()
+        os.write(file.fileno(), b"what the stream still held")
+    assert torn.getvalue().startswith("round 1/9")
+    assert [error.strerror for error in lost] == ["Broken pipe"]
+    assert (tmp_path / "out").read_bytes() == b""  # Python's last flush cannot fail again
+
+
+def test_a_terminal_that_goes_away_stops_nothing(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb") as file:
+        lost: list[OSError] = []
+        screen = cast(TextIO, Output(Torn(file.fileno()), lost.append))
+        view = LiveView(Console(file=screen, force_terminal=True, width=120, highlight=False), 9)
+        for number in range(1, 10):
+            view.show(Snapshot("training", number, 9))
+            view.tell_round(Round(number, 1.0, 2))
+        view.close()
+    assert len(lost) == 1
+
+
 def test_a_terminal_gets_a_bar_and_a_table() -> None:
     screen = io.StringIO()
     view = LiveView(Console(file=screen, force_terminal=True, width=120, highlight=False), 20)
@@ -46,5 +92,5 @@ def test_a_terminal_gets_a_bar_and_a_table() -> None:
     view.warn("lumi-3 is [given] up")
     view.close()
     text = screen.getvalue()
-    for part in ("training", "7/20", "cloud", "lumi", "accuracy 0.8750", "lumi-3 is [given] up", "left"):
+    for part in ("training", "7/20", "cloud", "lumi", "accuracy 0.8750", "lumi-3 is [given] up", "remaining"):
         assert part in text

@@ -1,0 +1,67 @@
+"""Who is left of a run's clients, and when that is too few."""
+
+from collections.abc import Sequence
+
+from isthmus_contracts.manifest import FederatedJob
+from isthmus_contracts.pb import federation_pb2 as pb
+
+from .plan import LocalClient
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 client``, ``2 clients``, ``3 processes``"""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number} {noun if number == 1 else plural}"
+
+
+class Roster:
+    """The clients of a run, and what has become of each."""
+
+    def __init__(self, job: FederatedJob, clients: Sequence[LocalClient]) -> None:
+        self._spec = job.spec
+        self.clients = clients
+        self.failed: set[LocalClient] = set()
+        """Given up."""
+        self.left: set[LocalClient] = set()
+        """Ended without an error."""
+        self._first: dict[LocalClient, str] = {}
+        self._newest = ""
+
+    def note_failure(self, client: LocalClient, how: str) -> None:
+        """Notes how a client's process failed; ``how``: the last line that it wrote."""
+        self._first.setdefault(client, how)
+        self._newest = f"{client.name}: {how}" if how else ""
+
+    @property
+    def expected(self) -> int:
+        """How many clients there are or may yet be; 0 where the manifest has said how many are enough."""
+        if self._spec.selection.min_clients is not None:
+            return 0
+        return len(self.clients) - len(self.failed) - len(self.left)
+
+    @property
+    def common_failure(self) -> str:
+        """The line with which every client failed the first time; empty where they differ, or one has not failed."""
+        lines = set(self._first.values())
+        return lines.pop() if len(self._first) == len(self.clients) and len(lines) == 1 else ""
+
+    def shortage(self, phase: "pb.FederationStatus.Phase.ValueType") -> str:
+        """Why the run can never end, since too few clients are left; empty while it can."""
+        if phase in (pb.FederationStatus.EVALUATING, pb.FederationStatus.COMPLETE):
+            return ""
+        spec, trainers = self._spec, [c for c in self.clients if self._spec.pool(c.pool).role == "Train"]
+        remaining = [c for c in trainers if c not in self.failed and c not in self.left]
+        waiting = phase in (pb.FederationStatus.WAITING, pb.FederationStatus.INITIALIZING)
+        needed = max(spec.min_updates, spec.min_clients) if waiting else spec.min_updates
+        if len(remaining) >= needed:
+            return ""
+        failed, left = len(self.failed.intersection(trainers)), len(self.left.intersection(trainers))
+        gone = [f"{failed} failed"] if failed or not left else []
+        gone += [f"{left} ended without an error"] if left else []
+        which = "clients" if len(trainers) == len(self.clients) else "clients that train"
+        text = f"{len(remaining)} of {len(trainers)} {which} remain ({', '.join(gone)}) where a round needs {needed}"
+        if failed and self._newest:
+            return f"{text}; {self._newest}"
+        if left and not failed:
+            return f"{text}; does the script loop over isthmus.rounds() until training is complete?"
+        return text

@@ -1,0 +1,155 @@
+"""Programs under their supervisors: they leave nothing behind, and nobody else is signalled."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from isthmus.local.process import Child
+
+DEADLINE = 120.0
+# A family of the kinds that launchers make: a child in the group, one in a session of its own, and a grandchild whose
+# parents have ended, in yet another session. Each writes its number.
+FAMILY = """
+sh -c 'echo $$ > group; exec sleep 1000' &
+setsid sh -c 'echo $$ > session; exec sleep 1000' &
+(setsid sh -c 'sh -c "echo \\$\\$ > orphan; exec sleep 1000" &' &)
+while ! [ -s group ] || ! [ -s session ] || ! [ -s orphan ]; do sleep 0.05; done
+"""
+MEMBERS = ("group", "session", "orphan")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def await_that(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+def members(directory: Path) -> list[int]:
+    return [int((directory / name).read_text()) for name in MEMBERS]
+
+
+def run(directory: Path, work: Callable[[Child], Awaitable[None]], *argv: str) -> Child:
+    """Runs a program in the directory, and does some work with it."""
+
+    async def main() -> Child:
+        child = await Child.spawn(argv, dict(os.environ), directory / "log", directory)
+        await work(child)
+        return child
+
+    return asyncio.run(main())
+
+
+async def exit_code(child: Child, code: int) -> None:
+    assert await child.wait() == code
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [("exit 0", 0), ("exit 7", 7), ("kill -SEGV $$", -signal.SIGSEGV), ("kill -KILL $$", -signal.SIGKILL)],
+)
+def test_a_program_ends_as_it_would_alone(tmp_path: Path, program: str, code: int) -> None:
+    run(tmp_path, lambda child: exit_code(child, code), "sh", "-c", program)
+
+
+def test_a_program_that_cannot_start_is_named(tmp_path: Path) -> None:
+    child = run(tmp_path, lambda child: exit_code(child, 127), "no-such-program")
+    assert child.last_lines(1) == ["no-such-program: No such file or directory"]
+
+
+def test_a_broken_pipe_ends_a_program_as_in_a_shell(tmp_path: Path) -> None:
+    """Python ignores SIGPIPE, and the program must not inherit that."""
+    child = run(tmp_path, lambda child: exit_code(child, 0), "sh", "-c", "yes | head -n 1")
+    assert child.last_lines(5) == ["y"]  # and no complaint of `yes`
+
+
+def test_what_a_program_leaves_behind_ends_with_it(tmp_path: Path) -> None:
+    run(tmp_path, lambda child: exit_code(child, 3), "sh", "-c", FAMILY + "exit 3")
+    assert not any(alive(pid) for pid in members(tmp_path))
+
+
+@pytest.mark.parametrize("trap", ["trap '' TERM", "trap 'exit 4' TERM"])
+def test_a_stopped_program_ends_with_all_that_it_started(tmp_path: Path, trap: str) -> None:
+    async def stop(child: Child) -> None:
+        await asyncio.to_thread(await_that, (tmp_path / "ready").exists, "the family is there")
+        patient = "exit" in trap
+        await child.stop(DEADLINE if patient else 0.2, asyncio.Event())
+        assert await child.wait() == (4 if patient else -signal.SIGKILL)
+
+    run(tmp_path, stop, "sh", "-c", f"{trap}\n{FAMILY}\n: > ready\nwhile :; do sleep 0.05; done")
+    assert not any(alive(pid) for pid in members(tmp_path))
+
+
+RUNNER = """
+import asyncio, os, sys
+from pathlib import Path
+from isthmus.local.process import Child
+
+async def main():
+    child = await Child.spawn(["sh", "-c", sys.argv[1]], dict(os.environ), Path("log"), None)
+    print("started", flush=True)
+    await child.wait()
+
+asyncio.run(main())
+"""
+
+
+def start_runner(directory: Path, program: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", RUNNER, program]
+    return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE)
+
+
+def test_killing_the_runner_leaves_no_process_in_any_session(tmp_path: Path) -> None:
+    runner = start_runner(tmp_path, "trap '' TERM HUP\n" + FAMILY + "\n: > ready\nsleep 1000")
+    await_that((tmp_path / "ready").exists, "the family is there")
+    runner.kill()
+    runner.communicate()
+    await_that(lambda: not any(alive(pid) for pid in members(tmp_path)), "all have ended")
+
+
+def test_killing_the_supervisor_ends_the_program(tmp_path: Path) -> None:
+    runner = start_runner(tmp_path, "echo $PPID > supervisor; echo $$ > program; exec sleep 1000")
+    await_that(lambda: (tmp_path / "program").exists() and bool((tmp_path / "program").read_text()), "it runs")
+    os.kill(int((tmp_path / "supervisor").read_text()), signal.SIGKILL)
+    await_that(lambda: not alive(int((tmp_path / "program").read_text())), "it has ended")
+    runner.communicate(timeout=DEADLINE)
+    assert runner.returncode == 0
+
+
+def test_a_program_that_has_ended_is_never_signalled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may be another's by then."""
+    signalled: list[int] = []
+    for name in ("kill", "killpg"):
+        monkeypatch.setattr(os, name, lambda pid, number: signalled.append(pid))
+
+    async def stop_late(child: Child) -> None:
+        await child.wait()
+        child.send(signal.SIGTERM)
+        await child.stop(1.0, asyncio.Event())
+
+    run(tmp_path, stop_late, "true")
+    assert signalled == []
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+    """As nohup wants it."""
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        program = "kill -HUP $PPID; kill -HUP $$; exit 5"
+        run(tmp_path, lambda child: exit_code(child, 5), "sh", "-c", program)
+    finally:
+        signal.signal(signal.SIGHUP, handler)
