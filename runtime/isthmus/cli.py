@@ -37,6 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(options.verb(job, options))
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError("must be 0 or more")
+    return value
+
+
 def _prepare_output() -> None:
     """Lets no character stop us, be the output in ASCII or a file's name no text, nor an output that was closed."""
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -61,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     earlier = run.add_mutually_exclusive_group()
     earlier.add_argument("--resume", action="store_true", help="go on from the checkpoints of an earlier run")
     earlier.add_argument("--overwrite", action="store_true", help="remove an earlier run, and start over")
+    run.add_argument("--finish-seconds", type=_seconds, default=600.0, metavar="SECONDS",
+                     help="how long scripts may go on once training is complete (default: 600)")  # fmt: skip
     run.set_defaults(verb=_run)
 
     validate = verbs.add_parser("validate", help="check a FederatedJob's manifest")
@@ -74,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(job: FederatedJob, options: argparse.Namespace) -> int:
+    from .local.preflight import CommandError
     from .local.rundir import RunDirectoryError
     from .local.runner import run_job
     from .local.view import make_view
@@ -88,9 +98,10 @@ def _run(job: FederatedJob, options: argparse.Namespace) -> int:
     view = make_view(job.spec.rounds)
     try:
         return run_job(
-            job, root, view, code=code, resume=options.resume, overwrite=options.overwrite, again=shlex.join(again)
+            job, root, view, manifest=options.manifest, code=code, resume=options.resume, overwrite=options.overwrite,
+            again=shlex.join(again), finish_seconds=options.finish_seconds,
         )  # fmt: skip
-    except RunDirectoryError as error:
+    except (RunDirectoryError, CommandError) as error:
         problem = str(error)
     finally:
         view.close()

@@ -206,6 +206,11 @@ class ObserverStub:
                 request_serializer=isthmus__contracts_dot_pb_dot_federation__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=isthmus__contracts_dot_pb_dot_federation__pb2.FederationStatus.FromString,
                 _registered_method=True)
+        self.WaitFor = channel.unary_unary(
+                '/isthmus.federation.v1alpha1.Observer/WaitFor',
+                request_serializer=isthmus__contracts_dot_pb_dot_federation__pb2.WaitForRequest.SerializeToString,
+                response_deserializer=isthmus__contracts_dot_pb_dot_federation__pb2.WaitForReply.FromString,
+                _registered_method=True)
 
 
 class ObserverServicer:
@@ -225,6 +230,13 @@ class ObserverServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WaitFor(self, request, context):
+        """Changes how many clients the aggregator waits for before its first round, besides the quorum.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ObserverServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -237,6 +249,11 @@ def add_ObserverServicer_to_server(servicer, server):
                     servicer.WatchStatus,
                     request_deserializer=isthmus__contracts_dot_pb_dot_federation__pb2.GetStatusRequest.FromString,
                     response_serializer=isthmus__contracts_dot_pb_dot_federation__pb2.FederationStatus.SerializeToString,
+            ),
+            'WaitFor': grpc.unary_unary_rpc_method_handler(
+                    servicer.WaitFor,
+                    request_deserializer=isthmus__contracts_dot_pb_dot_federation__pb2.WaitForRequest.FromString,
+                    response_serializer=isthmus__contracts_dot_pb_dot_federation__pb2.WaitForReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -294,6 +311,33 @@ class Observer:
             '/isthmus.federation.v1alpha1.Observer/WatchStatus',
             isthmus__contracts_dot_pb_dot_federation__pb2.GetStatusRequest.SerializeToString,
             isthmus__contracts_dot_pb_dot_federation__pb2.FederationStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WaitFor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.federation.v1alpha1.Observer/WaitFor',
+            isthmus__contracts_dot_pb_dot_federation__pb2.WaitForRequest.SerializeToString,
+            isthmus__contracts_dot_pb_dot_federation__pb2.WaitForReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -93,6 +93,8 @@ class ObserverStub:
     GetStatus: _grpc.UnaryUnaryMultiCallable[_federation_pb2.GetStatusRequest, _federation_pb2.FederationStatus]
     WatchStatus: _grpc.UnaryStreamMultiCallable[_federation_pb2.GetStatusRequest, _federation_pb2.FederationStatus]
     """Sends the status at once, then again whenever it changes."""
+    WaitFor: _grpc.UnaryUnaryMultiCallable[_federation_pb2.WaitForRequest, _federation_pb2.WaitForReply]
+    """Changes how many clients the aggregator waits for before its first round, besides the quorum."""
 
 @_typing.type_check_only
 class ObserverAsyncStub(ObserverStub):
@@ -102,6 +104,8 @@ class ObserverAsyncStub(ObserverStub):
     GetStatus: _aio.UnaryUnaryMultiCallable[_federation_pb2.GetStatusRequest, _federation_pb2.FederationStatus]  # type: ignore[assignment]
     WatchStatus: _aio.UnaryStreamMultiCallable[_federation_pb2.GetStatusRequest, _federation_pb2.FederationStatus]  # type: ignore[assignment]
     """Sends the status at once, then again whenever it changes."""
+    WaitFor: _aio.UnaryUnaryMultiCallable[_federation_pb2.WaitForRequest, _federation_pb2.WaitForReply]  # type: ignore[assignment]
+    """Changes how many clients the aggregator waits for before its first round, besides the quorum."""
 
 class ObserverServicer(metaclass=_abc_1.ABCMeta):
     """For the operator (and a local runner): the aggregator itself has no rights in the cluster."""
@@ -120,5 +124,13 @@ class ObserverServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_federation_pb2.FederationStatus], _abc.AsyncIterator[_federation_pb2.FederationStatus]]:
         """Sends the status at once, then again whenever it changes."""
+
+    @_abc_1.abstractmethod
+    def WaitFor(
+        self,
+        request: _federation_pb2.WaitForRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.WaitForReply, _abc.Awaitable[_federation_pb2.WaitForReply]]:
+        """Changes how many clients the aggregator waits for before its first round, besides the quorum."""
 
 def add_ObserverServicer_to_server(servicer: ObserverServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

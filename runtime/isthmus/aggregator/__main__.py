@@ -1,7 +1,7 @@
 """``python -m isthmus.aggregator``: serves one job until it is complete.
 
-Exit codes: 0 complete; 1 failed for good, or by an error that nobody foresaw; 143 stopped by SIGTERM. After the latter
-two it resumes when started again.
+Exit codes: 0 complete; 1 failed for good, or by an error that nobody foresaw; 75 its port is taken; 143 stopped by
+SIGTERM. After the latter three it resumes when started again.
 """
 
 import argparse
@@ -11,8 +11,10 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from grpc import aio
 from prometheus_client import start_http_server
@@ -26,6 +28,7 @@ from ..allocator import keep_memory_flat
 from ..strategies import StrategyError, make_strategy
 from .budget import protect
 from .checkpoints import CheckpointError, CheckpointStore
+from .exits import EXIT_PORT_TAKEN
 from .federation import Federation
 from .job import load_job
 from .metrics import AggregatorMetrics
@@ -34,6 +37,8 @@ from .termination import termination_message
 from .tracking.tracker import make_tracker
 
 log = logging.getLogger("isthmus.aggregator")
+
+T = TypeVar("T")
 
 # After completion: how long clients may take to hear it and go, and an observer to read it. Seconds.
 FAREWELL_SECONDS = 15.0
@@ -44,6 +49,10 @@ TRACKING_SECONDS = 30.0
 TRACKING_SECONDS_WHEN_STOPPED = 5.0
 # Of an unexpected error's own text. Characters.
 _LONGEST_ERROR = 500
+
+
+class PortTakenError(Exception):
+    """Another program holds a port. ``str()`` is one line."""
 
 
 def main() -> None:
@@ -58,6 +67,10 @@ def main() -> None:
     parser.add_argument("--ports-file", type=Path, help="where to write the ports, as JSON, once it listens")
     parser.add_argument("--termination-log", type=Path, default=Path("/dev/termination-log"),
                         help="the final status goes here, where the file exists")  # fmt: skip
+    parser.add_argument("--wait-for", type=int, default=0, metavar="CLIENTS",
+                        help="before the first round wait for so many clients, if the quorum is less")  # fmt: skip
+    parser.add_argument("--stay", action="store_true",
+                        help="serve on after completion, until SIGTERM: clients that come late hear of it")  # fmt: skip
     arguments = parser.parse_args()
     keep_memory_flat()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
@@ -68,6 +81,11 @@ def main() -> None:
         _leave(arguments.termination_log, termination_message(status))
         print(f"isthmus.aggregator: {error}", file=sys.stderr)
         sys.exit(1)
+    except PortTakenError as error:
+        # No status either: a restart may find the port free.
+        _leave(arguments.termination_log, str(error))
+        print(f"isthmus.aggregator: {error}", file=sys.stderr)
+        sys.exit(EXIT_PORT_TAKEN)
     except Exception as error:
         # No status: that would end the job, which a restart may go on with. Python writes the trace, and exits with 1.
         text = one_line(f"{type(error).__name__}: {error}", _LONGEST_ERROR)
@@ -88,16 +106,15 @@ async def serve(arguments: argparse.Namespace) -> int:
     strategy, budget = protect(job.spec, rule)
     tracker = make_tracker(job, arguments.state)
     federation = Federation(job, store, strategy, metrics, tracker, budget)
+    federation.wait_for(arguments.wait_for)
     observer = ObserverService(federation)
-
     server = aio.server(options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", HEADER_BYTES)])
     server.add_generic_rpc_handlers((FederationService(federation).handler(), observer.handler()))
-    try:
-        port = server.add_secure_port(arguments.listen, credentials)
-        host, _, metrics_port = arguments.metrics.rpartition(":")
-        metrics_server, _ = start_http_server(int(metrics_port), host, metrics.registry)
-    except (RuntimeError, OSError) as error:
-        raise ManifestError([f"cannot listen on {arguments.listen} or {arguments.metrics}: {error}"]) from None
+    port = _bound(arguments.listen, lambda: server.add_secure_port(arguments.listen, credentials))
+    host, _, metrics_port = arguments.metrics.rpartition(":")
+    metrics_server, _ = _bound(
+        arguments.metrics, lambda: start_http_server(int(metrics_port), host, metrics.registry)
+    )  # fmt: skip
     await server.start()
     if arguments.ports_file:
         _write_atomically(
@@ -122,15 +139,23 @@ async def serve(arguments: argparse.Namespace) -> int:
             await _clients_gone(federation)  # one that did not hear would call for half an hour
             raise
         _leave(arguments.termination_log, termination_message(federation.status()))
-        await _farewell(federation, observer, stopped)
+        await (stopped.wait() if arguments.stay else _farewell(federation, observer, stopped))
         return 0
     finally:
         for task in (training, stopping):
             task.cancel()
         await server.stop(grace=1.0)
-        patience = TRACKING_SECONDS_WHEN_STOPPED if stopped.is_set() else TRACKING_SECONDS
-        await asyncio.to_thread(tracker.close, patience)
+        in_time = not stopped.is_set() or (arguments.stay and training.done())
+        await asyncio.to_thread(tracker.close, TRACKING_SECONDS if in_time else TRACKING_SECONDS_WHEN_STOPPED)
         metrics_server.shutdown()
+
+
+def _bound(address: str, bind: Callable[[], T]) -> T:
+    """Takes a port. Raises :class:`PortTakenError`."""
+    try:
+        return bind()
+    except (RuntimeError, OSError) as error:
+        raise PortTakenError(f"cannot listen on {address}: {error}") from None
 
 
 def _stop_signals() -> asyncio.Event:

@@ -36,6 +36,8 @@ class Course:
     """What the clients measured while they trained for the round in progress."""
     examples: int = 0
     """Of the updates of the round in progress."""
+    awaited: int | None = 0
+    """How many clients are to be there before the first round of this process; None once they were."""
     initialization: Initialization = field(default_factory=Initialization)
     """Who is asked for the first weights."""
     initial: State | None = None

@@ -128,6 +128,13 @@ class Federation:
             log.info("the privacy budget ends after round %d of %d", checkpoint.round, self.spec.rounds)
         return spent
 
+    def wait_for(self, clients: int) -> None:
+        """Sets how many clients, those included that only evaluate, are to be there before the first round of this
+        process, besides the quorum. Without effect once they were."""
+        if self.course.awaited is not None:
+            self.course.awaited = clients
+            self.course.changes.ring()
+
     def dismiss(self, reason: "pb.Stop.Reason.ValueType", message: str) -> None:
         """Tells every client to stop."""
         for client in self.members:
@@ -150,11 +157,18 @@ class Federation:
         return checkpoint
 
     async def _wait_for_quorum(self) -> None:
-        while (ready := len(self.members.trainers())) < self.spec.min_clients:
-            self.course.phase = pb.FederationStatus.WAITING
-            self.course.message = f"{ready} of {self.spec.min_clients} needed clients are connected"
+        while message := self._missing():
+            self.course.phase, self.course.message = pb.FederationStatus.WAITING, message
             await self._changed()
-        self.course.message = ""
+        self.course.awaited, self.course.message = None, ""
+
+    def _missing(self) -> str:
+        """Which clients a round cannot begin without; empty where they are there."""
+        ready, needed = len(self.members.trainers()), self.spec.min_clients
+        if ready < needed:
+            return f"{ready} of {needed} needed clients are connected"
+        connected, awaited = len(self.members.ready()), self.course.awaited or 0
+        return f"{connected} of {awaited} clients are connected" if connected < awaited else ""
 
     async def _train(self, base: Checkpoint) -> Checkpoint:
         """One round on top of ``base``; returns when its checkpoint is durable."""

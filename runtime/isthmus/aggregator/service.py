@@ -191,6 +191,9 @@ class ObserverService:
             "WatchStatus": grpc.unary_stream_rpc_method_handler(
                 self.WatchStatus, _lenient(pb.GetStatusRequest), pb.FederationStatus.SerializeToString
             ),
+            "WaitFor": grpc.unary_unary_rpc_method_handler(
+                self.WaitFor, _lenient(pb.WaitForRequest), pb.WaitForReply.SerializeToString
+            ),
         }
         return grpc.method_handlers_generic_handler(_OBSERVER, methods)
 
@@ -208,6 +211,12 @@ class ObserverService:
             status = self._federation.status()
             yield status
             self._seen(status)
+
+    async def WaitFor(self, request: pb.WaitForRequest, context: Context) -> pb.WaitForReply:
+        """See federation.proto."""
+        await self._authenticate(context)
+        self._federation.wait_for(request.clients)
+        return pb.WaitForReply()
 
     def _seen(self, status: pb.FederationStatus) -> None:
         if status.phase == pb.FederationStatus.COMPLETE:

@@ -65,20 +65,45 @@ def _look_after(program: int, waking: int) -> int | None:
     """Passes signals on until the program ends; its wait status, or None where the runner wants its end."""
     if (status := _reap(program)) is not None:  # before we listened
         return status
+    told = False
+    while True:
+        signals = _await_signals(waking)
+        if (status := _reap(program)) is not None:  # from here to the next look the group's number is its own
+            if told:
+                _await_group(program, waking)
+            return status
+        if signals is None:
+            os.killpg(program, signal.SIGKILL)
+            return None
+        for number in signals:
+            os.killpg(program, number)
+            told = True
+
+
+def _await_group(program: int, waking: int) -> None:
+    """Waits until the rest of the program's group has ended, too, or the runner is out of patience.
+
+    A shell ends at once by the signal after which the script that it runs may still hand something in.
+    """
+    with suppress(ChildProcessError):  # nobody is left
+        while _reap(program) is None and any(group == program for _, group in _children()):
+            if _await_signals(waking) is None:
+                return
+
+
+def _await_signals(waking: int) -> list[int] | None:
+    """Waits for something to happen; the signals that the group is to get, or None when the runner wants its end."""
     poll = select.poll()
     poll.register(_LIFELINE, select.POLLIN)
     poll.register(waking, select.POLLIN)
-    while True:
-        ready = [descriptor for descriptor, _ in poll.poll()]
-        ours = os.read(waking, 4096) if waking in ready else b""
-        theirs = os.read(_LIFELINE, 64) if _LIFELINE in ready else b""
-        if (status := _reap(program)) is not None:  # from here to the next look the group's number is its own
-            return status
-        if _LIFELINE in ready and not theirs:
-            os.killpg(program, signal.SIGKILL)
+    ready = [descriptor for descriptor, _ in poll.poll()]
+    signals = [number for number in os.read(waking, 4096) if number in _FORWARDED] if waking in ready else []
+    if _LIFELINE in ready:
+        theirs = os.read(_LIFELINE, 64)
+        if not theirs:
             return None
-        for number in (*filter(_FORWARDED.__contains__, ours), *theirs):
-            os.killpg(program, number)
+        signals += theirs
+    return signals
 
 
 def _reap(program: int) -> int | None:
@@ -95,7 +120,7 @@ def _sweep(program: int) -> int:
     """Kills every process that is left, generation by generation; the program's wait status, if it is among them."""
     result = 0
     while True:
-        killed = [pid for pid in _children() if _kill(pid)]
+        killed = [pid for pid, _ in _children() if _kill(pid)]
         try:
             # Where nothing could be killed, what is left has become another user's.
             pid, status = os.waitpid(-1, 0 if killed else os.WNOHANG)
@@ -115,27 +140,33 @@ def _kill(pid: int) -> bool:
     return True
 
 
-def _children() -> list[int]:
-    """Our children and those that we have adopted, ended ones included until they are reaped."""
-    us = os.getpid()
+def _children() -> list[tuple[int, int]]:
+    """Our children and those that we have adopted, ended ones included until they are reaped, each with its group."""
+    found, us = [], os.getpid()
     try:
         with os.scandir("/proc") as entries:
-            return [int(entry.name) for entry in entries if entry.name.isdigit() and _parent(entry.path) == us]
+            for entry in entries:
+                if entry.name.isdigit():
+                    parent, group = _parent_and_group(entry.path)
+                    if parent == us:
+                        found.append((int(entry.name), group))
     except OSError:  # not Linux
         return []
+    return found
 
 
-def _parent(process: str) -> int:
-    """The parent of the process with this directory in /proc; 0 where it has just gone."""
+def _parent_and_group(process: str) -> tuple[int, int]:
+    """Of the process with this directory in /proc; zeros where it has just gone."""
     try:
         file = os.open(f"{process}/stat", os.O_RDONLY)
     except OSError:
-        return 0
+        return 0, 0
     try:
-        # After the program's name, which may hold spaces and parentheses: state, parent.
-        return int(os.read(file, 4096).rpartition(b")")[2].split()[1])
+        # After the program's name, which may hold spaces and parentheses: state, parent, group.
+        fields = os.read(file, 4096).rpartition(b")")[2].split()
+        return int(fields[1]), int(fields[2])
     except OSError:
-        return 0
+        return 0, 0
     finally:
         os.close(file)
 

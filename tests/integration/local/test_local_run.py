@@ -1,8 +1,10 @@
 """``isthmus run``: a real aggregator, real clients, and everything that may happen to them."""
 
+import json
 import os
 import re
 import signal
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,21 +146,138 @@ def test_a_round_that_waits_says_why(start: "Start", monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_ends_when_too_few_clients_are_left(start: "Start") -> None:
-    command = ["python", "-c", "raise ValueError('no data here')"]
+    # Each says something else: no failure that all share.
+    command = ["python", "-c", "import os; raise ValueError('no data in ' + os.environ['ISTHMUS_POOL'])"]
     run = start({"rounds": 2, "task": {"image": "unused", "command": command}, "backoffLimit": 1})
     assert run.finish() == 1
     assert run.processes() == {}
-    assert "ValueError: no data here" in run.err
+    assert "ValueError: no data in cloud" in run.err
     assert "attempt 1 of 1" in run.err
-    end = r"^isthmus: 1 of 2 clients remain \(1 failed\) where a round needs 2; (cloud|hpc)-0: ValueError: no data here; the logs are in "
+    why = "(cloud|hpc)-0: ValueError: no data in (cloud|hpc)"
+    end = rf"^isthmus: 1 of 2 clients remain \(1 failed\) where a round needs 2; {why}; the logs are in "
     assert re.search(end, run.err, re.MULTILINE)
 
 
 def test_a_program_that_does_not_exist_is_named(start: "Start") -> None:
     task = {"image": "unused", "command": ["no-such-program"]}
     run = start({"rounds": 2, "task": task, "backoffLimit": 0})
+    assert run.finish() == 2
+    assert run.err.startswith("isthmus: task.command: no-such-program: no such program in PATH")
+    assert len(run.err.splitlines()) == 1 and not run.directory.exists()
+
+
+def test_a_failure_that_all_clients_share_ends_the_run_with_its_cause(start: "Start") -> None:
+    task = {"image": "unused", "command": ["python", "-c", "import no_such_module"]}
+    run = start({"rounds": 2, "task": task})
     assert run.finish() == 1
-    assert "no-such-program: No such file or directory" in run.err
+    assert run.processes() == {}
+    cause = (
+        "isthmus: every client failed at its start: ModuleNotFoundError: No module named 'no_such_module'; the logs are"
+    )
+    assert run.err.splitlines()[-1].startswith(cause)
+    assert "is given up" not in run.err
+
+
+def test_the_first_round_waits_for_all_clients_and_runs_agree_bit_for_bit(start: "Start", tmp_path: Path) -> None:
+    """Also with a client that comes last, and one that never will."""
+    pools = [{"name": "late", "replicas": 2, "cloud": {}}, {"name": "broken", "replicas": 1, "cloud": {}}]
+    script = tmp_path / "noisy.py"
+    script.write_text(
+        "import os, time, torch, isthmus\n"
+        "context = isthmus.context()\n"
+        "assert context.pool != 'broken', 'no data'\n"
+        "if context.index == 1:\n"
+        "    time.sleep(3)\n"
+        "torch.manual_seed(context.client)\n"
+        "model = torch.nn.Linear(7, 5)\n"
+        "for rnd in isthmus.rounds(model):\n"
+        "    with torch.no_grad():\n"
+        "        model.weight.add_(torch.randn(5, 7) / rnd.number)\n"
+        "    rnd.submit(num_examples=context.client + 1)\n"
+    )
+    task = {"image": "unused", "command": ["python", str(script)]}
+    models = []
+    for name in ("one", "two"):
+        spec = {"rounds": 3, "task": task, "pools": pools, "backoffLimit": 0, "stragglers": {"minUpdates": 1}}
+        run = start({**spec, "strategy": {"algorithm": "FedAvg", "deterministic": True}}, "--dir", str(tmp_path / name))
+        assert run.finish() == 0, run.err
+        assert re.search(r"^round 1/3: 2 updates, ", run.out, re.MULTILINE), run.out
+        assert re.search(r"^[12] of 3 clients connected$", run.out, re.MULTILINE), run.out
+        models.append(weights(tmp_path / name / "model.pt"))
+    assert torch.equal(*models)
+
+
+AFTERWARDS = """
+import os, signal, sys, time, torch, isthmus
+client, model = isthmus.context().client, torch.nn.Linear(1, 1)
+for rnd in isthmus.rounds(model):
+    rnd.submit(num_examples=1)
+{then}
+print("the script has come to its end")
+"""
+
+
+def test_what_follows_the_loop_runs_to_its_end(start: "Start") -> None:
+    # One client comes when training is complete: it ends, too.
+    then = "time.sleep(12)\nif client: raise OSError('no room for the report')"
+    late = f"import isthmus, time\nif isthmus.context().pool == 'hpc': time.sleep(5)\n{AFTERWARDS.format(then=then)}"
+    spec = {"rounds": 1, "selection": {"minClients": 1}, "stragglers": {"roundDeadlineSeconds": 3600}}
+    run = start({**spec, "task": {"image": "unused", "command": ["python", "-c", late]}})
+    assert run.finish() == 0, run.err
+    assert run.processes() == {}
+    assert "training is complete; waiting for the scripts to end" in run.out
+    assert (run.directory / "logs" / "cloud-0.log").read_text().endswith("the script has come to its end\n")
+    assert "hpc-0 failed after training was complete (exit code 1)" in run.err
+    assert run.err.splitlines()[-1] == "  OSError: no room for the report"
+    assert run.out.splitlines()[-1].startswith("model: ")
+
+
+def test_what_follows_the_loop_has_its_bound(start: "Start") -> None:
+    task = {"image": "unused", "command": ["python", "-c", AFTERWARDS.format(then="if client: time.sleep(1000)")]}
+    run = start({"rounds": 1, "task": task}, "--finish-seconds", "15")
+    assert run.finish() == 0, run.err
+    assert run.processes() == {}
+    assert run.err == "hpc-0: stopped, as the script still ran 15 s after training was complete (--finish-seconds)\n"
+
+
+def test_an_interrupt_ends_what_follows_the_loop(start: "Start") -> None:
+    run = start(
+        {
+            "rounds": 1,
+            "task": {"image": "unused", "command": ["python", "-c", AFTERWARDS.format(then="time.sleep(1000)")]},
+        }
+    )
+    run.wait_for_line("training is complete; ")
+    run.process.send_signal(signal.SIGINT)
+    assert run.finish() == 130
+    assert run.processes() == {}
+    assert run.out.splitlines()[-1].startswith("model: ")
+
+
+def test_an_aggregator_whose_port_is_taken_is_started_again(start: "Start") -> None:
+    run = start({"rounds": ENDLESS, "backoffLimit": 5})
+    run.wait_for_line("round 2/")
+    aggregator = run.pid("isthmus.aggregator")
+    port = json.loads((run.directory / "ports.json").read_text())["port"]
+    os.kill(aggregator, signal.SIGKILL)
+    taken = socket.socket()
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    run.wait_for(lambda: taken_now(taken, port), "the port")
+    with taken:
+        run.wait_for(lambda: f"the aggregator ended (cannot listen on 127.0.0.1:{port}" in run.err, "a failed start")
+    before = len(rounds_told(run.out))
+    run.wait_for(lambda: len(rounds_told(run.out)) > before + 3, "more rounds")
+    run.process.send_signal(signal.SIGINT)
+    assert run.finish() == 130
+
+
+def taken_now(server: socket.socket, port: int) -> bool:
+    try:
+        server.bind(("127.0.0.1", port))
+        server.listen()
+    except OSError:
+        return False
+    return True
 
 
 def test_a_run_ends_at_its_deadline(start: "Start") -> None:

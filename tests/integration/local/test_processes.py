@@ -94,6 +94,19 @@ def test_a_stopped_program_ends_with_all_that_it_started(tmp_path: Path, trap: s
     assert not any(alive(pid) for pid in members(tmp_path))
 
 
+def test_a_script_finishes_though_the_shell_around_it_has_gone(tmp_path: Path) -> None:
+    """The signal ends the shell at once, and the script hands in what it has."""
+    script = "trap 'sleep 1; echo handed in; exit 0' TERM; : > ready; while :; do sleep 0.05; done"
+
+    async def stop(child: Child) -> None:
+        await asyncio.to_thread(await_that, (tmp_path / "ready").exists, "it runs")
+        await child.stop(DEADLINE, asyncio.Event())
+
+    child = run(tmp_path, stop, "sh", "-c", f'setsid sleep 1000 & sh -c "{script}"; echo never')
+    lines = child.last_lines(9)
+    assert lines[-1] == "handed in" and "never" not in lines
+
+
 RUNNER = """
 import asyncio, os, sys
 from pathlib import Path

@@ -92,6 +92,22 @@ def trial(tmp_path: Path) -> Trial:
     return Trial(tmp_path, Scripted())
 
 
+async def test_the_first_round_waits_for_clients_beyond_the_quorum(trial: Trial) -> None:
+    federation, course = trial.federation, trial.federation.course
+    federation.wait_for(3)
+    running = asyncio.create_task(federation.run())
+    for index in range(2):
+        federation.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
+    await trial.until(lambda: federation.status().message == "2 of 3 clients are connected")
+    assert course.phase == pb.FederationStatus.WAITING
+    federation.wait_for(2)  # one is given up
+    await trial.until(lambda: course.phase == pb.FederationStatus.INITIALIZING)
+    federation.wait_for(3)  # too late
+    await trial.push(0, number=0, buffers=["statistics"])
+    await trial.until(lambda: course.round)
+    running.cancel()
+
+
 async def test_a_repetition_is_answered_once_the_first_is_folded(trial: Trial) -> None:
     """Whoever is told that an update counts lets go of it."""
     running = await trial.begin()
