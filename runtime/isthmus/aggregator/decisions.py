@@ -2,6 +2,7 @@
 
 import math
 from asyncio import Future
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -37,6 +38,8 @@ class RoundState:
     to be kept."""
     fault: str = ""
     """Who was refused last, and why."""
+    diverged: Counter[ClientId] = field(default_factory=Counter)
+    """How many updates of each client were refused since they held NaN, infinity or huge numbers."""
 
     @property
     def updates(self) -> int:

@@ -15,7 +15,7 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
 
 from .. import metricnames
-from ..strategies import Strategy
+from ..strategies import Strategy, StrategyError
 from ..tensors import State
 from . import messages
 from .budget import PrivacyBudget
@@ -242,9 +242,16 @@ class Federation:
                 self._offers.train(client, state)
         have, need = state.updates, self.spec.min_updates
         refused = f"; refused: {state.fault}" if state.fault else ""
+        refused += "; a lower learning rate may help" if state.diverged else ""
         self.course.message = f"round {state.number} has {have} of {need} needed updates; waiting for clients{refused}"
 
     def _extend(self, state: RoundState) -> None:
+        for (pool, index), times in state.diverged.items():
+            if times > self.spec.backoff_limit:
+                raise StrategyError(
+                    f"round {state.number} cannot end: {pool}/{index} has handed in NaN, infinity or huge numbers"
+                    f" {times} times, and a round needs {self.spec.min_updates} updates; a lower learning rate may help"
+                )
         log.warning(
             "round %d: %d of %d needed updates at the deadline; it goes on",
             state.number, state.updates, self.spec.min_updates,

@@ -234,6 +234,8 @@ class Intake:
         if self._course.round is not None and header.round == self._course.round.number:
             self._course.round.rejected.add((header.pool, header.index))
             self._course.round.fault = f"{header.pool}/{header.index}: {fault}"
+            if fault.reason in (Reason.NON_FINITE, Reason.RANGE):
+                self._course.round.diverged[header.pool, header.index] += 1
             self._course.changes.ring()
         if header.round == 0:
             self._course.initialization.refused((header.pool, header.index))

@@ -29,6 +29,8 @@ from .view import PoolView, Snapshot, View, format_metrics
 # (see aggregator.__main__.TRACKING_SECONDS). Seconds.
 _GRACE, _LAST_GRACE = 10.0, 40.0
 _SHOWN_LINES = 12
+# After so long a wait for clients that start slowly, or hang, the user hears what to do. Seconds.
+_PATIENCE = 60.0
 
 
 class LocalRun:
@@ -121,6 +123,12 @@ class LocalRun:
         self._spawn_task(self._server.watch(credentials, self._follow))
         self._show(f"starting {clients}")
         self._client_tasks = [self._spawn_task(self._keep_client(client)) for client in self._clients]
+        await asyncio.sleep(_PATIENCE)
+        if self._status.phase == pb.FederationStatus.WAITING and self._roster.expected > spec.min_clients:
+            view.tell(
+                f"still waiting for all clients; with selection.minClients: {spec.min_clients} in the manifest, round"
+                f" {self._told + 1} starts without the others"
+            )
 
     async def _serve(self) -> None:
         await self._server.keep()

@@ -1,5 +1,6 @@
 """A run in the surroundings that users have: shells, pipes, terminals, launchers, and scripts that move about."""
 
+import re
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,14 @@ def test_a_run_that_nobody_reads_any_more_trains_on(start: "Start") -> None:
     assert run.err == "standard output: Broken pipe; the run goes on\n"
     assert len(run.out.splitlines()) == 1
     assert (run.directory / "model.pt").exists()
+
+
+def test_a_terminal_ends_with_the_result(start: "Start") -> None:
+    run = start({"rounds": 2}, under=["sh", "-c", 'script -qefc "$*" /dev/null', "sh"])
+    assert run.finish() == 0, run.out
+    lines = [text for line in run.out.splitlines() if (text := re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", line).strip())]
+    assert "connected" in run.out and any("complete: 2 rounds" in line for line in lines[-3:])
+    assert lines[-1].startswith("model: ")
 
 
 @pytest.mark.parametrize("closing", [">&- 2>&-", ">/dev/full"])

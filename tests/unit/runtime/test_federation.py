@@ -49,10 +49,11 @@ class Scripted(Strategy):
 class Trial:
     """A federation of two clients whose first round is in progress."""
 
-    def __init__(self, directory: Path, strategy: Scripted) -> None:
+    def __init__(self, directory: Path, strategy: Scripted, **changes: Any) -> None:
         pool = {"name": "pool", "replicas": 2, "cloud": {}}
         task = {"image": "unused", "command": ["python"]}
-        spec = {"rounds": 1, "task": task, "pools": [pool], "selection": {"policy": "Adaptive", "minClients": 2}}
+        spec = {"rounds": 1, "task": task, "pools": [pool], "selection": {"policy": "Adaptive", "minClients": 2},
+                **changes}  # fmt: skip
         job = Job("job", "default", "uid", parse_spec(spec))
         self.store = CheckpointStore(directory, "uid", keep=2)
         self.strategy = strategy
@@ -76,8 +77,8 @@ class Trial:
         await self.until(lambda: course.round)
         return running
 
-    def push(self, index: int, number: int = 1, **changes: Any) -> Awaitable[pb.PushReply]:
-        state = {"w": torch.ones(VALUES), "statistics": torch.ones(1)}
+    def push(self, index: int, number: int = 1, value: float = 1.0, **changes: Any) -> Awaitable[pb.PushReply]:
+        state = {"w": torch.full((VALUES,), value), "statistics": torch.ones(1)}
         model = self.federation.course.model
         header = pb.UpdateHeader(
             job_uid="uid", pool="pool", index=index, round=number, num_examples=5, tensors=specs_of(state),
@@ -146,6 +147,23 @@ async def test_a_strategy_that_fails_on_an_update_ends_the_job(trial: Trial) -> 
     assert reply.verdict == pb.PushReply.STALE and reply.message.startswith(message)
     with pytest.raises(StrategyError, match=message):
         await running
+
+
+async def test_a_client_that_diverges_for_ever_ends_the_job_with_a_hint(tmp_path: Path) -> None:
+    trial = Trial(tmp_path, Scripted(), stragglers={"roundDeadlineSeconds": 1}, backoffLimit=1)
+    running = await trial.begin()
+    state = trial.federation.course.round
+    assert state is not None
+    await trial.push(1)
+    for value in (math.nan, 2.0**70):
+        await trial.until(lambda: not state.rejected)  # it is asked, or asked again
+        assert (await trial.push(0, value=value)).verdict == pb.PushReply.INVALID
+        await trial.until(lambda: trial.federation.status().message.endswith("; a lower learning rate may help"))
+    message = (
+        "round 1 cannot end: pool/0 has handed in NaN, infinity or huge numbers 2 times, and a round needs 2 updates;"
+    )
+    with pytest.raises(StrategyError, match=message):
+        await asyncio.wait_for(running, SECONDS)
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
