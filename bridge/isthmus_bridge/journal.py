@@ -209,6 +209,12 @@ class Journal:
             rows = self._connection.execute(sql, (identity, *OVER)).fetchall()
         return [_held(*row) for row in rows]
 
+    def count_tombstones(self, identity: str) -> int:
+        """Returns how many keys the caller has cancelled without ever asking for them."""
+        sql = "SELECT count(*) FROM pools WHERE identity = ? AND length(spec) = 0"
+        with self._lock:
+            return int(self._connection.execute(sql, (identity,)).fetchone()[0])
+
     def count_since(self, identity: str, moment: float) -> int:
         """How many pools the caller has asked for since then."""
         sql = "SELECT count(*) FROM pools WHERE identity = ? AND created_at > ? AND length(spec) > 0"
@@ -229,6 +235,9 @@ class Journal:
             if entry is None:
                 raise KeyError(key)
             stored = replace(entry, **changes, version=self._next_version())
+            if stored.state.over:
+                # The files of a finished pool are never laid out again, and are most of what it takes up.
+                stored = replace(stored, spec=_without_code(stored.spec))
             columns = ", ".join(f"{name} = ?" for name in _COLUMNS)
             self._connection.execute(f"UPDATE pools SET {columns} WHERE key = ?", (*_row(stored), key))  # noqa: S608
             return stored
@@ -294,3 +303,11 @@ def _entry(row: tuple[Any, ...]) -> Entry:
     fields["cancel"] = bool(fields["cancel"])
     fields["observation"] = Observation.from_json(fields["observation"])
     return Entry(**fields)
+
+
+def _without_code(spec: bytes) -> bytes:
+    if not spec:
+        return spec
+    message = pb.PoolSpec.FromString(spec)
+    message.ClearField("code")
+    return message.SerializeToString()

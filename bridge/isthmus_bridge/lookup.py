@@ -56,8 +56,11 @@ class Lookup:
 
     def ends(
         self, entry: Entry, observation: Observation, missing: Sequence[int], *, first: bool
-    ) -> tuple[Observation, list[int]]:
-        """How those tasks ended, as far as it can be found out, and which stay unknown. Raises :class:`SlurmError`."""
+    ) -> tuple[Observation, list[int], SlurmError | None]:
+        """Returns how those tasks ended, which stay unknown, and why the accounts did not answer, if so.
+
+        What the tasks' own marks say counts all the same. Raises :class:`SlurmError` where these cannot be read.
+        """
         try:
             marks = pool_directory(self._policy, entry.key, entry.user).marks()
         except OSError as error:
@@ -67,11 +70,16 @@ class Lookup:
             marks = marks_of_jobs(marks, spec)
         now = self._steady()
         history: Sequence[TaskRecord] = []
+        failure = None
         if first or now >= self._asked.get(entry.key, -math.inf) + self._spacing:
-            history = self._history(entry)
-            # Only now: where they do not answer, no look-up in between may count as one that found nothing.
-            self._asked[entry.key] = now
-        return resolve(observation, missing, entry.array_id, history, marks)
+            try:
+                history = self._history(entry)
+            except SlurmError as error:
+                failure = error
+            else:
+                # Only now: where they do not answer, no look-up in between may count as one that found nothing.
+                self._asked[entry.key] = now
+        return *resolve(observation, missing, entry.array_id, history, marks), failure
 
     def _history(self, entry: Entry) -> Sequence[TaskRecord]:
         return self._adapter.history([slurm_job_name(entry.key)], entry.created_at, entry.user)

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 _MAX_REASON = 400
 DAY = 86400.0
+# Keys of one caller that were cancelled and never asked for. Each leaves a row, so that a late request starts nothing.
+MAX_TOMBSTONES = 10_000
 
 
 class NoSuchPool(Exception):
@@ -154,13 +156,16 @@ class Pools:
         return entry
 
     def cancel(self, identity: Identity, key: str, reason: str) -> Entry:
-        """Records that the pool must end. Raises RequestError, NoSuchPool."""
+        """Records that the pool must end. Raises RequestError, NoSuchPool, Denied."""
         check_key(key)
         message = "cancelled" + (f": {_one_line(reason)}" if reason else "")
         with self._keys.held(key):
             entry = self._journal.get(key)
             now = self._clock()
             if entry is None:
+                if self._journal.count_tombstones(identity.uri) >= MAX_TOMBSTONES:
+                    why = f"{identity.uri} has cancelled {MAX_TOMBSTONES} keys that it never asked for"
+                    raise Denied(Denial("tombstones", why), transient=True)
                 log.info("cancelled before it was asked for", extra={"key": key})
                 entry = self._journal.insert(
                     Entry(key=key, identity=identity.uri, state=State.CANCELLED, cancel=True, message=message,

@@ -235,13 +235,15 @@ class Reconciler:
         since = min(entry.doubt_since or now, now)
         changes: dict[str, object] = {"stale": "", "doubt_since": since}
         try:
-            observation, still = self._lookup.ends(entry, observation, missing, first=not entry.doubt_since)
+            observation, still, failure = self._lookup.ends(entry, observation, missing, first=not entry.doubt_since)
         except SlurmError as error:
-            self._metrics.lookup_failures.inc()
-            log.warning("cannot look up tasks that left the queue: %s", error, extra={"key": entry.key})
-            return observation, changes
+            still, failure = list(missing), error
         if not still:
             return observation, {"stale": "", "doubt_since": 0.0, "absences": 0}
+        if failure is not None:
+            self._metrics.lookup_failures.inc()
+            log.warning("cannot look up tasks that left the queue: %s", failure, extra={"key": entry.key})
+            return observation, changes
         if not self._lookup.counts(entry.key):
             return observation, changes
         changes["absences"] = absences = entry.absences + 1

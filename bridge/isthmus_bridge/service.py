@@ -1,6 +1,7 @@
 """The gRPC face of :class:`~.pools.Pools`: who calls, what went wrong in gRPC's words, and nothing else."""
 
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -189,6 +190,10 @@ class BridgeService(rpc.BridgeServicer):
                 # The site's own trouble (a full disk): it may pass.
                 log.exception("request failed", extra={"method": method})
                 return grpc.StatusCode.UNAVAILABLE, f"the site's bridge cannot work: {error.strerror}"
+            case sqlite3.OperationalError():
+                # Likewise, of the journal's disk. Nothing was recorded, so nothing was begun.
+                log.exception("request failed", extra={"method": method})
+                return grpc.StatusCode.UNAVAILABLE, f"the site's bridge cannot write its journal: {error}"
             case _:
                 log.exception("request failed", extra={"method": method})
                 return grpc.StatusCode.INTERNAL, "the bridge failed; its log says why"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -129,7 +130,30 @@ class CliAdapter:
             except OSError as error:
                 # The program was never started.
                 raise SubmissionRefused(f"sbatch: {error.strerror}", Patience.QUEUE) from None
-        return submitted(result)
+        return self._here(submitted(result), result, submission)
+
+    def _here(self, job: int, result: Result, submission: Submission) -> int:
+        """Returns the job where it is on the cluster that the adapter follows.
+
+        Raises :class:`SubmissionRefused` where SLURM_CLUSTERS or a plug-in of the site has sent it to another one: it
+        would run there unseen, so it is cancelled.
+        """
+        cluster = cluster_of(result)
+        try:
+            own = self.describe().cluster if cluster else ""
+        except SlurmError:
+            return job
+        if not cluster or not own or cluster == own:
+            return job
+        message = f"sbatch sent it to the cluster {cluster!r} as job {job}, and this bridge follows {own!r}"
+        if submission.user:
+            raise SubmissionRefused(f"{message}; cancel it by hand")
+        _, *rest = cancellation(self._uid, submission.name, job, 0, None)
+        try:
+            self._ask(["scancel", f"--clusters={cluster}", *rest], accept=frozenset({0, 1}))
+        except SlurmError as error:
+            raise SubmissionRefused(f"{message}; it could not be cancelled: {error}") from None
+        raise SubmissionRefused(f"{message}; it was cancelled")
 
     def _submit_as_user(self, submission: Submission) -> int:
         # No lock can be inherited through sudo: as with a request over the network, a moment is written down by which
@@ -151,7 +175,7 @@ class CliAdapter:
         finally:
             self._observer("sbatch", time.monotonic() - began, good)
         in_flight.settle(guard)
-        return submitted(result)
+        return self._here(submitted(result), result, submission)
 
     def _others(self) -> Delegate:
         if self._delegate is None:
@@ -303,6 +327,12 @@ def submitted(result: Result) -> int:
         reason = judgement.reason or last_line(result.errors) or f"exit code {result.status}"
         raise SubmissionAmbiguous(f"sbatch failed: {reason}", waiting=judgement.sent is refusal.Sent.WAITING)
     raise SubmissionRefused(f"Slurm refused: {judgement.reason}", judgement.patience)
+
+
+def cluster_of(result: Result) -> str:
+    """Returns the cluster that sbatch names behind the job's id, if it does."""
+    name = result.output.strip().partition(";")[2].strip()
+    return name if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) else ""
 
 
 def out_of_time(errors: str, message: str = "sbatch did not answer in time") -> SubmissionAmbiguous:

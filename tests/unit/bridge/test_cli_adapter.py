@@ -124,6 +124,17 @@ def test_a_refusal_gives_all_that_was_said(tmp_path: Path) -> None:
     assert str(caught.value).endswith("…; Invalid partition name specified") and len(str(caught.value)) < 450
 
 
+def test_an_array_on_another_cluster_is_cancelled_there_and_refused(tmp_path: Path) -> None:
+    config = "echo 'ClusterName = alpha'; echo 'SLURM_VERSION = 22.05.8'"
+    bin_dir = programs(tmp_path, sbatch="echo '17;beta'", scontrol=config, scancel=f'echo "$@" >>{tmp_path}/cancelled')
+    with pytest.raises(SubmissionRefused, match=r"cluster 'beta' as job 17.*follows 'alpha'; it was cancelled"):
+        adapter(bin_dir).submit(submission(tmp_path))
+    assert (tmp_path / "cancelled").read_text() == f"--clusters=beta --user={os.getuid()} --name=isthmus-x 17\n"
+    (tmp_path / "own").mkdir()
+    bin_dir = programs(tmp_path / "own", sbatch="echo '18;alpha'", scontrol=config)
+    assert adapter(bin_dir).submit(submission(tmp_path / "own")) == 18
+
+
 def test_an_sbatch_that_waits_for_room_is_not_taken_for_a_broken_one(tmp_path: Path) -> None:
     words = "Slurm temporarily unable to accept job, sleeping and retrying"
     bin_dir = programs(tmp_path, sbatch=f"echo 'sbatch: error: {words}' >&2; sleep 60")

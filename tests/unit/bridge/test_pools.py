@@ -7,7 +7,7 @@ import pytest
 
 from isthmus_bridge.housekeeping import keep_house
 from isthmus_bridge.journal import State
-from isthmus_bridge.pools import Denied, KeyTaken, NoSuchPool, Pools
+from isthmus_bridge.pools import Denied, KeyTaken, NoSuchPool, Pools, SpecDiffers
 from isthmus_bridge.requests import RequestError
 from isthmus_bridge.run_directory import RunDirectory
 
@@ -199,6 +199,44 @@ def test_only_folders_that_the_bridge_made_are_removed_or_written_to(world: Worl
     # A folder that the bridge could not mark before it was killed is empty, and is taken up.
     (world.policy.run_dir / own).mkdir(mode=0o700)
     assert RunDirectory(world.policy.run_dir, own).create({"tls.key": b"x"}) is False
+
+
+def test_marks_count_while_the_accounts_do_not_answer(world: World) -> None:
+    world.ensure()
+    world.tick()
+    run = world.policy.run_dir / KEY
+    for index in range(3):
+        (run / "tasks" / f"{index}.start").write_text(f"{world.array().id} 0 n1\n")
+        (run / "tasks" / f"{index}.exit").write_text(f"{world.array().id} 0 0\n")
+    world.array().states = ["RUNNING"] * 3
+    world.tick()
+    world.array().visible = False
+    world.slurm.accounts_down = "slurmdbd is away"
+    world.tick(2.0, times=3)
+    assert world.phase() == "SUCCEEDED"
+
+
+def test_a_callers_tombstones_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus_bridge.pools.MAX_TOMBSTONES", 5)
+    for number in range(5):
+        world.pools.cancel(world.identity, f"{number:032d}", "")
+    with pytest.raises(Denied, match="has cancelled 5 keys that it never asked for"):
+        world.pools.cancel(world.identity, "f" * 32, "")
+    world.ensure()
+    world.cancel()
+
+
+def test_a_finished_pool_does_not_keep_the_jobs_files(world: World) -> None:
+    world.ensure(code={"train.py": b"x" * 100_000})
+    assert len(world.entry().spec) > 100_000
+    world.tick()
+    world.array().states = ["COMPLETED"] * 3
+    world.tick()
+    assert world.phase() == "SUCCEEDED" and len(world.entry().spec) < 2_000
+    # The same request is still the same, and another one is still another.
+    assert world.ensure(code={"train.py": b"x" * 100_000}).state is State.SUCCEEDED
+    with pytest.raises(SpecDiffers):
+        world.ensure(code={"train.py": b"y"})
 
 
 def test_a_full_queue_is_waited_for(world: World) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime as dt
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from isthmus_bridge.journal import Entry, State
+from isthmus_bridge.journal import Entry, Journal, State
 from isthmus_bridge.observation import Observation, TaskObservation
 from isthmus_bridge.outcome import to_pool
 from isthmus_bridge.policy import Policy
@@ -317,3 +318,18 @@ def test_the_bridges_own_certificate_is_renewed_while_it_runs(
     Credentials(newer.certificate, own.certificate, own.key).write(tmp_path / "tls")
     assert describe(newer, newer.certificate)
     assert refused(lambda: describe(authority, newer.certificate))[0] is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_full_journal_disk_is_trouble_that_passes(
+    bridge: Bridge, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Journal, entry: Entry) -> Entry:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Journal, "insert", full)
+        with pytest.raises(grpc.RpcError) as caught:
+            connect("prod").EnsurePool(pb.EnsurePoolRequest(key=KEY, spec=spec()), timeout=60)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert caught.value.details() == "the site's bridge cannot write its journal: database or disk is full"
+    assert connect("prod").EnsurePool(pb.EnsurePoolRequest(key=KEY, spec=spec()), timeout=60).key == KEY
