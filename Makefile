@@ -5,11 +5,12 @@ PY := .venv/bin/python
 LAB_DIR ?= /var/tmp/isthmus-lab
 # Images for the lab: where Slurm's unprivileged jobs can read them.
 IMAGES_DIR ?= /var/tmp/isthmus-images
+FUZZ_SECONDS ?= 600
 ENVIRONMENT := .venv/.complete
 PACKAGES := contracts runtime bridge operator examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint generate docs images dist e2e bench bench-all bench-peers lab-up lab-down clean
+.PHONY: help setup demo test test-fast fuzz lint generate docs images dist e2e bench bench-all bench-peers lab-up lab-down clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +38,9 @@ test: $(ENVIRONMENT) ## all tests: unit, integration, chart, Slurm, Kubernetes, 
 
 test-fast: $(ENVIRONMENT) ## the tests that need neither Kubernetes nor Slurm
 	$(PY) -m pytest tests/unit tests/integration tests/chart
+
+fuzz: $(ENVIRONMENT) ## ten minutes of arbitrary and damaged messages to an aggregator
+	ISTHMUS_FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -n0 -s tests/integration/federation/test_protocol_fuzz.py
 
 lint: $(ENVIRONMENT) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -213,7 +213,8 @@ class Federation:
         ready = [client.id for client in self.members.trainers()]
         choice = choose(self.spec, number, ready, self.intake.book)
         state = RoundState(number, now, now + self.spec.stragglers.round_deadline_seconds, target=choice.target)
-        working = [client.id for client in self.members.trainers() if self._resumes(client, number, base.digest)]
+        permissions = self.intake.permissions
+        working = [client.id for client in self.members.trainers() if permissions.resumes(client, number, base.digest)]
         state.selected.update(choice.clients, working)
         self._strategy.begin(base.state)
         self.ledger.begin()
@@ -228,11 +229,6 @@ class Federation:
                 self._offers.train(client, state)
         self.course.changes.ring()
         return state
-
-    def _resumes(self, client: Client, number: int, digest: str) -> bool:
-        """Whether a client has a round's work in hand from before a restart of ours, which was not for nothing. In any
-        other round who takes part is not the client's to say."""
-        return client.trains and number == self.course.resumed and client.works_on(number, digest)
 
     def _take_in_more(self, state: RoundState) -> None:
         """Clients that the round did not select, or that came later, take the places of those that are lost."""
@@ -363,7 +359,7 @@ class Federation:
         state, model = self.course.round, self.course.model
         if state is None or model is None or self.course.closing:
             return
-        if self._resumes(client, state.number, model.digest):
+        if self.intake.permissions.resumes(client, state.number, model.digest):
             state.selected.add(client.id)
         if client.id in state.selected - state.accepted - state.rejected:
             self._offers.train(client, state)

@@ -91,7 +91,7 @@ class Intake:
             return self._precheck_late(header, client_id, state)
         if header.base_digest != model.digest:
             return refusal.reply(pb.PushReply.STALE, "it was trained from another model than this round's")
-        if not self.permissions.was_offered(client_id, header.round, self.book):
+        if not self.permissions.was_offered(header, self.book):
             return self._unasked(header)
         if client_id in state.accepted:
             return messages.reply(pb.PushReply.ACCEPTED, "counted before", state.number)
@@ -106,7 +106,7 @@ class Intake:
             return refusal.reply(
                 pb.PushReply.STALE, f"round {header.round} is over for more than stragglers.maxStaleness rounds"
             )
-        if not self.permissions.was_offered(client_id, header.round, self.book):
+        if not self.permissions.was_offered(header, self.book):
             return self._unasked(header)
         if self.base(header) is None:
             return refusal.reply(pb.PushReply.STALE, "the model that it was trained from is not known")

@@ -11,7 +11,7 @@ from isthmus_contracts.text import one_line
 from . import bounds, refusal
 from .clientbook import ClientBook
 from .course import Course
-from .membership import ClientId, Membership, Refusal
+from .membership import Client, ClientId, Membership, Refusal
 from .refusal import Reason
 
 
@@ -57,13 +57,21 @@ class Permissions:
         """Whether the client was asked for the first weights."""
         return self._course.phase == pb.FederationStatus.INITIALIZING and self._course.initialization.asked(client)
 
-    def was_offered(self, client: ClientId, round_number: int, book: ClientBook) -> bool:
-        """Whether the client was asked to take part in a round: the one in progress or, by the ``book``, one of those
-        before."""
-        state = self._course.round
-        if state is not None and round_number == state.number:
-            return client in state.selected
-        return round_number in book.of(client).offered
+    def was_offered(self, header: pb.UpdateHeader, book: ClientBook) -> bool:
+        """Whether an update's client was asked to take part in its round: the one in progress or, by the ``book``, one
+        of those before."""
+        client_id, state = (header.pool, header.index), self._course.round
+        if state is not None and header.round == state.number:
+            return client_id in state.selected
+        client = self._members.get(client_id)
+        return header.round in book.of(client_id).offered or (
+            client is not None and self.resumes(client, header.round, header.base_digest)
+        )
+
+    def resumes(self, client: Client, number: int, digest: str) -> bool:
+        """Whether a client has a round's work in hand from before a restart of ours, which was not for nothing. In any
+        other round who takes part is not the client's to say."""
+        return client.trains and number == self._course.resumed and client.works_on(number, digest)
 
     def _stranger(self, pool_name: str, index: int) -> str | None:
         try:

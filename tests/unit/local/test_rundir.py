@@ -113,3 +113,8 @@ def test_a_run_is_finished_when_its_last_round_has_a_model(tmp_path: Path) -> No
     directory.model.touch()
     assert directory.finished(3)
     assert not directory.finished(4)
+
+
+def test_a_run_is_its_users_own(tmp_path: Path) -> None:
+    open_briefly(tmp_path / "run", make_job())
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700

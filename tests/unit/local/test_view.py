@@ -94,3 +94,14 @@ def test_a_terminal_gets_a_bar_and_a_table() -> None:
     text = screen.getvalue()
     for part in ("training", "7/20", "cloud", "lumi", "accuracy 0.8750", "lumi-3 is [given] up", "remaining"):
         assert part in text
+
+
+def test_names_from_outside_are_neither_markup_nor_escapes() -> None:
+    screen = io.StringIO()
+    view = LiveView(Console(file=screen, force_terminal=True, width=120, highlight=False), 20)
+    view.show(Snapshot("[red]waiting[/blue]", 7, 20, []))
+    view.tell_round(Round(7, 1.0, 5, {"[/bold]x": 0.5, "a\x1b]0;owned\x07\nb": 0.25}))
+    view.close()
+    text = screen.getvalue()
+    assert "[/bold]x 0.5000" in text and "[red]waiting[/blue]" in text
+    assert "a ]0;owned b 0.2500" in text and "\x1b]0;" not in text

@@ -15,7 +15,7 @@ from isthmus_contracts.pb.federation_pb2_grpc import ObserverServicer, add_Obser
 from isthmus_contracts.pki import Authority
 from isthmus_contracts.transport import server_credentials
 from isthmus_operator.effects.observer import Aggregators
-from isthmus_operator.federation import from_termination
+from isthmus_operator.federation import from_termination, view
 from isthmus_operator.observed import FederationView
 
 from .world import UID
@@ -87,3 +87,19 @@ async def test_another_authoritys_aggregator_is_no_answer(authority: Authority) 
 )
 def test_other_last_words_are_not_its_status(message: str) -> None:
     assert from_termination(message) is None
+
+
+def test_what_an_aggregator_says_is_printable_and_bounded() -> None:
+    """Its image is the user's, and all of this goes into a FederatedJob."""
+    forged = "a\n\x1b[2Jb" + "x" * 5000
+    failure = pb.ClientFailure(message=forged, traceback=forged)
+    metrics = [pb.MetricValue(name=f"{number}{forged}") for number in range(5000)]
+    status = pb.FederationStatus(
+        message=forged, metrics=metrics, best=metrics[0], model=pb.ModelStatus(path=forged, sha256=forged),
+        pools=[pb.PoolStatus(name="cloud", failures=[failure]), pb.PoolStatus(name="lumi", failures=[failure])],
+    )  # fmt: skip
+    seen = view(status)
+    assert seen.best is not None and seen.model is not None and len(seen.metrics) == 256
+    texts = [seen.message, seen.best.name, seen.model.path, seen.model.sha256, *(each.name for each in seen.metrics)]
+    assert all(text.isprintable() and len(text) <= 300 for text in texts)
+    assert all("\x1b" not in text and len(text) <= 1000 for text in seen.failures.values())
