@@ -39,12 +39,23 @@ class RoundState:
     fault: str = ""
     """Who was refused last, and why."""
     diverged: Counter[ClientId] = field(default_factory=Counter)
-    """How many updates of each client were refused since they held NaN, infinity or huge numbers."""
+    """In how many of the round's runs at it each client's update was refused, since it held NaN, infinity or huge
+    numbers."""
 
     @property
     def updates(self) -> int:
         """How many count."""
         return len(self.accepted) + len(self.late)
+
+
+def hopeless(state: RoundState, chances: int, trainers: int, min_updates: int) -> ClientId | None:
+    """Return a client that has diverged in more than ``chances`` runs at the round, where no round can do without it.
+
+    ``None`` while the others of the job's ``trainers``, once they are all there, could hand in enough: no client ends a
+    job that others can go on with.
+    """
+    diverged = [client for client, times in state.diverged.items() if times > chances and client not in state.accepted]
+    return diverged[0] if diverged and trainers - len(diverged) < min_updates else None
 
 
 class Presence(Protocol):

@@ -23,7 +23,7 @@ from .checkpoints import Checkpoint, CheckpointError, CheckpointStore, RoundReco
 from .clientbook import ClientBook
 from .compression import Broadcast, Compression
 from .course import Course
-from .decisions import RoundState, Verdict, decide
+from .decisions import RoundState, Verdict, decide, hopeless
 from .evaluations import Evaluations
 from .handover import Handover
 from .intake import Intake
@@ -33,6 +33,7 @@ from .membership import Client, ClientId, Membership
 from .metrics import AggregatorMetrics
 from .model import GlobalModel
 from .offers import Offers
+from .outcome import RECORD, committed_record, record_of
 from .progress import Progress, WeightedMeans
 from .publisher import Publisher
 from .reporter import Reporter
@@ -43,9 +44,8 @@ from .tracking.tracker import Tracker
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
-_TRAIN_PREFIX = "train_"
-# What is committed with a model.
-_RECORD, _CLIENTS, _BUFFERS = "record", "clients", "buffers"
+# What is committed with a model, besides the round's record.
+_CLIENTS, _BUFFERS = "clients", "buffers"
 
 
 class Federation:
@@ -94,7 +94,7 @@ class Federation:
         await asyncio.to_thread(self._store.open)
         checkpoint = await asyncio.to_thread(self._store.latest)
         if self._budget is not None:
-            self._budget.restore(_committed(checkpoint), self._store.records())
+            self._budget.restore(committed_record(checkpoint), self._store.records())
         if checkpoint is None:
             checkpoint = await self._initialize()
         else:
@@ -192,8 +192,9 @@ class Federation:
             self._folder, self.compression.settle, self._strategy.finish, state.number, base.state, base.digest,
             self.course.buffers or (),
         )  # fmt: skip
-        record, book = self._record_of(state), self._settled_book(state)
-        notes = {**self._notes(), _RECORD: record.text()}
+        record = record_of(state, self.course, self.progress, self._budget)
+        book = self._settled_book(state)
+        notes = {**self._notes(), RECORD: record.text()}
         if self._keeps_book:
             notes[_CLIENTS] = book.text()
         checkpoint = await self._writer.checkpoint(
@@ -242,12 +243,13 @@ class Federation:
         self.course.message = f"round {state.number} has {have} of {need} needed updates; waiting for clients{refused}"
 
     def _extend(self, state: RoundState) -> None:
-        for (pool, index), times in state.diverged.items():
-            if times > self.spec.backoff_limit:
-                raise StrategyError(
-                    f"round {state.number} cannot end: {pool}/{index} has handed in NaN, infinity or huge numbers"
-                    f" {times} times, and a round needs {self.spec.min_updates} updates; a lower learning rate may help"
-                )
+        spec = self.spec
+        if (lost := hopeless(state, spec.backoff_limit, spec.most_trainers, spec.min_updates)) is not None:
+            raise StrategyError(
+                f"round {state.number} cannot end: {lost[0]}/{lost[1]} has handed in NaN, infinity or huge numbers"
+                f" {state.diverged[lost]} times, and a round needs {spec.min_updates} updates;"
+                " a lower learning rate may help"
+            )
         log.warning(
             "round %d: %d of %d needed updates at the deadline; it goes on",
             state.number, state.updates, self.spec.min_updates,
@@ -261,8 +263,8 @@ class Federation:
     async def _records(self, checkpoint: Checkpoint) -> list[RoundRecord]:
         """The records up to a checkpoint, whose own may not have come so far as the file when we were killed."""
         records = self._store.records(checkpoint.round)
-        if _RECORD in checkpoint.notes and (not records or records[-1].round < checkpoint.round):
-            records.append(RoundRecord.of_text(checkpoint.notes[_RECORD]))
+        if RECORD in checkpoint.notes and (not records or records[-1].round < checkpoint.round):
+            records.append(RoundRecord.of_text(checkpoint.notes[RECORD]))
             await self._writer.record(records[-1])
         self._record = records[-1] if records and records[-1].round == checkpoint.round else None
         return records
@@ -293,16 +295,6 @@ class Federation:
         return self.intake.book.settled(
             state.number, state.selected, missed, state.reports, self.spec.stragglers.max_staleness
         )
-
-    def _record_of(self, state: RoundState) -> RoundRecord:
-        """What a round comes to."""
-        named = {_train_name(name): value for name, value in self.course.training.means().items()}
-        means = self.progress.admit(named)
-        seconds = time.monotonic() - state.started
-        record = RoundRecord(state.number, seconds, state.updates, self.course.examples, means, time.time())
-        if self._budget is not None:
-            record.privacy = self._budget.account()
-        return record
 
     async def _conclude(self, state: RoundState, record: RoundRecord) -> None:
         """Books a round whose checkpoint is durable."""
@@ -402,14 +394,3 @@ class Federation:
         self._reporter.refresh_soon()
         self.course.changes.tell()
         await self.course.changes.wait(until)
-
-
-def _committed(checkpoint: Checkpoint | None) -> RoundRecord | None:
-    """The record in a checkpoint; ``None`` where it holds no round's result."""
-    if checkpoint is None or not checkpoint.round:
-        return None
-    return RoundRecord.of_text(checkpoint.notes.get(_RECORD, RoundRecord(checkpoint.round, 0.0, 0, 0).text()))
-
-
-def _train_name(name: str) -> str:
-    return name if name.startswith(_TRAIN_PREFIX) else _TRAIN_PREFIX + name

@@ -232,10 +232,11 @@ class Intake:
     def reject(self, header: pb.UpdateHeader, fault: Fault) -> pb.PushReply:
         """Refuses an update for good: the round does not wait for this client any longer."""
         if self._course.round is not None and header.round == self._course.round.number:
-            self._course.round.rejected.add((header.pool, header.index))
+            client, rejected = (header.pool, header.index), self._course.round.rejected
+            if client not in rejected and fault.reason in (Reason.NON_FINITE, Reason.RANGE):
+                self._course.round.diverged[client] += 1
+            rejected.add(client)
             self._course.round.fault = f"{header.pool}/{header.index}: {fault}"
-            if fault.reason in (Reason.NON_FINITE, Reason.RANGE):
-                self._course.round.diverged[header.pool, header.index] += 1
             self._course.changes.ring()
         if header.round == 0:
             self._course.initialization.refused((header.pool, header.index))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from isthmus.aggregator.decisions import LOST_CLIENT_GRACE, RoundState, Verdict, decide
+from isthmus.aggregator.decisions import LOST_CLIENT_GRACE, RoundState, Verdict, decide, hopeless
 from isthmus.aggregator.membership import ClientId
 
 A, B, C, D = [("p", index) for index in range(4)]
@@ -88,3 +88,13 @@ def test_a_round_ends_once_what_counts_has_been_folded(now: float) -> None:
     assert decide(round_state, presence, 1, now).verdict is Verdict.WAIT
     round_state.folding.clear()
     assert decide(round_state, presence, 1, now).verdict is Verdict.COMMIT
+
+
+def test_one_client_that_diverges_ends_no_job_that_others_can_go_on_with() -> None:
+    trying = state(set(), {A, B, C, D})
+    trying.diverged[A] = 100
+    assert hopeless(trying, 3, trainers=4, min_updates=3) is None
+    assert hopeless(trying, 3, trainers=4, min_updates=4) == A
+    trying.diverged.update({B: 3, C: 4})
+    assert hopeless(trying, 3, trainers=4, min_updates=3) == A
+    assert hopeless(trying, 3, trainers=4, min_updates=2) is None

@@ -166,6 +166,16 @@ async def test_a_client_that_diverges_for_ever_ends_the_job_with_a_hint(tmp_path
         await asyncio.wait_for(running, SECONDS)
 
 
+async def test_refusals_in_a_row_count_once_until_the_client_is_asked_again(trial: Trial) -> None:
+    """Otherwise one client that repeats itself would use up the chances of a job in a moment."""
+    running = await trial.begin()
+    for _ in range(5):
+        assert (await trial.push(0, value=math.nan)).verdict == pb.PushReply.INVALID
+    state = trial.federation.course.round
+    assert state is not None and state.diverged == {("pool", 0): 1}
+    running.cancel()
+
+
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 async def test_a_result_that_nobody_could_go_on_from_is_not_committed(trial: Trial, value: float) -> None:
     running = await trial.begin()
