@@ -51,6 +51,12 @@ def _perform(arguments: argparse.Namespace, lab: Lab) -> int:
             print(lab.load_image(Path(arguments.file)))
         case "check":
             check.run(lab)
+        case "roots":
+            from lab import fresh_machine
+
+            users = [arguments.user] if arguments.user else [fresh_machine.USER, fresh_machine.ROOT]
+            fresh_machine.try_all(arguments.suites, users, arguments.layers.split(), arguments.all)
+            say("all promises hold")
         case "services":
             # Only this verb needs dnslib.
             from lab import services
@@ -109,6 +115,13 @@ def _parser() -> argparse.ArgumentParser:
         "file", help="docker-archive or OCI tar"
     )
     verb("check", "smoke-test what runs: pods, DNS, Services, storage, logs, exec; job arrays and accounting")
+    roots = verb("roots", "try `make demo` and tests on fresh machines: in bare roots of Debian suites")
+    roots.add_argument("suites", nargs="*", metavar="SUITE", help="default: bookworm trixie forky")
+    roots.add_argument("--user", choices=["newcomer", "root"], help="only as an ordinary user, or as root")
+    roots.add_argument("--layers", default="unit", help="the layers of the tests to run (default: unit)")
+    roots.add_argument(
+        "--all", action="store_true", help="in Debian 12's root (bookworm), as root, every layer with nothing skipped"
+    )
     verb("services", "serve DNS and volumes inside the lab (started by `up`)")
     return parser
 

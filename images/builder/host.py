@@ -35,7 +35,7 @@ class Borrowed:
 
 def borrow(scratch: Path) -> Borrowed:
     """Read pip's configuration (files and PIP_* variables) as the pip of this machine sees it."""
-    settings = _pip_settings()
+    settings = pip_settings()
     directories: list[Path] = []
     forwarded: dict[str, str] = {}
     for key, value in settings.items():
@@ -59,7 +59,7 @@ def borrow(scratch: Path) -> Borrowed:
     return Borrowed(pip_conf, _ca_bundle(settings.get("cert")), directories[0] if directories else None)
 
 
-def _pip_settings() -> dict[str, str]:
+def pip_settings() -> dict[str, str]:
     """Settings of `pip install` by name; later sources win, as in pip."""
     listed = output_of([sys.executable, "-m", "pip", "config", "list"])
     settings: dict[str, str] = {}

@@ -286,7 +286,7 @@ def test_hostile_requests_are_refused(tmp_path_factory: pytest.TempPathFactory, 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: root.mkdir(mode=0o755), "must be a directory of this user's own, with mode 0700"),
+        (lambda root: (root.mkdir(), root.chmod(0o755)), "must be a directory of this user's own, with mode 0700"),
         (lambda root: root.symlink_to(root.parent), "must be a directory of this user's own"),
         (lambda root: root.parent.joinpath("pools").touch(), "File exists"),
     ],
