@@ -118,7 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     roots = verb("roots", "try `make demo` and tests on fresh machines: in bare roots of Debian suites")
     roots.add_argument("suites", nargs="*", metavar="SUITE", help="default: bookworm trixie forky")
     roots.add_argument("--user", choices=["newcomer", "root"], help="only as an ordinary user, or as root")
-    roots.add_argument("--layers", default="unit", help="the layers of the tests to run (default: unit)")
+    roots.add_argument(
+        "--layers",
+        default="unit",
+        help="the layers of the tests to run (default: unit); with an empty word, only the demo",
+    )
     roots.add_argument(
         "--all", action="store_true", help="in Debian 12's root (bookworm), as root, every layer with nothing skipped"
     )

@@ -141,8 +141,10 @@ class Lab:
         Of the tools, an ordinary user, or another system than Debian, gets those that need no package.
         """
         if list(parts) == [TOOLS]:
-            client_tools.find()
-            debian.install_if_allowed(debian.TOOLS)
+            try:
+                debian.install_if_allowed(debian.TOOLS)
+            finally:  # each comes from a server of its own
+                client_tools.find()
             return
         debian.require_debian()
         wanted = [*debian.BASE]

@@ -75,12 +75,17 @@ sum_up() { # how many tests were skipped over all layers, and why
 mapfile -t here < <(paths unit integration chart)
 mapfile -t there < <(paths slurm kube e2e)
 
+is_debian_12() {
+  # shellcheck source=/dev/null
+  [ -r /etc/os-release ] && (. /etc/os-release && [ "${ID:-} ${VERSION_ID:-}" = "debian 12" ])
+}
+
 in_a_lab=
 if [ ${#there[@]} -gt 0 ] && [ -z "$kubeconfig" ]; then
-  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  if [ "$(id -u)" = 0 ] && is_debian_12; then
     in_a_lab=1
   else
-    echo "The lab needs root on Debian: without it, its layers skip."
+    echo "The lab needs root on Debian 12: without it, its layers skip."
   fi
 fi
 ready=1

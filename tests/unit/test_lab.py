@@ -60,7 +60,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("user", "apt", "installed", "says"),
     [
-        (0, "/usr/bin/apt-get", ["client tools", *debian.TOOLS], ""),
+        (0, "/usr/bin/apt-get", [*debian.TOOLS, "client tools"], ""),
         (1000, "/usr/bin/apt-get", ["client tools"], "as root: apt-get install faketime prometheus shellcheck sudo\n"),
         (0, None, ["client tools"], "not Debian: install the equivalents of faketime prometheus shellcheck sudo;"),
     ],
