@@ -27,7 +27,6 @@ CHAINS = (
     "TopK+Int8",
 )  # fmt: skip
 TRAINED = ("None", "Float16", "Int8", "Int4", "Rotation+Int4", "TopK", "TopK+Int8")
-JOB = "bench"
 # Clients with unlike data pull the model about: from one round to the next its accuracy moves by more than codecs do.
 LAST_ROUNDS = 10
 
@@ -74,7 +73,7 @@ def speed(name: str, options: argparse.Namespace) -> dict[str, object]:
     generator = torch.Generator().manual_seed(0)
     base = {"w": torch.randn(options.parameters, generator=generator) * 0.1}
     state = {"w": base["w"] + torch.randn(options.parameters, generator=generator) * 0.001}
-    chain, seed = chain_of(name, options.top_k), upload_seed(JOB, 1, "pool", 0)
+    chain, seed = chain_of(name, options.top_k), upload_seed(1, "pool", 0)
     encoding, decoding = [], []
     for _ in range(options.repeat):
         started = time.thread_time()
@@ -138,12 +137,12 @@ def federate(
             model.load_state_dict(state)
             optimizer = torch.optim.SGD(model.parameters(), lr=settings.learning_rate, momentum=0.9)
             train(model, share, optimizer, settings, seed=(seed * 1000 + number) * 1000 + client)
-            text = upload_seed(f"{JOB}{seed}", number, "pool", client)
+            text = upload_seed(number, f"pool{seed}", client)
             encoded = encode(model.state_dict(), upload, text, state, residuals[client])
             residuals[client], size = encoded.residual, encoded.size
             for key, tensor in decoded(encoded, text, state).items():
                 mean[key].add_(tensor, alpha=len(share) / total)
-        text = download_seed(f"{JOB}{seed}", number)
+        text = download_seed(number) + str(seed)
         state = decoded(encode(mean, download, text, state), text, state)
         if number > options.rounds - LAST_ROUNDS:
             model.load_state_dict(state)

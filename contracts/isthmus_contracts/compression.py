@@ -36,10 +36,11 @@ class Compression(Resource):
 
     upload: Annotated[str, _chain(PATTERN_UPLOAD)] = NONE
     """Of the clients' updates: None, or a chain [Delta+][TopK+|Rotation+][Float16|BFloat16|Int8|Int4][+Zstd], such as
-    Int8 or TopK+Int8. Int8, Int4 and TopK imply Delta (the difference from the round's global model). TopK keeps an
+    Int8 or TopK+Int8. All but Zstd alone imply Delta (the difference from the round's global model). TopK keeps an
     error feedback at the client."""
     download: Annotated[str, _chain(PATTERN_DOWNLOAD)] = NONE
-    """Of the global model: the same without TopK. What the clients decode is the global model, also in checkpoints."""
+    """Of the global model: the same without TopK; Float16 and BFloat16 imply no Delta here. What the clients decode is
+    the global model, also in checkpoints."""
     top_k_fraction: Decimal = "0.01"
     """Share of each tensor's elements that TopK sends: above 0, at most 0.5."""
 
@@ -69,16 +70,17 @@ class Compression(Resource):
     @property
     def upload_codecs(self) -> list[str]:
         """The upload's chain as the protocol names it, with what it implies."""
-        return self._codecs(self.upload)
+        # Rounded weights minus weights is a change of nobody's making, which rules with a memory would add up.
+        return self._codecs(self.upload, {TOP_K, *INTEGERS, *HALVES})
 
     @property
     def download_codecs(self) -> list[str]:
         """The download's chain, likewise."""
-        return self._codecs(self.download)
+        return self._codecs(self.download, {*INTEGERS})
 
-    def _codecs(self, chain: str) -> list[str]:
+    def _codecs(self, chain: str, on_differences: set[str]) -> list[str]:
         names = [] if chain == NONE else chain.split("+")
-        if names and names[0] != DELTA and {TOP_K, *INTEGERS} & set(names):
+        if names and names[0] != DELTA and on_differences & set(names):
             names.insert(0, DELTA)
         return [f"{TOP_K}={float(self.top_k_fraction):g}" if name == TOP_K else name for name in names]
 

@@ -34,8 +34,7 @@ class Compression:
     these, and a restarted aggregator (which serves its newest model raw) needs nothing but the checkpoint.
     """
 
-    def __init__(self, job_uid: str, spec: FederatedJobSpec) -> None:
-        self._job_uid = job_uid
+    def __init__(self, spec: FederatedJobSpec) -> None:
         self._upload = parse_chain(spec.compression.upload_codecs)
         self._download = parse_chain(spec.compression.download_codecs)
 
@@ -61,7 +60,7 @@ class Compression:
         """What takes in an update that :meth:`problem` has nothing against. Raises :class:`TransferError`."""
         if not header.codecs:
             return Reception(header.tensors, room)
-        seed = upload_seed(self._job_uid, header.round, header.pool, header.index)
+        seed = upload_seed(header.round, header.pool, header.index)
         return Decoder(header.tensors, self._upload, seed, base, room)
 
     def settle(
@@ -80,7 +79,7 @@ class Compression:
             )
         if not self._download.names:
             return result, None
-        seed = download_seed(self._job_uid, round_number)
+        seed = download_seed(round_number)
         encoded = encode(result, self._download, seed, base, raw=buffers)
         broadcast = Broadcast(encoded, base_digest if self._download.delta else "")
         if self._download.codec is None:

@@ -62,7 +62,7 @@ class Federation:
         """Of this process."""
         self.metrics = metrics
         self.members = Membership(job.spec)
-        self.compression = Compression(job.uid, job.spec)
+        self.compression = Compression(job.spec)
         self.course = Course()
         self.handover = Handover(self.members, self.course, self._ask_again)
         self.ledger = RoundLedger(metrics)

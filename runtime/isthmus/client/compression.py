@@ -56,7 +56,7 @@ class Compression:
         if not header.codecs:
             return Reception(header.tensors, room)
         chain = parse_chain(header.codecs)
-        return Decoder(header.tensors, chain, download_seed(self._session.job_uid, header.round), self._base, room)
+        return Decoder(header.tensors, chain, download_seed(header.round), self._base, room)
 
     def distrust(self) -> None:
         """The model could not be decoded: from now on it shall come raw."""
@@ -88,7 +88,7 @@ class Compression:
             room, self._room = self._room, {}
             return snapshot(live, room)
         place = self._session.context
-        seed = upload_seed(self._session.job_uid, offer.round, place.pool, place.index)
+        seed = upload_seed(offer.round, place.pool, place.index)
         wanted = _DELTA in offer.model_codecs
         keep_base = wanted or not chain.sparse
         residual = self._residual(chain)

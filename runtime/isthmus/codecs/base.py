@@ -59,14 +59,14 @@ def seed_of(*parts: str | int) -> int:
     return xxhash.xxh3_64_intdigest("\x00".join(map(str, parts)).encode())
 
 
-def upload_seed(job_uid: str, round_number: int, pool: str, index: int) -> str:
-    """What decides the random choices in an update: both sides know it."""
-    return f"{job_uid}/{round_number}/{pool}/{index}"
+def upload_seed(round_number: int, pool: str, index: int) -> str:
+    """What decides the random choices in an update: both sides know it, and a second run of the job repeats it."""
+    return f"{round_number}/{pool}/{index}"
 
 
-def download_seed(job_uid: str, round_number: int) -> str:
+def download_seed(round_number: int) -> str:
     """What decides those in a global model."""
-    return f"{job_uid}/{round_number}/"
+    return f"{round_number}/"
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:

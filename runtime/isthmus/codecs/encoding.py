@@ -47,8 +47,8 @@ def encode(
 ) -> Encoded:
     """Encodes tensor by tensor, on whatever device they are. Raises :class:`TransferError` for what cannot travel.
 
-    ``base`` is what a Delta is taken from, ``residual`` what earlier updates left out, ``seed`` names the job, the
-    round and the sender. Without ``keep_base`` each of its tensors is taken out once it has been used: the new residual
+    ``base`` is what a Delta is taken from, ``residual`` what earlier updates left out, ``seed`` names the round
+    and the sender. Without ``keep_base`` each of its tensors is taken out once it has been used: the new residual
     of a sparse chain then never stands beside all of it.
 
     Lossy codecs and error feedback suit changes that add up, as the steps of gradient descent do. The statistics of a

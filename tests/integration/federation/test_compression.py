@@ -17,7 +17,7 @@ from isthmus.codecs.zstd import compressed
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from . import linear
-from .conftest import POOL, UID, Federation
+from .conftest import POOL, Federation
 from .test_protocol import STATE, HandMadeClient
 
 Make = Callable[..., Federation]
@@ -148,7 +148,7 @@ def test_what_no_encoder_makes_is_refused_for_good(federation: Make) -> None:
         offer = first.offer()
         assert list(offer.codecs) == ["Delta", "Int8", "Zstd"]
         chain = parse_chain(offer.codecs)
-        good = encode(STATE, chain, upload_seed(UID, 1, POOL, 0), STATE)
+        good = encode(STATE, chain, upload_seed(1, POOL, 0), STATE)
         good_header = first.header(1, offer.base_digest, codecs=offer.codecs)
         del good_header.tensors[:]
         good_header.tensors.extend(good.specs)

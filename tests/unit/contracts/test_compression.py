@@ -29,7 +29,8 @@ def parsed(text: str) -> FederatedJobSpec:
         ("Int8", ["Delta", "Int8"]),
         ("Delta+Int8", ["Delta", "Int8"]),
         ("Rotation+Int4+Zstd", ["Delta", "Rotation", "Int4", "Zstd"]),
-        ("Float16", ["Float16"]),
+        ("Float16", ["Delta", "Float16"]),
+        ("BFloat16+Zstd", ["Delta", "BFloat16", "Zstd"]),
         ("Delta+BFloat16", ["Delta", "BFloat16"]),
         ("Zstd", ["Zstd"]),
         ("TopK", ["Delta", "TopK=0.01"]),
@@ -40,6 +41,19 @@ def test_chains_and_what_they_imply(chain: str, codecs: list[str]) -> None:
     compression = parsed(f"{{upload: {chain}}}").compression
     assert compression.upload_codecs == codecs
     assert compression.download_codecs == []
+
+
+@pytest.mark.parametrize(
+    ("chain", "codecs"),
+    [
+        ("Float16", ["Float16"]),
+        ("Delta+Float16", ["Delta", "Float16"]),
+        ("Int8", ["Delta", "Int8"]),
+        ("Zstd", ["Zstd"]),
+    ],
+)
+def test_downloads_in_half_precision_need_no_base(chain: str, codecs: list[str]) -> None:
+    assert parsed(f"{{download: {chain}}}").compression.download_codecs == codecs
 
 
 def test_the_simple_case_reads_as_it_should() -> None:
