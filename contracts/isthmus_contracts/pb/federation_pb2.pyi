@@ -555,6 +555,47 @@ class TensorSpec(_message.Message):
 Global___TensorSpec: _TypeAlias = TensorSpec  # noqa: Y015
 
 @_typing.final
+class View(_message.Message):
+    """A name whose values are some, or all, of another tensor's, since both share memory in the script's model (tied weights).
+    It does not travel: whoever receives the other tensor has it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    OF_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    STRIDE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    of: _builtins.str
+    """a tensor in the stream"""
+    offset: _builtins.int
+    """in elements of that tensor's contiguous form"""
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def stride(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """likewise; 1 along dimensions of size 1"""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        of: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        stride: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "of", b"of", "offset", b"offset", "shape", b"shape", "stride", b"stride"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___View: _TypeAlias = View  # noqa: Y015
+
+@_typing.final
 class Trailer(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -621,6 +662,7 @@ class ModelHeader(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     CODECS_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
+    VIEWS_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     digest: _builtins.str
     @_builtins.property
@@ -629,6 +671,8 @@ class ModelHeader(_message.Message):
 
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
+    @_builtins.property
+    def views(self) -> _containers.RepeatedCompositeFieldContainer[Global___View]: ...
     def __init__(
         self,
         *,
@@ -636,10 +680,11 @@ class ModelHeader(_message.Message):
         digest: _builtins.str = ...,
         codecs: _abc.Iterable[_builtins.str] | None = ...,
         tensors: _abc.Iterable[Global___TensorSpec] | None = ...,
+        views: _abc.Iterable[Global___View] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codecs", b"codecs", "digest", b"digest", "round", b"round", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codecs", b"codecs", "digest", b"digest", "round", b"round", "tensors", b"tensors", "views", b"views"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -754,6 +799,7 @@ class UpdateHeader(_message.Message):
     BUFFERS_FIELD_NUMBER: _builtins.int
     SCALARS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    VIEWS_FIELD_NUMBER: _builtins.int
     job_uid: _builtins.str
     pool: _builtins.str
     index: _builtins.int
@@ -783,6 +829,8 @@ class UpdateHeader(_message.Message):
     def seconds(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """since the last update, by stage: wait, pull, evaluate, train, encode"""
 
+    @_builtins.property
+    def views(self) -> _containers.RepeatedCompositeFieldContainer[Global___View]: ...
     def __init__(
         self,
         *,
@@ -800,10 +848,11 @@ class UpdateHeader(_message.Message):
         buffers: _abc.Iterable[_builtins.str] | None = ...,
         scalars: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         seconds: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        views: _abc.Iterable[Global___View] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_digest", b"base_digest", "buffers", b"buffers", "codecs", b"codecs", "index", b"index", "instance", b"instance", "job_uid", b"job_uid", "metrics", b"metrics", "num_examples", b"num_examples", "pool", b"pool", "round", b"round", "scalars", b"scalars", "seconds", b"seconds", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_digest", b"base_digest", "buffers", b"buffers", "codecs", b"codecs", "index", b"index", "instance", b"instance", "job_uid", b"job_uid", "metrics", b"metrics", "num_examples", b"num_examples", "pool", b"pool", "round", b"round", "scalars", b"scalars", "seconds", b"seconds", "tensors", b"tensors", "views", b"views"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

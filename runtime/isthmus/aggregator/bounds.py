@@ -82,14 +82,17 @@ def problem_with_names(header: pb.UpdateHeader) -> str | None:
     specs = header.tensors
     if not specs:
         return "there are no tensors"
-    if len(specs) > MOST_TENSORS:
-        return f"{len(specs)} tensors are too many: at most {MOST_TENSORS}"
-    for spec in specs:
-        if len(spec.name) > LONGEST_TENSOR_NAME or not spec.name or not spec.name.isprintable():
-            shown = one_line(repr(spec.name), 60)
+    if (count := len(specs) + len(header.views)) > MOST_TENSORS:
+        return f"{count} tensors are too many: at most {MOST_TENSORS}"
+    named = [*specs, *header.views]
+    for each in named:
+        if len(each.name) > LONGEST_TENSOR_NAME or not each.name or not each.name.isprintable():
+            shown = one_line(repr(each.name), 60)
             return f"tensors' names must be 1 to {LONGEST_TENSOR_NAME} printable characters, not {shown}"
-    if _HEADER_FACTOR * header.ByteSize() + _HEADER_BYTES_EACH * len(specs) > _MOST_HEADER_BYTES:
-        return f"the names of {len(specs)} tensors are too long for a checkpoint's header"
+    numbers = sum(len(view.shape) + len(view.stride) for view in header.views)
+    text = _HEADER_FACTOR * (header.ByteSize() + numbers) + _HEADER_BYTES_EACH * len(named)
+    if text > _MOST_HEADER_BYTES:
+        return f"the names of {len(named)} tensors are too long for a checkpoint's header"
     return None
 
 

@@ -11,10 +11,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..tensors import State, snapshot
+from ..views import View, expanded, of_text
 from . import sparefile, tensorfile
 from .tensorfile import HeaderError, TensorFile
 
 _PATTERN = re.compile(r"round-(\d+)\.safetensors")
+
+
+VIEWS = "views"
+"""Of a checkpoint's notes, the one for :attr:`Checkpoint.views`."""
 
 
 class CheckpointError(Exception):
@@ -33,6 +38,11 @@ class Checkpoint:
     """What the strategy keeps from round to round."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """What else was committed with it, by name."""
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The names that share memory with one of the tensors: those of ``state`` and these are the model's."""
+        return of_text(self.notes.get(VIEWS, "[]"))
 
     @property
     def digest(self) -> str:
@@ -168,13 +178,17 @@ class CheckpointStore:
         return Checkpoint(number, state, file, strategy, metadata)
 
     def write_final(self, checkpoint: Checkpoint) -> tuple[Path, str]:
-        """Writes the final model for plain PyTorch and safetensors users; returns the latter's path and SHA-256."""
+        """Writes the final model for plain PyTorch and safetensors users; returns the latter's path and SHA-256.
+
+        In ``model.pt`` names share memory as in the script's model; safetensors knows of no such thing.
+        """
+        state = expanded(checkpoint.state, checkpoint.views)
         plain, path = self.directory / "model.pt", self.directory / "model.safetensors"
         with _publishing(plain) as partial:
-            tensorfile.save_plain(partial, checkpoint.state)
+            tensorfile.save_plain(partial, state)
         with _publishing(path) as partial:
             sparefile.take(self._spare, partial)
-            tensorfile.write(partial, checkpoint.state, {"format": "pt", "round": str(checkpoint.round)})
+            tensorfile.write(partial, state, {"format": "pt", "round": str(checkpoint.round)})
         self._strategy_spare.unlink(missing_ok=True)
         return path, tensorfile.sha256_of(path)
 

@@ -8,6 +8,7 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..strategies import StrategyError
 from ..tensors import State
+from ..views import View
 from .bell import Bell
 from .decisions import RoundState
 from .initialization import Initialization
@@ -46,6 +47,8 @@ class Course:
     """The round that was in progress when an earlier process ended, where there was one."""
     buffers: frozenset[str] = frozenset()
     """Which of the model's tensors no optimizer trains. Who handed in the initial weights has said so for all."""
+    views: tuple[View, ...] = ()
+    """The names that share memory with one of the model's tensors, as the same client has said."""
     broken: StrategyError | None = None
     """What the strategy died of: the job cannot go on."""
     open: asyncio.Event = field(default_factory=asyncio.Event)

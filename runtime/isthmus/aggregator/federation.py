@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
 
-from .. import metricnames
+from .. import metricnames, views
 from ..strategies import Strategy, StrategyError
 from ..tensors import State
 from . import messages
 from .budget import PrivacyBudget
-from .checkpoints import Checkpoint, CheckpointError, CheckpointStore, RoundRecord
+from .checkpoints import VIEWS, Checkpoint, CheckpointError, CheckpointStore, RoundRecord
 from .clientbook import ClientBook
 from .compression import Broadcast, Compression
 from .course import Course
@@ -104,6 +104,7 @@ class Federation:
             self.course.resumed = checkpoint.round + 1
             await self._remember(checkpoint)
         self.course.buffers = frozenset(json.loads(checkpoint.notes.get(_BUFFERS, "[]")))
+        self.course.views = checkpoint.views
         await self._adopt(checkpoint)
         while checkpoint.round < self.spec.rounds and not self.progress.reached and not self._out_of_budget(checkpoint):
             await self._wait_for_quorum()
@@ -190,7 +191,7 @@ class Federation:
         self.course.open.clear()
         result, broadcast = await asyncio.get_running_loop().run_in_executor(
             self._folder, self.compression.settle, self._strategy.finish, state.number, base.state, base.digest,
-            self.course.buffers or (),
+            self.course.buffers,
         )  # fmt: skip
         record = record_of(state, self.course, self.progress, self._budget)
         book = self._settled_book(state)
@@ -207,7 +208,8 @@ class Federation:
 
     def _notes(self) -> dict[str, str]:
         """What is committed with each model."""
-        return {_BUFFERS: json.dumps(sorted(self.course.buffers))}
+        notes = {_BUFFERS: json.dumps(sorted(self.course.buffers))}
+        return notes | ({VIEWS: views.to_text(self.course.views)} if self.course.views else {})
 
     def _begin_round(self, base: Checkpoint) -> RoundState:
         number, now = base.round + 1, time.monotonic()

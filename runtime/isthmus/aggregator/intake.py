@@ -13,6 +13,7 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..strategies import Strategy, StrategyError, Update
 from ..tensors import State
+from ..views import views_of
 from . import messages, refusal
 from .clientbook import ClientBook, Report
 from .compression import Compression
@@ -140,6 +141,7 @@ class Intake:
             return self.reject(header, bad)
         if header.round == 0:
             self._course.initial, self._course.buffers = tensors, frozenset(header.buffers)
+            self._course.views = views_of(header.views)
             self._course.changes.ring()
             return messages.reply(pb.PushReply.ACCEPTED, "")
         state = self._course.round

@@ -10,6 +10,7 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from ..codecs import Encoded
 from ..framing import model_messages
 from ..tensors import CHUNK_BYTES, chunk_bytes, specs_of
+from ..views import View
 from .checkpoints import Checkpoint
 from .compression import Broadcast
 from .rawstream import RawStream
@@ -46,8 +47,7 @@ class GlobalModel:
         return self._raw, NONE
 
     def _encode(self, encoded: Encoded) -> Iterator[tuple[bytes, int]]:
-        header = pb.ModelHeader(round=self.round, digest=self.digest, tensors=encoded.specs, codecs=encoded.chain.names)
-        return model_messages(header, encoded.chunks, encoded.checksum)
+        return model_messages(self._header(encoded.specs, encoded.chain.names), encoded.chunks, encoded.checksum)
 
     @cached_property
     def inline(self) -> bytes:
@@ -58,8 +58,15 @@ class GlobalModel:
 
     @cached_property
     def _raw(self) -> RawStream:
-        header = pb.ModelHeader(round=self.round, digest=self.digest, tensors=self.specs)
-        return RawStream(header, self.checkpoint.file, self.chunk_bytes)
+        return RawStream(self._header(self.specs), self.checkpoint.file, self.chunk_bytes)
+
+    def _header(self, specs: list[pb.TensorSpec], codecs: Iterable[str] = ()) -> pb.ModelHeader:
+        views = [view.message() for view in self.views]
+        return pb.ModelHeader(round=self.round, digest=self.digest, tensors=specs, codecs=codecs, views=views)
+
+    @cached_property
+    def views(self) -> tuple[View, ...]:
+        return self.checkpoint.views
 
     @property
     def round(self) -> int:
@@ -72,7 +79,7 @@ class GlobalModel:
     @cached_property
     def header_bytes(self) -> int:
         """Of an update's header, those that name its tensors."""
-        return sum(spec.ByteSize() + 4 for spec in self.specs)
+        return sum(each.ByteSize() + 4 for each in (*self.specs, *self._header([]).views))
 
     @cached_property
     def size(self) -> int:

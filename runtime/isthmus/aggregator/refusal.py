@@ -12,6 +12,7 @@ from ..codecs import CodecError, NonFiniteError
 from ..framing import MOST_EXAMPLES
 from ..strategies import Strategy
 from ..tensors import ChecksumError, State, TransferError, TruncatedError, beyond, misannounced, mismatch
+from ..views import difference, misplaced, views_of
 from . import bounds
 from .compression import Compression
 from .model import GlobalModel
@@ -36,6 +37,7 @@ class Reason(StrEnum):
     DTYPE = "dtype"
     SIZE = "size"
     DUPLICATE = "duplicate"
+    SHARED = "shared"
     EXAMPLES = "examples"
     CODEC = "codec"
     SCALARS = "scalars"
@@ -86,6 +88,8 @@ def examine(header: pb.UpdateHeader, model: GlobalModel, compression: Compressio
         return Fault(Reason.EXAMPLES, "num_examples must be at least 1" + _as_signed(header.num_examples))
     if problem := compression.problem(header):
         return Fault(Reason.CODEC, problem)
+    if problem := difference(model.views, views_of(header.views)):
+        return Fault(Reason.SHARED, problem)
     if found := mismatch(model.specs, header.tensors):
         return Fault(Reason(found.aspect), found.message)
     if not header.codecs and (found := misannounced(header.tensors)):
@@ -101,10 +105,12 @@ def examine_initial(header: pb.UpdateHeader, directory: Path | None = None) -> F
         return Fault(Reason.BOUNDS, problem)
     if header.codecs:
         return Fault(Reason.CODEC, "initial weights travel raw")
-    if any(spec.name == RESERVED_NAME for spec in header.tensors):
+    if any(named.name == RESERVED_NAME for named in (*header.tensors, *header.views)):
         return Fault(Reason.UNKNOWN_TENSOR, f"a tensor cannot be called {RESERVED_NAME}: safetensors keeps that name")
     if found := misannounced(header.tensors):
         return Fault(Reason(found.aspect), found.message)
+    if problem := misplaced(views_of(header.views), header.tensors):
+        return Fault(Reason.SHARED, problem)
     problem = bounds.problem_with_room(header.tensors, directory)
     return Fault(Reason.SIZE, problem) if problem else None
 

@@ -73,7 +73,7 @@ def write(path: Path, state: State, metadata: Mapping[str, str]) -> TensorFile:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
         # Not file.write: unbuffered, it may write a part of it and not complain.
         if offset <= SMALL_BYTES:
-            data = memoryview(b"".join([lead, *map(bytes_view, state.values())]))
+            data = memoryview(b"".join([lead, *map(_bytes, state.values())]))
             _write_all(file.fileno(), data)
             checksum.update(data[len(lead) :])
         else:
@@ -124,9 +124,13 @@ def _described(path: Path, lead: bytes, checksum: str, size: int) -> TensorFile:
 
 def _pieces(state: State) -> Iterator[memoryview]:
     for tensor in state.values():
-        view = bytes_view(tensor)
+        view = _bytes(tensor)
         for start in range(0, len(view), _WRITTEN_BYTES):
             yield view[start : start + _WRITTEN_BYTES]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return bytes_view(tensor.contiguous())
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:

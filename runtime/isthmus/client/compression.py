@@ -18,6 +18,7 @@ from ..codecs import (
     upload_seed,
 )
 from ..tensors import Reception, State, snapshot
+from ..views import View, views_of
 from .feedback import ErrorFeedback
 from .session import Session
 
@@ -39,6 +40,8 @@ class Compression:
         self._decodable: tuple[str, ...] = KNOWN
         self._feedback: ErrorFeedback | None = None
         self._room: State = {}
+        self.views: tuple[View, ...] = ()
+        """Of the newest global model."""
 
     def request(self, offer: pb.Offer) -> pb.PullRequest:
         """Asks for an offer's model."""
@@ -52,6 +55,7 @@ class Compression:
 
     def reception(self, header: pb.ModelHeader) -> Reception | Decoder:
         """What takes in a global model. Raises :class:`TransferError`."""
+        self.views = views_of(header.views)
         room, self._room = self._room, {}
         if not header.codecs:
             return Reception(header.tensors, room)

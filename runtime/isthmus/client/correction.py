@@ -77,19 +77,20 @@ class DriftCorrection(Correction):
         named = [(name, parameter) for parameter in parameters if (name := self._names.find(parameter)) is not None]
         for name, parameter in named:
             if name not in self._tracked:
-                self._tracked[name] = parameter
-                self._anchors[name] = parameter.detach().clone()
-                constant = self.constant(name, parameter)
+                whole = self._names.whole(parameter)
+                self._tracked[name] = whole
+                self._anchors[name] = whole.detach().clone()
+                constant = self.constant(name)
                 if constant is not None:
-                    self._corrections[name] = constant.to(parameter)
+                    self._corrections[name] = constant.to(whole)
         self._terms.hook(optimizer, (parameter for _, parameter in named))
 
     @abstractmethod
-    def constant(self, name: str, parameter: torch.Tensor) -> torch.Tensor | None:
-        """What is added to a parameter's gradient in every step of the round."""
+    def constant(self, name: str) -> torch.Tensor | None:
+        """What is added to the gradient of the tensor of that name in every step of the round."""
 
-    def moving(self, name: str, parameter: torch.Tensor) -> torch.Tensor | None:
-        """What is added besides, and changes from step to step."""
+    def moving(self, parameter: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor | None:
+        """What is added besides, and changes from step to step. ``anchor``: the parameter when the round began."""
         return None
 
     def remembered(self, name: str, change: torch.Tensor) -> torch.Tensor:
@@ -117,9 +118,10 @@ class DriftCorrection(Correction):
         name = self._names.find(parameter)
         if name is None or name not in self._anchors:
             return
-        for term in (self._corrections.get(name), self.moving(name, parameter)):
-            if term is not None:
-                yield term
+        if name in self._corrections:
+            yield self._names.part(parameter, self._corrections[name])
+        if (term := self.moving(parameter, self._names.part(parameter, self._anchors[name]))) is not None:
+            yield term
 
 
 def _positive(value: float, algorithm: str) -> float:

@@ -19,11 +19,11 @@ class DynamicRegularizer(DriftCorrection):
         super().__init__(names, memory)
         self._alpha = alpha
 
-    def constant(self, name: str, parameter: torch.Tensor) -> torch.Tensor | None:
+    def constant(self, name: str) -> torch.Tensor | None:
         return -self._memory[name] if name in self._memory else None
 
-    def moving(self, name: str, parameter: torch.Tensor) -> torch.Tensor | None:
-        return (parameter - self._anchors[name]).mul_(self._alpha)
+    def moving(self, parameter: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor | None:
+        return (parameter - anchor).mul_(self._alpha)
 
     def remembered(self, name: str, change: torch.Tensor) -> torch.Tensor:
         own = change.mul(-self._alpha)

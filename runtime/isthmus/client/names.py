@@ -1,9 +1,11 @@
 """Which tensors of a model's state an optimizer trains, and what they are called."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 import torch
+
+from ..views import View
 
 _Place = tuple[int, torch.Size, tuple[int, ...], torch.device]
 
@@ -15,33 +17,62 @@ class Names:
     that is no module only the place of the values is known.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], places: Mapping[_Place, str] | None = None) -> None:
+    def __init__(
+        self, parameters: Mapping[str, torch.Tensor], places: Mapping[_Place, str] | None = None,
+        views: Iterable[View] = (), wholes: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """``views``: of the parameters; ``wholes``: the tensors that they are views of."""
         self._parameters = dict(parameters)  # holds them, so that no other object gets their ids
         self._by_object = {id(parameter): name for name, parameter in reversed(self._parameters.items())}
         self._places = places
+        self._views = {view.name: view for view in views}
+        self._wholes = dict(wholes or {})
 
     @classmethod
-    def of(cls, model: object, live: Mapping[str, torch.Tensor]) -> Self:
-        """Those of a model's trained parameters among ``live``; of tied ones, the first name."""
+    def of(cls, model: object, live: Mapping[str, torch.Tensor], views: Iterable[View] = ()) -> Self:
+        """Those of a model's trained parameters among ``live``, which has all their names; of tied ones, the first."""
+        views = tuple(views)
+        wholes = {view.of: live[view.of] for view in views}
         if isinstance(model, torch.nn.Module):
-            trained = trained_of(model, live)
-            return cls({name: parameter for name, parameter in trained.items() if live[name].is_floating_point()})
+            trained = {
+                name: parameter for name, parameter in trained_of(model, live).items() if live[name].is_floating_point()
+            }
+            return cls(trained, views=views, wholes=wholes | {of: trained[of] for of in wholes.keys() & trained.keys()})
         buffers = set(buffers_of(model, live))
         places: dict[_Place, str] = {}
         for name, tensor in live.items():
             if name not in buffers and tensor.numel() and tensor.is_floating_point():
                 places.setdefault(_place(tensor), name)
-        return cls({}, places)
+        return cls({}, places, views, wholes)
 
     def find(self, parameter: torch.Tensor) -> str | None:
-        """The parameter's name; ``None`` for one that does not travel, or that is not the model's."""
-        if self._places is not None:
-            return self._places.get(_place(parameter))
-        return self._by_object.get(id(parameter))
+        """The name of the tensor that travels for a parameter; ``None`` where none does, or it is not the model's."""
+        name = self._own_name(parameter)
+        return self._views[name].of if name in self._views else name
+
+    def whole(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The tensor that travels for a parameter: the parameter itself, unless it is a part of that."""
+        view = self._views.get(self._own_name(parameter) or "")
+        return parameter if view is None or self._is_all(view, parameter) else self._wholes[view.of]
+
+    def part(self, parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What belongs to the parameter of values for all of the tensor that travels for it."""
+        view = self._views.get(self._own_name(parameter) or "")
+        return values if view is None or self._is_all(view, parameter) else view.within(values)
 
     def leave_out(self, parameter: torch.Tensor) -> bool:
         """Whether it is certain that the parameter does not travel."""
         return self._places is None and id(parameter) not in self._by_object
+
+    def _own_name(self, parameter: torch.Tensor) -> str | None:
+        if self._places is not None:
+            return self._places.get(_place(parameter))
+        return self._by_object.get(id(parameter))
+
+    def _is_all(self, view: View, parameter: torch.Tensor) -> bool:
+        """Whether a view has all values, in the same shape."""
+        whole = self._wholes[view.of]
+        return whole.shape == parameter.shape and whole.stride() == parameter.stride()
 
 
 def trained_of(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -125,7 +125,7 @@ class Participation:
             state = self._compression.finished(offer, live, buffers, self._shared.frozen(live))
             seconds = self._session.stages.take()
             work = (offer.round, offer.base_digest, num_examples, metrics, state, buffers, scalars, remembered, seconds)
-            update = FinishedUpdate(*work)
+            update = FinishedUpdate(*work, views=self._shared.views())
             self._held.keep(update, folds_late=offer.folds_late)
             self._push(update)
             self._replicas.say("submitted")
@@ -143,7 +143,8 @@ class Participation:
     def _hand_in_initial(self) -> None:
         live = self._shared.live()
         initial = snapshot(live)
-        reply = push(self._session, FinishedUpdate(0, "", 1, {}, initial, self._shared.buffers(live)))
+        buffers, views = self._shared.buffers(live), self._shared.views()
+        reply = push(self._session, FinishedUpdate(0, "", 1, {}, initial, buffers, views=views))
         self._compression.dropped(initial)
         if reply.verdict == pb.PushReply.INVALID:  # all other answers mean that another client's have been taken
             advice = _OF_BAD_VALUES if reply.reason in ("non_finite", "range") else ""
@@ -172,6 +173,7 @@ class Participation:
             state = pull(self._session, offer, self._compression)
         except OutdatedError:
             return False
+        self._shared.require(self._compression.views)
         # Nobody wants to know how good untrained weights are, except a strategy that goes by the loss.
         wanted = self._evaluate is not None and bool(offer.base_round or offer.algorithm == "QFedAvg")
         measuring = wanted and self._evaluation.model_digest != offer.base_digest

@@ -22,7 +22,7 @@ class ControlVariates(DriftCorrection):
         super().__init__(names, memory)
         self._control = control
 
-    def constant(self, name: str, parameter: torch.Tensor) -> torch.Tensor | None:
+    def constant(self, name: str) -> torch.Tensor | None:
         control, own = self._control.get(name), self._memory.get(name)
         if control is None or own is None:
             return control if own is None else -own

@@ -7,6 +7,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from .gradscaler import add_unscaled, gradient_scale
+from .sharing import overlap, overlapping
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -21,8 +22,8 @@ class GradientTerms:
     def __init__(self, terms: Callable[[torch.Tensor], Iterable[torch.Tensor]]) -> None:
         self._terms = terms
         self._handles: list[RemovableHandle] = []
-        self._first: dict[tuple[int, int, torch.device], torch.Tensor] = {}
-        self._twins: dict[int, torch.Tensor] = {}
+        self._hooked: dict[int, torch.Tensor] = {}
+        self._before_it: dict[int, list[torch.Tensor]] = {}
 
     def hook(self, optimizer: torch.optim.Optimizer, corrected: Iterable[torch.Tensor]) -> None:
         """Hooks into an optimizer; ``corrected``: those of its parameters that may have terms.
@@ -35,21 +36,27 @@ class GradientTerms:
                 "SparseAdam takes only sparse gradients, and the job's strategy adds to them what is dense:"
                 " use another optimizer (SGD, Adagrad, Adam), or a strategy that leaves gradients alone (FedAvg)"
             )
-        for parameter in corrected:
-            # Parameters may share their values, as enc.weight and Parameter(enc.weight.t()) do, and each of them moves
-            # the values by its own gradient: the term is to move them once.
-            values = (parameter.data_ptr(), parameter.numel(), parameter.device)
-            first = self._first.setdefault(values, parameter)
-            if first is not parameter:
-                self._twins[id(parameter)] = first
+        self._hooked.update((id(parameter), parameter) for parameter in corrected)
+        self._order()
         self._handles.append(optimizer.register_step_pre_hook(self._before))
 
     def close(self) -> None:
         """Ends it."""
         for handle in self._handles:
             handle.remove()
-        self._first.clear()
-        self._twins.clear()
+        self._hooked.clear()
+        self._before_it.clear()
+
+    def _order(self) -> None:
+        """Finds parameters that share values, as enc.weight and Parameter(enc.weight.t()) do.
+
+        Each of them moves the values by its own gradient, but a term is to move them once: with the largest parameter.
+        """
+        hooked = list(self._hooked.values())
+        for group in overlapping(hooked):
+            ranked = sorted((hooked[index] for index in group), key=lambda parameter: -parameter.numel())
+            for place, parameter in enumerate(ranked):
+                self._before_it[id(parameter)] = [other for other in ranked[:place] if overlap(parameter, other)]
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
         positional = len(args) > 1  # the optimizer itself is the first
@@ -70,13 +77,13 @@ class GradientTerms:
         with torch.no_grad():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    if parameter.grad is None or self._twin_has_it(parameter):
+                    if parameter.grad is None or self._has_moved(parameter):
                         continue
                     for term in self._terms(parameter):
                         if parameter.grad.is_sparse:
                             parameter.grad = parameter.grad.to_dense()
                         add_unscaled(parameter.grad, term, scale)
 
-    def _twin_has_it(self, parameter: torch.Tensor) -> bool:
-        twin = self._twins.get(id(parameter))
-        return twin is not None and twin.grad is not None
+    def _has_moved(self, parameter: torch.Tensor) -> bool:
+        """Whether another parameter's gradient brings the term to the same values."""
+        return any(other.grad is not None for other in self._before_it.get(id(parameter), ()))

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TypeVar
@@ -15,6 +15,7 @@ from isthmus_contracts.text import one_line
 from ..codecs import CodecError, Encoded
 from ..framing import receive_model, update_messages
 from ..tensors import Reception, State, TransferError, chunk_bytes, chunks_of, specs_of
+from ..views import View
 from .compression import Compression
 from .session import GIVE_UP_AFTER, FederationError, Session, too_large
 
@@ -57,6 +58,8 @@ class FinishedUpdate:
     """What the correction keeps for the next round, once this update is accepted."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By stage: how long the work took."""
+    views: Sequence[View] = ()
+    """The names for which one of ``tensors`` travels."""
 
 
 def pull(session: Session, offer: pb.Offer, compression: Compression) -> State:
@@ -106,6 +109,7 @@ def push(session: Session, update: FinishedUpdate) -> pb.PushReply:
         buffers=update.buffers,
         scalars=update.scalars,
         seconds=update.seconds,
+        views=[view.message() for view in update.views],
     )
     checksum = tensors.checksum if isinstance(tensors, Encoded) else ""
     size = chunk_bytes(session.context.clients)

@@ -1,0 +1,100 @@
+"""Names that share memory with another tensor (tied weights, a transposed decoder): one tensor travels for all."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from isthmus_contracts.pb import federation_pb2 as pb
+
+from .tensors import State, flat
+
+
+@dataclass(frozen=True)
+class View:
+    """A name whose values are some, or all, of another tensor's.
+
+    Offset and strides are those of the view in that tensor's contiguous form, counted in elements.
+    """
+
+    name: str
+    of: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def within(self, whole: torch.Tensor) -> torch.Tensor:
+        """The view's values, given those of the other tensor: in its memory, where that is contiguous."""
+        values = flat(whole)
+        return values.as_strided(self.shape, self.stride, values.storage_offset() + self.offset)
+
+    @classmethod
+    def of_message(cls, message: pb.View) -> Self:
+        return cls(message.name, message.of, message.offset, tuple(message.shape), tuple(message.stride))
+
+    def message(self) -> pb.View:
+        return pb.View(name=self.name, of=self.of, offset=self.offset, shape=self.shape, stride=self.stride)
+
+
+def views_of(messages: Iterable[pb.View]) -> tuple[View, ...]:
+    """The views that a header names."""
+    return tuple(map(View.of_message, messages))
+
+
+def expanded(state: Mapping[str, torch.Tensor], views: Iterable[View]) -> State:
+    """A state with all names: views share the memory of what they are views of."""
+    return {**state, **{view.name: view.within(state[view.of]) for view in views}}
+
+
+def to_text(views: Iterable[View]) -> str:
+    """As it is kept beside a checkpoint."""
+    return json.dumps([[view.name, view.of, view.offset, view.shape, view.stride] for view in views])
+
+
+def of_text(text: str) -> tuple[View, ...]:
+    """What :func:`to_text` wrote."""
+    return tuple(
+        View(name, of, offset, tuple(shape), tuple(stride)) for name, of, offset, shape, stride in json.loads(text)
+    )
+
+
+def misplaced(views: Iterable[View], specs: Sequence[pb.TensorSpec]) -> str | None:
+    """Why no tensors with these specs have such views."""
+    sizes = {spec.name: math.prod(spec.shape) for spec in specs}
+    seen = set(sizes)
+    for view in views:
+        if view.name in seen:
+            return f"{view.name} is announced twice"
+        seen.add(view.name)
+        if view.of not in sizes:
+            return f"{view.name} is said to be a view of {view.of}, which is not there"
+        if len(view.shape) != len(view.stride) or not 0 < math.prod(view.shape) <= sizes[view.of]:
+            return f"{view.name} is said to be a view of {view.of}, which does not fit its shape"
+        last = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride, strict=True))
+        if view.offset + last >= sizes[view.of]:
+            return f"{view.name} is said to be a view of {view.of}, but does not lie within it"
+    return None
+
+
+def difference(expected: Iterable[View], offered: Iterable[View]) -> str | None:
+    """In what a client's sharing of memory differs from the global model's, in one line, if in anything."""
+    wanted, given = ({view.name: view for view in views} for views in (expected, offered))
+    for name in sorted(wanted.keys() | given.keys()):
+        theirs, own = wanted.get(name), given.get(name)
+        if theirs == own:
+            continue
+        if theirs is not None and own is not None:
+            return (
+                f"{name} shares memory in another way than in the global model: with {own.of}, there with {theirs.of}"
+            )
+        view = theirs or own
+        assert view is not None
+        here, there = ("does", "does not") if theirs is None else ("does not", "does")
+        return (
+            f"{name} {here} share memory with {view.of} (tied weights) at this client, and {there} in the global model:"
+            " build the model alike at all clients"
+        )
+    return None
