@@ -84,15 +84,15 @@ def problem_with_names(header: pb.UpdateHeader) -> str | None:
         return "there are no tensors"
     if (count := len(specs) + len(header.views)) > MOST_TENSORS:
         return f"{count} tensors are too many: at most {MOST_TENSORS}"
-    named = [*specs, *header.views]
-    for each in named:
-        if len(each.name) > LONGEST_TENSOR_NAME or not each.name or not each.name.isprintable():
-            shown = one_line(repr(each.name), 60)
+    names = [*(spec.name for spec in specs), *(view.name for view in header.views)]
+    for name in names:
+        if len(name) > LONGEST_TENSOR_NAME or not name or not name.isprintable():
+            shown = one_line(repr(name), 60)
             return f"tensors' names must be 1 to {LONGEST_TENSOR_NAME} printable characters, not {shown}"
     numbers = sum(len(view.shape) + len(view.stride) for view in header.views)
-    text = _HEADER_FACTOR * (header.ByteSize() + numbers) + _HEADER_BYTES_EACH * len(named)
+    text = _HEADER_FACTOR * (header.ByteSize() + numbers) + _HEADER_BYTES_EACH * len(names)
     if text > _MOST_HEADER_BYTES:
-        return f"the names of {len(named)} tensors are too long for a checkpoint's header"
+        return f"the names of {len(names)} tensors are too long for a checkpoint's header"
     return None
 
 

@@ -79,7 +79,8 @@ class GlobalModel:
     @cached_property
     def header_bytes(self) -> int:
         """Of an update's header, those that name its tensors."""
-        return sum(each.ByteSize() + 4 for each in (*self.specs, *self._header([]).views))
+        views = self._header([]).ByteSize()
+        return sum(spec.ByteSize() + 4 for spec in self.specs) + views
 
     @cached_property
     def size(self) -> int:

@@ -105,7 +105,7 @@ def examine_initial(header: pb.UpdateHeader, directory: Path | None = None) -> F
         return Fault(Reason.BOUNDS, problem)
     if header.codecs:
         return Fault(Reason.CODEC, "initial weights travel raw")
-    if any(named.name == RESERVED_NAME for named in (*header.tensors, *header.views)):
+    if RESERVED_NAME in {*(spec.name for spec in header.tensors), *(view.name for view in header.views)}:
         return Fault(Reason.UNKNOWN_TENSOR, f"a tensor cannot be called {RESERVED_NAME}: safetensors keeps that name")
     if found := misannounced(header.tensors):
         return Fault(Reason(found.aspect), found.message)
