@@ -5,6 +5,8 @@ import logging
 import sys
 import time
 
+from isthmus_contracts.loglimit import limit_root
+
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "taskName", "asctime"}
 
 
@@ -36,6 +38,7 @@ def set_up(level: str = "info") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(TextFormatter() if sys.stderr.isatty() else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    limit_root()
 
 
 def _extra(record: logging.LogRecord) -> dict[str, str]:

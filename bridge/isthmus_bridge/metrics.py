@@ -1,12 +1,13 @@
 """The bridge's Prometheus metrics."""
 
 from collections.abc import Iterable
-from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+
+from isthmus_contracts.httpserver import serve_metrics
 
 from . import __version__
 
@@ -100,12 +101,12 @@ class Metrics:
         for state in known:
             gauge.labels(state).set(counts.get(state, 0))
 
-    def serve(self, address: str, site: str) -> tuple[WSGIServer, Thread]:
+    def serve(self, address: str, site: str) -> WSGIServer:
         """Serves /metrics at host:port until the server is shut down. Raises ``OSError``."""
         host, _, port = address.rpartition(":")
         told = CollectorRegistry(auto_describe=False)
         told.register(_OfSite(self.registry, site))
-        return start_http_server(int(port), host.strip("[]"), told)
+        return serve_metrics(make_wsgi_app(told), host.strip("[]"), int(port))
 
 
 class _OfSite(Collector):

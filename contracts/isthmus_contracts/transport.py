@@ -32,6 +32,12 @@ SERVER_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.so_reuseport", 0),
+    # A peer may be hostile. It needs three or four calls at a time; its headers are short; a handshake takes a moment.
+    # Without the first of these, the headers of calls that are still being opened take gigabytes.
+    ("grpc.max_concurrent_streams", 32),
+    ("grpc.max_metadata_size", 4 << 10),
+    ("grpc.absolute_max_metadata_size", 8 << 10),
+    ("grpc.server_handshake_timeout_ms", 20_000),
 ]
 
 

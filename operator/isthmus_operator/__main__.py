@@ -12,6 +12,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import kopf
 
+from isthmus_contracts.loglimit import limit_root
+
 from . import __version__
 from .app import App
 from .handlers import build_registry
@@ -157,6 +159,7 @@ def _log(settings: Settings) -> None:
     # Its request lines at debug level would drown everything else.
     for name in ("urllib3", "asyncio", "aiohttp", "kubernetes"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    limit_root()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import prometheus_client
 
 from isthmus_contracts import identities as ids
 from isthmus_contracts import tasks
+from isthmus_contracts.httpserver import serve_metrics
 
 from .clock import Clock
 from .draft import Limits
@@ -178,7 +179,7 @@ class App:
                 lambda: {kind: count() for kind, count in kept.items()},
             )
         )
-        prometheus_client.start_http_server(port, host, REGISTRY)
+        serve_metrics(prometheus_client.make_wsgi_app(REGISTRY), host, port)
         serve(self.health, *_address(self.settings.health))
 
     def _statuses(self) -> list[tuple[str, str, Mapping[str, Any]]]:

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
+from isthmus_contracts.openfiles import connections_within, raise_limit
 from isthmus_contracts.pb import gateway_pb2 as pb
 from isthmus_contracts.pb import gateway_pb2_grpc as rpc
 from isthmus_contracts.transport import SERVER_OPTIONS, renewed_public_credentials
@@ -32,9 +33,9 @@ from .observed import ProblemKind
 log = logging.getLogger(__name__)
 
 _HELLO_SECONDS = 10.0
-# Proofs under way: each may take ten seconds.
+# Callers that have not proven yet whose bridge they are: each may take ten seconds for its hello, and as many for the
+# proof. One more ends the oldest: an honest bridge is through in a moment, so strangers who wait do not keep it out.
 _MAX_UNPROVEN = 64
-# gRPC itself refuses more.
 _MAX_TUNNELS = 1024
 _STOP_SECONDS = 1.0
 _SITE = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
@@ -73,7 +74,8 @@ class Gateway(rpc.GatewayServicer):
         self._changed = changed
         self._prove: Prove | None = None
         self._tunnels: dict[str, _Tunnel] = {}
-        self._unproven = 0
+        # The oldest first.
+        self._unproven: dict[_Tunnel, None] = {}
         self._serial = 0
         self._directory = Path()
         self.port = 0
@@ -84,8 +86,13 @@ class Gateway(rpc.GatewayServicer):
         ``prove`` raises :class:`BridgeError` unless the site's bridge is behind an address.
         """
         self._prove = prove
-        options = [*SERVER_OPTIONS, ("grpc.max_receive_message_length", MAX_FRAME), ("grpc.max_concurrent_streams", 8)]
-        server = aio.server(options=options, maximum_concurrent_rpcs=_MAX_TUNNELS)
+        options = [
+            *SERVER_OPTIONS,
+            ("grpc.max_receive_message_length", MAX_FRAME),
+            ("grpc.max_concurrent_streams", 8),
+            ("grpc.max_allowed_incoming_connections", connections_within(raise_limit(), 2 * _MAX_TUNNELS)),
+        ]
+        server = aio.server(options=options, maximum_concurrent_rpcs=_MAX_TUNNELS + 2 * _MAX_UNPROVEN)
         rpc.add_GatewayServicer_to_server(self, server)
         # Private: what is written into these sockets reaches bridges.
         self._directory = Path(tempfile.mkdtemp(prefix="isthmus-gateway-"))
@@ -118,21 +125,37 @@ class Gateway(rpc.GatewayServicer):
 
     async def Connect(self, request_iterator: AsyncIterator[pb.Frame], context: Context) -> None:  # type: ignore[override]
         """One bridge's tunnel, from its hello until either side ends it."""
-        site = "unknown"
+        tunnel = _Tunnel("unknown", Connections(context.write))
+        self._take_place(tunnel)
         try:
-            site = await self._hello(request_iterator)
-            await self._tunnel(site, request_iterator, context)
+            tunnel.site = await self._hello(tunnel, request_iterator)
+            await self._tunnel(tunnel, request_iterator, context)
         except _RefusedError as error:
             GATEWAY_TUNNELS.labels("refused").inc()
-            log.warning("gateway: %s from %s refused: %s", site, context.peer(), error)
+            log.warning("gateway: %s from %s refused: %s", tunnel.site, context.peer(), error)
             await context.abort(error.code, str(error))
+        finally:
+            self._unproven.pop(tunnel, None)
 
-    async def _hello(self, frames: AsyncIterator[pb.Frame]) -> str:
+    def _take_place(self, tunnel: _Tunnel) -> None:
+        """Counts a caller that has proven nothing yet, in the oldest one's place if there are too many."""
+        if len(self._unproven) >= _MAX_UNPROVEN:
+            oldest = next(iter(self._unproven))
+            del self._unproven[oldest]
+            oldest.end("too many bridges are connecting; come back")
+        self._unproven[tunnel] = None
+
+    async def _hello(self, tunnel: _Tunnel, frames: AsyncIterator[pb.Frame]) -> str:
+        reading = asyncio.ensure_future(anext(aiter(frames), None))
         try:
-            async with asyncio.timeout(_HELLO_SECONDS):
-                first = await anext(aiter(frames), None)
-        except TimeoutError:
-            raise _RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, "no hello") from None
+            await asyncio.wait((reading, tunnel.over), timeout=_HELLO_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if tunnel.over.done():
+                raise _RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, tunnel.over.result())
+            if not reading.done():
+                raise _RefusedError(grpc.StatusCode.DEADLINE_EXCEEDED, "no hello")
+            first = reading.result()
+        finally:
+            reading.cancel()
         if first is None or first.WhichOneof("kind") != "hello":
             raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "the first frame must be a hello")
         if first.hello.protocol != PROTOCOL:
@@ -142,10 +165,7 @@ class Gateway(rpc.GatewayServicer):
             raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "the site's name is no name of an HPCSite")
         return first.hello.site
 
-    async def _tunnel(self, site: str, frames: AsyncIterator[pb.Frame], context: Context) -> None:
-        tunnel = _Tunnel(site, Connections(context.write))
-        if self._unproven >= _MAX_UNPROVEN:
-            raise _RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many bridges are connecting; come back")
+    async def _tunnel(self, tunnel: _Tunnel, frames: AsyncIterator[pb.Frame], context: Context) -> None:
         async with self._socket(tunnel):
             reading = asyncio.create_task(_read(frames, tunnel.connections))
             try:
@@ -154,7 +174,7 @@ class Gateway(rpc.GatewayServicer):
                 self._put(tunnel)
                 await asyncio.wait((reading, tunnel.over), return_when=asyncio.FIRST_COMPLETED)
                 why = tunnel.over.result() if tunnel.over.done() else _end(reading)
-                log.info("gateway: the tunnel of %s ended: %s", site, why)
+                log.info("gateway: the tunnel of %s ended: %s", tunnel.site, why)
                 if tunnel.over.done():
                     await context.abort(grpc.StatusCode.ABORTED, why)
                 if not reading.cancelled() and isinstance(reading.exception(), TunnelError):
@@ -167,10 +187,11 @@ class Gateway(rpc.GatewayServicer):
     async def _admit(self, tunnel: _Tunnel, reading: "asyncio.Task[None]") -> None:
         """Returns once the bridge has proven that it is the site's."""
         assert self._prove is not None
-        self._unproven += 1
         proof = asyncio.ensure_future(self._prove(tunnel.site, tunnel.address))
         try:
-            await asyncio.wait((proof, reading), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((proof, reading, tunnel.over), return_when=asyncio.FIRST_COMPLETED)
+            if tunnel.over.done():
+                raise _RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, tunnel.over.result())
             if reading.done():
                 raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, _end(reading))
             await proof
@@ -180,7 +201,7 @@ class Gateway(rpc.GatewayServicer):
             raise _RefusedError(code, str(error)) from None
         finally:
             proof.cancel()
-            self._unproven -= 1
+            self._unproven.pop(tunnel, None)
 
     def _put(self, tunnel: _Tunnel) -> None:
         older = self._tunnels.get(tunnel.site)

@@ -6,7 +6,9 @@ import json
 import threading
 import time
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+from isthmus_contracts.httpserver import BoundedThreads
 
 from .metrics import LOOP_LAG
 from .resync import MAX_AGE, Resync
@@ -55,7 +57,11 @@ class Health:
         }
 
 
-def serve(health: Health, host: str, port: int) -> ThreadingHTTPServer:
+class _Server(BoundedThreads, HTTPServer):
+    pass
+
+
+def serve(health: Health, host: str, port: int) -> HTTPServer:
     """Serves /healthz and /readyz from a thread of its own: a hung loop cannot keep it from saying so."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -73,6 +79,6 @@ def serve(health: Health, host: str, port: int) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: object) -> None:
             """Probes are not worth a line."""
 
-    server = ThreadingHTTPServer((host, port), Handler)
+    server = _Server((host, port), Handler)
     threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
     return server

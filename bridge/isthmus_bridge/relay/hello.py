@@ -5,53 +5,74 @@ _CLIENT_HELLO = 1
 _SERVER_NAME = 0
 _HOST_NAME = 0
 _RECORD_HEADER = 5
+_MESSAGE_HEADER = 4
 _LONGEST_RECORD = 1 << 14
 LONGEST = 64 << 10
-"""More than any honest client sends before it is answered."""
+"""More than any honest client sends before it is answered. Bytes."""
+MOST_RECORDS = 64
+"""Honest clients send one, or two."""
 
 
 class NotTls(ValueError):
     """Nothing that a TLS client sends first."""
 
 
-def server_name(data: bytes) -> str | None:
-    """The name that the client asks for, in lower case; empty: it names none; None: more bytes are needed.
+class ClientHello:
+    """The first bytes of a TLS client, taken in as they arrive: each is looked at once, in however small pieces."""
 
-    Raises :class:`NotTls`.
-    """
-    message = _message(data)
-    if message is None:
+    def __init__(self) -> None:
+        self.data = bytearray()
+        """All that has arrived."""
+        self._record = 0  # where the record begins that is not complete yet
+        self._records = 0
+        self._handshake = bytearray()
+
+    def feed(self, more: bytes) -> str | None:
+        """Take in bytes. Return the name that the client asks for, in lower case; an empty one if it names none; None
+        while more bytes are needed.
+
+        Raises:
+            NotTls: the bytes are nothing that a TLS client sends first.
+        """
+        self.data += more
+        while (record := self._next_record()) is not None:
+            self._records += 1
+            if self._records > MOST_RECORDS:
+                raise NotTls("a ClientHello in too many records")
+            self._handshake += record
+            if self._handshake[0] != _CLIENT_HELLO:
+                raise NotTls("not a ClientHello")
+            if len(self._handshake) < _MESSAGE_HEADER:
+                continue
+            wanted = _MESSAGE_HEADER + int.from_bytes(self._handshake[1:_MESSAGE_HEADER])
+            if wanted > LONGEST:
+                raise NotTls("a ClientHello that is too long")
+            if len(self._handshake) >= wanted:
+                return _server_name(bytes(self._handshake[_MESSAGE_HEADER:wanted]))
         return None
+
+    def _next_record(self) -> bytes | None:
+        """The next record's content, once it is complete."""
+        header = self.data[self._record : self._record + _RECORD_HEADER]
+        if (header[:1] and header[0] != _HANDSHAKE) or (header[1:2] and header[1] != 3):
+            raise NotTls("not a TLS handshake")
+        if len(header) < _RECORD_HEADER:
+            return None
+        length = int.from_bytes(header[3:5])
+        if not 0 < length <= _LONGEST_RECORD:
+            raise NotTls("a TLS record of no valid length")
+        start = self._record + _RECORD_HEADER
+        if len(self.data) < start + length:
+            return None
+        self._record = start + length
+        return bytes(self.data[start : self._record])
+
+
+def _server_name(message: bytes) -> str:
     try:
         return _host_name(_extensions(message))
     except IndexError:
         raise NotTls("a ClientHello that ends too early") from None
-
-
-def _message(data: bytes) -> bytes | None:
-    """The ClientHello, put together from its records."""
-    handshake = b""
-    while True:
-        if (data[:1] and data[0] != _HANDSHAKE) or (data[1:2] and data[1] != 3):
-            raise NotTls("not a TLS handshake")
-        if len(data) < _RECORD_HEADER:
-            break
-        length = int.from_bytes(data[3:5])
-        if not 0 < length <= _LONGEST_RECORD:
-            raise NotTls("a TLS record of no valid length")
-        handshake += data[_RECORD_HEADER : _RECORD_HEADER + length]
-        if handshake and handshake[0] != _CLIENT_HELLO:
-            raise NotTls("not a ClientHello")
-        if len(handshake) >= 4:
-            wanted = 4 + int.from_bytes(handshake[1:4])
-            if wanted > LONGEST:
-                raise NotTls("a ClientHello that is too long")
-            if len(handshake) >= wanted:
-                return handshake[4:wanted]
-        if len(data) < _RECORD_HEADER + length:
-            break
-        data = data[_RECORD_HEADER + length :]
-    return None
 
 
 class _Reader:

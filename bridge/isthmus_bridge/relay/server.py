@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ..metrics import Metrics
 from ..policy import RelaySettings
 from .capacity import BACKLOG, affordable, unnamed
-from .hello import LONGEST, NotTls, server_name
+from .hello import ClientHello, NotTls
 
 log = logging.getLogger(__name__)
 
@@ -218,17 +218,12 @@ class Relay:
 
 async def _hello(reader: asyncio.StreamReader) -> tuple[bytes, str]:
     """The first bytes of a client, and the name in them."""
-    data = b""
-    while True:
-        more = await reader.read(_CHUNK)
-        if not more:
-            raise NotTls("closed before a ClientHello")
-        data += more
-        name = server_name(data)
+    hello = ClientHello()
+    while more := await reader.read(_CHUNK):
+        name = hello.feed(more)
         if name is not None:
-            return data, name
-        if len(data) > LONGEST:
-            raise NotTls("a ClientHello that is too long")
+            return bytes(hello.data), name
+    raise NotTls("closed before a ClientHello")
 
 
 def _tune(writer: asyncio.StreamWriter) -> None:

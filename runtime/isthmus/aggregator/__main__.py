@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from grpc import aio
-from prometheus_client import start_http_server
+from prometheus_client import make_wsgi_app
 
+from isthmus_contracts import openfiles
+from isthmus_contracts.httpserver import serve_metrics
+from isthmus_contracts.loglimit import limit_root
 from isthmus_contracts.manifest import ManifestError
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
@@ -47,6 +50,9 @@ LINGER_SECONDS = 30.0
 # must be over within a pod's grace period. Seconds.
 TRACKING_SECONDS = 30.0
 TRACKING_SECONDS_WHEN_STOPPED = 5.0
+# Of a client: two while one replaces the other, and as many half-open ones. Beside those: observers and strangers.
+_CONNECTIONS_OF_EACH = 4
+_FURTHER_CONNECTIONS = 512
 # Of an unexpected error's own text. Characters.
 _LONGEST_ERROR = 500
 
@@ -74,6 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_memory_flat()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    limit_root()
     try:
         sys.exit(asyncio.run(serve(arguments)))
     except (ManifestError, CheckpointError, StrategyError) as error:
@@ -108,12 +115,18 @@ async def serve(arguments: argparse.Namespace) -> int:
     federation = Federation(job, store, strategy, metrics, tracker, budget)
     federation.wait_for(arguments.wait_for)
     observer = ObserverService(federation)
-    server = aio.server(options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", HEADER_BYTES)])
+    options = [
+        *SERVER_OPTIONS,
+        ("grpc.max_receive_message_length", HEADER_BYTES),
+        ("grpc.max_allowed_incoming_connections", _connections(job.spec.total_clients)),
+    ]
+    server = aio.server(options=options)
     server.add_generic_rpc_handlers((FederationService(federation).handler(), observer.handler()))
     port = _bound(arguments.listen, lambda: server.add_secure_port(arguments.listen, credentials))
     host, _, metrics_port = arguments.metrics.rpartition(":")
-    metrics_server, _ = _bound(
-        arguments.metrics, lambda: start_http_server(int(metrics_port), host, metrics.registry)
+    application = make_wsgi_app(metrics.registry)
+    metrics_server = _bound(
+        arguments.metrics, lambda: serve_metrics(application, host.strip("[]"), int(metrics_port))
     )  # fmt: skip
     await server.start()
     if arguments.ports_file:
@@ -156,6 +169,15 @@ def _bound(address: str, bind: Callable[[], T]) -> T:
         return bind()
     except (RuntimeError, OSError) as error:
         raise PortTakenError(f"cannot listen on {address}: {error}") from None
+
+
+def _connections(clients: int) -> int:
+    """How many connections the aggregator takes: strangers' must leave descriptors for its files, too."""
+    wanted = _CONNECTIONS_OF_EACH * clients + _FURTHER_CONNECTIONS
+    room = openfiles.connections_within(openfiles.raise_limit(), wanted)
+    if room < wanted:
+        log.warning("room for %d connections only, not for %d: raise the limit of open files (ulimit -n)", room, wanted)
+    return room
 
 
 def _stop_signals() -> asyncio.Event:

@@ -24,7 +24,7 @@ _LEVEL = 1
 def compressed(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """The stream's pieces, each of at most :data:`BLOCK_BYTES`, as blocks."""
     compressor = zstandard.ZstdCompressor(level=_LEVEL)
-    for piece in pieces:
+    for piece in filter(None, pieces):
         frame = compressor.compress(piece)
         yield len(frame).to_bytes(_LENGTH_BYTES, "little") + frame
 
@@ -60,6 +60,8 @@ class Unpacker:
         try:
             size = zstandard.get_frame_parameters(frame).content_size
             # An unknown size reads as the largest number of 64 bits.
+            if not size:  # a stream of these would never make progress
+                raise CodecError("a Zstd block without content")
             if size > BLOCK_BYTES:
                 raise CodecError("a Zstd block that would unpack to more than is allowed")
             return self._decompressor.decompress(frame, allow_extra_data=False)

@@ -20,7 +20,7 @@ from isthmus_bridge.access import Denial, decide
 from isthmus_bridge.metrics import Metrics
 from isthmus_bridge.policy import RelaySettings
 from isthmus_bridge.relay.capacity import affordable
-from isthmus_bridge.relay.hello import LONGEST, NotTls, server_name
+from isthmus_bridge.relay.hello import LONGEST, MOST_RECORDS, ClientHello, NotTls
 from isthmus_bridge.relay.server import Relay, Route, connections_of, routes
 from isthmus_bridge.server import Bridge
 from isthmus_contracts.identities import aggregator_server_name
@@ -50,16 +50,36 @@ def client_hello(name: str | None) -> bytes:
 HELLO = client_hello(NAME)
 
 
+def server_name(data: bytes) -> str | None:
+    return ClientHello().feed(data)
+
+
+def in_records(content: bytes, size: int) -> bytes:
+    pieces = [content[start : start + size] for start in range(0, len(content), size)]
+    return b"".join(b"\x16\x03\x01" + len(piece).to_bytes(2) + piece for piece in pieces)
+
+
 def test_the_name_in_a_real_hello_however_it_is_cut() -> None:
     assert server_name(HELLO) == NAME
     assert server_name(HELLO + b"more") == NAME
     assert server_name(client_hello(NAME.upper())) == NAME
     assert server_name(client_hello(None)) == ""
     assert all(server_name(HELLO[:end]) is None for end in range(len(HELLO)))
-    # The same message in records of at most 50 bytes.
-    body = HELLO[5:]
-    pieces = [body[start : start + 50] for start in range(0, len(body), 50)]
-    assert server_name(b"".join(b"\x16\x03\x01" + len(p).to_bytes(2) + p for p in pieces)) == NAME
+    assert server_name(in_records(HELLO[5:], 50)) == NAME
+
+
+def test_a_hello_that_dribbles_in_is_read_once() -> None:
+    hello = ClientHello()
+    found = [hello.feed(HELLO[at : at + 1]) for at in range(len(HELLO))]
+    assert found[:-1] == [None] * (len(HELLO) - 1) and found[-1] == NAME
+    assert hello.data == HELLO
+
+
+def test_records_are_bounded() -> None:
+    content = b"\x01" + (60_000).to_bytes(3) + bytes(MOST_RECORDS)
+    assert server_name(in_records(content[:MOST_RECORDS], 1)) is None
+    with pytest.raises(NotTls, match="too many records"):
+        server_name(in_records(content[: MOST_RECORDS + 1], 1))
 
 
 @pytest.mark.parametrize(

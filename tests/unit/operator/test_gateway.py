@@ -3,7 +3,7 @@
 import asyncio
 import datetime as dt
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,18 +163,28 @@ async def test_a_newer_tunnel_takes_the_older_ones_place(world: World) -> None:
         await until(lambda: list(world.gateway.addresses) == ["leonardo"])
 
 
-async def test_those_who_wait_for_their_proof_are_few(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_caller_too_many_ends_the_oldest_that_has_proven_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_MAX_UNPROVEN", 2)
     world.proof.clear()
-    async with world.dial() as first, world.dial() as second, world.dial() as third:
-        for call, site in ((first, "lumi"), (second, "leonardo")):
-            await call.write(hello(site))
-        await until(lambda: world.gateway._unproven == 2)
-        await third.write(hello())
-        assert (await end(third))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    async with AsyncExitStack() as stack:
+        silent = await stack.enter_async_context(world.dial())
+        await until(lambda: len(world.gateway._unproven) == 1)
+        slow = await stack.enter_async_context(world.dial())
+        await slow.write(hello("leonardo"))
+        await until(lambda: len(world.gateway._unproven) == 2)
+        third = await stack.enter_async_context(world.dial())
+        await third.write(hello("snellius"))
+        assert (await end(silent))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+        honest = await stack.enter_async_context(world.dial())
+        await honest.write(hello())
+        assert (await end(slow))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert len(world.gateway._unproven) == 2
         world.proof.set()
-        for call in (first, second):
+        for call in (third, honest):
             assert (await asyncio.wait_for(call.read(), 60)).HasField("welcome")
+        await until(lambda: not world.gateway._unproven)
 
 
 async def test_a_silent_stranger_is_let_go(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

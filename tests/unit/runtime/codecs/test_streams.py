@@ -275,10 +275,11 @@ def without_size() -> bytes:
         (without_size(), "would unpack to more than is allowed"),
         (b"\xff\xff\xff\xff" + bytes(100), "a Zstd block of 4294967295 bytes"),
         (b"\0\0\0\0", "a Zstd block of 0 bytes"),
+        (bomb(0), "a Zstd block without content"),
         ((8).to_bytes(4, "little") + b"no frame", "a damaged Zstd block"),
         ((9).to_bytes(4, "little") + zstandard.ZstdCompressor().compress(b"a" * 50)[:9], "a damaged Zstd block"),
     ],
-    ids=["bomb", "no size", "huge", "empty", "garbage", "truncated frame"],
+    ids=["bomb", "no size", "huge", "empty", "no content", "garbage", "truncated frame"],
 )
 def test_hostile_zstd(data: bytes, problem: str) -> None:
     encoded = encode(STATE, chain("Int8+Zstd"), SEED, BASE)

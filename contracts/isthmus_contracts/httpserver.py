@@ -1,0 +1,79 @@
+"""HTTP servers for ``/metrics`` and probes. Anybody may call them, so connections are bounded in number and in time."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+CONNECTIONS = 16
+"""Connections at a time. One more ends the oldest: an honest request takes milliseconds."""
+IDLE_SECONDS = 15.0
+"""How long a connection may say nothing."""
+# Threads whose connection was ended and that have not noticed yet. Beyond these a new connection is closed at once.
+_ENDING = 48
+
+
+class BoundedThreads(ThreadingMixIn):
+    """A thread for each connection, within bounds. To be mixed into a ``socketserver.TCPServer``."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._lock = threading.Lock()
+        self._connections: dict[int, socket.socket] = {}  # the oldest first
+        self._running = 0
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for a connection, in place of the oldest one where there are too many."""
+        with self._lock:
+            if self._running >= CONNECTIONS + _ENDING:
+                self.shutdown_request(request)  # type: ignore[attr-defined]
+                return
+            if len(self._connections) >= CONNECTIONS:
+                oldest = self._connections.pop(next(iter(self._connections)))
+                with suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+            self._connections[id(request)] = request
+            self._running += 1
+        request.settimeout(IDLE_SECONDS)
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve one connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._lock:
+                self._running -= 1
+                if self._connections.get(id(request)) is request:
+                    del self._connections[id(request)]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: the connection broke, or was ended."""
+
+
+class _MetricsServer(BoundedThreads, WSGIServer):
+    pass
+
+
+class _MetricsServerIPv6(_MetricsServer):
+    address_family = socket.AF_INET6
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def serve_metrics(application: Callable[..., Iterable[bytes]], host: str, port: int) -> WSGIServer:
+    """Serve a WSGI application in a thread until ``shutdown()``; port 0 picks one. Raises ``OSError``."""
+    family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+    kind = _MetricsServerIPv6 if family == socket.AF_INET6 else _MetricsServer
+    server = make_server(host, port, application, kind, handler_class=_Quiet)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return server

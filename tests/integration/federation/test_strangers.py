@@ -1,0 +1,144 @@
+"""Connections that are not an honest client's: they take neither the aggregator's descriptors nor its memory."""
+
+import resource
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import pytest
+
+from isthmus.aggregator.__main__ import _CONNECTIONS_OF_EACH, _FURTHER_CONNECTIONS
+from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.transport import SERVER_OPTIONS
+
+from .conftest import SERVER_NAME, Federation, eventually
+from .test_protocol import HandMadeClient
+
+_HEADERS, _SETTINGS = 1, 4
+_END_HEADERS = 4
+
+
+@pytest.fixture
+def client(federation: Callable[..., Federation]) -> Iterator[HandMadeClient]:
+    job = federation(1, 2)
+    job.start_aggregator()
+    made = HandMadeClient(job)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, hard), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def open_files(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def resident_megabytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) >> 10
+
+
+@pytest.mark.usefixtures("many_files")
+def test_connections_of_strangers_leave_descriptors(client: HandMadeClient) -> None:
+    job, bound = client.job, _CONNECTIONS_OF_EACH + _FURTHER_CONNECTIONS
+    assert job.aggregator is not None
+    assert client.offer().kind == pb.Offer.INITIALIZE
+    before = open_files(job.aggregator.pid)
+    with ExitStack() as stack:
+        strangers = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", job.port), timeout=60))
+            for _ in range(bound + 100)
+        ]
+        # One too many is closed; with those that stand a round is trained.
+        assert strangers[-1].recv(1) == b""
+        assert client.push(client.header(0)).verdict == pb.PushReply.ACCEPTED
+        assert client.push(client.header(1, client.offer(1).base_digest)).verdict == pb.PushReply.ACCEPTED
+        assert client.offer(2).round == 2
+        assert open_files(job.aggregator.pid) - before < bound + 64
+    eventually("their descriptors are free again", lambda: job.status().completed_rounds == 1)
+
+
+def test_half_a_handshake_has_an_end(client: HandMadeClient) -> None:
+    seconds = dict(SERVER_OPTIONS)["grpc.server_handshake_timeout_ms"]
+    assert seconds == 20_000
+    started = time.monotonic()
+    with socket.create_connection(("127.0.0.1", client.job.port), timeout=120) as stranger:
+        assert stranger.recv(1) == b""
+    assert time.monotonic() - started < 110
+
+
+def test_headers_of_many_calls_cost_little_memory(client: HandMadeClient, tmp_path: Path) -> None:
+    """An entry of HPACK's table that is named thousands of times in each call (RFC 7541, 7.3); without a bound on open
+    calls this took gigabytes."""
+    job = client.job
+    assert job.aggregator is not None
+    assert client.offer().kind == pb.Offer.INITIALIZE
+    request = b"".join(
+        _literal(name, value)
+        for name, value in (
+            (b":method", b"POST"), (b":scheme", b"https"),
+            (b":path", b"/isthmus.federation.v1alpha1.Federation/Control"),
+            (b":authority", SERVER_NAME.encode()), (b"te", b"trailers"),
+            (b"content-type", b"application/grpc"),
+        )
+    )  # fmt: skip
+    entry = b"\x40\x03xbm" + _length(4000) + b"b" * 4000
+    before, calls = resident_megabytes(job.aggregator.pid), 4000
+    with _tls(job, tmp_path) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS, 0, 0))
+        connection.settimeout(120)
+        try:
+            for number in range(calls):
+                named = (entry if not number else b"") + b"\xbe" * 12_000
+                connection.sendall(_frame(_HEADERS, _END_HEADERS, 1 + 2 * number, request + named))
+        except OSError:
+            pass  # the aggregator has had enough
+        assert resident_megabytes(job.aggregator.pid) - before < 400
+    assert client.push(client.header(0)).verdict == pb.PushReply.ACCEPTED
+
+
+def test_long_headers_are_refused(client: HandMadeClient) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        list(client.stub.Pull(pb.PullRequest(), metadata=(("x-long", "v" * 9000),), timeout=60))
+    assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def _tls(job: Federation, directory: Path) -> ssl.SSLSocket:
+    job.credentials().write(directory / "tls")
+    context = ssl.create_default_context(cafile=str(directory / "tls/ca.crt"))
+    context.load_cert_chain(directory / "tls/tls.crt", directory / "tls/tls.key")
+    context.set_alpn_protocols(["h2"])
+    return context.wrap_socket(
+        socket.create_connection(("127.0.0.1", job.port), timeout=60), server_hostname=SERVER_NAME
+    )
+
+
+def _frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
+    return struct.pack(">I", len(body))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + body
+
+
+def _length(number: int) -> bytes:
+    """A string's length (RFC 7541, 5.1)."""
+    if number < 127:
+        return bytes([number])
+    number -= 127
+    encoded = b"\x7f"
+    while number > 127:
+        encoded += bytes([number & 127 | 128])
+        number >>= 7
+    return encoded + bytes([number])
+
+
+def _literal(name: bytes, value: bytes) -> bytes:
+    return b"\0" + _length(len(name)) + name + _length(len(value)) + value
