@@ -21,7 +21,7 @@ from isthmus_contracts.pki import Authority, Credentials
 
 UID, POOL = "bench", "pool"
 SERVER_NAME = identities.aggregator_server_name(UID)
-_DAY = dt.timedelta(days=1)
+DAY = dt.timedelta(days=1)
 
 
 @dataclass
@@ -67,9 +67,9 @@ def peak_memory(pid: int) -> int:
 @contextmanager
 def aggregator(directory: Path, clients: int, rounds: int, **spec: Any) -> Iterator[Job]:
     """Starts an aggregator for ``clients`` clients of one pool, and ends it."""
-    authority = Authority.create("bench", _DAY)
-    authority.issue("aggregator", _DAY, hosts=[SERVER_NAME]).write(directory / "server")
-    client = authority.issue("client", _DAY, uris=[identities.client_identity(UID, POOL)])
+    authority = Authority.create("bench", DAY)
+    authority.issue("aggregator", DAY, hosts=[SERVER_NAME]).write(directory / "server")
+    client = authority.issue("client", DAY, uris=[identities.pool_identity(UID, POOL)])
     client.write(directory / "client")
     job = {
         "name": "bench",
@@ -79,7 +79,8 @@ def aggregator(directory: Path, clients: int, rounds: int, **spec: Any) -> Itera
             "rounds": rounds,
             "task": {"image": "unused", "command": ["unused"]},
             "selection": {"minClients": clients},
-            "pools": [{"name": POOL, "replicas": clients, "cloud": {}}],
+            # Of a kind whose clients share a certificate.
+            "pools": [{"name": POOL, "replicas": clients, "hpc": {"siteRef": {"name": "x"}, "environment": "x"}}],
             **spec,
         },
     }

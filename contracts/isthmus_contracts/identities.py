@@ -61,9 +61,20 @@ def aggregator_server_name(job_uid: str) -> str:
     return f"{job_uid}.aggregator.{GROUP}"
 
 
-def client_identity(job_uid: str, pool: str) -> str:
-    """The URI (certificate SAN) that every client of a pool presents."""
+def pool_identity(job_uid: str, pool: str) -> str:
+    """The URI (certificate SAN) that the clients of an HPC pool present: they are one user's, who could read each
+    other's keys."""
     return f"isthmus://job/{job_uid}/pool/{pool}"
+
+
+def client_identity(job_uid: str, pool: str, index: int) -> str:
+    """The URI (certificate SAN) that one client of a cloud pool presents. ``index``: within the pool, from 0."""
+    return f"{pool_identity(job_uid, pool)}/client/{index}"
+
+
+def client_files(index: int) -> tuple[str, str]:
+    """The names of a client's certificate and key in a Secret that holds those of several clients."""
+    return f"{index}.crt", f"{index}.key"
 
 
 def observer_identity(job_uid: str) -> str:

@@ -56,13 +56,15 @@ class RenewAuthority:
 
 @dataclass(frozen=True)
 class IssueCertificate:
-    """Has the job's CA sign a certificate."""
+    """Has the job's CA sign a certificate, or those of several clients."""
 
     secret: str
     name: str
     days: int
     hosts: tuple[str, ...] = ()
     uris: tuple[str, ...] = ()
+    clients: tuple[tuple[int, str], ...] = ()
+    """Each client's index and identity; the Secret then holds a certificate and a key for each."""
 
 
 @dataclass(frozen=True)

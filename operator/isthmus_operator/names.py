@@ -9,6 +9,7 @@ ANNOTATION_RENDERED = f"{ids.GROUP}/rendered"  # on NetworkPolicies: a hash of w
 ROLE_AGGREGATOR = "aggregator"
 ROLE_CLIENT = "client"
 JOB_FILE = "job.json"
+CLIENTS_IN_SECRET = 400  # of some 1,100 bytes each
 
 
 def aggregator(job: str) -> str:
@@ -52,8 +53,14 @@ def observer_tls(job: str) -> str:
 
 
 def pool_tls(job: str, pool: str) -> str:
-    """The Secret with the certificate of a pool's clients."""
+    """The Secret with the certificate of an HPC pool's clients."""
     return f"{job}-{pool}-tls"
+
+
+def clients_tls(job: str, pool: str, index: int) -> str:
+    """The Secret with the certificate of a cloud pool's client, and of some others: a Secret holds a megabyte."""
+    number = index // CLIENTS_IN_SECRET
+    return f"{pool_tls(job, pool)}-{number}" if number else pool_tls(job, pool)
 
 
 def client(job: str, pool: str, index: int, attempt: int) -> str:

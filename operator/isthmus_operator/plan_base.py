@@ -37,15 +37,16 @@ def certificates(job: Job, spec: FederatedJobSpec) -> list[IssueCertificate]:
             names.observer_tls(job.name), f"{job.name} observer", days, uris=(ids.observer_identity(job.uid),)
         ),
     ]
-    wanted += [
-        IssueCertificate(
-            names.pool_tls(job.name, pool.name),
-            f"{job.name} {pool.name}",
-            days,
-            uris=(ids.client_identity(job.uid, pool.name),),
-        )
-        for pool in spec.pools
-    ]
+    for pool in spec.pools:
+        name = f"{job.name} {pool.name}"
+        if pool.hpc is not None:
+            identity = ids.pool_identity(job.uid, pool.name)
+            wanted.append(IssueCertificate(names.pool_tls(job.name, pool.name), name, days, uris=(identity,)))
+            continue
+        for first in range(0, pool.size, names.CLIENTS_IN_SECRET):
+            indices = range(first, min(first + names.CLIENTS_IN_SECRET, pool.size))
+            clients = tuple((index, ids.client_identity(job.uid, pool.name, index)) for index in indices)
+            wanted.append(IssueCertificate(names.clients_tls(job.name, pool.name, first), name, days, clients=clients))
     return wanted
 
 

@@ -44,7 +44,7 @@ def test_a_jobs_authority_is_renewed_and_no_pod_notices(
     before, secret = uids(namespace), namespace.get("secret", "demo-ca")
     authority = certificates.load_authority(secret)
     assert authority is not None
-    first = pem(namespace, "demo-cloud-tls")
+    first = pem(namespace, "demo-cloud-tls", "0.crt")
     # As it will be in two years: ten days are left of it.
     old = certificates.renewed_authority_secret(
         parse_job(namespace.get("fj", "demo")), "demo-ca", authority, certificates.fingerprint(secret, authority), 10,
@@ -62,7 +62,7 @@ def test_a_jobs_authority_is_renewed_and_no_pod_notices(
     assert renewal.key == request.key
     assert renewal.certificate == pem(namespace, "demo-lumi-tls") != request.spec.federation.certificate
     # The kubelet brings it to the pods, which are the same as ever.
-    newest = pem(namespace, "demo-cloud-tls")
+    newest = pem(namespace, "demo-cloud-tls", "0.crt")
     assert newest != first
 
     def mounted() -> str:
@@ -77,7 +77,7 @@ def test_a_jobs_authority_is_renewed_and_no_pod_notices(
     operator.start()
     eventually(lambda: bridge.looks >= looks + 3, "the site is asked")
     assert not bridge.renewed
-    assert pem(namespace, "demo-cloud-tls") == newest
+    assert pem(namespace, "demo-cloud-tls", "0.crt") == newest
     assert uids(namespace) == before
     namespace.kubectl("delete", "fj", "demo", "--timeout=120s")
 

@@ -84,7 +84,7 @@ class Aggregator:
 
     def credentials(self) -> Credentials:
         """A client's."""
-        return self._authority.issue("client", DAY, uris=[ids.client_identity(UID, "hpc")])
+        return self._authority.issue("client", DAY, uris=[ids.pool_identity(UID, "hpc")])
 
     def federation(self, *, via_bridge: bool = False) -> pb.Federation:
         """What the clients need."""

@@ -155,7 +155,7 @@ class Effects:
             case IssueCertificate():
                 authority = memory.dependents.authority if memory.dependents else None
                 if authority is not None:
-                    body = certificates.leaf_secret(job, authority, action, now)
+                    body = await asyncio.to_thread(certificates.leaf_secret, job, authority, action, now)
                     await self._make(memory, f"Secret/{action.secret}", body, now)
             case CreatePod():
                 await self._create_pod(job, memory, action, now)
@@ -242,7 +242,7 @@ class Effects:
                 else:
                     files = code.files_of(await self._code(job, action))
                     await self._bridges.ensure(action.site, action.key, action.spec, credentials, files)
-                memory.delivered[action.key] = certificates.digest(credentials.certificate)
+                memory.delivered[action.key] = certificates.version(secret)
         except BridgeError as error:
             # That it does not shrink, or takes no certificate, says nothing against the pool itself.
             lesser = isinstance(action, ShrinkPool | RenewCredentials)

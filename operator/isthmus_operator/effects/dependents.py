@@ -47,11 +47,12 @@ async def load(kube: Kube, job: Job, now: dt.datetime, network_policies: bool, r
     if result.authority is not None and spec is not None:
         good = {}
         for wanted in wanted_certificates(job, spec):
-            credentials = certificates.load_credentials(ours.get(f"Secret/{wanted.secret}"))
-            if credentials is not None and certificates.serves(credentials, result.authority, now):
-                good[wanted.secret] = certificates.digest(credentials.certificate)
+            secret = ours.get(f"Secret/{wanted.secret}")
+            # Aside: those of hundreds of clients take a while to read.
+            if await asyncio.to_thread(certificates.stands, secret, wanted, result.authority, now):
+                good[wanted.secret] = certificates.version(secret)
                 if wanted.secret == names.observer_tls(job.name):
-                    result.observer = credentials
+                    result.observer = certificates.load_credentials(secret)
         result.certificates = good
     return result
 

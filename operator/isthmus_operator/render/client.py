@@ -9,7 +9,7 @@ from isthmus_contracts.federatedjob import FederatedJobSpec, Pool
 
 from .. import names
 from ..observed import Job
-from .pod import TLS_DIR, base_spec, finish, lay_code, metadata
+from .pod import TLS_DIR, TLS_VOLUME, base_spec, finish, lay_code, metadata
 
 CONTAINER = "client"
 
@@ -63,7 +63,19 @@ class ClientPods:
         body = copy.deepcopy(self._base)
         body["metadata"]["name"] = names.client(self._job.name, self._pool.name, index, attempt)
         body["metadata"]["labels"] |= {ids.LABEL_INDEX: str(index), ids.LABEL_ATTEMPT: str(attempt)}
+        for volume in body["spec"]["volumes"]:
+            if volume["name"] == TLS_VOLUME:
+                volume["secret"] |= self._own_certificate(index)
         main = next(item for item in body["spec"]["containers"] if item["name"] == CONTAINER)
         own = {ids.ENV_INDEX: index, ids.ENV_CLIENT: self._first + index, ids.ENV_ATTEMPT: attempt}
         main["env"] += [{"name": name, "value": str(value)} for name, value in own.items()]
         return body
+
+    def _own_certificate(self, index: int) -> dict[str, Any]:
+        """Of its pool's Secret a pod sees its own client's certificate only."""
+        crt, key = ids.client_files(index)
+        files = {ids.CA_FILE: ids.CA_FILE, crt: ids.CERTIFICATE_FILE, key: ids.KEY_FILE}
+        return {
+            "secretName": names.clients_tls(self._job.name, self._pool.name, index),
+            "items": [{"key": name, "path": path} for name, path in files.items()],
+        }

@@ -11,6 +11,7 @@ from .merge import TemplateError, merge_template
 
 USER = 65532  # of the images; any other works that may read the mounted certificates through fsGroup
 TLS_DIR = "/etc/isthmus/tls"
+TLS_VOLUME = "isthmus-tls"
 WORK_DIR = "/work"
 _OWN_PREFIX = "isthmus-"  # of volumes: no template can take them
 
@@ -81,7 +82,7 @@ def base_spec(container: Mapping[str, Any], tls_secret: str, restart: str) -> di
                 **container,
                 "env": list({item["name"]: item for item in (*_DEFAULT_ENV, *container.get("env", ()))}.values()),
                 "volumeMounts": [
-                    {"name": "isthmus-tls", "mountPath": TLS_DIR, "readOnly": True},
+                    {"name": TLS_VOLUME, "mountPath": TLS_DIR, "readOnly": True},
                     {"name": "isthmus-tmp", "mountPath": "/tmp"},  # noqa: S108
                     {"name": "isthmus-work", "mountPath": WORK_DIR},
                     *container.get("volumeMounts", ()),
@@ -89,7 +90,7 @@ def base_spec(container: Mapping[str, Any], tls_secret: str, restart: str) -> di
             }
         ],
         "volumes": [
-            {"name": "isthmus-tls", "secret": {"secretName": tls_secret, "defaultMode": 0o440}},
+            {"name": TLS_VOLUME, "secret": {"secretName": tls_secret, "defaultMode": 0o440}},
             {"name": "isthmus-tmp", "emptyDir": {}},
             {"name": "isthmus-work", "emptyDir": {}},
         ],

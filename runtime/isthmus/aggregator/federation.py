@@ -33,6 +33,7 @@ from .membership import Client, ClientId, Membership
 from .metrics import AggregatorMetrics
 from .model import GlobalModel
 from .offers import Offers
+from .outbox import Outbox
 from .outcome import RECORD, committed_record, record_of
 from .progress import Progress, WeightedMeans
 from .publisher import Publisher
@@ -358,7 +359,7 @@ class Federation:
         if client.id in state.selected - state.accepted - state.rejected:
             self._offers.train(client, state)
 
-    def leave(self, client: Client, outbox: "asyncio.Queue[pb.ServerMessage | None]") -> None:
+    def leave(self, client: Client, outbox: Outbox) -> None:
         """A control stream has ended."""
         self.members.leave(client, outbox)
         log.info("%s disconnected", client.name)

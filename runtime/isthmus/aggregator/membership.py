@@ -1,6 +1,5 @@
 """Who is there: the clients of a job, their attempts and their control streams."""
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -9,6 +8,8 @@ from dataclasses import dataclass, field
 from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import last_lines, one_line
+
+from .outbox import Outbox
 
 ClientId = tuple[str, int]
 """(pool, index within the pool)"""
@@ -26,7 +27,7 @@ class Client:
     attempt: int = -1
     instance: str = ""
     evaluates: bool = False
-    outbox: "asyncio.Queue[pb.ServerMessage | None] | None" = None
+    outbox: Outbox | None = None
     """Messages for its control stream (``None`` ends it); ``None`` while it is not connected."""
     lost_at: float = 0.0
     """When its stream ended (monotonic seconds); 0 if it never had one."""
@@ -110,7 +111,7 @@ class Membership:
             client.outbox.put_nowait(None)
         client.attempt, client.instance, client.evaluates = hello.attempt, hello.instance, hello.evaluates
         client.work = (hello.round, hello.base_digest)
-        client.outbox, client.failed = asyncio.Queue(), False
+        client.outbox, client.failed = Outbox(), False
         client.last_heard = time.monotonic()
         return client
 
@@ -121,7 +122,7 @@ class Membership:
             return None
         return client if self.spec.pool(hello.pool).hpc is not None else None
 
-    def leave(self, client: Client, outbox: "asyncio.Queue[pb.ServerMessage | None]") -> None:
+    def leave(self, client: Client, outbox: Outbox) -> None:
         """The control stream that ``outbox`` fed has ended; a newer stream of the same client is not touched."""
         if client.outbox is outbox:
             client.outbox, client.lost_at = None, time.monotonic()

@@ -1,6 +1,5 @@
 """What the aggregator says, in the protocol's messages."""
 
-import asyncio
 from collections.abc import AsyncIterator
 
 from isthmus_contracts.federatedjob import FederatedJobSpec
@@ -8,6 +7,7 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 from .compression import Compression
 from .model import GlobalModel
+from .outbox import Outbox
 
 INITIALIZE = pb.ServerMessage(offer=pb.Offer(kind=pb.Offer.INITIALIZE))
 
@@ -56,7 +56,7 @@ def committed(round_number: int) -> pb.ServerMessage:
     return pb.ServerMessage(committed=pb.Committed(round=round_number))
 
 
-async def spoken(outbox: "asyncio.Queue[pb.ServerMessage | None]") -> AsyncIterator[pb.ServerMessage]:
+async def spoken(outbox: Outbox) -> AsyncIterator[pb.ServerMessage]:
     """What is queued for a client, until ``None``; but for a commit that the next message, an offer to train on top of
     it, tells as well: a client forgets its update then, too."""
     message = await outbox.get()

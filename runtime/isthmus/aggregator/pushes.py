@@ -14,6 +14,7 @@ from ..tensors import State, TransferError
 from . import refusal
 from .federation import Federation
 from .membership import Client
+from .onecall import Calls, SupersededError
 from .readahead import read_ahead
 from .receptions import AHEAD_BYTES
 from .refusal import Fault
@@ -48,6 +49,7 @@ class Pushes:
         self._federation = federation
         self._intake = federation.intake
         self._metrics = federation.metrics
+        self._calls = Calls()
 
     async def take(
         self,
@@ -55,12 +57,26 @@ class Pushes:
         stream: AsyncIterator[bytes],
         invite: Callable[[], Awaitable[None]],
     ) -> pb.PushReply:
-        """An update, whose first message has a header, and the answer to it. Raises :class:`ResendError`.
+        """An update, whose first message has a header, and the answer to it. Raises :class:`ResendError`, and
+        :class:`SupersededError` where the client sends another one meanwhile.
 
         ``invite`` is called where there is more to come, once there is room for it.
         """
-        header, started = first.header, time.monotonic()
+        header = first.header
         assert header is not None
+        # Who may not hand in anything must not end the call of who may.
+        if (answer := self._intake.permissions.check_update(header)) is not None:
+            return self._answered(header, answer)
+        return await self._calls.run((header.pool, header.index), self._take(first, header, stream, invite))
+
+    async def _take(
+        self,
+        first: Frame[pb.UpdateHeader],
+        header: pb.UpdateHeader,
+        stream: AsyncIterator[bytes],
+        invite: Callable[[], Awaitable[None]],
+    ) -> pb.PushReply:
+        started = time.monotonic()
         await self._intake.answerable(header)
         reply = self._intake.precheck(header)
         repeated = reply is not None and reply.verdict == pb.PushReply.ACCEPTED
@@ -74,6 +90,10 @@ class Pushes:
                 self._count(header, "corrupt", fault.reason)
                 log.warning("%s/%d: update of round %d refused: %s", header.pool, header.index, header.round, fault)
                 raise ResendError(fault) from None
+        return self._answered(header, reply, repeated=repeated)
+
+    def _answered(self, header: pb.UpdateHeader, reply: pb.PushReply, *, repeated: bool = False) -> pb.PushReply:
+        """Counts an answer, and signs it. Raises :class:`ResendError`."""
         if reply.verdict == pb.PushReply.RESEND:
             self._count(header, "unconnected", reply.reason)
             raise ResendError(Fault(refusal.Reason(reply.reason), reply.message))
@@ -92,6 +112,8 @@ class Pushes:
             return await self.take(frame, _nothing(), _nobody)
         except ResendError as error:
             fault = error.fault
+        except SupersededError as error:
+            fault = Fault(refusal.Reason.TRUNCATED, str(error))
         except TransferError as error:
             fault = refusal.fault_of(error)
             log.warning("%s: update refused: %s", client.name, fault)

@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import logging
-import mmap
 import os
 import shutil
 import tempfile
@@ -60,6 +59,8 @@ class Receptions:
         self._spare: list[State] = []
         self._in_files: set[int] = set()
         self._waiting = 0
+        self._moved = 0.0
+        """When a turn or a place was last given back (the loop's time)."""
 
     @asynccontextmanager
     async def turn(self, model: GlobalModel | None) -> AsyncIterator[State | None]:
@@ -98,21 +99,34 @@ class Receptions:
         try:
             yield None
         finally:
+            self._moved = asyncio.get_running_loop().time()
             semaphore.release()
 
     async def _acquired(self, semaphore: asyncio.Semaphore, model: GlobalModel | None) -> bool:
-        """Waits for it, but not behind slow links."""
+        """Waits for it, but not behind slow links: for as long as the queue takes where it moves, and for one update's
+        time where it stands still, however long it is."""
         if not semaphore.locked():
             return await semaphore.acquire()
-        self._waiting += 1
         each = SECONDS_OF_EACH + (0 if model is None else model.size) / BYTES_PER_SECOND
+        loop = asyncio.get_running_loop()
+        came = loop.time()
+        self._waiting += 1
+        latest = came + GRACE_SECONDS + self._waiting * each
+        waiting = asyncio.ensure_future(semaphore.acquire())
         try:
-            async with asyncio.timeout(GRACE_SECONDS + self._waiting * each):
-                return await semaphore.acquire()
-        except TimeoutError:
-            return False
+            while not waiting.done():
+                until = min(latest, max(came, self._moved) + GRACE_SECONDS + each)
+                if until <= loop.time():
+                    break
+                await asyncio.wait((waiting,), timeout=until - loop.time())
+            return waiting.done()
+        except asyncio.CancelledError:
+            if waiting.done() and not waiting.cancelled():
+                semaphore.release()
+            raise
         finally:
             self._waiting -= 1
+            waiting.cancel()
 
     def give_back(self, tensors: State) -> None:
         """Takes tensors that nobody needs any more."""
@@ -157,10 +171,9 @@ def in_file(specs: Iterable[TensorSpec], directory: Path | None) -> State:
         return {}
     with tempfile.TemporaryFile(dir=directory, prefix="update-") as file:
         os.posix_fallocate(file.fileno(), 0, size)
-        mapped = mmap.mmap(file.fileno(), size)
+        # Unlike a map of Python's, one of torch's keeps no descriptor open.
+        content = torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=size, dtype=torch.uint8)
     return {
-        spec.name: torch.frombuffer(
-            mapped, dtype=torch.uint8, count=spec.size, offset=offset
-        ).view(dtype_of(spec)).view(tuple(spec.shape))
+        spec.name: content[offset : offset + spec.size].view(dtype_of(spec)).view(tuple(spec.shape))
         for spec, offset in zip(specs, offsets, strict=True)
-    }  # fmt: skip
+    }

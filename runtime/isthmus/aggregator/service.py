@@ -10,16 +10,21 @@ from google.protobuf.message import DecodeError
 from grpc import aio
 
 from isthmus_contracts.compression import NONE
-from isthmus_contracts.identities import client_identity, observer_identity
+from isthmus_contracts.identities import observer_identity
 from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.text import one_line
 from isthmus_contracts.transport import peer_uris
 
 from ..framing import SERVICE, Frame, update_frame
-from ..tensors import TransferError
+from ..tensors import TransferError, TruncatedError
 from . import messages, refusal
+from .callers import Caller, Callers
 from .companion import companion_messages
 from .federation import Federation
-from .membership import Client, Refusal
+from .membership import Client, ClientId, Refusal
+from .onecall import Calls, SupersededError
+from .outbox import Outbox
+from .pace import paced
 from .pushes import Pushes, ResendError
 
 log = logging.getLogger(__name__)
@@ -28,13 +33,18 @@ Context = aio.ServicerContext[Any, Any]
 Request = TypeVar("Request", pb.ClientMessage, pb.PullRequest, pb.GetStatusRequest)
 _OBSERVER = pb.DESCRIPTOR.services_by_name["Observer"].full_name
 
+HELLO_SECONDS = 30.0
+"""How long a control stream may say nothing at its beginning."""
+
 
 class FederationService:
-    """Serves clients. Each presents a certificate for its pool of this job."""
+    """Serves clients. Each presents a certificate of its own for this job, or its HPC pool's."""
 
     def __init__(self, federation: Federation) -> None:
         self._federation = federation
         self._pushes = Pushes(federation)
+        self._callers = Callers(federation.spec, federation.job.uid)
+        self._opening = Calls()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """For a server. The tensors' messages stay as they are: :mod:`..framing` reads and makes them."""
@@ -51,11 +61,16 @@ class FederationService:
         self, request_iterator: AsyncIterator[pb.ClientMessage], context: Context
     ) -> AsyncIterator[pb.ServerMessage]:
         """See federation.proto."""
-        first = await anext(aiter(request_iterator), None)
+        try:
+            async with asyncio.timeout(HELLO_SECONDS):
+                first = await anext(aiter(request_iterator), None)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no hello within {HELLO_SECONDS:.0f} s")
+            return
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello")
             return
-        await self._authenticate(context, first.hello.pool)
+        await self._authenticate(context, (first.hello.pool, first.hello.index))
         try:
             self._federation.intake.permissions.check_hello(first.hello)
             await self._federation.handover.wait(first.hello)
@@ -80,7 +95,7 @@ class FederationService:
         self,
         incoming: AsyncIterator[pb.ClientMessage],
         client: Client,
-        outbox: "asyncio.Queue[pb.ServerMessage | None]",
+        outbox: Outbox,
     ) -> None:
         async def answer(update: bytes) -> None:
             outbox.put_nowait(pb.ServerMessage(reply=await self._pushes.answer(update, client)))
@@ -105,7 +120,7 @@ class FederationService:
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:
         """See federation.proto."""
-        pool = await self._authenticate(context)
+        pool = (await self._authenticate(context)).pool
         model = self._federation.course.model
         if model is None or request.digest != model.digest:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "that model is not the current one")
@@ -123,12 +138,21 @@ class FederationService:
 
     async def Push(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.PushReply:
         """See federation.proto."""
-        stream = aiter(request_iterator)
-        first = _first_frame(await anext(stream, b""))
+        caller = await self._authenticate(context)
+        stream = paced(aiter(request_iterator))
+        first = None
+        try:
+            # Until its header is here a call may take megabytes, too.
+            first = _first_frame(await self._opening.run(caller, anext(stream, b""), caller.clients))
+        except TruncatedError as error:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
+        except SupersededError as error:
+            await context.abort(grpc.StatusCode.ABORTED, str(error))
         if first is None or first.header is None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a header")
         assert first is not None and first.header is not None
-        await self._authenticate(context, first.header.pool)
+        if not caller.speaks_for((first.header.pool, first.header.index)):
+            await self._authenticate(context, (first.header.pool, first.header.index))
 
         async def invite() -> None:
             """A client sends no more than its first message before it hears of the call."""
@@ -139,16 +163,21 @@ class FederationService:
         except ResendError as error:
             reason = ((refusal.REASON_METADATA, error.fault.reason.value),)
             await context.abort(grpc.StatusCode.DATA_LOSS, error.fault.message, reason)
+        except SupersededError as error:
+            await context.abort(grpc.StatusCode.ABORTED, str(error))
         raise AssertionError("abort raises")
 
-    async def _authenticate(self, context: Context, pool: str | None = None) -> str:
-        """The pool in the caller's certificate, which must be the one that it speaks for."""
+    async def _authenticate(self, context: Context, client: ClientId | None = None) -> Caller:
+        """Who calls, by the certificate; it must speak for ``client``, if that is given."""
         uris = peer_uris(context)
-        for candidate in self._federation.spec.pools:
-            if client_identity(self._federation.job.uid, candidate.name) in uris and pool in (None, candidate.name):
-                return candidate.name
-        log.warning("%s refused: its certificate is for %s", context.peer(), ", ".join(uris) or "nobody")
-        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the certificate is not one of this pool's of this job")
+        caller = self._callers.find(uris)
+        if caller is not None and (client is None or caller.speaks_for(client)):
+            return caller
+        wanted = "" if client is None else f", not for {one_line(client[0], 60)}/{client[1]}"
+        log.warning("%s refused: its certificate is for %s%s", context.peer(), ", ".join(uris) or "nobody", wanted)
+        await context.abort(
+            grpc.StatusCode.PERMISSION_DENIED, f"the certificate is not one of this client's of this job{wanted}"
+        )
         raise AssertionError("abort raises")
 
 

@@ -80,6 +80,20 @@ class _Line:
         self.push_one: Callable[[bytes], pb.PushReply] = push_one
 
 
+class Incoming(queue.Queue["pb.ServerMessage | FederationError"]):
+    """What the aggregator has said and the script has not heard yet. Of offers, and of commits, only the newest counts:
+    those of the rounds that a slow client misses must not pile up, each with a model."""
+
+    def _put(self, item: "pb.ServerMessage | FederationError") -> None:
+        kind = item.WhichOneof("message") if isinstance(item, pb.ServerMessage) else None
+        if kind in ("offer", "committed"):
+            for place, older in enumerate(self.queue):
+                if isinstance(older, pb.ServerMessage) and older.WhichOneof("message") == kind:
+                    del self.queue[place]
+                    break
+        super()._put(item)
+
+
 class Session:
     """Keeps the control stream up, in threads of its own, and hands what the aggregator says to the script's thread."""
 
@@ -89,7 +103,7 @@ class Session:
         self.endpoint = environ[identities.ENV_ENDPOINT]
         self.context = context
         self.instance = uuid.uuid4().hex
-        self.incoming: queue.Queue[pb.ServerMessage | FederationError] = queue.Queue()
+        self.incoming = Incoming()
         """Offers, commits and stops, in the order of their arrival."""
         self.aggregator = ""
         """The aggregator's process that has welcomed us."""
@@ -295,6 +309,6 @@ class Session:
                 self.over.set()
                 self.incoming.put(message)
                 return True
-            case _:
+            case "offer" | "committed":
                 self.incoming.put(message)
         return False

@@ -12,12 +12,18 @@ _LIFETIME = dt.timedelta(days=90)
 AGGREGATOR = ".aggregator"  # no pool can have this name
 
 
+def client_directory(directory: Path, pool: str, index: int) -> Path:
+    """The directory of one client's certificate."""
+    return directory / pool / str(index)
+
+
 def issue_certificates(job: FederatedJob, uid: str, directory: Path) -> Credentials:
-    """Writes a directory for the aggregator and one per pool; returns what the runner itself observes with."""
+    """Write a directory for the aggregator and one for each client; return what the runner itself observes with."""
     authority = Authority.create(f"isthmus {job.name}", _LIFETIME)
     server = authority.issue("aggregator", _LIFETIME, hosts=[ids.aggregator_server_name(uid)])
     server.write(directory / AGGREGATOR)
     for pool in job.spec.pools:
-        client = authority.issue(pool.name, _LIFETIME, uris=[ids.client_identity(uid, pool.name)])
-        client.write(directory / pool.name)
+        for index in range(pool.replicas):
+            client = authority.issue(pool.name, _LIFETIME, uris=[ids.client_identity(uid, pool.name, index)])
+            client.write(client_directory(directory, pool.name, index))
     return authority.issue("runner", _LIFETIME, uris=[ids.observer_identity(uid)])

@@ -14,7 +14,7 @@ from isthmus_contracts.manifest import FederatedJob
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
 
-from .certificates import issue_certificates
+from .certificates import client_directory, issue_certificates
 from .outcome import EXIT_COMPLETE, EXIT_FAILED, Interrupted, RunFailed, reason
 from .plan import LocalClient, backoff, client_environment, inherited, local_clients, local_command
 from .preflight import check_command
@@ -171,7 +171,8 @@ class LocalRun:
     async def _keep_client(self, client: LocalClient) -> None:
         """Starts a client, and again when it failed, within the job's backoffLimit."""
         limit = self._job.spec.backoff_limit
-        log, tls = self._directory.logs / f"{client.name}.log", self._directory.tls / client.pool
+        log = self._directory.logs / f"{client.name}.log"
+        tls = client_directory(self._directory.tls, client.pool, client.index)
         command = local_command(self._job.spec.task.command)
         for attempt in range(limit + 1):
             environment = client_environment(

@@ -54,8 +54,11 @@ class Federation:
     def state(self) -> Path:
         return self.directory / "state"
 
-    def credentials(self, pool: str = POOL, uid: str = UID) -> Credentials:
-        return self.authority.issue("client", DAY, uris=[identities.client_identity(uid, pool)])
+    def credentials(self, index: int = 0, pool: str = POOL, uid: str = UID) -> Credentials:
+        """The certificate of one client, or that which those of an HPC pool share."""
+        shared = any(other["name"] == pool and "hpc" in other for other in self.spec["pools"])
+        uri = identities.pool_identity(uid, pool) if shared else identities.client_identity(uid, pool, index)
+        return self.authority.issue("client", DAY, uris=[uri])
 
     def start_aggregator(self, arguments: Sequence[Any] = (), *, wait: bool = True) -> None:
         """Starts it (again): on a port of its own the first time, on the same one ever after."""
@@ -93,7 +96,7 @@ class Federation:
     ) -> dict[str, str]:
         """What a client of the only pool finds in its environment; writes its certificate."""
         tls = self.directory / f"client-{index}-{attempt}"
-        (credentials or self.credentials()).write(tls)
+        (credentials or self.credentials(index)).write(tls)
         return {
             identities.ENV_ENDPOINT: f"127.0.0.1:{self.port}",
             identities.ENV_SERVER_NAME: SERVER_NAME,

@@ -152,13 +152,13 @@ def test_a_certificate_of_another_authority_cannot_join(federation: Make, script
     assert client.poll() is None
 
 
-@pytest.mark.parametrize("which", ["pool", "uid"])
-def test_a_certificate_for_something_else_is_refused(federation: Make, script: Path, which: str) -> None:
+@pytest.mark.parametrize("other", [{"pool": "other"}, {"uid": "other"}, {"index": 1}])
+def test_a_certificate_for_something_else_is_refused(federation: Make, script: Path, other: dict[str, Any]) -> None:
     job = federation(1, 1)
     job.start_aggregator()
-    client = job.start_client(script, credentials=job.credentials(**{which: "other"}))
+    client = job.start_client(script, credentials=job.credentials(**other))
     assert client.wait() == 1
-    assert "the certificate is not one of this pool's of this job" in job.log("client-0-0")
+    assert "the certificate is not one of this client's of this job" in job.log("client-0-0")
     assert job.status().phase == pb.FederationStatus.WAITING
 
 
@@ -180,7 +180,7 @@ def test_renewed_certificates_reach_clients_that_run(federation: Make, script: P
     job.authority = Authority.create("another", DAY)
     job.authority.issue("aggregator", DAY, hosts=[SERVER_NAME]).write(job.directory / "server")
     for index in range(2):
-        job.credentials().write(job.directory / f"client-{index}-0")
+        job.credentials(index).write(job.directory / f"client-{index}-0")
     job.start_aggregator()
     job.let_go()
     job.wait_for_completion()

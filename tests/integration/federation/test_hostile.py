@@ -146,7 +146,9 @@ def test_no_client_selects_itself(federation: Make, clients: Clients) -> None:
 
 @pytest.mark.parametrize("algorithm", ["FedAvg", "FedAsync"])
 def test_late_updates_of_who_was_never_asked(federation: Make, clients: Clients, algorithm: str) -> None:
-    spec: dict[str, object] = {"strategy": {"algorithm": algorithm}}
+    # The clients of an HPC pool share a certificate.
+    site = {"name": POOL, "replicas": 2, "hpc": {"siteRef": {"name": "site"}, "environment": "any"}}
+    spec: dict[str, object] = {"strategy": {"algorithm": algorithm}, "pools": [site]}
     if algorithm == "FedAvg":
         spec["stragglers"] = {"late": "Fold"}
     job, made, digest = started(federation, clients, 2, 3, **spec)
@@ -166,9 +168,9 @@ def test_late_updates_of_who_was_never_asked(federation: Make, clients: Clients,
 
 def test_nobody_speaks_for_a_client_that_is_connected(federation: Make, clients: Clients) -> None:
     job, (first, second), digest = started(federation, clients, 2, 1)
-    forged = first.header(1, digest)
-    forged.index = 1
-    assert first.push(forged, values(5.0)).verdict == pb.PushReply.FENCED
+    forged = second.header(1, digest)
+    forged.instance = "another process"
+    assert second.push(forged, values(5.0)).verdict == pb.PushReply.FENCED
     # An attempt that nobody can have issued is turned away; one that has gone fences nobody.
     unissued = clients(job, 1, attempt=2**32 - 1)
     stop = next(unissued.messages).stop

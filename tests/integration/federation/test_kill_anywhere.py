@@ -67,11 +67,11 @@ def run(
     description = {"name": "job", "namespace": "default", "uid": UID, "spec": job.spec}
     (job.directory / "job.json").write_text(json.dumps(description))
     job.authority.issue("aggregator", DAY, hosts=[SERVER_NAME]).write(job.directory / "server")
-    job.credentials().write(job.directory / "client")
     for index in range(CLIENTS):
+        job.credentials(index).write(job.directory / f"client-{index}")
         env = {
             identities.ENV_ENDPOINT: f"127.0.0.1:{port}", identities.ENV_SERVER_NAME: SERVER_NAME,
-            identities.ENV_TLS_DIR: "client", identities.ENV_JOB_UID: UID, identities.ENV_POOL: POOL,
+            identities.ENV_TLS_DIR: f"client-{index}", identities.ENV_JOB_UID: UID, identities.ENV_POOL: POOL,
             identities.ENV_INDEX: str(index), identities.ENV_CLIENT: str(index), **environment,
         }  # fmt: skip
         clients.start([script], job.directory, f"client-{index}-0.log", **env)

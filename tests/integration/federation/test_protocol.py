@@ -31,7 +31,7 @@ class HandMadeClient:
     ) -> None:  # fmt: skip
         self.job, self.pool, self.index, self.attempt, self.state = job, pool, index, attempt, state
         self.instance = f"i{index}-{attempt}"
-        self.channel = channel(f"127.0.0.1:{job.port}", job.credentials(pool), SERVER_NAME)
+        self.channel = channel(f"127.0.0.1:{job.port}", job.credentials(index, pool), SERVER_NAME)
         self.stub = FederationStub(self.channel)
         hello = pb.Hello(
             job_uid=UID, pool=pool, index=index, attempt=attempt, instance=self.instance, **hello_fields

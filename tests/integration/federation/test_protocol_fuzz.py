@@ -114,8 +114,8 @@ class Hostile:
     """Makes calls, all of them with raw bytes, and looks at the answers."""
 
     def __init__(self, job: Federation, meanings: "Honest") -> None:
-        self._channels = {pool: channel(f"127.0.0.1:{job.port}", job.credentials(pool), SERVER_NAME)
-                          for pool in (POOL, JUDGE)}  # fmt: skip
+        self._channels = {pool: channel(f"127.0.0.1:{job.port}", job.credentials(index, pool), SERVER_NAME)
+                          for pool, index in ((POOL, 2), (JUDGE, 0))}  # fmt: skip
         self._job, self._honest = job, meanings
         self._standing = HandMadeClient(job, 2)
         self.accepted = 0

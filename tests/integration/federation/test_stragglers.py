@@ -102,8 +102,14 @@ def test_an_evaluator_measures_and_does_not_train(federation: Make, script: Path
              {"name": "judge", "replicas": 1, "role": "Evaluate", "cloud": {}}]  # fmt: skip
     job = federation(2, 4, pools=pools)
     job.start_aggregator()
+    credentials = job.credentials(pool="judge")
     judge = job.start_client(
-        script, 2, credentials=job.credentials("judge"), ISTHMUS_POOL="judge", ISTHMUS_INDEX="0", ISTHMUS_POOL_SIZE="1"
+        script,
+        2,
+        credentials=credentials,
+        ISTHMUS_POOL="judge",
+        ISTHMUS_INDEX="0",
+        ISTHMUS_POOL_SIZE="1",
     )
     eventually("the judge is there", lambda: job.status().pools[1].connected == 1)
     clients = [job.start_client(script, index, PAUSE="0.1") for index in range(2)]

@@ -1,19 +1,24 @@
 """Certificates in Secrets: made once, remade in time."""
 
 import datetime as dt
+import json
+from dataclasses import replace
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from isthmus_contracts.identities import client_files
 from isthmus_contracts.manifest import parse_spec
 from isthmus_contracts.pki import Authority, expiry
-from isthmus_operator import certificates
+from isthmus_operator import certificates, plan_base
 from isthmus_operator.actions import IssueCertificate
 from isthmus_operator.plan_base import certificate_days
 
 from .world import job, spec
 
+HPC_POOL = {"name": "lumi", "replicas": 2, "hpc": {"siteRef": {"name": "site"}, "environment": "e"}}
 NOW = dt.datetime.now(dt.UTC)
-WANTED = IssueCertificate("demo-cloud-tls", "demo cloud", 365, uris=("isthmus://job/x/pool/cloud",))
+WANTED = IssueCertificate("demo-hpc-tls", "demo hpc", 365, uris=("isthmus://job/x/pool/hpc",))
 
 
 def authority(days: int = 730) -> Authority:
@@ -28,6 +33,45 @@ def test_a_secret_survives_the_api_server() -> None:
     assert secret["type"] == "kubernetes.io/tls"
     credentials = certificates.load_credentials(secret)
     assert certificates.serves(credentials, ca, NOW)
+
+
+def test_a_secret_of_a_full_pool_has_a_certificate_for_each_client() -> None:
+    wanted = parse_spec(spec(pools=[{"name": "cloud", "replicas": 2, "cloud": {"maxReplicas": 1000}}, HPC_POOL]))
+    clients = [item for item in plan_base.certificates(job(), wanted) if item.clients]
+    assert [item.secret for item in clients] == ["demo-cloud-tls", "demo-cloud-tls-1", "demo-cloud-tls-2"]
+    assert [index for item in clients for index, _ in item.clients] == list(range(1000)), "also those to come"
+    assert clients[2].clients[-1][1].endswith("/pool/cloud/client/999")
+    ca = authority()
+    secret = certificates.leaf_secret(job(), ca, clients[0], NOW)
+    assert secret["type"] == "Opaque"
+    # What a Secret, and an object in etcd, may hold.
+    assert sum(map(len, certificates.decoded(secret).values())) < 1 << 20
+    assert len(json.dumps(secret)) < 1.2e6
+    assert certificates.stands(secret, clients[0], ca, NOW)
+    data = certificates.decoded(secret)
+    uris = []
+    for index in (0, 399):
+        crt, key = client_files(index)
+        found = x509.load_pem_x509_certificate(data[crt])
+        assert load_pem_private_key(data[key], None).public_key() == found.public_key()
+        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        uris += names.get_values_for_type(x509.UniformResourceIdentifier)
+    assert uris == [clients[0].clients[0][1], clients[0].clients[399][1]]
+
+
+def test_a_secret_that_lacks_a_client_is_made_anew() -> None:
+    few = replace(WANTED, uris=(), clients=((0, "isthmus://job/x/pool/cloud/client/0"),))
+    more = replace(few, clients=(*few.clients, (1, "isthmus://job/x/pool/cloud/client/1")))
+    ca = authority()
+    secret = certificates.leaf_secret(job(), ca, few, NOW)
+    assert certificates.stands(secret, few, ca, NOW)
+    assert not certificates.stands(secret, more, ca, NOW)
+    assert not certificates.stands(secret, WANTED, ca, NOW)
+    assert not certificates.stands(None, few, ca, NOW)
+    assert not certificates.stands(secret, few, authority(), NOW)
+    assert not certificates.stands(secret, few, ca, NOW + dt.timedelta(days=336))
+    renewed = certificates.leaf_secret(job(), ca, few, NOW)
+    assert certificates.version(secret) == certificates.version(secret) != certificates.version(renewed)
 
 
 def test_it_is_remade_a_month_before_it_ends() -> None:

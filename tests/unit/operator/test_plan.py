@@ -40,10 +40,18 @@ def test_a_new_job_gets_its_finalizer_before_anything_is_made() -> None:
 
 def test_certificates_follow_their_authority() -> None:
     decided = plan(job(), standing(certificates={}), NOW, LIMITS)
-    assert {item.secret: (item.hosts[:1], item.uris) for item in of_kind(decided, act.IssueCertificate)} == {
-        "demo-aggregator-tls": (("0f9a7c1e-0000-4000-8000-000000000001.aggregator.isthmus.dev",), ()),
-        "demo-observer-tls": ((), ("isthmus://job/0f9a7c1e-0000-4000-8000-000000000001/observer",)),
-        "demo-cloud-tls": ((), ("isthmus://job/0f9a7c1e-0000-4000-8000-000000000001/pool/cloud",)),
+    issued = of_kind(decided, act.IssueCertificate)
+    assert {item.secret: (item.hosts[:1], item.uris, dict(item.clients)) for item in issued} == {
+        "demo-aggregator-tls": (("0f9a7c1e-0000-4000-8000-000000000001.aggregator.isthmus.dev",), (), {}),
+        "demo-observer-tls": ((), ("isthmus://job/0f9a7c1e-0000-4000-8000-000000000001/observer",), {}),
+        "demo-cloud-tls": (
+            (),
+            (),
+            {
+                index: f"isthmus://job/0f9a7c1e-0000-4000-8000-000000000001/pool/cloud/client/{index}"
+                for index in range(2)
+            },
+        ),
     }
     assert not of_kind(decided, act.CreatePod)
 

@@ -87,7 +87,15 @@ def test_a_client_pod() -> None:
     assert pod["spec"]["restartPolicy"] == "Never"
     assert pod["spec"]["containers"][0]["terminationMessagePolicy"] == "FallbackToLogsOnError"
     secret = next(volume["secret"] for volume in pod["spec"]["volumes"] if volume["name"] == "isthmus-tls")
-    assert secret == {"secretName": "demo-cloud-tls", "defaultMode": 0o440}
+    assert secret == {
+        "secretName": "demo-cloud-tls",
+        "defaultMode": 0o440,
+        "items": [
+            {"key": "ca.crt", "path": "ca.crt"},
+            {"key": "2.crt", "path": "tls.crt"},
+            {"key": "2.key", "path": "tls.key"},
+        ],
+    }
 
 
 def test_the_aggregators_pod_and_its_volume() -> None:

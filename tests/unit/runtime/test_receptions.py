@@ -105,6 +105,40 @@ def test_a_queue_that_stands_still_is_left_for_files(tmp_path: Path, monkeypatch
     assert rooms.count({}) == 1
 
 
+def test_a_long_queue_that_stands_still_is_left_as_soon_as_a_short_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many hang behind those that send nothing, a client waits for one update's time."""
+    impatient(monkeypatch)
+    monkeypatch.setattr(receptions, "SECONDS_OF_EACH", 0.5)
+    times: list[float] = []
+
+    async def run() -> None:
+        places, model, stop = Receptions(tmp_path), large(), asyncio.Event()
+
+        async def hostile() -> None:
+            async with places.place(model):
+                times.append(asyncio.get_running_loop().time())
+                await stop.wait()
+
+        began = asyncio.get_running_loop().time()
+        clients = [asyncio.create_task(hostile()) for _ in range(200)]
+        while len(times) < 200:  # noqa: ASYNC110 - nothing else tells
+            await asyncio.sleep(0.01)
+        stop.set()
+        await asyncio.gather(*clients)
+        # Told by their number they would have had up to 100 s.
+        assert max(times) - began < 50
+
+    asyncio.run(run())
+
+
+def test_files_keep_no_descriptors_open(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    rooms = [in_file(specs_of(STATE), tmp_path) for _ in range(50)]
+    assert len(rooms) == 50 and len(list(Path("/proc/self/fd").iterdir())) < before + 10
+
+
 def test_one_more_than_there_are_places_may_send() -> None:
     async def run() -> None:
         places, model = Receptions(), large()

@@ -78,7 +78,7 @@ def aggregator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Aggr
         "127.0.0.1:0", server_credentials(authority.issue("aggregator", DAY, hosts=["aggregator"]))
     )
     server.start()
-    authority.issue("client", DAY, uris=[identities.client_identity("uid", "pool")]).write(tmp_path)
+    authority.issue("client", DAY, uris=[identities.client_identity("uid", "pool", 0)]).write(tmp_path)
     for name, value in {
         identities.ENV_ENDPOINT: f"127.0.0.1:{port}",
         identities.ENV_SERVER_NAME: "aggregator",
