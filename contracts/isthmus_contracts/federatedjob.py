@@ -331,13 +331,22 @@ class FederatedJobSpec(Resource):
         raise KeyError(name)
 
     def first_client(self, name: str) -> int:
-        """The job-wide number of the named pool's client 0. Raises ``KeyError``."""
-        first = 0
+        """The job-wide number of the named pool's client 0. Raises ``KeyError``.
+
+        Clients that train are counted from 0, and so are those that only evaluate: a partition of the training data
+        goes by these numbers.
+        """
+        role, first = self.pool(name).role, 0
         for pool in self.pools:
             if pool.name == name:
-                return first
-            first += pool.size
-        raise KeyError(name)
+                break
+            first += pool.size if pool.role == role else 0
+        return first
+
+    def clients_beside(self, name: str) -> int:
+        """Number of clients over all pools of the named pool's role. Raises ``KeyError``."""
+        role = self.pool(name).role
+        return sum(pool.size for pool in self.pools if pool.role == role)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -52,7 +52,7 @@ class ClientPods:
             ids.ENV_JOB: f"{job.namespace}/{job.name}",
             ids.ENV_POOL: pool.name,
             ids.ENV_POOL_SIZE: str(pool.size),
-            ids.ENV_CLIENTS: str(spec.total_clients),
+            ids.ENV_CLIENTS: str(spec.clients_beside(pool.name)),
         }
         template: Mapping[str, Any] = pool.cloud.template if pool.cloud else {}
         reserved = [{"name": name, "value": value} for name, value in shared.items()]

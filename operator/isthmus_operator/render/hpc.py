@@ -53,7 +53,7 @@ def pool_spec(
         pool_size=pool.size if pool.size != part.size else 0,
         max_queue_seconds=hpc.max_queue_seconds,
         first_client=spec.first_client(pool.name) + part.first,
-        total_clients=spec.total_clients,
+        total_clients=spec.clients_beside(pool.name),
         partition=hpc.partition or "",
         account=hpc.account or "",
         qos=hpc.qos or "",

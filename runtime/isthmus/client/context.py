@@ -15,9 +15,9 @@ class Context:
     """Within the pool, from 0."""
     pool_size: int = 1
     client: int = 0
-    """Within the whole job, from 0: what a partition of the data goes by."""
+    """Within the whole job, from 0: what a partition of the data goes by. Clients that only evaluate count apart."""
     clients: int = 1
-    """Of the whole job."""
+    """Of the whole job: those that train, or at a client that only evaluates, those that do so too."""
     attempt: int = 0
     """How often the scheduler has started this client before."""
     data: str = ""

@@ -28,7 +28,7 @@ class LocalClient:
     index: int
     pool_size: int
     number: int
-    """Within the job, from 0."""
+    """Within the job, from 0; clients that only evaluate have numbers of their own."""
 
     @property
     def name(self) -> str:
@@ -78,7 +78,7 @@ def client_environment(
         ids.ENV_INDEX: str(client.index),
         ids.ENV_POOL_SIZE: str(client.pool_size),
         ids.ENV_CLIENT: str(client.number),
-        ids.ENV_CLIENTS: str(clients),
+        ids.ENV_CLIENTS: str(job.spec.clients_beside(client.pool)),
         ids.ENV_ATTEMPT: str(attempt),
         ids.ENV_SCRATCH: str(scratch),
     }

@@ -29,9 +29,9 @@ def job() -> FederatedJob:
     )
 
 
-def environment(job: FederatedJob, base: dict[str, str], attempt: int = 0) -> dict[str, str]:
-    client = local_clients(job)[2]
-    return client_environment(base, job, "uid-1", client, attempt, "127.0.0.1:1", Path("/tls"), Path("/scratch"))
+def environment(job: FederatedJob, base: dict[str, str], attempt: int = 0, client: int = 2) -> dict[str, str]:
+    place = local_clients(job)[client]
+    return client_environment(base, job, "uid-1", place, attempt, "127.0.0.1:1", Path("/tls"), Path("/scratch"))
 
 
 def test_clients_of_both_worlds_are_numbered_through(job: FederatedJob) -> None:
@@ -40,6 +40,16 @@ def test_clients_of_both_worlds_are_numbered_through(job: FederatedJob) -> None:
         LocalClient("cloud", 1, 2, 1),
         LocalClient("site", 0, 1, 2),
     ]
+
+
+def test_clients_that_only_evaluate_are_counted_apart(job: FederatedJob) -> None:
+    first, second = job.spec.pools
+    pools = [first.model_copy(update={"role": "Evaluate"}), second]
+    job = job.model_copy(update={"spec": job.spec.model_copy(update={"pools": pools})})
+    found = [environment(job, {}, client=client) for client in range(3)]
+    assert [(each["ISTHMUS_POOL"], each["ISTHMUS_CLIENT"], each["ISTHMUS_CLIENTS"]) for each in found] == [
+        ("cloud", "0", "2"), ("cloud", "1", "2"), ("site", "0", "1")
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["python", "python3"])
