@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from .client.context import Context, context
     from .client.round import Round
     from .client.rounds import rounds
-    from .client.session import FederationError
+    from .client.session import FederationError, ScriptError
 
 __version__ = version("isthmus")
-__all__ = ["Context", "FederationError", "Round", "context", "rounds"]
+__all__ = ["Context", "FederationError", "Round", "ScriptError", "context", "rounds"]
 
 # torch takes seconds to import: the command line and the aggregator's start-up wait for it only where they need it.
 _HOMES = {
@@ -26,6 +26,7 @@ _HOMES = {
     "context": ".client.context",
     "FederationError": ".client.session",
     "Round": ".client.round",
+    "ScriptError": ".client.session",
     "rounds": ".client.rounds",
 }
 

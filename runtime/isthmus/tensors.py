@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 import xxhash
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from isthmus_contracts.pb.federation_pb2 import TensorSpec
 from isthmus_contracts.text import one_line
@@ -70,11 +71,30 @@ def snapshot(state: Mapping[str, torch.Tensor], room: State | None = None) -> St
 
 def checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, if it can travel. Raises :class:`TransferError`."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TransferError(f"{name} is a {type(tensor).__name__}, not a tensor")
+    if (problem := impediment(tensor)) is not None:
+        raise TransferError(f"{name} {problem}")
     if tensor.dtype not in _NAMES:
         raise TransferError(f"{name} has dtype {tensor.dtype}, which cannot travel")
     return tensor
+
+
+def impediment(value: object) -> str | None:
+    """Say why a value has no numbers in one piece of memory that could travel; ``None`` where it has."""
+    if not isinstance(value, torch.Tensor):
+        return f"is a {type(value).__name__}, not a tensor"
+    if torch.nn.parameter.is_lazy(value):
+        return "has no shape yet (a lazy module): run a forward pass first"
+    if value.is_nested:
+        return "is a nested tensor"
+    if value.layout != torch.strided:
+        return f"is a tensor of layout {value.layout}, not a dense one"
+    if value.is_quantized:
+        return "is a quantized tensor"
+    if value.device.type == "meta":
+        return "is on the meta device, where tensors have no values: load the model's weights first"
+    if is_traceable_wrapper_subclass(value):
+        return f"is a {type(value).__name__}, not a plain tensor"
+    return None
 
 
 def specs_of(state: Mapping[str, torch.Tensor]) -> list[TensorSpec]:

@@ -1,5 +1,6 @@
 """What a strategy changes in a client's training, and what it wants to know of it."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 
@@ -7,8 +8,12 @@ import torch
 
 from ..tensors import State
 from .names import Names
+from .optimizers import parameters_of
+from .session import ScriptError
 from .steps import StepMeter
 from .terms import GradientTerms
+
+log = logging.getLogger("isthmus")
 
 
 class Correction:
@@ -52,33 +57,73 @@ class InitialLoss(Correction):
         for name, source in (("initial_loss", metrics), ("loss", self._evaluation), ("eval_loss", self._evaluation)):
             if name in source:
                 return {"loss": source[name]}
-        raise ValueError(
+        raise ScriptError(
             "QFedAvg needs the loss at the global model: pass initial_loss to rnd.submit(),"
             " or let the evaluation function return it as loss"
         )
 
 
-class DriftCorrection(Correction):
-    """Adds to each gradient, before every step, what keeps clients from drifting apart; remembers something of it."""
+class GradientCorrection(Correction):
+    """A correction that adds terms to gradients before every optimizer step."""
 
     name = ""
 
-    def __init__(self, names: Names, memory: State) -> None:
+    def __init__(self, names: Names) -> None:
         self._names = names
-        self._memory = memory
-        self._meter = StepMeter(names)
         self._terms = GradientTerms(self._terms_of)
+        self._meter = StepMeter(names, self._terms.corrects)
+        self._attached = False
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        self._attached = True
+
+    def scalars(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        self._require_applied()
+        return {}
+
+    def close(self) -> None:
+        self._meter.close()
+        self._terms.close()
+
+    @abstractmethod
+    def _terms_of(self, parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield what is to be added to a parameter's gradient now."""
+
+    def _require_applied(self) -> None:
+        """Raise :class:`ScriptError` where a step of the round went without the correction."""
+        if not self._attached:
+            raise ScriptError(f"{self.name} needs rnd.wrap(optimizer) before the first step of the round")
+        if self._meter.uncorrected:
+            raise ScriptError(
+                f"{self.name}: a step of {self._meter.uncorrected} was not corrected: give each optimizer of the round"
+                " to rnd.wrap() before its first step, a new one too"
+            )
+
+
+class DriftCorrection(GradientCorrection):
+    """Adds to each gradient, before every step, what keeps clients from drifting apart; remembers something of it."""
+
+    def __init__(self, names: Names, memory: State) -> None:
+        super().__init__(names)
+        self._memory = dict(memory)
         self._tracked: dict[str, torch.Tensor] = {}
         self._anchors: dict[str, torch.Tensor] = {}
         self._corrections: dict[str, torch.Tensor] = {}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        named = [(name, parameter) for parameter in parameters if (name := self._names.find(parameter)) is not None]
+        super().attach(optimizer)
+        named = [
+            (name, parameter)
+            for parameter in parameters_of(optimizer)
+            if (name := self._names.find(parameter)) is not None
+        ]
         for name, parameter in named:
             if name not in self._tracked:
                 whole = self._names.whole(parameter)
                 self._tracked[name] = whole
+                if name in self._memory and self._memory[name].shape != whole.shape:
+                    log.warning("%s remembers %s in another shape: it begins anew", self.name, name)
+                    del self._memory[name]
                 self._anchors[name] = whole.detach().clone()
                 constant = self.constant(name)
                 if constant is not None:
@@ -98,8 +143,8 @@ class DriftCorrection(Correction):
         raise NotImplementedError
 
     def outcome(self) -> State | None:
-        if not self._tracked:
-            raise RuntimeError(f"{self.name} needs rnd.wrap(optimizer) before the first step of the round")
+        self._attached = bool(self._tracked)
+        self._require_applied()
         result = dict(self._memory)
         with torch.no_grad():
             for name, parameter in self._tracked.items():
@@ -109,8 +154,7 @@ class DriftCorrection(Correction):
         return result
 
     def close(self) -> None:
-        self._meter.close()
-        self._terms.close()
+        super().close()
         self._anchors.clear()
         self._corrections.clear()
 
@@ -126,5 +170,5 @@ class DriftCorrection(Correction):
 
 def _positive(value: float, algorithm: str) -> float:
     if value <= 0:
-        raise ValueError(f"{algorithm} counts the steps of torch optimizers, and none of this model's took one")
+        raise ScriptError(f"{algorithm} counts the steps of torch optimizers, and none of this model's took one")
     return value

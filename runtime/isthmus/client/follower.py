@@ -1,7 +1,7 @@
 """A client's other ranks: they go where rank 0 goes, without a connection of their own."""
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
@@ -24,7 +24,7 @@ class Follower:
         self._group = group
 
     def rounds(self) -> Iterator[Round]:
-        watch = ProcessWatch(self._group.stopping, self._report, self._close)
+        watch = ProcessWatch(self._group.stopping, self._report, self._close, self._group.abandon)
         try:
             self._shared = SharedState(self._model, self._parameters)
             self._group.place(self._shared.live().values())
@@ -52,12 +52,11 @@ class Follower:
         aids = Ingredients(self._group.receive(), self._group.receive())
         correction = correction_of(offer, self._shared.names(), {}, aids)
 
-        def hand_in(num_examples: int, metrics: dict[str, float]) -> None:
-            correction.close()
-            self._group.hear("submitted")
+        def finish(num_examples: int, metrics: dict[str, float]) -> Callable[[], object]:
+            return lambda: self._group.hear("submitted")
 
         told = lambda: self._group.told_to_stop(self._group.stopping.is_set())  # noqa: E731
-        rnd = Round(offer.round, dict(offer.config), correction, hand_in, told)
+        rnd = Round(offer.round, dict(offer.config), correction, finish, told)
         try:
             yield rnd
         finally:

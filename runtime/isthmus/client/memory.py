@@ -4,7 +4,7 @@ import logging
 import os
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from isthmus_contracts import identities
@@ -18,7 +18,7 @@ log = logging.getLogger("isthmus")
 class Memory:
     """In memory, and where there is a scratch directory (``ISTHMUS_SCRATCH``) also there, for the client's restart.
 
-    Nothing is ever wrong with the file: it appears whole or not at all.
+    The file appears whole or not at all, and no error of it ends the client.
     """
 
     def __init__(self, name: str, job_uid: str, place: Context) -> None:
@@ -37,15 +37,17 @@ class Memory:
             return
         partial = self._path.with_suffix(".partial")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             try:
-                save_file(tensors, partial, {"job_uid": self._job_uid, "round": str(round_number)})
+                partial.touch(mode=0o600)  # it tells of the client's data, as the updates do
+                save_file(contiguous, partial, {"job_uid": self._job_uid, "round": str(round_number)})
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())
                 partial.replace(self._path)
             finally:
                 partial.unlink(missing_ok=True)  # on a full disk a part of it would take what room there is
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
             # The run goes on: only a restart would miss it.
             log.warning("%s could not be kept in %s: %s", self._name, self._path.parent, error)
 
@@ -56,7 +58,7 @@ class Memory:
                 if metadata.get("job_uid") != self._job_uid:
                     return  # another job's: replaced at the first acceptance
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
             log.warning("%s cannot be read (%s): it begins anew", path, error)
             return
         log.info("%s of round %s found in %s", self._name, metadata.get("round", "?"), path.parent)

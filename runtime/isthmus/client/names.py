@@ -5,7 +5,9 @@ from typing import Self
 
 import torch
 
+from ..tensors import impediment
 from ..views import View
+from .wrappers import plain_names
 
 _Place = tuple[int, torch.Size, tuple[int, ...], torch.device]
 
@@ -41,7 +43,7 @@ class Names:
         buffers = set(buffers_of(model, live))
         places: dict[_Place, str] = {}
         for name, tensor in live.items():
-            if name not in buffers and tensor.numel() and tensor.is_floating_point():
+            if name not in buffers and has_place(tensor) and tensor.is_floating_point():
                 places.setdefault(_place(tensor), name)
         return cls({}, places, views, wholes)
 
@@ -66,7 +68,7 @@ class Names:
 
     def _own_name(self, parameter: torch.Tensor) -> str | None:
         if self._places is not None:
-            return self._places.get(_place(parameter))
+            return self._places.get(_place(parameter)) if has_place(parameter) else None
         return self._by_object.get(id(parameter))
 
     def _is_all(self, view: View, parameter: torch.Tensor) -> bool:
@@ -75,18 +77,25 @@ class Names:
         return whole.shape == parameter.shape and whole.stride() == parameter.stride()
 
 
+def named_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return a module's parameters by the names that they have without wrappers: several where they are tied."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    names = plain_names(model, list(named))
+    return {names[name]: parameter for name, parameter in named.items()}
+
+
 def trained_of(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A module's parameters, by the names of their values in its state: several names where they are tied.
 
     The names tell, also where ``state_dict()`` returns copies (on the CPU, say). Where it renames, the place does.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    placed = {_place(parameter): parameter for parameter in named.values() if parameter.numel()}
+    named = named_parameters(model)
+    placed = {_place(parameter): parameter for parameter in named.values() if has_place(parameter)}
     found: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         parameter = named.get(name)
         if parameter is None or parameter.shape != tensor.shape:
-            parameter = placed.get(_place(tensor))
+            parameter = placed.get(_place(tensor)) if has_place(tensor) else None
         if parameter is not None:
             found[name] = parameter
     return found
@@ -103,8 +112,8 @@ def buffers_of(model: object, state: Mapping[str, torch.Tensor]) -> list[str]:
     parameters = getattr(model, "parameters", None)
     if not callable(parameters):
         return []
-    places = {_place(parameter) for parameter in parameters()}
-    return [name for name, tensor in state.items() if _place(tensor) not in places]
+    places = {_place(parameter) for parameter in parameters() if has_place(parameter)}
+    return [name for name, tensor in state.items() if not has_place(tensor) or _place(tensor) not in places]
 
 
 def frozen_of(model: object, state: Mapping[str, torch.Tensor]) -> list[str]:
@@ -116,6 +125,11 @@ def frozen_of(model: object, state: Mapping[str, torch.Tensor]) -> list[str]:
         return []
     trained = trained_of(model, state)
     return [name for name, parameter in trained.items() if not parameter.requires_grad and parameter.grad is None]
+
+
+def has_place(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has values of its own in one piece of memory: lazy, sharded and sparse ones have not."""
+    return impediment(tensor) is None and tensor.numel() > 0
 
 
 def _place(tensor: torch.Tensor) -> _Place:

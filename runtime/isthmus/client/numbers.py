@@ -5,16 +5,19 @@ from typing import Any
 import torch
 
 from ..framing import MOST_EXAMPLES
+from .session import ScriptError
 
 
 def as_number(name: str, value: Any) -> float:
     """A number, a tensor or an array of one element. Raises ``ValueError``, which names it, for anything else."""
     try:
+        if not isinstance(value, torch.Tensor) and hasattr(value, "item"):
+            value = value.item()  # numpy converts no array of one element that has a dimension
         if isinstance(value, str | bytes):
             raise TypeError
         return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"{name} must be a number, not {shown(value)}") from None
+        raise ScriptError(f"{name} must be a number, not {shown(value)}") from None
 
 
 def as_count(name: str, value: Any) -> int:
@@ -24,11 +27,14 @@ def as_count(name: str, value: Any) -> int:
     except ValueError:
         number = 0.0
     if isinstance(value, bool) or not number.is_integer() or not 1 <= number <= MOST_EXAMPLES:
-        raise ValueError(f"{name} must be a whole number of at least 1 and at most 2**53, not {shown(value)}")
+        raise ScriptError(f"{name} must be a whole number of at least 1 and at most 2**53, not {shown(value)}")
     return int(number)
 
 
 def shown(value: object) -> str:
     """A value as a message shows it: on one line, and not all of a large one."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

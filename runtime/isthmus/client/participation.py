@@ -3,7 +3,7 @@
 import base64
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import Empty
 
 from isthmus_contracts.pb import federation_pb2 as pb
@@ -21,6 +21,7 @@ from .round import Round
 from .session import GIVE_UP_AFTER, FederationError, Session
 from .shared_state import Model, Parameters, SharedState
 from .transfer import FinishedUpdate, OutdatedError, pull, push
+from .untouched import Untouched
 
 log = logging.getLogger("isthmus")
 
@@ -56,9 +57,10 @@ class Participation:
         self._compression = Compression(self._session)
         self._held = HeldUpdates(lambda update: self._compression.dropped(update.tensors))
         self._corrections = Corrections(self._session)
+        self._untouched = Untouched()
 
     def rounds(self) -> Iterator[Round]:
-        watch = ProcessWatch(self._stopping, self._report, self._close)
+        watch = ProcessWatch(self._stopping, self._report, self._close, self._abandon)
         patience = _PARTING_SECONDS
         try:
             self._shared = SharedState(self._model, self._parameters)
@@ -116,29 +118,36 @@ class Participation:
         measured = self._evaluation.metrics if self._evaluation.model_digest == offer.base_digest else {}
         correction = correction_of(offer, self._shared.names(), measured, aids)
 
-        def hand_in(num_examples: int, metrics: dict[str, float]) -> None:
+        def finish(num_examples: int, metrics: dict[str, float]) -> Callable[[], None]:
+            self._session.require_own_process()
             self._session.stages.enter("encoding")
             scalars, remembered = correction.scalars(metrics), correction.outcome()
-            correction.close()
             live = self._shared.live()
+            self._untouched.compare(live, offer.round)
             buffers = self._shared.buffers(live)
             state = self._compression.finished(offer, live, buffers, self._shared.frozen(live))
             seconds = self._session.stages.take()
             work = (offer.round, offer.base_digest, num_examples, metrics, state, buffers, scalars, remembered, seconds)
             update = FinishedUpdate(*work, views=self._shared.views())
+            correction.close()
             self._held.keep(update, folds_late=offer.folds_late)
-            self._push(update)
-            self._replicas.say("submitted")
+            return lambda: self._hand_in(update)
 
+        self._untouched.begin(self._shared.live())
         self._session.stages.enter("training")
         told = lambda: self._replicas.told_to_stop(self._stopping.is_set())  # noqa: E731
-        rnd = Round(offer.round, dict(offer.config), correction, hand_in, told)
+        rnd = Round(offer.round, dict(offer.config), correction, finish, told)
         try:
             yield rnd
         finally:
             correction.close()
+        self._session.require_own_process()
         if not rnd.submitted:
             raise FederationError(f"round {rnd.number} ended without rnd.submit(num_examples=...)")
+
+    def _hand_in(self, update: FinishedUpdate) -> None:
+        self._push(update)
+        self._replicas.say("submitted")
 
     def _hand_in_initial(self) -> None:
         live = self._shared.live()
@@ -170,7 +179,7 @@ class Participation:
         """Loads the offer's global weights and measures them; false where the aggregator has moved on."""
         self._session.stages.enter("pulling")
         try:
-            state = pull(self._session, offer, self._compression)
+            state = pull(self._session, offer, self._compression, self._shared.require_fitting)
         except OutdatedError:
             return False
         self._shared.require(self._compression.views)
@@ -191,6 +200,7 @@ class Participation:
 
     def _next_offer(self) -> pb.Offer | None:
         """Waits for work; ``None`` once training is complete."""
+        self._session.require_own_process()
         self._session.stages.enter("waiting")
         newest: pb.Offer | None = None
         while True:
@@ -237,3 +247,8 @@ class Participation:
             self._replicas.fail(None)
             self._session.close()
             self._replicas.close(_PARTING_SECONDS)
+
+    def _abandon(self) -> None:
+        """Give up the connections in a fork of this process."""
+        self._session.abandon()
+        self._replicas.abandon()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from .children import Place
 from .session import FederationError
 
 log = logging.getLogger("isthmus")
@@ -19,6 +20,7 @@ _Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
 _TRACEBACK_LINES = 20
+_LONGEST_LINE = 1000  # characters
 # How long after the script has left its loop an uncaught exception may reach a hook. In a notebook the traceback is put
 # into colours first, which takes its time on a busy machine. Seconds.
 _HOOK_SECONDS, _NOTEBOOK_HOOK_SECONDS = 2.0, 20.0
@@ -29,12 +31,18 @@ class ProcessWatch:
 
     Python's own hook tells of an exception in a script, that of ``threading`` of one in a thread, and IPython (which a
     notebook's kernel is) at the end of a cell. ``close`` is called after a report, and when the process ends.
+    In a fork of the process none of this happens; there ``abandon`` is called instead, at once.
     """
 
     def __init__(
-        self, stopping: threading.Event, report: Callable[[BaseException], None], close: Callable[[], None]
+        self,
+        stopping: threading.Event,
+        report: Callable[[BaseException], None],
+        close: Callable[[], None],
+        abandon: Callable[[], None],
     ) -> None:
-        self._stopping, self._report, self._close = stopping, report, close
+        self._stopping, self._report, self._abandon = stopping, report, abandon
+        self._close_connection = close
         self._left = False
         self._thread = threading.current_thread()
         self._previous_hook, sys.excepthook = sys.excepthook, self._hook
@@ -49,21 +57,41 @@ class ProcessWatch:
             self._previous_handler = signal.signal(signal.SIGTERM, self._stop)
         self._timer: threading.Timer | None = None
         atexit.register(self._at_exit)
+        self._forked = False
+        self._place = Place(self._let_go)
 
     def end(self) -> None:
         """The loop is over."""
         self._end_signals()
         self._unhook()
         atexit.unregister(self._at_exit)
+        self._place.release()
 
     def leave(self) -> None:
         """The script has left the loop: by a break, or by an exception, which reaches a hook in a moment."""
+        if self._forked:
+            return
         self._left = True
         self._end_signals()
         patience = _HOOK_SECONDS if self._events is None else _NOTEBOOK_HOOK_SECONDS
         self._timer = threading.Timer(patience, self._close)
         self._timer.daemon = True
         self._timer.start()
+
+    def _let_go(self) -> None:
+        """Undo in a fork of the process what was set up here; its parent goes on with all of it."""
+        self._forked = True
+        if self._handles_signals and signal.getsignal(signal.SIGTERM) == self._stop:
+            self._end_signals()
+        self._handles_signals = False
+        self._unhook()
+        atexit.unregister(self._at_exit)
+        self._abandon()
+
+    def _close(self) -> None:
+        if not self._forked:
+            self._close_connection()
+            self._place.release()
 
     def _end_signals(self) -> None:
         # A generator may be closed in any thread.
@@ -134,14 +162,23 @@ def _show(previous: _Hook, kind: type[BaseException], error: BaseException, trac
 
 def last_lines(error: BaseException) -> str:
     """The end of an exception's traceback; of a :class:`FederationError`, which has nothing to trace, what it says."""
-    said = _said(error) if isinstance(error, FederationError) else "".join(traceback.format_exception(error))
-    return "\n".join(said.splitlines()[-_TRACEBACK_LINES:])
+    said = _said(error) if isinstance(error, FederationError) else _sendable("".join(traceback.format_exception(error)))
+    return "\n".join(line[:_LONGEST_LINE] for line in said.splitlines()[-_TRACEBACK_LINES:])
 
 
 def one_line(error: BaseException) -> str:
     """An exception's kind and what it says."""
-    return _said(error).splitlines()[0]
+    return _said(error).splitlines()[0][:_LONGEST_LINE]
 
 
 def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    try:
+        text = str(error)
+    except Exception as second:
+        text = f"(its str() raises {type(second).__name__})"
+    return f"{type(error).__name__}: {_sendable(text)}"
+
+
+def _sendable(text: str) -> str:
+    """Replace what is no Unicode: the name of a file may hold bytes that are none."""
+    return text.encode(errors="backslashreplace").decode()

@@ -22,7 +22,7 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..tensors import State, allocate, flat, specs_of
 from .process import one_line
-from .session import GIVE_UP_AFTER, FederationError
+from .session import GIVE_UP_AFTER, IN_A_FORK, FederationError
 
 log = logging.getLogger("isthmus")
 
@@ -75,6 +75,9 @@ class Replicas:
     def close(self, patience: float) -> None:
         """Nothing more will be said. Waits, for so many seconds, until the others have heard what was."""
 
+    def abandon(self) -> None:
+        """Give the ranks up in a fork of this process, which has its parent's connection to the store."""
+
 
 def replicas_here(stopping: threading.Event) -> "Replicas | Group":
     """This process's group, if there is one."""
@@ -105,6 +108,7 @@ class Group(Replicas):
         self._questions = 0
         self._stop_known = False
         self._closed = threading.Event()
+        self._abandoned = False
         self._beats: dict[int, tuple[bytes, float]] = {}  # what each other rank's last was, and when it came
         self._listened = 0.0
         self._beating = threading.Thread(target=self._keep_beating, name="isthmus-beat", daemon=True)
@@ -232,6 +236,11 @@ class Group(Replicas):
         except RuntimeError as error:
             log.debug("while the ranks parted: %s", _line(error))
 
+    def abandon(self) -> None:
+        self._closed = threading.Event()
+        self._closed.set()
+        self._abandoned = True
+
     # ---- waiting
 
     def _until(self, probe: Callable[[], T | None], seconds: float | None = None, complaint: str = "") -> T:
@@ -278,6 +287,8 @@ class Group(Replicas):
 
     def _reach(self, action: Callable[[], T]) -> T:
         """Does something with the store, which ends with the process that holds it."""
+        if self._abandoned:
+            raise FederationError(IN_A_FORK)
         try:
             return action()
         except RuntimeError as error:

@@ -9,7 +9,9 @@ import torch
 
 from ..metricnames import problem_with
 from .correction import Correction
-from .numbers import as_count, as_number
+from .numbers import as_count, as_number, shown
+from .optimizers import is_optimizer
+from .session import ScriptError
 
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 
@@ -23,7 +25,8 @@ class Round:
     config: dict[str, str]
     """The manifest's task.config, as it stands in this round."""
     _correction: Correction = field(default_factory=Correction)
-    _hand_in: "Callable[[int, dict[str, float]], None] | None" = None
+    _finish: "Callable[[int, dict[str, float]], Callable[[], object]] | None" = None
+    """Makes the update of a number of examples and metrics; returns what hands it in."""
     _told_to_stop: Callable[[], bool] = bool
     _submitted: bool = False
     _wrapped: "WeakSet[torch.optim.Optimizer]" = field(default_factory=WeakSet)
@@ -31,8 +34,12 @@ class Round:
     def wrap(self, optimizer: Optimizer) -> Optimizer:
         """Adds the correction that the job's strategy asks for (FedProx, SCAFFOLD, FedDyn); returns the same optimizer.
 
-        To be called with a fresh optimizer, before the first step of the round. Again: nothing happens.
+        To be called with each fresh optimizer, before its first step of the round. Again: nothing happens. One around
+        another (of Accelerate or Opacus, Lookahead) is corrected in the steps of the one inside.
+        Raises ``ValueError`` for an optimizer whose steps cannot be corrected.
         """
+        if not is_optimizer(optimizer):
+            raise ScriptError(f"rnd.wrap() takes an optimizer, not {shown(optimizer)}")
         if optimizer not in self._wrapped:
             self._wrapped.add(optimizer)
             self._correction.attach(optimizer)
@@ -59,15 +66,17 @@ class Round:
         the clients with it. With torch.distributed every rank calls it, and what rank 0 says counts: the number of
         examples is that of all ranks together.
         Raises ``ValueError`` for a count that is no whole number of at least 1, a metric that is no number, and names
-        that cannot be reported (more than 256, longer than 128 characters, or not printable): it may then be called
-        again; and ``RuntimeError`` if called twice in a round.
+        that cannot be reported (more than 256, longer than 128 characters, or not printable), and where the strategy
+        needs to know more, or has not corrected all steps: it may then be called again; and ``RuntimeError`` if called
+        twice in a round.
         """
         if self._submitted:
-            raise RuntimeError(f"round {self.number}: submit() was called twice")
+            raise ScriptError(f"round {self.number}: submit() was called twice")
         count = as_count("num_examples", num_examples)
         numbers = {name: as_number(name, value) for name, value in metrics.items()}
         if (problem := problem_with(numbers)) is not None:
-            raise ValueError(problem)
+            raise ScriptError(problem)
+        hand_in = None if self._finish is None else self._finish(count, numbers)
         self._submitted = True
-        if self._hand_in is not None:
-            self._hand_in(count, numbers)
+        if hand_in is not None:
+            hand_in()

@@ -5,14 +5,16 @@ import os
 import threading
 from collections.abc import Iterator
 
+from .children import refuse_children
 from .context import context
 from .evaluation import Evaluate, numbers_of
 from .follower import Follower
+from .numbers import shown
 from .participation import Participation
 from .process import end_without_trace
 from .replicas import Group, Replicas, replicas_here
 from .round import Round
-from .session import FederationError
+from .session import FederationError, ScriptError
 from .shared_state import Model, Parameters, SharedState
 
 log = logging.getLogger("isthmus")
@@ -26,8 +28,9 @@ def rounds(model: Model, evaluate: Evaluate | None = None, parameters: Parameter
     ``parameters`` chooses the tensors that travel, all of them if it is not given: ``"trainable"``, those parameters
     that require a gradient; a list of patterns such as ``"*.lora_*"``; or a function from a name to a bool.
     Outside a federation there is one round. Raises :class:`FederationError` where the federation ends badly, or
-    ``evaluate`` returns something else, ``ValueError`` for ``parameters`` that choose nothing, and ``SystemExit`` (143)
-    where the process is told to stop while it waits.
+    ``evaluate`` returns something else, :class:`ScriptError` (which is a ``ValueError`` too) for a model that cannot
+    travel and ``parameters`` that choose nothing, and ``SystemExit`` (143) where the process is told to stop while it
+    waits.
 
     In an initialised torch.distributed process group every rank loops through the same rounds; rank 0 alone is
     connected, and its numbers count.
@@ -40,6 +43,12 @@ def rounds(model: Model, evaluate: Evaluate | None = None, parameters: Parameter
 
 
 def _rounds(model: Model, evaluate: Evaluate | None, parameters: Parameters) -> Iterator[Round]:
+    refuse_children()
+    if evaluate is not None and not callable(evaluate):
+        raise ScriptError(
+            "evaluate must be a function without arguments that returns named numbers, not"
+            f" {shown(evaluate)}: pass the function itself, not what it returns"
+        )
     replicas = replicas_here(stopping := threading.Event())
     if isinstance(replicas, Group) and replicas.rank:
         if replicas.join():

@@ -34,4 +34,5 @@ class ControlVariates(DriftCorrection):
         return own if constant is None else own.sub_(constant.to("cpu", own.dtype))
 
     def scalars(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        super().scalars(metrics)
         return {"travel": _positive(self._meter.travel, self.name)}

@@ -33,6 +33,8 @@ log = logging.getLogger("isthmus")
 GIVE_UP_AFTER = 1800.0
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.2, 5.0
 _WARN_EVERY = 15.0
+# Whatever the aggregator asks for. Seconds.
+_SHORTEST_HEARTBEAT, _LONGEST_HEARTBEAT = 1.0, 300.0
 # Closing waits at most this long for what is on its way. Seconds.
 _FAREWELL_SECONDS = 5.0
 # cygrpc's ForkManagedThread runs a function of this name, and Python names threads after it.
@@ -41,8 +43,19 @@ _GRPC_THREAD_NAME = "(_run)"
 _FATAL = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT)
 
 
+# What a fork of the client's process hears that goes on as if it were the client.
+IN_A_FORK = (
+    "this process was forked from the client's, which takes part by itself: a fork must leave the loop of"
+    " isthmus.rounds() alone, and end with os._exit(), as those of multiprocessing do"
+)
+
+
 class FederationError(RuntimeError):
     """The federation has ended for this client, and not well. ``str()`` says why."""
+
+
+class ScriptError(FederationError, ValueError):
+    """The script asks for what cannot be done. ``str()`` says what, and how to put it right."""
 
 
 def too_large(what: str, error: grpc.RpcError) -> FederationError | None:
@@ -50,7 +63,7 @@ def too_large(what: str, error: grpc.RpcError) -> FederationError | None:
 
     Tensors are cut into small messages; what is said of them all is one, the first.
     """
-    details = error.details() or ""
+    details = one_line(error.details() or "")
     if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED or "larger than max" not in details:
         return None
     return FederationError(
@@ -139,6 +152,7 @@ class Session:
         self._asked: Future[pb.PushReply | None] | None = None  # by an update that is on it; None: there is no answer
         self._heartbeat_seconds = 10.0
         self._closed = threading.Event()
+        self._abandoned = False
         self._thread = threading.Thread(target=self._run, name="isthmus-control", daemon=True)
         self._thread.start()
 
@@ -205,6 +219,17 @@ class Session:
                 line.channel.close()
             self._join_grpc_threads()
 
+    def abandon(self) -> None:
+        """Give the session up in a fork of its process, where it has no threads, and its locks may be held for ever."""
+        self._closed = threading.Event()
+        self._closed.set()
+        self._abandoned = True
+
+    def require_own_process(self) -> None:
+        """Raise :class:`FederationError` in a fork of the session's process."""
+        if self._abandoned:
+            raise FederationError(IN_A_FORK)
+
     def _join_grpc_threads(self) -> None:
         """Waits for gRPC's own threads: one that wakes while the interpreter shuts down aborts the process."""
         until = time.monotonic() + _FAREWELL_SECONDS
@@ -226,7 +251,7 @@ class Session:
                     if self._take(message):
                         return
             except grpc.RpcError as error:
-                code, details = error.code(), error.details()
+                code, details = error.code(), one_line(error.details() or "")
                 if self._closed.is_set():
                     return
                 if (hopeless := too_large("control", error)) is not None:
@@ -296,7 +321,8 @@ class Session:
         """Whether this message was the last."""
         match message.WhichOneof("message"):
             case "welcome":
-                self._heartbeat_seconds = message.welcome.heartbeat_seconds or self._heartbeat_seconds
+                if (seconds := message.welcome.heartbeat_seconds) > 0:
+                    self._heartbeat_seconds = min(max(seconds, _SHORTEST_HEARTBEAT), _LONGEST_HEARTBEAT)
                 self._takes_updates = message.welcome.takes_updates
                 self.aggregator = message.welcome.instance
                 log.info("connected to %s as %s/%d", self.endpoint, self.context.pool, self.context.index)

@@ -1,19 +1,24 @@
 """The part of a script's model that travels."""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from torch.nn.parameter import is_lazy
 
-from ..tensors import State, mismatch, specs_of
+from isthmus_contracts.pb.federation_pb2 import TensorSpec
+from isthmus_contracts.text import one_line
+
+from ..tensors import State, TransferError, checked, mismatch, specs_of
 from ..views import View, difference, expanded
-from .names import Names, buffers_of, frozen_of, trained_of
-from .session import FederationError
+from .names import Names, buffers_of, frozen_of, named_parameters, trained_of
+from .numbers import shown
+from .session import FederationError, ScriptError
 from .sharing import views_in
+from .wrappers import plain_names, wrapped_in
 
 log = logging.getLogger("isthmus")
 
@@ -22,6 +27,7 @@ Parameters = str | Iterable[str] | Callable[[str], bool] | None
 
 _SHOWN_NAMES = 5
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
+_ADVICE = "isthmus.rounds(..., parameters=...) leaves out what is to stay at the client"
 
 
 class Model(Protocol):
@@ -35,13 +41,22 @@ class Model(Protocol):
 class SharedState:
     """A model's state as the federation sees it: without wrappers, and without what stays at this client.
 
-    Raises ``ValueError`` where ``parameters`` choose nothing, or what cannot be chosen, and for tensors that overlap.
+    Raises :class:`ScriptError` where ``parameters`` choose nothing, or what cannot be chosen, for what cannot travel,
+    and for tensors that overlap.
     """
 
     def __init__(self, model: Model, parameters: Parameters = None) -> None:
+        _require_model(model)
         self._model = unwrapped(model)
-        _warn_of_strange_names(self._model)
-        self._chosen = None if parameters is None else _choose(self._model, parameters)
+        self._chosen = None if parameters is None else _choose(self._model, self._entries(), parameters)
+        named = self._named()
+        for name, tensor in named.items():
+            try:
+                checked(name, tensor)
+            except TransferError as error:
+                raise ScriptError(f"the model's state cannot travel: {error}; {_ADVICE}") from None
+        if self._chosen is None:
+            _warn_of_strange_names(self._model, named)
         self.views()
 
     def live(self) -> Mapping[str, torch.Tensor]:
@@ -59,19 +74,41 @@ class SharedState:
         if found := difference(views, self.views()):
             raise FederationError(f"the global model does not fit this script's model: {found}")
 
+    def require_fitting(self, specs: Iterable[TensorSpec]) -> None:
+        """Refuse a global model that a module cannot load before memory is taken for it.
+
+        Raises :class:`FederationError`.
+        """
+        if not isinstance(self._model, torch.nn.Module):
+            return
+        shapes = {name: list(tensor.shape) for name, tensor in self._named().items()}
+        for spec in specs:
+            if shapes.get(spec.name) != list(spec.shape):
+                wanted = f"of shape {shapes[spec.name]}" if spec.name in shapes else "missing"
+                name, shape = one_line(spec.name, 100), one_line(str(list(spec.shape[:16])), 100)
+                raise FederationError(
+                    f"the global model does not fit this script's model: {name} has shape {shape}, and is {wanted} here"
+                )
+
     def load(self, state: State) -> None:
         """Loads the global weights; what does not travel stays as it is. Raises :class:`FederationError`."""
+        own = self._model.state_dict()
+        actual = {plain: name for name, plain in plain_names(self._model, list(own)).items()}
+        loaded: OrderedDict[str, Any] = OrderedDict()
+        is_module = isinstance(self._model, torch.nn.Module)
+        if self._chosen is not None and not is_module:
+            loaded.update(own)
+        if (versions := getattr(own, "_metadata", None)) is not None:
+            loaded._metadata = versions  # type: ignore[attr-defined]  # where torch keeps the modules' versions
         try:
             if self._chosen is not None and (unlike := mismatch(specs_of(state), specs_of(self.live()))):
                 raise RuntimeError(unlike)
-            state = expanded(state, (view for view in self.views() if view.of in state))
-            if self._chosen is None:
-                self._model.load_state_dict(state)
-                return
-            if isinstance(self._model, torch.nn.Module):
-                self._model.load_state_dict(state, strict=False)
+            everything = expanded(state, (view for view in self.views() if view.of in state))
+            loaded.update((actual.get(name, name), tensor) for name, tensor in everything.items())
+            if self._chosen is not None and is_module:
+                self._model.load_state_dict(loaded, strict=False)  # type: ignore[call-arg]
             else:
-                self._model.load_state_dict({**self._model.state_dict(), **state})
+                self._model.load_state_dict(loaded)
         except RuntimeError as error:
             raise FederationError(f"the global model does not fit this script's model: {error}") from None
 
@@ -91,18 +128,24 @@ class SharedState:
         state = self._named()
         return Names.of(self._model, state, self._views_in(state))
 
+    def _entries(self) -> dict[str, Any]:
+        """All entries of the model's state, by the names that they have without wrappers."""
+        state = self._model.state_dict()
+        names = plain_names(self._model, list(state))
+        return {names[name]: value for name, value in state.items()}
+
     def _named(self) -> Mapping[str, torch.Tensor]:
         """The tensors that the federation is about, by all their names."""
-        state = self._model.state_dict()
+        state = self._entries()
         return state if self._chosen is None else {name: state[name] for name in self._chosen}
 
     def _views_in(self, state: Mapping[str, torch.Tensor]) -> tuple[View, ...]:
         """Views, as the module's own tensors lie; ``state_dict()`` may return copies."""
         if not isinstance(self._model, torch.nn.Module):
             return views_in(state)
-        own = dict(chain(
-            self._model.named_buffers(remove_duplicate=False), self._model.named_parameters(remove_duplicate=False)
-        ))  # fmt: skip
+        buffers = dict(self._model.named_buffers(remove_duplicate=False))
+        names = plain_names(self._model, list(buffers))
+        own = {names[name]: buffer for name, buffer in buffers.items()} | named_parameters(self._model)
         like = {name: own.get(name, tensor) for name, tensor in state.items()}
         return views_in({name: t if _alike(t, state[name]) else state[name] for name, t in like.items()})
 
@@ -123,63 +166,74 @@ def _alike(tensor: torch.Tensor, other: object) -> bool:
 
 
 def unwrapped(model: Model) -> Model:
-    """The script's own model: DistributedDataParallel, DataParallel and torch.compile prefix the names of its tensors.
+    """Return the script's own model, without what is wrapped around it.
 
-    Raises ``ValueError`` for a sharded one.
+    Raises :class:`ScriptError` for a sharded one.
     """
-    while True:
-        if any(kind.__name__ in _SHARDED for kind in type(model).__mro__):
-            raise ValueError(
+    for part in model.modules() if isinstance(model, torch.nn.Module) else (model,):
+        if any(kind.__name__ in _SHARDED for kind in type(part).__mro__):
+            raise ScriptError(
                 "the model is sharded (FSDP), so no rank holds all of it:"
                 " use torch.nn.parallel.DistributedDataParallel, or no process group"
             )
-        if isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), torch.nn.Module):
-            model = inner
-        else:
-            return model
+    while (found := wrapped_in(model)) is not None:
+        model = found[1]
+    return model
 
 
-def _warn_of_strange_names(model: Model) -> None:
+def _require_model(model: object) -> None:
+    wanted = "isthmus.rounds() takes the model itself: a torch.nn.Module, or an object with state_dict() and"
+    wanted = f"{wanted} load_state_dict()"
+    if isinstance(model, type):
+        raise ScriptError(f"{wanted}, not the class {model.__name__}: make one, {model.__name__}(...)")
+    if not all(callable(getattr(model, method, None)) for method in ("state_dict", "load_state_dict")):
+        raise ScriptError(f"{wanted}, not {shown(model)}")
+
+
+def _warn_of_strange_names(model: Model, live: Mapping[str, torch.Tensor]) -> None:
     """Strategies tell what is trained from what is counted by the module's own parameters."""
     if not isinstance(model, torch.nn.Module) or next(model.parameters(), None) is None:
         return
-    if not trained_of(model, model.state_dict()):
+    if not trained_of(model, live):
         log.warning(
             "none of the model's parameters is found in its state_dict(), which gives copies under other names:"
             " its tensors are averaged as statistics are, and no strategy can correct or count its training"
         )
 
 
-def _choose(model: Model, parameters: str | Iterable[str] | Callable[[str], bool]) -> tuple[str, ...]:
-    names = list(model.state_dict())
+def _choose(
+    model: Model, state: Mapping[str, Any], parameters: str | Iterable[str] | Callable[[str], bool]
+) -> tuple[str, ...]:
+    names = list(state)
     if isinstance(parameters, str):
         if parameters != "trainable":
-            raise ValueError(
+            raise ScriptError(
                 f'parameters must be "trainable", a list of patterns or a function, not {parameters!r}:'
                 f" for a single pattern say [{parameters!r}]"
             )
         if not isinstance(model, torch.nn.Module):
-            raise ValueError(f'parameters="trainable" needs a torch.nn.Module, not a {type(model).__name__}')
-        trainable = {
-            name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad
-        }
+            raise ScriptError(f'parameters="trainable" needs a torch.nn.Module, not a {type(model).__name__}')
+        trainable = {name for name, parameter in named_parameters(model).items() if parameter.requires_grad}
         chosen = tuple(name for name in names if name in trainable)
         if not chosen:
-            raise ValueError('parameters="trainable": no parameter of the model requires a gradient')
+            raise ScriptError('parameters="trainable": no parameter of the model requires a gradient')
         return chosen
     if callable(parameters):
         chosen = tuple(name for name in names if parameters(name))
         if not chosen:
-            raise ValueError(f"the parameters function chose none of the model's tensors: {_shown(names)}")
+            raise ScriptError(f"the parameters function chose none of the model's tensors: {_shown(names)}")
         return chosen
-    patterns = list(parameters)
+    patterns = list(parameters) if isinstance(parameters, Iterable) else [parameters]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ScriptError(
+            f'parameters must be "trainable", a list of patterns or a function, not {shown(parameters)}:'
+            " names and patterns are strings"
+        )
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"parameters: {pattern!r} matches none of the model's tensors: {_shown(names)}")
+            raise ScriptError(f"parameters: {pattern!r} matches none of the model's tensors: {_shown(names)}")
     if not patterns:
-        raise ValueError("parameters is an empty list, so nothing would travel")
+        raise ScriptError("parameters is an empty list, so nothing would travel")
     return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from ..views import View
+from .session import ScriptError
 
 # Of a dimension: stride in memory, size, stride in the contiguous form.
 _Dimension = tuple[int, int, int]
@@ -27,7 +28,7 @@ def views_in(state: Mapping[str, Any]) -> tuple[View, ...]:
                     views.append(view)
                     break
                 if overlap(state[name], state[root]):
-                    raise ValueError(
+                    raise ScriptError(
                         f"{name} and {root} share a part of their memory, and neither is a plain view of the other:"
                         " give one of them memory of its own (.clone()), or leave it out with"
                         " isthmus.rounds(..., parameters=...)"

@@ -1,6 +1,6 @@
 """Counts what a script's optimizers do in a round, without being told."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,8 +37,12 @@ class StepMeter:
     farthest counts; of an optimizer with several learning rates, its first.
     """
 
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: Names, corrects: Callable[[torch.optim.Optimizer], bool] | None = None) -> None:
+        """``corrects`` tells whether the step that an optimizer has just taken was corrected, where steps should be."""
         self._names = names
+        self._corrects = corrects
+        self.uncorrected = ""
+        """The class of an optimizer that took a step without a correction; empty: none did."""
         # Weakly: a script that makes a new one for every epoch wants the memory of the old one, and its id, back.
         self._followed: WeakKeyDictionary[torch.optim.Optimizer, _Followed] = WeakKeyDictionary()
         self._steps: dict[_Names, float] = {}
@@ -72,6 +76,8 @@ class StepMeter:
         if own.before != self._counted:
             return  # one inside of it, as in ZeroRedundancyOptimizer, took the step, and was counted
         self._counted += 1
+        if self._corrects is not None and not self._corrects(optimizer):
+            self.uncorrected = type(optimizer).__name__
         weight = 1.0
         if isinstance(optimizer, torch.optim.SGD) and first["momentum"]:
             momentum = first["momentum"]

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TypeVar
@@ -12,7 +12,7 @@ import grpc
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
 
-from ..codecs import CodecError, Encoded
+from ..codecs import CodecError, Decoder, Encoded
 from ..framing import receive_model, update_messages
 from ..tensors import Reception, State, TransferError, chunk_bytes, chunks_of, specs_of
 from ..views import View
@@ -62,18 +62,30 @@ class FinishedUpdate:
     """The names for which one of ``tensors`` travels."""
 
 
-def pull(session: Session, offer: pb.Offer, compression: Compression) -> State:
-    """The global model that an offer names, or carries. Raises :class:`OutdatedError` or :class:`FederationError`."""
+def pull(
+    session: Session,
+    offer: pb.Offer,
+    compression: Compression,
+    require_fitting: Callable[[Iterable[pb.TensorSpec]], None],
+) -> State:
+    """The global model that an offer names, or carries. Raises :class:`OutdatedError` or :class:`FederationError`.
+
+    ``require_fitting`` raises for the specs of a model that the script's cannot load.
+    """
+
+    def reception(header: pb.ModelHeader) -> Reception | Decoder:
+        require_fitting(header.tensors)
+        return compression.reception(header)
 
     if offer.model:
         try:
-            return receive_model((offer.model,), compression.reception)
+            return receive_model((offer.model,), reception)
         except TransferError as error:
             log.warning("the model in an offer cannot be read (%s); pulling it", error)
 
     def attempt() -> State:
         try:
-            return receive_model(session.pull(compression.request(offer)), compression.reception)
+            return receive_model(session.pull(compression.request(offer)), reception)
         except CodecError:
             compression.distrust()
             raise
@@ -137,7 +149,7 @@ def _persistently(session: Session, what: str, attempt: Callable[[], T]) -> T:
         except TransferError as error:
             problem = str(error)
         except grpc.RpcError as error:
-            code, problem = error.code(), error.details() or ""
+            code, problem = error.code(), one_line(error.details() or "")
             if code == grpc.StatusCode.FAILED_PRECONDITION:
                 raise OutdatedError(problem) from None
             if (hopeless := too_large(what, error)) is not None:

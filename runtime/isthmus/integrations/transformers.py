@@ -8,8 +8,6 @@ for rnd in isthmus.rounds(model):
 import math
 from typing import Any
 
-import torch
-
 try:
     from transformers import TrainerCallback
 except ImportError as error:
@@ -34,9 +32,7 @@ class FederatedCallback(TrainerCallback):  # type: ignore[misc]
         self._metrics: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        while not isinstance(inner := getattr(optimizer, "optimizer", None), type(None)):
-            optimizer = inner  # Accelerate's wrapper has hooks that nobody calls
-        if isinstance(optimizer, torch.optim.Optimizer):
+        if optimizer is not None:
             self._round.wrap(optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:

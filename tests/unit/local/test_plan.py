@@ -1,5 +1,6 @@
 """Clients, command lines and environments of a local run."""
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_clients_of_both_worlds_are_numbered_through(job: FederatedJob) -> None:
 def test_clients_that_only_evaluate_are_counted_apart(job: FederatedJob) -> None:
     first, second = job.spec.pools
     pools = [first.model_copy(update={"role": "Evaluate"}), second]
-    job = job.model_copy(update={"spec": job.spec.model_copy(update={"pools": pools})})
+    job = dataclasses.replace(job, spec=job.spec.model_copy(update={"pools": pools}))
     found = [environment(job, {}, client=client) for client in range(3)]
     assert [(each["ISTHMUS_POOL"], each["ISTHMUS_CLIENT"], each["ISTHMUS_CLIENTS"]) for each in found] == [
         ("cloud", "0", "2"), ("cloud", "1", "2"), ("site", "0", "1")

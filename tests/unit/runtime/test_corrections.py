@@ -2,20 +2,25 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import isthmus
 from isthmus.client.context import Context
 from isthmus.client.correction import Correction, CountedSteps, InitialLoss
 from isthmus.client.feddyn import DynamicRegularizer
 from isthmus.client.memory import Memory
 from isthmus.client.names import Names
+from isthmus.client.proximal import ProximalTerm
 from isthmus.client.round import Round
 from isthmus.client.scaffold import ControlVariates
 from isthmus.client.steps import StepMeter
 
+SHARED = torch.ones(3)
 RATE = 0.1
 
 
@@ -159,3 +164,85 @@ def test_memory_survives_a_restart_where_there_is_scratch(tmp_path: Path, monkey
     assert Memory("FedDyn", "uid", place).tensors == {}
     next((tmp_path / "scratch").iterdir()).write_bytes(b"garbage")
     assert Memory("SCAFFOLD", "uid", place).tensors == {}
+
+
+def test_weights_that_are_not_contiguous_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """channels_last, and a transposed parameter: safetensors takes neither."""
+    monkeypatch.setenv("ISTHMUS_SCRATCH", str(tmp_path / "scratch"))
+    place = Context(pool="pool")
+    model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    model.turned = torch.nn.Parameter(torch.randn(2, 3).t())
+    memory = Memory("FedDyn", "uid", place)
+    correction = DynamicRegularizer(Names.of(model, model.state_dict()), memory.tensors, 0.1)
+    optimizer = Round(1, {}, correction).wrap(torch.optim.SGD(model.parameters(), lr=RATE))
+    (model(torch.ones(1, 3, 3, 3)).sum() + model.turned.sum()).backward()
+    optimizer.step()
+    outcome = correction.outcome()
+    assert outcome is not None and not outcome["weight"].is_contiguous() and not outcome["turned"].is_contiguous()
+    memory.advance(outcome, 1)
+    (path,) = (tmp_path / "scratch").iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600
+    again = Memory("FedDyn", "uid", place)
+    assert set(again.tensors) == {"weight", "bias", "turned"}
+    for name, tensor in again.tensors.items():
+        torch.testing.assert_close(tensor, outcome[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tensors", [{"w": torch.eye(3).to_sparse()}, {"a": SHARED, "b": SHARED[:2]}])
+def test_what_cannot_be_kept_does_not_end_the_client(
+    tensors: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ISTHMUS_SCRATCH", str(tmp_path))
+    memory = Memory("SCAFFOLD", "uid", Context(pool="pool"))
+    memory.advance(tensors, 1)
+    assert memory.tensors is tensors
+    assert "SCAFFOLD could not be kept" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_memory_of_another_shape_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
+    weight = parameter()
+    correction = DynamicRegularizer(Names({"w": weight}), {"w": torch.ones(5)}, 0.5)
+    optimizer = Round(1, {}, correction).wrap(torch.optim.SGD([weight], lr=RATE))
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    torch.testing.assert_close(correction.outcome() or {}, {"w": torch.full((2,), RATE * 0.5)})
+    correction.close()
+    assert "FedDyn remembers w in another shape" in caplog.text
+
+
+def handing_in(correction: Correction, sent: list[int]) -> Round:
+    def finish(count: int, metrics: dict[str, float]) -> Callable[[], object]:
+        correction.scalars(metrics)
+        return lambda: sent.append(count)
+
+    return Round(1, {}, correction, finish)
+
+
+def test_submit_may_be_called_again_with_what_was_missing() -> None:
+    sent: list[int] = []
+    attempts: list[tuple[Correction, dict[str, Any], dict[str, float]]] = [
+        (InitialLoss({}), {"loss": 1.0}, {"loss": 1.0, "initial_loss": 2.0}),
+        (Correction(), {"loss": "low"}, {"loss": 1.0}),
+    ]
+    for correction, wrong, right in attempts:
+        rnd = handing_in(correction, sent)
+        with pytest.raises(ValueError, match="loss"):
+            rnd.submit(num_examples=1, **wrong)
+        assert not rnd.submitted
+        rnd.submit(num_examples=1, **right)
+        with pytest.raises(RuntimeError, match="called twice"):
+            rnd.submit(num_examples=1, **right)
+    assert sent == [1, 1]
+
+
+def test_submit_may_be_called_again_after_wrap() -> None:
+    weight = parameter()
+    correction = ProximalTerm(0.5, Names({"w": weight}))
+    rnd = handing_in(correction, sent := [])
+    with pytest.raises(isthmus.ScriptError, match=r"needs rnd\.wrap"):
+        rnd.submit(num_examples=1)
+    rnd.wrap(torch.optim.SGD([weight], lr=RATE))
+    rnd.submit(num_examples=3)
+    assert sent == [3]
+    correction.close()

@@ -17,7 +17,7 @@ handed_in: list[tuple[int, dict[str, float]]] = []
 @pytest.fixture
 def rnd() -> Round:
     handed_in.clear()
-    return Round(1, {}, _hand_in=lambda number, metrics: handed_in.append((number, metrics)))
+    return Round(1, {}, _finish=lambda number, metrics: lambda: handed_in.append((number, metrics)))
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(3.0, 100), (1.0, 100), (0.25, 25), (0.001, 1)])

@@ -1,13 +1,16 @@
 """What a script's uncaught exceptions look like."""
 
+import os
+import signal
 import sys
 import threading
 
 import pytest
 
-from isthmus.client.process import ProcessWatch, end_without_trace, last_lines
+from isthmus.client.process import ProcessWatch, end_without_trace, last_lines, one_line
 from isthmus.client.replicas import RankGoneError
 from isthmus.client.session import FederationError
+from isthmus_contracts.pb import federation_pb2 as pb
 
 MISFIT = FederationError("the global model does not fit:\nsize mismatch for weight")
 
@@ -38,7 +41,7 @@ def test_so_it_is_where_it_comes_from_submit(
     others: list[BaseException] = []
     reported: list[BaseException] = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: others.append(error))
-    watch = ProcessWatch(threading.Event(), reported.append, lambda: None)
+    watch = ProcessWatch(threading.Event(), reported.append, lambda: None, lambda: None)
     error = ValueError("no column")
     assert shown(MISFIT, capsys).startswith("isthmus.FederationError: the global model does not fit:")
     assert shown(error, capsys) == ""
@@ -53,3 +56,47 @@ def test_what_is_reported() -> None:
         raise ValueError("no column")
     except ValueError as error:
         assert last_lines(error).startswith("Traceback")
+
+
+def test_a_fork_keeps_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks = sys.excepthook, threading.excepthook, signal.getsignal(signal.SIGTERM)
+    told: list[str] = []
+    watch = ProcessWatch(
+        threading.Event(), lambda error: told.append("report"), lambda: told.append("close"), lambda: told.append("up")
+    )
+    own = sys.excepthook, threading.excepthook, signal.getsignal(signal.SIGTERM)
+    if (child := os.fork()) == 0:
+        clean = (sys.excepthook, threading.excepthook, signal.getsignal(signal.SIGTERM)) == hooks
+        watch.leave()
+        watch._at_exit()
+        os._exit(0 if clean and told == ["up"] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (sys.excepthook, threading.excepthook, signal.getsignal(signal.SIGTERM)) == own != hooks
+    watch.end()
+    assert told == []
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise KeyError("no message")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("caf\udce9 broke"), "RuntimeError: caf\\udce9 broke"),
+        (Mute(), "Mute: (its str() raises KeyError)"),
+        (ValueError("x" * 5000), "ValueError: " + "x" * 988),
+        (ValueError(), "ValueError: "),
+        (OSError(2, "No such file", "na\udcffme"), "OSError: [Errno 2] No such file: 'na\\udcffme'"),
+    ],
+)
+def test_every_failure_can_be_reported(error: Exception, line: str) -> None:
+    assert one_line(error).replace("FileNotFoundError", "OSError") == line
+    try:
+        raise error
+    except Exception as raised:
+        trace = last_lines(raised)
+    failure = pb.Failure(message=one_line(error), traceback=trace)
+    assert pb.Failure.FromString(failure.SerializeToString()) == failure
+    assert max(map(len, trace.splitlines())) <= 1000

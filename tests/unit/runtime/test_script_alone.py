@@ -53,10 +53,13 @@ def test_a_metric_that_is_no_number_is_named_and_may_be_corrected(loss: Any) -> 
     rnd.submit(num_examples=5, accuracy=0.5, loss=0.1)
 
 
-@pytest.mark.parametrize("count", [5, 5.0, np.int64(5), np.float32(5), torch.tensor(5), torch.tensor([5.0])])
+@pytest.mark.parametrize(
+    "count",
+    [5, 5.0, np.int64(5), np.float32(5), torch.tensor(5), torch.tensor([5.0]), np.array([5]), np.array([[5.0]])],
+)
 def test_numbers_of_any_kind(count: Any) -> None:
     handed_in: list[tuple[int, dict[str, float]]] = []
-    rnd = Round(1, {}, _hand_in=lambda number, metrics: handed_in.append((number, metrics)))
+    rnd = Round(1, {}, _finish=lambda number, metrics: lambda: handed_in.append((number, metrics)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rnd.submit(num_examples=count, loss=torch.tensor(0.5, requires_grad=True), diverged=float("nan"))

@@ -9,6 +9,8 @@ import isthmus
 from isthmus.client.proximal import ProximalTerm
 from isthmus.client.session import FederationError
 from isthmus.client.shared_state import Parameters, SharedState, unwrapped
+from isthmus.tensors import specs_of
+from isthmus_contracts.pb.federation_pb2 import TensorSpec
 
 
 class LowRank(torch.nn.Module):
@@ -148,3 +150,18 @@ def test_processes_of_torchrun_without_a_group_are_told(monkeypatch: pytest.Monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(FederationError, match=r"call torch\.distributed\.init_process_group\(\) before isthmus"):
         next(iter(isthmus.rounds(torch.nn.Linear(1, 1))))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (TensorSpec(name="weight", dtype="F32", shape=[1 << 40], size=1 << 42), r"weight has shape \[1099511627776\]"),
+        (TensorSpec(name="\x1b[2Jx\n", dtype="F32", shape=[2]), r"model: \[2Jx has shape \[2\], and is missing here"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_it_takes_memory(spec: TensorSpec, message: str) -> None:
+    shared = SharedState(torch.nn.Linear(2, 2))
+    shared.require_fitting(specs_of(shared.live()))
+    with pytest.raises(FederationError, match=message):
+        shared.require_fitting([spec])
+    SharedState(Tensors()).require_fitting([spec])  # such a model may take what it likes
