@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from .compression import Compression
+from .compression import TOP_K, Compression
 from .fields import (
     PATTERN_METRIC,
     PATTERN_OBJECT_NAME,
@@ -386,6 +386,11 @@ class FederatedJobSpec(Resource):
         if self.strategy.deterministic and (by_time := self._decided_by_time()):
             raise ValueError(
                 f"strategy.deterministic: which updates a round gets must not depend on speed, as {by_time} has it"
+            )
+        if TOP_K in self.compression.upload.split("+") and (why := self.strategy.against_sparse_updates):
+            raise ValueError(
+                f"compression.upload: TopK does not go with {self.strategy.algorithm}, which {why}; use Int8 or"
+                " Rotation+Int4, or another algorithm"
             )
         self._check_privacy()
         return self

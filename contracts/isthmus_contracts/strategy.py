@@ -82,6 +82,8 @@ ALGORITHM_PARAMETERS: Mapping[Algorithm, Mapping[str, Parameter]] = {
 }
 # Rules that give every client one voice a round: an update from an earlier round would be a second one.
 _ONE_VOICE = frozenset({"CoordinateMedian", "TrimmedMean", "Krum", "MultiKrum", "GeometricMedian"})
+# Client and server work out the same correction, each from the client's change.
+_TWO_SIDED = frozenset({"SCAFFOLD", "FedDyn"})
 
 
 class Strategy(Resource):
@@ -148,6 +150,15 @@ class Strategy(Resource):
     def one_voice(self) -> bool:
         """Whether no client may have two updates in one round."""
         return self.algorithm in _ONE_VOICE
+
+    @property
+    def against_sparse_updates(self) -> str | None:
+        """Why the rule makes nothing good of updates that leave most values out; ``None`` where it does."""
+        if self.one_voice:
+            return "may drop what a client sent, and with it what error feedback counts as delivered"
+        if self.algorithm in _TWO_SIDED:
+            return "needs each client's whole change at the server, as the client remembers it"
+        return None
 
     @property
     def values(self) -> dict[str, float]:

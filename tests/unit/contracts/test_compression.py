@@ -10,6 +10,7 @@ from isthmus_contracts.compression import PATTERN_DOWNLOAD, PATTERN_UPLOAD, Comp
 from isthmus_contracts.crd import federated_job_crd
 from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.manifest import ManifestError, parse_spec
+from isthmus_contracts.strategy import ALGORITHM_PARAMETERS
 
 GOOD: dict[str, Any] = {
     "rounds": 2,
@@ -86,6 +87,22 @@ def test_one_line_names_the_field(text: str, message: str) -> None:
         parsed(text)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHM_PARAMETERS))
+def test_rules_that_sparse_updates_do_not_suit(algorithm: str) -> None:
+    strategy = {"algorithm": algorithm} | ({"class": "my:Rule"} if algorithm == "Custom" else {})
+    stragglers = {"minUpdates": 1 if algorithm == "FedAsync" else 10}
+    text = {**GOOD, "strategy": strategy, "compression": {"upload": "TopK+Int8+Zstd"}, "stragglers": stragglers}
+    refused = {"CoordinateMedian", "TrimmedMean", "Krum", "MultiKrum", "GeometricMedian", "SCAFFOLD", "FedDyn"}
+    text["pools"] = [{"name": "cloud", "replicas": 20, "cloud": {}}]
+    if algorithm not in refused:
+        assert parse_spec(text).compression.upload == "TopK+Int8+Zstd"
+        return
+    with pytest.raises(ManifestError) as error:
+        parse_spec(text)
+    assert str(error.value).startswith(f"spec.compression.upload: TopK does not go with {algorithm}, which ")
+    assert parse_spec({**text, "compression": {"upload": "Int8"}}).strategy.algorithm == algorithm
 
 
 def test_the_schema_gives_the_same_verdict() -> None:
