@@ -120,8 +120,7 @@ def without_waiting(
             update = task.client.update(spec, {}, model, seed * 1000 + number)
             if staleness := number - task.round:
                 update = dataclasses.replace(update, discount=_STRAGGLERS.weight(staleness))
-                if strategy.rebases:
-                    rebase(update.tensors, task.base, state, ())
+                rebase(update.tensors, task.base, state, (), strategy.rebases)
             strategy.accept(update)
             now, updates = task.ends, updates + 1
         state = snapshot(strategy.finish())

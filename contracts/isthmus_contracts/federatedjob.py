@@ -20,6 +20,7 @@ from .fields import (
     Resource,
     SlurmName,
     Text,
+    exactly,
     list_map,
 )
 from .identities import RESERVED_ENV_PREFIX, RESERVED_POOL_NAMES
@@ -300,7 +301,7 @@ class FederatedJobSpec(Resource):
         replicas = sum(pool.replicas for pool in self.pools if pool.role == "Train")
         if self.selection.policy == "All":
             return replicas
-        return min(max(math.ceil(float(self.selection.fraction) * replicas), self.min_clients), replicas)
+        return min(max(math.ceil(exactly(self.selection.fraction) * replicas), self.min_clients), replicas)
 
     @property
     def min_clients(self) -> int:

@@ -1,5 +1,6 @@
 """Typed fields that the custom resources share. Each pattern reaches the CRD's schema as it stands."""
 
+from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +23,9 @@ PATTERN_CLASS = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
 # An OCI reference. Starts with a letter or digit, so never an option of a command.
 PATTERN_IMAGE = r"^[A-Za-z0-9][A-Za-z0-9._/:@+-]*$"
 
+# Of the normal numbers of float32, rounded inwards.
+_LEAST_SINGLE, _MOST_SINGLE = 1.2e-38, 3.4e38
+
 Decimal = Annotated[str, Field(pattern=PATTERN_DECIMAL, max_length=32)]
 DnsLabel = Annotated[str, Field(pattern=PATTERN_DNS_LABEL, max_length=63)]
 EnvName = Annotated[str, Field(pattern=PATTERN_ENV_NAME, max_length=128)]
@@ -34,6 +38,19 @@ Argument = Annotated[str, Field(max_length=4096)]
 Text = Annotated[str, Field(max_length=4096)]
 # A pod template (or a part of one), passed through as it is.
 PodTemplate = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
+
+
+def exactly(number: str | float) -> Fraction:
+    """The number that a manifest wrote, or a float was made from: 0.1 is a tenth, which no binary float is."""
+    return Fraction(str(float(number)))
+
+
+def single_precision_problem(text: str) -> str | None:
+    """Why arithmetic in float32 cannot take a finite number as it is, or ``None``: it would become 0 or infinity."""
+    mantissa = text.lower().partition("e")[0]
+    if any(digit in "123456789" for digit in mantissa) and not _LEAST_SINGLE <= abs(float(text)) <= _MOST_SINGLE:
+        return f"must be from {_LEAST_SINGLE:g} to {_MOST_SINGLE:g} in size, which single precision holds, not {text}"
+    return None
 
 
 def list_map(*keys: str) -> dict[str, Any]:

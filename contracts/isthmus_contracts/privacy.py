@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import field_validator, model_validator
 
 from .accounting import Spent
-from .fields import Decimal, Resource
+from .fields import Decimal, Resource, single_precision_problem
 from .strategy import Algorithm
 
 _SMOOTH = "FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam or FedYogi"
@@ -46,6 +46,8 @@ class DifferentialPrivacy(Resource):
     def _is_size(cls, text: str) -> str:
         if not 0 < float(text) <= 1e5:
             raise ValueError(f"must be above 0 and at most 100000, not {text}")
+        if problem := single_precision_problem(text):
+            raise ValueError(problem)
         return text
 
     @field_validator("delta")

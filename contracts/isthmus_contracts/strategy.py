@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .fields import ClassReference, Decimal, Resource
+from .fields import ClassReference, Decimal, Resource, single_precision_problem
 
 Algorithm = Literal[
     "FedAvg", "FedProx", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi",
@@ -34,6 +34,8 @@ class Parameter:
         value = float(text)
         if not math.isfinite(value):
             return f"must be finite, not {text}"
+        if problem := single_precision_problem(text):
+            return problem
         if self.whole and value != int(value):
             return f"must be a whole number, not {text}"
         if self.at_least is not None and value < self.at_least:
@@ -114,8 +116,8 @@ class Strategy(Resource):
         for name, text in self.parameters.items():
             if self.algorithm == "Custom":
                 # It knows best what it takes.
-                if problem := Parameter(0.0).problem(text):
-                    raise ValueError(f"parameters.{name}: {problem}")
+                if not math.isfinite(float(text)):
+                    raise ValueError(f"parameters.{name}: must be finite, not {text}")
                 continue
             if name not in known:
                 takes = f"it takes {', '.join(known)}" if known else "it takes none"

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+# From here on a draw from Dirichlet is one of equal shares: they differ by less than doubles can tell.
+_IID = 1e32
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -13,10 +16,11 @@ def dirichlet_partition(
 ) -> list[Indices]:
     """Deals every example to exactly one client, each class by proportions drawn from Dirichlet(``alpha``).
 
-    The smaller ``alpha``, the fewer classes a client sees: at 0.1 mostly one or two, at 100 nearly all alike. Hsu, Qi
-    and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification" (2019),
-    brought Dirichlet splits to federated learning; dealing class by class, so that the clients' sizes differ too, is
-    the variant of Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks" (2019).
+    The smaller ``alpha``, the fewer classes a client sees: at 0.1 mostly one or two, at 100 nearly all alike; with
+    ``math.inf`` the shares are equal (IID). Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data
+    Distribution for Federated Visual Classification" (2019), brought Dirichlet splits to federated learning; dealing
+    class by class, so that the clients' sizes differ too, is the variant of Yurochkin et al., "Bayesian Nonparametric
+    Federated Learning of Neural Networks" (2019).
 
     The result depends on the arguments alone, so that every client computes the same split and takes its own share.
     Clients that came out with fewer than ``at_least`` examples get some from the largest ones.
@@ -32,7 +36,7 @@ def dirichlet_partition(
     shares: list[list[Indices]] = [[] for _ in range(clients)]
     for label in np.unique(labels):
         members = random.permutation(np.flatnonzero(labels == label))
-        proportions = random.dirichlet(np.full(clients, alpha))
+        proportions = random.dirichlet(np.full(clients, alpha)) if alpha < _IID else np.full(clients, 1 / clients)
         cuts = np.rint(np.cumsum(proportions[:-1]) * len(members)).astype(np.int64)
         for share, part in zip(shares, np.split(members, cuts), strict=True):
             share.append(part)

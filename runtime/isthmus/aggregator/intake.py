@@ -214,9 +214,10 @@ class Intake:
         """Folds an update in, in any thread; returns what kept it from that. ``base``: a late one's."""
         started = time.monotonic()
         try:
-            if base is not None and self._strategy.rebases:
+            if base is not None:
                 assert self._course.model is not None
-                rebase(update.tensors, base, self._course.model.checkpoint.state, update.buffers)
+                present = self._course.model.checkpoint.state
+                rebase(update.tensors, base, present, update.buffers, self._strategy.rebases)
             self._strategy.accept(update)
         except (OSError, StrategyError) as error:
             return error

@@ -10,16 +10,13 @@ from isthmus_contracts.text import one_line
 
 from ..codecs import CodecError, NonFiniteError
 from ..framing import MOST_EXAMPLES
-from ..strategies import Strategy
+from ..strategies import GREATEST_WEIGHT, Strategy
 from ..tensors import ChecksumError, State, TransferError, TruncatedError, beyond, misannounced, mismatch
 from ..views import difference, misplaced, views_of
 from . import bounds
 from .compression import Compression
 from .model import GlobalModel
 
-# With weights up to here their sums, squares and differences stay finite in float32, whatever the strategy. Larger ones
-# come from training that has diverged.
-GREATEST_WEIGHT = 2.0**60
 RESERVED_NAME = "__metadata__"
 # Where a refusal is a gRPC status, because the stream is to be sent again, its trailing metadata bear the reason.
 REASON_METADATA = "isthmus-reason"

@@ -2,17 +2,21 @@
 
 import math
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.fields import exactly
 
 from .clientbook import ClientBook, ClientRecord
 from .membership import ClientId
 
 # Oort's constants: the weight of time since the last round, and how hard slowness is punished.
 _UNCERTAINTY, _SLOWNESS = 0.1, 2.0
+# Examples times loss count up to this quantile of all clients', as in Oort's section 4.4: both are what clients say.
+_BELIEVED = 0.9
 # Nobody is passed over for more than so many times the rounds in which everybody could have had a turn.
 _TURNS = 2
 
@@ -34,8 +38,8 @@ def choose(spec: FederatedJobSpec, number: int, ready: Sequence[ClientId], book:
     selection, size = spec.selection, spec.strategy.round_size
     if selection.policy == "All":
         return Choice(list(ready), size)
-    wanted = min(max(math.ceil(float(selection.fraction) * len(ready)), spec.min_clients, 1), len(ready))
-    asked = min(math.ceil(wanted * (1 + float(selection.over_select))), len(ready))
+    wanted = min(max(math.ceil(exactly(selection.fraction) * len(ready)), spec.min_clients, 1), len(ready))
+    asked = min(math.ceil(wanted * (1 + exactly(selection.over_select))), len(ready))
     # Not for secrecy: the choice must be the same one after a restart.
     generator = random.Random(f"{selection.seed}:{number}")  # noqa: S311
     if selection.policy == "Random":
@@ -71,7 +75,7 @@ def adaptive(
     by_wait = sorted(shuffled, key=lambda client: book.of(client).asked)
     patience = _TURNS * math.ceil(len(ready) / count)
     take([client for client in by_wait if number - book.of(client).asked > patience], count)
-    take(by_wait, math.ceil(exploration * count))
+    take(by_wait, math.ceil(exactly(exploration) * count))
     known = {client: book.of(client) for client in ready if book.of(client).known}
     utilities = _utilities(known, number)
     keys = {client: generator.random() ** (1 / max(utilities[client], 1e-9)) for client in shuffled if client in known}
@@ -86,19 +90,30 @@ def _utilities(records: dict[ClientId, ClientRecord], number: int) -> dict[Clien
     losses = [record.loss for record in records.values() if record.loss is not None]
     typical_loss = median(losses) if losses else 1.0
     useful = {
-        client: record.examples * max(typical_loss if record.loss is None else record.loss, 0.0)
+        client: min(
+            record.examples * max(typical_loss if record.loss is None else record.loss, 0.0), sys.float_info.max
+        )
         for client, record in records.items()
     }
-    most = max(useful.values()) or 1.0
+    bound = _believed(list(useful.values()))
     pace = median(record.seconds for record in records.values() if record.seconds is not None)
-    return {client: utility(useful[client] / most, record, pace, number) for client, record in records.items()}
+    return {
+        client: utility(min(useful[client], bound) / (bound or 1.0), record, pace, number)
+        for client, record in records.items()
+    }
+
+
+def _believed(values: list[float]) -> float:
+    """The quantile up to which values are believed; never the largest of several, which may be one liar's."""
+    highest = min(math.ceil(_BELIEVED * len(values)), max(len(values) - 1, 1))
+    return sorted(values)[highest - 1]
 
 
 def utility(useful: float, record: ClientRecord, pace: float, number: int) -> float:
     """(useful + sqrt(0.1 ln(round) / last round)) * min(1, pace / seconds)^2 * reliability; Oort, equation 1.
 
-    ``useful``: examples times training loss, from 0 to 1 in relation to the most useful client; ``pace``: the
-    median client's seconds from offer to update.
+    ``useful``: examples times training loss, from 0 to 1 in relation to the most that is believed of any client;
+    ``pace``: the median client's seconds from offer to update.
     """
     uncertainty = math.sqrt(_UNCERTAINTY * math.log(max(number, 1)) / max(record.asked, 1))
     speed = min(1.0, pace / record.seconds) if record.seconds else 1.0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from isthmus_contracts.strategy import Strategy as StrategySpec
 
-from .base import Setup, Strategy, StrategyError, Update
+from .base import GREATEST_WEIGHT, Setup, Strategy, StrategyError, Update
 from .coordinate_median import CoordinateMedian
 from .custom import Custom
 from .deterministic import Deterministic
@@ -24,7 +24,7 @@ from .qfedavg import QFedAvg
 from .scaffold import Scaffold
 from .trimmed_mean import TrimmedMean
 
-__all__ = ["Setup", "Strategy", "StrategyError", "Update", "make_strategy"]
+__all__ = ["GREATEST_WEIGHT", "Setup", "Strategy", "StrategyError", "Update", "make_strategy"]
 
 # FedProx differs from FedAvg on the client's side alone.
 _RULES: Mapping[str, Callable[[Setup], Strategy]] = {

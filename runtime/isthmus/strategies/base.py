@@ -11,6 +11,9 @@ from ..tensors import State
 
 # The largest double that is an int64.
 _MOST = 2.0**63 - 1024
+# With weights up to here their means, differences and squares stay finite in float32, whatever the strategy. Larger
+# ones come from training that has diverged: no update may hold them, and no result does.
+GREATEST_WEIGHT = 2.0**60
 
 
 class StrategyError(Exception):
@@ -65,8 +68,8 @@ class Strategy(ABC):
     """From where to where these numbers may be: wide of what any training makes, and so near each other that their
     ratios, times any weights that are let through, are numbers in single precision."""
     rebases = True
-    """Whether an update from an older global model comes as that update's change on top of the present one; where not,
-    it comes as the client made it."""
+    """Whether the weights of an update from an older global model come as that update's change on top of the present
+    one; where not, they come as the client made them. Integers and booleans always come as their change."""
     order_free = False
     """Whether the result is the same, bit for bit, whatever the order of the updates."""
 
@@ -131,11 +134,13 @@ def change(new: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> torch.Te
 def narrow(value: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     """A rule's result in the dtype of the model's tensor ``old``.
 
-    Of floating-point tensors ``value`` is the result itself. Of integers and booleans it is by how much they move,
-    which is rounded to whole numbers; a double cannot hold the integers themselves beyond 2^53. Used up.
+    Of floating-point tensors ``value`` is the result itself, which is brought within what updates may hold: a model
+    beyond that would be one from which no client could hand in. Of integers and booleans ``value`` is by how much they
+    move, which is rounded to whole numbers; a double cannot hold the integers themselves beyond 2^53. Used up.
     """
     if old.dtype.is_floating_point:
-        return value.to(old.dtype)
+        most = min(GREATEST_WEIGHT, torch.finfo(old.dtype).max)
+        return value.clamp_(-most, most).to(old.dtype)
     if value.dtype != torch.int64:
         value = value.round_().clamp_(-(2.0**63), _MOST).to(torch.int64)
     return value.add_(old).to(old.dtype)

@@ -5,88 +5,75 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..tensors import State
-from .base import Setup, Strategy, Update, change, narrow, wide
-
-# Values whose change is worked out at a time: 1 MiB of float32.
-_PART = 1 << 18
-# Of sums in which a client's own number is a factor: so small that they stay within single precision, whatever number
-# and weights of a client are let through. A power of two, which changes no bit of them.
-UNIT = 2.0**-32
+from .averages import Averaging, parts
+from .base import Setup, Update, narrow, wide
 
 
-class ChangeRule(Strategy):
-    """Sums each client's change of the global model, with a weight of the rule's choice.
+class ChangeRule(Averaging):
+    """Averages each client's change of the global model, with a weight of the rule's choice.
 
-    What no optimizer trains (the statistics of batch-norm layers, counters) is averaged as in FedAvg.
+    A change is taken as a gradient is: the global weights minus the client's. What no optimizer trains (the statistics
+    of batch-norm layers, counters) is averaged as in FedAvg.
     """
 
     def __init__(self, setup: Setup) -> None:
-        self._setup = setup
-        self._model: State = {}
-        self._sums: State = {}
+        super().__init__(setup)
         self._buffers: frozenset[str] = frozenset()
         self._weight = 0.0
         self._updates = 0
 
     def begin(self, model: State) -> None:
-        self._model = model
+        super().begin(model)
         self._weight, self._updates = 0.0, 0
-        self._sums = zeros_like(model, self._sums)
 
     def accept(self, update: Update) -> None:
-        self._buffers = update.buffers
+        if not self._updates:
+            self._buffers = update.buffers
         self.fold(update)
         self._weight += update.weight
         self._updates += 1
 
     def fold(self, update: Update) -> None:
-        """Adds an update to the sums: each change counts by its number of examples, unless a rule has it otherwise."""
+        """Takes an update into the means: a change counts by its number of examples, unless a rule has it otherwise."""
         self.add(update, update.weight)
 
     def add(self, update: Update, weight: float) -> None:
-        """Adds a client's changes to the sums, those of trained tensors with the given weight."""
-        for name, total in self._sums.items():
-            share = weight if self.is_trained(name) else update.weight
-            for part, moved in self.changes(update, name):
-                total.view(-1)[part].add_(moved, alpha=share)
+        """Takes an update into the means, what is trained with the given weight."""
+        for name, mean in self._means.items():
+            mean.add(self.averaged(update, name), weight if self.is_trained(name) else update.weight)
 
-    def changes(self, update: Update, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
-        """By how much an update moves a tensor, in the precision of the sums, part by part."""
-        return changes(update.tensors[name], self._model[name], self._sums[name].dtype)
+    def averaged(self, update: Update, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        return self.gradients(update, name) if self.is_trained(name) else super().averaged(update, name)
+
+    def gradients(self, update: Update, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        """How far an update moves a tensor, negated, in the precision of the means; part by part."""
+        new, old = update.tensors[name].reshape(-1), self._model[name].reshape(-1)
+        dtype = wide(old.dtype)
+        for part in parts(len(old)):
+            yield part, old[part].to(dtype) - new[part].to(dtype)
 
     def is_trained(self, name: str) -> bool:
-        """Whether the rule applies to a tensor, of the clients' kind since the last update."""
+        """Whether the rule applies to a tensor, of the clients' kind since the round's first update."""
         return name not in self._buffers and self._model[name].is_floating_point()
 
     def moved(self, step: Callable[[str, torch.Tensor], torch.Tensor]) -> State:
-        """The next model: each trained tensor moved by ``step(name, sum of changes)``, the others by their mean."""
+        """The next model: from each trained tensor ``step(name, mean gradient)`` is taken, the others are averaged.
+
+        The mean may be used up. Where nobody moved a weight its gradient is 0, and it comes back bit for bit.
+        """
         result: State = {}
         for name, old in self._model.items():
-            total = self._sums[name]
-            value = step(name, total) if self.is_trained(name) else total.div(self._weight)
-            result[name] = narrow(value + old.to(value.dtype) if old.is_floating_point() else value, old)
+            if not self.is_trained(name):
+                result[name] = self.mean(name)
+                continue
+            taken = step(name, self._means[name].value)
+            result[name] = narrow(old.to(taken.dtype) - taken, old)
         return result
 
 
-def changes(new: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """By how much ``old`` became ``new``: part by part of their flat values, so that the difference lies in memory that
-    the processor has at hand."""
-    new, old = new.reshape(-1), old.reshape(-1)
-    for start in range(0, len(old), _PART):
-        part = slice(start, start + _PART)
-        yield part, change(new[part], old[part], dtype)
-
-
-def zeros_like(model: State, earlier: State) -> State:
-    """A sum for every tensor of a model, at zero; in the memory of earlier ones where they fit."""
-    sums = sums_like(model, earlier)
-    for total in sums.values():
-        total.zero_()
-    return sums
-
-
-def sums_like(model: State, earlier: State) -> State:
-    """The memory of a sum for every tensor of a model: that of earlier ones where they fit."""
-    if earlier.keys() == model.keys():
-        return earlier
-    return {name: torch.empty_like(tensor, dtype=wide(tensor.dtype)) for name, tensor in model.items()}
+def zeros_like(model: State) -> State:
+    """A tensor of zeros for every floating-point tensor of a model, in the precision of its means."""
+    return {
+        name: torch.zeros_like(tensor, dtype=wide(tensor.dtype), memory_format=torch.contiguous_format)
+        for name, tensor in model.items()
+    }

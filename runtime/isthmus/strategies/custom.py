@@ -9,8 +9,8 @@ import torch
 
 from isthmus_contracts.manifest import ManifestError
 
-from ..tensors import State, TransferError, checked, mismatch, non_finite, specs_of
-from .base import Setup, Strategy, StrategyError, Update
+from ..tensors import State, TransferError, beyond, checked, mismatch, non_finite, specs_of
+from .base import GREATEST_WEIGHT, Setup, Strategy, StrategyError, Update
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class Custom(Strategy):
             problem = f"{name} holds NaN or infinity"
         if problem is not None:
             raise self._error(f"finish() returned no model: {problem}")
-        return {name: result[name] for name in self._model}
+        return {name: _bounded(result[name]) for name in self._model}
 
     def companion(self) -> State:
         return self._tensors("companion", self._strategy.companion, "companion")
@@ -87,6 +87,13 @@ def _plain(returned: object) -> State:
             raise TransferError(f"{name} is {tensor.layout} on {tensor.device}, not torch.strided on cpu")
         tensors[name] = tensor.detach().contiguous()
     return tensors
+
+
+def _bounded(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, within what updates may hold: clients could hand in nothing that follows from a model beyond."""
+    if beyond(GREATEST_WEIGHT, {"": tensor}) is None:
+        return tensor
+    return tensor.clamp(-GREATEST_WEIGHT, GREATEST_WEIGHT)
 
 
 def _make(reference: str, setup: Setup) -> Strategy:

@@ -33,7 +33,12 @@ class FedAsync(Strategy):
         share = self._mixing * update.discount
         for name, mixed in self._mixed.items():
             new, old = update.tensors[name], self._model[name]
-            mixed.lerp_(new.to(mixed.dtype) if old.is_floating_point() else change(new, old, mixed.dtype), share)
+            new = new.to(mixed.dtype) if old.is_floating_point() else change(new, old, mixed.dtype)
+            # From the nearer end: all of an update is that update, and what is the same in both is itself.
+            if share > 0.5:
+                torch.sub(new, new - mixed, alpha=1 - share, out=mixed)
+            else:
+                mixed.sub_(mixed - new, alpha=share)
 
     def finish(self) -> State:
         return {name: narrow(self._mixed.pop(name), old) for name, old in self._model.items()}

@@ -7,7 +7,7 @@ from .server_optimizer import ServerOptimizer
 
 
 class FedAvgM(ServerOptimizer):
-    """v = momentum v + change; the model moves by learningRate v.
+    """v = momentum v + gradient; learningRate v is taken from the model.
 
     Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification"
     (2019), section 4.3.
@@ -19,7 +19,7 @@ class FedAvgM(ServerOptimizer):
         super().__init__(setup)
         self._momentum = setup.parameters["momentum"]
 
-    def step(self, change: torch.Tensor, *memory: torch.Tensor) -> torch.Tensor:
+    def step(self, gradient: torch.Tensor, *memory: torch.Tensor) -> torch.Tensor:
         (v,) = memory
-        v.mul_(self._momentum).add_(change)
-        return torch.mul(v, self._rate, out=change)
+        v.mul_(self._momentum).add_(gradient)
+        return torch.mul(v, self._rate, out=gradient)

@@ -27,4 +27,5 @@ class FedBuff(ChangeRule):
         self._examples += update.num_examples
 
     def finish(self) -> State:
-        return self.moved(lambda name, total: total.mul(self._rate / self._examples))
+        rate = self._rate * self._weight / self._examples
+        return self.moved(lambda _, mean: mean.mul_(rate))

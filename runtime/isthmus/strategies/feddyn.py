@@ -20,14 +20,14 @@ class FedDyn(ChangeRule):
     def begin(self, model: State) -> None:
         super().begin(model)
         if self._h.keys() != model.keys():
-            self._h = zeros_like(model, {})
+            self._h = zeros_like(model)
 
     def finish(self) -> State:
         share = min(self._updates / self._setup.clients, 1.0)
         for name, h in self._h.items():
             if self.is_trained(name):
-                h.sub_(self._sums[name], alpha=self._alpha * share / self._weight)
-        return self.moved(lambda name, total: total.div(self._weight).sub_(self._h[name], alpha=1 / self._alpha))
+                h.add_(self._means[name].value, alpha=self._alpha * share)
+        return self.moved(lambda name, mean: mean.add_(self._h[name], alpha=1 / self._alpha))
 
     def state(self) -> State:
         return group("FedDyn.h", self._h)

@@ -2,7 +2,7 @@
 
 from ..tensors import State
 from .base import Setup, Update
-from .changes import UNIT, ChangeRule
+from .changes import ChangeRule
 
 
 class FedNova(ChangeRule):
@@ -17,17 +17,18 @@ class FedNova(ChangeRule):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self._weighted_steps = 0.0
+        self._weighted_steps = self._normalised = 0.0
 
     def begin(self, model: State) -> None:
         super().begin(model)
-        self._weighted_steps = 0.0
+        self._weighted_steps = self._normalised = 0.0
 
     def fold(self, update: Update) -> None:
         steps = update.scalars["steps"]
-        self.add(update, update.weight / steps * UNIT)
+        self.add(update, update.weight / steps)
+        self._normalised += update.weight / steps
         self._weighted_steps += update.weight * steps
 
     def finish(self) -> State:
-        effective = self._weighted_steps / self._weight
-        return self.moved(lambda name, total: total.mul(effective / self._weight / UNIT))
+        effective = self._weighted_steps / self._weight * self._normalised / self._weight
+        return self.moved(lambda _, mean: mean.mul_(effective))

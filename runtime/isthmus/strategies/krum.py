@@ -4,7 +4,7 @@ import logging
 
 from ..tensors import State
 from .base import Setup
-from .robust import RobustRule
+from .robust import RobustRule, mean
 
 log = logging.getLogger(__name__)
 
@@ -13,7 +13,8 @@ class Krum(RobustRule):
     """Takes the one update whose n - byzantine - 2 nearest others are nearest, by the sum of squared distances.
 
     Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent" (2017), section 4. The
-    guarantee holds for n of at least 2 byzantine + 3.
+    guarantee holds for n of at least 2 byzantine + 3. It is of the trained weights; of statistics and counters the
+    median of all updates is taken.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -21,7 +22,7 @@ class Krum(RobustRule):
         self._byzantine = int(setup.parameters["byzantine"])
 
     def combine(self, rows: list[int]) -> State:
-        return self.mean(self._best(rows)[:1])
+        return self.joined(self._best(rows)[:1], mean, rows)
 
     def _best(self, rows: list[int]) -> list[int]:
         """The rows, those with the lowest scores first."""
@@ -43,4 +44,4 @@ class MultiKrum(Krum):
 
     def combine(self, rows: list[int]) -> State:
         keep = self._keep or len(rows) - self._byzantine
-        return self.mean(self._best(rows)[: max(keep, 1)])
+        return self.joined(self._best(rows)[: max(keep, 1)], mean, rows)

@@ -1,8 +1,9 @@
 """Stochastic controlled averaging, the server's part."""
 
 from ..tensors import State, group, ungroup
+from .averages import Mean, means_of
 from .base import Setup, Update
-from .changes import UNIT, ChangeRule, zeros_like
+from .changes import ChangeRule, zeros_like
 
 
 class Scaffold(ChangeRule):
@@ -21,28 +22,30 @@ class Scaffold(ChangeRule):
         super().__init__(setup)
         self._rate = setup.parameters["learningRate"]
         self._control: State = {}
-        self._slopes: State = {}
+        self._slopes: dict[str, Mean] = {}
+        self._normalised = 0.0
 
     def begin(self, model: State) -> None:
         super().begin(model)
         if self._control.keys() != model.keys():
-            self._control = zeros_like(model, {})
-        self._slopes = zeros_like(model, self._slopes)
+            self._control = zeros_like(model)
+        self._slopes = means_of(model, self._slopes)
+        self._normalised = 0.0
 
     def fold(self, update: Update) -> None:
-        for name, total in self._sums.items():
-            for part, change in self.changes(update, name):
-                total.view(-1)[part].add_(change, alpha=update.weight)
-                if self.is_trained(name):
-                    slope = update.weight / update.scalars["travel"] * UNIT
-                    self._slopes[name].view(-1)[part].add_(change, alpha=slope)
+        slope = update.weight / update.scalars["travel"]
+        super().fold(update)
+        for name, mean in self._slopes.items():
+            if self.is_trained(name):
+                mean.add(self.gradients(update, name), slope)
+        self._normalised += slope
 
     def finish(self) -> State:
         share = min(self._updates / self._setup.clients, 1.0)
         for name, control in self._control.items():
             if self.is_trained(name):
-                control.mul_(1 - share).sub_(self._slopes[name], alpha=share / self._weight / UNIT)
-        return self.moved(lambda name, total: total.mul(self._rate / self._weight))
+                control.mul_(1 - share).add_(self._slopes[name].value, alpha=share * self._normalised / self._weight)
+        return self.moved(lambda _, mean: mean.mul_(self._rate))
 
     def companion(self) -> State:
         return self._control

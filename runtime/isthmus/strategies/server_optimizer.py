@@ -5,11 +5,11 @@ from abc import abstractmethod
 import torch
 
 from ..tensors import State, group, ungroup
-from .base import Setup, Update, narrow, wide
-from .fedavg import FedAvg
+from .base import Setup, wide
+from .changes import ChangeRule
 
 
-class ServerOptimizer(FedAvg):
+class ServerOptimizer(ChangeRule):
     """Takes the mean change of a round, negated, for a gradient of the global model.
 
     Reddi et al., "Adaptive Federated Optimization" (2021), algorithm 1. What no optimizer trains at the clients (the
@@ -24,25 +24,13 @@ class ServerOptimizer(FedAvg):
         super().__init__(setup)
         self._rate = setup.parameters["learningRate"]
         self._memory: dict[str, State] = {slot: {} for slot in self.slots}
-        self._buffers: frozenset[str] = frozenset()
-
-    def accept(self, update: Update) -> None:
-        super().accept(update)
-        self._buffers = update.buffers
 
     def finish(self) -> State:
-        result: State = {}
-        for name, old in self._model.items():
-            value = self._mean(name)
-            if old.is_floating_point() and name not in self._buffers:
-                start = old.to(value.dtype)
-                value = self.step(value.sub_(start), *(self._slot(slot, name) for slot in self.slots)).add_(start)
-            result[name] = narrow(value, old)
-        return result
+        return self.moved(lambda name, mean: self.step(mean, *(self._slot(slot, name) for slot in self.slots)))
 
     @abstractmethod
-    def step(self, change: torch.Tensor, *memory: torch.Tensor) -> torch.Tensor:
-        """The step for a tensor's mean change. Updates the memory in place, and may reuse ``change``."""
+    def step(self, gradient: torch.Tensor, *memory: torch.Tensor) -> torch.Tensor:
+        """What to take from a tensor, by its mean gradient. Updates the memory in place, and may reuse ``gradient``."""
 
     def first(self, slot: str) -> float:
         """What a slot is filled with before the first round."""
@@ -67,8 +55,8 @@ class ServerOptimizer(FedAvg):
 class AdaptiveOptimizer(ServerOptimizer):
     """Reddi et al. (2021), algorithm 2, apart from the second moment, in which its three rules differ.
 
-    m = beta1 m + (1 - beta1) change; step = learningRate m / (sqrt(v) + tau); v begins as tau squared. As in the paper
-    there is no correction of the bias in the first rounds.
+    m = beta1 m + (1 - beta1) gradient; step = learningRate m / (sqrt(v) + tau); v begins as tau squared. As in the
+    paper there is no correction of the bias in the first rounds.
     """
 
     slots = ("m", "v")
@@ -80,13 +68,13 @@ class AdaptiveOptimizer(ServerOptimizer):
     def first(self, slot: str) -> float:
         return self._tau**2 if slot == "v" else 0.0
 
-    def step(self, change: torch.Tensor, *memory: torch.Tensor) -> torch.Tensor:
+    def step(self, gradient: torch.Tensor, *memory: torch.Tensor) -> torch.Tensor:
         m, v = memory
-        m.mul_(self._beta1).add_(change, alpha=1 - self._beta1)
-        self.second_moment(v, change.square_())
-        torch.sqrt(v, out=change)
-        return torch.div(m, change.add_(self._tau), out=change).mul_(self._rate)
+        m.mul_(self._beta1).add_(gradient, alpha=1 - self._beta1)
+        self.second_moment(v, gradient.square_())
+        torch.sqrt(v, out=gradient)
+        return torch.div(m, gradient.add_(self._tau), out=gradient).mul_(self._rate)
 
     @abstractmethod
     def second_moment(self, v: torch.Tensor, square: torch.Tensor) -> None:
-        """Brings v up to date, in place, with the squared change (which may be reused)."""
+        """Brings v up to date, in place, with the squared gradient (which may be reused)."""

@@ -1,10 +1,14 @@
 """The mean of each coordinate without its extremes."""
 
+import math
+
 import torch
 
+from isthmus_contracts.fields import exactly
+
 from ..tensors import State
-from .base import Setup, wide
-from .robust import RobustRule
+from .base import Setup
+from .robust import RobustRule, mean
 
 
 class TrimmedMean(RobustRule):
@@ -15,12 +19,13 @@ class TrimmedMean(RobustRule):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self._trim = setup.parameters["trim"]
+        self._trim = exactly(setup.parameters["trim"])
 
     def combine(self, rows: list[int]) -> State:
-        cut = int(self._trim * len(rows))
+        cut = math.floor(self._trim * len(rows))
 
-        def mean(block: torch.Tensor) -> torch.Tensor:
-            return block.sort(dim=0).values[cut : len(rows) - cut].mean(dim=0, dtype=wide(block.dtype))
+        def trimmed(block: torch.Tensor) -> torch.Tensor:
+            kept = block.sort(dim=0).values[cut : len(rows) - cut]
+            return mean(kept) if block.dtype.is_floating_point else kept.mean(dim=0, dtype=torch.float64)
 
-        return self.blockwise(rows, mean)
+        return self.blockwise(rows, trimmed)

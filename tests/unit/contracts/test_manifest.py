@@ -70,6 +70,15 @@ def test_defaults() -> None:
          "spec.strategy.parameters.tau: must be above 0, not 0"),
         ("spec.strategy", {"algorithm": "FedAvgM", "parameters": {"learningRate": "1e999"}},
          "spec.strategy.parameters.learningRate: must be finite, not 1e999"),
+        *(("spec.strategy", {"algorithm": algorithm, "parameters": {name: value}},
+           f"spec.strategy.parameters.{name}: must be from 1.2e-38 to 3.4e+38 in size, which single precision holds,"
+           f" not {value}")
+          for algorithm, name, value in [
+              ("FedAdam", "tau", "1e-46"), ("FedYogi", "tau", "1e-400"), ("FedAdagrad", "learningRate", "3.5e38"),
+              ("FedAvgM", "learningRate", "1e300"), ("FedDyn", "alpha", "2e-39"),
+              ("GeometricMedian", "smoothing", "1e-320"),
+              ("FedProx", "mu", "1e39"), ("QFedAvg", "q", "1e-40"), ("SCAFFOLD", "learningRate", "0.0001E-40"),
+          ]),
         ("spec.strategy", {"algorithm": "TrimmedMean", "parameters": {"trim": "0.5"}},
          "spec.strategy.parameters.trim: must be below 0.5, not 0.5"),
         ("spec.strategy", {"algorithm": "MultiKrum", "parameters": {"keep": "1.5"}},

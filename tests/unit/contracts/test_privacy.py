@@ -40,6 +40,13 @@ def test_what_goes_with_it(algorithm: str, upload: str) -> None:
     ("manifest", "message"),
     [
         (spec({"clipNorm": "0"}), f"{HERE}.clipNorm: must be above 0 and at most 100000, not 0"),
+        *(
+            (
+                spec({name: value}),
+                f"{HERE}.{name}: must be from 1.2e-38 to 3.4e+38 in size, which single precision holds, not {value}",
+            )
+            for name, value in (("clipNorm", "2.4e-299"), ("noiseMultiplier", "1e-40"))
+        ),
         (spec({"noiseMultiplier": "-1"}), f"{HERE}.noiseMultiplier: must be above 0 and at most 100000, not -1"),
         (spec({"noiseMultiplier": 1.5}), f"{HERE}.noiseMultiplier: must be a string (put it in quotes), not 1.5"),
         (spec({"delta": "1"}), f"{HERE}.delta: must be at least 1e-15 and below 1, not 1"),

@@ -44,6 +44,12 @@ def test_a_smaller_alpha_makes_more_different_clients() -> None:
     assert largest_class(100.0) < 0.2
 
 
+@pytest.mark.parametrize("alpha", [1e33, 1e305, 1e308, float("inf")])
+def test_an_infinite_alpha_makes_equal_shares(alpha: float) -> None:
+    for share in dirichlet_partition(LABELS, 8, alpha):
+        assert set(np.bincount(LABELS[share])) <= {12, 13}
+
+
 @pytest.mark.parametrize(("clients", "alpha"), [(0, 0.3), (4, 0.0), (4, -1.0), (4, float("nan")), (1001, 0.3)])
 def test_impossible_splits_are_refused(clients: int, alpha: float) -> None:
     with pytest.raises(ValueError, match=r"alpha|too few"):

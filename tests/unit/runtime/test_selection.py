@@ -66,6 +66,18 @@ def test_over_selection_asks_more_and_ends_with_the_fastest(over: str, asked: in
     assert (len(choice.clients), choice.target) == (asked, target)
 
 
+@pytest.mark.parametrize(
+    ("ready", "fraction", "over", "asked"),
+    [(50, "1", "0.1", 50), (100, "0.5", "0.1", 55), (180, "0.5", "0.1", 99), (200, "0.5", "0.1", 110),
+     (100, "0.07", "0", 7), (100, "0.29", "0", 29), (1000, "0.003", "1e-1", 4)],
+)  # fmt: skip
+def test_shares_are_the_decimals_of_the_manifest(ready: int, fraction: str, over: str, asked: int) -> None:
+    clients = [("p", index) for index in range(ready)]
+    for policy in ("Random", "Adaptive"):
+        sample = spec(policy=policy, fraction=fraction, overSelect=over)
+        assert len(choose(sample, 1, clients, NOBODY).clients) == asked
+
+
 @pytest.mark.parametrize(("strategy", "target"), [({"algorithm": "FedAsync"}, 1), ({"algorithm": "FedBuff"}, 10)])
 def test_asynchronous_rounds_ask_everybody_and_end_early(strategy: dict[str, Any], target: int) -> None:
     choice = choose(spec(strategy), 1, READY, NOBODY)
@@ -108,6 +120,18 @@ def simulate(rounds: int, count: int, exploration: float = 0.2, **records: dict[
 def test_no_client_starves(count: int) -> None:
     counts = simulate(300, count, seconds={0: 1000.0}, examples={1: 1}, loss={2: 0.0}, fails={3: True})
     assert set(counts) == set(READY)
+
+
+@pytest.mark.parametrize(("examples", "loss"), [(2**53, 1e10), (2**53, 1e308), (2**53, 1.0), (100, 1e308)])
+def test_a_client_that_exaggerates_is_not_asked_more_than_others(examples: int, loss: float) -> None:
+    honest = simulate(400, 3)
+    lying = simulate(400, 3, examples={0: examples}, loss={0: loss})
+    assert lying[READY[0]] <= 1.3 * max(honest.values())
+
+
+def test_more_data_and_higher_losses_are_chosen_more() -> None:
+    counts = simulate(400, 3, examples=dict.fromkeys(range(5), 300))
+    assert min(counts[client] for client in READY[:5]) > max(counts[client] for client in READY[5:])
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,49 @@ def test_an_update_of_an_older_model_keeps_its_change() -> None:
     rebase(moved, old, new, {"b"})
     torch.testing.assert_close(moved["w"] - new["w"], trained["w"] - old["w"])
     assert torch.equal(moved["b"], trained["b"])  # a buffer
-    assert torch.equal(moved["seen"], trained["seen"])
+    assert moved["seen"] - new["seen"] == trained["seen"] - old["seen"]
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_late_updates_never_take_counters_back(weights: bool) -> None:
+    limits = [-(2**63), 2**63 - 1]
+    cases = [  # the dtype, when the client began, what it made of that, the present model, and what comes of it
+        (torch.int64, 300, 350, 500, 550),
+        (torch.int64, 2**62, 2**62 + 3, 2**62 + 10, 2**62 + 13),
+        *(
+            (torch.int64, low, high, start, 2**63 - 1)
+            for low, high in [limits, (-1, 2**63 - 1)]
+            for start in (5, 2**62)
+        ),
+        *(
+            (torch.int64, high, low, start, -(2**63))
+            for low, high in [limits, (-(2**63), 2)]
+            for start in (-5, -(2**62))
+        ),
+        (torch.int64, -(2**63), 2**63 - 1, -(2**63), 2**63 - 1),
+        (torch.int8, 100, 120, 110, 127),
+        (torch.uint8, 200, 10, 100, 0),
+        (torch.int32, 7, 7, -(2**31), -(2**31)),
+        (torch.bool, 0, 1, 0, 1),
+        (torch.bool, 1, 1, 0, 0),
+        (torch.bool, 0, 1, 1, 1),
+    ]
+    for dtype, old, trained, new, expected in cases:
+        tensors: State = {"n": torch.tensor([trained], dtype=dtype)}
+        then, now = ({"n": torch.tensor([value], dtype=dtype)} for value in (old, new))
+        rebase(tensors, then, now, {"n"}, weights)
+        assert tensors["n"].dtype == dtype
+        assert tensors["n"].tolist() == [expected], (dtype, old, trained, new)
+
+
+def test_weights_that_a_late_client_left_alone_are_those_of_the_present_model() -> None:
+    values = torch.randn(300, generator=torch.Generator().manual_seed(3))
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        old, new = {"w": values.to(dtype)}, {"w": (values * 3 + 0.1).to(dtype)}
+        new["w"][0] = -0.0
+        update = {"w": old["w"].clone()}
+        rebase(update, old, new, ())
+        assert torch.equal(update["w"].view(torch.uint8), new["w"].view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -50,6 +50,8 @@ class Broken(FedAvg):
             result["w"] = 3  # type: ignore[assignment]
         if self.how == 9:
             result["w"] = result["w"].to_sparse()
+        if self.how == 10:
+            result["w"].fill_(-1e30)
         return result
 
 
@@ -217,3 +219,10 @@ def test_tensors_need_not_be_plain(module: ModuleType, tmp_path: Path) -> None:
     assert kept is not None
     assert torch.equal(kept.state["w"], result["w"])
     assert torch.equal(kept.strategy["grown"], grown.detach())
+
+
+def test_a_result_is_brought_within_what_updates_may_hold(module: ModuleType) -> None:
+    base = model()
+    result = run(custom("rules:Broken", how="10"), base, updates(base, 2, seed=1))
+    assert set(result["w"].flatten().tolist()) == {-(2.0**60)}
+    assert result["b"].abs().max() < 10

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.strategies import Update, spill
+from isthmus.strategies import Setup, Update, spill
+from isthmus.strategies.krum import Krum
 from isthmus.tensors import State
 
 from .rounds import array, make, model, run, updates
@@ -78,7 +79,11 @@ def test_as_in_the_paper(rule: str, count: int, block: int, tmp_path: Path, monk
     base = model()
     contributions = with_a_liar(base, count)
     result = run(make(rule, tmp_path), base, contributions)
-    for name, value in expected(rule, stacked(contributions)).items():
+    values = stacked(contributions)
+    wanted = expected(rule, values)
+    if rule in ("Krum", "MultiKrum", "GeometricMedian"):
+        wanted["seen"] = np.median(values["seen"], axis=0)  # it has no say in distances
+    for name, value in wanted.items():
         assert (result[name].dtype, result[name].shape) == (base[name].dtype, base[name].shape)
         rounded = value if base[name].is_floating_point() else np.round(value)
         np.testing.assert_allclose(array(result[name]), rounded, rtol=1e-5, atol=1e-6)
@@ -143,6 +148,77 @@ def test_statistics_have_no_say_in_distances(tmp_path: Path) -> None:
         update = Update(f"p/{number}", 1, {"w": weights, "var": statistics}, frozenset({"var"}))
         contributions.append(update)
     assert run(make("Krum", tmp_path), base, contributions)["w"].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_statistics_and_counters_of_a_liar_are_withstood(rule: str, tmp_path: Path) -> None:
+    # Its weights are the global ones, which are the nearest to all others: Krum takes that update.
+    dice = torch.Generator().manual_seed(0)
+    base: State = {"w": torch.zeros(1000), "mean": torch.zeros(4), "var": torch.ones(4), "n": torch.tensor(100)}
+    base["flag"] = torch.tensor([True, False])
+    buffers = frozenset({"mean", "var", "n", "flag"})
+    states: list[State] = [
+        {
+            "w": 0.01 * torch.randn(1000, generator=dice), "mean": 0.1 * torch.randn(4, generator=dice),
+            "var": torch.full((4,), 1 + 0.1 * number), "n": torch.tensor(110), "flag": base["flag"],
+        }
+        for number in range(9)
+    ]  # fmt: skip
+    lie = torch.full((4,), 1e9)
+    states.append({"w": base["w"], "mean": lie, "var": -lie, "n": torch.tensor(2**62), "flag": ~base["flag"]})
+    result = run(make(rule, tmp_path), base, [Update(f"p/{n}", 1, state, buffers) for n, state in enumerate(states)])
+    assert result["mean"].abs().max() < 0.5
+    assert bool(((result["var"] >= 1) & (result["var"] <= 1.8)).all())
+    assert result["n"].item() == 110
+    assert torch.equal(result["flag"], base["flag"])
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e7, 1e12, 2.0**60])
+@pytest.mark.parametrize("attack", ["one weight", "noise", "together", "the same"])
+@pytest.mark.parametrize(("count", "liars"), [(5, 2), (10, 1), (10, 4), (31, 15)])
+def test_the_geometric_median_keeps_its_bound(count: int, liars: int, attack: str, size: float, tmp_path: Path) -> None:
+    """It is within 2 (n - f) / (n - 2 f) of any point, times the largest distance of an honest update from that.
+
+    Pillutla, Kakade and Harchaoui (2022), lemma 2, after Lopuhaa and Rousseeuw (1991)."""
+    dice = torch.Generator().manual_seed(count)
+    base = 0.05 * torch.randn(500, generator=dice)
+    spread = 0.0 if attack == "the same" else 1e-3
+    honest = [base + 0.01 + spread * torch.randn(500, generator=dice) for _ in range(count - liars)]
+    direction = torch.randn(500, generator=dice)
+    wrong = []
+    for _ in range(liars):
+        far = direction if attack == "together" else torch.randn(500, generator=dice)
+        if attack == "one weight":
+            far = torch.eye(1, 500)[0]
+        wrong.append((base + far / far.abs().max() * size).clamp(-(2.0**60), 2.0**60))
+    updates = [Update(f"p/{number:02}", 1, {"w": w}) for number, w in enumerate([*wrong, *honest])]
+    result = run(make("GeometricMedian", tmp_path), {"w": base}, updates)["w"]
+    centre = torch.stack(honest).mean(dim=0)
+    furthest = max(float((w - centre).norm()) for w in honest)
+    bound = 2 * (count - liars) / (count - 2 * liars) * furthest
+    assert float((result - centre).norm()) <= bound + 1e-5
+
+
+def test_updates_that_are_nearly_the_same_have_distances() -> None:
+    rule, base = Krum(Setup({"byzantine": 1.0})), {"w": torch.zeros(3, dtype=torch.float64)}
+    rule.begin(base)
+    for number in range(4):
+        rule.accept(Update(f"p/{number}", 1, {"w": torch.tensor([1e9, number * 1e-6, 0.0], dtype=torch.float64)}))
+    rule.accept(Update("p/4", 1, {"w": torch.tensor([2.0**60, 0.0, 0.0], dtype=torch.float64)}))
+    distances = rule.squared_distances([0, 1, 2, 3, 4]).sqrt()
+    torch.testing.assert_close(distances[0, :4], torch.arange(4) * 1e-6, rtol=1e-6, atol=0.0, check_dtype=False)
+    assert torch.equal(distances, distances.T)
+
+
+@pytest.mark.parametrize(
+    ("trim", "count", "kept"), [("0.29", 100, 42), ("0.07", 100, 86), ("0.3", 10, 4), ("0.1", 9, 9)]
+)
+def test_the_trim_is_the_decimal_of_the_manifest(trim: str, count: int, kept: int, tmp_path: Path) -> None:
+    base = {"w": torch.zeros(1, dtype=torch.float64)}
+    weights = [1e6 * (number < (count - kept) // 2) + number for number in range(count)]
+    updates = [Update(f"p/{n:03}", 1, {"w": torch.tensor([w], dtype=torch.float64)}) for n, w in enumerate(weights)]
+    left = sorted(weights)[(count - kept) // 2 : (count + kept) // 2]
+    assert run(make("TrimmedMean", tmp_path, trim=trim), base, updates)["w"].item() == pytest.approx(sum(left) / kept)
 
 
 def test_memory_does_not_grow_with_the_clients(tmp_path: Path) -> None:
