@@ -35,7 +35,8 @@ def _perform(arguments: argparse.Namespace, lab: Lab) -> int:
     match arguments.verb:
         case "install":
             lab.install(parts, companions=arguments.only is None)
-            say("installed")
+            if arguments.only != TOOLS:  # which may lack some, and has said which
+                say("installed")
         case "up":
             lab.up(parts)
         case "down":
