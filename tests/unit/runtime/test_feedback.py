@@ -143,3 +143,22 @@ def test_a_base_is_named_only_while_it_is_held(compression: Compression) -> None
     compression.distrust()
     request = compression.request(pb.Offer(base_digest="e"))
     assert (request.base_digest, list(request.codecs)) == ("", [])
+
+
+def test_a_second_run_of_a_job_rounds_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run has a uid of its own, which decides nothing: strategy.deterministic holds under stochastic codecs."""
+
+    def run(uid: str, index: int) -> list[bytes]:
+        session = FakeSession()
+        session.job_uid, session.context = uid, Context(pool="pool", index=index)
+        compression = Compression(session)  # type: ignore[arg-type]
+        offer = pb.Offer(round=1, base_digest="d", codecs=["Delta", "Rotation", "Int8"])
+        live = {"w": torch.arange(1000.0)}
+        compression.pulled(offer, {"w": torch.zeros(1000)}, lambda: live)
+        encoded = compression.finished(offer, live, (), ())
+        assert isinstance(encoded, Encoded)
+        return encoded.chunks
+
+    monkeypatch.delenv(identities.ENV_SCRATCH, raising=False)
+    assert run("first", 0) == run("second", 0)
+    assert run("first", 0) != run("first", 1)
