@@ -99,7 +99,7 @@ def tensor(values: Any, dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(np.asarray(values, dtype=np.float64), dtype=dtype)
 
 
-def course(rule: str, gradient: float, rounds: int, start: float = 1.0, **parameters: str) -> list[float]:
+def course(rule: str, gradient: float, rounds: int, start: float = 1.0, **parameters: Any) -> list[float]:
     """A weight under a client whose change is minus ``gradient`` in every round."""
     strategy, course = make(rule, **parameters), [start]
     for _ in range(rounds):
@@ -108,7 +108,7 @@ def course(rule: str, gradient: float, rounds: int, start: float = 1.0, **parame
     return course
 
 
-ADAM = {"learningRate": "0.1", "beta1": "0.9", "beta2": "0.999", "tau": "1e-12"}
+ADAM: dict[str, Any] = {"learningRate": "0.1", "beta1": "0.9", "beta2": "0.999", "tau": "1e-12"}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ ADAM = {"learningRate": "0.1", "beta1": "0.9", "beta2": "0.999", "tau": "1e-12"}
         ("FedAdagrad", {"learningRate": "0.01", "tau": "1e-12"}, [1, 0.99, 0.9829289, 0.9771554, 0.9721554]),
     ],
 )
-def test_optimizers_of_tensorflow_federated(rule: str, parameters: dict[str, str], expected: list[float]) -> None:
+def test_optimizers_of_tensorflow_federated(rule: str, parameters: dict[str, Any], expected: list[float]) -> None:
     """learning/optimizers/{sgdm,adagrad}_test.py, test_math."""
     assert course(rule, 2.0, 4, **parameters) == pytest.approx(expected, abs=1e-6)
 
@@ -141,7 +141,7 @@ def test_adam_and_yogi_of_tensorflow_federated_without_the_correction(rule: str)
 @pytest.mark.parametrize("rule", ["FedAdagrad", "FedAdam", "FedYogi"])
 def test_optimizers_of_tensorflow_federated_without_memory(rule: str) -> None:
     """learning/optimizers/{adagrad,adam,yogi}_test.py, test_match_keras with indexed slices."""
-    betas = {} if rule == "FedAdagrad" else {"beta1": "0", "beta2": "0"}
+    betas: dict[str, Any] = {} if rule == "FedAdagrad" else {"beta1": "0", "beta2": "0"}
     assert course(rule, 1.0, 1, learningRate="0.5", tau="1e-7", **betas) == pytest.approx([1.0, 0.5], abs=1e-6)
 
 
