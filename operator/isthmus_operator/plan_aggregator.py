@@ -12,6 +12,7 @@ from .actions import CreatePod, DeletePod
 from .draft import Draft, Verdict
 from .federation import from_termination
 from .observed import FederationView, PodView, PrivacyView
+from .plan_clients import restart_delay
 from .render import aggregator
 from .status import rounded_up
 from .text import killed, last_lines, one_line
@@ -19,6 +20,10 @@ from .text import killed, last_lines, one_line
 # A pod that failed before its container could run (evicted, refused by the node) is kept this long, so that a node
 # that refuses every pod is not asked in a tight loop.
 _REPLACE_DELAY = dt.timedelta(seconds=5)
+_NO_PROOF = (
+    "it ended with exit code 0 and did not report that training is complete: check that the command, wrapper or image"
+    " in spec.aggregator runs python -m isthmus.aggregator"
+)
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,14 @@ def plan_aggregator(draft: Draft, ready_to_start: bool) -> AggregatorOutcome:
     if pod.deleting:
         where = f" on node {pod.node}" if pod.node else ""
         return _down(Reason.AGGREGATOR_LOST, f"its pod is being deleted{where}; a new one follows", federation)
-    if pod.ended or _foreign_authority(draft, pod):
-        if not pod.ended or draft.rested(pod.ended_at(draft.now), _REPLACE_DELAY):
-            draft.actions.append(DeletePod(pod.name, pod.uid))
-        why = one_line(pod.reason or pod.message or "it ended") if pod.ended else "its certificates were made anew"
-        return _down(Reason.AGGREGATOR_LOST, f"its pod is replaced: {why}", federation)
-    if verdict := _count_crashes(draft, pod):
+    foreign = _foreign_authority(draft, pod)
+    if not foreign and (verdict := _count_crashes(draft, pod)):
         return AggregatorOutcome("False", Reason.AGGREGATOR_FAILED, verdict.message, federation, verdict)
+    if pod.ended or foreign:
+        delay = restart_delay(draft.record.aggregator.crashes) if _unproven(pod) else _REPLACE_DELAY
+        if not pod.ended or draft.rested(pod.ended_at(draft.now), delay):
+            draft.actions.append(DeletePod(pod.name, pod.uid))
+        return _down(Reason.AGGREGATOR_LOST, f"its pod is replaced: {_why_replaced(pod)}", federation)
     if pod.ready:
         return AggregatorOutcome("True", Reason.AGGREGATOR_RUNNING, "", federation)
     if pod.restarts:
@@ -85,26 +91,46 @@ def judge(draft: Draft, pod: PodView) -> tuple[Verdict | None, FederationView | 
         if said is not None and said.phase == "FAILED":
             return _failed(said.message), said
     federation = draft.observed.federation or last
-    # Exit code 0 without a message that says otherwise: a message can be lost, the code not. But a pod that was being
-    # deleted may also end with 0 because it was told to go.
-    if pod.phase == "Succeeded" and last is None and not pod.deleting:
+    # Exit code 0 alone proves nothing: a wrong command, wrapper or image ends with it, too.
+    if pod.phase == "Succeeded" and last is None and not pod.deleting and _all_rounds_reported(draft):
         return _complete(draft.spec.rounds, draft.spec), federation
     return None, federation
+
+
+def _all_rounds_reported(draft: Draft) -> bool:
+    """Return whether the aggregator had reported its last round and that round's model before it ended."""
+    rounds, model = draft.job.status.get("rounds") or {}, draft.job.status.get("model") or {}
+    last = draft.spec.rounds
+    return rounds.get("completed") == last and model.get("round") == last and bool(model.get("sha256"))
+
+
+def _unproven(pod: PodView) -> bool:
+    """Return whether the aggregator ended with exit code 0 by itself. With a proof, the job would be complete."""
+    return pod.phase == "Succeeded" and not pod.disrupted
+
+
+def _why_replaced(pod: PodView) -> str:
+    if not pod.ended:
+        return "its certificates were made anew"
+    return _NO_PROOF if _unproven(pod) else one_line(pod.reason or pod.message or "it ended")
 
 
 def _count_crashes(draft: Draft, pod: PodView) -> Verdict | None:
     record = draft.record.aggregator
     if record.pod != pod.uid:
         record.pod, record.restarts = pod.uid, 0
-    if pod.restarts > record.restarts:
+    ends = pod.restarts + _unproven(pod)
+    if ends > record.restarts:
         # A round that was completed since the last crash makes good for the crashes before.
         completed = int((draft.job.status.get("rounds") or {}).get("completed", 0))
         if completed > record.round:
             record.round, record.crashes = completed, 0
-        record.crashes += pod.restarts - record.restarts
-        record.restarts = pod.restarts
+        record.crashes += ends - record.restarts
+        record.restarts = ends
     if record.crashes < draft.limits.aggregator_crashes:
         return None
+    if _unproven(pod):
+        return _failed(f"the aggregator ended {record.crashes} times without completing a round; {_NO_PROOF}")
     return _failed(f"the aggregator crashed {record.crashes} times without completing a round: {_last_words(pod)}")
 
 

@@ -77,7 +77,7 @@ class AggregatorRecord:
     """Crashes of the aggregator since the last round that it completed."""
 
     pod: str = ""  # uid
-    restarts: int = 0  # of that pod, as far as they are counted
+    restarts: int = 0  # of that pod, as far as they are counted; its end with exit code 0 is one, too
     crashes: int = 0
     round: int = 0
 

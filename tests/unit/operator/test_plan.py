@@ -149,12 +149,12 @@ FAILED = "Failed=True/AggregatorFailed"
 @pytest.mark.parametrize(
     ("pod", "condition"),
     [
-        (aggregator("Succeeded", exit_code=0), COMPLETE),
         (aggregator("Succeeded", exit_code=0, message='{"phase":"COMPLETE","completedRounds":5}'), COMPLETE),
         (aggregator(restarts=1, last_exit_code=137, last_message='{"phase":"COMPLETE"}'), COMPLETE),
         (aggregator(restarts=1, last_exit_code=1, last_message='{"phase":"FAILED","message":"bad"}'), FAILED),
-        # Told to go while its pod was deleted, or an exit code 0 that its own words contradict.
+        # Told to go while its pod was deleted, an exit code 0 without a proof, or one that its own words contradict.
         (aggregator("Succeeded", exit_code=0, deleting=True), ""),
+        (aggregator("Succeeded", exit_code=0), ""),
         (aggregator("Succeeded", exit_code=0, message='{"phase":"TRAINING"}'), ""),
         (aggregator(restarts=1, last_exit_code=1, last_message="Traceback: boom"), ""),
     ],
@@ -163,6 +163,49 @@ def test_the_last_words_of_the_aggregator(pod: Any, condition: str) -> None:
     decided = plan(job(), standing(pods=(pod, client(0), client(1))), NOW, LIMITS)
     ends = {type_: value for type_, value in conditions(decided).items() if type_ in ("Complete", "Failed")}
     assert ",".join(f"{type_}={value}" for type_, value in ends.items()) == condition
+
+
+@pytest.mark.parametrize(
+    ("completed", "model", "phase"),
+    [
+        (5, {"round": 5, "sha256": "ab"}, "Complete"),
+        (5, {"round": 4, "sha256": "ab"}, "Starting"),
+        (4, {"round": 4, "sha256": "ab"}, "Starting"),
+        (5, None, "Starting"),
+    ],
+)
+def test_an_exit_code_0_counts_only_with_every_round_and_the_last_model_reported(
+    completed: int, model: Any, phase: str
+) -> None:
+    known = {"rounds": {"completed": completed}, **({"model": model} if model else {})}
+    pod = aggregator("Succeeded", exit_code=0, finished=NOW)
+    decided = plan(job(status=known), standing(pods=(pod, client(0), client(1))), NOW, LIMITS)
+    assert decided.status["phase"] == phase
+
+
+def test_an_aggregator_that_ends_with_0_and_no_proof_is_replaced_and_then_fails_the_job() -> None:
+    going, now = job(), NOW
+    for number in range(1, LIMITS.aggregator_crashes + 1):
+        ended = aggregator("Succeeded", exit_code=0, uid=f"uid-{number}", finished=now)
+        observed = standing(pods=(ended, client(0), client(1)))
+        decided = plan(going, observed, now, LIMITS)
+        record = next((item.record for item in of_kind(decided, act.SaveJob)), going.record)
+        going = job(record=record, status=decided.status)
+        if number == LIMITS.aggregator_crashes:
+            break
+        assert conditions(decided)["AggregatorReady"] == "False/AggregatorLost"
+        assert "spec.aggregator runs python -m isthmus.aggregator" in decided.status["message"]
+        # Seen twice, it counts once; it rests before the next one, longer each time.
+        assert Record.load(record or "").aggregator.crashes == number
+        wait = dt.timedelta(seconds=min(5 * 2 ** (number - 1), 300))
+        assert not of_kind(plan(going, observed, now + wait / 2, LIMITS), act.SaveJob)
+        assert not of_kind(plan(going, observed, now + wait / 2, LIMITS), act.DeletePod)
+        now += wait
+        assert [item.uid for item in of_kind(plan(going, observed, now, LIMITS), act.DeletePod)] == [f"uid-{number}"]
+    assert conditions(decided)["Failed"] == "True/AggregatorFailed"
+    assert decided.status["message"].startswith(
+        "the aggregator ended 8 times without completing a round; it ended with exit code 0 and did not report"
+    )
 
 
 def test_a_target_that_is_reached_completes_the_job_early() -> None:

@@ -10,7 +10,7 @@ from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.hpcsite import HpcSiteSpec
 from isthmus_contracts.manifest import parse_site_spec, parse_spec
 from isthmus_operator import actions as act
-from isthmus_operator import names
+from isthmus_operator import names, plan_base
 from isthmus_operator.draft import Limits
 from isthmus_operator.observed import (
     FederationView,
@@ -88,8 +88,8 @@ def present(wanted: FederatedJobSpec) -> frozenset[str]:
 
 def certificates(wanted: FederatedJobSpec) -> dict[str, str]:
     """The certificates of a running job, by Secret."""
-    secrets = ["demo-aggregator-tls", "demo-observer-tls", *(f"demo-{pool.name}-tls" for pool in wanted.pools)]
-    return {secret: f"first of {secret}" for secret in secrets}
+    issued = plan_base.certificates(job(), wanted)
+    return {item.secret: f"first of {item.secret}" for item in issued}
 
 
 def standing(wanted: dict[str, Any] | None = None, **changes: Any) -> Observed:
@@ -303,6 +303,13 @@ class World:
             # Clients hear it and go, then the aggregator does.
             ended: dict[str, Any] = {"phase": "Succeeded", "ready": False, "exit_code": 0, "finished": self.now}
             self._pods(*(replace(pod, **ended) if not pod.ended else pod for pod in self.observed.pods))
+            said = f'{{"phase":"COMPLETE","completedRounds":{self.rounds}}}'
+            self._pods(
+                *(
+                    replace(pod, message=said) if pod.name == "demo-aggregator" and pod.finished == self.now else pod
+                    for pod in self.observed.pods
+                )
+            )
             for key, view in self.pools.items():
                 if not view.ended:
                     self.pools[key] = replace(view, phase=PoolPhase.SUCCEEDED, succeeded=view.running, running=0)
