@@ -376,7 +376,7 @@ class Federation:
                     log.warning("%s: evaluation refused: %s", client.name, problem)
                 else:
                     self._evaluations.take(client, message.evaluation)
-            case "failure":
+            case "failure" if not client.failed:  # it says so once: nothing comes after it
                 self.members.fail(client, message.failure)
                 log.warning("%s failed: %s", client.name, one_line(message.failure.message))
                 self.course.changes.ring()

@@ -166,6 +166,19 @@ async def test_a_client_that_diverges_for_ever_ends_the_job_with_a_hint(tmp_path
         await asyncio.wait_for(running, SECONDS)
 
 
+async def test_a_client_fails_once(trial: Trial, caplog: pytest.LogCaptureFixture) -> None:
+    """It cannot fill the log, or push others' failures out of the status."""
+    running = await trial.begin()
+    client = trial.federation.members.get(("pool", 1))
+    assert client is not None
+    for number in range(100):
+        failure = pb.Failure(message=f"ValueError: {number}\nforged")
+        trial.federation.hear(client, pb.ClientMessage(failure=failure))
+    assert [failure.message for failure in trial.federation.status().pools[0].failures] == ["ValueError: 0 forged"]
+    assert sum("failed: ValueError" in record.message for record in caplog.records) == 1
+    running.cancel()
+
+
 async def test_refusals_in_a_row_count_once_until_the_client_is_asked_again(trial: Trial) -> None:
     """Otherwise one client that repeats itself would use up the chances of a job in a moment."""
     running = await trial.begin()
