@@ -24,7 +24,7 @@ Data = bytes | memoryview
 CHUNK_BYTES = 1 << 20
 _SMALLEST_CHUNK_BYTES = 1 << 16
 # Of a tensor: PyTorch's own bound for most of its functions.
-_MOST_DIMENSIONS = 64
+MOST_DIMENSIONS = 64
 # Tensors' sizes and offsets are signed 64-bit numbers.
 _MOST_BYTES = 2**63 - 1
 # What an aggregator's gRPC may hold of chunks, over all clients: of each one's it keeps a few copies on the way out,
@@ -217,11 +217,11 @@ def misannounced(specs: Iterable[TensorSpec]) -> Mismatch | None:
 def _is_possible(shape: Sequence[int], itemsize: int) -> bool:
     """Whether a tensor may have that shape. An empty dimension does not make up for the others: strides, and readers
     of safetensors, multiply them one by one."""
-    return len(shape) <= _MOST_DIMENSIONS and math.prod(max(size, 1) for size in shape) * itemsize <= _MOST_BYTES
+    return len(shape) <= MOST_DIMENSIONS and math.prod(max(size, 1) for size in shape) * itemsize <= _MOST_BYTES
 
 
 def _shown(shape: Sequence[int]) -> str:
-    return one_line(str(list(shape[: _MOST_DIMENSIONS + 1])), 100)
+    return one_line(str(list(shape[: MOST_DIMENSIONS + 1])), 100)
 
 
 def mismatch(expected: Sequence[TensorSpec], offered: Sequence[TensorSpec]) -> Mismatch | None:

@@ -10,7 +10,7 @@ import torch
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
-from .tensors import State, flat
+from .tensors import MOST_DIMENSIONS, State, flat
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ def misplaced(views: Iterable[View], specs: Sequence[pb.TensorSpec]) -> str | No
             return f"{view.name} is said to be a view of {view.of}, which is not there"
         if len(view.shape) != len(view.stride) or not 0 < math.prod(view.shape) <= sizes[view.of]:
             return f"{view.name} is said to be a view of {view.of}, which does not fit its shape"
+        if len(view.shape) > MOST_DIMENSIONS or any(
+            stride != 1 for size, stride in zip(view.shape, view.stride, strict=True) if size == 1
+        ):
+            return f"{view.name} is said to be a view of {view.of}, with strides that no tensor has"
         last = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride, strict=True))
         if view.offset + last >= sizes[view.of]:
             return f"{view.name} is said to be a view of {view.of}, but does not lie within it"

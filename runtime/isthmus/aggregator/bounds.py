@@ -4,9 +4,11 @@ They are checked before anything is kept. What passes here fits the checkpoints'
 buffers and metrics, and the status: no client can make a committed round unreadable, or the memory grow by names.
 """
 
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from isthmus_contracts.pb import federation_pb2 as pb
@@ -96,29 +98,35 @@ def problem_with_names(header: pb.UpdateHeader) -> str | None:
     return None
 
 
-def problem_with_room(specs: Iterable[pb.TensorSpec], directory: Path | None) -> str | None:
+def problem_with_room(header: pb.UpdateHeader, directory: Path | None) -> str | None:
     """Return why initial weights cannot be kept, whatever else is: they are larger than the memory or the disk.
 
-    ``directory``: of the checkpoints.
+    The final model is written with all names, those included that are views of others. ``directory``: of the
+    checkpoints.
     """
-    size = sum(spec.size for spec in specs)
-    for what, room in _room(directory):
-        if size > room:
-            return f"the weights have {size} bytes, and the aggregator's {what} {room}"
+    size = sum(spec.size for spec in header.tensors)
+    elements = {spec.name: spec.size // max(math.prod(spec.shape), 1) for spec in header.tensors}
+    written = size + sum(math.prod(view.shape) * elements.get(view.of, 0) for view in header.views)
+    for what, needed, room in (("memory", size, _memory()), ("disk", written, _disk(directory))):
+        if needed > room:
+            return f"the model takes {needed} bytes, and the aggregator's {what} has room for {room}"
     return None
 
 
-def _room(directory: Path | None) -> Iterator[tuple[str, int]]:
-    """The bytes that there are at most: of the machine's memory, of the container's, and on the disk."""
-    yield "machine has a memory of", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
+def _memory() -> float:
+    """The bytes that there are at most, of the machine or of the container."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError):  # where there is no such file the limit is not known
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        if limit.isdecimal():
-            yield "container has a memory of", int(limit)
-        if directory is not None:
-            yield "disk has free", shutil.disk_usage(directory).free
-    except OSError:  # not known here
-        return
+        return min(machine, int(limit)) if limit.isdecimal() else machine
+    return machine
+
+
+def _disk(directory: Path | None) -> float:
+    """The bytes that are free."""
+    with suppress(OSError):
+        return shutil.disk_usage(directory).free if directory is not None else math.inf
+    return math.inf
 
 
 def _problem_with_numbers(name: str, numbers: Mapping[str, float]) -> str | None:

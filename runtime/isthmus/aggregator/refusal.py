@@ -108,7 +108,7 @@ def examine_initial(header: pb.UpdateHeader, directory: Path | None = None) -> F
         return Fault(Reason(found.aspect), found.message)
     if problem := misplaced(views_of(header.views), header.tensors):
         return Fault(Reason.SHARED, problem)
-    problem = bounds.problem_with_room(header.tensors, directory)
+    problem = bounds.problem_with_room(header, directory)
     return Fault(Reason.SIZE, problem) if problem else None
 
 

@@ -245,4 +245,4 @@ def test_initial_weights_that_could_not_be_stored(clients: list[HandMadeClient])
     header.tensors[0].shape[:] = [1 << 50]
     reply = first.push(header, [])
     assert (reply.verdict, reply.reason) == (pb.PushReply.INVALID, "size")
-    assert reply.message.startswith("the weights have 4503599627370496 bytes, and the aggregator's ")
+    assert reply.message.startswith("the model takes 4503599627370496 bytes, and the aggregator's memory has room for ")

@@ -96,6 +96,33 @@ def test_initial_weights_that_no_checkpoint_could_hold(initial: pb.UpdateHeader,
     assert fault.message.isprintable() and len(fault.message) <= 300
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        pb.View(name="v", of="w", shape=[1], stride=[2**64 - 1]),
+        pb.View(name="v", of="w", shape=[1] * 65, stride=[1] * 65),
+        pb.View(name="v", of="w", shape=[2], stride=[2**64 - 1]),
+        pb.View(name="v", of="w", offset=2**64 - 1, shape=[1], stride=[1]),
+        pb.View(name="v", of="w", shape=[2**64 - 1, 0], stride=[1, 1]),
+    ],
+)
+def test_views_that_could_not_be_written_in_the_end(view: pb.View) -> None:
+    """The final model is written with them when all training is done."""
+    assert examine_initial(header(views=[pb.View(name="v", of="w", shape=[3], stride=[1])])) is None
+    fault = examine_initial(header(views=[view]))
+    assert fault is not None and fault.message.startswith("v is said to be a view of w")
+
+
+def test_views_take_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.aggregator.bounds._disk", lambda directory: 1 << 30)
+    size = 2**20
+    views = [pb.View(name=f"v{i}", of="w", shape=[size], stride=[1]) for i in range(99_999)]
+    huge = header(tensors=[pb.TensorSpec(name="w", dtype="F32", shape=[size], size=4 * size)], views=views, buffers=[])
+    problem = bounds.problem_with_room(huge, tmp_path)
+    assert problem is not None
+    assert problem.startswith(f"the model takes {100_000 * 4 * size} bytes, and the aggregator's disk has room for ")
+
+
 def test_the_longest_names_that_are_taken_can_be_read_back(tmp_path: Path) -> None:
     """Characters that take twelve bytes in JSON, and as many tensors as their names let be."""
     name = "\U0001f600" * 505
