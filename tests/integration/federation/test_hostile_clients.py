@@ -26,7 +26,9 @@ class Held:
     def __init__(self, client: HandMadeClient, first: bytes) -> None:
         self._go = threading.Event()
         self._first = first
-        call = client.channel.stream_unary(PUSH, response_deserializer=pb.PushReply.FromString)
+        call: grpc.StreamUnaryMultiCallable[bytes, pb.PushReply] = client.channel.stream_unary(
+            PUSH, response_deserializer=pb.PushReply.FromString
+        )
         self.call = call.future(self._messages(), timeout=120)
 
     def _messages(self) -> Iterator[bytes]:

@@ -1,6 +1,7 @@
 """Callers cannot fill the log."""
 
 import logging
+import time
 
 import pytest
 
@@ -14,7 +15,7 @@ def record(text: str, level: int = logging.WARNING, argument: object = 0) -> log
 
 def test_a_flood_of_one_kind_is_bounded_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(loglimit.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     limit = LogLimit()
     assert sum(limit.filter(record("refused: %s", argument=number)) for number in range(10_000)) == BURST
     # Other lines, and errors, are not held up by it.
