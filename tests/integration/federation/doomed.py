@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from isthmus.aggregator import __main__ as aggregator
-from isthmus.aggregator import checkpoints
+from isthmus.aggregator import checkpoints, federation
 from isthmus.aggregator.budget import PrivacyBudget
 from isthmus.aggregator.federation import Federation
 from isthmus.aggregator.intake import Intake
@@ -38,7 +38,7 @@ POINTS: list[tuple[Any, str]] = [
     (Pushes, "_count"), (Intake, "precheck"), (Intake, "_count"), (Intake, "_fold"),
     (Deterministic, "accept"), (Deterministic, "finish"), (FedAvg, "accept"), (FedAvg, "finish"), (Spill, "add"),
     (Private, "accept"), (Private, "finish"), (PrivacyBudget, "account"), (PrivacyBudget, "charge"),
-    (Federation, "_begin_round"), (Federation, "_record_of"),
+    (Federation, "_begin_round"), (federation, "record_of"),
     (checkpoints.CheckpointStore, "save"), (checkpoints.CheckpointStore, "append"), (checkpoints, "_publishing"),
     (os, "fdatasync"), (os, "fsync"), (Path, "rename"), (Path, "unlink"),
     (Membership, "admit"), (Membership, "leave"), (Client, "send"),
