@@ -61,7 +61,7 @@ def chain_of(name: str, top_k: str) -> Chain:
 
 
 def decoded(encoded: Encoded, seed: str, base: State | None) -> State:
-    """What the receiver makes of it."""
+    """Return what the receiver makes of it."""
     decoder = Decoder(encoded.specs, encoded.chain, seed, base)
     for chunk in encoded.chunks:
         decoder.write(chunk)

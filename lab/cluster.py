@@ -78,7 +78,7 @@ class Lab:
         return self.paths.home
 
     def env(self, user: str | None = None) -> dict[str, str]:
-        """What a command in the lab needs in its environment, on top of the caller's."""
+        """Return what a command in the lab needs in its environment, on top of the caller's."""
         state = self.paths.user_state
         variables = {
             "ISTHMUS_LAB": str(self.paths.root),
@@ -130,7 +130,7 @@ class Lab:
             raise LabError(f"no lab runs at {self.paths.root}; start it with `python -m lab up`")
 
     def running(self, part: str) -> bool:
-        """Whether every daemon of a part runs."""
+        """Return whether every daemon of a part runs."""
         return all(self._supervisor.pid(name) is not None for name in DAEMONS[part])
 
     # The verbs.

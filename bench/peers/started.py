@@ -32,7 +32,7 @@ def started(*command: str | Path, log: Path, environ: Mapping[str, str]) -> Iter
 
 
 def _ended(child: int) -> bool:
-    """Whether a child has ended, which stays to be reaped: until then its group's number is its own."""
+    """Return whether a child has ended, which stays to be reaped: until then its group's number is its own."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 

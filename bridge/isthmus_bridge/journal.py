@@ -34,7 +34,7 @@ class State(StrEnum):
 
     @property
     def over(self) -> bool:
-        """Whether nothing will change any more."""
+        """True if nothing will change any more."""
         return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
 
 
@@ -216,7 +216,7 @@ class Journal:
             return int(self._connection.execute(sql, (identity,)).fetchone()[0])
 
     def count_since(self, identity: str, moment: float) -> int:
-        """How many pools the caller has asked for since then."""
+        """Return how many pools the caller has asked for since then."""
         sql = "SELECT count(*) FROM pools WHERE identity = ? AND created_at > ? AND length(spec) > 0"
         with self._lock:
             return int(self._connection.execute(sql, (identity, moment)).fetchone()[0])

@@ -26,7 +26,7 @@ class Lookup:
         self._asked: dict[str, float] = {}
 
     def counts(self, key: str) -> bool:
-        """Whether a look-up that finds nothing now is far enough from the last to count as one more."""
+        """Return whether a look-up that finds nothing now is far enough from the last to count as one more."""
         now = self._steady()
         if now < self._counted.get(key, -math.inf) + self._spacing:
             return False

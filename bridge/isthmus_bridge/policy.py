@@ -111,7 +111,7 @@ class Environment(_Part):
 
     @property
     def runs_image(self) -> bool:
-        """Whether the job's own image is run."""
+        """True if the job's own image is run."""
         return bool(self.images)
 
 
@@ -212,7 +212,7 @@ class GatewaySettings(_Part):
     """An HTTP proxy (CONNECT) that leads there. Default: what ``https_proxy`` says. ``no_proxy`` holds."""
 
     def authority_file(self, tls_dir: Path) -> Path | None:
-        """Where the authority is read from; None: the public ones."""
+        """Return where the authority is read from; None: the public ones."""
         usual = tls_dir / GATEWAY_CA_FILE
         return self.ca or (usual if usual.exists() else None)
 

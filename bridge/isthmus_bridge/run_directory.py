@@ -67,7 +67,7 @@ def claim(path: Path) -> None:
 
 
 def claimed(path: Path) -> bool:
-    """Tells whether a folder bears the bridge's mark."""
+    """Return whether a folder bears the bridge's mark."""
     return not path.is_symlink() and _content(path / _MARK_OF_OURS, _MARK_BYTES) == path.name.encode()
 
 
@@ -136,11 +136,11 @@ class RunDirectory:
         plain_files.write(self.script, batch.encode(), 0o700)
 
     def holds_credentials(self) -> bool:
-        """Whether it may."""
+        """Return whether the directory may still hold the pool's credentials."""
         return self.tls.exists()
 
     def submitted(self) -> bool:
-        """Whether a script was ever written. Raises ``OSError``."""
+        """Return whether a script was ever written. Raises ``OSError``."""
         return self.script.exists()
 
     def forget_credentials(self) -> None:
@@ -153,7 +153,7 @@ class RunDirectory:
         plain_files.remove_tree(self.path)
 
     def marks(self) -> dict[int, Marks]:
-        """What the tasks wrote down, by index. Files that make no sense are left out."""
+        """Return what the tasks wrote down, by index. Files that make no sense are left out."""
         found: dict[int, Marks] = {}
         for index, kind, array_id, last in self._read_marks():
             ended = exit_code(last) if kind == "exit" else None
@@ -169,7 +169,7 @@ class RunDirectory:
         return found
 
     def exits(self, wanted: Collection[int]) -> dict[int, Exit]:
-        """How those of the wanted clients ended that have. Raises ``OSError``."""
+        """Return how the wanted clients ended, without those that still run. Raises ``OSError``."""
         found = {}
         for entry in self._tasks.iterdir():
             index, _, ending = entry.name.partition(".")
@@ -219,7 +219,7 @@ def _tail(log: Path, lines: int, limit: int) -> str:
 
 
 def exit_code(text: str) -> int | None:
-    """What a mark says in the place of an exit code; None: no program ends like that."""
+    """Return what a mark says in the place of an exit code; None: no program ends like that."""
     code = int(text) if _EXIT_CODE.fullmatch(text) else 256
     return code if code < 256 else None
 

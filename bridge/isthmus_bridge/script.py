@@ -51,7 +51,7 @@ def quote(argument: Argument) -> Shell:
 
 
 def render(key: str, spec: pb.PoolSpec, grant: Grant, run_dir: Path, tls_dir: Path) -> str:
-    """What one client runs: the pool's batch script, or a part of it where several clients share a job.
+    """Return what one client runs: the pool's batch script, or a part of it where several clients share a job.
 
     ``run_dir``: the pool's own directory.
     """
@@ -114,7 +114,7 @@ def _title(key: str, spec: pb.PoolSpec) -> str:
 
 
 def comment(spec: pb.PoolSpec) -> str:
-    """What people see in the queue: whose job this is."""
+    """Return what people see in the queue: whose job this is."""
     return "isthmus " + re.sub(r"[^A-Za-z0-9./-]", "_", f"{spec.namespace}/{spec.job}/{spec.pool}")[:200]
 
 

@@ -131,7 +131,7 @@ class BridgeService(rpc.BridgeServicer):
                 yield pb.LogChunk(data=data[start : start + _CHUNK])
 
     def DescribeSite(self, request: pb.DescribeSiteRequest, context: Context) -> pb.Site:
-        """What the caller may use here."""
+        """Return what the caller may use here."""
         with self._call("DescribeSite", context) as caller:
             description = self._adapter.describe()
             return pb.Site(

@@ -41,7 +41,7 @@ def steps(lines: tuple[str, ...]) -> tuple[Step, ...]:
 
 
 def _complete(text: str) -> bool:
-    """Tells whether bash would run the text as it is, rather than read on."""
+    """Return whether bash would run the text as it is, rather than read on."""
     backslashes = len(text) - len(text.rstrip("\\"))
     if backslashes % 2:
         return False

@@ -54,7 +54,7 @@ class Submitter:
                 self._advance(key)
 
     def busy(self, key: str) -> bool:
-        """Whether a thread is at work on that key."""
+        """Return whether a thread is at work on that key."""
         with self._lock:
             return key in self._busy
 
@@ -147,7 +147,7 @@ class Submitter:
         log.warning("submission in doubt: %s", error, extra={"key": key})
 
     def _patient(self, entry: Entry, patience: Patience) -> bool:
-        """Tells whether a refused submission is tried again."""
+        """Return whether a refused submission is tried again."""
         if patience is Patience.NONE:
             return False
         longest = _HOUR
@@ -196,12 +196,12 @@ def forget_credentials(policy: Policy, key: str, user: str) -> None:
 
 
 def warning_seconds(policy: Policy, spec: pb.PoolSpec) -> int:
-    """How long before its time limit a task of this pool is warned."""
+    """Return how long before its time limit a task of this pool is warned."""
     return min(policy.slurm.warning_seconds, spec.time_limit_seconds // _LARGEST_WARNING_SHARE)
 
 
 def submission(policy: Policy, key: str, spec: pb.PoolSpec, grant: Grant, run: PoolDirectory) -> Submission:
-    """What Slurm is asked for, once the policy has granted it."""
+    """Return what Slurm is asked for, once the policy has granted it."""
     share = per_job(spec)
     return Submission(
         name=slurm_job_name(key),

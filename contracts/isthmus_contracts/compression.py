@@ -86,7 +86,7 @@ class Compression(Resource):
 
 
 def _problem(chain: str) -> str:
-    """Why a string is no chain, and how to mend it."""
+    """Return why a string is no chain, and how to mend it."""
     names = chain.split("+")
     if unknown := [name for name in names if name not in (NONE, *KNOWN_CODECS)]:
         return f"{unknown[0]!r} is no codec; there are {', '.join((NONE, *KNOWN_CODECS))}"

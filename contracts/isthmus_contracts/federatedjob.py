@@ -315,7 +315,7 @@ class FederatedJobSpec(Resource):
 
     @property
     def folds_late(self) -> bool:
-        """Whether an update that comes after its round counts in a later one."""
+        """True if an update that comes after its round counts in a later one."""
         return self.stragglers.late == "Fold" or self.strategy.round_size is not None
 
     @property

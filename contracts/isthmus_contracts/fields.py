@@ -46,7 +46,7 @@ def exactly(number: str | float) -> Fraction:
 
 
 def single_precision_problem(text: str) -> str | None:
-    """Why arithmetic in float32 cannot take a finite number as it is, or ``None``: it would become 0 or infinity."""
+    """Return why float32 cannot hold a finite number (it would become 0 or infinity), or ``None``."""
     mantissa = text.lower().partition("e")[0]
     if any(digit in "123456789" for digit in mantissa) and not _LEAST_SINGLE <= abs(float(text)) <= _MOST_SINGLE:
         return f"must be from {_LEAST_SINGLE:g} to {_MOST_SINGLE:g} in size, which single precision holds, not {text}"

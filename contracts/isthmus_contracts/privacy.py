@@ -72,7 +72,7 @@ class DifferentialPrivacy(Resource):
         return self
 
     def problem(self, algorithm: Algorithm, trainers: int) -> str | None:
-        """What does not fit a job of so many clients, after the field's name; ``None``: nothing."""
+        """Return what does not fit a job of so many clients, after the field's name; ``None``: nothing."""
         if reason := _UNPROTECTED.get(algorithm):
             return f"differentialPrivacy: does not go with {algorithm}, {reason}; use {_SMOOTH}"
         if float(self.delta) * trainers >= 1:

@@ -30,7 +30,7 @@ class Parameter:
     whole: bool = False
 
     def problem(self, text: str) -> str | None:
-        """What is wrong with a value, or ``None``."""
+        """Return what is wrong with a value, or ``None``."""
         value = float(text)
         if not math.isfinite(value):
             return f"must be finite, not {text}"
@@ -150,7 +150,7 @@ class Strategy(Resource):
 
     @property
     def one_voice(self) -> bool:
-        """Whether no client may have two updates in one round."""
+        """True if no client may have two updates in one round."""
         return self.algorithm in _ONE_VOICE
 
     @property

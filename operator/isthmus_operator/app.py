@@ -217,7 +217,7 @@ async def _cluster_uid(kube: Kube) -> str:
 
 
 def _own_namespace() -> str:
-    """Where the operator's pod is; empty outside of a cluster."""
+    """Return where the operator's pod is; empty outside of a cluster."""
     try:
         return _NAMESPACE_FILE.read_text(encoding="utf-8").strip()
     except OSError:

@@ -39,7 +39,7 @@ def load_authority(secret: Mapping[str, Any] | None) -> Authority | None:
 
 
 def ends_soon(authority: Authority, now: dt.datetime) -> bool:
-    """Whether a CA is to be renewed."""
+    """Return whether a CA is to be renewed."""
     return authority.expires - now <= RENEW_BEFORE
 
 
@@ -53,7 +53,7 @@ def load_credentials(secret: Mapping[str, Any] | None) -> Credentials | None:
 
 
 def serves(credentials: Credentials | None, authority: Authority, now: dt.datetime) -> bool:
-    """Whether a certificate is this CA's and good for a while."""
+    """Return whether a certificate is this CA's and good for a while."""
     if credentials is None or credentials.ca.strip() != authority.certificate.strip():
         return False
     try:

@@ -265,7 +265,7 @@ async def _read(frames: AsyncIterator[pb.Frame], connections: Connections) -> No
 
 
 def _end(reading: "asyncio.Task[None]") -> str:
-    """Why nothing comes any more."""
+    """Return why nothing comes any more."""
     error = None if reading.cancelled() else reading.exception()
     if error is None:
         return "the bridge closed it"

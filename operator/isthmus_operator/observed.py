@@ -64,16 +64,16 @@ class PodView:
 
     @property
     def ended(self) -> bool:
-        """Whether its program is over for good."""
+        """True if its program is over for good."""
         return self.phase in ENDED_PHASES
 
     def ended_at(self, now: dt.datetime) -> dt.datetime:
-        """When it ended, as far as that is known."""
+        """Return when it ended, as far as that is known."""
         return self.finished or self.created or now
 
     @property
     def active(self) -> bool:
-        """Whether any of it runs, or may yet, and nobody has deleted it."""
+        """True if any of it runs or may yet run, and it is not being deleted."""
         return (self.lingers or not self.ended) and not self.deleting
 
 
@@ -122,7 +122,7 @@ class PoolView:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing of it is left in the queue or on a node."""
+        """True if nothing of it is left in the queue or on a node."""
         return self.phase in (PoolPhase.SUCCEEDED, PoolPhase.FAILED, PoolPhase.CANCELLED)
 
 
@@ -147,7 +147,7 @@ class PoolProblem:
     retry_at: dt.datetime
 
     def due(self, now: dt.datetime) -> bool:
-        """Whether it may be tried again."""
+        """Return whether it may be tried again."""
         return _due(self.retry_at, now)
 
 
@@ -159,7 +159,7 @@ class Refusal:
     retry_at: dt.datetime
 
     def due(self, now: dt.datetime) -> bool:
-        """Whether it may be tried again."""
+        """Return whether it may be tried again."""
         return _due(self.retry_at, now)
 
 

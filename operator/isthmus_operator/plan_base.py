@@ -61,7 +61,7 @@ def _policies(draft: Draft) -> list[dict[str, Any]]:
 
 
 def _outdated(draft: Draft, policy: Apply) -> bool:
-    """Whether a policy that is there is one of before a site's clientCIDRs changed. A site that is gone shuts
+    """Return whether a policy that is there is one of before a site's clientCIDRs changed. A site that is gone shuts
     nobody out: what runs there goes on."""
     key, observed = f"{policy.kind}/{policy.name}", draft.observed
     if key not in observed.present or not all(name in observed.sites for name in _site_names(draft.spec)):

@@ -68,7 +68,7 @@ def _plan_part(draft: Draft, pool: Pool, part: str, ready_to_start: bool) -> Poo
 
 
 def _ends_soon(draft: Draft, pool: Pool, record: HpcRecord, view: PoolView | None) -> bool:
-    """Whether it is time to queue for what follows: as long before the end as the queue has taken, and some more."""
+    """Return whether to queue for the next array: as long before the end as the queue took, and some more."""
     assert pool.hpc is not None
     if view is None or view.phase is not PoolPhase.RUNNING or not view.ends_at or record.cancelling or record.over:
         return False
@@ -108,7 +108,7 @@ def _renew(draft: Draft, pool: Pool, part: str, record: HpcRecord) -> None:
 
 
 def _together(draft: Draft, pool: Pool, outcomes: list[PoolOutcome]) -> PoolOutcome:
-    """What the parts come to."""
+    """Return what the parts come to."""
     leaving = leaving_parts_of(draft.record, pool.name)
     views = [view for part, _ in leaving if (view := current(draft, part)) is not None and not view.ended]
     if len(outcomes) == 1 and not views:
@@ -135,7 +135,7 @@ def plan_cancel(draft: Draft, reason: str) -> bool:
 
 
 def wants_site(draft: Draft, pool: HpcPool) -> Reason | None:
-    """Why the pool's site cannot be used, if so."""
+    """Return why the pool's site cannot be used, if so."""
     site = draft.observed.sites.get(pool.site_ref.name)
     if site is None:
         return Reason.SITE_NOT_FOUND

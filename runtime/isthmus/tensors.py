@@ -98,7 +98,7 @@ def impediment(value: object) -> str | None:
 
 
 def specs_of(state: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
-    """What goes into a stream's header."""
+    """Return what goes into a stream's header."""
     return [
         TensorSpec(
             name=name, dtype=_NAMES[tensor.dtype], shape=tensor.shape, size=tensor.numel() * tensor.element_size()
@@ -108,7 +108,7 @@ def specs_of(state: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
 
 
 def chunk_bytes(clients: int) -> int:
-    """How large chunks are where so many clients pull from one aggregator, and push to it."""
+    """Return how large chunks are where so many clients pull from one aggregator, and push to it."""
     return min(max(_ALL_CHUNKS_BYTES // max(clients, 1), _SMALLEST_CHUNK_BYTES), CHUNK_BYTES)
 
 
@@ -198,7 +198,7 @@ class Mismatch:
 
 
 def misannounced(specs: Iterable[TensorSpec]) -> Mismatch | None:
-    """Why the specs of a raw stream cannot be right, whatever the model is."""
+    """Return why the specs of a raw stream cannot be right, whatever the model is."""
     seen = set()
     for spec in specs:
         if spec.name in seen:
@@ -275,7 +275,7 @@ def ungroup(name: str, state: State) -> State:
 
 
 def dtype_of(spec: TensorSpec) -> torch.dtype:
-    """What a spec announces. Raises :class:`TransferError`."""
+    """Return what a spec announces. Raises :class:`TransferError`."""
     if spec.dtype not in _DTYPES:
         raise TransferError(f"{one_line(spec.name, 100)} has the unknown dtype {one_line(spec.dtype, 30)!r}")
     return _DTYPES[spec.dtype]

@@ -55,14 +55,14 @@ def to_text(views: Iterable[View]) -> str:
 
 
 def of_text(text: str) -> tuple[View, ...]:
-    """What :func:`to_text` wrote."""
+    """Return what :func:`to_text` wrote."""
     return tuple(
         View(name, of, offset, tuple(shape), tuple(stride)) for name, of, offset, shape, stride in json.loads(text)
     )
 
 
 def misplaced(views: Iterable[View], specs: Sequence[pb.TensorSpec]) -> str | None:
-    """Why no tensors with these specs have such views."""
+    """Return why no tensors with these specs have such views."""
     sizes = {spec.name: math.prod(spec.shape) for spec in specs}
     seen = set(sizes)
     for view in views:

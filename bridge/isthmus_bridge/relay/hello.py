@@ -89,7 +89,7 @@ class _Reader:
         return taken
 
     def vector(self, width: int) -> "_Reader":
-        """What follows its own length, written in ``width`` bytes."""
+        """Return what follows its own length, written in ``width`` bytes."""
         return _Reader(self.take(int.from_bytes(self.take(width))))
 
     def rest(self) -> bytes:

@@ -47,7 +47,7 @@ Lookup = Callable[[str], Route | None]
 
 
 def connections_of(replicas: int) -> int:
-    """How many connections the clients of a pool may have: two each, while one replaces the other."""
+    """Return how many connections the clients of a pool may have: two each, while one replaces the other."""
     return 2 * replicas + _SPARE_CONNECTIONS
 
 

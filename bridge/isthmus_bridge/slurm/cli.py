@@ -183,7 +183,7 @@ class CliAdapter:
         return self._delegate
 
     def submission_may_run(self, directory: Path) -> bool:
-        """Whether an sbatch from this directory still lives: it holds the lock that it inherited, or has some time."""
+        """Return whether an sbatch from this directory may still run: it holds its lock, or was started lately."""
         return in_flight.may_run(directory)
 
     def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:

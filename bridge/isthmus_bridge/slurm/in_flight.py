@@ -25,7 +25,7 @@ _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOL
 
 
 def may_run(directory: Path) -> bool:
-    """Whether one may be under way. Raises ``OSError``."""
+    """Return whether one may be under way. Raises ``OSError``."""
     return _locked(directory / _LOCK) or time.time() < _until(directory / _UNTIL)
 
 
@@ -65,7 +65,7 @@ def guarded(directory: Path, seconds: float) -> Iterator[Sequence[int]]:
 
 
 def lockable(directory: Path) -> bool:
-    """Tells whether the file system of a folder has locks. Raises ``OSError`` where no file can be made in it."""
+    """Return whether the file system of a folder has locks. Raises ``OSError`` where no file can be made in it."""
     with tempfile.TemporaryFile(dir=directory) as file:
         return _take(file.fileno())
 

@@ -129,7 +129,7 @@ class SlurmAdapter(Protocol):
         ...
 
     def submission_may_run(self, directory: Path) -> bool:
-        """Whether a submission from this directory may still be under way, begun by this or a former process."""
+        """Return whether a submission from this directory may still be under way, begun by this or a former process."""
         ...
 
     def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
@@ -140,7 +140,7 @@ class SlurmAdapter(Protocol):
         ...
 
     def history(self, names: Sequence[str], since: float, user: str = "") -> Sequence[TaskRecord]:
-        """What the accounts say about that user's arrays with these names, submitted at ``since`` or later.
+        """Return what the accounts say about that user's arrays with these names, submitted at ``since`` or later.
 
         Empty where the site keeps no accounts that can be read; see :class:`SiteDescription`.
         """

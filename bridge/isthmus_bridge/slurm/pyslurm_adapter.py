@@ -74,7 +74,7 @@ class PyslurmAdapter:
         return submitted(result)
 
     def submission_may_run(self, directory: Path) -> bool:
-        """Whether a worker from this directory still lives: it holds the lock that it inherited."""
+        """Return whether a worker from this directory still lives: it holds the lock that it inherited."""
         return in_flight.may_run(directory)
 
     def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
@@ -194,7 +194,7 @@ def submitted(result: Result) -> int:
 
 
 def records(listed: Any) -> list[TaskRecord]:
-    """What the worker tells about the queue. Raises :class:`SlurmError`."""
+    """Return what the worker reports about the queue. Raises :class:`SlurmError`."""
     try:
         return [_record(job) for job in listed]
     except (KeyError, TypeError, ValueError):

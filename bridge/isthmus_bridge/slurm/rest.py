@@ -106,7 +106,7 @@ class RestAdapter:
         return job
 
     def submission_may_run(self, directory: Path) -> bool:
-        """Whether a request from this directory may still be at work in slurmrestd."""
+        """Return whether a request from this directory may still be at work in slurmrestd."""
         return in_flight.may_run(directory)
 
     def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
@@ -139,7 +139,7 @@ class RestAdapter:
                 self._ask("cancel", "slurm", f"job/{which}", method="DELETE", accept=_NO_SUCH_JOB)
 
     def _named(self, array_id: int, first: int, last: int | None) -> list[str]:
-        """What to cancel, as the API's version wants it named."""
+        """Return what to cancel, as the API's version wants it named."""
         if last is None:
             return [str(array_id)]
         if self.version() < rest_format.TYPED:

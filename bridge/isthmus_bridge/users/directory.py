@@ -60,11 +60,11 @@ class UserDirectory:
         self._ask("scripts", batch=batch, client=client)
 
     def holds_credentials(self) -> bool:
-        """Whether it may."""
+        """Return whether the directory may still hold the pool's credentials."""
         return (self.guard / _OWNER).exists()
 
     def submitted(self) -> bool:
-        """Whether a script was ever written. Raises ``OSError``."""
+        """Return whether a script was ever written. Raises ``OSError``."""
         return self._ask("known") is True
 
     def forget_credentials(self) -> None:
@@ -111,7 +111,7 @@ def _code(told: Any) -> int:
 
 
 def _read(one: Callable[[Any], T], told: Any) -> dict[int, T]:
-    """What that user's processes might have had a hand in is taken for what it should be, or not at all."""
+    """Check what that user's processes may have forged. Raises :class:`AsUserError` where it is malformed."""
     try:
         return {int(index): one(fields) for index, fields in told.items()}
     except (AttributeError, LookupError, TypeError, ValueError):

@@ -170,7 +170,7 @@ def pool_view(pool: pb.Pool, attempt: int, first: int = 0, ahead: float = 0.0) -
 
 
 def _moment(theirs: float, ahead: float) -> float:
-    """When that is by our clock; 0 where the site says nothing, or what is no time."""
+    """Return when that is by our clock; 0 where the site says nothing, or what is no time."""
     ours = theirs - ahead if theirs else 0.0
     return ours if 0.0 < ours < LAST_SECOND else 0.0
 

@@ -71,7 +71,7 @@ def service_view(body: Mapping[str, Any]) -> ServiceView:
 
 
 def _rendered(ours: Objects) -> dict[str, str]:
-    """Which policies were written, as far as that can be told."""
+    """Return which policies were written, as far as that can be told."""
     annotations = {key: body["metadata"].get("annotations") or {} for key, body in ours.items()}
     return {key: str(found.get(names.ANNOTATION_RENDERED, "")) for key, found in annotations.items()
             if key.startswith("NetworkPolicy/")}  # fmt: skip

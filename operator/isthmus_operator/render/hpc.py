@@ -23,7 +23,7 @@ def key(cluster: str, job: Job, part: str, attempt: int) -> str:
 
 
 def endpoint(spec: FederatedJobSpec, observed: Observed) -> str:
-    """Where HPC clients dial; empty while it is not known."""
+    """Return where HPC clients dial; empty while it is not known."""
     expose, service = spec.aggregator.expose, observed.service
     if expose.address is not None:
         return expose.address

@@ -172,7 +172,7 @@ def _bound(address: str, bind: Callable[[], T]) -> T:
 
 
 def _connections(clients: int) -> int:
-    """How many connections the aggregator takes: strangers' must leave descriptors for its files, too."""
+    """Return how many connections the aggregator takes: strangers' must leave descriptors for its files, too."""
     wanted = _CONNECTIONS_OF_EACH * clients + _FURTHER_CONNECTIONS
     room = openfiles.connections_within(openfiles.raise_limit(), wanted)
     if room < wanted:

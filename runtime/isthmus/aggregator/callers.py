@@ -23,7 +23,7 @@ class Caller:
     """How many clients it speaks for."""
 
     def speaks_for(self, client: ClientId) -> bool:
-        """Whether it may say that it is this client."""
+        """Return whether it may say that it is this client."""
         return client[0] == self.pool and self.index in (None, client[1])
 
 

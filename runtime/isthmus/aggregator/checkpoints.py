@@ -89,7 +89,7 @@ class RoundRecord:
 
     @classmethod
     def of_text(cls, line: str) -> "RoundRecord":
-        """What :meth:`text` wrote. Older records lack fields and newer ones may have more. Raises ``ValueError``."""
+        """Return what :meth:`text` wrote. Fields may be missing or unknown. Raises ``ValueError`` for anything else."""
         known = {field.name for field in fields(cls)}
         try:
             return cls(**{name: value for name, value in json.loads(line).items() if name in known})

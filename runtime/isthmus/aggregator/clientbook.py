@@ -32,7 +32,7 @@ class ClientRecord:
 
     @property
     def known(self) -> bool:
-        """Whether it has ever handed in."""
+        """True if it has ever handed in."""
         return self.seconds is not None
 
 
@@ -95,7 +95,7 @@ class ClientBook:
 
     @classmethod
     def of_text(cls, text: str) -> "ClientBook":
-        """What :meth:`text` wrote. Raises ``ValueError`` for anything else."""
+        """Return what :meth:`text` wrote. Raises ``ValueError`` for anything else."""
         try:
             return cls({(pool, index): _record(*values) for pool, index, *values in json.loads(text)})
         except TypeError as error:

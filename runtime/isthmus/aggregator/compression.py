@@ -20,7 +20,7 @@ class Broadcast:
     """Of the model that a Delta is taken from; empty: there is no Delta."""
 
     def suits(self, request: pb.PullRequest) -> bool:
-        """Whether a client can decode it: it has the codecs and, for a Delta, the base."""
+        """Return whether a client can decode it: it has the codecs and, for a Delta, the base."""
         chain = self.encoded.chain
         known = {name.split("=")[0] for name in chain.names} <= set(request.codecs)
         return known and (not chain.delta or request.base_digest == self.base_digest)
@@ -49,7 +49,7 @@ class Compression:
         return self._download
 
     def problem(self, header: pb.UpdateHeader) -> str | None:
-        """What is wrong with an update's codecs. Raw updates are always welcome."""
+        """Return what is wrong with an update's codecs. Raw updates are always welcome."""
         if not header.codecs or tuple(header.codecs) == self._upload.names:
             return None
         if unknown := [name for name in header.codecs if name.split("=")[0] not in KNOWN]:
@@ -57,7 +57,7 @@ class Compression:
         return f"the job's uploads are {self._upload}, not {'+'.join(header.codecs)}"
 
     def reception(self, header: pb.UpdateHeader, base: State | None, room: State) -> Reception | Decoder:
-        """What takes in an update that :meth:`problem` has nothing against. Raises :class:`TransferError`."""
+        """Return what takes in an update that :meth:`problem` has nothing against. Raises :class:`TransferError`."""
         if not header.codecs:
             return Reception(header.tensors, room)
         seed = upload_seed(header.round, header.pool, header.index)

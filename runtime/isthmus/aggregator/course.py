@@ -57,7 +57,7 @@ class Course:
 
     @property
     def is_small(self) -> bool:
-        """Whether the model is so small that a thread's errand takes longer than the work on it."""
+        """True if the model is so small that handing it to a thread takes longer than the work."""
         return self.model is not None and self.model.size <= SMALL_BYTES
 
     @property

@@ -87,7 +87,7 @@ class Decision:
 
 
 def decide(state: RoundState, presence: Mapping[ClientId, Presence], min_updates: int, now: float) -> Decision:
-    """What to do with the round, given who is there.
+    """Return what to do with the round, given who is there.
 
     A round that could end does so once nothing is being folded: an update that cannot be kept, since the disk is full,
     does not count, and its client tries again.

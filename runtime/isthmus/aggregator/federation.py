@@ -124,7 +124,7 @@ class Federation:
         self.course.changes.ring()
 
     def _out_of_budget(self, checkpoint: Checkpoint) -> bool:
-        """Whether the next round would cost more privacy than the job has."""
+        """Return whether the next round would cost more privacy than the job has."""
         spent = self._budget is not None and self._budget.spent
         if spent:
             log.info("the privacy budget ends after round %d of %d", checkpoint.round, self.spec.rounds)
@@ -165,7 +165,7 @@ class Federation:
         self.course.awaited, self.course.message = None, ""
 
     def _missing(self) -> str:
-        """Which clients a round cannot begin without; empty where they are there."""
+        """Return which clients a round cannot begin without; empty where they are there."""
         ready, needed = len(self.members.trainers()), self.spec.min_clients
         if ready < needed:
             return f"{ready} of {needed} needed clients are connected"
@@ -208,7 +208,7 @@ class Federation:
         return checkpoint
 
     def _notes(self) -> dict[str, str]:
-        """What is committed with each model."""
+        """Return what is committed with each model."""
         notes = {_BUFFERS: json.dumps(sorted(self.course.buffers))}
         return notes | ({VIEWS: views.to_text(self.course.views)} if self.course.views else {})
 
@@ -287,7 +287,7 @@ class Federation:
         return self.spec.folds_late or self.spec.selection.policy == "Adaptive"
 
     def _settled_book(self, state: RoundState) -> ClientBook:
-        """What is known of the clients, after a round."""
+        """Return what is known of the clients, after a round."""
         if not self._keeps_book:
             return self.intake.book
         now, missed = time.monotonic(), {}
@@ -389,7 +389,7 @@ class Federation:
         return self._strategy.companion()
 
     def status(self) -> pb.FederationStatus:
-        """What the operator sees."""
+        """Return what the operator sees."""
         return self._reporter.status()
 
     async def _changed(self, until: float | None = None) -> None:

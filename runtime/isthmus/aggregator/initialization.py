@@ -48,7 +48,7 @@ class Initialization:
         return chosen
 
     def asked(self, client: ClientId) -> bool:
-        """Whether the client was asked, and may answer."""
+        """Return whether the client was asked, and may answer."""
         return client in self._asked
 
     def begun(self, client: ClientId) -> None:

@@ -254,5 +254,5 @@ class Intake:
 
 
 def _key(header: pb.UpdateHeader) -> tuple[ClientId, int]:
-    """Which update it is."""
+    """Return which update it is."""
     return (header.pool, header.index), header.round

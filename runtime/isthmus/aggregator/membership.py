@@ -50,7 +50,7 @@ class Client:
 
     @property
     def ready(self) -> bool:
-        """Whether it can be given work."""
+        """True if it can be given work."""
         return self.connected and not self.failed
 
     @property
@@ -69,7 +69,7 @@ class Client:
             del self.offers[old]
 
     def works_on(self, round_number: int, base_digest: str) -> bool:
-        """Whether it said, when it came, that it has this round's work in hand."""
+        """Return whether it said, when it came, that it has this round's work in hand."""
         return self.work == (round_number, base_digest)
 
     def took(self, round_number: int, now: float) -> float:

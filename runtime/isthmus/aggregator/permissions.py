@@ -54,7 +54,7 @@ class Permissions:
         return refusal.reply(pb.PushReply.FENCED, "a newer process of this client has taken over")
 
     def may_initialize(self, client: ClientId) -> bool:
-        """Whether the client was asked for the first weights."""
+        """Return whether the client was asked for the first weights."""
         return self._course.phase == pb.FederationStatus.INITIALIZING and self._course.initialization.asked(client)
 
     def was_offered(self, header: pb.UpdateHeader, book: ClientBook) -> bool:

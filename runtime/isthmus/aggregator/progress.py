@@ -47,7 +47,7 @@ class WeightedMeans:
         return {name: mean for name, mean in means.items() if math.isfinite(mean)}  # of huge values it may not be
 
     def clients(self) -> set[ClientId]:
-        """Who has reported."""
+        """Return who has reported."""
         return set(self._reports)
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class Progress:
 
     @property
     def reached(self) -> bool:
-        """Whether the objective's target is reached, if it has one."""
+        """True if the objective's target is reached, if it has one."""
         if self.objective.target is None or not self.best.name:
             return False
         target = float(self.objective.target)

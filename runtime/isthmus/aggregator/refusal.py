@@ -78,7 +78,7 @@ class StorageError(TransferError):
 
 
 def examine(header: pb.UpdateHeader, model: GlobalModel, compression: Compression, strategy: Strategy) -> Fault | None:
-    """What is wrong with an update, as far as its header tells."""
+    """Return what is wrong with an update, as far as its header shows."""
     if problem := bounds.problem_with_size(header, model.header_bytes) or bounds.problem_with_header(header):
         return Fault(Reason.BOUNDS, problem)
     if not 1 <= header.num_examples <= MOST_EXAMPLES:
@@ -113,7 +113,7 @@ def examine_initial(header: pb.UpdateHeader, directory: Path | None = None) -> F
 
 
 def examine_values(tensors: State) -> Fault | None:
-    """What is wrong with an update's values."""
+    """Return what is wrong with an update's values."""
     found = beyond(GREATEST_WEIGHT, tensors)
     if found is None:
         return None
@@ -124,7 +124,7 @@ def examine_values(tensors: State) -> Fault | None:
 
 
 def fault_of(error: TransferError) -> Fault:
-    """What a failed reception comes to."""
+    """Return what a failed reception comes to."""
     match error:
         case ChecksumError():
             reason = Reason.CHECKSUM

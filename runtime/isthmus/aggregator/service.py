@@ -168,7 +168,7 @@ class FederationService:
         raise AssertionError("abort raises")
 
     async def _authenticate(self, context: Context, client: ClientId | None = None) -> Caller:
-        """Who calls, by the certificate; it must speak for ``client``, if that is given."""
+        """Return who calls, by the certificate; it must speak for ``client``, if that is given."""
         uris = peer_uris(context)
         caller = self._callers.find(uris)
         if caller is not None and (client is None or caller.speaks_for(client)):

@@ -54,7 +54,7 @@ class Compression:
         )
 
     def reception(self, header: pb.ModelHeader) -> Reception | Decoder:
-        """What takes in a global model. Raises :class:`TransferError`."""
+        """Return what takes in a global model. Raises :class:`TransferError`."""
         self.views = views_of(header.views)
         room, self._room = self._room, {}
         if not header.codecs:

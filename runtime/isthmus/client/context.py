@@ -25,7 +25,7 @@ class Context:
 
     @property
     def federated(self) -> bool:
-        """Whether there is a federation at all."""
+        """True if there is a federation at all."""
         return bool(self.pool)
 
 

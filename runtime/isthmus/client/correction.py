@@ -23,11 +23,11 @@ class Correction:
         """Hooks into an optimizer, before its first step of the round."""
 
     def scalars(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What goes into the update's header, once training is over. Raises ``ValueError`` where it is not known."""
+        """Return what goes into the update's header after training. Raises ``ValueError`` where it is not known."""
         return {}
 
     def outcome(self) -> State | None:
-        """What the client shall remember if its update is accepted, if anything; to be asked before :meth:`close`."""
+        """Return what to remember if the update is accepted, or ``None``. Must be called before :meth:`close`."""
         return None
 
     def close(self) -> None:
@@ -132,14 +132,14 @@ class DriftCorrection(GradientCorrection):
 
     @abstractmethod
     def constant(self, name: str) -> torch.Tensor | None:
-        """What is added to the gradient of the tensor of that name in every step of the round."""
+        """Return what is added to the gradient of the tensor of that name in every step of the round."""
 
     def moving(self, parameter: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor | None:
-        """What is added besides, and changes from step to step. ``anchor``: the parameter when the round began."""
+        """Return what is added besides and changes with each step. ``anchor``: the parameter when the round began."""
         return None
 
     def remembered(self, name: str, change: torch.Tensor) -> torch.Tensor:
-        """What to remember of a parameter, given its change in the round; both in single precision or better."""
+        """Return what to remember of a parameter, given its change in the round; both in single precision or better."""
         raise NotImplementedError
 
     def outcome(self) -> State | None:

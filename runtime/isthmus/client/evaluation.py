@@ -15,7 +15,7 @@ Evaluate = Callable[[], Mapping[str, float]]
 
 
 def numbers_of(evaluate: Evaluate) -> dict[str, float]:
-    """What the function returns. Raises :class:`FederationError` where that is not named numbers."""
+    """Return what the function returns. Raises :class:`FederationError` where that is not named numbers."""
     returned = evaluate()
     if not isinstance(returned, Mapping):
         raise FederationError(

@@ -58,12 +58,12 @@ class Names:
         return parameter if view is None or self._is_all(view, parameter) else self._wholes[view.of]
 
     def part(self, parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """What belongs to the parameter of values for all of the tensor that travels for it."""
+        """Return what belongs to the parameter of values for all of the tensor that travels for it."""
         view = self._views.get(self._own_name(parameter) or "")
         return values if view is None or self._is_all(view, parameter) else view.within(values)
 
     def leave_out(self, parameter: torch.Tensor) -> bool:
-        """Whether it is certain that the parameter does not travel."""
+        """Return whether it is certain that the parameter does not travel."""
         return self._places is None and id(parameter) not in self._by_object
 
     def _own_name(self, parameter: torch.Tensor) -> str | None:
@@ -72,7 +72,7 @@ class Names:
         return self._by_object.get(id(parameter))
 
     def _is_all(self, view: View, parameter: torch.Tensor) -> bool:
-        """Whether a view has all values, in the same shape."""
+        """Return whether a view has all values, in the same shape."""
         whole = self._wholes[view.of]
         return whole.shape == parameter.shape and whole.stride() == parameter.stride()
 
@@ -133,7 +133,7 @@ def has_place(tensor: torch.Tensor) -> bool:
 
 
 def _place(tensor: torch.Tensor) -> _Place:
-    """Where a tensor's values are. A state dict's tensors are others than the model's, but in the same place.
+    """Return where a tensor's values are. A state dict's tensors are others than the model's, but in the same place.
 
     A view is told from what it is a view of: a tied ``weight.t()`` begins where the weight does.
     """

@@ -59,14 +59,14 @@ class Replicas:
         """Learns from the model's tensors on which device this rank works."""
 
     def told_to_stop(self, own: bool) -> bool:
-        """Whether any rank has been told to stop; given whether this one has. Every rank has to ask."""
+        """Return whether any rank has been told to stop; given whether this one has. Every rank has to ask."""
         return own
 
     def check(self) -> None:
         """Raises :class:`RankGoneError` where another rank has failed."""
 
     def others_told_to_stop(self) -> bool:
-        """Whether another rank has been told to stop while it waited for this one."""
+        """Return whether another rank has been told to stop while it waited for this one."""
         return False
 
     def fail(self, error: BaseException | None) -> None:
@@ -244,7 +244,7 @@ class Group(Replicas):
     # ---- waiting
 
     def _until(self, probe: Callable[[], T | None], seconds: float | None = None, complaint: str = "") -> T:
-        """What the probe finds, as soon as it finds something."""
+        """Return what the probe finds, as soon as it finds something."""
         pause, since = _SHORTEST_PAUSE, time.monotonic()
         stop_passed_on = False
         while (found := probe()) is None:
@@ -282,7 +282,7 @@ class Group(Replicas):
                 return
 
     def _peek(self, key: str) -> bytes | None:
-        """What is under a key, without waiting for it."""
+        """Return what is under a key, without waiting for it."""
         return self._reach(lambda: self._store.get(key) if self._store.check([key]) else None)
 
     def _reach(self, action: Callable[[], T]) -> T:
@@ -298,7 +298,7 @@ class Group(Replicas):
 
 
 def _broadcast_device(tensors: Iterable[torch.Tensor]) -> torch.device:
-    """Where the default process group wants what it broadcasts: in main memory, if it can do that."""
+    """Return where the default process group wants what it broadcasts: in main memory, if it can do that."""
     kinds = [part.partition(":")[0] for part in distributed.get_backend_config().split(",")]
     if "cpu" in kinds:
         return torch.device("cpu")

@@ -47,7 +47,7 @@ class Round:
 
     @property
     def should_stop(self) -> bool:
-        """Whether the scheduler asked this process to end: submit what there is, with the true number of examples.
+        """True if the scheduler asked this process to end: submit what there is, with the true number of examples.
 
         With torch.distributed: whether it asked any rank to. Every rank gets the same answer, and so every rank must
         ask equally often in a round: each waits for the others. Raises :class:`FederationError` where one does not.
@@ -56,7 +56,7 @@ class Round:
 
     @property
     def submitted(self) -> bool:
-        """Whether :meth:`submit` has been called."""
+        """True if :meth:`submit` has been called."""
         return self._submitted
 
     def submit(self, *, num_examples: int, **metrics: float) -> None:

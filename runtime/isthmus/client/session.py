@@ -59,7 +59,7 @@ class ScriptError(FederationError, ValueError):
 
 
 def too_large(what: str, error: grpc.RpcError) -> FederationError | None:
-    """What to raise where a call fails since a message is above a limit on its size: it would fail again.
+    """Return what to raise where a call fails since a message is above a limit on its size: it would fail again.
 
     Tensors are cut into small messages; what is said of them all is one, the first.
     """
@@ -318,7 +318,7 @@ class Session:
             asked.set_result(reply)
 
     def _take(self, message: pb.ServerMessage) -> bool:
-        """Whether this message was the last."""
+        """Return whether this message was the last."""
         match message.WhichOneof("message"):
             case "welcome":
                 if (seconds := message.welcome.heartbeat_seconds) > 0:

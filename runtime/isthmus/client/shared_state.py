@@ -150,7 +150,7 @@ class SharedState:
         return views_in({name: t if _alike(t, state[name]) else state[name] for name, t in like.items()})
 
     def _all_in(self, live: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[str]:
-        """Which of ``live`` are in ``names`` by every name that they have."""
+        """Return which of ``live`` are in ``names`` by every name that they have."""
         names = set(names)
         others = {view.of for view in self.views() if view.name not in names}
         return [name for name in live if name in names and name not in others]

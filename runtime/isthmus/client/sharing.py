@@ -59,7 +59,7 @@ def overlapping(tensors: Sequence[Any]) -> Iterator[list[int]]:
 
 
 def overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors have an element in common."""
+    """Return whether two tensors have an element in common."""
     here, there = _span(left), _span(right)
     if here is None or there is None:
         return False

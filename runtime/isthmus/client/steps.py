@@ -87,7 +87,7 @@ class StepMeter:
         self._travel[own.names] = self._travel.get(own.names, 0.0) + weight * float(first["lr"])
 
     def _follow(self, optimizer: torch.optim.Optimizer) -> _Followed:
-        """What is known of an optimizer. Parameters may be added to it between two steps."""
+        """Return what is known of an optimizer. Parameters may be added to it between two steps."""
         size = sum(len(group["params"]) for group in optimizer.param_groups)
         known = self._followed.get(optimizer)
         if known is None or known.size != size:

@@ -120,7 +120,7 @@ class GradientTerms:
                     add_unscaled(parameter.grad, term, scale)
 
     def _has_moved(self, parameter: torch.Tensor) -> bool:
-        """Whether another parameter's gradient brings the term to the same values."""
+        """Return whether another parameter's gradient brings the term to the same values."""
         return any(other.grad is not None for other in self._before_it.get(id(parameter), ()))
 
 

@@ -94,7 +94,7 @@ def pull(
 
 
 def pull_companion(session: Session, offer: pb.Offer) -> State:
-    """What the strategy sends along with an offer's model. Raises as :func:`pull` does."""
+    """Return what the strategy sends along with an offer's model. Raises as :func:`pull` does."""
     request = pb.PullRequest(
         job_uid=session.job_uid, round=offer.base_round, digest=offer.base_digest, companion=True
     )  # fmt: skip

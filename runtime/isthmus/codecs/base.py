@@ -60,12 +60,12 @@ def seed_of(*parts: str | int) -> int:
 
 
 def upload_seed(round_number: int, pool: str, index: int) -> str:
-    """What decides the random choices in an update: both sides know it, and a second run of the job repeats it."""
+    """Return the seed of the random choices in an update: both sides know it, and another run repeats it."""
     return f"{round_number}/{pool}/{index}"
 
 
 def download_seed(round_number: int) -> str:
-    """What decides those in a global model."""
+    """Return the seed of those in a global model."""
     return f"{round_number}/"
 
 

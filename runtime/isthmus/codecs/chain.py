@@ -37,7 +37,7 @@ class Chain:
 
     @property
     def sparse(self) -> bool:
-        """Whether it leaves values out, so that it needs error feedback."""
+        """True if it leaves values out, so that it needs error feedback."""
         return isinstance(self.codec, TopK)
 
     @property

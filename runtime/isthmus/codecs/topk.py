@@ -28,7 +28,7 @@ class TopK(SegmentCodec):
         return self.fraction * (2 + self._inner.bytes_per_value)
 
     def kept(self, count: int) -> int:
-        """How many of ``count`` values are kept: at least one."""
+        """Return how many of ``count`` values are kept: at least one."""
         return min(count, max(1, math.ceil(self.fraction * count)))
 
     def size(self, count: int) -> int:

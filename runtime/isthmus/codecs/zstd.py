@@ -38,7 +38,7 @@ class Unpacker:
 
     @property
     def empty(self) -> bool:
-        """Whether no block is incomplete."""
+        """True if no block is incomplete."""
         return not self._buffer
 
     def unpack(self, data: Data) -> Iterator[bytes]:

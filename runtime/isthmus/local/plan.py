@@ -98,7 +98,7 @@ def inherited(base: Mapping[str, str]) -> dict[str, str]:
 
 
 def _passes(name: str) -> bool:
-    """Whether a variable of our environment is for the processes of a run too."""
+    """Return whether a variable of our environment is for the processes of a run too."""
     if name.startswith(ids.RESERVED_ENV_PREFIX):
         return name == ids.ENV_DATA
     return name not in _PLACES and not name.startswith(_PLACE_PREFIX)

@@ -49,7 +49,7 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether it has not exited yet."""
+        """True if it has not exited yet."""
         return self._process.returncode is None
 
     async def wait(self) -> int:

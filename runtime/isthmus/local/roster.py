@@ -46,7 +46,7 @@ class Roster:
         return lines.pop() if len(self._first) == len(self.clients) and len(lines) == 1 else ""
 
     def shortage(self, phase: "pb.FederationStatus.Phase.ValueType") -> str:
-        """Why the run can never end, since too few clients are left; empty while it can."""
+        """Return why the run can never end, since too few clients are left; empty while it can."""
         if phase in (pb.FederationStatus.EVALUATING, pb.FederationStatus.COMPLETE):
             return ""
         spec, trainers = self._spec, [c for c in self.clients if self._spec.pool(c.pool).role == "Train"]

@@ -122,7 +122,7 @@ class RunDirectory:
         return max((int(match[1]) for match in found if match), default=0)
 
     def finished(self, rounds: int) -> bool:
-        """Whether a run of so many rounds has nothing left to do."""
+        """Return whether a run of so many rounds has nothing left to do."""
         return self.model.exists() and self.committed >= rounds
 
     def _previous(self) -> tuple[str, str] | None:

@@ -50,7 +50,7 @@ class Server:
 
     @property
     def running(self) -> bool:
-        """Whether there is a process."""
+        """True if there is a process."""
         return self.child is not None and self.child.running
 
     @property

@@ -93,7 +93,7 @@ class Strategy(ABC):
         return {}
 
     def problem_with(self, scalars: Mapping[str, float]) -> str | None:
-        """What is wrong with the numbers in an update's header, if anything."""
+        """Return what is wrong with the numbers in an update's header, if anything."""
         for name in self.scalars:
             if name not in scalars:
                 return f"{type(self).__name__} needs {name} from every client, and the update has none"
@@ -102,7 +102,7 @@ class Strategy(ABC):
         return None
 
     def state(self) -> State:
-        """What the rounds to come need of the past, beside the model: it is written with each checkpoint.
+        """Return what the rounds to come need of the past, beside the model: it is written with each checkpoint.
 
         Called after ``finish``; the tensors may be the strategy's own.
         """
@@ -117,7 +117,7 @@ class Strategy(ABC):
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What to sum in: never narrower than the tensors themselves, and at least single precision."""
+    """Return what to sum in: never narrower than the tensors themselves, and at least single precision."""
     return torch.float32 if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float64
 
 

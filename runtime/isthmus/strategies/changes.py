@@ -53,7 +53,7 @@ class ChangeRule(Averaging):
             yield part, old[part].to(dtype) - new[part].to(dtype)
 
     def is_trained(self, name: str) -> bool:
-        """Whether the rule applies to a tensor, of the clients' kind since the round's first update."""
+        """Return whether the rule applies to a tensor, of the clients' kind since the round's first update."""
         return name not in self._buffers and self._model[name].is_floating_point()
 
     def moved(self, step: Callable[[str, torch.Tensor], torch.Tensor]) -> State:

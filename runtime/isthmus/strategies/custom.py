@@ -55,7 +55,7 @@ class Custom(Strategy):
         self._call("load_state", lambda: self._strategy.load_state(state))
 
     def _call(self, method: str, call: Callable[[], T]) -> T:
-        """What a method of the class returns. A full disk alone passes as the ``OSError`` that it is."""
+        """Return what a method of the class returns. A full disk alone passes as the ``OSError`` that it is."""
         try:
             return call()
         except Exception as error:
@@ -64,7 +64,7 @@ class Custom(Strategy):
             raise self._error(f"{method}() raised {_one_line(error)}") from error
 
     def _tensors(self, method: str, call: Callable[[], State], what: str) -> State:
-        """What a method returns, if it can be written and sent."""
+        """Return what a method returns, if it can be written and sent."""
         returned = self._call(method, call)
         try:
             return _plain(returned)

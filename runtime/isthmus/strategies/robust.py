@@ -108,7 +108,7 @@ class RobustRule(Strategy):
                     yield self._spill.read(name, start, min(width, old.numel() - start), rows).double()
 
     def _is_trained(self, name: str, updates: int) -> bool:
-        """Whether most clients train a tensor: one alone cannot make a parameter a buffer by calling it one."""
+        """Return whether most clients train a tensor: one alone cannot make a parameter a buffer by calling it one."""
         return self._model[name].is_floating_point() and 2 * self._called_buffer[name] <= updates
 
 

@@ -30,10 +30,10 @@ class ServerOptimizer(ChangeRule):
 
     @abstractmethod
     def step(self, gradient: torch.Tensor, *memory: torch.Tensor) -> torch.Tensor:
-        """What to take from a tensor, by its mean gradient. Updates the memory in place, and may reuse ``gradient``."""
+        """Return the step to subtract from a tensor. Updates the memory in place, and may reuse ``gradient``."""
 
     def first(self, slot: str) -> float:
-        """What a slot is filled with before the first round."""
+        """Return what a slot is filled with before the first round."""
         return 0.0
 
     def state(self) -> State:

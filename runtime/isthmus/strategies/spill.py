@@ -54,7 +54,7 @@ class Spill:
         return sorted(range(len(self._clients)), key=self._clients.__getitem__)
 
     def width(self, rows: int) -> int:
-        """How many coordinates of so many rows make a block."""
+        """Return how many coordinates of so many rows make a block."""
         return max(1, BLOCK_BYTES // (8 * rows))
 
     def read(self, name: str, start: int, count: int, rows: Sequence[int]) -> torch.Tensor:
