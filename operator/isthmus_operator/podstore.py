@@ -17,11 +17,8 @@ from .observed import ENDED_PHASES, PodView
 from .status import parse_timestamp
 
 _CONTAINERS = {names.ROLE_AGGREGATOR: "aggregator", names.ROLE_CLIENT: "client"}
-# A kubelet or a controller ended these pods, not their program.
-_DISRUPTIONS = {
-    "Evicted", "NodeLost", "NodeShutdown", "Shutdown", "Terminated", "Preempting", "Preempted", "NodeAffinity",
-    "UnexpectedAdmissionError", "OutOfcpu", "OutOfmemory", "OutOfpods", "OutOfephemeral-storage",
-}  # fmt: skip
+# Reasons of a container, where the kubelet or the runtime lost sight of it: its program said nothing.
+_LOST_SIGHT = ("ContainerStatusUnknown", "Unknown")
 _NODE_IS_SHORT = "The node was low on resource"
 _ON_THE_WAY = {"", "ContainerCreating", "PodInitializing"}
 _REMEMBERED = 10_000  # uids of deleted pods
@@ -167,7 +164,7 @@ def view(body: Mapping[str, Any]) -> PodView:
         exit_code=ended.get("exitCode"),
         reason=reason,
         message=str(ended.get("message") or status.get("message") or ""),
-        disrupted=disrupted or (str(status.get("reason")) in _DISRUPTIONS and not _own_excess(status)),
+        disrupted=disrupted or _ended_by_the_cluster(status, ended),
         waiting=_waiting(state, conditions),
         restarts=int(container.get("restartCount") or 0),
         last_exit_code=last.get("exitCode"),
@@ -190,6 +187,18 @@ def _phase(said: str, status: Mapping[str, Any], role: str, ended: Mapping[str, 
         return "Succeeded"
     # The aggregator's is started again.
     return said if role == names.ROLE_AGGREGATOR else "Failed"
+
+
+def _ended_by_the_cluster(status: Mapping[str, Any], ended: Mapping[str, Any]) -> bool:
+    """Return whether a kubelet or a controller ended a pod, and not its program.
+
+    Only these set a pod's own ``status.reason``: a kubelet that refuses it (before any container started), evicts it or
+    shuts down, or the node controller. A program that fails leaves it empty, and shows in its container's state. The
+    exceptions are limits that the manifest itself sets.
+    """
+    if ended.get("reason") in _LOST_SIGHT:
+        return True
+    return status.get("reason") not in (None, "", "DeadlineExceeded") and not _own_excess(status)
 
 
 def _own_excess(status: Mapping[str, Any]) -> bool:

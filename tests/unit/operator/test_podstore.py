@@ -144,10 +144,27 @@ def test_one_container_alone_is_judged_by_kubernetes() -> None:
     ("status", "disrupted"),
     [
         ({"reason": "Evicted", "message": "low on memory"}, True),
+        # Evicted for what it used beyond its own limit.
+        ({"reason": "Evicted", "message": "Container client exceeded its local ephemeral storage limit"}, False),
         ({"conditions": [{"type": "DisruptionTarget", "status": "True"}]}, True),
+        # A kubelet refuses it: no container ever started. The reasons are an open set.
+        ({"reason": "TopologyAffinityError", "message": "Resources cannot be allocated"}, True),
+        ({"reason": "OutOfnvidia.com/gpu", "containerStatuses": []}, True),
+        ({"reason": "NodePorts"}, True),
+        ({"reason": "SomeReasonOfTomorrow", "containerStatuses": [
+            {"name": "client", "state": {"waiting": {"reason": "ContainerCreating"}}}]}, True),
+        # A node failed, or shut down.
+        ({"reason": "NodeLost"}, True),
+        ({"reason": "Terminated", **terminated(exitCode=137, reason="Error")}, True),
+        (terminated(exitCode=137, reason="ContainerStatusUnknown"), True),
+        (terminated(exitCode=255, reason="Unknown"), True),
+        # Its own doing: what its program did, and the limit that its template sets.
         (terminated(exitCode=137, reason="OOMKilled"), False),
+        (terminated(exitCode=1, reason="Error"), False),
+        (terminated(exitCode=128, reason="StartError"), False),
+        ({"reason": "DeadlineExceeded"}, False),
     ],
-)
+)  # fmt: skip
 def test_who_ended_it(status: dict[str, Any], disrupted: bool) -> None:
     assert view(pod(**status, phase="Failed")).disrupted is disrupted
 
