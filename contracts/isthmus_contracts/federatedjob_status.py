@@ -51,6 +51,7 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     QUEUE_TIMEOUT = "QueueTimeout"
     CLIENT_FAILED = "ClientFailed"
+    CLIENTS_NOT_RUNNING = "ClientsNotRunning"  # a pool's pods do not start, or their command ends early
     TIME_LIMIT_REACHED = "TimeLimitReached"  # of an HPC pool with rounds left: the next attempt follows
     PREEMPTED = "Preempted"  # Slurm took an HPC pool's nodes away, or they failed: the next attempt follows
 

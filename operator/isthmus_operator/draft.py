@@ -49,6 +49,7 @@ class PoolOutcome:
     queued: int = 0
     failed: int = 0
     reason: str = ""
+    held: bool = False  # the reason keeps clients from starting, or from staying: worth an event
     jobs: list[str] = field(default_factory=list)
     attempt: int = 0
     possible: int = 0  # clients that are there or may yet come

@@ -53,6 +53,8 @@ class PodView:
     message: str = ""  # its termination message
     disrupted: bool = False  # ended by the cluster, not by its own doing
     waiting: str = ""  # why it does not run yet
+    placed: dt.datetime | None = None  # when it got its node, while none of its containers has started
+    mounts: tuple[str, ...] = ()  # likewise: what its template mounts, such as ``Secret token``
     restarts: int = 0
     last_exit_code: int | None = None  # of the container's previous run
     last_message: str = ""

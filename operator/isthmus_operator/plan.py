@@ -23,6 +23,7 @@ from .plan_hpc import plan_cancel, plan_hpc_pool
 from .record import AggregatorRecord, HpcRecord, Record
 from .render.hpc import key as hpc_key
 from .render.hpc import pool_of
+from .starting import warn_once
 from .text import one_line, plural
 from .verdicts import Acceptance, Rejection, examine
 
@@ -82,6 +83,7 @@ def _plan_running(draft: Draft, verdict: Acceptance) -> Plan:
     # While an aggregator that runs does not answer, what it last said stands.
     ready = federation.connected if federation is not None and asked else ({} if not alive else None)
     _common_conditions(status, verdict)
+    _warn_of_pools(draft, pools)
     status.federation(spec, federation)
     status.pools(pools, ready)
     message = _aggregator_condition(draft, status, aggregator)
@@ -116,6 +118,13 @@ def _common_conditions(status: st.StatusDraft, verdict: Acceptance) -> None:
     status.set(ConditionType.SUSPENDED, False, Reason.NOT_SUSPENDED)
 
 
+def _warn_of_pools(draft: Draft, pools: list[PoolOutcome]) -> None:
+    before = {pool.get("name"): str(pool.get("reason") or "") for pool in draft.job.status.get("pools") or ()}
+    for pool in pools:
+        if pool.held:
+            warn_once(draft, Reason.CLIENTS_NOT_RUNNING, f"pool {pool.name}", before.get(pool.name, ""), pool.reason)
+
+
 def _aggregator_condition(draft: Draft, status: st.StatusDraft, aggregator: AggregatorOutcome) -> str:
     """Sets AggregatorReady, and returns what a person should know of it."""
     message = aggregator.message
@@ -124,6 +133,11 @@ def _aggregator_condition(draft: Draft, status: st.StatusDraft, aggregator: Aggr
         message = f"waits for names that belong to something else: {taken}"
     elif aggregator.status == "True" and draft.observed.federation_error:
         message = f"it does not answer the operator: {draft.observed.federation_error}"
+    if aggregator.held or draft.observed.foreign:
+        before = st.condition(draft.job.status, ConditionType.AGGREGATOR_READY) or {}
+        # The transition to AggregatorLost bears an event itself.
+        if aggregator.reason is not Reason.AGGREGATOR_LOST or before.get("reason") == Reason.AGGREGATOR_LOST:
+            warn_once(draft, aggregator.reason, "aggregator", str(before.get("message") or ""), message)
     status.set(ConditionType.AGGREGATOR_READY, aggregator.status == "True", aggregator.reason, message)
     return f"aggregator: {message}" if message else ""
 

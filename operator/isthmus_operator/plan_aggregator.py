@@ -14,8 +14,9 @@ from .federation import from_termination
 from .observed import FederationView, PodView, PrivacyView
 from .plan_clients import restart_delay
 from .render import aggregator
+from .starting import why_not_started
 from .status import rounded_up
-from .text import killed, last_lines, one_line
+from .text import exited, killed, last_lines, one_line
 
 # A pod that failed before its container could run (evicted, refused by the node) is kept this long, so that a node
 # that refuses every pod is not asked in a tight loop.
@@ -35,6 +36,7 @@ class AggregatorOutcome:
     message: str
     federation: FederationView | None = None
     verdict: Verdict | None = None
+    held: bool = False  # the message says what keeps it from starting: worth an event
 
 
 def plan_aggregator(draft: Draft, ready_to_start: bool) -> AggregatorOutcome:
@@ -44,14 +46,16 @@ def plan_aggregator(draft: Draft, ready_to_start: bool) -> AggregatorOutcome:
         if not ready_to_start:
             refused = [item for item in draft.observed.refusals.items() if not item[0].startswith("Pod/")]
             words = "; ".join(_refused(key, refusal.message) for key, refusal in refused)
-            return _down(Reason.AGGREGATOR_STARTING, words or "its Secrets, Service and volume are being made")
+            message = words or "its Secrets, Service and volume are being made"
+            return _down(Reason.AGGREGATOR_STARTING, message, held=bool(words))
         key = f"Pod/{names.aggregator(draft.job.name)}"
         if not draft.refused(key):
             seen = draft.observed
             draft.actions.append(CreatePod(aggregator.pod(draft.job, draft.spec, seen.authority, seen.code)))
         refusal = draft.observed.refusals.get(key)
         message = f"the API server refused its pod: {refusal.message}" if refusal else "its pod is being made"
-        return _down(Reason.AGGREGATOR_LOST if draft.record.aggregator.pod else Reason.AGGREGATOR_STARTING, message)
+        reason = Reason.AGGREGATOR_LOST if draft.record.aggregator.pod else Reason.AGGREGATOR_STARTING
+        return _down(reason, message, held=refusal is not None)
     verdict, federation = judge(draft, pod)
     if verdict is not None:
         reason = Reason.AGGREGATOR_FINISHED if verdict.outcome == "Complete" else Reason.AGGREGATOR_FAILED
@@ -73,7 +77,8 @@ def plan_aggregator(draft: Draft, ready_to_start: bool) -> AggregatorOutcome:
         return AggregatorOutcome("True", Reason.AGGREGATOR_RUNNING, "", federation)
     if pod.restarts:
         return _down(Reason.AGGREGATOR_LOST, f"it is restarted after a crash: {_last_words(pod)}", federation)
-    return _down(Reason.AGGREGATOR_STARTING, pod.waiting or "its pod is starting", federation)
+    waits = why_not_started(draft, pod)
+    return _down(Reason.AGGREGATOR_STARTING, waits or "its pod is starting", federation, held=bool(waits))
 
 
 def aggregator_pod(draft: Draft) -> PodView | None:
@@ -141,7 +146,7 @@ def _refused(key: str, message: str) -> str:
 
 def _last_words(pod: PodView) -> str:
     words = (killed(pod.last_exit_code), last_lines(pod.last_message, 3))
-    return ": ".join(filter(None, words)) or f"exit code {pod.last_exit_code}"
+    return ": ".join(filter(None, words)) or exited(pod.last_exit_code)
 
 
 def _foreign_authority(draft: Draft, pod: PodView) -> bool:
@@ -164,5 +169,7 @@ def _failed(message: str) -> Verdict:
     return Verdict("Failed", Reason.AGGREGATOR_FAILED, message or "the aggregator gave up")
 
 
-def _down(reason: Reason, message: str, federation: FederationView | None = None) -> AggregatorOutcome:
-    return AggregatorOutcome("False", reason, message, federation)
+def _down(
+    reason: Reason, message: str, federation: FederationView | None = None, held: bool = False
+) -> AggregatorOutcome:
+    return AggregatorOutcome("False", reason, message, federation, held=held)

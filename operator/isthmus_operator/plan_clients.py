@@ -12,10 +12,15 @@ from .draft import Draft, PoolOutcome
 from .observed import PodView
 from .record import ClientRecord, CloudRecord
 from .render.client import ClientPods
-from .text import killed, last_lines, plural
+from .starting import why_not_started
+from .text import exited, killed, last_lines, plural
 
 _FIRST_DELAY = 5.0  # seconds before the first restart after a failure; doubled each time
 _LONGEST_DELAY = 300.0
+_LEFT = (
+    "ended with exit code 0 before training was complete, again: its command has to take part until then"
+    " (task.command, or the command in the pool's template)"
+)
 
 
 def restart_delay(times: int) -> dt.timedelta:
@@ -32,7 +37,7 @@ def _words(pod: PodView) -> str:
     """Why a pod failed: its last words, with the cluster's reason where that says more than "Error"."""
     label = pod.reason if pod.reason not in ("", "Error") else killed(pod.exit_code)
     words = last_lines(pod.message)
-    return ": ".join(filter(None, (label, words))) or f"exit code {pod.exit_code}"
+    return ": ".join(filter(None, (label, words))) or exited(pod.exit_code)
 
 
 class _CloudPool:
@@ -47,6 +52,7 @@ class _CloudPool:
         self._newest_failure: tuple[dt.datetime, str] | None = None
         self._waiting = ""
         self._refused = ""
+        self._left = ""
 
     def plan(self) -> PoolOutcome:
         by_index: dict[int, list[PodView]] = {}
@@ -62,7 +68,9 @@ class _CloudPool:
             del self.draft.record.cloud[self.pool.name]
         outcome = self.outcome
         # What keeps clients from starting comes first; else the last failure stays visible.
-        outcome.reason = self._refused or self._waiting or (self._newest_failure or (None, ""))[1]
+        failure = (self._newest_failure or (None, ""))[1]
+        outcome.reason = self._refused or self._waiting or failure or self._left
+        outcome.held = bool(outcome.reason) and outcome.reason != failure
         if outcome.possible < max(outcome.desired, self.pool.replicas):
             outcome.blocked = Reason.QUORUM_IMPOSSIBLE
         return outcome
@@ -73,6 +81,9 @@ class _CloudPool:
         self._delete_obsolete(pods)
         for pod in pods:
             self._note_failure(pod)
+            # The first time it may be that the job just completed.
+            if pod.phase == "Succeeded" and pod.attempt > 0 and not pod.disrupted:
+                self._left = f"{pod.name} {_LEFT}"
         if newest is not None and newest.attempt > entry.attempt:
             # Started by an operator whose record was lost.
             entry = self._entry(index)
@@ -101,7 +112,7 @@ class _CloudPool:
                 draft.actions.append(DeletePod(newest.name, newest.uid))
             if newest.phase == "Pending":
                 self.outcome.queued += 1
-                self._waiting = self._waiting or newest.waiting
+                self._waiting = self._waiting or why_not_started(draft, newest)
 
     def _delete_obsolete(self, pods: Sequence[PodView]) -> None:
         """Keeps the newest pod of a client and, for its log, the last that ended; fenced and older ones go, and one

@@ -14,13 +14,22 @@ from isthmus_contracts import identities as ids
 
 from . import names
 from .observed import ENDED_PHASES, PodView
+from .render.pod import OWN_PREFIX
 from .status import parse_timestamp
+from .text import last_lines
 
 _CONTAINERS = {names.ROLE_AGGREGATOR: "aggregator", names.ROLE_CLIENT: "client"}
 # Reasons of a container, where the kubelet or the runtime lost sight of it: its program said nothing.
 _LOST_SIGHT = ("ContainerStatusUnknown", "Unknown")
 _NODE_IS_SHORT = "The node was low on resource"
 _ON_THE_WAY = {"", "ContainerCreating", "PodInitializing"}
+# Volumes that have to exist before a pod starts: the field, the key of the name in it, and the kind.
+_MOUNTED = (
+    ("secret", "secretName", "Secret"),
+    ("secret", "name", "Secret"),  # in a projected volume
+    ("configMap", "name", "ConfigMap"),
+    ("persistentVolumeClaim", "claimName", "PersistentVolumeClaim"),
+)
 _REMEMBERED = 10_000  # uids of deleted pods
 
 _JobKey = tuple[str, str]  # a job's namespace and uid
@@ -142,12 +151,15 @@ def view(body: Mapping[str, Any]) -> PodView:
     role = labels.get(ids.LABEL_ROLE, "")
     container = _container(status, _CONTAINERS.get(role, role))
     state = container.get("state") or {}
-    ended, last = state.get("terminated") or {}, (container.get("lastState") or {}).get("terminated") or {}
+    ended, last = state.get("terminated") or {}, _last_end(container)
     conditions = {item.get("type"): item for item in status.get("conditions") or ()}
     said = str(status.get("phase") or "Pending")
     phase = _phase(said, status, role, ended)
-    reason = str(status.get("reason") or ended.get("reason") or "")
-    disrupted = conditions.get("DisruptionTarget", {}).get("status") == "True"
+    target = conditions.get("DisruptionTarget", {})
+    disrupted = target.get("status") == "True"
+    if phase == "Failed" and not ended:
+        ended = _failed_init(status)
+    placed = _placed(said, status, conditions)
     return PodView(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -162,10 +174,14 @@ def view(body: Mapping[str, Any]) -> PodView:
         created=parse_timestamp(metadata.get("creationTimestamp")),
         finished=_finished(status, ended, conditions) if phase in ENDED_PHASES else None,
         exit_code=ended.get("exitCode"),
-        reason=reason,
-        message=str(ended.get("message") or status.get("message") or ""),
+        reason=str(status.get("reason") or ended.get("reason") or (target.get("reason") if disrupted else "") or ""),
+        message=str(
+            ended.get("message") or status.get("message") or (target.get("message") if disrupted else "") or ""
+        ),
         disrupted=disrupted or _ended_by_the_cluster(status, ended),
-        waiting=_waiting(state, conditions),
+        waiting=_waiting(status, container, conditions),
+        placed=placed,
+        mounts=_mounts(body.get("spec") or {}) if placed is not None else (),
         restarts=int(container.get("restartCount") or 0),
         last_exit_code=last.get("exitCode"),
         last_message=str(last.get("message") or ""),
@@ -220,16 +236,71 @@ def _finished(
     return next((moment for text in times if (moment := parse_timestamp(text)) is not None), None)
 
 
-def _waiting(state: Mapping[str, Any], conditions: Mapping[Any, Mapping[str, Any]]) -> str:
-    """Why a pod does not run, where that is more than that it is being started."""
+def _waiting(status: Mapping[str, Any], main: Mapping[str, Any], conditions: Mapping[Any, Mapping[str, Any]]) -> str:
+    """Return why a pod does not run, where that is more than that it is being started: the scheduler's words, or those
+    for the first of its containers that is held up."""
     scheduled = conditions.get("PodScheduled", {})
     if scheduled.get("status") == "False":
         return f"{scheduled.get('reason', 'Unschedulable')}: {scheduled.get('message', '')}".rstrip(": ")
-    waiting = state.get("waiting") or {}
+    if words := _held_up(main):
+        return words
+    for field, kind in (("initContainerStatuses", "init container"), ("containerStatuses", "container")):
+        for item in status.get(field) or ():
+            if item.get("name") != main.get("name") and (words := _held_up(item)):
+                return f"{kind} {item.get('name')}: {words}"
+    if status.get("phase") not in ENDED_PHASES and (ended := _failed_init(status)):
+        return str(ended["message"])
+    return ""
+
+
+def _held_up(container: Mapping[str, Any]) -> str:
+    waiting = (container.get("state") or {}).get("waiting") or {}
     reason = str(waiting.get("reason") or "")
     if reason in _ON_THE_WAY:
         return ""
-    return f"{reason}: {waiting.get('message', '')}".rstrip(": ")
+    last = _last_end(container)
+    ended = f"it ended with exit code {last['exitCode']}" if last.get("exitCode") else ""
+    words = (reason, str(waiting.get("message") or ""), ended, last_lines(str(last.get("message") or ""), 3))
+    return ": ".join(filter(None, words))
+
+
+def _last_end(container: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = (container.get("lastState") or {}).get("terminated") or {}
+    return found
+
+
+def _failed_init(status: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how the first init container that failed ended; its message names the container. Empty: none failed."""
+    for item in status.get("initContainerStatuses") or ():
+        ended = (item.get("state") or {}).get("terminated") or {}
+        if ended.get("exitCode"):
+            words = f"init container {item.get('name')} failed with exit code {ended['exitCode']}"
+            return {**ended, "message": ": ".join(filter(None, (words, str(ended.get("message") or ""))))}
+    return {}
+
+
+def _placed(said: str, status: Mapping[str, Any], conditions: Mapping[Any, Mapping[str, Any]]) -> dt.datetime | None:
+    """Return when a pod got its node, if none of its containers has started since."""
+    containers = (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ()))
+    begun = any((item.get("state") or {}).keys() & {"running", "terminated"} for item in containers)
+    scheduled = conditions.get("PodScheduled", {})
+    if said != "Pending" or begun or scheduled.get("status") != "True":
+        return None
+    return parse_timestamp(scheduled.get("lastTransitionTime"))
+
+
+def _mounts(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the objects that a pod's template mounts, the operator's own aside."""
+    found: list[str] = []
+    for volume in spec.get("volumes") or ():
+        if str(volume.get("name", "")).startswith(OWN_PREFIX):
+            continue
+        sources = [volume, *((volume.get("projected") or {}).get("sources") or ())]
+        for source in sources:
+            for field, key, kind in _MOUNTED:
+                if name := (source.get(field) or {}).get(key):
+                    found.append(f"{kind} {name}")
+    return tuple(found)
 
 
 def _newer(pod: PodView, known: PodView) -> bool:

@@ -13,6 +13,7 @@ from . import names
 from .draft import PoolOutcome
 from .observed import FederationView, Job, Metric
 from .render.aggregator import STATE_DIR
+from .text import headline
 
 _DIGITS = 4  # significant: enough to compare models, and the status does not change with noise
 _FINISHED = (ConditionType.COMPLETE, ConditionType.FAILED)
@@ -193,7 +194,15 @@ def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
 
 def is_urgent(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether a status change is a transition, which is written at once; counters may wait a little."""
-    return bool(transitions(old, new)) or old.get("phase") != new.get("phase")
+    changed = bool(transitions(old, new)) or old.get("phase") != new.get("phase")
+    return changed or _troubles(old) != _troubles(new)
+
+
+def _troubles(status: Mapping[str, Any]) -> list[str]:
+    """Return the headlines of what keeps the aggregator and the pools: their changes bear events."""
+    aggregator = condition(status, ConditionType.AGGREGATOR_READY) or {}
+    words = [aggregator.get("message"), *(pool.get("reason") for pool in status.get("pools") or ())]
+    return [headline(str(item or "")) for item in words]
 
 
 def model_uri(job: Job, spec: FederatedJobSpec, path: str) -> str:

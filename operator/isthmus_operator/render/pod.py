@@ -13,7 +13,7 @@ USER = 65532  # of the images; any other works that may read the mounted certifi
 TLS_DIR = "/etc/isthmus/tls"
 TLS_VOLUME = "isthmus-tls"
 WORK_DIR = "/work"
-_OWN_PREFIX = "isthmus-"  # of volumes: no template can take them
+OWN_PREFIX = "isthmus-"  # of volumes: no template can take them
 
 _POD_SECURITY = {
     "runAsNonRoot": True,
@@ -155,8 +155,8 @@ def _refuse_reserved(template: Mapping[str, Any]) -> None:
     if not isinstance(spec, Mapping):
         return
     for number, volume in enumerate(_items(spec, "volumes")):
-        if str(volume.get("name", "")).startswith(_OWN_PREFIX):
-            raise TemplateError(f"spec.volumes[{number}].name: names that begin with {_OWN_PREFIX} are reserved")
+        if str(volume.get("name", "")).startswith(OWN_PREFIX):
+            raise TemplateError(f"spec.volumes[{number}].name: names that begin with {OWN_PREFIX} are reserved")
     for kind in ("containers", "initContainers"):
         for number, container in enumerate(_items(spec, kind)):
             path = f"spec.{kind}[{number}]"

@@ -11,6 +11,7 @@ from isthmus_operator.observed import Observed, PodView
 from isthmus_operator.plan import plan
 from isthmus_operator.plan_clients import restart_delay
 from isthmus_operator.record import Record
+from isthmus_operator.status import is_urgent
 
 from .world import NOW, World, aggregator, client, job, of_kind, spec, standing
 
@@ -181,3 +182,54 @@ def test_why_clients_do_not_start_is_shown() -> None:
 def test_a_client_that_was_killed_says_so(reason: str, code: int, said: str) -> None:
     observed = around(failed(message="epoch 3", reason=reason, exit_code=code), client(1))
     assert plan(job(record=STARTED), observed, NOW, LIMITS).status["pools"][0]["reason"] == said
+
+
+def warnings(decided: act.Plan) -> list[tuple[str, str]]:
+    return [(event.reason, event.message) for event in decided.events if event.type == "Warning"]
+
+
+def test_a_failure_of_which_nothing_is_known_is_told_in_words() -> None:
+    observed = around(failed(reason="", exit_code=None), client(1))
+    reason = plan(job(record=STARTED), observed, NOW, LIMITS).status["pools"][0]["reason"]
+    assert reason == "demo-cloud-0-0: the cluster gives no reason"
+
+
+def test_what_keeps_clients_from_starting_is_told_once_while_it_changes_in_numbers_only() -> None:
+    going = job(record=STARTED)
+    first = plan(going, around(client(0, phase="Pending", waiting="Unschedulable: 0/3 nodes"), client(1)), NOW, LIMITS)
+    assert warnings(first) == [("ClientsNotRunning", "pool cloud: Unschedulable: 0/3 nodes")]
+    going = replace(going, status=first.status)
+    second = plan(going, around(client(0, phase="Pending", waiting="Unschedulable: 0/4 nodes"), client(1)), NOW, LIMITS)
+    assert not warnings(second)
+    pull = "init container fetch: ImagePullBackOff: no"
+    third = plan(going, around(client(0, phase="Pending", waiting=pull), client(1)), NOW, LIMITS)
+    assert warnings(third) == [("ClientsNotRunning", f"pool cloud: {pull}")]
+    assert is_urgent(second.status, third.status)
+    assert not is_urgent(first.status, second.status)
+
+
+def test_a_client_that_is_created_for_long_names_what_it_mounts() -> None:
+    creating = client(0, phase="Pending", placed=NOW, mounts=("Secret token", "ConfigMap site"), node="n1")
+    observed = around(creating, client(1))
+    soon = plan(job(record=STARTED), observed, after(59), LIMITS)
+    assert ("reason" not in soon.status["pools"][0], soon.requeue <= 1) == (True, True)
+    late = plan(job(record=STARTED, status=soon.status), observed, after(60), LIMITS)
+    reason = late.status["pools"][0]["reason"]
+    assert reason.startswith("ContainerCreating: for more than a minute; ")
+    assert "(Secret token, ConfigMap site): `kubectl describe pod demo-cloud-0-0 --namespace team`" in reason
+    assert warnings(late) == [("ClientsNotRunning", f"pool cloud: {reason}")]
+
+
+def test_a_client_that_leaves_again_and_again_says_so() -> None:
+    gone = replace(client(0, attempt=0, phase="Succeeded"), finished=NOW, exit_code=0)
+    first = plan(job(record=STARTED), around(gone, client(1)), NOW, LIMITS)
+    assert "reason" not in first.status["pools"][0]
+    again = replace(client(0, attempt=1, phase="Succeeded"), finished=NOW, exit_code=0)
+    second = plan(job(record=STARTED, status=first.status), around(again, client(1)), NOW, LIMITS)
+    reason = second.status["pools"][0]["reason"]
+    assert reason.startswith("demo-cloud-0-1 ended with exit code 0 before training was complete, again")
+    assert warnings(second) == [("ClientsNotRunning", f"pool cloud: {reason}")]
+    # The next attempt changes the number alone.
+    running = client(0, attempt=2)
+    third = plan(job(record=STARTED, status=second.status), around(again, running, client(1)), NOW, LIMITS)
+    assert (third.status["pools"][0]["reason"], warnings(third)) == (reason, [])

@@ -134,6 +134,17 @@ def test_the_state_of_the_aggregator(pod: Any, reason: str) -> None:
     assert not of_kind(decided, act.DeletePod)
 
 
+def test_what_keeps_the_aggregator_from_starting_is_told_once() -> None:
+    waiting = aggregator("Pending", waiting="init container fetch: ImagePullBackOff: no such image")
+    observed = standing(pods=(waiting, client(0), client(1)))
+    first = plan(job(), observed, NOW, LIMITS)
+    assert [event.message for event in first.events if event.type == "Warning"] == [
+        "aggregator: init container fetch: ImagePullBackOff: no such image"
+    ]
+    assert first.status["message"] == "aggregator: init container fetch: ImagePullBackOff: no such image"
+    assert not plan(job(status=first.status), observed, NOW, LIMITS).events
+
+
 def test_an_evicted_aggregator_is_replaced_after_a_moment() -> None:
     pod = aggregator("Failed", reason="Evicted", disrupted=True, finished=NOW)
     observed = standing(pods=(pod, client(0), client(1)))

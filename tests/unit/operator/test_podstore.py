@@ -183,6 +183,64 @@ def test_why_it_waits(status: dict[str, Any], waiting: str) -> None:
     assert view(pod(**status)).waiting == waiting
 
 
+def waits(reason: str, message: str = "", /, **last: Any) -> dict[str, Any]:
+    return {"state": {"waiting": {"reason": reason, "message": message}}, "lastState": {"terminated": last}}
+
+
+INITIALIZING = {"name": "client", "state": {"waiting": {"reason": "PodInitializing"}}}
+
+
+@pytest.mark.parametrize(
+    ("init", "others", "waiting"),
+    [
+        ([{"name": "fetch", **waits("ImagePullBackOff", "no such image")}], [],
+         "init container fetch: ImagePullBackOff: no such image"),
+        ([{"name": "a", "state": {"terminated": {"exitCode": 0}}},
+          {"name": "b", **waits("CrashLoopBackOff", "back-off 10s", exitCode=3, message="no disk\n")}], [],
+         "init container b: CrashLoopBackOff: back-off 10s: it ended with exit code 3: no disk"),
+        ([{"name": "a", "state": {"terminated": {"exitCode": 3}}}], [], "init container a failed with exit code 3"),
+        ([{"name": "a", "state": {"running": {}}}], [], ""),
+        ([], [{"name": "proxy", **waits("CreateContainerConfigError", 'secret "no" not found')}],
+         'container proxy: CreateContainerConfigError: secret "no" not found'),
+    ],
+)  # fmt: skip
+def test_why_what_runs_before_or_beside_it_holds_it_up(init: list[Any], others: list[Any], waiting: str) -> None:
+    status = {"initContainerStatuses": init, "containerStatuses": [INITIALIZING, *others]}
+    assert view(pod(**status)).waiting == waiting
+
+
+def test_an_init_container_that_failed_is_why_its_pod_failed() -> None:
+    ended = {"terminated": {"exitCode": 3, "reason": "Error", "message": "no disk"}}
+    seen = view(
+        pod(phase="Failed", initContainerStatuses=[{"name": "a", "state": ended}], containerStatuses=[INITIALIZING])
+    )
+    assert (seen.exit_code, seen.reason, seen.disrupted) == (3, "Error", False)
+    assert seen.message == "init container a failed with exit code 3: no disk"
+
+
+def test_a_pod_that_was_disrupted_says_by_what() -> None:
+    target = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByPodGC", "message": "node is gone"}
+    seen = view(pod(phase="Failed", conditions=[target]))
+    assert (seen.reason, seen.message) == ("DeletionByPodGC", "node is gone")
+
+
+def test_what_a_pod_mounts_is_kept_until_its_first_container_starts() -> None:
+    placed = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2030-01-01T00:00:00Z"}
+    body = pod(conditions=[placed], containerStatuses=[{"name": "client", **waits("ContainerCreating")}])
+    body["spec"]["volumes"] = [
+        {"name": "isthmus-tls", "secret": {"secretName": "demo-cloud-tls"}},
+        {"name": "a", "secret": {"secretName": "token"}},
+        {"name": "b", "projected": {"sources": [{"configMap": {"name": "site"}}, {"secret": {"name": "key"}}]}},
+        {"name": "c", "persistentVolumeClaim": {"claimName": "data"}},
+        {"name": "d", "emptyDir": {}},
+    ]
+    seen = view(body)
+    assert seen.placed is not None
+    assert seen.mounts == ("Secret token", "ConfigMap site", "Secret key", "PersistentVolumeClaim data")
+    body["status"]["initContainerStatuses"] = [{"name": "i", "state": {"running": {}}}]
+    assert (view(body).placed, view(body).mounts) == (None, ())
+
+
 def test_foreign_labels_do_no_harm() -> None:
     body = pod()
     body["metadata"]["labels"]["isthmus.dev/index"] = "many"
