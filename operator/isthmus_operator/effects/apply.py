@@ -108,19 +108,21 @@ class Effects:
             log.warning("%s/%s: event %s is lost: %s", job.namespace, job.name, event.reason, error)
 
     async def perform(self, job: Job, memory: JobMemory, actions: Sequence[Action], now: dt.datetime) -> None:
-        """Carries out every action but SaveJob. A refusal is remembered for the next plan; trouble with the API server
-        as such is raised, once what is under way has ended."""
-        group: list[Action] = []
-        for action in actions:
-            # The aggregator goes first: where a quota is short, clients without it are of no use.
-            leads = isinstance(action, CreatePod) and action.name == names.aggregator(job.name)
-            if isinstance(action, CreatePod | DeletePod) and not leads:
-                group.append(action)
-                continue
-            await self._together(job, memory, group, now)
-            group = []
-            await self._one(job, memory, action, now)
-        await self._together(job, memory, group, now)
+        """Carry out every action but SaveJob, and remember refusals for the next plan.
+
+        Raises :class:`KubeError` for trouble with the API server as such: at once where it does not answer, or another
+        writer was quicker; after the last action where it fails one request, since others may well succeed.
+        """
+        failure: KubeError | None = None
+        for step in _steps(job, actions):
+            try:
+                await self._together(job, memory, step, now)
+            except KubeError as error:
+                if error.definite or not error.answered:
+                    raise
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     async def _together(self, job: Job, memory: JobMemory, group: Sequence[Action], now: dt.datetime) -> None:
         results = await asyncio.gather(
@@ -183,7 +185,7 @@ class Effects:
         try:
             await self._kube.apply(body)
         except KubeError as error:
-            if not error.definite:
+            if not error.answered:
                 raise
             memory.refuse(key, one_line(str(error)), now)
             log.warning("%s is refused: %s", key, error)
@@ -199,9 +201,10 @@ class Effects:
             body = await self._kube.create(action.body)
         except KubeError as error:
             if error.code != 409:
-                if not error.definite:
+                if not error.answered:
                     raise
                 memory.refuse(key, one_line(str(error)), now)
+                log.warning("%s is refused: %s", key, error)
                 return
             known = await self._kube.get("Pod", job.namespace, action.name)
             if known is None or not belongs_to(known, job.uid):
@@ -251,3 +254,19 @@ class Effects:
             log.warning("%s/%s: pool %s at %s: %s", job.namespace, job.name, action.pool, action.site, error)
         else:
             memory.answered(action.pool)
+
+
+def _steps(job: Job, actions: Sequence[Action]) -> list[list[Action]]:
+    """Return the actions in their order, those together that may go side by side: client pods, made and deleted."""
+    steps: list[list[Action]] = []
+    side_by_side = False
+    for action in actions:
+        # The aggregator goes first: where a quota is short, clients without it are of no use.
+        leads = isinstance(action, CreatePod) and action.name == names.aggregator(job.name)
+        pods = isinstance(action, CreatePod | DeletePod) and not leads
+        if pods and side_by_side:
+            steps[-1].append(action)
+        else:
+            steps.append([action])
+        side_by_side = pods
+    return steps

@@ -62,6 +62,12 @@ class KubeError(Exception):
         """Whether the request certainly had no effect, and will have none if it is merely repeated at once."""
         return 400 <= self.code < 500 and self.code not in (408, 429)
 
+    @property
+    def answered(self) -> bool:
+        """Whether the API server answered this very request with a failure, be it its own or that of an admission
+        webhook (500), rather than not at all or with the wish to be asked later."""
+        return self.code >= 400 and self.code not in (408, 429)
+
 
 def path(kind: str, namespace: str = "", name: str = "", subresource: str = "") -> str:
     """The URL path of an object or a collection."""
