@@ -72,6 +72,7 @@ generate: $(call with,generate) ## protobuf stubs, CRDs, the policy's schema, da
 	$(PY) -m isthmus_contracts.crd crds
 	$(PY) -m isthmus_bridge.cli schema > bridge/examples/policy.schema.json
 	cp crds/*.yaml charts/isthmus/files/crds/
+	cp charts/isthmus/values.yaml charts/isthmus/files/
 	$(PY) -m charts.dashboards charts/isthmus/files/dashboards
 	$(PY) -m reference docs/reference
 

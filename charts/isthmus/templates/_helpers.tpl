@@ -1,3 +1,24 @@
+{{/*
+Fills in what the values lack. `helm upgrade --reuse-values` brings the values of the earlier chart, which know nothing of keys
+that are new in this one. Each template includes this first; files/values.yaml is a copy of this chart's values.yaml.
+Left alone is what a user may want to be without (`null`): resources, security contexts and single labels.
+*/}}
+{{- define "isthmus.defaults" -}}
+{{- include "isthmus.fill" (list .Values (.Files.Get "files/values.yaml" | fromYaml)) -}}
+{{- end -}}
+
+{{- define "isthmus.fill" -}}
+{{- $values := index . 0 -}}
+{{- range $key, $default := index . 1 -}}
+{{- if has $key (list "resources" "podSecurityContext" "securityContext") -}}
+{{- else if not (hasKey $values $key) -}}
+{{- $_ := set $values $key $default -}}
+{{- else if and (ne $key "labels") (kindIs "map" $default) (kindIs "map" (get $values $key)) -}}
+{{- include "isthmus.fill" (list (get $values $key) $default) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "isthmus.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" -}}
 {{- end -}}

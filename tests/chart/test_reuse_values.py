@@ -1,0 +1,94 @@
+"""Upgrades with an earlier chart's values (``helm upgrade --reuse-values``), which lack what is new in this one."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from .conftest import CHART, MATRIX, NAMESPACE, WITH_MONITORING, Helm, Manifest
+from .test_golden import essence, order
+
+DEFAULTS: Manifest = yaml.safe_load((CHART / "values.yaml").read_text())
+# A user may want to be without them: where they are missing, they stay so.
+NULLABLE = ("podSecurityContext", "securityContext", "resources")
+KEPT = {key: DEFAULTS[key] for key in NULLABLE}
+# Where a default is empty, a template that looks at a missing key sees the same.
+TELLING = [key for key, default in DEFAULTS.items() if default and isinstance(default, dict) and key not in NULLABLE]
+
+
+def merged(defaults: Manifest, values: Manifest) -> Manifest:
+    result = copy.deepcopy(defaults)
+    for key, value in values.items():
+        inner = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if inner else value
+    return result
+
+
+def reused(helm: Helm, chart: Path, values: Manifest) -> list[Manifest]:
+    """What an upgrade with these values, and no defaults below them, renders.
+
+    ``--reuse-values`` puts an earlier release's values in the place of the chart's own.
+    """
+    shutil.copytree(CHART, chart)
+    (chart / "values.yaml").write_text(yaml.safe_dump(values))
+    result = helm.run("template", "isthmus", str(chart), "--namespace", NAMESPACE, *WITH_MONITORING)
+    assert result.returncode == 0, result.stderr
+    return essential([document for document in yaml.load_all(result.stdout, Loader=yaml.CSafeLoader) if document])
+
+
+def essential(documents: list[Manifest]) -> list[Manifest]:
+    return [essence(document) for document in sorted(documents, key=order)]
+
+
+def test_the_chart_carries_a_copy_of_its_defaults() -> None:
+    assert (CHART / "files" / "values.yaml").read_bytes() == (CHART / "values.yaml").read_bytes(), "run `make generate`"
+
+
+@pytest.mark.parametrize("case", MATRIX)
+def test_all_that_was_not_set_may_be_missing(helm: Helm, tmp_path: Path, case: str) -> None:
+    wanted = essential(helm.template(MATRIX[case], *WITH_MONITORING))
+    assert reused(helm, tmp_path / "isthmus", {**KEPT, **MATRIX[case]}) == wanted
+
+
+@pytest.mark.parametrize("key", TELLING)
+def test_each_key_may_be_missing(helm: Helm, tmp_path: Path, key: str) -> None:
+    # Everything that can be switched on: else most templates would not look at the key.
+    values = merged(DEFAULTS, {k: v for k, v in MATRIX["everything"].items() if k != key})
+    wanted = essential(helm.template(values, *WITH_MONITORING))
+    assert reused(helm, tmp_path / "isthmus", {k: v for k, v in values.items() if k != key}) == wanted
+
+
+def test_what_a_user_removed_is_not_brought_back(helm: Helm) -> None:
+    removed: dict[str, Any] = {
+        "podSecurityContext": {"fsGroup": None, "runAsUser": None},
+        "securityContext": None,
+        "resources": {"limits": None},
+        "monitoring": {"enabled": True, "dashboards": {"labels": {"grafana_dashboard": None}}},
+    }
+    documents = helm.template(removed, *WITH_MONITORING)
+    (pod,) = [item["spec"]["template"]["spec"] for item in documents if item["kind"] == "Deployment"]
+    assert pod["securityContext"].keys() == {"runAsNonRoot", "runAsGroup", "seccompProfile"}
+    (container,) = pod["containers"]
+    assert "securityContext" not in container
+    assert container["resources"] == {"requests": {"cpu": "100m", "memory": "128Mi"}}
+    dashboards = [item for item in documents if "-dashboard-" in item["metadata"]["name"]]
+    assert dashboards
+    assert not [item for item in dashboards if "grafana_dashboard" in item["metadata"]["labels"]]
+
+
+def test_as_part_of_another_chart(helm: Helm, tmp_path: Path) -> None:
+    """The parent's condition (``isthmus.enabled``) and ``global`` are handed to a subchart with its values."""
+    parent = tmp_path / "parent"
+    shutil.copytree(CHART, parent / "charts" / "isthmus")
+    dependency = {"name": "isthmus", "version": "*", "condition": "isthmus.enabled"}
+    chart = {"apiVersion": "v2", "name": "parent", "version": "1.0.0", "dependencies": [dependency]}
+    (parent / "Chart.yaml").write_text(yaml.safe_dump(chart))
+    for enabled, kinds in ((True, {"Deployment"}), (False, set())):
+        values = {"global": {"imageRegistry": "r.example"}, "isthmus": {"enabled": enabled}}
+        result = helm.run("template", "p", str(parent), "--namespace", NAMESPACE, values=values)
+        assert result.returncode == 0, result.stderr
+        documents = [item for item in yaml.load_all(result.stdout, Loader=yaml.CSafeLoader) if item]
+        assert {item["kind"] for item in documents} & {"Deployment"} == kinds
