@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 
 import urllib3
 from kubernetes import client, config
+from kubernetes.client.rest import should_bypass_proxies
 from urllib3.exceptions import HTTPError
 
 from isthmus_contracts import identities as ids
@@ -254,7 +255,7 @@ def connections(configuration: client.Configuration, size: int) -> urllib3.PoolM
     }
     if configuration.tls_server_name:
         options["server_hostname"] = configuration.tls_server_name
-    if configuration.proxy:
+    if configuration.proxy and not should_bypass_proxies(configuration.host, no_proxy=configuration.no_proxy or ""):
         return urllib3.ProxyManager(configuration.proxy, proxy_headers=configuration.proxy_headers, **options)
     return urllib3.PoolManager(**options)
 

@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 
 import urllib3
 from kubernetes import client, config
+from kubernetes.client.rest import should_bypass_proxies
 from kubernetes.stream import stream
 from urllib3 import Timeout
 from urllib3.exceptions import HTTPError
@@ -160,7 +161,7 @@ def _connections(configuration: Any) -> urllib3.PoolManager:
     }
     if configuration.tls_server_name:
         options["server_hostname"] = configuration.tls_server_name
-    if configuration.proxy:
+    if configuration.proxy and not should_bypass_proxies(configuration.host, no_proxy=configuration.no_proxy or ""):
         return urllib3.ProxyManager(configuration.proxy, proxy_headers=configuration.proxy_headers, **options)
     return urllib3.PoolManager(**options)
 
