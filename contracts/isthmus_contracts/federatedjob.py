@@ -8,13 +8,14 @@ from pydantic import Field, field_validator, model_validator
 from .compression import TOP_K, Compression
 from .fields import (
     PATTERN_METRIC,
-    PATTERN_OBJECT_NAME,
+    PATTERN_STORAGE_CLASS,
     Argument,
     Decimal,
     DnsLabel,
     EnvName,
     HostPort,
     Image,
+    ObjectName,
     PodTemplate,
     Quantity,
     Resource,
@@ -58,7 +59,7 @@ class ConfigChange(Resource):
 class ConfigMapRef(Resource):
     """Names a ConfigMap of the job's namespace."""
 
-    name: Annotated[str, Field(pattern=PATTERN_OBJECT_NAME, max_length=253)]
+    name: ObjectName
 
 
 class Code(Resource):
@@ -122,8 +123,8 @@ class Checkpoint(Resource):
     size: Quantity = "1Gi"
     """Size of the volume: at least (keep + 3) times the model and the strategy's state (FedAvgM: one model more;
     FedAdagrad, FedAdam and FedYogi: two); for the robust rules one model more for each update of a round."""
-    storage_class_name: DnsLabel | None = None
-    """Storage class of the claim. Default: the cluster's default class."""
+    storage_class_name: Annotated[str, Field(pattern=PATTERN_STORAGE_CLASS, max_length=253)] | None = None
+    """Storage class of the claim; "" for a volume that the admin provides. Default: the cluster's default class."""
     keep: Annotated[int, Field(ge=1, le=1000)] = 3
     """How many of the newest checkpoints are kept."""
 
@@ -166,7 +167,7 @@ class CloudPool(Resource):
 class SiteRef(Resource):
     """Names an HPCSite."""
 
-    name: DnsLabel
+    name: ObjectName
 
 
 class GenericResource(Resource):

@@ -8,8 +8,12 @@ from pydantic.alias_generators import to_camel
 
 PATTERN_DECIMAL = r"^[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
 PATTERN_DNS_LABEL = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
+# Of a Kubernetes namespace: a label that may begin with a digit (RFC 1123).
+PATTERN_NAMESPACE = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 # Of a Kubernetes object whose name need not be a label.
 PATTERN_OBJECT_NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+# Of a StorageClass, or empty: a claim without one binds to a volume that has none either.
+PATTERN_STORAGE_CLASS = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$"
 # A file of task.code: no path, not hidden, and never an option of a command.
 PATTERN_FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 PATTERN_ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
@@ -28,6 +32,8 @@ _LEAST_SINGLE, _MOST_SINGLE = 1.2e-38, 3.4e38
 
 Decimal = Annotated[str, Field(pattern=PATTERN_DECIMAL, max_length=32)]
 DnsLabel = Annotated[str, Field(pattern=PATTERN_DNS_LABEL, max_length=63)]
+Namespace = Annotated[str, Field(pattern=PATTERN_NAMESPACE, max_length=63)]
+ObjectName = Annotated[str, Field(pattern=PATTERN_OBJECT_NAME, max_length=253)]
 EnvName = Annotated[str, Field(pattern=PATTERN_ENV_NAME, max_length=128)]
 SlurmName = Annotated[str, Field(pattern=PATTERN_SLURM_NAME, max_length=64)]
 Quantity = Annotated[str, Field(pattern=PATTERN_QUANTITY, max_length=32)]

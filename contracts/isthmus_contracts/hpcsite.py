@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from .federatedjob_status import Condition
-from .fields import DnsLabel, HostPort, Resource, Text, list_map
+from .fields import HostPort, Namespace, ObjectName, Resource, Text, list_map
 from .identities import bridge_server_name
 
 HostName = Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")]
@@ -18,8 +18,8 @@ Cidr = Annotated[str, Field(max_length=49, pattern=r"^[0-9A-Fa-f:.]+/[0-9]{1,3}$
 class SecretRef(Resource):
     """Names a Secret with ca.crt, tls.crt and tls.key."""
 
-    name: DnsLabel
-    namespace: DnsLabel
+    name: ObjectName
+    namespace: Namespace
 
 
 class BridgeTls(Resource):

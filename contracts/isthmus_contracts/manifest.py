@@ -11,7 +11,15 @@ from pydantic import ValidationError
 
 from .code import check_files
 from .federatedjob import FederatedJobSpec
-from .fields import PATTERN_CLASS, PATTERN_DECIMAL, PATTERN_DNS_LABEL, PATTERN_ENV_NAME
+from .fields import (
+    PATTERN_CLASS,
+    PATTERN_DECIMAL,
+    PATTERN_DNS_LABEL,
+    PATTERN_ENV_NAME,
+    PATTERN_NAMESPACE,
+    PATTERN_OBJECT_NAME,
+    PATTERN_STORAGE_CLASS,
+)
 from .hpcsite import HpcSiteSpec
 from .identities import API_VERSION
 
@@ -23,6 +31,9 @@ _PLAIN_PATTERNS = {
     PATTERN_CLASS: "of the form module:Class",
     PATTERN_DECIMAL: "a decimal number, in quotes",
     PATTERN_DNS_LABEL: "lower-case letters, digits and hyphens, beginning with a letter",
+    PATTERN_NAMESPACE: "lower-case letters, digits and hyphens",
+    PATTERN_OBJECT_NAME: "lower-case letters, digits, hyphens and dots",
+    PATTERN_STORAGE_CLASS: "lower-case letters, digits, hyphens and dots",
     PATTERN_ENV_NAME: "letters, digits and underscores, not beginning with a digit",
 }
 

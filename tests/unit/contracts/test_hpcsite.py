@@ -6,7 +6,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from isthmus_contracts.crd import hpc_site_crd
-from isthmus_contracts.manifest import ManifestError, parse_site_spec
+from isthmus_contracts.manifest import ManifestError, parse_site_spec, parse_spec
 
 SITE: dict[str, Any] = {"tls": {"secretRef": {"name": "s", "namespace": "n"}}, "allowedNamespaces": ["*"]}
 ENDPOINT = "login1.example:7444"
@@ -43,3 +43,39 @@ def test_the_name_that_the_bridge_must_bear() -> None:
     assert parse_site_spec({**SITE, "endpoint": ENDPOINT}).bridge_name("lumi") is None
     assert parse_site_spec({**SITE, "connection": "DialOut"}).bridge_name("lumi") == "lumi.bridge.isthmus.dev"
     assert parse_site_spec({**named, "connection": "DialOut"}).bridge_name("lumi") == "bridge.example"
+
+
+@pytest.mark.parametrize(
+    ("name", "namespace", "problem"),
+    [
+        ("lumi.tls", "2024-team", ""),
+        ("2nd", "a", ""),
+        ("-x", "a", "tls.secretRef.name: '-x' is not lower-case letters, digits, hyphens and dots"),
+        ("x", "a.b", "tls.secretRef.namespace: 'a.b' is not lower-case letters, digits and hyphens"),
+    ],
+)
+def test_secrets_and_namespaces_are_named_as_kubernetes_names_them(name: str, namespace: str, problem: str) -> None:
+    wanted = {**SITE, "endpoint": "b.example:7444", "tls": {"secretRef": {"name": name, "namespace": namespace}}}
+    if not problem:
+        reference = parse_site_spec(wanted).tls.secret_ref
+        assert (reference.name, reference.namespace) == (name, namespace)
+        return
+    with pytest.raises(ManifestError) as raised:
+        parse_site_spec(wanted)
+    assert problem in str(raised.value)
+
+
+@pytest.mark.parametrize("storage", ["ceph.rbd", "2nd-class", ""])
+def test_storage_classes_and_sites_may_have_dots_and_begin_with_a_digit(storage: str) -> None:
+    hpc = {"siteRef": {"name": "lumi.csc.fi"}, "environment": "py"}
+    spec = parse_spec(
+        {
+            "rounds": 1,
+            "task": {"image": "i", "command": ["c"]},
+            "pools": [{"name": "p", "replicas": 1, "hpc": hpc}],
+            "aggregator": {"checkpoint": {"storageClassName": storage}},
+        }
+    )
+    assert spec.aggregator.checkpoint.storage_class_name == storage
+    assert spec.pools[0].hpc is not None
+    assert spec.pools[0].hpc.site_ref.name == "lumi.csc.fi"
