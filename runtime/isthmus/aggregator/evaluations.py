@@ -52,7 +52,7 @@ class Evaluations:
         course = self._course
         if course.model is None or evaluation.model_digest != course.model.digest:
             return
-        self._means.add(client.id, max(evaluation.num_examples, 1), evaluation.metrics)
+        self._means.add(client.id, evaluation.num_examples, evaluation.metrics)
         waited_for, heard = course.round.selected if course.round else set(), self._means.clients()
         if client.id in waited_for and all(
             member.id in heard for member in self._members if member.evaluates and member.id in waited_for
@@ -63,9 +63,8 @@ class Evaluations:
     async def close(self, record: RoundRecord | None) -> None:
         """Books what was measured of the model, also in its own round's record."""
         model = self._course.model
-        if model is None or not len(self._means):
+        if model is None or not (means := self._progress.admit(self._means.means())):
             return
-        means = self._progress.admit(self._means.means())
         self._progress.take(model.round, means)
         if record is not None and record.round == model.round:
             record.metrics.update(means)

@@ -50,9 +50,6 @@ class WeightedMeans:
         """Return who has reported."""
         return set(self._reports)
 
-    def __len__(self) -> int:
-        return len(self._reports)
-
 
 @dataclass
 class Progress:
@@ -61,6 +58,7 @@ class Progress:
     objective: Objective
     newest: dict[str, pb.MetricValue] = field(default_factory=dict)
     best: pb.MetricValue = field(default_factory=pb.MetricValue)
+    _earlier: pb.MetricValue = field(default_factory=pb.MetricValue)  # the best before the newest round
     _full: bool = False
 
     def admit(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -88,14 +86,16 @@ class Progress:
             self.take(record.round, record.metrics)
 
     def take(self, round_number: int, means: Mapping[str, float]) -> None:
-        """Takes the metrics of a round."""
+        """Take the metrics of a round. They replace those that were taken of it when fewer clients had reported."""
         for name, value in means.items():
             metric = pb.MetricValue(name=name, value=value, round=round_number)
+            if name == self.objective.metric:
+                if name not in self.newest or self.newest[name].round != round_number:
+                    self._earlier = self.best
+                self.best = metric if self._improves(value) else self._earlier
             self.newest[name] = metric
-            if name == self.objective.metric and self._is_better(value):
-                self.best = metric
 
-    def _is_better(self, value: float) -> bool:
-        if not self.best.name:
+    def _improves(self, value: float) -> bool:
+        if not self._earlier.name:
             return True
-        return value > self.best.value if self.objective.goal == "Maximize" else value < self.best.value
+        return value > self._earlier.value if self.objective.goal == "Maximize" else value < self._earlier.value

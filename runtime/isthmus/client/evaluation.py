@@ -26,8 +26,8 @@ def numbers_of(evaluate: Evaluate) -> dict[str, float]:
         if (problem := problem_with(numbers)) is not None:
             raise ValueError(problem)
         weight = numbers.get(_WEIGHT, 1.0)
-        if not math.isfinite(weight):
-            raise ValueError(f"{_WEIGHT} must be finite, not {weight}")
+        if not weight.is_integer() or not 0 <= weight <= MOST_EXAMPLES:
+            raise ValueError(f"{_WEIGHT} must be a whole number of at least 0 and at most 2**53, not {weight}")
     except ValueError as error:
         raise FederationError(f"the evaluation function must return named numbers: {error}") from None
     return numbers
@@ -40,6 +40,6 @@ def measure(evaluate: Evaluate, offer: pb.Offer) -> pb.Evaluation:
     return pb.Evaluation(
         model_round=offer.base_round,
         model_digest=offer.base_digest,
-        num_examples=min(max(int(weight), 1), MOST_EXAMPLES),
+        num_examples=int(weight),
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
     )

@@ -238,3 +238,23 @@ async def test_initial_weights_that_are_refused_leave_a_reason(trial: Trial) -> 
     assert trial.federation.status().message == message
     await trial.until(lambda: initialization.asked(("pool", 1)))
     running.cancel()
+
+
+async def test_a_client_without_held_out_data_has_no_say(trial: Trial) -> None:
+    federation, course = trial.federation, trial.federation.course
+    running = await trial.begin()
+    clients = [
+        federation.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index), evaluates=True))
+        for index in range(2)
+    ]
+    await asyncio.gather(trial.push(0), trial.push(1))
+    await trial.until(lambda: course.phase == pb.FederationStatus.EVALUATING)
+    assert course.model is not None
+    for client, examples, accuracy in ((clients[0], 3, 0.9), (clients[1], 0, 0.0)):
+        evaluation = pb.Evaluation(
+            model_round=1, model_digest=course.model.digest, num_examples=examples, metrics={"accuracy": accuracy}
+        )
+        federation.hear(client, pb.ClientMessage(evaluation=evaluation))
+    async with asyncio.timeout(SECONDS):
+        await running
+    assert federation.progress.newest["accuracy"].value == pytest.approx(0.9)

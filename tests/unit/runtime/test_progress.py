@@ -24,6 +24,29 @@ def test_the_target(objective: dict[str, str], values: list[float], reached: boo
     assert progress.reached is reached
 
 
+@pytest.mark.parametrize(("goal", "partial", "whole"), [("Maximize", 1.0, 0.4), ("Minimize", 0.1, 0.7)])
+def test_what_all_clients_measured_replaces_what_some_did(goal: str, partial: float, whole: float) -> None:
+    """The clients that only evaluate come later than those that train."""
+    target = {"metric": "value", "goal": goal, "target": str(partial)}
+    progress = Progress(Objective.model_validate(target))
+    progress.take(1, {"value": 0.5})
+    progress.take(2, {"value": partial})
+    assert progress.reached
+    progress.take(2, {"value": whole})
+    assert not progress.reached
+    assert (progress.best.round, progress.best.value) == (1, 0.5)
+    progress.take(2, {"value": partial})
+    assert (progress.best.round, progress.best.value) == (2, partial)
+
+
+def test_a_client_without_examples_does_not_count() -> None:
+    means = WeightedMeans()
+    means.add(("pool", 0), 3, {"accuracy": 0.9})
+    means.add(("pool", 1), 0, {"accuracy": 0.0, "alone": 1.0})
+    assert means.means() == {"accuracy": pytest.approx(0.9)}
+    assert means.clients() == {("pool", 0), ("pool", 1)}
+
+
 def test_means_are_numbers() -> None:
     """JSON has no others."""
     means = WeightedMeans()

@@ -72,7 +72,9 @@ def test_numbers_of_any_kind(count: Any) -> None:
         (0.93, 'must return named numbers, like {"accuracy": 0.93}, not 0.93'),
         (None, 'must return named numbers, like {"accuracy": 0.93}, not None'),
         ({"loss": 0.1, "accuracy": None}, "must return named numbers: accuracy must be a number, not None"),
-        ({"accuracy": 0.1, "num_examples": float("nan")}, "num_examples must be finite, not nan"),
+        ({"accuracy": 0.1, "num_examples": float("nan")}, "num_examples must be a whole number of at least 0"),
+        ({"accuracy": 0.1, "num_examples": 0.25}, "num_examples must be a whole number of at least 0"),
+        ({"accuracy": 0.1, "num_examples": -3}, "num_examples must be a whole number of at least 0"),
     ],
 )
 def test_an_evaluation_that_is_no_named_numbers(returned: Any, message: str) -> None:
