@@ -11,9 +11,15 @@ def one_line(text: str, limit: int = _LINE) -> str:
     Of a huge text only the beginning is looked at.
     """
     head = text[: 4 * limit]
-    line = " ".join("".join(each if each.isprintable() else " " for each in head).split())
+    line = " ".join(_printable(head).split())
     whole = len(line) <= limit and len(head) == len(text)
     return line if whole else line[: limit - len(_CUT)] + _CUT
+
+
+def shown_line(line: str, limit: int = _LINE) -> str:
+    """Return one line of a log as a terminal may show it: printable, cut to ``limit`` characters, its spaces kept."""
+    shown = _printable(line[: limit + 1]).rstrip()
+    return shown if len(shown) <= limit else shown[: limit - len(_CUT)] + _CUT
 
 
 def last_lines(text: str, count: int, limit: int) -> str:
@@ -22,7 +28,11 @@ def last_lines(text: str, count: int, limit: int) -> str:
     Indentation is kept: it is what makes a traceback readable.
     """
     tail = text[-4 * limit :]
-    lines = ["".join(each if each.isprintable() else " " for each in line).rstrip() for line in tail.splitlines()]
+    lines = [_printable(line).rstrip() for line in tail.splitlines()]
     result = "\n".join([line for line in lines if line][-count:])
     whole = len(result) <= limit
     return result if whole else _CUT + result[-(limit - len(_CUT)) :]
+
+
+def _printable(text: str) -> str:
+    return "".join(each if each.isprintable() else " " for each in text)

@@ -19,7 +19,12 @@ from .session import FederationError
 _ENV_TAKEN_BY = "ISTHMUS_TAKEN_BY"
 _REFUSAL = (
     "this process is a child of the client's process, which takes part already: isthmus.rounds() must not be called"
-    ' here. A script that starts processes keeps its own code under `if __name__ == "__main__":`'
+    " here. "
+)
+_KEEP = 'A script that starts processes keeps its own code under `if __name__ == "__main__":`'
+_LAUNCH = (
+    "Several processes make one client when torchrun starts the script, rather than a trainer within it, and the script"
+    " calls torch.distributed.init_process_group() before isthmus.rounds()"
 )
 
 
@@ -82,4 +87,6 @@ def refuse_children() -> None:
     # While multiprocessing prepares a child it imports the script, for the functions in it.
     is_prepared = getattr(multiprocessing.current_process(), "_inheriting", False)
     if os.environ.get(_ENV_TAKEN_BY) in parents or (is_prepared and os.environ.get(identities.ENV_ENDPOINT)):
-        raise FederationError(_REFUSAL)
+        # Lightning's launcher starts the script again for each of the other ranks, and numbers them.
+        is_rank = not is_prepared and int(os.environ.get("WORLD_SIZE") or 1) > 1
+        raise FederationError(_REFUSAL + (_LAUNCH if is_rank else _KEEP))

@@ -10,6 +10,8 @@ _PYTHON = re.compile(r"python(3(\.\d+)?)?")
 _PYTHON_OPTIONS_WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
 # These run the first of their arguments that is a script. Their own options are too many to tell apart from values.
 _LAUNCHERS = ("torchrun", "accelerate", "deepspeed")
+# Python looks beside the script before it looks among the installed packages.
+_HIDING = ("isthmus.py", "torch.py")
 _RUNS_NO_SCRIPT = ("-m", "--module", "--no-python", "--no_python")
 
 
@@ -20,7 +22,7 @@ class CommandError(Exception):
 def check_command(
     command: Sequence[str], path: str, directory: Path, beside: Path, files: Collection[str] | None = None
 ) -> None:
-    """Raises :class:`CommandError` where the program or its Python script is not there.
+    """Raises :class:`CommandError` where the program or its Python script is not there, or a file hides a package.
 
     ``path``: the clients' PATH. ``directory``: where they run. ``beside``: where the manifest lies. ``files``: the
     names of those that will be laid into ``directory``, where the job brings files along.
@@ -38,7 +40,13 @@ def check_command(
             f"task.command: {program}: no such program in PATH; is it installed in this Python environment?"
         )
     script = script_of(command)
-    if script is None or present(script):
+    if script is None:
+        return
+    if present(script):
+        for name in _HIDING:
+            if present(hiding := str(Path(script).with_name(name))):
+                package = name.removesuffix(".py")
+                raise CommandError(f"task.command: {hiding} hides the package {package}: rename the file")
         return
     if files is not None:
         raise CommandError(f"task.command: {script}: not among the files of task.code ({', '.join(sorted(files))})")

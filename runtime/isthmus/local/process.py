@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from isthmus_contracts.text import shown_line
+
 _SUPERVISOR = Path(__file__).with_name("supervise.py")
 # How much of a log's end is read to find its last lines.
 _TAIL_BYTES = 16_384
@@ -76,12 +78,13 @@ class Child:
         await self._process.wait()
 
     def last_lines(self, count: int) -> list[str]:
-        """The last lines of its own output."""
+        """Return the last lines of its own output that are not blank, each fit for a terminal."""
         with self._log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - _TAIL_BYTES))
             text = log.read().decode("utf-8", "replace")
-        return [line for line in text.splitlines() if line.strip()][-count:]
+        lines = [shown for line in text.splitlines() if (shown := shown_line(line))]
+        return lines[-count:]
 
     def _let_go(self) -> None:
         if self._lifeline is not None:

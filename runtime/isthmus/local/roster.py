@@ -39,6 +39,22 @@ class Roster:
             return 0
         return len(self.clients) - len(self.failed) - len(self.left)
 
+    def advice(self, connected: int, first_round: int, logs: str) -> list[str]:
+        """Return lines for a user who has waited long for the first round: for how many clients, and what to do.
+
+        ``logs``: the directory of the clients' logs, as the user knows it.
+        """
+        lines, least = [], self._spec.min_clients
+        missing = len(self.clients) - len(self.failed) - len(self.left) - connected
+        if missing > 0:
+            late = counted(missing, "client")
+            lines.append(f"still waiting for {late} to call isthmus.rounds(); the logs are in {logs}")
+        if self.expected > least:
+            lines.append(
+                f"with selection.minClients: {least} in the manifest, round {first_round} starts without the others"
+            )
+        return lines
+
     @property
     def common_failure(self) -> str:
         """The line with which every client failed the first time; empty where they differ, or one has not failed."""

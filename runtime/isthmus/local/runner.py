@@ -124,11 +124,10 @@ class LocalRun:
         self._show(f"starting {clients}")
         self._client_tasks = [self._spawn_task(self._keep_client(client)) for client in self._clients]
         await asyncio.sleep(_PATIENCE)
-        if self._status.phase == pb.FederationStatus.WAITING and self._roster.expected > spec.min_clients:
-            view.tell(
-                f"still waiting for all clients; with selection.minClients: {spec.min_clients} in the manifest, round"
-                f" {self._told + 1} starts without the others"
-            )
+        if self._status.phase == pb.FederationStatus.WAITING:
+            logs = self._directory.shown(self._directory.logs)
+            for line in self._roster.advice(_connected(self._status), self._told + 1, logs):
+                view.tell(line)
 
     async def _serve(self) -> None:
         await self._server.keep()

@@ -80,3 +80,21 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
     assert ended.stderr.startswith(REFUSED)
     assert '`if __name__ == "__main__":`' in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_ranks_that_a_trainer_starts_are_told_of_torchrun(tmp_path: Path) -> None:
+    """Lightning's launcher starts the script again, as a program of its own, and numbers the processes."""
+    script = tmp_path / "launching.py"
+    script.write_text(
+        "import os, subprocess, sys\n"
+        "if 'LOCAL_RANK' not in os.environ:\n"
+        "    ranks = {'ISTHMUS_TAKEN_BY': str(os.getpid()), 'LOCAL_RANK': '1', 'WORLD_SIZE': '2'}\n"
+        "    raise SystemExit(subprocess.run([sys.executable, __file__], env={**os.environ, **ranks}).returncode)\n"
+        "import torch, isthmus\n"
+        "next(isthmus.rounds(torch.nn.Linear(1, 1)))\n"
+    )
+    ended = subprocess.run([sys.executable, script], env={"PATH": ""}, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(REFUSED)
+    assert "torchrun starts the script" in ended.stderr and "__main__" not in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -77,6 +77,12 @@ def test_a_broken_pipe_ends_a_program_as_in_a_shell(tmp_path: Path) -> None:
     assert child.last_lines(5) == ["y"]  # and no complaint of `yes`
 
 
+def test_the_end_of_a_log_is_fit_for_a_terminal(tmp_path: Path) -> None:
+    program = r"printf '\377 50%%\r\033]0;owned\007  in\033[31m\n\n'; head -c 5000 /dev/zero | tr '\0' x"
+    child = run(tmp_path, lambda child: exit_code(child, 0), "sh", "-c", program)
+    assert child.last_lines(9) == ["\ufffd 50%", " ]0;owned   in [31m", "x" * 297 + "..."]
+
+
 def test_what_a_program_leaves_behind_ends_with_it(tmp_path: Path) -> None:
     run(tmp_path, lambda child: exit_code(child, 3), "sh", "-c", FAMILY + "exit 3")
     assert not any(alive(pid) for pid in members(tmp_path))

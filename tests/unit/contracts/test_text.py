@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus_contracts.text import last_lines, one_line
+from isthmus_contracts.text import last_lines, one_line, shown_line
 
 
 @given(st.text(), st.integers(10, 400))
@@ -29,3 +29,15 @@ def test_no_line_can_be_forged() -> None:
 def test_the_end_of_a_traceback_is_kept() -> None:
     assert last_lines("a\n\n  b\x1b[31m\nc", 2, 100) == "  b [31m\nc"
     assert last_lines("x" * 200 + "end", 8, 20) == "..." + "x" * 14 + "end"
+
+
+@given(st.text(), st.integers(10, 400))
+def test_a_shown_line_is_printable_and_bounded(text: str, limit: int) -> None:
+    line = shown_line(text, limit)
+    assert line.isprintable() and len(line) <= limit
+
+
+def test_a_shown_line_keeps_its_spaces() -> None:
+    assert shown_line("    raise  E\x1b[31m\t") == "    raise  E [31m"
+    assert shown_line("x" * 300) == "x" * 300
+    assert shown_line("x" * 5000) == "x" * 297 + "..."

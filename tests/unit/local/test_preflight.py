@@ -68,6 +68,22 @@ def test_files_that_a_job_brings_count(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("package", ["isthmus", "torch"])
+def test_a_file_that_hides_a_package_is_named(tmp_path: Path, package: str) -> None:
+    (tmp_path / "src").mkdir()
+    hiding = tmp_path / "src" / f"{package}.py"
+    hiding.touch()
+    message = f"task.command: src/{package}.py hides the package {package}: rename the file"
+    assert problem(f"{sys.executable} src/{package}.py", tmp_path) == message
+    (tmp_path / "src" / "train.py").touch()
+    assert problem(f"{sys.executable} src/train.py", tmp_path) == message
+    brought = ["train.py", f"{package}.py"]
+    assert problem(f"{sys.executable} train.py", tmp_path, files=brought) == message.replace("src/", "")
+    hiding.unlink()
+    (tmp_path / "src" / package).mkdir()  # a checkout's folder is no module
+    check_command([sys.executable, "src/train.py"], "", tmp_path, tmp_path)
+
+
 def test_what_can_run_passes(tmp_path: Path) -> None:
     (tmp_path / "train.py").touch()
     check_command([sys.executable, "train.py"], "", tmp_path, tmp_path)

@@ -82,3 +82,19 @@ def test_a_failure_that_all_clients_share() -> None:
     other.note_failure(other.clients[0], "ImportError: x")
     other.note_failure(other.clients[1], "KilledByNobody")
     assert other.common_failure == ""
+
+
+def test_a_long_wait_names_how_many_have_not_come_and_where_to_look() -> None:
+    enough = roster("Train", "Train", selection={"minClients": 2})
+    missing = "still waiting for {} to call isthmus.rounds(); the logs are in runs/demo/logs"
+    assert enough.advice(0, 1, "runs/demo/logs") == [missing.format("2 clients")]
+    assert enough.advice(1, 1, "runs/demo/logs") == [missing.format("1 client")]
+    assert enough.advice(2, 1, "runs/demo/logs") == []
+
+    every = roster("Train", "Train", "Train")
+    assert every.advice(2, 4, "runs/demo/logs") == [
+        missing.format("1 client"),
+        "with selection.minClients: 2 in the manifest, round 4 starts without the others",
+    ]
+    every.failed.add(every.clients[0])
+    assert every.advice(1, 4, "runs/demo/logs") == [missing.format("1 client")]
