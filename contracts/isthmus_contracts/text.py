@@ -1,6 +1,10 @@
 """Text that comes from outside, made fit for logs, statuses and terminals: printable and bounded."""
 
+from .launchers import script_lines
+
 _LINE = 300
+# A launcher's report on many processes may be as long. Characters.
+_REPORT = 16_384
 _CUT = "..."
 
 
@@ -25,10 +29,10 @@ def shown_line(line: str, limit: int = _LINE) -> str:
 def last_lines(text: str, count: int, limit: int) -> str:
     """Return the last ``count`` lines that are not empty, each printable, cut at the front to ``limit`` characters.
 
-    Indentation is kept: it is what makes a traceback readable.
+    Indentation is kept: it is what makes a traceback readable. The report of a launcher that follows it is left out.
     """
-    tail = text[-4 * limit :]
-    lines = [_printable(line).rstrip() for line in tail.splitlines()]
+    tail = text[-max(4 * limit, _REPORT) :]
+    lines = [_printable(line).rstrip() for line in script_lines(tail.splitlines())]
     result = "\n".join([line for line in lines if line][-count:])
     whole = len(result) <= limit
     return result if whole else _CUT + result[-(limit - len(_CUT)) :]

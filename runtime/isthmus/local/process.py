@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from isthmus_contracts.launchers import script_lines
 from isthmus_contracts.text import shown_line
 
 _SUPERVISOR = Path(__file__).with_name("supervise.py")
@@ -78,12 +79,15 @@ class Child:
         await self._process.wait()
 
     def last_lines(self, count: int) -> list[str]:
-        """Return the last lines of its own output that are not blank, each fit for a terminal."""
+        """Return the last lines of its own output that are not blank, each fit for a terminal.
+
+        The report of a launcher (torchrun) that the script failed is left out where the script says why.
+        """
         with self._log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, size - _TAIL_BYTES))
             text = log.read().decode("utf-8", "replace")
-        lines = [shown for line in text.splitlines() if (shown := shown_line(line))]
+        lines = [shown for line in script_lines(text.splitlines()) if (shown := shown_line(line))]
         return lines[-count:]
 
     def _let_go(self) -> None:

@@ -61,6 +61,7 @@ class LocalRun:
         self._outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._trained = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._begun = False  # a round, since this run started
         self._tasks: set[asyncio.Task[None]] = set()
         self._client_tasks: list[asyncio.Task[None]] = []
         self._deadline: asyncio.TimerHandle | None = None
@@ -124,7 +125,7 @@ class LocalRun:
         self._show(f"starting {clients}")
         self._client_tasks = [self._spawn_task(self._keep_client(client)) for client in self._clients]
         await asyncio.sleep(_PATIENCE)
-        if self._status.phase == pb.FederationStatus.WAITING:
+        if not self._begun:
             logs = self._directory.shown(self._directory.logs)
             for line in self._roster.advice(_connected(self._status), self._told + 1, logs):
                 view.tell(line)
@@ -134,6 +135,7 @@ class LocalRun:
         self._training_ends()
 
     def _follow(self, status: pb.FederationStatus) -> None:
+        self._begun = self._begun or status.phase not in (pb.FederationStatus.WAITING, pb.FederationStatus.INITIALIZING)
         first = status.phase == pb.FederationStatus.TRAINING and self._status.phase != status.phase
         if first and status.completed_rounds == self._told:
             there = f"{_connected(status)} of {counted(len(self._clients), 'client')}"
