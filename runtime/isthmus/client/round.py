@@ -71,7 +71,10 @@ class Round:
         twice in a round.
         """
         if self._submitted:
-            raise ScriptError(f"round {self.number}: submit() was called twice")
+            raise ScriptError(
+                f"round {self.number}: submit() was called twice; each round has its own rnd, and a trainer with a"
+                " FederatedCallback of its own"
+            )
         count = as_count("num_examples", num_examples)
         numbers = {name: as_number(name, value) for name, value in metrics.items()}
         if (problem := problem_with(numbers)) is not None:

@@ -1,6 +1,7 @@
 """Who is left of a run's clients, and when that is too few."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from isthmus_contracts.manifest import FederatedJob
 from isthmus_contracts.pb import federation_pb2 as pb
@@ -39,7 +40,7 @@ class Roster:
             return 0
         return len(self.clients) - len(self.failed) - len(self.left)
 
-    def advice(self, connected: int, first_round: int, logs: str) -> list[str]:
+    def advice(self, connected: int, first_round: int, logs: Path) -> list[str]:
         """Return lines for a user who has waited long for the first round: for how many clients, and what to do.
 
         ``logs``: the directory of the clients' logs, as the user knows it.

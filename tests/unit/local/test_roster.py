@@ -1,5 +1,6 @@
 """When too few clients are left for a run to go on, and what it says then."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from isthmus.local.roster import Roster, counted
 from isthmus_contracts.manifest import FederatedJob, parse_spec
 from isthmus_contracts.pb import federation_pb2 as pb
 
+LOGS = Path("runs/demo/logs")
 WAITING, TRAINING = pb.FederationStatus.WAITING, pb.FederationStatus.TRAINING
 
 
@@ -87,14 +89,14 @@ def test_a_failure_that_all_clients_share() -> None:
 def test_a_long_wait_names_how_many_have_not_come_and_where_to_look() -> None:
     enough = roster("Train", "Train", selection={"minClients": 2})
     missing = "still waiting for {} to call isthmus.rounds(); the logs are in runs/demo/logs"
-    assert enough.advice(0, 1, "runs/demo/logs") == [missing.format("2 clients")]
-    assert enough.advice(1, 1, "runs/demo/logs") == [missing.format("1 client")]
-    assert enough.advice(2, 1, "runs/demo/logs") == []
+    assert enough.advice(0, 1, LOGS) == [missing.format("2 clients")]
+    assert enough.advice(1, 1, LOGS) == [missing.format("1 client")]
+    assert enough.advice(2, 1, LOGS) == []
 
     every = roster("Train", "Train", "Train")
-    assert every.advice(2, 4, "runs/demo/logs") == [
+    assert every.advice(2, 4, LOGS) == [
         missing.format("1 client"),
         "with selection.minClients: 2 in the manifest, round 4 starts without the others",
     ]
     every.failed.add(every.clients[0])
-    assert every.advice(1, 4, "runs/demo/logs") == [missing.format("1 client")]
+    assert every.advice(1, 4, LOGS) == [missing.format("1 client")]

@@ -96,7 +96,7 @@ def test_an_evaluation_of_tensors_and_of_what_is_not_finite() -> None:
 def test_twice() -> None:
     rnd = next(iter(isthmus.rounds(torch.nn.Linear(1, 1))))
     rnd.submit(num_examples=1)
-    with pytest.raises(RuntimeError, match="called twice"):
+    with pytest.raises(RuntimeError, match="called twice; each round has its own rnd"):
         rnd.submit(num_examples=1)
 
 
