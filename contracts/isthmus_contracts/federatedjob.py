@@ -104,14 +104,16 @@ class Task(Resource):
 
 
 class Objective(Resource):
-    """The metric that tells models apart: status.bestMetric follows it."""
+    """The metric that tells models apart: status.bestMetric follows it, and the best model is kept."""
 
     metric: Annotated[str, Field(pattern=PATTERN_METRIC, max_length=64)] = "accuracy"
     """Its name, as the script's evaluation function returns it."""
     goal: Literal["Maximize", "Minimize"] = "Maximize"
     """Whether more is better."""
     target: Decimal | None = None
-    """The job is complete as soon as a round's model is this good, whatever rounds are left. Default: all rounds."""
+    """The job is complete as soon as a round's model is this good, whatever rounds are left, and delivers that model.
+    More than half of the clients asked must measure as much, one voice each, whatever weight they claim. Default: all
+    rounds."""
 
 
 class Checkpoint(Resource):
@@ -121,12 +123,12 @@ class Checkpoint(Resource):
     """PersistentVolumeClaim survives the loss of the aggregator's pod; EmptyDir only a restart within the pod, and the
     model goes with the pod."""
     size: Quantity = "1Gi"
-    """Size of the volume: at least (keep + 3) times the model and the strategy's state (FedAvgM: one model more;
+    """Size of the volume: at least (keep + 6) times the model and the strategy's state (FedAvgM: one model more;
     FedAdagrad, FedAdam and FedYogi: two); for the robust rules one model more for each update of a round."""
     storage_class_name: Annotated[str, Field(pattern=PATTERN_STORAGE_CLASS, max_length=253)] | None = None
     """Storage class of the claim; "" for a volume that the admin provides. Default: the cluster's default class."""
     keep: Annotated[int, Field(ge=1, le=1000)] = 3
-    """How many of the newest checkpoints are kept."""
+    """How many of the newest checkpoints are kept; that of the best model always is."""
 
 
 class Expose(Resource):

@@ -102,7 +102,7 @@ class MetricStatus(Resource):
 
 
 class ModelStatus(Resource):
-    """The newest committed global model. A large one is shown a moment after its round: its file is hashed aside."""
+    """A committed global model. A large one is shown a moment after its round: its file is hashed aside."""
 
     uri: str
     round: int
@@ -142,6 +142,10 @@ class FederatedJobStatus(Resource):
     metrics: Annotated[list[MetricStatus], Field(json_schema_extra=list_map("name"))] = []
     best_metric: MetricStatus | None = None
     model: ModelStatus | None = None
+    """The newest model; once the job is complete, the one that it delivers: of the round that met objective.target, or
+    else of the last one."""
+    best_model: ModelStatus | None = None
+    """The model that bestMetric measures. It is kept beside the newest ones."""
     privacy: PrivacyStatus | None = None
     start_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
     completion_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None

@@ -33,7 +33,8 @@ def view(status: pb.FederationStatus) -> FederationView:
         failures=failures,
         metrics=tuple(_metric(metric) for metric in status.metrics[:_MOST_METRICS]),
         best=_metric(status.best) if status.best.name else None,
-        model=_model(status.model) if status.model.path else None,
+        model=_model(status.model),
+        best_model=_model(status.best_model),
         privacy=_privacy(status.privacy) if status.HasField("privacy") else None,
     )
 
@@ -53,7 +54,9 @@ def _metric(value: pb.MetricValue) -> Metric:
     return Metric(one_line(value.name, _LONGEST_NAME), value.value, value.round)
 
 
-def _model(status: pb.ModelStatus) -> ModelView:
+def _model(status: pb.ModelStatus) -> ModelView | None:
+    if not status.path:
+        return None
     return ModelView(one_line(status.path, _LONGEST_PATH), status.round, one_line(status.sha256, 64))
 
 

@@ -181,7 +181,7 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """The newest committed model."""
+    """A committed model: the newest, or the best."""
 
     path: str
     round: int
@@ -212,6 +212,7 @@ class FederationView:
     metrics: tuple[Metric, ...] = ()
     best: Metric | None = None
     model: ModelView | None = None
+    best_model: ModelView | None = None
     privacy: PrivacyView | None = None
 
 

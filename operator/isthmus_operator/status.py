@@ -97,9 +97,10 @@ class StatusDraft:
                 self.content["metrics"] = [_metric(metric) for metric in sorted(view.metrics, key=lambda m: m.name)]
             if view.best is not None:
                 self.content["bestMetric"] = _metric(view.best)
-            if view.model is not None:
-                uri = model_uri(self._job, spec, view.model.path)
-                self.content["model"] = {"uri": uri, "round": view.model.round, "sha256": view.model.sha256}
+            for key, model in (("model", view.model), ("bestModel", view.best_model)):
+                if model is not None:
+                    uri = model_uri(self._job, spec, model.path)
+                    self.content[key] = {"uri": uri, "round": model.round, "sha256": model.sha256}
             if (privacy := view.privacy) is not None and privacy.rounds >= self._accounted():
                 epsilon, delta = rounded_up(privacy.epsilon), decimal(privacy.delta)
                 self.content["privacy"] = {"epsilon": epsilon, "delta": delta, "rounds": privacy.rounds}

@@ -173,7 +173,8 @@ class Evaluation(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     model_round: _builtins.int
     model_digest: _builtins.str
-    num_examples: _builtins.int
+    num_examples: _builtins.float
+    """its weight: from 0 (it has nothing to measure on) to 2**53, fractions included"""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     def __init__(
@@ -181,7 +182,7 @@ class Evaluation(_message.Message):
         *,
         model_round: _builtins.int = ...,
         model_digest: _builtins.str = ...,
-        num_examples: _builtins.int = ...,
+        num_examples: _builtins.float = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -1063,6 +1064,9 @@ class FederationStatus(_message.Message):
     ROUND_STARTED_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
     PRIVACY_FIELD_NUMBER: _builtins.int
+    BEST_MODEL_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    TARGET_ROUND_FIELD_NUMBER: _builtins.int
     phase: Global___FederationStatus.Phase.ValueType
     message: _builtins.str
     """why it waits or failed; empty when all is well"""
@@ -1078,6 +1082,8 @@ class FederationStatus(_message.Message):
     round_started: _builtins.float
     """seconds since the epoch"""
     started: _builtins.float
+    target_round: _builtins.int
+    """whose model met the objective's target; 0: none has"""
     @_builtins.property
     def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolStatus]: ...
     @_builtins.property
@@ -1095,6 +1101,14 @@ class FederationStatus(_message.Message):
     @_builtins.property
     def privacy(self) -> Global___PrivacyStatus:
         """where the job asks for differential privacy"""
+
+    @_builtins.property
+    def best_model(self) -> Global___ModelStatus:
+        """by the objective's metric; path empty while there is none"""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what should be mended, though training goes on; one line each"""
 
     def __init__(
         self,
@@ -1114,10 +1128,13 @@ class FederationStatus(_message.Message):
         round_started: _builtins.float = ...,
         started: _builtins.float = ...,
         privacy: Global___PrivacyStatus | None = ...,
+        best_model: Global___ModelStatus | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        target_round: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "model", b"model", "privacy", b"privacy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "best_model", b"best_model", "model", b"model", "privacy", b"privacy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "completed_rounds", b"completed_rounds", "current_round", b"current_round", "message", b"message", "metrics", b"metrics", "min_clients", b"min_clients", "model", b"model", "phase", b"phase", "pools", b"pools", "privacy", b"privacy", "round_started", b"round_started", "selected", b"selected", "started", b"started", "submitted", b"submitted", "total_rounds", b"total_rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "best_model", b"best_model", "completed_rounds", b"completed_rounds", "current_round", b"current_round", "message", b"message", "metrics", b"metrics", "min_clients", b"min_clients", "model", b"model", "phase", b"phase", "pools", b"pools", "privacy", b"privacy", "round_started", b"round_started", "selected", b"selected", "started", b"started", "submitted", b"submitted", "target_round", b"target_round", "total_rounds", b"total_rounds", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from ..views import View, expanded, of_text
 from . import sparefile, tensorfile
 from .tensorfile import HeaderError, TensorFile
 
+FINAL, BEST = "model", "model-best"
+_SUFFIXES = (".pt", ".safetensors")
 _PATTERN = re.compile(r"round-(\d+)\.safetensors")
 
 
@@ -82,6 +85,9 @@ class RoundRecord:
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     """``mean`` and ``max`` of the seconds that each stage took: over the clients (wait, pull, evaluate, train, encode),
     over the updates (push, fold), and of the checkpoint."""
+    confirmed: dict[str, float] = field(default_factory=dict)
+    """How good the model is at least by the objective's metric, as more than half of the clients asked have it; empty
+    while too few have measured it."""
 
     def text(self) -> str:
         """The record as a line of JSON."""
@@ -100,9 +106,10 @@ class RoundRecord:
 class CheckpointStore:
     """The state directory of an aggregator.
 
-    ``checkpoints/round-000007.safetensors``: the newest ``keep`` committed models, and beside each, where the strategy
-    has a state, ``round-000007.strategy.safetensors``. ``rounds.jsonl``: a record for each round.
-    ``model.safetensors`` and ``model.pt``: the final model, once training is complete.
+    ``checkpoints/round-000007.safetensors``: the newest ``keep`` committed models and the best one, and beside each,
+    where the strategy has a state, ``round-000007.strategy.safetensors``. ``rounds.jsonl``: a record for each round.
+    ``model.safetensors`` and ``model.pt``: the job's model, once training is complete. ``model-best.safetensors`` and
+    ``model-best.pt``: the best one by the objective's metric, where a metric of that name was measured.
     """
 
     def __init__(self, directory: Path, job_uid: str, keep: int) -> None:
@@ -132,7 +139,7 @@ class CheckpointStore:
 
         The strategy's state is there before the model is: the model's appearance commits both.
         """
-        path, beside = self._path(round_number), self._strategy_path(round_number)
+        path, beside = self.path(round_number), self._strategy_path(round_number)
         if strategy:
             self._write(strategy, beside, self._strategy_spare, round_number)
         else:
@@ -141,10 +148,12 @@ class CheckpointStore:
         kept = snapshot(state) if file.size <= tensorfile.SMALL_BYTES else tensorfile.mapped(path)
         return Checkpoint(round_number, kept, file, strategy or {}, notes or {})
 
-    def retire(self) -> None:
-        """Drops the models that are not among the newest any more. Raises ``OSError``."""
+    def retire(self, wanted: Collection[int] = ()) -> None:
+        """Drop the models that are not among the newest any more, nor of a ``wanted`` round. Raises ``OSError``."""
         for old in self.numbers()[: -self._keep]:
-            for path, spare in ((self._path(old), self._spare), (self._strategy_path(old), self._strategy_spare)):
+            if old in wanted:
+                continue
+            for path, spare in ((self.path(old), self._spare), (self._strategy_path(old), self._strategy_spare)):
                 with suppress(FileNotFoundError):  # many strategies have no state
                     path.rename(spare)
 
@@ -167,7 +176,7 @@ class CheckpointStore:
 
     def load(self, number: int) -> Checkpoint:
         """A committed model. Raises :class:`CheckpointError` where it cannot be read, or is somebody else's."""
-        path, beside = self._path(number), self._strategy_path(number)
+        path, beside = self.path(number), self._strategy_path(number)
         file, state, metadata = _read(path, path)
         owner = metadata.get("job_uid")
         if owner != self._job_uid:
@@ -177,13 +186,13 @@ class CheckpointStore:
         strategy = _read(beside, path)[1] if beside.exists() else {}
         return Checkpoint(number, state, file, strategy, metadata)
 
-    def write_final(self, checkpoint: Checkpoint) -> tuple[Path, str]:
-        """Writes the final model for plain PyTorch and safetensors users; returns the latter's path and SHA-256.
+    def write_final(self, checkpoint: Checkpoint, name: str = FINAL) -> tuple[Path, str]:
+        """Write a model for plain PyTorch and safetensors users; return the latter's path and SHA-256.
 
-        In ``model.pt`` names share memory as in the script's model; safetensors knows of no such thing.
+        In the ``.pt`` file names share memory as in the script's model; safetensors knows of no such thing.
         """
         state = expanded(checkpoint.state, checkpoint.views)
-        plain, path = self.directory / "model.pt", self.directory / "model.safetensors"
+        plain, path = self.directory / f"{name}.pt", self.directory / f"{name}.safetensors"
         with _publishing(plain) as partial:
             tensorfile.save_plain(partial, state)
         with _publishing(path) as partial:
@@ -191,6 +200,26 @@ class CheckpointStore:
             tensorfile.write(partial, state, {"format": "pt", "round": str(checkpoint.round)})
         self._strategy_spare.unlink(missing_ok=True)
         return path, tensorfile.sha256_of(path)
+
+    def write_best(self, number: int | None, final: int) -> tuple[Path, str] | None:
+        """Write the best model likewise, where there is one; it may be the final one, which is there already.
+
+        Raises :class:`CheckpointError` and ``OSError``.
+        """
+        for suffix in _SUFFIXES:  # of a run that had other rounds
+            (self.directory / f"{BEST}{suffix}").unlink(missing_ok=True)
+        if number is None:
+            return None
+        if number != final:
+            return self.write_final(self.load(number), BEST)
+        for suffix in _SUFFIXES:
+            here, there = self.directory / f"{FINAL}{suffix}", self.directory / f"{BEST}{suffix}"
+            with _publishing(there) as partial:
+                try:
+                    partial.hardlink_to(here)
+                except OSError:  # a volume without links
+                    shutil.copyfile(here, partial)
+        return there, tensorfile.sha256_of(there)
 
     def records(self, up_to: int | None = None) -> list[RoundRecord]:
         """The records of rounds 1 to ``up_to``: later ones belong to rounds whose checkpoints were removed."""
@@ -220,7 +249,8 @@ class CheckpointStore:
         found = (_PATTERN.fullmatch(path.name) for path in self._checkpoints.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
-    def _path(self, number: int) -> Path:
+    def path(self, number: int) -> Path:
+        """Return where a round's model is, or would be."""
         return self._checkpoints / f"round-{number:06d}.safetensors"
 
     def _strategy_path(self, number: int) -> Path:

@@ -24,6 +24,8 @@ class Course:
     phase: pb.FederationStatus.Phase.ValueType = pb.FederationStatus.WAITING
     message: str = ""
     """Why it waits; empty when all is well."""
+    warnings: list[str] = field(default_factory=list)
+    """What went wrong without keeping training up, in a line each."""
     started: float = field(default_factory=time.time)
     model: GlobalModel | None = None
     """The newest committed one."""

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
 
-from .. import metricnames, views
+from .. import views
 from ..strategies import Strategy, StrategyError
 from ..tensors import State
 from . import messages
@@ -23,7 +23,8 @@ from .checkpoints import VIEWS, Checkpoint, CheckpointError, CheckpointStore, Ro
 from .clientbook import ClientBook
 from .compression import Broadcast, Compression
 from .course import Course
-from .decisions import RoundState, Verdict, decide, hopeless
+from .decisions import LOST_CLIENT_GRACE, RoundState, Verdict, decide, hopeless
+from .delivery import Outcome
 from .evaluations import Evaluations
 from .handover import Handover
 from .intake import Intake
@@ -41,6 +42,7 @@ from .reporter import Reporter
 from .selection import choose
 from .statewriter import StateWriter
 from .tracking.tracker import Tracker
+from .voices import Voices
 
 log = logging.getLogger(__name__)
 
@@ -74,15 +76,16 @@ class Federation:
         )
         self._store = store
         self._strategy = strategy
-        self._tracker = tracker
         self._budget = budget
         self.progress = Progress(job.spec.objective)
         self._contributors: set[ClientId] = set()  # to the newest committed round
         self._record: RoundRecord | None = None  # of the newest committed round
+        self._voices = Voices(job.spec.objective, job.spec.folds_late)  # by what clients measure while they train
         self._offers = Offers(job.spec, self.course, self.compression, self.ledger)
         self._writer = StateWriter(store, self.course, self.ledger, metrics, tracker)
         self._evaluations = Evaluations(job.spec, self.course, self.members, self.progress, self._offers, self._writer)
         self._publisher = Publisher(store.directory, self.course.changes)
+        self._outcome = Outcome(store, self.course, self.progress, self._writer, self._publisher, tracker)
         self._reporter = Reporter(
             job.spec, self.course, self.members, self.progress, tracker, self._publisher, metrics, budget
         )
@@ -99,7 +102,9 @@ class Federation:
         if checkpoint is None:
             checkpoint = await self._initialize()
         else:
-            self.progress.restore(await self._records(checkpoint))
+            self.progress.restore(
+                await self._records(checkpoint), self._store.numbers(), self._outcome.noted(checkpoint.notes)
+            )
             log.info("resuming after round %d of %d", checkpoint.round, self.spec.rounds)
             self._strategy.load_state(checkpoint.strategy)
             self.course.resumed = checkpoint.round + 1
@@ -107,21 +112,26 @@ class Federation:
         self.course.buffers = frozenset(json.loads(checkpoint.notes.get(_BUFFERS, "[]")))
         self.course.views = checkpoint.views
         await self._adopt(checkpoint)
-        while checkpoint.round < self.spec.rounds and not self.progress.reached and not self._out_of_budget(checkpoint):
+        while checkpoint.round < self.spec.rounds and not self._outcome.met and not self._out_of_budget(checkpoint):
             await self._wait_for_quorum()
-            checkpoint = await self._train(checkpoint)
+            if not self._outcome.met:  # a pool that evaluates may have said so meanwhile
+                checkpoint = await self._train(checkpoint)
         self.course.open.set()  # whoever waits hears that it is over
         self.intake.receptions.clear()
-        await self._evaluations.conclude(self._contributors, self._record, self._changed)
-        await self._writer.retire()
-        path, sha256 = await self._writer.checkpoint(lambda: self._store.write_final(checkpoint))
-        self._publisher.finish(path, checkpoint.round, sha256)
-        self._tracker.finish(path, sha256)
-        self.course.phase, self.course.message = pb.FederationStatus.COMPLETE, ""
-        log.info("complete: %d rounds, model in %s", checkpoint.round, path)
+        if not self._outcome.met:
+            await self._evaluations.conclude(self._contributors, self._record, self._changed)
+        await self._outcome.deliver(checkpoint)
+        if checkpoint.round + 1 == self.course.resumed:
+            await self._clients_back()
         self.dismiss(pb.Stop.COMPLETE, "training is complete")
         self._reporter.refresh()
         self.course.changes.ring()
+
+    async def _clients_back(self) -> None:
+        """Wait for clients of an aggregator that was killed: they shall hear that it is over."""
+        until = time.monotonic() + LOST_CLIENT_GRACE
+        while len(self.members.trainers()) < self.spec.min_clients and time.monotonic() < until:
+            await self._changed(until=until)
 
     def _out_of_budget(self, checkpoint: Checkpoint) -> bool:
         """Return whether the next round would cost more privacy than the job has."""
@@ -173,15 +183,23 @@ class Federation:
         return f"{connected} of {awaited} clients are connected" if connected < awaited else ""
 
     async def _train(self, base: Checkpoint) -> Checkpoint:
-        """One round on top of ``base``; returns when its checkpoint is durable."""
+        """One round on top of ``base``; returns when its checkpoint is durable.
+
+        Where ``base`` turns out to meet the objective's target, the round is given up, and ``base`` returned.
+        """
         state = self._begin_round(base)
-        await self._writer.retire()
+        await self._outcome.retire()
         while True:
+            if self._outcome.met:
+                return await self._give_up(state, base)
             if self.course.broken is not None:
                 raise self.course.broken
             decision = decide(state, self.members.by_id, self.spec.min_updates, time.monotonic())
             if decision.verdict is Verdict.COMMIT:
-                break
+                if not self._evaluations_follow(state):
+                    break
+                await self._changed(until=state.started + LOST_CLIENT_GRACE)
+                continue
             if decision.verdict is Verdict.MORE:
                 self._take_in_more(state)
             elif decision.verdict is Verdict.EXTEND:
@@ -190,11 +208,16 @@ class Federation:
             await self._changed(until=decision.look_again)
         self.course.closing = True
         self.course.open.clear()
+        # Before the commit: once that is durable, a restart would not ask for these measurements again.
+        await self._evaluations.close(self._record)
+        if self._outcome.met:
+            return await self._give_up(state, base)
         result, broadcast = await asyncio.get_running_loop().run_in_executor(
             self._folder, self.compression.settle, self._strategy.finish, state.number, base.state, base.digest,
             self.course.buffers,
         )  # fmt: skip
-        record = record_of(state, self.course, self.progress, self._budget)
+        present = {client.id for client in self.members.trainers()}
+        record = record_of(state, self.course, self.progress, self._budget, self._voices, present)
         book = self._settled_book(state)
         notes = {**self._notes(), RECORD: record.text()}
         if self._keeps_book:
@@ -207,9 +230,28 @@ class Federation:
         await self._adopt(checkpoint, broadcast)
         return checkpoint
 
+    async def _give_up(self, state: RoundState, base: Checkpoint) -> Checkpoint:
+        """End a round that is not needed: ``base``, from which it began, meets the objective's target."""
+        self.course.closing = True
+        await self._evaluations.close(self._record)
+        if state.folding:
+            await asyncio.wait(state.folding.values())
+        self.course.round = None
+        log.info("round %d meets the objective's target; round %d is given up", base.round, state.number)
+        return base
+
+    def _evaluations_follow(self, state: RoundState) -> bool:
+        """Whether clients will repeat in a moment what they told an aggregator that was killed.
+
+        An update that was in hand then comes by itself; the measurement of the model that it began with comes once the
+        round is offered again.
+        """
+        soon = state.number == self.course.resumed and time.monotonic() < state.started + LOST_CLIENT_GRACE
+        return soon and bool(self._evaluations.missing & state.accepted)
+
     def _notes(self) -> dict[str, str]:
         """Return what is committed with each model."""
-        notes = {_BUFFERS: json.dumps(sorted(self.course.buffers))}
+        notes = {_BUFFERS: json.dumps(sorted(self.course.buffers))} | self._outcome.notes()
         return notes | ({VIEWS: views.to_text(self.course.views)} if self.course.views else {})
 
     def _begin_round(self, base: Checkpoint) -> RoundState:
@@ -224,7 +266,7 @@ class Federation:
         self.ledger.begin()
         self._offers.begin()
         self.course.round, self.course.round_started, self.course.closing = state, time.time(), False
-        self.course.training, self.course.examples = WeightedMeans(), 0
+        self.course.training, self.course.examples = WeightedMeans(self.spec.strategy.one_voice), 0
         self.course.phase, self.course.message = pb.FederationStatus.TRAINING, ""
         self.course.open.set()
         log.info("round %d: %d of %d ready clients", number, len(state.selected), len(ready))
@@ -303,13 +345,13 @@ class Federation:
         """Books a round whose checkpoint is durable."""
         if self._budget is not None:
             self._budget.charge()
-        await self._evaluations.close(self._record)
+        await self._evaluations.close(self._record)  # those that came meanwhile
         record.seconds, record.time = time.monotonic() - state.started, time.time()
         away = {client.id for client in self.members if not client.ready}
         self.ledger.close(record, state.selected, state.accepted, away | state.rejected)
         self._record = record
         await self._writer.record(record)
-        self.progress.take(state.number, record.metrics)
+        self.progress.take(state.number, record.metrics, record.confirmed.get(self.spec.objective.metric))
         self.course.round, self._contributors = None, state.accepted | {client for client, _ in state.late}
         self.metrics.round_seconds.observe(record.seconds)
         log.info("round %d committed: %d updates, %.2f s", state.number, state.updates, record.seconds)
@@ -372,10 +414,7 @@ class Federation:
             case "heartbeat":
                 client.stage = one_line(message.heartbeat.stage, 32)
             case "evaluation":
-                if (problem := metricnames.problem_with(message.evaluation.metrics)) is not None:
-                    log.warning("%s: evaluation refused: %s", client.name, problem)
-                else:
-                    self._evaluations.take(client, message.evaluation)
+                self._evaluations.take(client, message.evaluation)
             case "failure" if not client.failed:  # it says so once: nothing comes after it
                 self.members.fail(client, message.failure)
                 log.warning("%s failed: %s", client.name, one_line(message.failure.message))
@@ -394,6 +433,7 @@ class Federation:
 
     async def _changed(self, until: float | None = None) -> None:
         """Waits for a change, or until the given time (monotonic seconds)."""
+        self._outcome.show()
         self._reporter.refresh_soon()
         self.course.changes.tell()
         await self.course.changes.wait(until)

@@ -11,7 +11,7 @@ from .compression import Compression
 from .course import Course
 from .decisions import RoundState
 from .ledger import RoundLedger
-from .membership import Client
+from .membership import Client, ClientId
 
 
 class Offers:
@@ -23,6 +23,12 @@ class Offers:
         self._compression = compression
         self._ledger = ledger
         self._training: pb.ServerMessage | None = None  # of the round in progress: the same for all
+        self.offered: set[ClientId] = set()
+        """The clients that were offered the newest model."""
+
+    def renew(self) -> None:
+        """Start over: there is a new model."""
+        self.offered.clear()
 
     def begin(self) -> None:
         """A new round has begun."""
@@ -52,4 +58,6 @@ class Offers:
         if client.connected and message.offer.model:
             assert self._course.model is not None
             self._ledger.sent(client.id[0], NONE, self._course.model.size)
+        if client.connected:
+            self.offered.add(client.id)
         client.send(message)

@@ -1,23 +1,34 @@
 """What a round comes to, as the record that is committed with its model."""
 
 import time
+from collections.abc import Set
 
 from .budget import PrivacyBudget
 from .checkpoints import Checkpoint, RoundRecord
 from .course import Course
 from .decisions import RoundState
+from .membership import ClientId
 from .progress import Progress
+from .voices import Voices
 
 RECORD = "record"
 """The name of the record among a checkpoint's notes."""
 _TRAIN_PREFIX = "train_"
 
 
-def record_of(state: RoundState, course: Course, progress: Progress, budget: PrivacyBudget | None) -> RoundRecord:
-    """Return the record of a round whose result is made."""
+def record_of(
+    state: RoundState, course: Course, progress: Progress, budget: PrivacyBudget | None, voices: Voices,
+    present: Set[ClientId],
+) -> RoundRecord:  # fmt: skip
+    """Return the record of a round whose result is made. ``present``: the clients that can train."""
     means = progress.admit({_train_name(name): value for name, value in course.training.means().items()})
     seconds = time.monotonic() - state.started
     record = RoundRecord(state.number, seconds, state.updates, course.examples, means, time.time())
+    objective = progress.objective.metric
+    names = [name for name in {objective, objective.removeprefix(_TRAIN_PREFIX)} if _train_name(name) == objective]
+    asked = state.accepted | {client for client, _ in state.late}
+    least = voices.confirmed(course.training, names, means.get(objective), asked, present)
+    record.confirmed = {} if least is None else {objective: least}
     if budget is not None:
         record.privacy = budget.account()
     return record

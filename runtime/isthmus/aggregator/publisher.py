@@ -1,4 +1,4 @@
-"""Which model the status tells of: the newest committed one, as soon as its file's SHA-256 is known."""
+"""The models that the status names: the newest and the best, each as soon as its file's SHA-256 is known."""
 
 import asyncio
 import os
@@ -30,41 +30,69 @@ class Publisher:
         self._directory = directory
         self._changes = changes
         self._thread = ThreadPoolExecutor(1, "publish", initializer=_step_back)
-        self._next: Checkpoint | None = None
+        self._next: dict[bool, tuple[int, Path]] = {}  # of the best one, and of the newest: round and file
         self._hashing: asyncio.Task[None] | None = None
+        self._best: int | None = None  # its round
         self.newest: pb.ModelStatus | None = None
+        self.best: pb.ModelStatus | None = None
 
     def publish(self, checkpoint: Checkpoint) -> None:
-        """Takes up a committed model."""
-        if checkpoint.file.size <= SMALL_BYTES:
-            with suppress(OSError):  # only the status misses it
-                self._show(checkpoint, sha256_of(checkpoint.file.path))
+        """Take up a committed model."""
+        self._take(checkpoint.round, checkpoint.file.path, checkpoint.file.size, best=False)
+
+    def publish_best(self, number: int, path: Path) -> None:
+        """Take up the best of the committed models."""
+        if number == self._best:
             return
-        self._next = checkpoint
+        self._best = number
+        if self.newest is not None and self.newest.round == number:
+            self.best = self.newest
+            self._changes.tell()
+            return
+        with suppress(OSError):
+            self._take(number, path, path.stat().st_size, best=True)
+
+    def finish(self, path: Path, number: int, sha256: str) -> None:
+        """Take up the final model: nothing comes after it."""
+        self._next.clear()
+        if self._hashing is not None:
+            self._hashing.cancel()
+        self.newest = self._status(path, number, sha256)
+
+    def finish_best(self, path: Path, number: int, sha256: str) -> None:
+        """Take up the best model beside the final one."""
+        self.best = self._status(path, number, sha256)
+
+    def _take(self, number: int, path: Path, size: int, *, best: bool) -> None:
+        if size <= SMALL_BYTES:
+            with suppress(OSError):  # only the status misses it
+                self._show(number, path, sha256_of(path), best=best)
+            return
+        self._next[best] = number, path
         if self._hashing is None:
             self._hashing = asyncio.create_task(self._hash())
 
-    def finish(self, path: Path, number: int, sha256: str) -> None:
-        """The final model is there: nothing comes after it."""
-        self._next = None
-        if self._hashing is not None:
-            self._hashing.cancel()
-        self.newest = pb.ModelStatus(path=path.name, round=number, sha256=sha256)
-
     async def _hash(self) -> None:
-        while (checkpoint := self._next) is not None:
-            self._next = None
+        while self._next:
+            best = next(iter(self._next))  # the one that waits longest
+            number, path = self._next.pop(best)
             started = time.monotonic()
             with suppress(OSError):  # it was retired meanwhile; a newer one follows
-                sha256 = await asyncio.get_running_loop().run_in_executor(self._thread, sha256_of, checkpoint.file.path)
-                self._show(checkpoint, sha256)
+                sha256 = await asyncio.get_running_loop().run_in_executor(self._thread, sha256_of, path)
+                self._show(number, path, sha256, best=best)
             await asyncio.sleep(_REST * (time.monotonic() - started))
         self._hashing = None
 
-    def _show(self, checkpoint: Checkpoint, sha256: str) -> None:
-        path = checkpoint.file.path.relative_to(self._directory)
-        self.newest = pb.ModelStatus(path=str(path), round=checkpoint.round, sha256=sha256)
+    def _show(self, number: int, path: Path, sha256: str, *, best: bool) -> None:
+        status = self._status(path, number, sha256)
+        if not best:
+            self.newest = status
+        if number == self._best:
+            self.best = status
         self._changes.tell()
+
+    def _status(self, path: Path, number: int, sha256: str) -> pb.ModelStatus:
+        return pb.ModelStatus(path=str(path.relative_to(self._directory)), round=number, sha256=sha256)
 
 
 def _step_back() -> None:

@@ -38,9 +38,10 @@ class Reporter:
         """What the operator sees."""
         course, state = self._course, self._course.round
         completed = course.completed
+        warnings = [*course.warnings, *filter(None, (self._progress.note, *self._tracker.notes))]
         status = pb.FederationStatus(
             phase=course.phase,
-            message=course.message or self._tracker.note,
+            message=course.message or next(iter(warnings), ""),
             current_round=state.number if state else completed,
             completed_rounds=completed,
             total_rounds=self._spec.rounds,
@@ -53,6 +54,9 @@ class Reporter:
             round_started=course.round_started,
             started=course.started,
             model=self._publisher.newest,
+            best_model=self._publisher.best,
+            warnings=warnings,
+            target_round=self._progress.reached or 0,
         )
         if self._budget is not None:
             status.privacy.CopyFrom(self._budget.status())

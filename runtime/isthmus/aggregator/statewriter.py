@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import TypeVar
 
 from .checkpoints import CheckpointStore, RoundRecord
@@ -66,9 +66,9 @@ class StateWriter:
                 self._course.message = ""
                 return result
 
-    async def retire(self) -> None:
-        """Drops old checkpoints, for which no client waits. Those that cannot be dropped are tried again later."""
+    async def retire(self, wanted: Collection[int]) -> None:
+        """Drop old checkpoints but those of the ``wanted`` rounds. No client waits; what fails is tried again later."""
         try:
-            await asyncio.to_thread(self._store.retire)
+            await asyncio.to_thread(self._store.retire, wanted)
         except OSError as error:
             log.warning("old checkpoints cannot be removed: %s", error.strerror or error)

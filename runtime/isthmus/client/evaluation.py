@@ -26,20 +26,23 @@ def numbers_of(evaluate: Evaluate) -> dict[str, float]:
         if (problem := problem_with(numbers)) is not None:
             raise ValueError(problem)
         weight = numbers.get(_WEIGHT, 1.0)
-        if not weight.is_integer() or not 0 <= weight <= MOST_EXAMPLES:
-            raise ValueError(f"{_WEIGHT} must be a whole number of at least 0 and at most 2**53, not {weight}")
+        if not (math.isfinite(weight) and 0 <= weight <= MOST_EXAMPLES):
+            raise ValueError(f"{_WEIGHT} must be from 0 (nothing to measure on) to 2**53, not {shown(weight)}")
     except ValueError as error:
         raise FederationError(f"the evaluation function must return named numbers: {error}") from None
     return numbers
 
 
 def measure(evaluate: Evaluate, offer: pb.Offer) -> pb.Evaluation:
-    """Measures the model that an offer names, which the script's model holds. Raises as :func:`numbers_of` does."""
+    """Measure the model that an offer names, which the script's model holds. Raises as :func:`numbers_of` does.
+
+    What is not finite travels as well: a client whose metric is NaN has measured the model, and found it bad.
+    """
     metrics = numbers_of(evaluate)
     weight = metrics.pop(_WEIGHT, 1.0)
     return pb.Evaluation(
         model_round=offer.base_round,
         model_digest=offer.base_digest,
-        num_examples=int(weight),
-        metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+        num_examples=weight,
+        metrics=metrics,
     )

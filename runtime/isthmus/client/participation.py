@@ -98,6 +98,9 @@ class Participation:
         self._replicas.close(patience)
 
     def _train(self, offer: pb.Offer) -> Iterator[Round]:
+        if self._evaluation.model_digest == offer.base_digest and offer.base_round:
+            # It may be an aggregator that restarted and asks again. What it has heard, it does not count twice.
+            self._session.send(pb.ClientMessage(evaluation=self._evaluation))
         for update in self._held.asked(offer):
             # The aggregator restarted between our submit and its commit, or the update can count at last.
             self._push(update)

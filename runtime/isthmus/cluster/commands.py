@@ -84,7 +84,9 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _model_get(options: argparse.Namespace) -> int:
-    path = get_model(_cluster(options), options.job, options.output, lambda text: print(text, file=sys.stderr))
+    path = get_model(
+        _cluster(options), options.job, options.output, lambda text: print(text, file=sys.stderr), best=options.best
+    )
     print(path)
     return EXIT_OK
 

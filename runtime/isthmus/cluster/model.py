@@ -1,4 +1,4 @@
-"""``isthmus model get``: fetches the newest model of a job, from the aggregator's pod or from its volume."""
+"""``isthmus model get``: fetches the newest or the best model of a job, from the aggregator's pod or its volume."""
 
 import hashlib
 import time
@@ -14,10 +14,17 @@ READY_SECONDS = 120.0
 USER = 65532
 
 
-def get_model(cluster: Cluster, job: str, target: Path | None, tell: Callable[[str], None]) -> Path:
-    """Writes the model's file, checked against the status' SHA-256. Raises :class:`ClusterError`, ``OSError``."""
+def get_model(
+    cluster: Cluster, job: str, target: Path | None, tell: Callable[[str], None], *, best: bool = False
+) -> Path:
+    """Write the model's file, checked against the status' SHA-256. Raises :class:`ClusterError`, ``OSError``."""
     body = cluster.job(job)
-    model = (body.get("status") or {}).get("model")
+    model = (body.get("status") or {}).get("bestModel" if best else "model")
+    if not model and best:
+        metric = ((body["spec"].get("objective") or {}).get("metric")) or "accuracy"
+        raise ClusterError(
+            f"job {job} has no best model: most of its clients have yet to measure {metric}, its objective.metric"
+        )
     if not model:
         raise ClusterError(f"job {job} has no model yet; see isthmus status {job}")
     kind, _, rest = str(model["uri"]).partition("://")

@@ -69,6 +69,9 @@ def job_view(job: Body) -> Group:
     lines.append(table)
     if status.get("model"):
         lines.append(Text(f"model of round {status['model']['round']}: isthmus model get {job['metadata']['name']}"))
+    if status.get("bestModel"):
+        number = status["bestModel"]["round"]
+        lines.append(Text(f"best model, of round {number}: isthmus model get --best {job['metadata']['name']}"))
     return Group(*lines)
 
 

@@ -36,8 +36,9 @@ def add_verbs(verbs: Any) -> None:
     log.set_defaults(verb="logs")
 
     model = verbs.add_parser("model", help="fetch a job's model").add_subparsers(required=True, metavar="COMMAND")
-    get = _verb(model, "get", "write the newest global model into a file")
+    get = _verb(model, "get", "write the newest global model, or the best one, into a file")
     get.add_argument("job")
+    get.add_argument("--best", action="store_true", help="the best model so far by the job's objective.metric")
     get.add_argument("-o", "--output", type=Path)
     get.set_defaults(verb="model_get")
 

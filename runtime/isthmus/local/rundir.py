@@ -12,6 +12,7 @@ from pathlib import Path
 
 from isthmus_contracts.manifest import FederatedJob
 
+_MODEL_SUFFIXES = (".pt", ".safetensors")
 _CHECKPOINT = re.compile(r"round-(\d+)\.safetensors")
 
 
@@ -36,6 +37,7 @@ class RunDirectory:
         self.ports_file = root / "ports.json"
         self.rounds_file = root / "rounds.jsonl"
         self.model = root / "model.pt"
+        self.best_model = root / "model-best.pt"
 
     @contextmanager
     def opened(self, job: FederatedJob, *, resume: bool, overwrite: bool) -> Iterator[str]:
@@ -148,5 +150,6 @@ class RunDirectory:
             self.code,
         ):
             shutil.rmtree(directory, ignore_errors=True)
-        for file in (self.rounds_file, self.model, self.root / "model.safetensors", self.job_file):
+        models = [model.with_suffix(suffix) for model in (self.model, self.best_model) for suffix in _MODEL_SUFFIXES]
+        for file in (self.rounds_file, *models, self.job_file):
             file.unlink(missing_ok=True)

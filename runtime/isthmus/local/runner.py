@@ -54,6 +54,7 @@ class LocalRun:
         self._roster = Roster(job, self._clients)
         self._server = Server(job, uid, directory, view, cwd)
         self._shown_failures: set[str] = set()
+        self._warned: set[str] = set()
         self._told = directory.committed
         self._book = RoundBook(directory.rounds_file, job.spec.objective, self._told)
         self._status = pb.FederationStatus(completed_rounds=self._told, total_rounds=job.spec.rounds)
@@ -140,8 +141,14 @@ class LocalRun:
         if first and status.completed_rounds == self._told:
             there = f"{_connected(status)} of {counted(len(self._clients), 'client')}"
             self._view.tell(f"{there} connected after {self._elapsed():.1f} s")
-        if status.message != self._status.message and status.phase != pb.FederationStatus.WAITING and status.message:
-            self._view.warn(one_line(status.message))  # what keeps it
+        warnings = list(status.warnings)
+        keeps = status.message not in ("", self._status.message, *warnings)
+        if keeps and status.phase != pb.FederationStatus.WAITING:
+            self._view.warn(one_line(status.message))
+        for warning in warnings:
+            if warning not in self._warned:
+                self._warned.add(warning)
+                self._view.warn(one_line(warning))
         if status.completed_rounds >= self._status.completed_rounds:  # one that restarts knows little at first
             self._status = status
         for done in self._book.follow(status):
@@ -266,15 +273,22 @@ class LocalRun:
                 return f"{connected} of {clients} connected" if connected else f"starting {clients}"
 
     def _complete(self) -> int:
-        best, rounds = self._status.best, self._status.completed_rounds or self._job.spec.rounds
-        self._view.tell(f"complete: {counted(rounds, 'round')} in {self._elapsed():.1f} s")
+        status, objective = self._status, self._job.spec.objective
+        best, rounds = status.best, status.completed_rounds or self._job.spec.rounds
+        met = f"; {objective.metric} met its target, {objective.target}" if status.target_round else ""
+        self._view.tell(f"complete: {counted(rounds, 'round')} in {self._elapsed():.1f} s{met}")
         if best.name:
             self._view.tell(f"best {format_metrics({best.name: best.value})[0]} (round {best.round})")
         if self._status.HasField("privacy"):
             privacy = self._status.privacy
             ended = f"; another round would pass maxEpsilon {privacy.max_epsilon:g}" if privacy.spent else ""
             self._view.tell(f"privacy: epsilon {privacy.epsilon:.4g} (delta {privacy.delta:g}){ended}")
-        self._view.tell(f"model: {self._directory.shown(self._directory.model)}")
+        of_round = f" (round {status.model.round})" if status.HasField("model") else ""
+        self._view.tell(f"model: {self._directory.shown(self._directory.model)}{of_round}")
+        if status.HasField("best_model") and status.best_model.round != status.model.round:
+            self._view.tell(
+                f"best model: {self._directory.shown(self._directory.best_model)} (round {status.best_model.round})"
+            )
         return EXIT_COMPLETE
 
     def _elapsed(self) -> float:

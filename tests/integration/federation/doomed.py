@@ -19,9 +19,12 @@ import torch
 from isthmus.aggregator import __main__ as aggregator
 from isthmus.aggregator import checkpoints, federation
 from isthmus.aggregator.budget import PrivacyBudget
+from isthmus.aggregator.delivery import Outcome
+from isthmus.aggregator.evaluations import Evaluations
 from isthmus.aggregator.federation import Federation
 from isthmus.aggregator.intake import Intake
 from isthmus.aggregator.membership import Client, Membership
+from isthmus.aggregator.progress import Progress
 from isthmus.aggregator.pushes import Pushes
 from isthmus.client import session, transfer
 from isthmus.codecs import Decoder
@@ -38,10 +41,16 @@ POINTS: list[tuple[Any, str]] = [
     (Pushes, "_count"), (Intake, "precheck"), (Intake, "_count"), (Intake, "_fold"),
     (Deterministic, "accept"), (Deterministic, "finish"), (FedAvg, "accept"), (FedAvg, "finish"), (Spill, "add"),
     (Private, "accept"), (Private, "finish"), (PrivacyBudget, "account"), (PrivacyBudget, "charge"),
-    (Federation, "_begin_round"), (federation, "record_of"),
+    (Federation, "_begin_round"), (federation, "record_of"), (Federation, "_settled_book"),
     (checkpoints.CheckpointStore, "save"), (checkpoints.CheckpointStore, "append"), (checkpoints, "_publishing"),
     (os, "fdatasync"), (os, "fsync"), (Path, "rename"), (Path, "unlink"),
     (Membership, "admit"), (Membership, "leave"), (Client, "send"),
+]  # fmt: skip
+
+# What happens once a model may have met the target. Watched where a process ends at a point of a name.
+ENDING: list[tuple[Any, str]] = [
+    (Evaluations, "take"), (Progress, "take"), (Federation, "_give_up"), (Outcome, "deliver"), (Path, "hardlink_to"),
+    (checkpoints.CheckpointStore, "write_final"), (checkpoints.CheckpointStore, "write_best"),
 ]  # fmt: skip
 
 
@@ -99,7 +108,7 @@ def become(request: dict[str, Any]) -> None:
         return
     aggregator.LINGER_SECONDS = 0.1  # nobody observes it
     doom = Doom(request["kill_at"], Path("points"))
-    for owner, name in POINTS:
+    for owner, name in POINTS + (ENDING if isinstance(request["kill_at"], str) else []):
         doom.watch(owner, name)
     aggregator.main()
 

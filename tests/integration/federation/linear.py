@@ -3,11 +3,13 @@
 PAUSE: seconds a round takes longer. HOLD: round from which on it waits for the file ``go``, so that a test that
 disturbs a run never comes after its end. BREAK: "round:exception" raises there. NAN: round in which most weights
 are NaN. NORM: "layer" normalises by LayerNorm rather than BatchNorm1d. WIDTH: of a hidden layer that makes the model
-larger. SCALE: what the trained weights are multiplied by. STEPS: of the optimizer in a round. Each client leaves a list
-of the rounds that it trained, and of the digests of the weights that it began them with.
+larger. COUNT: the evaluation also returns how many models it has measured. SCALE: what the trained weights are
+multiplied by. STEPS: of the optimizer in a round. Each client leaves a list of the rounds that it trained, and of the
+digests of the weights that it began them with.
 """
 
 import hashlib
+import itertools
 import os
 import time
 from pathlib import Path
@@ -52,7 +54,13 @@ def main() -> None:
     client = isthmus.context().client
     model = build()
     bad_round, _, exception = os.environ.get("BREAK", "0:").partition(":")
-    for rnd in isthmus.rounds(model, evaluate=lambda: {"score": float(client), "num_examples": client + 1}):
+    measured = itertools.count(1)
+
+    def evaluate() -> dict[str, float]:
+        metrics = {"score": float(client), "num_examples": client + 1.0}
+        return metrics | ({"measured": float(next(measured))} if "COUNT" in os.environ else {})
+
+    for rnd in isthmus.rounds(model, evaluate=evaluate):
         with Path(f"trained-{client}").open("a") as file:
             file.write(f"{rnd.number}\n")
         with Path(f"began-{client}").open("a") as file:

@@ -166,3 +166,29 @@ def test_the_privacy_account_counts_what_was_published(
     for number, record in enumerate(records(job), start=1):
         with safe_open(job.state / "checkpoints" / f"round-{number:06d}.safetensors", "pt") as file:
             assert json.loads(file.metadata()["record"])["privacy"] == record["privacy"]
+
+
+def test_the_model_that_met_the_target(federation: Make, script: Path, nurseries: tuple[Nursery, Nursery]) -> None:
+    """Each life ends one step later between the first evaluation of that model and its delivery."""
+    spec = {"objective": {"metric": "measured", "target": "1"}, "strategy": {"deterministic": True},
+            "aggregator": {"checkpoint": {"keep": 1}}}  # fmt: skip
+    undisturbed, killed = (federation(CLIENTS, 9, **spec) for _ in range(2))
+    run(undisturbed, script, nurseries, [], COUNT="yes")
+    named = [
+        "before Evaluations.take", "after Evaluations.take", "before Federation._give_up",
+        "before CheckpointStore.append", "after CheckpointStore.append", "before Outcome.deliver",
+        "before CheckpointStore.write_final", "before Path.rename", "after CheckpointStore.write_final",
+        "before CheckpointStore.write_best", "before Path.hardlink_to", "after CheckpointStore.write_best",
+    ]  # fmt: skip
+    assert run(killed, script, nurseries, named, COUNT="yes") == named
+    for job in (undisturbed, killed):
+        for name in ("model", "model-best"):
+            with safe_open(job.state / f"{name}.safetensors", "pt") as file:
+                assert file.metadata()["round"] == "1"
+        assert [path.name for path in (job.state / "checkpoints").glob("round-*")] == ["round-000001.safetensors"]
+        assert updates(job) == {1: CLIENTS}
+        for client in range(CLIENTS):
+            # The second round was begun, and nothing was trained twice.
+            assert trained(job, client) <= Counter((1, 2))
+    model = "model-best.safetensors"
+    assert (killed.state / model).read_bytes() == (undisturbed.state / model).read_bytes()

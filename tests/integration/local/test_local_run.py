@@ -297,3 +297,42 @@ def test_a_checkpoint_that_cannot_be_read_is_said_in_one_line(start: "Start", tm
     run = start({"rounds": 10}, "--resume")
     assert run.finish() == 1
     assert str(broken) in run.err and len(run.err.splitlines()) == 1
+
+
+def test_the_model_that_meets_the_target_is_the_one_in_the_end(start: "Start") -> None:
+    """A model's accuracy, in this script, is its round."""
+    run = start({"rounds": 9, "objective": {"metric": "accuracy", "target": "3"}})
+    assert run.finish() == 0, run.err
+    assert rounds_told(run.out) == [1, 2, 3]
+    end = run.out.splitlines()[-3:]
+    assert re.fullmatch(r"complete: 3 rounds in .* s; accuracy met its target, 3", end[0])
+    assert end[1:] == ["best accuracy 3.0000 (round 3)", f"model: {run.directory / 'model.pt'} (round 3)"]
+    for name in ("model.pt", "model-best.safetensors"):
+        assert torch.equal(weights(run.directory / name), torch.full((8,), 3.0))
+
+    again = start({"rounds": 9, "objective": {"metric": "accuracy", "target": "3"}}, "--resume")
+    assert again.finish() == 0, again.err
+    assert again.out.splitlines()[-1] == end[2]
+
+
+def test_the_best_model_is_kept_beside_the_last(start: "Start") -> None:
+    spec = {"rounds": 5, "objective": {"goal": "Minimize"}, "aggregator": {"checkpoint": {"keep": 1}}}
+    run = start(spec)
+    assert run.finish() == 0, run.err
+    assert run.out.splitlines()[-3:] == [
+        "best accuracy 1.0000 (round 1)",
+        f"model: {run.directory / 'model.pt'} (round 5)",
+        f"best model: {run.directory / 'model-best.pt'} (round 1)",
+    ]
+    assert torch.equal(weights(run.directory / "model-best.pt"), torch.full((8,), 1.0))
+    assert torch.equal(weights(run.directory / "model.pt"), torch.full((8,), 5.0))
+
+
+def test_what_should_be_mended_is_told_while_it_trains(start: "Start") -> None:
+    """An objective that nobody reports, and a directory that MLflow cannot write."""
+    mlflow = {"trackingUri": "file:///dev/null/runs"}
+    run = start({"rounds": 40, "objective": {"metric": "acuracy"}, "tracking": {"mlflow": mlflow}})
+    assert run.finish() == 0, run.err
+    expected = "objective.metric: no client reports 'acuracy'; reported: accuracy, train_loss; did you mean accuracy?"
+    assert run.err.splitlines().count(expected) == 1
+    assert sum(line.startswith("MLflow ") for line in run.err.splitlines()) == 1

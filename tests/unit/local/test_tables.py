@@ -29,5 +29,14 @@ def test_what_is_spent_of_the_privacy_budget(private: dict[str, str], line: str)
     assert line in shown(private, {"epsilon": "2.131", "delta": "1e-05", "rounds": 3}).splitlines()
 
 
+def test_the_models_that_can_be_fetched() -> None:
+    status = {"model": {"round": 9}, "bestModel": {"round": 4}}
+    console = Console(file=io.StringIO(), width=120)
+    console.print(job_view({"metadata": {"name": "digits"}, "spec": {"rounds": 9}, "status": status}))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert "model of round 9: isthmus model get digits" in lines
+    assert "best model, of round 4: isthmus model get --best digits" in lines
+
+
 def test_a_job_without_says_nothing_of_it() -> None:
     assert "privacy" not in shown({}, None)

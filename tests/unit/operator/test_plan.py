@@ -94,6 +94,7 @@ def test_what_the_aggregator_says_reaches_the_status() -> None:
         metrics=(Metric("accuracy", 0.93612, 3), Metric("loss", 1.5e-7, 3)),
         best=Metric("accuracy", 0.94, 2),
         model=ModelView("models/round-3.safetensors", 3, "ab"),
+        best_model=ModelView("models/round-2.safetensors", 2, "cd"),
     )
     pods = (aggregator(), client(0), client(1))
     status = plan(job(), standing(pods=pods, federation=said), NOW, LIMITS).status
@@ -104,6 +105,9 @@ def test_what_the_aggregator_says_reaches_the_status() -> None:
     ]  # fmt: skip
     assert status["bestMetric"] == {"name": "accuracy", "value": "0.94", "round": 2}
     assert status["model"]["uri"] == "pvc://team/demo-checkpoints/models/round-3.safetensors"
+    assert status["bestModel"] == {
+        "uri": "pvc://team/demo-checkpoints/models/round-2.safetensors", "round": 2, "sha256": "cd",
+    }  # fmt: skip
     assert status["phase"] == "Running"
 
 

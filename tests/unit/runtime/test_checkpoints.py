@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, and only of our own job."""
 
+import errno
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -214,3 +215,41 @@ def file_size_limit() -> Callable[[int], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited
+
+
+def test_wanted_checkpoints_stay(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, "uid", keep=2)
+    store.open()
+    for number in range(6):
+        store.save(number, {"w": torch.full((3,), float(number))})
+        store.retire({1})
+    assert store.numbers() == [1, 4, 5]
+    store.retire()
+    assert store.numbers() == [4, 5]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_model_beside_the_final_one(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not links:
+
+        def refuse(here: Path, there: Path) -> None:
+            raise OSError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    store = CheckpointStore(tmp_path, "uid", keep=9)
+    store.open()
+    models = [store.save(number, {"w": torch.full((3,), float(number))}) for number in (1, 2)]
+    _, final = store.write_final(models[1])
+
+    def best() -> float:
+        return float(torch.load(tmp_path / "model-best.pt", weights_only=True)["w"][0])
+
+    assert store.write_best(2, 2) == (tmp_path / "model-best.safetensors", final)
+    assert best() == 2
+    written = store.write_best(1, 2)
+    assert written is not None and written[1] == tensorfile.sha256_of(tmp_path / "model-best.safetensors")
+    assert best() == 1
+    store.write_final(models[0])  # whose file is a new one
+    assert best() == 1
+    assert store.write_best(None, 2) is None
+    assert not (tmp_path / "model-best.pt").exists()

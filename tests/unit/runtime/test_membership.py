@@ -185,7 +185,7 @@ def test_means_weigh_by_examples_and_count_a_client_once() -> None:
 def test_the_best_follows_the_objective(goal: str, best: int) -> None:
     progress = Progress(Objective.model_validate({"metric": "score", "goal": goal}))
     for number, value in ((1, 0.1), (2, 0.9), (3, 0.5)):
-        progress.take(number, {"score": value, "other": 1.0})
+        progress.take(number, {"score": value, "other": 1.0}, value)
     assert progress.best.round == best
     assert progress.newest["score"].value == 0.5
 

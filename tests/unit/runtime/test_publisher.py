@@ -95,3 +95,36 @@ async def test_nothing_comes_after_the_final_model(published: Watched, store: Ch
     published.finish(final, 3, sha256)
     await asyncio.gather(*hashing, return_exceptions=True)
     assert published.told == ("model.safetensors", 3, sha256_of(final))
+
+
+async def test_the_best_is_shown_beside_the_newest(published: Watched, store: CheckpointStore) -> None:
+    """Also of an earlier process, which hashed it and is gone."""
+    first = saved(store, 1)
+    published.publish(first)
+    published.publish_best(1, first.file.path)
+    assert published.best == published.newest
+    second = saved(store, 2)
+    published.publish(second)
+    assert published.best is not None and published.best.round == 1
+    restarted = Watched(store.directory)
+    restarted.publish(second)
+    restarted.publish_best(1, first.file.path)
+    assert restarted.best == published.best
+    restarted.publish_best(7, store.path(7))  # it is gone
+    assert restarted.newest is not None and restarted.newest.round == 2
+
+
+@pytest.mark.usefixtures("large")
+async def test_a_large_best_model_waits_for_no_end_of_newer_ones(
+    published: Watched, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "_REST", 0)
+    first = saved(store, 1)
+    published.publish_best(1, first.file.path)
+    number = 2
+    async with asyncio.timeout(30):
+        while published.best is None:
+            published.publish(saved(store, number))
+            number += 1
+            await asyncio.sleep(0)
+    assert published.best.sha256 == sha256_of(first.file.path)

@@ -72,9 +72,10 @@ def test_numbers_of_any_kind(count: Any) -> None:
         (0.93, 'must return named numbers, like {"accuracy": 0.93}, not 0.93'),
         (None, 'must return named numbers, like {"accuracy": 0.93}, not None'),
         ({"loss": 0.1, "accuracy": None}, "must return named numbers: accuracy must be a number, not None"),
-        ({"accuracy": 0.1, "num_examples": float("nan")}, "num_examples must be a whole number of at least 0"),
-        ({"accuracy": 0.1, "num_examples": 0.25}, "num_examples must be a whole number of at least 0"),
-        ({"accuracy": 0.1, "num_examples": -3}, "num_examples must be a whole number of at least 0"),
+        ({"num_examples": float("nan")}, "num_examples must be from 0 (nothing to measure on) to 2**53, not nan"),
+        ({"num_examples": float("inf")}, "num_examples must be from 0 (nothing to measure on) to 2**53, not inf"),
+        ({"num_examples": -1}, "num_examples must be from 0 (nothing to measure on) to 2**53, not -1.0"),
+        ({"num_examples": 2.0**54}, "num_examples must be from 0 (nothing to measure on) to 2**53, not 1.8"),
     ],
 )
 def test_an_evaluation_that_is_no_named_numbers(returned: Any, message: str) -> None:
@@ -89,8 +90,14 @@ def test_an_evaluation_of_tensors_and_of_what_is_not_finite() -> None:
     returned = {"accuracy": torch.tensor(0.5), "loss": float("inf"), "num_examples": np.int64(7)}
     measured = measure(lambda: returned, pb.Offer(base_round=3, base_digest="of it"))
     assert measured == pb.Evaluation(
-        model_round=3, model_digest="of it", num_examples=7, metrics={"accuracy": 0.5}
+        model_round=3, model_digest="of it", num_examples=7, metrics={"accuracy": 0.5, "loss": float("inf")}
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("weight", [0, 0.25, 2**53])
+def test_an_evaluations_weight_is_kept(weight: float) -> None:
+    measured = measure(lambda: {"accuracy": 0.5, "num_examples": weight}, pb.Offer())
+    assert (measured.num_examples, dict(measured.metrics)) == (weight, {"accuracy": 0.5})
 
 
 def test_twice() -> None:

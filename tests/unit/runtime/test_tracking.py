@@ -87,8 +87,9 @@ def test_a_missing_library_is_warned_of_once(
     for number in range(5):
         tracker.take(RoundRecord(number, 0.5, 2, 10))
     tracker.close(LONG)
-    assert tracker.note.startswith("TensorBoard is off: ")
-    assert tracker.note.endswith("(pip install 'isthmus[tensorboard]')")
+    (note,) = tracker.notes
+    assert note.startswith("TensorBoard is off: ")
+    assert note.endswith("(pip install 'isthmus[tensorboard]')")
     assert sum("TensorBoard is off" in record.message for record in caplog.records) == 1
 
 

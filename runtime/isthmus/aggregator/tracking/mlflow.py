@@ -16,6 +16,10 @@ _SETTINGS = {
 }
 
 
+# MLflow asks for this word before it writes plain files. Without a server it has no other store that needs no database.
+_OF_FILES = {"MLFLOW_ALLOW_FILE_STORE": "true"}
+
+
 class MLflowSink(Sink):
     """One run for each job, which a restarted aggregator finds by the job's uid."""
 
@@ -32,7 +36,8 @@ class MLflowSink(Sink):
         self._run = ""
 
     def open(self) -> None:
-        for name, value in _SETTINGS.items():
+        settings = _SETTINGS | (_OF_FILES if self._uri.startswith("file:") else {})
+        for name, value in settings.items():
             os.environ.setdefault(name, value)
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient

@@ -25,9 +25,9 @@ class Tracker:
         self._told: set[str] = set()  # of the newest round
 
     @property
-    def note(self) -> str:
-        """What is wrong with a sink at the moment, in one line."""
-        return next((worker.note for worker in self._workers if worker.note), "")
+    def notes(self) -> list[str]:
+        """What is wrong with a sink at the moment, in one line each."""
+        return [worker.note for worker in self._workers if worker.note]
 
     def take(self, record: RoundRecord) -> None:
         """Takes a round's record in; of one that has grown, what is new."""
