@@ -112,13 +112,13 @@ def test_what_all_clients_measured_replaces_what_some_did(goal: str, partial: fl
     """The clients that only evaluate come later than those that train."""
     target = {"metric": "value", "goal": goal, "target": str(partial)}
     progress = Progress(Objective.model_validate(target))
-    progress.take(1, {"value": 0.5})
-    progress.take(2, {"value": partial})
-    assert progress.reached
-    progress.take(2, {"value": whole})
-    assert not progress.reached
+    progress.take(1, {"value": 0.5}, 0.5)
+    progress.take(2, {"value": partial}, partial)
+    assert progress.reached == 2
+    progress.take(2, {"value": whole}, whole)
+    assert progress.reached is None
     assert (progress.best.round, progress.best.value) == (1, 0.5)
-    progress.take(2, {"value": partial})
+    progress.take(2, {"value": partial}, partial)
     assert (progress.best.round, progress.best.value) == (2, partial)
 
 
