@@ -134,8 +134,13 @@ def _helm() -> Path:
 
 
 def _commit_time() -> str:
-    done = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "1704067200"
+    """Return the last commit's time in Unix seconds, or a fixed one where git or its history is not there."""
+    command = ["git", "log", "-1", "--format=%ct"]
+    try:
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        said = ""
+    return said or "1704067200"
 
 
 def _digest(path: Path) -> str:

@@ -37,6 +37,12 @@ def test_what_is_no_version_is_refused(wrong: str) -> None:
         version.write(wrong)
 
 
+def test_a_release_needs_no_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert int(dist._commit_time()) >= 1704067200
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert dist._commit_time() == "1704067200"
+
+
 def test_wheels_hold_the_code_and_what_goes_with_it(tmp_path: Path) -> None:
     dist.wheels(tmp_path)
     names = {wheel.name: set(zipfile.ZipFile(wheel).namelist()) for wheel in tmp_path.iterdir()}

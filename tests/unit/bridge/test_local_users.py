@@ -330,9 +330,10 @@ def test_the_helper_never_runs_as_root(tmp_path: Path) -> None:
 # -- asking through sudo
 
 
-def test_whether_something_may_have_begun(site: Policy, tmp_path: Path) -> None:
-    as_user = AsUser(site)
-    assert set(as_user.ask(ALICE, "hello", deadline=time.time() + 60)) == {"user", "sbatch"}
+def test_whether_something_may_have_begun(root: Path, tmp_path: Path) -> None:
+    as_user = AsUser(policy(tmp_path, **settings(tmp_path), slurm={"bin_dir": str(root.parent / "bin")}))
+    answer = as_user.ask(ALICE, "hello", deadline=time.time() + 60)
+    assert (set(answer), answer["sbatch"]) == ({"user", "sbatch"}, str(tmp_path / "bin" / "sbatch"))
     (tmp_path / "no-rule").touch()
     with pytest.raises(AsUserError, match="a password is required") as caught:
         as_user.ask(ALICE, "hello")

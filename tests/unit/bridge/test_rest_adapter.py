@@ -388,7 +388,7 @@ def test_a_query_is_repeated_with_a_newer_token(daemon: Daemon) -> None:
     adapter = RestAdapter("isthmus-", daemon.endpoint, source)
     adapter.version()
     daemon.answers["/slurm/v0.0.41/jobs"] = lambda request: (
-        http({"jobs": []}) if b"new" in request else http(error(-1, "Unspecified error"), 500)
+        http({"jobs": []}) if b"e30.new.x" in request else http(error(-1, "Unspecified error"), 500)
     )
     with pytest.raises(SlurmError, match="Unspecified error"):
         adapter.jobs()
