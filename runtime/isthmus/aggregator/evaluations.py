@@ -83,7 +83,10 @@ class Evaluations:
 
     @property
     def missing(self) -> set[ClientId]:
-        """The clients that were asked, are still there and have not answered."""
+        """The clients that were asked, are still there and have not answered; none for the first model, which is not
+        measured."""
+        if self._course.model is None or not self._course.model.round:
+            return set()
         asked = {client.id for client in self._members.ready() if client.evaluates} & self._offers.offered
         return asked - self._means.clients() - self._refused
 
