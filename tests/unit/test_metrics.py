@@ -72,14 +72,13 @@ def test_the_bridges() -> None:
 def test_a_bridge_names_its_site_in_every_sample() -> None:
     metrics = Metrics()
     metrics.denials.labels("partition").inc()
-    server, thread = metrics.serve("127.0.0.1:0", "lumi")
+    server = metrics.serve("127.0.0.1:0", "lumi")
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/metrics") as answer:
             samples = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
     finally:
         server.shutdown()
         server.server_close()
-        thread.join()
     assert samples and all('site="lumi"' in sample for sample in samples)
     assert 'isthmus_bridge_denials_total{rule="partition",site="lumi"} 1.0' in samples
 
