@@ -38,7 +38,7 @@ def folder(key: str, make: Callable[[Path], None]) -> Path:
 
 
 def build(key: str, make: Callable[[Path], None]) -> Path:
-    """The same for a build that takes many minutes, which :func:`builds_directory` may keep apart from the rest."""
+    """Return a folder as :func:`folder` does, from a long build that is kept in :func:`builds_directory`."""
     return _folder(builds_directory(), key, make)
 
 

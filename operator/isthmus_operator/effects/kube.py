@@ -65,7 +65,7 @@ class KubeError(Exception):
 
     @property
     def answered(self) -> bool:
-        """Whether the API server answered this very request with a failure, be it its own or that of an admission
+        """True if the API server answered this very request with a failure, be it its own or that of an admission
         webhook (500), rather than not at all or with the wish to be asked later."""
         return self.code >= 400 and self.code not in (408, 429)
 

@@ -72,7 +72,7 @@ class ClientPods:
         return body
 
     def _own_certificate(self, index: int) -> dict[str, Any]:
-        """Of its pool's Secret a pod sees its own client's certificate only."""
+        """Mount only the pod's own client certificate from its pool's Secret."""
         crt, key = ids.client_files(index)
         files = {ids.CA_FILE: ids.CA_FILE, crt: ids.CERTIFICATE_FILE, key: ids.KEY_FILE}
         return {

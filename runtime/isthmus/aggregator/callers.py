@@ -1,4 +1,4 @@
-"""Who calls, by its certificate: one client, or an HPC pool, whose clients share a certificate."""
+"""Identifies callers by their certificates: one client, or an HPC pool, whose clients share a certificate."""
 
 import re
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 
 @dataclass(frozen=True)
 class Caller:
-    """What a certificate says."""
+    """Identity that a certificate gives its caller."""
 
     pool: str
     index: int | None

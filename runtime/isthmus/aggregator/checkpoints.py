@@ -22,7 +22,7 @@ _PATTERN = re.compile(r"round-(\d+)\.safetensors")
 
 
 VIEWS = "views"
-"""Of a checkpoint's notes, the one for :attr:`Checkpoint.views`."""
+"""Name of the checkpoint's note that holds :attr:`Checkpoint.views`."""
 
 
 class CheckpointError(Exception):
