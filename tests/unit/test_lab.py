@@ -79,6 +79,7 @@ def test_tools_are_installed_where_they_may_be(
 
 def test_builds_may_be_kept_apart_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("ISTHMUS_BUILDS", raising=False)
     assert cache.build("a", lambda target: (target / "x").touch()) == tmp_path / "cache" / "a"
     monkeypatch.setenv("ISTHMUS_BUILDS", str(tmp_path / "builds"))
     assert cache.build("a", lambda target: (target / "x").touch()) == tmp_path / "builds" / "a"
