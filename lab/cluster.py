@@ -212,9 +212,9 @@ class Lab:
         """End one of :meth:`daemons` as a crash would, for tests of what that does to others."""
         self._supervisor.kill(name)
 
-    def restart_daemon(self, name: str) -> None:
-        """Start a daemon that has ended, with the command line that it had."""
-        self._supervisor.again(name)
+    def restart_api_server(self) -> None:
+        """Start the API server that was killed and wait until it is ready; raise LabError where it never is."""
+        self._kubernetes.restart_api_server()
 
     def daemons(self) -> list[tuple[str, int | None, int]]:
         """Name, pid (None when it died) and resident MiB of everything that was started."""

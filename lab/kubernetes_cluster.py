@@ -85,6 +85,20 @@ class KubernetesCluster:
         account = "/api/v1/namespaces/default/serviceaccounts/default"
         self._wait("the service account", lambda: _exists(api, account), "kube-controller-manager")
 
+    def restart_api_server(self) -> None:
+        """Start the API server with the command line that it had, and wait until it is ready.
+
+        On a busy machine it may exit while it starts: some of its hooks must be done within 30 s. It is started again
+        then, as systemd or a static pod's kubelet would. Raise LabError where it is not ready after five minutes.
+        """
+        api = Api(self._paths.kubeconfig)
+
+        def ready() -> bool:
+            self._supervisor.again("kube-apiserver")
+            return api.ready()
+
+        self._wait("the API server", ready, "etcd")
+
     def stop(self) -> None:
         """End the daemons. Containers are ended with the lab's namespace and cgroup."""
         self._supervisor.stop(reversed(DAEMONS), grace=3)

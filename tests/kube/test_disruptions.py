@@ -104,7 +104,7 @@ def test_an_api_server_that_restarts_costs_nothing(running: Namespace, operator:
         eventually(lambda: 'code="none"' in operator.metrics(), "the operator notices")
         operator.process.send_signal(signal.SIGSTOP)
     finally:
-        lab.restart_daemon("kube-apiserver")
+        lab.restart_api_server()
     try:
         until_back()
         assert uids(running) == before
