@@ -147,7 +147,10 @@ def test_what_slurm_refuses_fails_in_slurms_words(site: Site) -> None:
     key = site.key()
     pool = ensure(operator, key, spec(partition="no-such-partition"))
     assert pb.Pool.Phase.Name(pool.phase) == "FAILED"
-    assert pool.message == "Slurm refused: Invalid partition name specified"
+    # sbatch's own line names the partition, Slurm's sentence comes last.
+    assert pool.message == (
+        "Slurm refused: invalid partition specified: no-such-partition; Invalid partition name specified"
+    )
     assert site.arrays(key) == set()
 
 
