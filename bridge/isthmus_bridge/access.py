@@ -16,6 +16,8 @@ from .slurm.model import Gres
 _MINUTE = 60
 # A pattern of addresses: 10.1.* is not meant for 10.1.example.org, which is somebody's name.
 _NUMERIC = re.compile(r"[0-9.*?!\[\]-]*[0-9][0-9.*?!\[\]-]*")
+# An IPv6 address, or a pattern of such: [2001:db8::*]:7443.
+_IN_BRACKETS = re.compile(r"\[[0-9A-Fa-f*?]*:[0-9A-Fa-f:.*?]*\]")
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,10 @@ def _endpoint(policy: Policy, spec: pb.PoolSpec, who: str) -> str | Denial:
 
 
 def _may_dial(endpoint: str, pattern: str) -> bool:
+    if _IN_BRACKETS.match(pattern):
+        # No class of characters, as brackets else are.
+        pattern = f"[[]{pattern[1:]}"
+        return fnmatchcase(endpoint, pattern)
     if not fnmatchcase(endpoint, pattern):
         return False
     host = pattern.rpartition(":")[0] or pattern

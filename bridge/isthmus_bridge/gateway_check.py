@@ -3,6 +3,8 @@
 import ssl
 from pathlib import Path
 
+from isthmus_contracts.addresses import split
+
 from .policy import GatewaySettings
 from .proxy import connect, proxy_for, shown
 
@@ -11,7 +13,7 @@ _SECONDS = 10.0
 
 def reach(gateway: GatewaySettings, tls_dir: Path) -> tuple[bool, str]:
     """A line, and whether it is well. Dials, and says nothing: a running bridge keeps its tunnel."""
-    host = gateway.address.rpartition(":")[0].strip("[]")
+    host = split(gateway.address)[0]
     where = f"gateway {gateway.address}"
     try:
         authority = gateway.authority_file(tls_dir)

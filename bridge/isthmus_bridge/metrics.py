@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from isthmus_contracts.addresses import split
 from isthmus_contracts.httpserver import serve_metrics
 
 from . import __version__
@@ -103,10 +104,9 @@ class Metrics:
 
     def serve(self, address: str, site: str) -> WSGIServer:
         """Serves /metrics at host:port until the server is shut down. Raises ``OSError``."""
-        host, _, port = address.rpartition(":")
         told = CollectorRegistry(auto_describe=False)
         told.register(_OfSite(self.registry, site))
-        return serve_metrics(make_wsgi_app(told), host.strip("[]"), int(port))
+        return serve_metrics(make_wsgi_app(told), *split(address))
 
 
 class _OfSite(Collector):

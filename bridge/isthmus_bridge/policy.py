@@ -162,7 +162,7 @@ class RelaySettings(_Part):
     """The same as they dial it, host:port."""
     destinations: Annotated[list[Line], Field(min_length=1)]
     """Patterns (``*``, ``?``) of the aggregators' host:port that it may dial. One of numbers (10.1.*:7443) matches
-    addresses, no names."""
+    addresses, no names; one of IPv6 addresses has brackets ([2001:db8::*]:7443)."""
     connections: Annotated[int, Field(ge=1, le=100_000)] = 4096
     """Open at the same time, over all pools, as far as the limit of open files goes: each takes two. Each pool may have
     two for each client, and a few."""

@@ -7,6 +7,8 @@ import socket
 import urllib.parse
 import urllib.request
 
+from isthmus_contracts.addresses import split
+
 from .policy import GatewaySettings
 from .policy_fields import PROXY
 
@@ -43,11 +45,10 @@ def shown(url: str) -> str:
 
 def connect(gateway: GatewaySettings, seconds: float) -> socket.socket:
     """A connection to the gateway, through the proxy if there is one. Raises ``OSError``."""
-    host, _, port = gateway.address.rpartition(":")
-    host = host.strip("[]")
+    host, port = split(gateway.address)
     url = proxy_for(gateway)
     if url is None:
-        return socket.create_connection((host, int(port)), seconds)
+        return socket.create_connection((host, port), seconds)
     parts = urllib.parse.urlsplit(url)
     assert parts.hostname is not None
     headers = {}
@@ -55,7 +56,8 @@ def connect(gateway: GatewaySettings, seconds: float) -> socket.socket:
         secret = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
         headers["Proxy-Authorization"] = f"Basic {base64.b64encode(secret.encode()).decode('ascii')}"
     tunnel = http.client.HTTPConnection(parts.hostname, parts.port, timeout=seconds)
-    tunnel.set_tunnel(host, int(port), headers)
+    # Python before 3.12 puts no brackets around an IPv6 address; later ones leave those that are there.
+    tunnel.set_tunnel(f"[{host}]" if ":" in host else host, port, headers)
     try:
         tunnel.connect()
     except (OSError, http.client.HTTPException) as error:

@@ -5,19 +5,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from .aggregator import Aggregator
 from .compression import TOP_K, Compression
 from .fields import (
     PATTERN_METRIC,
-    PATTERN_STORAGE_CLASS,
     Argument,
     Decimal,
     DnsLabel,
     EnvName,
-    HostPort,
     Image,
     ObjectName,
     PodTemplate,
-    Quantity,
     Resource,
     SlurmName,
     Text,
@@ -114,44 +112,6 @@ class Objective(Resource):
     """The job is complete as soon as a round's model is this good, whatever rounds are left, and delivers that model.
     More than half of the clients asked must measure as much, one voice each, whatever weight they claim. Default: all
     rounds."""
-
-
-class Checkpoint(Resource):
-    """Where the aggregator keeps its checkpoints and the final model."""
-
-    storage: Literal["PersistentVolumeClaim", "EmptyDir"] = "PersistentVolumeClaim"
-    """PersistentVolumeClaim survives the loss of the aggregator's pod; EmptyDir only a restart within the pod, and the
-    model goes with the pod."""
-    size: Quantity = "1Gi"
-    """Size of the volume: at least (keep + 6) times the model and the strategy's state (FedAvgM: one model more;
-    FedAdagrad, FedAdam and FedYogi: two); for the robust rules one model more for each update of a round."""
-    storage_class_name: Annotated[str, Field(pattern=PATTERN_STORAGE_CLASS, max_length=253)] | None = None
-    """Storage class of the claim; "" for a volume that the admin provides. Default: the cluster's default class."""
-    keep: Annotated[int, Field(ge=1, le=1000)] = 3
-    """How many of the newest checkpoints are kept; that of the best model always is."""
-
-
-class Expose(Resource):
-    """How HPC clients reach the aggregator."""
-
-    type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = "ClusterIP"
-    """Type of the aggregator's Service. ClusterIP suits sites whose nodes reach the cluster's network."""
-    address: HostPort | None = None
-    """A fixed host:port that HPC clients use instead of the Service's own address (a gateway, a tunnel)."""
-
-
-class Aggregator(Resource):
-    """The aggregator's pod."""
-
-    image: Image | None = None
-    """Image of the aggregator. Default: task.image."""
-    template: PodTemplate = {}
-    """Pod template overrides. The container is named aggregator."""
-    checkpoint: Checkpoint = Checkpoint()
-    expose: Expose = Expose()
-    disruption_budget: Literal["None", "Protect"] = "None"
-    """Protect: a PodDisruptionBudget keeps drains from evicting the aggregator. Without it, a drained aggregator starts
-    elsewhere and resumes from its checkpoint."""
 
 
 class CloudPool(Resource):

@@ -20,6 +20,8 @@ PATTERN_ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 # What a Slurm site names: partitions, accounts, QOS, resources. Starts with a letter or digit, so never an option.
 PATTERN_SLURM_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"
 PATTERN_METRIC = r"^[A-Za-z_][A-Za-z0-9_.-]*$"
+# Of an annotation, or of whatever else has a name with an optional domain before it.
+PATTERN_ANNOTATION = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
 PATTERN_QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
 PATTERN_HOST_PORT = r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):[0-9]{1,5}$"
 # A class in a Python module.
@@ -39,6 +41,7 @@ SlurmName = Annotated[str, Field(pattern=PATTERN_SLURM_NAME, max_length=64)]
 Quantity = Annotated[str, Field(pattern=PATTERN_QUANTITY, max_length=32)]
 ClassReference = Annotated[str, Field(pattern=PATTERN_CLASS, max_length=256)]
 HostPort = Annotated[str, Field(pattern=PATTERN_HOST_PORT, max_length=260)]
+Cidr = Annotated[str, Field(max_length=49, pattern=r"^[0-9A-Fa-f:.]+/[0-9]{1,3}$")]
 Image = Annotated[str, Field(pattern=PATTERN_IMAGE, max_length=512)]
 Argument = Annotated[str, Field(max_length=4096)]
 Text = Annotated[str, Field(max_length=4096)]

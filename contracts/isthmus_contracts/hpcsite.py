@@ -5,14 +5,11 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from .federatedjob_status import Condition
-from .fields import HostPort, Namespace, ObjectName, Resource, Text, list_map
+from .fields import Cidr, HostPort, Namespace, ObjectName, Resource, Text, list_map
 from .identities import bridge_server_name
 
 HostName = Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")]
 NamespacePattern = Annotated[str, Field(max_length=63, pattern=r"^(\*|[a-z0-9]([-a-z0-9]*[a-z0-9])?)$")]
-
-
-Cidr = Annotated[str, Field(max_length=49, pattern=r"^[0-9A-Fa-f:.]+/[0-9]{1,3}$")]
 
 
 class SecretRef(Resource):
@@ -48,7 +45,8 @@ class HpcSiteSpec(Resource):
     """Namespaces whose FederatedJobs may use the site; "*" allows all."""
 
     client_cidrs: Annotated[list[Cidr], Field(min_length=1, max_length=64, alias="clientCIDRs")] = ["0.0.0.0/0", "::/0"]
-    """From where the site's clients reach aggregators, for their NetworkPolicies. Default: from anywhere."""
+    """From where the site's clients reach aggregators, for their NetworkPolicies. Default: from anywhere. Behind a
+    NodePort or a load balancer that rewrites addresses they match only with expose.externalTrafficPolicy: Local."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:

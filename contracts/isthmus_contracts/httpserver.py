@@ -8,6 +8,8 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+from .addresses import unbound
+
 CONNECTIONS = 16
 """Connections at a time. One more ends the oldest: an honest request takes milliseconds."""
 IDLE_SECONDS = 15.0
@@ -27,6 +29,15 @@ class BoundedThreads(ThreadingMixIn):
         self._lock = threading.Lock()
         self._connections: dict[int, socket.socket] = {}  # the oldest first
         self._running = 0
+
+    def server_bind(self) -> None:
+        """Bind in the host's own family, and in both where it is ``::``."""
+        server: Any = self
+        host, port = server.server_address[:2]
+        server.socket.close()
+        server.socket, host = unbound(host)
+        server.server_address = (host, port)
+        super().server_bind()  # type: ignore[misc]
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, in place of the oldest one where there are too many."""
@@ -61,10 +72,6 @@ class _MetricsServer(BoundedThreads, WSGIServer):
     pass
 
 
-class _MetricsServerIPv6(_MetricsServer):
-    address_family = socket.AF_INET6
-
-
 class _Quiet(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -72,8 +79,6 @@ class _Quiet(WSGIRequestHandler):
 
 def serve_metrics(application: Callable[..., Iterable[bytes]], host: str, port: int) -> WSGIServer:
     """Serve a WSGI application in a thread until ``shutdown()``; port 0 picks one. Raises ``OSError``."""
-    family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-    kind = _MetricsServerIPv6 if family == socket.AF_INET6 else _MetricsServer
-    server = make_server(host, port, application, kind, handler_class=_Quiet)
+    server = make_server(host, port, application, _MetricsServer, handler_class=_Quiet)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server

@@ -12,6 +12,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import kopf
 
+from isthmus_contracts.addresses import split
 from isthmus_contracts.loglimit import limit_root
 
 from . import __version__
@@ -120,8 +121,11 @@ def _env(name: str, default: object) -> str:
 
 
 def _address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    try:
+        port = split(text)[1]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not port:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
     return text
 

@@ -51,7 +51,22 @@ def review_job(
     if verdict.message:
         refusal = verdict.message.replace(" are ignored:", " are refused:").replace(f"is {IGNORED}:", "is refused:")
         return Answer(False, refusal)
-    return Answer(True)
+    return Answer(True, warnings=_masked(verdict.spec, sites))
+
+
+def _masked(spec: FederatedJobSpec, sites: Mapping[str, HpcSiteSpec]) -> tuple[str, ...]:
+    """Return a warning where a Service hides from where clients come, and a site's clientCIDRs narrow that."""
+    expose = spec.aggregator.expose
+    if expose.type == "ClusterIP" or expose.external_traffic_policy == "Local":
+        return ()
+    named = dict.fromkeys(pool.hpc.site_ref.name for pool in spec.pools if pool.hpc is not None)
+    narrow = [name for name in named if name in sites and not any(c.endswith("/0") for c in sites[name].client_cidrs)]
+    if not narrow:
+        return ()
+    return (
+        "spec.aggregator.expose.externalTrafficPolicy: is Cluster, so that clients may come from a node's address,"
+        f" which the clientCIDRs of HPCSite {', '.join(narrow)} do not match; set Local where they cannot connect",
+    )
 
 
 def review_site(new: Mapping[str, Any], old: Mapping[str, Any] | None) -> Answer:

@@ -10,6 +10,7 @@ import prometheus_client
 
 from isthmus_contracts import identities as ids
 from isthmus_contracts import tasks
+from isthmus_contracts.addresses import split
 from isthmus_contracts.httpserver import serve_metrics
 
 from .clock import Clock
@@ -106,7 +107,7 @@ class App:
         coroutines = [self.queue.run(), self.site_queue.run(), self.health.run(), self.resync.run(kube)]
         if settings.webhook:
             webhook = Webhook(jobs.accepted, self.sites, settings.allow_in_templates, settings.namespaces)
-            coroutines.append(webhook.serve(*_address(settings.webhook), Path(settings.webhook_tls)))
+            coroutines.append(webhook.serve(*split(settings.webhook), Path(settings.webhook_tls)))
         if self.gateway is not None:
             coroutines.append(self.gateway.serve(settings.gateway, Path(settings.gateway_tls), lines.prove))
         for coroutine in coroutines:
@@ -170,7 +171,7 @@ class App:
             self.health.broken = True
 
     def _serve(self) -> None:
-        host, port = _address(self.settings.metrics)
+        host, port = split(self.settings.metrics)
         kept = self._kept
         REGISTRY.register(
             JobsCollector(
@@ -180,7 +181,7 @@ class App:
             )
         )
         serve_metrics(prometheus_client.make_wsgi_app(REGISTRY), host, port)
-        serve(self.health, *_address(self.settings.health))
+        serve(self.health, *split(self.settings.health))
 
     def _statuses(self) -> list[tuple[str, str, Mapping[str, Any]]]:
         return [(job.namespace, job.name, job.status) for job in self.jobs.all()]
@@ -229,8 +230,3 @@ def _uses(job: Job, site: str) -> bool:
         if isinstance(pool, Mapping) and ((pool.get("hpc") or {}).get("siteRef") or {}).get("name") == site:
             return True
     return False
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    return host.strip("[]"), int(port)

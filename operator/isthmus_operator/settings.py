@@ -10,8 +10,8 @@ class Settings:
     namespaces: tuple[str, ...] = ()  # empty: all
     cluster: str = ""  # empty: the uid of kube-system
     sites: bool = True
-    metrics: str = "0.0.0.0:8080"
-    health: str = "0.0.0.0:8081"
+    metrics: str = "[::]:8080"
+    health: str = "[::]:8081"
     workers: int = 16
     api_concurrency: int = 16
     request_timeout: float = 30.0

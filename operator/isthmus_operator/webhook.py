@@ -11,6 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
+from isthmus_contracts.addresses import bound, joined
 from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.identities import CERTIFICATE_FILE, KEY_FILE
 
@@ -50,8 +51,8 @@ class Webhook:
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, host, port, ssl_context=context).start()
-            log.info("admission webhook at %s:%d", host, port)
+            await web.SockSite(self._runner, bound(host, port), ssl_context=context).start()
+            log.info("admission webhook at %s", joined(host, port))
             while True:
                 await asyncio.sleep(_RELOAD_SECONDS)
                 try:

@@ -65,7 +65,14 @@ MATRIX: dict[str, Manifest] = {
         "gateway": {
             "enabled": True,
             "hosts": ["gateway.example", "192.0.2.7"],
-            "service": {"loadBalancerSourceRanges": ["198.51.100.0/24"], "annotations": {"e": "f"}},
+            "service": {
+                "loadBalancerSourceRanges": ["198.51.100.0/24"],
+                "annotations": {"e": "f"},
+                "loadBalancerClass": "cloud.example/internal",
+                "externalTrafficPolicy": "Local",
+                "ipFamilyPolicy": "PreferDualStack",
+                "ipFamilies": ["IPv6", "IPv4"],
+            },
         },
         "serviceAccount": {"annotations": {"example.com/role": "isthmus"}},
         "podAnnotations": {"example.com/scrape": "true"},
@@ -74,7 +81,11 @@ MATRIX: dict[str, Manifest] = {
         "tolerations": [{"key": "control", "operator": "Exists", "effect": "NoSchedule"}],
         "affinity": {"nodeAffinity": {}},
         "priorityClassName": "system-cluster-critical",
-        "metrics": {"port": 9102, "service": {"annotations": {"a": "b"}, "labels": {"c": "d"}}},
+        "metrics": {
+            "port": 9102,
+            "service": {"annotations": {"a": "b"}, "labels": {"c": "d"}, "ipFamilyPolicy": "PreferDualStack"},
+        },
+        "webhook": {"service": {"ipFamilies": ["IPv6"]}},
         "health": {"port": 9103},
         "monitoring": {
             "enabled": True,

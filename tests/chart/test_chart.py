@@ -223,7 +223,7 @@ def test_flags_are_documented_and_follow_the_values(helm: Any) -> None:
     (container,) = operator_pod(helm.template(MATRIX["everything"]))["spec"]["containers"]
     arguments = container["args"]
     assert arguments[0] == "--all-namespaces"
-    for flag in ("--cluster=prod-1", "--workers=4", "--resync=1.5", "--metrics=0.0.0.0:9102", "--health=0.0.0.0:9103"):
+    for flag in ("--cluster=prod-1", "--workers=4", "--resync=1.5", "--metrics=[::]:9102", "--health=[::]:9103"):
         assert flag in arguments
     documented = set(re.findall(r"^\| `(--[a-z-]+)", (ROOT / "docs" / "operator.md").read_text(), re.MULTILINE))
     assert {argument.partition("=")[0] for argument in arguments} <= documented

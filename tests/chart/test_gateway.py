@@ -42,7 +42,7 @@ def test_its_certificate_is_for_the_hosts_that_sites_dial(helm: Any) -> None:
     assert base64.b64decode(kept["tls.crt"]) == pem["ca.crt"]
     mounted = [volume["secret"]["secretName"] for volume in pod(documents)["volumes"] if "secret" in volume]
     assert NAME in mounted and f"{NAME}-ca" not in mounted, "the authority's key stays out of the pod"
-    assert "--gateway=0.0.0.0:7446" in pod(documents)["containers"][0]["args"]
+    assert "--gateway=[::]:7446" in pod(documents)["containers"][0]["args"]
 
 
 def test_by_cert_manager_and_from_a_secret_of_ones_own(helm: Any) -> None:

@@ -12,6 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
+
+from isthmus_contracts.addresses import bound, joined, split
 
 from ..metrics import Metrics
 from ..policy import RelaySettings
@@ -105,10 +108,10 @@ class Relay:
         self._loop.close()
 
     async def _listen(self) -> None:
-        host, _, port = self._settings.listen.rpartition(":")
-        self._server = await asyncio.start_server(
-            self._accept, host.strip("[]"), int(port), limit=_BUFFER, backlog=BACKLOG
-        )
+        host, port = split(self._settings.listen)
+        # asyncio takes `::` for IPv6 alone.
+        where: dict[str, Any] = {"sock": bound(host, port)} if host == "::" else {"host": host, "port": port}
+        self._server = await asyncio.start_server(self._accept, **where, limit=_BUFFER, backlog=BACKLOG)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _close(self) -> None:
@@ -184,7 +187,7 @@ class Relay:
                 far_reader, far_writer = await asyncio.open_connection(route.host, route.port, limit=_BUFFER)
         except (OSError, TimeoutError) as error:
             raise RefusedError(
-                "unreachable", f"cannot reach {route.host}:{route.port}: {error or 'time-out'}"
+                "unreachable", f"cannot reach {joined(route.host, route.port)}: {error or 'time-out'}"
             ) from None
         try:
             for end in (writer, far_writer):
@@ -246,8 +249,8 @@ def routes(listed: Iterable[tuple[str, str, int]]) -> dict[str, Route]:
     """
     found: dict[str, Route] = {}
     for name, endpoint, replicas in listed:
-        host, _, port = endpoint.rpartition(":")
-        host, number, key = host.strip("[]"), int(port), name.lower()
+        host, number = split(endpoint)
+        key = name.lower()
         old = found.get(key)
         if old is None:
             found[key] = Route(host, number, connections_of(replicas))

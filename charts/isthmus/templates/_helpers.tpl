@@ -140,6 +140,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{/* Of a Service. An empty line where nothing is set. */}}
+{{- define "isthmus.families" -}}
+{{- with .ipFamilyPolicy -}}
+ipFamilyPolicy: {{ . }}
+{{- end }}
+{{- with .ipFamilies }}
+ipFamilies:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
 {{- define "isthmus.subjects" -}}
 - kind: ServiceAccount
   name: {{ include "isthmus.serviceAccount" . }}

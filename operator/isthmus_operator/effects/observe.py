@@ -4,6 +4,8 @@ import asyncio
 import datetime as dt
 import math
 import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from isthmus_contracts import identities as ids
 from isthmus_contracts.federatedjob import FederatedJobSpec
@@ -13,7 +15,7 @@ from .. import names
 from ..draft import Limits
 from ..jobstore import SiteStore
 from ..memory import Dependents, JobMemory
-from ..observed import FederationView, Job, Observed, PodView, PoolView
+from ..observed import FederationView, Job, Observed, PodView, PoolView, ServiceView
 from ..plan import load_record
 from ..podstore import PodStore
 from ..record import HpcRecord
@@ -75,7 +77,7 @@ class Observer:
             certificates=base.certificates,
             delivered=dict(memory.delivered),
             service=base.service,
-            node_address=await self._node_address(base.accepted, memory, aggregator),
+            node_address=await self._node_address(base.accepted, base.service, memory, aggregator),
             sites=dict(self._sites.specs),
             pools=pools,
             problems=dict(memory.problems),
@@ -137,7 +139,9 @@ class Observer:
         answer = await self._aggregators.ask(job.uid, pod.ip, base.observer)
         return (None, answer) if isinstance(answer, str) else (answer, "")
 
-    async def _node_address(self, spec: FederatedJobSpec | None, memory: JobMemory, pod: PodView | None) -> str:
+    async def _node_address(
+        self, spec: FederatedJobSpec | None, service: ServiceView | None, memory: JobMemory, pod: PodView | None
+    ) -> str:
         """The address of the aggregator's node: what a NodePort needs."""
         if pod is None or not pod.node or spec is None or spec.aggregator.expose.type != "NodePort":
             return ""
@@ -148,12 +152,22 @@ class Observer:
                 # Not allowed to read nodes: the pod tells the internal address.
                 node = None
             addresses = ((node or {}).get("status") or {}).get("addresses") or ()
-            found = {item.get("type"): str(item.get("address")) for item in addresses}
-            address = found.get("ExternalIP") or found.get("InternalIP") or pod.host_ip
+            address = node_address(addresses, service.cluster_ip if service is not None else "") or pod.host_ip
             if not address:
                 return ""
             memory.node_addresses[pod.node] = address
         return memory.node_addresses[pod.node]
+
+
+def node_address(addresses: Iterable[Mapping[str, Any]], cluster_ip: str) -> str:
+    """Return the node's address for others: external before internal. Nodes of two families have one of each: it is
+    the one of the Service's first family, which its NodePort is opened in."""
+    known = [(str(item.get("type")), str(item["address"])) for item in addresses if item.get("address")]
+    own = [item for item in known if (":" in item[1]) == (":" in cluster_ip)]
+    for found in (dict(reversed(own)), dict(reversed(known))):
+        if address := found.get("ExternalIP") or found.get("InternalIP"):
+            return address
+    return ""
 
 
 def _incomplete(known: Dependents) -> bool:

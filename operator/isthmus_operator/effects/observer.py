@@ -8,6 +8,7 @@ import grpc
 from grpc import aio
 
 from isthmus_contracts import identities as ids
+from isthmus_contracts.addresses import joined
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import ObserverStub
 from isthmus_contracts.pki import Credentials
@@ -41,7 +42,7 @@ class Aggregators:
 
     async def ask(self, job_uid: str, ip: str, credentials: Credentials) -> FederationView | str:
         """The aggregator's status, or why there is none. It is asked at its pod's address: no Service, no DNS."""
-        address = f"[{ip}]:{ids.AGGREGATOR_PORT}" if ":" in ip else f"{ip}:{ids.AGGREGATOR_PORT}"
+        address = joined(ip, ids.AGGREGATOR_PORT)
         line = self._lines.get(job_uid)
         if line is None or line.address != address or line.credentials != credentials:
             await self.forget(job_uid)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from isthmus_contracts import identities as ids
+from isthmus_contracts.addresses import ANYWHERE
 from isthmus_contracts.federatedjob import FederatedJobSpec
 
 from .. import names
@@ -14,6 +15,8 @@ from .pod import TLS_DIR, base_spec, finish, lay_code, metadata, owned
 CONTAINER = "aggregator"
 JOB_DIR = "/etc/isthmus/job"
 STATE_DIR = "/var/lib/isthmus"
+# By the conventions of service meshes: a name that began with grpc would promise HTTP/2 without TLS.
+PORT = "tls-grpc"
 
 
 def job_file(job: Job, spec: FederatedJobSpec) -> dict[str, Any]:
@@ -30,14 +33,25 @@ def job_file(job: Job, spec: FederatedJobSpec) -> dict[str, Any]:
 
 def service(job: Job, spec: FederatedJobSpec) -> dict[str, Any]:
     """The Service at which clients find the aggregator."""
-    body = {
-        "type": spec.aggregator.expose.type,
+    expose = spec.aggregator.expose
+    port = {"name": PORT, "port": ids.AGGREGATOR_PORT, "targetPort": ids.AGGREGATOR_PORT, "protocol": "TCP"}
+    body: dict[str, Any] = {
+        "type": expose.type,
         "selector": {ids.LABEL_JOB_UID: job.uid, ids.LABEL_ROLE: names.ROLE_AGGREGATOR},
-        "ports": [
-            {"name": "grpc", "port": ids.AGGREGATOR_PORT, "targetPort": ids.AGGREGATOR_PORT, "protocol": "TCP"},
-        ],
+        "ports": [{**port, "appProtocol": "tls"}],
     }
-    return owned(job, "Service", names.aggregator(job.name), {"spec": body})
+    optional = {
+        "externalTrafficPolicy": expose.external_traffic_policy,
+        "loadBalancerClass": expose.load_balancer_class,
+        "loadBalancerSourceRanges": expose.load_balancer_source_ranges,
+        "ipFamilyPolicy": expose.ip_family_policy,
+        "ipFamilies": expose.ip_families,
+    }
+    body |= {key: value for key, value in optional.items() if value}
+    made = owned(job, "Service", names.aggregator(job.name), {"spec": body})
+    if expose.annotations:
+        made["metadata"]["annotations"] = dict(expose.annotations)
+    return made
 
 
 def claim(job: Job, spec: FederatedJobSpec) -> dict[str, Any]:
@@ -64,11 +78,11 @@ def pod(job: Job, spec: FederatedJobSpec, authority: str, code: Sequence[str] = 
             "--job", f"{JOB_DIR}/{names.JOB_FILE}",
             "--tls", TLS_DIR,
             "--state", STATE_DIR,
-            "--listen", f"0.0.0.0:{ids.AGGREGATOR_PORT}",
-            "--metrics", f"0.0.0.0:{ids.METRICS_PORT}",
+            "--listen", f"{ANYWHERE}:{ids.AGGREGATOR_PORT}",
+            "--metrics", f"{ANYWHERE}:{ids.METRICS_PORT}",
         ],
         "ports": [
-            {"name": "grpc", "containerPort": ids.AGGREGATOR_PORT, "protocol": "TCP"},
+            {"name": PORT, "containerPort": ids.AGGREGATOR_PORT, "protocol": "TCP"},
             {"name": "metrics", "containerPort": ids.METRICS_PORT, "protocol": "TCP"},
         ],
         "readinessProbe": {"tcpSocket": {"port": ids.AGGREGATOR_PORT}, "periodSeconds": 2, "failureThreshold": 3},

@@ -1,6 +1,7 @@
 """What a site's bridge is asked for."""
 
 from isthmus_contracts import identities as ids
+from isthmus_contracts.addresses import joined
 from isthmus_contracts.federatedjob import FederatedJobSpec, Pool
 from isthmus_contracts.pb import bridge_pb2
 
@@ -80,4 +81,4 @@ def pool_spec(
 def _host_port(host: str, port: int) -> str:
     if not host or not port:
         return ""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return joined(host, port)

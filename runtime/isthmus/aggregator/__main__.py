@@ -20,6 +20,7 @@ from grpc import aio
 from prometheus_client import make_wsgi_app
 
 from isthmus_contracts import openfiles
+from isthmus_contracts.addresses import split
 from isthmus_contracts.httpserver import serve_metrics
 from isthmus_contracts.loglimit import limit_root
 from isthmus_contracts.manifest import ManifestError
@@ -123,11 +124,9 @@ async def serve(arguments: argparse.Namespace) -> int:
     server = aio.server(options=options)
     server.add_generic_rpc_handlers((FederationService(federation).handler(), observer.handler()))
     port = _bound(arguments.listen, lambda: server.add_secure_port(arguments.listen, credentials))
-    host, _, metrics_port = arguments.metrics.rpartition(":")
+    host, metrics_port = split(arguments.metrics)
     application = make_wsgi_app(metrics.registry)
-    metrics_server = _bound(
-        arguments.metrics, lambda: serve_metrics(application, host.strip("[]"), int(metrics_port))
-    )  # fmt: skip
+    metrics_server = _bound(arguments.metrics, lambda: serve_metrics(application, host, metrics_port))
     await server.start()
     if arguments.ports_file:
         _write_atomically(

@@ -32,4 +32,6 @@ def test_a_pattern_that_matches_nothing_is_in_the_status(federation: Callable[..
     client = job.start("client-0", [SCRIPT], job.client_environment(0, PATTERNS="adapter.*"))
     assert client.wait() == 1
     failure = eventually("the failure is known", lambda: job.status().pools[0].failures)[0]
-    assert failure.message.startswith("ScriptError: parameters: 'adapter.*' matches none of the model's tensors: 0.lora")
+    assert failure.message.startswith(
+        "ScriptError: parameters: 'adapter.*' matches none of the model's tensors: 0.lora"
+    )

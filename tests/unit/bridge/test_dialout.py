@@ -17,7 +17,7 @@ from isthmus_bridge.dialout import DialOut, pause
 from isthmus_bridge.gateway_check import reach
 from isthmus_bridge.metrics import Metrics
 from isthmus_bridge.policy import GATEWAY_CA_FILE, GatewaySettings, PolicyError
-from isthmus_bridge.proxy import proxy_for
+from isthmus_bridge.proxy import connect, proxy_for
 from isthmus_contracts.pb import gateway_pb2 as pb
 from isthmus_contracts.pb import gateway_pb2_grpc as rpc
 from isthmus_contracts.pki import Authority
@@ -229,6 +229,14 @@ def test_it_dials_through_an_http_proxy(
     finally:
         one.stop()
     assert set(proxy.asked) == {("gateway.invalid:7446", 200)}
+
+
+def test_a_proxy_is_asked_for_an_ipv6_address_in_brackets(gateway: FakeGateway, proxy: ConnectProxy) -> None:
+    there = "[2001:db8::7]:7446"
+    proxy.hosts[there] = ("127.0.0.1", gateway.port)
+    url = f"http://site:s3cr%3At@localhost:{proxy.port}"
+    connect(GatewaySettings(address=there, proxy=url), 60).close()
+    assert proxy.asked == [(there, 200)]
 
 
 def test_what_is_wrong_with_a_proxy_is_told_without_its_password(

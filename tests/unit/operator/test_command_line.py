@@ -9,7 +9,7 @@ def test_flags() -> None:
     settings = parse(["-n", "a", "--namespace=b", "--cluster=c1", "--resync", "1.5", "--workers=2"])
     assert settings.namespaces == ("a", "b")
     assert (settings.cluster, settings.resync, settings.workers) == ("c1", 1.5, 2)
-    assert (settings.metrics, settings.health) == ("0.0.0.0:8080", "0.0.0.0:8081")
+    assert (settings.metrics, settings.health) == ("[::]:8080", "[::]:8081")
     assert parse(["-A"]).namespaces == ()
 
 
@@ -27,7 +27,7 @@ def test_the_environment_stands_in_for_flags(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     "arguments",
     [[], ["-A", "-n", "a"], ["-n", "Not-A-Name"], ["-A", "--resync=0"], ["-A", "--workers=none"],
-     ["-A", "--metrics=8080"], ["-A", "--log-level=loud"], ["-A", "--health=:99999"]],
+     ["-A", "--metrics=8080"], ["-A", "--log-level=loud"], ["-A", "--health=:99999"], ["-A", "--metrics=fd00::1:80"]],
 )  # fmt: skip
 def test_nonsense_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:

@@ -13,6 +13,7 @@ from isthmus_operator import actions as act
 from isthmus_operator.clock import Clock
 from isthmus_operator.draft import Limits
 from isthmus_operator.effects.bridge import Bridges, pool_view
+from isthmus_operator.effects.observe import node_address
 from isthmus_operator.observed import (
     FederationView,
     Observed,
@@ -84,6 +85,25 @@ def test_where_hpc_clients_dial(expose: dict[str, Any], endpoint: str) -> None:
     observed = around(wanted=wanted, service=service, node_address="192.0.2.7")
     (ensure,) = of_kind(plan(job(wanted), observed, NOW, LIMITS), act.EnsurePool)
     assert ensure.spec.federation.endpoint == endpoint
+
+
+@pytest.mark.parametrize(
+    ("cluster_ip", "address"),
+    [("10.96.0.7", "192.0.2.7"), ("fd00::7", "2001:db8::7"), ("", "192.0.2.7")],
+)
+def test_a_node_of_two_families_is_dialled_in_the_services_own(cluster_ip: str, address: str) -> None:
+    both = [
+        {"type": "Hostname", "address": "node-1"},
+        {"type": "InternalIP", "address": "10.0.0.7"},
+        {"type": "InternalIP", "address": "fd01::7"},
+        {"type": "ExternalIP", "address": "192.0.2.7"},
+        {"type": "ExternalIP", "address": "2001:db8::7"},
+    ]
+    assert node_address(both, cluster_ip) == address
+    assert node_address(both[:3], cluster_ip) == ("fd01::7" if ":" in cluster_ip else "10.0.0.7")
+    # One that has no address of that family is still a node.
+    assert node_address(both[3:4], "fd00::7") == "192.0.2.7"
+    assert node_address(both[:1], cluster_ip) == ""
 
 
 @pytest.mark.parametrize(("access", "via_bridge"), [("Direct", False), ("ViaBridge", True)])

@@ -9,6 +9,7 @@ import pytest
 
 from isthmus_contracts.manifest import parse_site_spec
 from isthmus_operator import actions as act
+from isthmus_operator.admission import review_job
 from isthmus_operator.draft import Limits
 from isthmus_operator.effects import dependents
 from isthmus_operator.observed import Observed, Refusal
@@ -23,6 +24,26 @@ def made(wanted: dict[str, Any], sites: dict[str, Any] | None = None, **limits: 
     observed = Observed(sites={"site": site()} if sites is None else sites)
     decided = plan(job(wanted), observed, NOW, Limits(network_policies=True, **limits))
     return {f"{item.kind}/{item.name}": dict(item.body) for item in of_kind(decided, act.Apply)}
+
+
+@pytest.mark.parametrize(
+    ("expose", "cidrs", "warns"),
+    [
+        ({"type": "NodePort"}, ["192.0.2.0/24"], True),
+        ({"type": "LoadBalancer", "externalTrafficPolicy": "Cluster"}, ["192.0.2.0/24"], True),
+        ({"type": "NodePort", "externalTrafficPolicy": "Local"}, ["192.0.2.0/24"], False),
+        ({"type": "ClusterIP"}, ["192.0.2.0/24"], False),
+        ({"type": "NodePort"}, ["0.0.0.0/0", "::/0"], False),
+    ],
+)
+def test_a_narrowed_site_behind_a_service_that_masks_addresses_is_warned_of(
+    expose: dict[str, str], cidrs: list[str], warns: bool
+) -> None:
+    wanted = {"metadata": {"name": "demo", "namespace": "team"}, "spec": spec(hpc=1, aggregator={"expose": expose})}
+    answer = review_job(wanted, None, None, {"site": parse_site_spec({**SITE, "clientCIDRs": cidrs})}, frozenset())
+    assert answer.allowed
+    assert bool(answer.warnings) is warns
+    assert all("the clientCIDRs of HPCSite site do not match; set Local" in item for item in answer.warnings)
 
 
 def test_clients_are_reached_by_nobody() -> None:

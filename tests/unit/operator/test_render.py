@@ -1,11 +1,13 @@
 """What is asked of Kubernetes: objects, templates, Pod Security."""
 
+import itertools
 import json
 from typing import Any
 
+import kubernetes_validate
 import pytest
 
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.manifest import ManifestError, parse_spec
 from isthmus_operator.render import aggregator
 from isthmus_operator.render.client import ClientPods
 from isthmus_operator.render.merge import TemplateError, merge_template
@@ -119,6 +121,52 @@ def test_the_job_file_holds_the_whole_accepted_spec() -> None:
     assert (content["name"], content["namespace"], content["uid"]) == ("demo", "team", UID)
     assert content["spec"]["stragglers"]["roundDeadlineSeconds"] == 3600
     assert parse_spec(content["spec"]) == parse_spec(wanted)
+
+
+def test_the_service_names_its_port_as_meshes_read_it() -> None:
+    wanted = spec()
+    made = aggregator.service(job(wanted), parse_spec(wanted))
+    (port,) = made["spec"]["ports"]
+    # Istio goes by appProtocol, and else by the name up to the first dash: grpc would be HTTP/2 in the clear.
+    assert (port["name"].partition("-")[0], port["appProtocol"], port["port"]) == ("tls", "tls", 7443)
+    assert made["spec"].keys() == {"type", "selector", "ports"} and "annotations" not in made["metadata"]
+    (container,) = aggregator_pod()["spec"]["containers"]
+    assert {item["name"] for item in container["ports"]} == {"tls-grpc", "metrics"}
+    listens = [value for flag, value in itertools.pairwise(container["command"]) if flag in ("--listen", "--metrics")]
+    assert listens == ["[::]:7443", "[::]:9090"]
+
+
+def test_the_service_is_exposed_as_the_manifest_says() -> None:
+    expose = {
+        "type": "LoadBalancer",
+        "annotations": {"service.beta.kubernetes.io/azure-load-balancer-internal": "true"},
+        "externalTrafficPolicy": "Local",
+        "loadBalancerClass": "service.k8s.aws/nlb",
+        "loadBalancerSourceRanges": ["192.0.2.0/24"],
+        "ipFamilyPolicy": "PreferDualStack",
+        "ipFamilies": ["IPv6", "IPv4"],
+    }
+    wanted = spec(aggregator={"expose": expose})
+    made = aggregator.service(job(wanted), parse_spec(wanted))
+    kubernetes_validate.validate(made, "1.30", strict=True)
+    assert made["metadata"]["annotations"] == expose.pop("annotations")
+    assert {key: made["spec"][key] for key in expose} == expose
+
+
+@pytest.mark.parametrize(
+    ("expose", "says"),
+    [
+        ({"externalTrafficPolicy": "Local"}, "externalTrafficPolicy: goes with type NodePort or LoadBalancer"),
+        ({"type": "NodePort", "loadBalancerClass": "a.example/b"}, "loadBalancerClass: goes with type LoadBalancer"),
+        ({"type": "NodePort", "loadBalancerSourceRanges": ["::/0"]}, "loadBalancerSourceRanges: goes with type"),
+        ({"ipFamilies": ["IPv4", "IPv6"]}, "two of them go with ipFamilyPolicy"),
+        ({"ipFamilies": ["IPv4", "IPv4"], "ipFamilyPolicy": "PreferDualStack"}, "names a family twice"),
+        ({"annotations": {"no name": "x"}}, "'no name' is no name of an annotation"),
+    ],
+)
+def test_what_a_service_cannot_be_is_refused(expose: dict[str, Any], says: str) -> None:
+    with pytest.raises(ManifestError, match=f"spec.aggregator.expose.*{says}"):
+        parse_spec(spec(aggregator={"expose": expose}))
 
 
 def test_the_claim() -> None:
