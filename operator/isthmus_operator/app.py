@@ -24,7 +24,7 @@ from .effects.observer import Aggregators
 from .gateway import Gateway
 from .health import Health, serve
 from .jobstore import JobStore, Key, SiteStore
-from .metrics import REGISTRY, RESYNC_AGE, JobsCollector
+from .metrics import QUEUE_AGE, QUEUE_DEPTH, REGISTRY, RESYNC_AGE, WORKERS_BUSY, JobsCollector
 from .observed import Job
 from .podstore import PodStore
 from .reconcile import JobReconciler
@@ -93,7 +93,10 @@ class App:
             self.jobs, self.pods, observer, effects, aggregators, TaskLogs(kube, bridges, cluster), limits, self.clock
         )
         sites = SiteReconciler(kube, self.sites, bridges, self.site_changed, settings.resync)
-        self.queue = WorkQueue(jobs.reconcile, workers=settings.workers)
+        self.queue = WorkQueue(jobs.reconcile, workers=settings.workers, group=lambda key: key[0])
+        QUEUE_DEPTH.set_function(self.queue.waiting)
+        QUEUE_AGE.set_function(self.queue.waited)
+        WORKERS_BUSY.set_function(self.queue.busy)
         self.site_queue = WorkQueue(sites.reconcile, workers=_SITE_WORKERS)
         loop = asyncio.get_running_loop()
         self._kept |= {

@@ -27,6 +27,10 @@ RECONCILE_ERRORS = Counter(
 )
 ACTIONS = Counter("isthmus_operator_actions", "Actions carried out, by kind.", ["action"], registry=REGISTRY)
 QUEUE_DEPTH = Gauge("isthmus_operator_queue_depth", "Jobs that wait for a worker.", registry=REGISTRY)
+QUEUE_AGE = Gauge(
+    "isthmus_operator_queue_age_seconds", "How long the job has waited that waits longest for a worker.",
+    registry=REGISTRY,
+)  # fmt: skip
 WORKERS_BUSY = Gauge("isthmus_operator_workers_busy", "Workers that look at a job.", registry=REGISTRY)
 BRIDGE_CALLS = Counter(
     "isthmus_operator_bridge_calls",
@@ -36,6 +40,17 @@ BRIDGE_CALLS = Counter(
 )
 BRIDGE_SECONDS = Histogram(
     "isthmus_operator_bridge_call_seconds", "Time that a call to a bridge took.", ["site", "method"], registry=REGISTRY
+)
+CIRCUIT_OPEN = Gauge(
+    "isthmus_operator_circuit_open",
+    "1 while a site is left alone because it did not answer several calls in a row.",
+    ["site"],
+    registry=REGISTRY,
+)
+SILENT_AGGREGATORS = Gauge(
+    "isthmus_operator_silent_aggregators",
+    "Running aggregators that did not answer several calls in a row.",
+    registry=REGISTRY,
 )
 OBSERVER_ERRORS = Counter(
     "isthmus_operator_observer_errors", "Calls to aggregators that failed.", ["code"], registry=REGISTRY

@@ -11,7 +11,8 @@ from typing import Generic, TypeVar
 from isthmus_contracts import tasks
 
 from .effects.kube import KubeError
-from .metrics import QUEUE_DEPTH, RECONCILE_ERRORS, WORKERS_BUSY
+from .metrics import RECONCILE_ERRORS
+from .turns import CURRENT, Turn, Turns
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +31,20 @@ class WorkQueue(Generic[K]):
         handle: Callable[[K], Awaitable[float | None]],
         *,
         workers: int,
+        group: Callable[[K], Hashable] = lambda _: "",
         interval: float = 0.2,
         timeout: float = 600.0,
     ) -> None:
+        """``group``: of a key; groups that have keys waiting take turns."""
         self._handle = handle
-        self._slots = asyncio.Semaphore(workers)
+        self._group = group
+        self._turns = Turns(workers)
         self._interval = interval
         self._timeout = timeout
         self._due: dict[K, float] = {}
         self._heap: list[tuple[float, int, K]] = []
         self._sequence = 0
+        self._taken: dict[K, float] = {}  # keys that wait for a worker, and since when
         self._running: dict[K, float] = {}
         self._finished: dict[K, float] = {}
         self._errors: dict[K, int] = {}
@@ -64,24 +69,35 @@ class WorkQueue(Generic[K]):
 
     def count(self) -> int:
         """How many keys it remembers anything of."""
-        return max(len(self._due), len(self._running), len(self._finished), len(self._errors))
+        return max(len(self._due), len(self._taken) + len(self._running), len(self._finished), len(self._errors))
 
     def oldest(self) -> float:
         """For how many seconds the longest look has been going on."""
         now = time.monotonic()
         return max((now - started for started in self._running.values()), default=0.0)
 
+    def waiting(self) -> int:
+        """How many keys are due and wait for a worker."""
+        return len(self._taken)
+
+    def busy(self) -> int:
+        """How many workers look at a key, and do not wait for a party outside of the cluster."""
+        return self._turns.taken
+
+    def waited(self) -> float:
+        """For how many seconds the key that has waited longest for a worker has done so."""
+        now = time.monotonic()
+        return max((now - since for since in list(self._taken.values())), default=0.0)
+
     async def run(self) -> None:
         """Works until cancelled."""
         try:
             while True:
                 await self._wait()
-                await self._slots.acquire()
                 key = self._pop()
                 if key is None:
-                    self._slots.release()
                     continue
-                self._running[key] = time.monotonic()
+                self._taken[key] = time.monotonic()
                 task = asyncio.create_task(self._work(key))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
@@ -92,7 +108,6 @@ class WorkQueue(Generic[K]):
         """Until some key is due."""
         while True:
             now = time.monotonic()
-            QUEUE_DEPTH.set(sum(due <= now for due in self._due.values()) if len(self._due) < 5000 else len(self._due))
             self._discard_outdated()
             wait = self._heap[0][0] - now if self._heap else None
             if wait is not None and wait <= 0:
@@ -108,7 +123,7 @@ class WorkQueue(Generic[K]):
         """Drops entries that an earlier one has replaced, or whose key is being worked on."""
         while self._heap:
             due, _, key = self._heap[0]
-            if self._due.get(key) == due and key not in self._running:
+            if self._due.get(key) == due and key not in self._running and key not in self._taken:
                 return
             heapq.heappop(self._heap)
 
@@ -122,7 +137,13 @@ class WorkQueue(Generic[K]):
 
     async def _work(self, key: K) -> None:
         again: float | None
-        WORKERS_BUSY.inc()
+        turn = Turn(self._turns, self._group(key))
+        CURRENT.set(turn)
+        try:
+            await turn.take()
+        finally:
+            del self._taken[key]
+        self._running[key] = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
                 again = await self._handle(key)
@@ -144,8 +165,7 @@ class WorkQueue(Generic[K]):
                 exc_info=not isinstance(error, KubeError),
             )
         finally:
-            WORKERS_BUSY.dec()
-            self._slots.release()
+            turn.give_up()
             del self._running[key]
         if again is None and key not in self._due:
             self._finished.pop(key, None)

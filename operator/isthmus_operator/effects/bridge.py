@@ -1,8 +1,11 @@
 """The sites' bridges, over gRPC with mutual TLS."""
 
+import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
@@ -12,10 +15,12 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pki import Credentials
 
 from ..clock import Clock
-from ..metrics import BRIDGE_CALLS, BRIDGE_SECONDS
+from ..metrics import BRIDGE_CALLS, BRIDGE_SECONDS, CIRCUIT_OPEN
 from ..observed import PoolPhase, PoolView, ProblemKind
 from ..record import LAST_SECOND
 from ..text import last_lines, one_line
+from ..turns import outside
+from .breaker import Breaker
 from .lines import CALL_SECONDS, BridgeError, Lines
 
 if TYPE_CHECKING:
@@ -32,15 +37,34 @@ _LIVING = frozenset({
 })  # fmt: skip
 _DISPLACED = frozenset({"PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED"})
 _DENIED = (grpc.StatusCode.PERMISSION_DENIED,)
+_NO_ANSWER = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT,)
+# A failure that took at least this long is silence; a quick one costs nobody anything.
+_SLOW_SECONDS = 1.0
+
+
+# Calls to one site at the same time; others wait for them as long as for an answer.
+_CALLS_PER_SITE = 16
+# A breaker that no call has tried for this long after its pause goes by what the site says of itself.
+_FORGIVEN_AFTER = 60.0
+
+
+@dataclass(eq=False)
+class _Door:
+    """What stands before one site."""
+
+    breaker: Breaker = field(default_factory=Breaker)
+    calls: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_CALLS_PER_SITE))
+    silent: bool = False  # it did not even describe itself
 
 
 class Bridges:
-    """Every site's bridge."""
+    """Every site's bridge. None of them holds a worker: a look that waits for one gives its turn up."""
 
     def __init__(self, lines: Lines, clock: Clock) -> None:
         self._lines = lines
         self._clock = clock
+        self._doors: dict[str, _Door] = {}
 
     async def ensure(
         self, site: str, key: str, spec: pb.PoolSpec, credentials: Credentials, code: Mapping[str, bytes]
@@ -97,9 +121,25 @@ class Bridges:
         return await self._call(site, "TailLog", read)
 
     async def describe(self, site: str) -> pb.Site:
-        """Asks the site about itself."""
-        request = pb.DescribeSiteRequest()
-        return await self._call(site, "DescribeSite", lambda stub: stub.DescribeSite(request, timeout=CALL_SECONDS))
+        """Asks the site about itself, whatever its breaker says. Raises also where it answers nothing else."""
+        door = self._door(site)
+        try:
+            async with outside():
+                answer = await self._asked(
+                    site, "DescribeSite", lambda stub: stub.DescribeSite(pb.DescribeSiteRequest(), timeout=CALL_SECONDS)
+                )
+        except BridgeError as error:
+            if isinstance(error, _SilentError):
+                door.silent = True
+                self._failed(site, door, str(error))
+            raise
+        if door.silent or door.breaker.overdue > _FORGIVEN_AFTER:
+            door.silent = False
+            self._succeeded(site, door)
+        if door.breaker.is_open:
+            message = f"{site} describes itself, but did not answer its last calls ({door.breaker.words})"
+            raise BridgeError(ProblemKind.UNREACHABLE, message)
+        return answer
 
     async def close(self) -> None:
         """Closes every channel."""
@@ -107,9 +147,65 @@ class Bridges:
 
     async def forget(self, site: str) -> None:
         """The site is gone."""
+        self._doors.pop(site, None)
+        with suppress(KeyError):
+            CIRCUIT_OPEN.remove(site)
         await self._lines.forget(site)
 
+    def _door(self, site: str) -> _Door:
+        return self._doors.setdefault(site, _Door())
+
     async def _call(self, site: str, method: str, call: "Callable[[BridgeAsyncStub], Awaitable[Answer]]") -> Answer:
+        door = self._door(site)
+        async with outside(), self._admitted(site, door):
+            try:
+                answer = await self._asked(site, method, call)
+            except BridgeError as error:
+                if isinstance(error, _SilentError):
+                    self._failed(site, door, f"{method}: {error}")
+                elif isinstance(error, _AnsweredError) or error.kind is not ProblemKind.UNREACHABLE:
+                    self._succeeded(site, door)
+                raise
+            self._succeeded(site, door)
+            return answer
+
+    @asynccontextmanager
+    async def _admitted(self, site: str, door: _Door) -> AsyncIterator[None]:
+        """A place among the calls to the site. Raises :class:`BridgeError` at once where its breaker is open."""
+        self._check(site, door)
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                await door.calls.acquire()
+        except TimeoutError:
+            message = f"{site} is slow: {_CALLS_PER_SITE} calls to it are under way"
+            raise BridgeError(ProblemKind.UNREACHABLE, message) from None
+        try:
+            probe = door.breaker.is_open
+            if not door.breaker.admits():
+                raise _open(site, door.breaker)
+            try:
+                yield
+            finally:
+                if probe:
+                    door.breaker.broke_off()
+        finally:
+            door.calls.release()
+
+    def _check(self, site: str, door: _Door) -> None:
+        if door.breaker.is_open and (door.breaker.left() or door.calls.locked()):
+            raise _open(site, door.breaker)
+
+    def _failed(self, site: str, door: _Door, words: str) -> None:
+        if door.breaker.failed(words):
+            CIRCUIT_OPEN.labels(site).set(1)
+            log.warning("site %s is left alone for a while: it did not answer several times (%s)", site, words)
+
+    def _succeeded(self, site: str, door: _Door) -> None:
+        if door.breaker.succeeded():
+            log.info("site %s answers again", site)
+        CIRCUIT_OPEN.labels(site).set(0)
+
+    async def _asked(self, site: str, method: str, call: "Callable[[BridgeAsyncStub], Awaitable[Answer]]") -> Answer:
         started, code = time.monotonic(), "OK"
         try:
             stub = await self._lines.stub(site)
@@ -119,7 +215,7 @@ class Bridges:
             raise
         except aio.AioRpcError as error:
             code = error.code().name
-            raise _translated(error) from None
+            raise _translated(error, time.monotonic() - started) from None
         finally:
             BRIDGE_CALLS.labels(site, method, code).inc()
             BRIDGE_SECONDS.labels(site, method).observe(time.monotonic() - started)
@@ -131,11 +227,23 @@ class Bridges:
         return pool_view(pool, attempt, first, ahead)
 
 
-class _NotFoundError(BridgeError):
+class CircuitOpenError(BridgeError):
+    """The site did not answer others, and is not asked for now."""
+
+
+class _SilentError(BridgeError):
+    """No answer came."""
+
+
+class _AnsweredError(BridgeError):
+    """The bridge answered, with a failure."""
+
+
+class _NotFoundError(_AnsweredError):
     pass
 
 
-class _UnknownCallError(BridgeError):
+class _UnknownCallError(_AnsweredError):
     """The bridge is older than the call."""
 
 
@@ -175,7 +283,7 @@ def _moment(theirs: float, ahead: float) -> float:
     return ours if 0.0 < ours < LAST_SECOND else 0.0
 
 
-def _translated(error: aio.AioRpcError) -> BridgeError:
+def _translated(error: aio.AioRpcError, seconds: float) -> BridgeError:
     details = one_line(error.details() or "")
     if error.code() is grpc.StatusCode.NOT_FOUND:
         return _NotFoundError(ProblemKind.REFUSED, details)
@@ -185,4 +293,13 @@ def _translated(error: aio.AioRpcError) -> BridgeError:
         return _UnknownCallError(ProblemKind.REFUSED, details)
     if error.code() in _REFUSED:
         return BridgeError(ProblemKind.REFUSED, details)
-    return BridgeError(ProblemKind.UNREACHABLE, f"{error.code().name}: {details}")
+    message = f"{error.code().name}: {details}"
+    if error.code() not in _NO_ANSWER:
+        return _AnsweredError(ProblemKind.UNREACHABLE, message)
+    silent = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED or seconds >= _SLOW_SECONDS
+    return (_SilentError if silent else BridgeError)(ProblemKind.UNREACHABLE, message)
+
+
+def _open(site: str, breaker: Breaker) -> CircuitOpenError:
+    message = f"{site} did not answer its last calls ({breaker.words}); one call tries it now and then"
+    return CircuitOpenError(ProblemKind.UNREACHABLE, message)

@@ -1,7 +1,7 @@
 """Asks aggregators how the training goes."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -15,9 +15,11 @@ from isthmus_contracts.pki import Credentials
 from isthmus_contracts.transport import aio_channel
 
 from ..federation import view
-from ..metrics import OBSERVER_ERRORS
+from ..metrics import OBSERVER_ERRORS, SILENT_AGGREGATORS
 from ..observed import FederationView
 from ..text import one_line
+from ..turns import outside
+from .breaker import Breaker
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ class _Line:
     address: str
     credentials: Credentials
     channel: aio.Channel
+    breaker: Breaker = field(default_factory=Breaker)
 
 
 _SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -49,9 +52,18 @@ class Aggregators:
             channel = aio_channel(address, credentials, ids.aggregator_server_name(job_uid))
             line = self._lines[job_uid] = _Line(address, credentials, channel)
         stub: Any = ObserverStub(line.channel)
+        if not line.breaker.admits():
+            return f"no answer from {address}"
         try:
-            answer = await stub.GetStatus(pb.GetStatusRequest(job_uid=job_uid), timeout=CALL_SECONDS)
+            async with outside():
+                answer = await stub.GetStatus(pb.GetStatusRequest(job_uid=job_uid), timeout=CALL_SECONDS)
         except aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                # A refusal costs nobody time; only silence does.
+                line.breaker.succeeded()
+            elif line.breaker.failed(error.code().name):
+                log.warning("the aggregator at %s does not answer: it is asked less often", address)
+            self._count()
             OBSERVER_ERRORS.labels(error.code().name).inc()
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 # The next call dials at once, whatever this channel's back-off.
@@ -61,7 +73,14 @@ class Aggregators:
                 log.debug("%s: %s: %s", address, error.code().name, error.details())
                 return f"no answer from {address}"
             return f"{error.code().name}: {one_line(error.details() or '', 200)}"
+        finally:
+            line.breaker.broke_off()
+        if line.breaker.succeeded():
+            self._count()
         return view(answer)
+
+    def _count(self) -> None:
+        SILENT_AGGREGATORS.set(sum(line.breaker.is_open for line in self._lines.values()))
 
     def count(self) -> int:
         """How many channels are open."""
@@ -71,6 +90,7 @@ class Aggregators:
         """Closes a channel."""
         line = self._lines.pop(job_uid, None)
         if line is not None:
+            self._count()
             await line.channel.close()
 
     async def close(self) -> None:

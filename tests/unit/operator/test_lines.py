@@ -16,10 +16,13 @@ from isthmus_contracts.pb.bridge_pb2_grpc import BridgeServicer, add_BridgeServi
 from isthmus_contracts.pki import Authority, Credentials
 from isthmus_contracts.transport import renewed_server_credentials
 from isthmus_operator.clock import Clock
+from isthmus_operator.effects import bridge
 from isthmus_operator.effects import lines as module
-from isthmus_operator.effects.bridge import Bridges
+from isthmus_operator.effects.breaker import FAILURES
+from isthmus_operator.effects.bridge import Bridges, CircuitOpenError
 from isthmus_operator.effects.lines import BridgeError, Lines
 from isthmus_operator.jobstore import SiteStore
+from isthmus_operator.metrics import REGISTRY
 
 DAY = dt.timedelta(days=1)
 
@@ -130,3 +133,44 @@ async def test_calls_under_way_survive_a_change_of_the_secret_and_the_end_of_the
         site.servicer.may.set()
         async with asyncio.timeout(60):
             assert (await under_way).running == 1
+
+
+@pytest.fixture
+async def impatient(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """The site, connected, whose calls get a moment each."""
+    assert await site.works()
+    monkeypatch.setattr(bridge, "CALL_SECONDS", 0.3)
+    return site
+
+
+async def test_a_silent_site_is_left_alone_and_says_so(impatient: Site) -> None:
+    calls = [asyncio.create_task(impatient.bridges.get("here", "key", 0)) for _ in range(FAILURES)]
+    failed = await asyncio.gather(*calls, return_exceptions=True)
+    assert all("DEADLINE_EXCEEDED" in str(error) for error in failed)
+    with pytest.raises(CircuitOpenError, match=r"here did not answer its last calls \(GetPool: DEADLINE_EXCEEDED"):
+        await impatient.bridges.get("here", "key", 0)
+    assert REGISTRY.get_sample_value("isthmus_operator_circuit_open", {"site": "here"}) == 1
+    with pytest.raises(BridgeError, match="describes itself, but did not answer its last calls"):
+        await impatient.bridges.describe("here")
+    # One call tries it, and its answer opens the way for all.
+    impatient.servicer.may.set()
+    impatient.bridges._door("here").breaker.allow()
+    assert (await impatient.bridges.get("here", "key", 0)).running == 1
+    assert (await impatient.bridges.describe("here")).name == "here"
+    assert REGISTRY.get_sample_value("isthmus_operator_circuit_open", {"site": "here"}) == 0
+
+
+async def test_more_calls_than_a_site_gets_wait_no_longer_than_for_an_answer(impatient: Site) -> None:
+    count = 3 * bridge._CALLS_PER_SITE
+    calls = [asyncio.create_task(impatient.bridges.get("here", "key", 0)) for _ in range(count)]
+    async with asyncio.timeout(20):
+        failed = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(error, BridgeError) for error in failed)
+    assert sum("DEADLINE_EXCEEDED" in str(error) for error in failed) <= count
+
+
+async def test_a_refusal_is_an_answer(impatient: Site) -> None:
+    for _ in range(2 * FAILURES):
+        with pytest.raises(BridgeError):
+            await impatient.bridges.shrink("here", "key", 1)  # UNIMPLEMENTED there
+    assert REGISTRY.get_sample_value("isthmus_operator_circuit_open", {"site": "here"}) == 0
