@@ -1,6 +1,6 @@
 """Bare roots of Debian suites, to try a fresh machine: their Python, their packages, nothing of this machine's.
 
-A root is a directory made by debootstrap, entered with chroot in namespaces of its own. What a command starts in it
+A root is a directory made by debootstrap, entered in namespaces of its own. What a command starts in it
 ends with the command. What pip and apt need to reach their servers is copied from this machine.
 """
 
@@ -26,10 +26,12 @@ PACKAGES = ("python3", "make", "ca-certificates")
 RECIPE = 1  # raise it with a change of the code below that changes a base
 SCRIPTS = Path("/usr/share/debootstrap/scripts")
 FORWARDED = ("OMP_NUM_THREADS", "DEBIAN_MIRROR", "ISTHMUS_BUILDS")
-# Enters a root: $1, then as many directories to show as $2 says, then the command.
+# Enters a root: $1, then as many directories to show as $2 says, then the command. The root becomes a mount and the
+# root of the namespace: a lab in it makes network namespaces, and Slurm's jobs user namespaces, which chroot forbids.
 ENTER = """
 set -e
 root=$1; shown=$2; shift 2
+mount --bind "$root" "$root"
 mount --rbind /dev "$root/dev"
 mount --rbind /sys "$root/sys"
 mount -t proc proc "$root/proc"
@@ -39,7 +41,11 @@ while [ "$shown" -gt 0 ]; do
   mount --bind "$1" "$root$1"
   shift; shown=$((shown - 1))
 done
-exec chroot "$root" "$@"
+cd "$root"
+pivot_root . .
+umount -l .
+cd /
+exec "$@"
 """
 
 
