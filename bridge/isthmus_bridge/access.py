@@ -11,7 +11,9 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .packing import jobs_for, per_job
 from .policy import Environment, Identity, Policy
+from .policy_parts import AllCallers, Limits, merged
 from .slurm.model import Gres
+from .slurm.options import Options
 
 _MINUTE = 60
 # A pattern of addresses: 10.1.* is not meant for 10.1.example.org, which is somebody's name.
@@ -39,6 +41,8 @@ class Grant:
     account: str
     qos: str
     environment: Environment
+    options: Options
+    """The site's own, for sbatch."""
     data: str
     """Path of the data set; empty: none."""
     image: str
@@ -48,6 +52,8 @@ class Grant:
     """Where the tasks find the aggregator, host:port: its own address, or the relay's."""
     user: str = ""
     """The local user who owns them; empty: the bridge's own."""
+    running_tasks: int = 0
+    """Clients of an array that run at the same time; 0: all."""
 
 
 def identify(policy: Policy, uris: Sequence[str]) -> Identity | Denial:
@@ -69,6 +75,48 @@ def partitions_of(policy: Policy, identity: Identity) -> list[str]:
     return policy.partitions if identity.partitions is None else identity.partitions
 
 
+def qos_of(policy: Policy, identity: Identity) -> list[str]:
+    """Return the QOS that a caller may name."""
+    return policy.qos if identity.qos is None else identity.qos
+
+
+def environments_of(policy: Policy, identity: Identity) -> list[str]:
+    """Return the names of the environments that a caller may use."""
+    return list(policy.environments) if identity.environments is None else identity.environments
+
+
+def data_sets_of(policy: Policy, identity: Identity) -> list[str]:
+    """Return the names of the data sets that a caller may use."""
+    return list(policy.data_sets) if identity.data_sets is None else identity.data_sets
+
+
+def takes_code(policy: Policy, identity: Identity) -> bool:
+    """Return whether a caller's users may bring files of their own."""
+    return policy.code_files if identity.code_files is None else identity.code_files
+
+
+def limits_of(policy: Policy, identity: Identity) -> Limits:
+    """Return the caps on a caller: its own, and the site's where it has none."""
+    own = identity.limits
+    if own is None:
+        return policy.limits
+    return policy.limits.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
+
+
+def options_of(policy: Policy, identity: Identity, partition: str, environment: Environment) -> tuple[Options, str]:
+    """Return what the site adds to sbatch for such a job, and the QOS where its manifest names none."""
+    return merged((policy.sbatch, policy.partition_sbatch.get(partition), environment.sbatch, identity.sbatch))
+
+
+def draining(policy: Policy, identity: Identity) -> Denial | None:
+    """Return why nothing new is taken from this caller for now."""
+    if policy.drain is not None:
+        return Denial("drain", f"this site takes no new jobs for now: {policy.drain}")
+    if identity.drain is not None:
+        return Denial("identities.drain", f"this site takes no new jobs of {identity.uri} for now: {identity.drain}")
+    return None
+
+
 def decide(policy: Policy, identity: Identity, spec: pb.PoolSpec) -> Grant | Denial:
     """Checks a well-formed spec against every rule."""
     who = identity.uri
@@ -76,48 +124,72 @@ def decide(policy: Policy, identity: Identity, spec: pb.PoolSpec) -> Grant | Den
         return _not_allowed("namespaces", spec.namespace, who, identity.namespaces)
     partitions = partitions_of(policy, identity)
     partition = spec.partition or next(iter(partitions), "")
-    if partition not in partitions:
+    if partition and partition not in partitions:
         return _not_allowed("partitions", partition, who, partitions)
     accounts = accounts_of(policy, identity)
     account = spec.account or next(iter(accounts), "")
     if account and account not in accounts:
         return _not_allowed("accounts", account, who, accounts)
-    if spec.qos and spec.qos not in policy.qos:
-        return _not_allowed("qos", spec.qos, who, policy.qos)
-    environment = policy.environments.get(spec.environment)
-    if environment is None:
-        return _not_allowed("environments", spec.environment, who, policy.environments)
+    if spec.qos and spec.qos not in (listed := qos_of(policy, identity)):
+        return _not_allowed("qos", spec.qos, who, listed)
+    environments = environments_of(policy, identity)
+    if spec.environment not in environments:
+        return _not_allowed("environments", spec.environment, who, environments)
+    environment = policy.environments[spec.environment]
     if denial := _image(environment, spec, who):
         return denial
-    data = policy.data_sets.get(spec.data_ref) if spec.data_ref else None
-    if spec.data_ref and data is None:
-        return _not_allowed("data_sets", spec.data_ref, who, policy.data_sets)
-    if spec.code and not policy.code_files:
+    data_sets = data_sets_of(policy, identity)
+    if spec.data_ref and spec.data_ref not in data_sets:
+        return _not_allowed("data_sets", spec.data_ref, who, data_sets)
+    data = policy.data_sets[spec.data_ref] if spec.data_ref else ""
+    if spec.code and not takes_code(policy, identity):
         return Denial(
             "code_files", f"{min(spec.code)!r} is not allowed for {who}; this site takes no files (task.code)"
         )
     if denial := _variables(policy, environment, spec, who):
         return denial
-    if denial := _caps(policy, spec):
+    if denial := _caps(limits_of(policy, identity), spec, who):
         return denial
     gres = tuple(Gres(item.name, item.type, item.count) for item in spec.gres)
     image = spec.image if environment.runs_image else ""
     endpoint = _endpoint(policy, spec, who)
     if isinstance(endpoint, Denial):
         return endpoint
-    return Grant(partition, account, spec.qos, environment, str(data or ""), image, gres, endpoint, identity.user or "")
+    options, qos = options_of(policy, identity, partition, environment)
+    return Grant(
+        partition, account, spec.qos or qos, environment, options, str(data), image, gres, endpoint,
+        identity.user or "", limits_of(policy, identity).running_tasks or 0,
+    )  # fmt: skip
 
 
 def too_many(
-    policy: Policy, identity: Identity, spec: pb.PoolSpec, live: Sequence[pb.PoolSpec], recent: int
+    policy: Policy,
+    identity: Identity,
+    spec: pb.PoolSpec,
+    live: Sequence[pb.PoolSpec],
+    recent: int,
+    everyone: Sequence[pb.PoolSpec] = (),
 ) -> Denial | None:
-    """Whether a caller may have one more pool. ``live``: those it has; ``recent``: how many it asked for in a day."""
-    limits = policy.limits
+    """Whether a caller may have one more pool.
+
+    ``live``: those it has; ``recent``: how many it asked for in a day; ``everyone``: the live ones of all callers.
+    """
+    limits, every = limits_of(policy, identity), policy.all_callers
     if len(live) >= limits.pools:
         return Denial("limits.pools", f"{identity.uri} has {len(live)} live pools; at most {limits.pools}")
     if limits.pools_per_day is not None and recent >= limits.pools_per_day:
         message = f"{identity.uri} has asked for {recent} pools within a day; at most {limits.pools_per_day}"
         return Denial("limits.pools_per_day", message)
+    if every.pools is not None and len(everyone) >= every.pools:
+        return Denial("all_callers.pools", f"all callers have {len(everyone)} live pools; at most {every.pools}")
+    return _beyond("limits", identity.uri, limits, spec, live) or _beyond(
+        "all_callers", "all callers together", every, spec, everyone
+    )
+
+
+def _beyond(
+    part: str, whose: str, limits: Limits | AllCallers, spec: pb.PoolSpec, live: Iterable[pb.PoolSpec]
+) -> Denial | None:
     caps: dict[str, int | None] = {
         "total_tasks": limits.total_tasks,
         "total_cpus": limits.total_cpus,
@@ -126,16 +198,18 @@ def too_many(
     }
     totals = Counter[str]()
     for one in live:
-        totals.update(_amounts(one))
-    mine = _amounts(spec)
+        totals.update(_amounts(one, limits.total_gres))
+    mine = _amounts(spec, limits.total_gres)
     for rule, most in caps.items():
         if most is not None and mine[rule] and totals[rule] + mine[rule] > most:
-            message = f"{mine[rule]} more than the {totals[rule]} that {identity.uri} has; at most {most}"
-            return Denial(f"limits.{rule}", message)
+            have = "has" if part == "limits" else "have"
+            return Denial(
+                f"{part}.{rule}", f"{mine[rule]} more than the {totals[rule]} that {whose} {have}; at most {most}"
+            )
     return None
 
 
-def _amounts(spec: pb.PoolSpec) -> Counter[str]:
+def _amounts(spec: pb.PoolSpec, capped: Iterable[str]) -> Counter[str]:
     # All jobs of an array are alike: the last one holds as much as the others, also where it starts fewer clients.
     holding = jobs_for(spec) * per_job(spec)
     amounts = Counter(
@@ -143,9 +217,15 @@ def _amounts(spec: pb.PoolSpec) -> Counter[str]:
         total_cpus=holding * spec.cpus_per_task,
         total_memory_mib=holding * spec.memory_mib,
     )
-    for gres in spec.gres:
-        amounts[f"total_gres.{gres.name}"] += holding * gres.count
+    for name in capped:
+        amounts[f"total_gres.{name}"] = holding * _of_name(spec, name)
     return amounts
+
+
+def _of_name(spec: pb.PoolSpec, name: str) -> int:
+    """Return how many of a resource, or of one type of it, a client may get: one of no named type may be of any."""
+    kind, _, wanted = name.partition(":")
+    return sum(gres.count for gres in spec.gres if gres.name == kind and (not wanted or gres.type in ("", wanted)))
 
 
 def _endpoint(policy: Policy, spec: pb.PoolSpec, who: str) -> str | Denial:
@@ -195,8 +275,8 @@ def _variables(policy: Policy, environment: Environment, spec: pb.PoolSpec, who:
     return None
 
 
-def _caps(policy: Policy, spec: pb.PoolSpec) -> Denial | None:
-    limits, share = policy.limits, per_job(spec)
+def _caps(limits: Limits, spec: pb.PoolSpec, who: str) -> Denial | None:
+    share = per_job(spec)
     if limits.running_tasks is not None and share > limits.running_tasks:
         message = f"{share} clients share a job; at most {limits.running_tasks} of a pool may run at the same time"
         return Denial("limits.running_tasks", message)
@@ -214,14 +294,20 @@ def _caps(policy: Policy, spec: pb.PoolSpec) -> Denial | None:
             most -= most % _MINUTE
         if wanted > most:
             return Denial(f"limits.{name}", f"{wanted} is more than the {most} that the site allows{why}")
-    totals: dict[str, int] = {}
     for gres in spec.gres:
-        totals[gres.name] = totals.get(gres.name, 0) + share * gres.count
-    for name, count in totals.items():
-        if name not in limits.gres:
-            return _not_allowed("limits.gres", name, "any identity", limits.gres)
-        if count > limits.gres[name]:
-            return Denial("limits.gres", f"{name}:{count} is more than the {limits.gres[name]} that the site allows")
+        asked = f"{gres.name}:{gres.type}" if gres.type else gres.name
+        if gres.name in limits.gres or asked in limits.gres:
+            continue
+        types = [name for name in limits.gres if name.startswith(f"{gres.name}:")]
+        if types and not gres.type:
+            return Denial("limits.gres", f"{gres.name!r} needs a type at this site; allowed: {', '.join(types)}")
+        return _not_allowed("limits.gres", asked, who, limits.gres)
+    for name, most in limits.gres.items():
+        count = share * _of_name(spec, name)
+        if count > most:
+            untyped = ":" in name and any(not gres.type and gres.name == name.partition(":")[0] for gres in spec.gres)
+            why = "; a request without a type counts as each" if untyped else ""
+            return Denial("limits.gres", f"{name}:{count} is more than the {most} that the site allows{why}")
     return None
 
 

@@ -7,11 +7,22 @@ from pathlib import Path
 
 from isthmus_contracts.pki import Credentials, expiry
 
-from .access import accounts_of, partitions_of
+from .access import (
+    accounts_of,
+    data_sets_of,
+    draining,
+    environments_of,
+    limits_of,
+    options_of,
+    partitions_of,
+    qos_of,
+    takes_code,
+)
 from .adapters import slurm_adapter
 from .policy import Environment, Identity, Policy
 from .slurm.accounts import uid_of
-from .slurm.model import SlurmError
+from .slurm.cli import OWN_ARGUMENTS, arguments
+from .slurm.model import SlurmError, Submission
 from .users.local import faults
 from .users.rule import run_dir
 
@@ -30,25 +41,47 @@ def explain(policy: Policy, uri: str | None = None) -> Iterator[str]:
 
 
 def _identity(policy: Policy, identity: Identity) -> Iterator[str]:
-    limits = policy.limits
+    limits = limits_of(policy, identity)
     partitions, accounts = partitions_of(policy, identity), accounts_of(policy, identity)
     yield f"{identity.uri} may submit"
+    if denial := draining(policy, identity):
+        yield f"  nothing for now ({denial}); otherwise"
     yield f"  as {_owner(policy, identity)}"
     yield f"  for jobs of the namespaces: {', '.join(identity.namespaces)}"
-    yield f"  to the partitions: {_listed(partitions)} (default: {next(iter(partitions), 'none')})"
+    yield f"  to the partitions: {_listed(partitions)} (default: {next(iter(partitions), 'of Slurm')})"
     yield f"  to the accounts: {_listed(accounts)} (default: {next(iter(accounts), 'of Slurm')})"
-    yield f"  with QOS: {_listed(policy.qos)}"
+    yield f"  with QOS: {_listed(qos_of(policy, identity))}"
     yield "  in the environments:"
-    for name, environment in sorted(policy.environments.items()):
-        yield f"    {name}: {_environment(environment)}"
-    yield f"  with the data sets: {_listed([f'{name} ({path})' for name, path in sorted(policy.data_sets.items())])}"
-    yield f"  {'with' if policy.code_files else 'without'} files of their own (task.code)"
+    for name in sorted(environments_of(policy, identity)):
+        yield f"    {name}: {_environment(policy.environments[name])}"
+    data_sets = [f"{name} ({policy.data_sets[name]})" for name in sorted(data_sets_of(policy, identity))]
+    yield f"  with the data sets: {_listed(data_sets)}"
+    yield f"  {'with' if takes_code(policy, identity) else 'without'} files of their own (task.code)"
     gres = ", ".join(f"{name}:{count}" for name, count in sorted(limits.gres.items()))
     yield (
         f"  at most {limits.replicas} clients a pool and {limits.pools} pools at a time; each job at most"
         f" {limits.cpus_per_task} CPUs, {limits.memory_mib} MiB, {limits.time_limit_seconds} s,"
         f" generic resources: {gres or 'none'}"
     )
+    yield from _command_lines(policy, identity)
+
+
+def _command_lines(policy: Policy, identity: Identity) -> Iterator[str]:
+    """What sbatch is run with for a request that names an environment and nothing else, where the site adds options."""
+    if not policy.option_places():
+        return
+    yield "  for one client of 1 CPU and 1024 MiB, sbatch is run with"
+    for name in sorted(environments_of(policy, identity)):
+        for partition in partitions_of(policy, identity) or [""]:
+            options, qos = options_of(policy, identity, partition, policy.environments[name])
+            account = next(iter(accounts_of(policy, identity)), "")
+            example = Submission(
+                name="", script=Path(), directory=Path(), output="", tasks=1, comment="", partition=partition,
+                account=account, qos=qos, time_limit_seconds=3600, warning_seconds=60, cpus_per_task=1,
+                memory_mib=1024, options=options,
+            )  # fmt: skip
+            own = (argument for argument in arguments(example)[:-1] if argument.startswith(OWN_ARGUMENTS))
+            yield f"    {name}: {' '.join(own)}"
 
 
 def _owner(policy: Policy, identity: Identity) -> str:

@@ -1,4 +1,4 @@
-"""The command line: ``isthmus-bridge serve | check | doctor | status | sudoers | schema | certs``."""
+"""The command line: ``isthmus-bridge serve | check | doctor | status | end | sudoers | schema | certs``."""
 
 import argparse
 import datetime as dt
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, certificates, check, doctor, logs, status
+from . import __version__, certificates, check, doctor, logs, orders, status
 from .journal import JournalError
 from .policy import Policy, PolicyError, load, schema
 from .policy_fields import USER_NAME
@@ -19,6 +19,10 @@ from .users.rule import RuleError, fragment
 
 # What follows isthmus://operator/ in a certificate.
 _CLUSTER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+
+
+# The bridge looks for orders once a second.
+_ORDER_PATIENCE = 15.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +71,7 @@ def _dialling(addresses: Sequence[str], proxy: str | None) -> dict[str, object]:
 def _changed(policy: Policy, changes: dict[str, object]) -> Policy:
     from .policy import parse
 
-    return parse({**policy.model_dump(mode="json"), **changes})
+    return parse({**policy.model_dump(mode="json", exclude_unset=True), **changes})
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -101,6 +105,18 @@ def _status(options: argparse.Namespace) -> int:
             print(line)
     except status.StatusError as error:
         return _complain(str(error), 1)
+    return 0
+
+
+def _end(options: argparse.Namespace) -> int:
+    policy = load(options.policy)
+    try:
+        ended = orders.end_all(policy.journal_path, options.identity, options.reason, _ORDER_PATIENCE)
+    except orders.OrderError as error:
+        return _complain(str(error), 1)
+    for key in ended:
+        print(key)
+    print(f"{len(ended)} pools of {options.identity} are being ended")
     return 0
 
 
@@ -184,6 +200,12 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("status", help="the live pools, as the running bridge sees them")
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
     one.set_defaults(command=_status)
+
+    one = commands.add_parser("end", help="have the running bridge end all live pools of one caller")
+    one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
+    one.add_argument("--identity", required=True, metavar="URI", help="the caller, e.g. isthmus://operator/prod")
+    one.add_argument("--reason", required=True, metavar="TEXT", help="why; the caller's users read it")
+    one.set_defaults(command=_end)
 
     one = commands.add_parser("sudoers", help="print the sudo rule by which the bridge may become its local users")
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")

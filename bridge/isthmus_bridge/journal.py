@@ -201,12 +201,16 @@ class Journal:
         marks = ", ".join("?" * len(OVER))
         return self._query(f"{_SELECT} WHERE state IN ({marks}) AND finished_at < ?", *OVER, moment)
 
-    def live_specs(self, identity: str) -> list[pb.PoolSpec]:
-        """The caller's pools that are not over, with the clients that their jobs hold."""
+    def live_specs(self, identity: str | None = None) -> list[pb.PoolSpec]:
+        """The caller's pools (or all callers') that are not over, with the clients that their jobs hold."""
         marks = ", ".join("?" * len(OVER))
-        sql = f"SELECT spec, keep FROM pools WHERE identity = ? AND state NOT IN ({marks})"  # noqa: S608
+        sql = f"SELECT spec, keep FROM pools WHERE state NOT IN ({marks})"  # noqa: S608
+        values = [*OVER]
+        if identity is not None:
+            sql += " AND identity = ?"
+            values.append(identity)
         with self._lock:
-            rows = self._connection.execute(sql, (identity, *OVER)).fetchall()
+            rows = self._connection.execute(sql, values).fetchall()
         return [_held(*row) for row in rows]
 
     def count_tombstones(self, identity: str) -> int:

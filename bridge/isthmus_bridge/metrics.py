@@ -88,6 +88,11 @@ class Metrics:
         self.certificate_expiry = Gauge(
             "isthmus_bridge_certificate_expiry_timestamp_seconds", "When the bridge's own certificate ends", registry=r
         )
+        self.policy_current = Gauge(
+            "isthmus_bridge_policy_current",
+            "1 while the policy is in force as it was last read, 0 after a reload that failed", registry=r,
+        )  # fmt: skip
+        self.policy_current.set(1)
         self.info = Gauge("isthmus_bridge_info", "Always 1; tells the version", ["version"], registry=r)
         self.info.labels(__version__).set(1)
 

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from isthmus_contracts.fields import PATTERN_OBJECT_NAME, DnsLabel, EnvName, SlurmName
+from isthmus_contracts.fields import PATTERN_OBJECT_NAME, DnsLabel, EnvName, SlurmAccount, SlurmName
 from isthmus_contracts.identities import BRIDGE_PORT, RESERVED_ENV_PREFIX
 
 from . import strict_yaml
@@ -24,6 +24,8 @@ from .policy_fields import (
     of_each_user,
     rest_url,
 )
+from .policy_parts import AllCallers, Limits, Part, Reason, SbatchOptions
+from .slurm.options import LACKING
 
 # In tls_dir, beside the bridge's own certificate.
 GATEWAY_CA_FILE = "gateway-ca.crt"
@@ -35,26 +37,32 @@ class PolicyError(ValueError):
     """The policy file cannot be used. ``str()`` is one line that names every fault."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class Identity(_Part):
+class Identity(Part):
     """Who may ask, and for what."""
 
     uri: IdentityUri
     """The URI in the caller's certificate."""
-    accounts: list[SlurmName] | None = None
+    accounts: list[SlurmAccount] | None = None
     """Slurm accounts of this caller; the first is the default. Default: the site's."""
     namespaces: list[Line] = ["*"]
     """Patterns (``*``, ``?``) of the Kubernetes namespaces whose jobs may come."""
     partitions: list[SlurmName] | None = None
-    """Default: the site's."""
+    """Default: the site's; likewise the following."""
+    qos: list[SlurmName] | None = None
+    environments: list[DnsLabel] | None = None
+    data_sets: list[DnsLabel] | None = None
+    code_files: bool | None = None
+    limits: Limits | None = None
+    """Each cap that stands here holds for this caller in the place of the site's."""
+    sbatch: SbatchOptions | None = None
+    """Options for its jobs, in the place of the environment's, the partition's and the site's."""
+    drain: Reason | None = None
+    """Why nothing new is taken from this caller; as the site's ``drain``."""
     user: UserName | None = None
     """The local user who owns this caller's jobs and their files; see ``users``. Default: who runs the bridge."""
 
 
-class Inside(_Part):
+class Inside(Part):
     """How a container calls the directories that its prefix binds."""
 
     tls_dir: AbsolutePath | None = None
@@ -62,7 +70,7 @@ class Inside(_Part):
     data: AbsolutePath | None = None
 
 
-class Environment(_Part):
+class Environment(Part):
     """One way to run the script: exactly one of venv, modules (with or without a venv), apptainer and prefix."""
 
     venv: AbsolutePath | None = None
@@ -79,6 +87,8 @@ class Environment(_Part):
     setup: list[Line] = []
     """Lines of bash, run before the script; the first that fails ends the task."""
     env: dict[EnvName, Value] = {}
+    sbatch: SbatchOptions | None = None
+    """Options for jobs with this environment, in the place of the partition's and the site's."""
     env_denied: list[Line] = []
     """Patterns of variables that a job must not set here, besides the site's ``env_denied``."""
 
@@ -115,34 +125,7 @@ class Environment(_Part):
         return bool(self.images)
 
 
-class Limits(_Part):
-    """Caps on every request."""
-
-    replicas: Annotated[int, Field(ge=1)] = 256
-    """Clients of a pool."""
-    cpus_per_task: Annotated[int, Field(ge=1)] = 64
-    """Of each task of an array, with all the clients that share it; likewise memory_mib and gres."""
-    memory_mib: Annotated[int, Field(ge=1)] = 262_144
-    time_limit_seconds: Annotated[int, Field(ge=60)] = 86_400
-    """Holds in whole minutes, rounded down: Slurm knows no others."""
-    gres: dict[SlurmName, Annotated[int, Field(ge=0)]] = {}
-    """Most of each generic resource per task; what is not listed is not allowed."""
-    running_tasks: Annotated[int, Field(ge=1)] | None = None
-    """Clients of a pool's array that run at the same time; the others wait. Each part by which a pool has grown is an
-    array of its own. Default: all of them."""
-    pools: Annotated[int, Field(ge=1)] = 32
-    """Live pools of one identity."""
-    pools_per_day: Annotated[int, Field(ge=1)] | None = None
-    """Pools that one identity may ask for within 24 hours."""
-    total_tasks: Annotated[int, Field(ge=1)] | None = None
-    """Clients of all live pools of one identity together; likewise the following, of what their tasks hold."""
-    total_cpus: Annotated[int, Field(ge=1)] | None = None
-    total_memory_mib: Annotated[int, Field(ge=1)] | None = None
-    total_gres: dict[SlurmName, Annotated[int, Field(ge=0)]] = {}
-    """Of each generic resource; what is not listed has no such limit."""
-
-
-class UserSettings(_Part):
+class UserSettings(Part):
     """How jobs are submitted as other local users: through sudo, by the rule that `isthmus-bridge sudoers` prints."""
 
     run_dir: Annotated[Path, AfterValidator(absolute), AfterValidator(of_each_user)]
@@ -153,7 +136,7 @@ class UserSettings(_Part):
     """The bridge's user is an operator of Slurm: it sees other users' jobs also where PrivateData hides them."""
 
 
-class RelaySettings(_Part):
+class RelaySettings(Part):
     """Passes the clients' TLS connections on to the aggregators, where the compute nodes cannot reach them."""
 
     listen: Listen
@@ -168,7 +151,7 @@ class RelaySettings(_Part):
     two for each client, and a few."""
 
 
-class RestSettings(_Part):
+class RestSettings(Part):
     """How to reach slurmrestd."""
 
     url: Annotated[str, Field(max_length=1024), AfterValidator(rest_url)]
@@ -187,14 +170,14 @@ class RestSettings(_Part):
         return self
 
 
-class PyslurmSettings(_Part):
+class PyslurmSettings(Part):
     """How to run pyslurm."""
 
     python: AbsolutePath | None = None
     """The Python that has pyslurm. Default: the bridge's own."""
 
 
-class GatewaySettings(_Part):
+class GatewaySettings(Part):
     """An operator's gateway, which the bridge dials because nobody can dial the bridge."""
 
     address: Listen
@@ -222,7 +205,7 @@ class GatewaySettings(_Part):
         return None if file is None else file.read_bytes()
 
 
-class SlurmSettings(_Part):
+class SlurmSettings(Part):
     """How to reach Slurm."""
 
     adapter: Literal["cli", "rest", "pyslurm"] = "cli"
@@ -250,7 +233,7 @@ class SlurmSettings(_Part):
         return self
 
 
-class Policy(_Part):
+class Policy(Part):
     """One HPC site."""
 
     site: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=63)]
@@ -267,9 +250,14 @@ class Policy(_Part):
     metrics_listen: Listen | None = "127.0.0.1:9090"
     """null: no metrics."""
     identities: Annotated[list[Identity], Field(min_length=1)]
-    partitions: Annotated[list[SlurmName], Field(min_length=1)]
-    """Those that may be used; the first is the default."""
-    accounts: list[SlurmName] = []
+    partitions: list[SlurmName] = []
+    """Those that may be used; the first is the default. Empty: none may be named, and Slurm or a plug-in of the site
+    chooses."""
+    sbatch: SbatchOptions | None = None
+    """What is added to the options of each job."""
+    partition_sbatch: dict[SlurmName, SbatchOptions] = {}
+    """The same for the jobs of one partition, in the place of the site's."""
+    accounts: list[SlurmAccount] = []
     """Empty: no account may be named."""
     qos: list[SlurmName] = []
     """Empty: none may be named; without one Slurm takes its default."""
@@ -283,6 +271,11 @@ class Policy(_Part):
     ]  # fmt: skip
     """Patterns of variables that a job must not set: they would act on the shell, the scheduler or the container."""
     limits: Limits = Limits()
+    all_callers: AllCallers = AllCallers()
+    """Caps over all identities together."""
+    drain: Reason | None = None
+    """Why nothing new is taken for now: pools that are asked for are refused with these words, those that wait in the
+    bridge go on waiting, and those that are in Slurm end in their own time."""
     users: UserSettings | None = None
     """Needed where an identity names a local user."""
     relay: RelaySettings | None = None
@@ -298,13 +291,37 @@ class Policy(_Part):
             where = f"identities[{number}]"
             if uris.index(identity.uri) != number:
                 raise ValueError(f"{where}.uri: {identity.uri!r} is listed twice")
-            for field, allowed in (("accounts", self.accounts), ("partitions", self.partitions)):
+            for field in ("accounts", "partitions", "qos", "environments", "data_sets"):
                 for name in getattr(identity, field) or []:
-                    if name not in allowed:
+                    if name not in getattr(self, field):
                         raise ValueError(f"{where}.{field}: {name!r} is not among the site's {field}")
             if identity.user is not None:
                 self._local_users(f"{where}.user: {identity.user!r}")
+        for name in self.partition_sbatch:
+            if name not in self.partitions:
+                raise ValueError(f"partition_sbatch.{name}: {name!r} is not among the site's partitions")
+        self._own_options()
         return self
+
+    def _own_options(self) -> None:
+        """Refuses options that the adapter cannot ask for, or that sbatch refuses together."""
+        places = self.option_places()
+        for where, given in places.items():
+            for name in LACKING[self.slurm.adapter]:
+                if getattr(given, name) is not None:
+                    raise ValueError(f"{where}.{name}: slurm.adapter: {self.slurm.adapter} cannot ask for it; cli can")
+        hints = [where for where, given in places.items() if given.hint]
+        threads = [where for where, given in places.items() if given.threads_per_core]
+        if hints and threads:
+            raise ValueError(f"{hints[0]}.hint: sbatch takes no hint beside {threads[0]}.threads_per_core; keep one")
+
+    def option_places(self) -> dict[str, SbatchOptions]:
+        """Return the places where options of the site's own stand, by the path of each."""
+        places = {"sbatch": self.sbatch}
+        places |= {f"partition_sbatch.{name}": given for name, given in self.partition_sbatch.items()}
+        places |= {f"environments.{name}.sbatch": one.sbatch for name, one in self.environments.items()}
+        places |= {f"identities[{number}].sbatch": one.sbatch for number, one in enumerate(self.identities)}
+        return {where: given for where, given in places.items() if given is not None}
 
     def _local_users(self, which: str) -> None:
         if self.users is None:

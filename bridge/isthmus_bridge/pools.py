@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pki import Credentials
 
-from .access import Denial, decide, too_many
+from .access import Denial, decide, draining, too_many
 from .directories import PoolDirectory, pool_directory
 from .journal import Entry, Journal, State
 from .policy import Identity, Policy
@@ -81,6 +81,8 @@ class Pools:
             entry = self._journal.get(key)
             if entry is not None:
                 return self._again(identity, entry, spec)
+            if denial := draining(self._policy, identity):
+                raise Denied(denial, transient=True)
             grant = decide(self._policy, identity, spec)
             if isinstance(grant, Denial):
                 raise Denied(grant)
@@ -93,6 +95,7 @@ class Pools:
                 "key": key,
                 "pool": _title(spec),
                 "replicas": spec.replicas,
+                "caller": identity.uri,
                 **({"user": entry.user} if entry.user else {}),
             },
         )
@@ -120,7 +123,8 @@ class Pools:
         with self._journal.transaction():
             live = self._journal.live_specs(identity.uri)
             recent = self._journal.count_since(identity.uri, now - DAY)
-            denial = too_many(self._policy, identity, spec, live, recent)
+            everyone = self._journal.live_specs()
+            denial = too_many(self._policy, identity, spec, live, recent, everyone)
             if denial is None:
                 return self._journal.insert(entry)
         if known:
@@ -166,7 +170,7 @@ class Pools:
                 if self._journal.count_tombstones(identity.uri) >= MAX_TOMBSTONES:
                     why = f"{identity.uri} has cancelled {MAX_TOMBSTONES} keys that it never asked for"
                     raise Denied(Denial("tombstones", why), transient=True)
-                log.info("cancelled before it was asked for", extra={"key": key})
+                log.info("cancelled before it was asked for", extra={"key": key, "caller": identity.uri})
                 entry = self._journal.insert(
                     Entry(key=key, identity=identity.uri, state=State.CANCELLED, cancel=True, message=message,
                           created_at=now, finished_at=now, user=identity.user or "")
@@ -179,10 +183,26 @@ class Pools:
             if entry.state.over or entry.cancel:
                 return entry
             entry = self._journal.update(key, cancel=True, message=message)
-        log.info("to be cancelled", extra={"key": key, "reason": message})
+        log.info("to be cancelled", extra={"key": key, "reason": message, "caller": identity.uri})
         self._advance(key)
         self._wake()
         return entry
+
+    def end_all(self, caller: str, reason: str) -> list[str]:
+        """Records that all live pools of a caller must end, and returns their keys."""
+        message = f"ended by the site's admin: {_one_line(reason)}"
+        ended = []
+        for entry in self._journal.live():
+            with self._keys.held(entry.key):
+                found = self._journal.get(entry.key)
+                if found is None or found.identity != caller or found.state.over or found.cancel:
+                    continue
+                self._journal.update(entry.key, cancel=True, message=message)
+            log.info("to be cancelled", extra={"key": entry.key, "reason": message, "caller": caller})
+            ended.append(entry.key)
+            self._advance(entry.key)
+        self._wake()
+        return ended
 
     def shrink(self, identity: Identity, key: str, replicas: int) -> Entry:
         """Records that only the first so many clients stay. Raises RequestError, NoSuchPool, NothingLeft."""
@@ -194,7 +214,7 @@ class Pools:
             if entry.state.over or entry.cancel or not entry.spec or replicas >= entry.pool_spec().replicas:
                 return entry
             entry = self._journal.update(key, keep=replicas)
-        log.info("to be shrunk", extra={"key": key, "replicas": replicas})
+        log.info("to be shrunk", extra={"key": key, "replicas": replicas, "caller": identity.uri})
         self._wake()
         return entry
 

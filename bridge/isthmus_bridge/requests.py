@@ -11,6 +11,7 @@ from isthmus_contracts.fields import (
     PATTERN_ENV_NAME,
     PATTERN_HOST_PORT,
     PATTERN_IMAGE,
+    PATTERN_SLURM_ACCOUNT,
     PATTERN_SLURM_NAME,
 )
 from isthmus_contracts.identities import RESERVED_ENV_PREFIX
@@ -62,7 +63,7 @@ def check_spec(spec: pb.PoolSpec) -> None:
         )
     for name in ("partition", "account", "qos"):
         if value := getattr(spec, name):
-            _match(f"spec.{name}", value, PATTERN_SLURM_NAME, 64)
+            _match(f"spec.{name}", value, PATTERN_SLURM_ACCOUNT if name == "account" else PATTERN_SLURM_NAME, 64)
     _between("spec.time_limit_seconds", spec.time_limit_seconds, 60, 365 * 86400)
     _between("spec.max_queue_seconds", spec.max_queue_seconds, 0, 365 * 86400)
     _between("spec.cpus_per_task", spec.cpus_per_task, 1, 1_000_000)

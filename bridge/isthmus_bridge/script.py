@@ -113,9 +113,10 @@ def _title(key: str, spec: pb.PoolSpec) -> str:
     return f"{spec.namespace}/{spec.job}, pool {spec.pool}, key {key}"
 
 
-def comment(spec: pb.PoolSpec) -> str:
-    """Return what people see in the queue: whose job this is."""
-    return "isthmus " + re.sub(r"[^A-Za-z0-9./-]", "_", f"{spec.namespace}/{spec.job}/{spec.pool}")[:200]
+def comment(spec: pb.PoolSpec, caller: str) -> str:
+    """Return what people see in the queue: whose job this is, and who asked for it."""
+    whose = re.sub(r"[^A-Za-z0-9./-]", "_", f"{spec.namespace}/{spec.job}/{spec.pool}")[:200]
+    return f"isthmus {whose} for {re.sub(r'[^A-Za-z0-9./-]', '_', caller.removeprefix('isthmus://'))}"[:255]
 
 
 def _federation(spec: pb.PoolSpec, grant: Grant, tls_dir: Path) -> Mapping[str, str]:

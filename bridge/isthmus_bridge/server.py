@@ -21,6 +21,7 @@ from .dialout import DialOut
 from .housekeeping import keep_house
 from .journal import Journal
 from .metrics import Metrics
+from .orders import obey
 from .policy import Policy, PolicyError
 from .pools import Pools
 from .reconciler import Reconciler
@@ -36,6 +37,8 @@ _SUBMIT_THREADS = 4
 _REQUEST_THREADS = MAX_WATCHERS + 16
 _STOP_SECONDS = 5.0
 _SIGNAL_SECONDS = 0.25
+# How often the admin's orders are looked for.
+_ORDER_SECONDS = 1.0
 _HOUSEKEEPING_SECONDS = 3600.0
 # New connections get renewed certificates at once; this is how soon the metric tells.
 _CERTIFICATE_SECONDS = 60.0
@@ -176,6 +179,13 @@ class Bridge:
         self._journal.close()
         log.info("stopped")
 
+    def obey(self) -> None:
+        """Does what the admin has ordered meanwhile; see :mod:`.orders`."""
+        try:
+            obey(self._policy.journal_path, self.pools.end_all)
+        except Exception:
+            log.exception("an order was not obeyed")
+
     @property
     def relay_port(self) -> int:
         """The port at which the relay listens; 0 where there is none."""
@@ -230,18 +240,24 @@ def serve(policy: Policy, reread: Callable[[], Policy]) -> None:
     except OSError as error:
         raise ServerError(f"run_dir {policy.run_dir}: {error.strerror}") from None
     bridge.start()
+    due = 0.0
     # Not one long wait: a signal that another thread took wakes nobody, and Python's handler runs in this one.
     while not stop.wait(_SIGNAL_SECONDS):
         if hangup.is_set():
             hangup.clear()
-            _reload(bridge.rules, reread)
+            _reload(bridge.rules, reread, bridge.metrics)
+        if time.monotonic() >= due:
+            due = time.monotonic() + _ORDER_SECONDS
+            bridge.obey()
     bridge.stop()
 
 
-def _reload(rules: Rules, reread: Callable[[], Policy]) -> None:
+def _reload(rules: Rules, reread: Callable[[], Policy], metrics: Metrics) -> None:
     try:
         changed = rules.replace(reread())
     except PolicyError as error:
+        metrics.policy_current.set(0)
         log.error("the policy was not read anew: %s", error)
     else:
+        metrics.policy_current.set(1)
         log.info("the policy was read anew; changed: %s", ", ".join(changed) or "nothing")

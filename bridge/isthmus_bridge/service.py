@@ -15,7 +15,7 @@ from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 from isthmus_contracts.transport import peer_uris
 
 from . import __version__
-from .access import Denial, accounts_of, identify, partitions_of
+from .access import Denial, accounts_of, data_sets_of, environments_of, identify, partitions_of
 from .journal import Entry, State
 from .metrics import Metrics
 from .outcome import if_tellable, to_pool
@@ -139,9 +139,9 @@ class BridgeService(rpc.BridgeServicer):
                 slurm_version=description.version,
                 cluster=description.cluster,
                 partitions=partitions_of(self._policy, caller),
-                environments=sorted(self._policy.environments),
+                environments=sorted(environments_of(self._policy, caller)),
                 accounts=accounts_of(self._policy, caller),
-                data_sets=sorted(self._policy.data_sets),
+                data_sets=sorted(data_sets_of(self._policy, caller)),
                 bridge_version=__version__,
             )
 

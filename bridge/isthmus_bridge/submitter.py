@@ -10,7 +10,7 @@ from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from . import script
-from .access import Denial, Grant, decide
+from .access import Denial, Grant, decide, draining
 from .directories import PoolDirectory, pool_directory
 from .journal import Entry, Journal, State
 from .metrics import Metrics
@@ -69,6 +69,9 @@ class Submitter:
         if 0 < entry.retry_at - self._clock() <= RETRY_SECONDS:
             return
         spec = entry.pool_spec()
+        if (denial := self._drained(entry)) is not None:
+            self._defer(entry, str(denial))
+            return
         # Decided anew: the policy may have changed since the pool was recorded.
         grant = self._decide(entry, spec)
         if isinstance(grant, Denial):
@@ -86,7 +89,12 @@ class Submitter:
             self._defer(entry, f"cannot write the pool's files: {error.strerror}")
             return
         if self._begin(key, entry.keep):
-            self._submit(key, submission(self._policy, key, spec, grant, run))
+            self._submit(key, submission(self._policy, key, entry.identity, spec, grant, run))
+
+    def _drained(self, entry: Entry) -> Denial | None:
+        """Return why what waits here goes on waiting."""
+        known = (identity for identity in self._policy.identities if identity.uri == entry.identity)
+        return next((denial for identity in known if (denial := draining(self._policy, identity))), None)
 
     def _decide(self, entry: Entry, spec: pb.PoolSpec) -> Grant | Denial:
         for identity in self._policy.identities:
@@ -130,7 +138,10 @@ class Submitter:
                     key, state=State.SUBMITTED, array_id=array_id, submitted_at=self._clock(), doubt_since=0.0,
                     absences=0, message=entry.message if entry.cancel else "",
                 )  # fmt: skip
-            log.info("submitted as job %d", array_id, extra={"key": key, "slurm_job": array_id})
+            log.info(
+                "submitted as job %d", array_id,
+                extra={"key": key, "slurm_job": array_id, "caller": entry.identity},
+            )  # fmt: skip
 
     def _doubt(self, key: str, error: Exception) -> None:
         """Records that only a look-up shows what became of a submission."""
@@ -166,12 +177,16 @@ class Submitter:
             self._over(entry, State.FAILED, str(error))
 
     def _defer(self, entry: Entry, message: str) -> None:
-        log.warning("will submit later: %s", message, extra={"key": entry.key})
+        log.warning("will submit later: %s", message, extra={"key": entry.key, "caller": entry.identity})
         self._journal.update(entry.key, state=State.RESERVED, retry_at=self._clock() + RETRY_SECONDS, message=message)
 
     def _over(self, entry: Entry, state: State, message: str) -> None:
         self._journal.update(entry.key, state=state, message=message, finished_at=self._clock())
-        log.info("pool is over: %s", message or state, extra={"key": entry.key, "state": str(state)})
+        log.info(
+            "pool is over: %s",
+            message or state,
+            extra={"key": entry.key, "state": str(state), "caller": entry.identity},
+        )
         forget_credentials(self._policy, entry.key, entry.user)
 
     @contextmanager
@@ -200,8 +215,10 @@ def warning_seconds(policy: Policy, spec: pb.PoolSpec) -> int:
     return min(policy.slurm.warning_seconds, spec.time_limit_seconds // _LARGEST_WARNING_SHARE)
 
 
-def submission(policy: Policy, key: str, spec: pb.PoolSpec, grant: Grant, run: PoolDirectory) -> Submission:
-    """Return what Slurm is asked for, once the policy has granted it."""
+def submission(
+    policy: Policy, key: str, caller: str, spec: pb.PoolSpec, grant: Grant, run: PoolDirectory
+) -> Submission:
+    """Return what Slurm is asked for, once the policy has granted it to that caller."""
     share = per_job(spec)
     return Submission(
         name=slurm_job_name(key),
@@ -210,8 +227,8 @@ def submission(policy: Policy, key: str, spec: pb.PoolSpec, grant: Grant, run: P
         output=run.log_pattern if share == 1 else run.job_log_pattern,
         tasks=jobs_for(spec),
         steps=share,
-        at_once=(policy.limits.running_tasks or 0) // share,
-        comment=script.comment(spec),
+        at_once=grant.running_tasks // share,
+        comment=script.comment(spec, caller),
         partition=grant.partition,
         account=grant.account,
         qos=grant.qos,
@@ -222,4 +239,5 @@ def submission(policy: Policy, key: str, spec: pb.PoolSpec, grant: Grant, run: P
         gres=tuple(replace(one, count=share * one.count) for one in grant.gres),
         user=grant.user,
         guard=run.guard,
+        options=grant.options,
     )

@@ -17,6 +17,7 @@ from .fields import (
     ObjectName,
     PodTemplate,
     Resource,
+    SlurmAccount,
     SlurmName,
     Text,
     exactly,
@@ -158,7 +159,7 @@ class HpcPool(Resource):
     """The HPCSite, made by the platform's admin."""
     partition: SlurmName | None = None
     """Default: the site's default partition."""
-    account: SlurmName | None = None
+    account: SlurmAccount | None = None
     """Slurm account to charge. Default: what the site's policy maps the caller to."""
     qos: SlurmName | None = None
     time_limit_seconds: Annotated[int, Field(ge=60, le=365 * 86400)] = 3600

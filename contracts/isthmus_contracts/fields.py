@@ -19,6 +19,8 @@ PATTERN_FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 PATTERN_ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 # What a Slurm site names: partitions, accounts, QOS, resources. Starts with a letter or digit, so never an option.
 PATTERN_SLURM_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"
+# An account may hold more: abc@v100, ai4s:gpu.
+PATTERN_SLURM_ACCOUNT = r"^[A-Za-z0-9_][A-Za-z0-9_.+@:/-]*$"
 PATTERN_METRIC = r"^[A-Za-z_][A-Za-z0-9_.-]*$"
 # Of an annotation, or of whatever else has a name with an optional domain before it.
 PATTERN_ANNOTATION = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
@@ -38,6 +40,7 @@ Namespace = Annotated[str, Field(pattern=PATTERN_NAMESPACE, max_length=63)]
 ObjectName = Annotated[str, Field(pattern=PATTERN_OBJECT_NAME, max_length=253)]
 EnvName = Annotated[str, Field(pattern=PATTERN_ENV_NAME, max_length=128)]
 SlurmName = Annotated[str, Field(pattern=PATTERN_SLURM_NAME, max_length=64)]
+SlurmAccount = Annotated[str, Field(pattern=PATTERN_SLURM_ACCOUNT, max_length=64)]
 Quantity = Annotated[str, Field(pattern=PATTERN_QUANTITY, max_length=32)]
 ClassReference = Annotated[str, Field(pattern=PATTERN_CLASS, max_length=256)]
 HostPort = Annotated[str, Field(pattern=PATTERN_HOST_PORT, max_length=260)]

@@ -106,7 +106,7 @@ def test_the_warning_signal_reaches_the_script(site: Site, operator: rpc.BridgeS
     assert pb.Pool.Phase.Name(over(operator, key).phase) == "SUCCEEDED"
     assert "partial work handed in" in tail(operator, key, 0)
     shown = slurm("scontrol", "show", "job", f"{pool.slurm_job_id}_0")
-    assert "Comment=isthmus default/fashion/hpc" in shown
+    assert "Comment=isthmus default/fashion/hpc for operator/prod" in shown
 
 
 def test_cancel(site: Site, operator: rpc.BridgeStub) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from . import in_flight, parse, refusal
+from . import in_flight, options, parse, refusal
 from .accounts import uid_of
 from .command import CommandOutputTooLong, CommandTimeout, Result, Runner, run
 from .delegate import AsUserError, Delegate
@@ -35,6 +35,15 @@ _QUERY = {
     "SLURM_BITSTR_LEN": "0",  # write lists of task indices in full
 }
 
+_MEMORY = {"per-node": "--mem", "per-cpu": "--mem-per-cpu", "per-gpu": "--mem-per-gpu"}
+_GPUS = {"per-task": "--gpus-per-task", "per-node": "--gpus-per-node", "per-job": "--gpus"}
+
+# Those of sbatch's arguments that a site's policy decides.
+OWN_ARGUMENTS = (
+    "--partition", "--account", "--qos", "--mem", "--gres", "--gpus", "--constraint", "--reservation", "--exclusive",
+    "--wckey", "--licenses", "--hint", "--switches", "--nodelist", "--exclude", "--nice", "--threads-per-core", "--tmp",
+)  # fmt: skip
+
 Observer = Callable[[str, float, bool], None]
 
 
@@ -58,20 +67,24 @@ def arguments(submission: Submission) -> list[str]:
         "--nodes=1",
         f"--ntasks={submission.steps}",
         f"--cpus-per-task={submission.cpus_per_task}",
-        f"--mem={submission.memory_mib}M",
         f"--time={minutes}",
         f"--signal={'B:' if submission.steps == 1 else ''}TERM@{submission.warning_seconds}",
-        f"--partition={submission.partition}",
     ]
+    how, memory = submission.memory
+    if how != "none":
+        listed.append(f"{_MEMORY[how]}={memory}M")
+    if submission.partition:
+        listed.append(f"--partition={submission.partition}")
     if submission.account:
         listed.append(f"--account={submission.account}")
     if submission.qos:
         listed.append(f"--qos={submission.qos}")
-    if submission.gres:
-        listed.append(
-            "--gres=" + ",".join(":".join(filter(None, (g.name, g.type, str(g.count)))) for g in submission.gres)
-        )
-    return [*listed, str(submission.script)]
+    if submission.plain_gres:
+        listed.append("--gres=" + ",".join(gres.words() for gres in submission.plain_gres))
+    wanted, gpus = submission.gpus
+    if wanted != "gres" and gpus:
+        listed.append(f"{_GPUS[wanted]}=" + ",".join(gres.words(named=False) for gres in gpus))
+    return [*listed, *options.arguments(submission.options), str(submission.script)]
 
 
 def cancellation(uid: int, name: str, array_id: int, first: int, last: int | None) -> list[str]:

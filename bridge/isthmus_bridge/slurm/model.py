@@ -1,10 +1,12 @@
 """What the bridge asks of Slurm and what Slurm answers, whatever adapter carries it."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
+
+from .options import Options
 
 
 class SlurmError(Exception):
@@ -41,6 +43,10 @@ class SubmissionAmbiguous(SlurmError):
         self.waiting = waiting
 
 
+# The generic resource for which Slurm has options of its own.
+GPU = "gpu"
+
+
 @dataclass(frozen=True)
 class Gres:
     """A generic resource of each task."""
@@ -48,6 +54,10 @@ class Gres:
     name: str
     type: str
     count: int
+
+    def words(self, *, named: bool = True) -> str:
+        """Return it in Slurm's notation, with its name or without: gpu:a100:2, a100:2."""
+        return ":".join(filter(None, (self.name if named else "", self.type, str(self.count))))
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class Submission:
     tasks: int
     comment: str
     partition: str
+    """Empty: Slurm's default, or what a plug-in of the site chooses."""
     account: str
     qos: str
     time_limit_seconds: int
@@ -80,6 +91,35 @@ class Submission:
     """The local user as whom it is submitted; empty: the one who runs the bridge."""
     guard: Path | None = None
     """A folder of the bridge's own, where it is written down that this is under way. None: ``directory``."""
+    options: Options = field(default_factory=Options)
+    """What the site's admin adds."""
+
+    @property
+    def memory(self) -> tuple[str, int]:
+        """How memory is asked for (``per-node``, ``per-cpu``, ``per-gpu`` or ``none``), and how many MiB of it."""
+        gpus = sum(gres.count for gres in self.gres if gres.name == GPU)
+        match self.options.memory:
+            case "none":
+                return "none", 0
+            case "per-cpu":
+                return "per-cpu", -(-self.memory_mib // (self.steps * self.cpus_per_task))
+            case "per-gpu" if gpus:
+                return "per-gpu", -(-self.memory_mib // gpus)
+            case _:
+                return "per-node", self.memory_mib
+
+    @property
+    def gpus(self) -> tuple[str, tuple[Gres, ...]]:
+        """How GPUs are asked for (``gres``, ``per-task``, ``per-node`` or ``per-job``), and which."""
+        found = tuple(gres for gres in self.gres if gres.name == GPU)
+        if self.options.gpus == "per-task":
+            found = tuple(replace(gres, count=gres.count // self.steps) for gres in found)
+        return self.options.gpus, found
+
+    @property
+    def plain_gres(self) -> tuple[Gres, ...]:
+        """Generic resources that are asked for as such."""
+        return tuple(gres for gres in self.gres if self.options.gpus == "gres" or gres.name != GPU)
 
 
 @dataclass(frozen=True)

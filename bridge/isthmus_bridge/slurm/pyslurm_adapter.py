@@ -21,6 +21,7 @@ from .model import (
     SubmissionRefused,
     TaskRecord,
 )
+from .options import Options
 from .parse import expand
 from .states import normal
 
@@ -159,10 +160,8 @@ def description(wanted: Submission, environment: Mapping[str, str]) -> dict[str,
         "nodes": 1,
         "ntasks": wanted.steps,
         "cpus_per_task": wanted.cpus_per_task,
-        "memory_per_node": f"{wanted.memory_mib}M",
         "time_limit": -(-wanted.time_limit_seconds // 60),
         "signal": {"signal": 15, "time": wanted.warning_seconds, "batch_only": wanted.steps == 1},
-        "partitions": wanted.partition,
         # Never pyslurm's default, all of its own environment.
         "environment": dict(environment),
     }
@@ -170,9 +169,33 @@ def description(wanted: Submission, environment: Mapping[str, str]) -> dict[str,
         job["account"] = wanted.account
     if wanted.qos:
         job["qos"] = wanted.qos
-    if wanted.gres:
-        job["gres_per_node"] = ",".join(":".join(filter(None, (g.name, g.type, str(g.count)))) for g in wanted.gres)
-    return job
+    if wanted.partition:
+        job["partitions"] = wanted.partition
+    how, memory = wanted.memory
+    if how != "none":
+        job[f"memory_{how.replace('-', '_')}"] = f"{memory}M"
+    asked, gpus = wanted.gpus
+    # pyslurm has no GPUs per node: as generic resources they mean the same.
+    plain = wanted.gres if asked == "per-node" else wanted.plain_gres
+    if plain:
+        job["gres_per_node"] = ",".join(gres.words() for gres in plain)
+    if asked in ("per-task", "per-job") and gpus:
+        name = "gpus_per_task" if asked == "per-task" else "gpus"
+        job[name] = ",".join(gres.words(named=False) for gres in gpus)
+    return job | _options(wanted.options)
+
+
+def _options(options: Options) -> dict[str, Any]:
+    job = {
+        "constraints": options.constraint,
+        "reservations": options.reservation,
+        "wckey": options.wckey,
+        "licenses": options.licenses,
+        "nice": options.nice,
+        "threads_per_core": options.threads_per_core,
+        "resource_sharing": {"": "", "yes": "no"}.get(options.exclusive, options.exclusive),
+    }
+    return {name: value for name, value in job.items() if value}
 
 
 def submitted(result: Result) -> int:

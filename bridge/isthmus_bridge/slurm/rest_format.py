@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .model import Gres, SlurmError, Submission, TaskRecord
+from .options import Options
 from .parse import expand
 from .states import normal
 
@@ -37,8 +38,9 @@ def submission(version: int, wanted: Submission, script: str, environment: Mappi
         "requeue": True,
         "tasks": wanted.steps,
         "cpus_per_task": wanted.cpus_per_task,
-        "partition": wanted.partition,
     }
+    if wanted.partition:
+        job["partition"] = wanted.partition
     if wanted.account:
         job["account"] = wanted.account
     if wanted.qos:
@@ -46,18 +48,15 @@ def submission(version: int, wanted: Submission, script: str, environment: Mappi
     if version < TYPED:
         job |= {
             "nodes": [1, 1],
-            "memory_per_node": wanted.memory_mib,
             "time_limit": minutes,
             "open_mode": "append",
             "environment": dict(environment),
         }
-        if wanted.gres:
-            job["gres"] = ",".join(_gres(":", gres) for gres in wanted.gres)
+        job |= _words(wanted)
         return {"script": _warned(wanted, minutes * 60), "job": job}
     job |= {
         "minimum_nodes": 1,
         "maximum_nodes": 1,
-        "memory_per_node": _set(wanted.memory_mib),
         "time_limit": _set(minutes),
         "open_mode": ["APPEND"],
         "environment": [f"{name}={value}" for name, value in environment.items()],
@@ -66,9 +65,57 @@ def submission(version: int, wanted: Submission, script: str, environment: Mappi
     }
     if wanted.steps == 1:
         job["kill_warning_flags"] = ["BATCH_JOB"]
-    if wanted.gres:
-        job["tres_per_node"] = ",".join("gres/" + _gres(":", gres) for gres in wanted.gres)
-    return {"script": script, "job": job}
+    return {"script": script, "job": job | _typed(wanted)}
+
+
+def _words(wanted: Submission) -> dict[str, Any]:
+    """Return memory, generic resources and the site's options before v0.0.40: named as sbatch's options are."""
+    job: dict[str, Any] = {}
+    how, memory = wanted.memory
+    if how != "none":
+        job[f"memory_{how.replace('-', '_')}"] = memory
+    if wanted.plain_gres:
+        job["gres"] = ",".join(gres.words() for gres in wanted.plain_gres)
+    asked, gpus = wanted.gpus
+    if asked != "gres" and gpus:
+        name = {"per-task": "gpus_per_task", "per-node": "gpus_per_node", "per-job": "gpus"}[asked]
+        job[name] = ",".join(gres.words(named=False) for gres in gpus)
+    if exclusive := wanted.options.exclusive:
+        job["exclusive"] = "true" if exclusive == "yes" else exclusive
+    return job | _plain(wanted.options)
+
+
+def _typed(wanted: Submission) -> dict[str, Any]:
+    """Return the same since v0.0.40: named as in Slurm's own messages."""
+    job: dict[str, Any] = {}
+    how, memory = wanted.memory
+    if how == "per-gpu":
+        job["memory_per_tres"] = f"gres/gpu:{memory}"
+    elif how != "none":
+        job[f"memory_{how.replace('-', '_')}"] = _set(memory)
+    tres: dict[str, list[Gres]] = {"tres_per_node": list(wanted.plain_gres)}
+    asked, gpus = wanted.gpus
+    if asked != "gres":
+        tres.setdefault(f"tres_{asked.replace('-', '_')}", []).extend(gpus)
+    for name, several in tres.items():
+        if several:
+            job[name] = ",".join(f"gres/{gres.words()}" for gres in several)
+    if exclusive := wanted.options.exclusive:
+        job["shared"] = ["none" if exclusive == "yes" else exclusive]
+    return job | _plain(wanted.options)
+
+
+def _plain(options: Options) -> dict[str, Any]:
+    """Return the site's options that are named alike in every version."""
+    job = {
+        "constraints": options.constraint,
+        "reservation": options.reservation,
+        "wckey": options.wckey,
+        "licenses": options.licenses,
+        "nice": options.nice,
+        "threads_per_core": options.threads_per_core,
+    }
+    return {name: value for name, value in job.items() if value}
 
 
 def _warned(wanted: Submission, limit: int) -> str:
@@ -83,10 +130,6 @@ def _warned(wanted: Submission, limit: int) -> str:
         f"{{ sleep {wait} && {warn}; }} </dev/null >/dev/null 2>&1 &\n"
         f"exec /bin/bash {shlex.quote(str(wanted.script))}\n"
     )
-
-
-def _gres(separator: str, gres: Gres) -> str:
-    return separator.join(filter(None, (gres.name, gres.type, str(gres.count))))
 
 
 def _set(number: int) -> dict[str, Any]:

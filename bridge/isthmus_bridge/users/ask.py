@@ -54,6 +54,7 @@ class AsUser:
                 "warning_seconds", "cpus_per_task", "memory_mib",
             )
         }  # fmt: skip
+        job["options"] = submission.options.stated()
         job["gres"] = [[gres.name, gres.type, gres.count] for gres in submission.gres]
         return _finished(self.ask(submission.user, "submit", _key(submission.name), deadline, job=job))
 

@@ -26,12 +26,13 @@ from typing import Any
 from isthmus_contracts.identities import slurm_job_name
 
 from ..run_directory import PATTERN_KEY, RunDirectory
+from ..slurm import options
 from ..slurm.cli import arguments, cancellation, which
 from ..slurm.command import CommandOutputTooLong, CommandTimeout, Result, run
 from ..slurm.environment import DEFAULT_PATH, program_environment
 from ..slurm.model import Gres, Submission
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_REQUEST = 16 << 20
 _LONGEST = 600.0
 _MAX_OUTPUT = 1 << 16
@@ -41,6 +42,7 @@ _MAX_TAIL = 1 << 20
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 # The policy has decided what is allowed. Here no value may pass for an option, or hold what Slurm would expand.
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.+-]{0,63})?")
+_ACCOUNT = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.+@:/-]{0,63})?")
 _COMMENT = re.compile(r"[A-Za-z0-9 ./_-]{0,255}")
 _NUMBERS = ("tasks", "time_limit_seconds", "warning_seconds", "cpus_per_task", "memory_mib", "steps", "at_once")
 
@@ -102,12 +104,13 @@ class Helper:
     def _submit(self, pool: RunDirectory, request: Mapping[str, Any], left: float) -> Any:
         job = request["job"]
         numbers: dict[str, Any] = {name: _number(job[name]) for name in _NUMBERS}
-        names: dict[str, Any] = {name: _matching(_NAME, job[name]) for name in ("partition", "account", "qos")}
+        names: dict[str, Any] = {name: _matching(_NAME, job[name]) for name in ("partition", "qos")}
         gres = tuple(Gres(_matching(_NAME, n), _matching(_NAME, t), _number(c)) for n, t, c in job["gres"])
         wanted = Submission(
             name=slurm_job_name(pool.path.name), script=pool.script, directory=pool.path,
             output=pool.log_pattern if numbers["steps"] == 1 else pool.job_log_pattern,
-            comment=_matching(_COMMENT, job["comment"]), gres=gres, **names, **numbers,
+            comment=_matching(_COMMENT, job["comment"]), gres=gres, account=_matching(_ACCOUNT, job["account"]),
+            options=options.read(job["options"]), **names, **numbers,
         )  # fmt: skip
         timeout = which("timeout", self._env["PATH"])
         guard = [timeout, "--signal=KILL", f"{left:g}"]
@@ -159,7 +162,7 @@ def respond(helper: Helper, content: bytes) -> dict[str, Any]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return {"error": f"{where}{error.strerror}"}
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         return {"refused": "malformed request"}
 
 

@@ -97,10 +97,12 @@ def test_check_explains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("command", ["serve", "check", "doctor", "status"])
 def test_a_bad_policy_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
-    path = policy_file(tmp_path, partitions=[], colour="red")
+    path = policy_file(tmp_path, partitions=["--help"], colour="red")
     assert main([command, "--policy", str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"isthmus-bridge: {path}: ") and "colour: unknown field" in line and "partitions: " in line
+    assert (
+        line.startswith(f"isthmus-bridge: {path}: ") and "colour: unknown field" in line and "partitions[0]: " in line
+    )
 
 
 def test_check_tells_of_what_this_user_may_not_look_at(

@@ -240,6 +240,7 @@ def asked(root: Path, **request: Any) -> dict[str, Any]:
 JOB = {
     "tasks": 2, "steps": 1, "at_once": 0, "comment": "isthmus a/b/c", "partition": "main", "account": "", "qos": "",
     "time_limit_seconds": 60, "warning_seconds": 5, "cpus_per_task": 1, "memory_mib": 5, "gres": [["gpu", "", 1]],
+    "options": {},
 }  # fmt: skip
 
 

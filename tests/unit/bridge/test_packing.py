@@ -7,7 +7,7 @@ import pytest
 from isthmus_bridge.access import Denial, Grant, decide, too_many
 from isthmus_bridge.observation import ClientNote, Observation, TaskObservation
 from isthmus_bridge.packing import by_client, jobs_for, marks_of_jobs
-from isthmus_bridge.policy import Limits
+from isthmus_bridge.policy_parts import Limits
 from isthmus_bridge.rules import Rules
 from isthmus_bridge.run_directory import Marks, RunDirectory
 from isthmus_bridge.submitter import submission
@@ -104,7 +104,7 @@ def test_a_job_holds_what_its_clients_need_together(tmp_path: Path) -> None:
     request = spec(**PACKED, cpus_per_task=4, memory_mib=500, gres=[{"name": "gpu", "count": 2}])
     grant = decide(site, site.identities[0], request)
     assert isinstance(grant, Grant)
-    asked = submission(site, KEY, request, grant, RunDirectory(site.run_dir, KEY))
+    asked = submission(site, KEY, site.identities[0].uri, request, grant, RunDirectory(site.run_dir, KEY))
     assert (asked.tasks, asked.steps, asked.cpus_per_task, asked.memory_mib) == (3, 2, 4, 1000)
     assert (asked.gres[0].count, asked.at_once) == (4, 2)
     assert jobs_for(request) == 3

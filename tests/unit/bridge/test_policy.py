@@ -6,9 +6,22 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from isthmus_bridge.access import Denial, Grant, decide, identify, too_many
-from isthmus_bridge.policy import GatewaySettings, Policy, PolicyError, UserSettings, load, parse, schema
+from isthmus_bridge.policy import (
+    Environment,
+    GatewaySettings,
+    Identity,
+    Policy,
+    PolicyError,
+    SlurmSettings,
+    UserSettings,
+    load,
+    parse,
+    schema,
+)
+from isthmus_bridge.policy_parts import AllCallers, Limits, SbatchOptions
 from isthmus_bridge.rules import Rules
 from isthmus_contracts.pb import bridge_pb2 as pb
 
@@ -51,7 +64,6 @@ BAD: list[tuple[object, str]] = [
     (with_(run_dir="relative"), "run_dir: 'relative' must be an absolute path"),
     (with_(run_dir="/a/%j"), "run_dir: "),
     (with_(listen="nowhere"), "listen: 'nowhere' is not HOST:PORT"),
-    (with_(partitions=[]), "partitions: "),
     (with_(partitions=["--help"]), "partitions[0]: "),
     (with_(identities=[{"uri": "x:y", "accounts": ["nobody"]}]), "identities[0].accounts: 'nobody' is not among"),
     (with_(identities=[{"uri": "x:y"}, {"uri": "x:y"}]), "identities[1].uri: 'x:y' is listed twice"),
@@ -151,7 +163,10 @@ DENIALS: list[tuple[dict[str, object], str]] = [
     ({"cpus_per_task": 17}, "policy limits.cpus_per_task: 17 is more than the 16 that the site allows"),
     ({"memory_mib": 1001}, "policy limits.memory_mib: 1001 is more than the 1000 that the site allows"),
     ({"time_limit_seconds": 7201}, "policy limits.time_limit_seconds: 7201 is more than the 7200 that the site allows"),
-    ({"gres": [gres("fpga", 1)]}, "policy limits.gres: 'fpga' is not allowed for any identity; allowed: gpu"),
+    (
+        {"gres": [gres("fpga", 1)]},
+        "policy limits.gres: 'fpga' is not allowed for isthmus://operator/prod; allowed: gpu",
+    ),
     ({"gres": [gres("gpu", 2), gres("gpu", 1)]}, "policy limits.gres: gpu:3 is more than the 2 that the site allows"),
 ]
 
@@ -276,8 +291,18 @@ def test_the_commented_example_is_valid_and_shows_every_field() -> None:
     path = EXAMPLES / "policy.yaml"
     example = load(path)
     text = path.read_text()
-    parts = (example, example.identities[0], example.environments["isthmus"], example.limits, example.slurm)
-    for model in (*map(type, parts), UserSettings, GatewaySettings):
+    models: list[type[BaseModel]] = [
+        Policy,
+        Identity,
+        Environment,
+        Limits,
+        SlurmSettings,
+        UserSettings,
+        GatewaySettings,
+        SbatchOptions,
+        AllCallers,
+    ]
+    for model in models:
         for field in model.model_fields:
             assert f"{field}:" in text, field
     assert example.env_denied == Policy.model_fields["env_denied"].default

@@ -130,7 +130,7 @@ def test_a_hostile_string_in_any_field_is_refused_by_name_or_stays_a_plain_word(
         assert str(grant).isprintable()
         return
     run = RunDirectory(site.run_dir, key)
-    options = arguments(submission(site, key, wanted, grant, run))
+    options = arguments(submission(site, key, site.identities[0].uri, wanted, grant, run))
     assert all(re.match(r"--[a-z-]+(=|$)", option) for option in options[:-1])
     assert options[-1] == str(run.script)
     text = render(key, wanted, grant, run.path, run.tls)

@@ -349,5 +349,5 @@ def test_the_template_cannot_forget_to_quote() -> None:
 
 
 def test_the_comment_in_the_queue() -> None:
-    assert comment(spec()) == "isthmus default/fashion/lumi"
-    assert comment(spec(job="a b\n%j")) == "isthmus default/a_b__j/lumi"
+    assert comment(spec(), "isthmus://operator/prod") == "isthmus default/fashion/lumi for operator/prod"
+    assert comment(spec(job="a b\n%j"), "spiffe://a b%j") == "isthmus default/a_b__j/lumi for spiffe_//a_b_j"
