@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from isthmus_contracts.crd import federated_job_crd, hpc_site_crd
+from isthmus_contracts.crd import explained_job_crd, hpc_site_crd
 
 Schema = Mapping[str, Any]
 
@@ -20,7 +20,7 @@ _INTRODUCTION = """\
 
 def pages() -> dict[str, str]:
     """File name to content."""
-    return {f"{crd['spec']['names']['singular']}.md": _page(crd) for crd in (federated_job_crd(), hpc_site_crd())}
+    return {f"{crd['spec']['names']['singular']}.md": _page(crd) for crd in (explained_job_crd(), hpc_site_crd())}
 
 
 def _page(crd: Schema) -> str:

@@ -4,6 +4,7 @@ A structural schema (apiextensions v1) is JSON schema without references, unions
 pydantic's schema into that, and refuses what it cannot express.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,34 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
     return structural(model.model_json_schema(by_alias=True))
 
 
+def _without_list_defaults(schema: dict[str, Any], within: bool = False) -> dict[str, Any]:
+    """Return the schema with defaults outside of lists only, and the others in words.
+
+    Tools that compare a manifest with the cluster (Argo CD) take a list whole: a default that the API server wrote into
+    an item would be a difference for ever. The operator fills these in itself.
+    """
+    result = dict(schema)
+    if within and "default" in result:
+        default = result.pop("default")
+        words = str(result.get("description", ""))
+        if default != {} and "Default:" not in words:
+            shown = default if isinstance(default, str) else json.dumps(default)
+            result["description"] = f"{words.rstrip('.')}. Default: {shown}.".lstrip(". ")
+    if "properties" in result:
+        inner = result["properties"].items()
+        result["properties"] = {name: _without_list_defaults(value, within) for name, value in inner}
+    if "items" in result:
+        result["items"] = _without_list_defaults(result["items"], True)
+    return result
+
+
 def _crd(
     names: dict[str, Any],
     scope: str,
     spec: type[BaseModel],
     status: type[BaseModel],
     columns: list[tuple[str, str, str]],
+    wide: list[tuple[str, str, str]],
     description: str,
 ) -> dict[str, Any]:
     return {
@@ -91,7 +114,9 @@ def _crd(
                     "storage": True,
                     "subresources": {"status": {}},
                     "additionalPrinterColumns": [
-                        {"name": name, "type": type_, "jsonPath": path} for name, type_, path in columns
+                        *({"name": name, "type": type_, "jsonPath": path} for name, type_, path in columns),
+                        # Of `kubectl get -o wide`.
+                        *({"name": n, "type": t, "jsonPath": path, "priority": 1} for n, t, path in wide),
                     ],
                     "schema": {
                         "openAPIV3Schema": {
@@ -103,7 +128,8 @@ def _crd(
                                 "kind": {"type": "string"},
                                 "metadata": {"type": "object"},
                                 "spec": _schema(spec),
-                                "status": _schema(status),
+                                # Nobody takes one that no operator has seen for one that is well (kstatus).
+                                "status": {**_schema(status), "default": {"observedGeneration": -1}},
                             },
                         }
                     },
@@ -115,6 +141,14 @@ def _crd(
 
 def federated_job_crd() -> dict[str, Any]:
     """The CustomResourceDefinition of FederatedJob."""
+    crd = explained_job_crd()
+    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    schema["spec"] = _without_list_defaults(schema["spec"])
+    return crd
+
+
+def explained_job_crd() -> dict[str, Any]:
+    """The same with every default, also those that the operator fills in: for the documentation."""
     crd = _crd(
         {
             "kind": "FederatedJob",
@@ -134,6 +168,12 @@ def federated_job_crd() -> dict[str, Any]:
             ("Clients", "string", ".status.clients.summary"),
             ("Best", "string", ".status.bestMetric.value"),
             ("Age", "date", ".metadata.creationTimestamp"),
+        ],
+        [
+            ("Ready", "string", '.status.conditions[?(@.type=="Ready")].status'),
+            ("Reason", "string", '.status.conditions[?(@.type=="Ready")].reason'),
+            ("Message", "string", ".status.message"),
+            ("Model", "string", ".status.model.uri"),
         ],
         "Trains one model over clients in this cluster (pods) and at HPC sites (Slurm jobs).",
     )
@@ -163,6 +203,12 @@ def hpc_site_crd() -> dict[str, Any]:
             ("Endpoint", "string", ".spec.endpoint"),
             ("Slurm", "string", ".status.slurmVersion"),
             ("Age", "date", ".metadata.creationTimestamp"),
+        ],
+        [
+            ("Ready", "string", '.status.conditions[?(@.type=="Ready")].status'),
+            ("Cluster", "string", ".status.cluster"),
+            ("Bridge", "string", ".status.bridgeVersion"),
+            ("Message", "string", ".status.message"),
         ],
         "An HPC site whose bridge this cluster may ask to run clients.",
     )

@@ -11,7 +11,7 @@ Phase = Literal["Pending", "Rejected", "Starting", "Running", "Suspended", "Comp
 
 
 class ConditionType(StrEnum):
-    """Conditions of a FederatedJob (and REACHABLE of an HPCSite)."""
+    """Conditions of a FederatedJob. An HPCSite has REACHABLE, and the last three."""
 
     ACCEPTED = "Accepted"  # the manifest is valid and its sites exist
     AGGREGATOR_READY = "AggregatorReady"
@@ -20,6 +20,10 @@ class ConditionType(StrEnum):
     COMPLETE = "Complete"
     FAILED = "Failed"
     REACHABLE = "Reachable"
+    # What tools for any resource go by (kstatus: Flux, Argo CD, Helm). Exactly one of them is True.
+    READY = "Ready"  # what the manifest asks for is the case: it trains, is complete, or is suspended
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"  # rejected or failed: it takes somebody to go on
 
 
 class Reason(StrEnum):
@@ -44,6 +48,8 @@ class Reason(StrEnum):
     ENOUGH_CLIENTS = "EnoughClients"
     SUSPENDED = "SuspendedByUser"
     NOT_SUSPENDED = "NotSuspended"
+    TRAINING = "Training"
+    PROGRESSING = "Progressing"
     ROUNDS_COMPLETED = "RoundsCompleted"
     TARGET_REACHED = "TargetReached"  # objective.target, before the last round
     PRIVACY_BUDGET_SPENT = "PrivacyBudgetSpent"  # the next round would pass maxEpsilon, before the last one

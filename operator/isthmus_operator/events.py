@@ -6,7 +6,7 @@ from typing import Any
 from isthmus_contracts.federatedjob_status import ConditionType, Reason
 
 from .actions import Emit
-from .status import condition, transitions
+from .status import SUMMARY, condition, transitions
 
 _BAD = {
     Reason.INVALID_SPEC, Reason.TEMPLATE_NOT_ALLOWED, Reason.SITE_NOT_FOUND, Reason.SITE_NOT_ALLOWED,
@@ -43,6 +43,9 @@ def transition_events(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[E
 
 def _is_news(old: Mapping[str, Any], item: Mapping[str, Any]) -> bool:
     type_, reason = item["type"], item["reason"]
+    if type_ in SUMMARY:
+        # They say in other words what another condition says.
+        return False
     if type_ == ConditionType.AGGREGATOR_READY:
         # Its end is told by Complete, Failed or Suspended.
         return reason in (Reason.AGGREGATOR_RUNNING, Reason.AGGREGATOR_LOST)

@@ -20,6 +20,7 @@ from .plan_aggregator import AggregatorOutcome, plan_aggregator
 from .plan_base import plan_base
 from .plan_clients import plan_cloud_pool
 from .plan_hpc import plan_cancel, plan_hpc_pool
+from .readiness import assess_job
 from .record import AggregatorRecord, HpcRecord, Record
 from .render.hpc import key as hpc_key
 from .render.hpc import pool_of
@@ -288,6 +289,7 @@ def _rejected(job: Job, now: dt.datetime, limits: Limits, rejection: Rejection) 
     status = st.StatusDraft(job, now)
     status.set(ConditionType.ACCEPTED, False, rejection.reason, rejection.message)
     status.phase("Rejected", rejection.message)
+    assess_job(status)
     events = transition_events(job.status, status.content)
     # A site that appears wakes its jobs; the look now and then is for a wake-up that was lost.
     requeue = min(limits.idle, 60.0) if rejection.waits else limits.idle
@@ -297,6 +299,8 @@ def _rejected(job: Job, now: dt.datetime, limits: Limits, rejection: Rejection) 
 def _close(draft: Draft, status: st.StatusDraft) -> Plan:
     """Puts the plan together: what must be remembered is written before anything is done."""
     job = draft.job
+    if job.deleted is None:
+        assess_job(status)
     record = draft.record.dump(job.uid)
     save = record != job.record and _differs(draft.record, job)
     finalizers = None

@@ -14,6 +14,7 @@ from .effects.kube import Kube, KubeError
 from .effects.lines import BridgeError, NotConnectedError
 from .jobstore import SiteStore
 from .observed import ProblemKind
+from .readiness import assess_site
 from .status import merge_patch, set_condition
 from .text import one_line
 
@@ -102,6 +103,7 @@ def site_status(body: Mapping[str, Any], answer: pb.Site | BridgeError, now: dt.
     if isinstance(answer, pb.Site):
         set_condition(status, ConditionType.REACHABLE, True, Reason.SITE_REACHABLE, "", generation, now)
         status.pop("message", None)
+        assess_site(status, generation, now)
         said = {
             "slurmVersion": answer.slurm_version,
             "cluster": answer.cluster,
@@ -116,6 +118,7 @@ def site_status(body: Mapping[str, Any], answer: pb.Site | BridgeError, now: dt.
     reason = _reason(answer, message)
     set_condition(status, ConditionType.REACHABLE, False, reason, message, generation, now)
     status["message"] = message
+    assess_site(status, generation, now)
     return status
 
 

@@ -16,6 +16,8 @@ from .render.aggregator import STATE_DIR
 from .text import headline
 
 _DIGITS = 4  # significant: enough to compare models, and the status does not change with noise
+# Of them exactly one is True; see :mod:`.readiness`.
+SUMMARY = (ConditionType.READY, ConditionType.RECONCILING, ConditionType.STALLED)
 _FINISHED = (ConditionType.COMPLETE, ConditionType.FAILED)
 
 
@@ -63,6 +65,11 @@ class StatusDraft:
     def set(self, type_: ConditionType, value: bool, reason: Reason, message: str = "") -> None:
         """Sets a condition; its transition time moves only when its status does."""
         set_condition(self.content, type_, value, reason, message, self._job.generation, self._now)
+
+    def assess(self, true: ConditionType, reason: str, message: str) -> None:
+        """Sets Ready, Reconciling and Stalled: which of them is True, and why."""
+        for type_ in SUMMARY:
+            set_condition(self.content, type_, type_ is true, reason, message, self._job.generation, self._now)
 
     def phase(self, phase: str, message: str = "") -> None:
         """Sets the phase and the one line for people."""

@@ -269,7 +269,12 @@ def test_an_aggregator_that_keeps_crashing_fails_the_job_unless_it_gets_on() -> 
 def test_an_invalid_manifest_is_rejected_and_nothing_made() -> None:
     decided = plan(job(spec(rounds=0)), Observed(), NOW, LIMITS)
     assert decided.actions == ()
-    assert conditions(decided) == {"Accepted": "False/InvalidSpec"}
+    assert conditions(decided) == {
+        "Accepted": "False/InvalidSpec",
+        "Ready": "False/InvalidSpec",
+        "Reconciling": "False/InvalidSpec",
+        "Stalled": "True/InvalidSpec",
+    }
     assert decided.status["phase"] == "Rejected"
     assert decided.status["message"] == "spec.rounds: must be at least 1, not 0"
     assert [event.reason for event in decided.events] == ["InvalidSpec"]
