@@ -102,8 +102,8 @@ def test_each_caller_becomes_its_local_user(shared: Site, alice: rpc.BridgeStub,
     assert not [path for path in listed if stat.S_IMODE(path.lstat().st_mode) & 0o077]
     assert {stat.S_IMODE(path.stat().st_mode) for path in (files / "tls").iterdir()} == {0o600}
     assert (files / "work" / "0" / "train.py").read_bytes() == b"print(1)"
-    own = [path.name for path in (shared.folder / "run" / hers).iterdir()]
-    assert own == ["credentials-of"]
+    own = {path.name for path in (shared.folder / "run" / hers).iterdir()}
+    assert own == {"credentials-of", ".isthmus-pool"}
     for path in (files / "tls" / "tls.key", shared.folder / "run" / "journal.db", shared.folder / "policy.yaml"):
         assert as_user(BOB, "cat", str(path)).returncode != 0, path
 
