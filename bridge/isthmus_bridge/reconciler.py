@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from isthmus_contracts.identities import slurm_job_name
+from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .evidence import Evidence
 from .journal import Entry, Journal, State
@@ -254,7 +255,11 @@ class Reconciler:
         return observation, changes
 
     def _surplus(self, entry: Entry, records: Sequence[TaskRecord], jobs: int) -> bool:
-        """Ends the tasks that a shrunk pool has too many. Returns whether there are any."""
+        """Ends the tasks that a shrunk pool has too many. Returns whether there may be any."""
+        if not records:
+            # The accounts alone know the array: squeue lists it no longer, or not yet, and then all of it lives.
+            asked = jobs_for(pb.PoolSpec.FromString(entry.spec))
+            return asked > jobs and not self._cancel(entry, entry.array_id, jobs, asked - 1)
         living = [record.indices or () for record in records if not meaning(record.state).over]
         last = max((max(indices) for indices in living if indices), default=-1)
         if last < jobs:
@@ -271,11 +276,12 @@ class Reconciler:
 
     def _cancel(
         self, entry: Entry, array_id: int, first: int = 0, last: int | None = None, *, extra: bool = False
-    ) -> None:
+    ) -> bool:
+        """End an array or a range of its tasks, unless that was asked a moment ago; return whether Slurm took it."""
         key = entry.key
         now, asked = self._steady(), (key, array_id, first)
         if now < self._asked_to_cancel.get(asked, -math.inf) + _CANCEL_AGAIN:
-            return
+            return True
         self._asked_to_cancel[asked] = now
         if extra:
             self._metrics.extras.inc()
@@ -285,6 +291,8 @@ class Reconciler:
         except SlurmError as error:
             self._asked_to_cancel.pop(asked, None)
             log.warning("cannot cancel: %s", error, extra={"key": key, "slurm_job": array_id})
+            return False
+        return True
 
     def _sweep(self, arrays: Mapping[_Array, Sequence[TaskRecord]]) -> None:
         """Ends arrays whose pool is over. Those of unknown keys are left alone: another bridge may own them."""

@@ -69,6 +69,20 @@ def test_jobs_that_hold_a_client_that_stays_go_on(world: World) -> None:
     assert counts(world) == (3, 0, 3, 0, 0)
 
 
+def test_an_array_that_the_accounts_alone_know_leaves_no_task_behind(world: World) -> None:
+    """squeue does not list it yet, sacct tells that the client that stays has ended."""
+    world.slurm.script = ["slow"]
+    world.ensure()
+    world.shrink(1)
+    world.array().states[0] = "COMPLETED"
+    world.slurm.down = "away"
+    world.tick()
+    world.slurm.down = ""
+    world.tick()
+    assert world.phase() == "SUCCEEDED"
+    assert world.array().states == ["COMPLETED", "CANCELLED", "CANCELLED"]
+
+
 def test_requests_that_cannot_be(world: World) -> None:
     with pytest.raises(NoSuchPool):
         world.shrink(2)
