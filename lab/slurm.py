@@ -205,9 +205,11 @@ class SlurmCluster:
             f"JobCompLoc={root}/log/jobcomp.log",
             "DefMemPerCPU=100",
             "GresTypes=gpu",
+            "Licenses=scratch:4",
             *(
-                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={NODE_CPUS} Sockets=1"
-                f" CoresPerSocket={NODE_CPUS} ThreadsPerCore=1 RealMemory={NODE_MEMORY_MIB} Gres=gpu:{NODE_GPUS}"
+                f"NodeName={node} Feature=lab,of-{node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}"
+                f" CPUs={NODE_CPUS} Sockets=1 CoresPerSocket={NODE_CPUS} ThreadsPerCore=1 RealMemory={NODE_MEMORY_MIB}"
+                f" Gres=gpu:{NODE_GPUS}"
                 for port, node in enumerate(NODES, FIRST_PORT)
             ),
             f"PartitionName=main Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP",

@@ -130,11 +130,11 @@ class Site:
         self.own_files()
         return policy
 
-    def command(self, verb: str) -> tuple[int, str]:
+    def command(self, verb: str, *options: str) -> tuple[int, str]:
         """Exit code and output of one of the bridge's commands, run as the bridge's user."""
         argv = [*self._as_user, str(self._python), "-m", "isthmus_bridge.cli", verb]
         result = subprocess.run(
-            [*argv, "--policy", str(self.folder / "policy.yaml")], capture_output=True, text=True, cwd="/",
+            [*argv, "--policy", str(self.folder / "policy.yaml"), *options], capture_output=True, text=True, cwd="/",
             env={**os.environ, **self._environ}, timeout=180, check=False,
         )  # fmt: skip
         return result.returncode, result.stdout + result.stderr

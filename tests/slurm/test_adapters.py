@@ -7,6 +7,7 @@ PyPI's pyslurm fits one version of Slurm only, so nothing here can demand it.
 import base64
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ import pytest
 from isthmus_bridge import adapters
 from isthmus_bridge.policy import SlurmSettings
 from isthmus_bridge.slurm.model import (
+    Gres,
     Patience,
     SlurmAdapter,
     SlurmError,
@@ -30,6 +32,7 @@ from isthmus_bridge.slurm.model import (
     SubmissionRefused,
     TaskRecord,
 )
+from isthmus_bridge.slurm.options import Options
 from isthmus_bridge.slurm.states import meaning
 from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
@@ -200,6 +203,36 @@ def test_nothing_in_a_submission_is_code(make: Make, wanted: Callable[..., Submi
     first, where = (odd / "0.log").read_text().splitlines()
     assert (first.rstrip(), where) == (HOSTILE, str(odd))
     assert not list(folder.rglob("pwned")) and not Path("pwned").exists()
+
+
+# What `scontrol show job` says of each, in the versions that the tests know.
+SHOWN = {
+    "Features": r"Features=of-n2 ",
+    "Licenses": r"Licenses=scratch:2",
+    "Nice": r"Nice=7 ",
+    "exclusive": r"OverSubscribe=NO",
+    "memory per CPU": r"MinMemoryCPU=50M",
+    "no partition": r"Partition=main ",
+    "GPUs per task": r"TresPerTask=\S*gpu[:=]1\b",
+    "account": r"Account=abc@v100 ",
+}
+
+
+def test_the_sites_own_options_reach_slurm(make: Make, wanted: Callable[..., Submission]) -> None:
+    adapter = make()
+    own = Options(
+        constraint="of-n2", licenses="scratch:2", wckey="federated", nice=7, exclusive="yes", memory="per-cpu",
+        gpus="per-task", threads_per_core=1,
+    )  # fmt: skip
+    one = wanted("sleep 300", tasks=1, partition="", account="abc@v100", gres=(Gres("gpu", "", 1),), options=own)
+    array = adapter.submit(one)
+    until(lambda: {each.state for each in tasks(adapter, one.name, 1).values()} == {"RUNNING"}, "it runs", 90)
+    text = slurm("scontrol", "show", "job", str(array))
+    assert {name for name, pattern in SHOWN.items() if not re.search(pattern, text)} == set(), text
+    # Memory that is not asked for at all: the site's default.
+    bare = wanted("sleep 300", tasks=1, partition="", options=Options(memory="none"))
+    text = slurm("scontrol", "show", "job", str(adapter.submit(bare)))
+    assert re.search("MinMemoryCPU=100M|MinMemoryNode=0", text), text
 
 
 @pytest.mark.parametrize("partition", ["nowhere", "--help", "$(touch pwned)", "main\nexit"])

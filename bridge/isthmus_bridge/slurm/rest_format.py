@@ -81,7 +81,8 @@ def _words(wanted: Submission) -> dict[str, Any]:
         name = {"per-task": "gpus_per_task", "per-node": "gpus_per_node", "per-job": "gpus"}[asked]
         job[name] = ",".join(gres.words(named=False) for gres in gpus)
     if exclusive := wanted.options.exclusive:
-        job["exclusive"] = "true" if exclusive == "yes" else exclusive
+        # The schema says "true", and 22.05 takes this word alone.
+        job["exclusive"] = "exclusive" if exclusive == "yes" else exclusive
     return job | _plain(wanted.options)
 
 

@@ -215,7 +215,7 @@ def test_what_the_other_adapters_send(tmp_path: Path) -> None:
     old = rest_format.submission(38, wanted, "", {})["job"]
     assert alike.items() <= old.items() and "partition" not in old and "memory_per_node" not in old
     assert (old["exclusive"], old["memory_per_cpu"], old["gpus_per_task"], old["gres"]) == (
-        "true",
+        "exclusive",
         101,
         "a100:2",
         "nic:1",
