@@ -293,6 +293,9 @@ def _translated(error: aio.AioRpcError, seconds: float) -> BridgeError:
         return _UnknownCallError(ProblemKind.REFUSED, details)
     if error.code() in _REFUSED:
         return BridgeError(ProblemKind.REFUSED, details)
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        # The site's policy says: not now. It is asked again, as one that cannot be reached.
+        return _AnsweredError(ProblemKind.UNREACHABLE, details)
     message = f"{error.code().name}: {details}"
     if error.code() not in _NO_ANSWER:
         return _AnsweredError(ProblemKind.UNREACHABLE, message)

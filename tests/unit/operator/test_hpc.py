@@ -236,6 +236,14 @@ def test_a_site_that_is_down_is_shown_and_forgets_nothing() -> None:
     assert not decided.actions
 
 
+def test_a_site_that_takes_nothing_for_now_says_why_and_is_asked_again() -> None:
+    words = "policy drain: this site takes no new jobs for now: maintenance on 3 June"
+    problem = PoolProblem(ProblemKind.UNREACHABLE, words, NOW)
+    decided = plan(job(SPEC), around(problems={"lumi": problem}), NOW, LIMITS)
+    assert pool_status(decided)["reason"] == f"PolicyDenied: {words}"
+    assert of_kind(decided, act.EnsurePool)
+
+
 def test_a_denied_pool_names_the_rule_and_the_job_goes_on_if_it_can() -> None:
     problem = PoolProblem(ProblemKind.DENIED, "rule partitions: gpu is not yours", NOW + dt.timedelta(seconds=60))
     decided = plan(job(SPEC, record=record(seen=False)), around(problems={"lumi": problem}), NOW, LIMITS)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from grpc import aio
 
@@ -23,6 +24,7 @@ from isthmus_operator.effects.bridge import Bridges, CircuitOpenError
 from isthmus_operator.effects.lines import BridgeError, Lines
 from isthmus_operator.jobstore import SiteStore
 from isthmus_operator.metrics import REGISTRY
+from isthmus_operator.observed import ProblemKind
 
 DAY = dt.timedelta(days=1)
 
@@ -41,6 +43,10 @@ class Slow(BridgeServicer):
         self.asked.set()
         await self.may.wait()
         return pb.Pool(phase=pb.Pool.RUNNING, running=1)
+
+    async def CancelPool(self, request: pb.CancelPoolRequest, context: Any) -> pb.Pool:  # type: ignore[override]
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "policy drain: not now")
+        raise AssertionError("abort() raises")
 
 
 class Site:
@@ -167,6 +173,12 @@ async def test_more_calls_than_a_site_gets_wait_no_longer_than_for_an_answer(imp
         failed = await asyncio.gather(*calls, return_exceptions=True)
     assert all(isinstance(error, BridgeError) for error in failed)
     assert sum("DEADLINE_EXCEEDED" in str(error) for error in failed) <= count
+
+
+async def test_what_a_policy_does_not_take_now_is_said_in_its_own_words(site: Site) -> None:
+    with pytest.raises(BridgeError) as caught:
+        await site.bridges.cancel("here", "key", 0, "gone")
+    assert (str(caught.value), caught.value.kind) == ("policy drain: not now", ProblemKind.UNREACHABLE)
 
 
 async def test_a_refusal_is_an_answer(impatient: Site) -> None:
