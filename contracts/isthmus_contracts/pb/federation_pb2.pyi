@@ -801,6 +801,7 @@ class UpdateHeader(_message.Message):
     SCALARS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     VIEWS_FIELD_NUMBER: _builtins.int
+    FROZEN_FIELD_NUMBER: _builtins.int
     job_uid: _builtins.str
     pool: _builtins.str
     index: _builtins.int
@@ -832,6 +833,10 @@ class UpdateHeader(_message.Message):
 
     @_builtins.property
     def views(self) -> _containers.RepeatedCompositeFieldContainer[Global___View]: ...
+    @_builtins.property
+    def frozen(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of the initial weights: names of parameters that require no gradient"""
+
     def __init__(
         self,
         *,
@@ -850,10 +855,11 @@ class UpdateHeader(_message.Message):
         scalars: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         seconds: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         views: _abc.Iterable[Global___View] | None = ...,
+        frozen: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_digest", b"base_digest", "buffers", b"buffers", "codecs", b"codecs", "index", b"index", "instance", b"instance", "job_uid", b"job_uid", "metrics", b"metrics", "num_examples", b"num_examples", "pool", b"pool", "round", b"round", "scalars", b"scalars", "seconds", b"seconds", "tensors", b"tensors", "views", b"views"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_digest", b"base_digest", "buffers", b"buffers", "codecs", b"codecs", "frozen", b"frozen", "index", b"index", "instance", b"instance", "job_uid", b"job_uid", "metrics", b"metrics", "num_examples", b"num_examples", "pool", b"pool", "round", b"round", "scalars", b"scalars", "seconds", b"seconds", "tensors", b"tensors", "views", b"views"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,7 +7,7 @@ buffers and metrics, and the status: no client can make a committed round unread
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -67,7 +67,9 @@ def problem_with_header(header: pb.UpdateHeader) -> str | None:
             return problem
     if problem := metricnames.problem_with(header.metrics):
         return problem
-    return _problem_with_buffers(header)
+    return _problem_with_parts(header, "buffer", header.buffers) or _problem_with_parts(
+        header, "frozen tensor", header.frozen
+    )
 
 
 def problem_with_size(header: pb.UpdateHeader, model_bytes: int) -> str | None:
@@ -135,13 +137,14 @@ def _problem_with_numbers(name: str, numbers: Mapping[str, float]) -> str | None
     return None
 
 
-def _problem_with_buffers(header: pb.UpdateHeader) -> str | None:
-    if not header.buffers:
+def _problem_with_parts(header: pb.UpdateHeader, kind: str, names: Sequence[str]) -> str | None:
+    """Return why ``names`` cannot be some of the tensors."""
+    if not names:
         return None
-    if len(header.buffers) > len(header.tensors):
-        return f"{len(header.buffers)} buffers are more than the {len(header.tensors)} tensors"
-    strangers = set(header.buffers) - {spec.name for spec in header.tensors}
-    return f"the buffer {one_line(repr(min(strangers)), 60)} is not one of the tensors" if strangers else None
+    if len(names) > len(header.tensors):
+        return f"{len(names)} {kind}s are more than the {len(header.tensors)} tensors"
+    strangers = set(names) - {spec.name for spec in header.tensors}
+    return f"the {kind} {one_line(repr(min(strangers)), 60)} is not one of the tensors" if strangers else None
 
 
 def _is_word(text: str) -> bool:

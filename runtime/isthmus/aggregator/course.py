@@ -49,6 +49,8 @@ class Course:
     """The round that was in progress when an earlier process ended, where there was one."""
     buffers: frozenset[str] = frozenset()
     """Which of the model's tensors no optimizer trains. Who handed in the initial weights has said so for all."""
+    frozen: frozenset[str] = frozenset()
+    """Which of its parameters required no gradient when training began, as the same client has said."""
     views: tuple[View, ...] = ()
     """The names that share memory with one of the model's tensors, as the same client has said."""
     broken: StrategyError | None = None

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
 # What is committed with a model, besides the round's record.
-_CLIENTS, _BUFFERS = "clients", "buffers"
+_CLIENTS, _BUFFERS, _FROZEN = "clients", "buffers", "frozen"
 
 
 class Federation:
@@ -110,6 +110,7 @@ class Federation:
             self.course.resumed = checkpoint.round + 1
             await self._remember(checkpoint)
         self.course.buffers = frozenset(json.loads(checkpoint.notes.get(_BUFFERS, "[]")))
+        self.course.frozen = frozenset(json.loads(checkpoint.notes.get(_FROZEN, "[]")))
         self.course.views = checkpoint.views
         await self._adopt(checkpoint)
         while checkpoint.round < self.spec.rounds and not self._outcome.met and not self._out_of_budget(checkpoint):
@@ -251,7 +252,8 @@ class Federation:
 
     def _notes(self) -> dict[str, str]:
         """Return what is committed with each model."""
-        notes = {_BUFFERS: json.dumps(sorted(self.course.buffers))} | self._outcome.notes()
+        still = ((_BUFFERS, self.course.buffers), (_FROZEN, self.course.frozen))
+        notes = {name: json.dumps(sorted(names)) for name, names in still} | self._outcome.notes()
         return notes | ({VIEWS: views.to_text(self.course.views)} if self.course.views else {})
 
     def _begin_round(self, base: Checkpoint) -> RoundState:

@@ -49,6 +49,7 @@ class Intake:
         self._folder = folder
         self._folds_late = job.spec.folds_late
         self._directory = directory
+        self._is_private = job.spec.privacy.differential_privacy is not None
         self.permissions = Permissions(job.uid, job.spec, members, course)
         self.history = History(job.spec.stragglers.max_staleness + 1 if self._folds_late else 1)
         self.book = ClientBook()
@@ -133,7 +134,7 @@ class Intake:
 
     async def accept(self, header: pb.UpdateHeader, tensors: State) -> pb.PushReply:
         """Takes a complete update: checks its values, then counts it once."""
-        bad = await self._aside(refusal.examine_values, tensors)
+        bad = await self._aside(lambda state: self._examine_values(header, state), tensors)
         await self.answerable(header)
         if (reply := self.precheck(header)) is not None:  # the world may have moved on meanwhile
             return reply
@@ -141,6 +142,7 @@ class Intake:
             return self.reject(header, bad)
         if header.round == 0:
             self._course.initial, self._course.buffers = tensors, frozenset(header.buffers)
+            self._course.frozen = frozenset(header.frozen)
             self._course.views = views_of(header.views)
             self._course.changes.ring()
             return messages.reply(pb.PushReply.ACCEPTED, "")
@@ -173,10 +175,18 @@ class Intake:
             raise StorageError(self._course.message)
         return messages.reply(pb.PushReply.ACCEPTED, "", number)
 
+    def _examine_values(self, header: pb.UpdateHeader, tensors: State) -> Fault | None:
+        if (fault := refusal.examine_values(tensors)) is not None or not self._is_private or not self._course.frozen:
+            return fault
+        base = self.base(header)
+        return refusal.examine_frozen(tensors, base, self._course.frozen) if base is not None else None
+
     def _update(self, header: pb.UpdateHeader, tensors: State, staleness: int) -> Update:
         discount = self._spec.stragglers.weight(staleness) if staleness else 1.0
         name, scalars = f"{header.pool}/{header.index}", dict(header.scalars)
-        return Update(name, header.num_examples, tensors, self._course.buffers, scalars, discount)
+        # What no client trains needs no noise.
+        buffers = self._course.buffers | self._course.frozen if self._is_private else self._course.buffers
+        return Update(name, header.num_examples, tensors, buffers, scalars, discount)
 
     def _count(self, header: pb.UpdateHeader, state: RoundState) -> None:
         client_id = (header.pool, header.index)

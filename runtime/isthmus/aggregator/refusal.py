@@ -1,9 +1,12 @@
 """Why an update is refused: a small closed set of reasons, which the reply and the metrics name alike."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+
+import torch
 
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
@@ -38,6 +41,7 @@ class Reason(StrEnum):
     EXAMPLES = "examples"
     CODEC = "codec"
     SCALARS = "scalars"
+    FROZEN = "frozen"
     BOUNDS = "bounds"
     # To be sent again.
     CHECKSUM = "checksum"
@@ -121,6 +125,18 @@ def examine_values(tensors: State) -> Fault | None:
     if not math.isfinite(value):
         return Fault(Reason.NON_FINITE, f"{name} holds NaN or infinity")
     return Fault(Reason.RANGE, f"{name} holds {value:.3g}, which is beyond 2**60: too large to be averaged")
+
+
+def examine_frozen(tensors: State, base: State, frozen: Collection[str]) -> Fault | None:
+    """Return what is wrong with an update of a job with differential privacy, where ``frozen`` gets no noise."""
+    changed = [name for name in tensors if name in frozen and not torch.equal(tensors[name], base[name])]
+    if not changed:
+        return None
+    return Fault(
+        Reason.FROZEN,
+        f"{changed[0]} required no gradient when training began, and has changed since: with differential privacy what"
+        " is frozen stays frozen; unfreeze it before the first round",
+    )
 
 
 def fault_of(error: TransferError) -> Fault:

@@ -156,7 +156,8 @@ class Participation:
         live = self._shared.live()
         initial = snapshot(live)
         buffers, views = self._shared.buffers(live), self._shared.views()
-        reply = push(self._session, FinishedUpdate(0, "", 1, {}, initial, buffers, views=views))
+        frozen = self._shared.frozen(live)
+        reply = push(self._session, FinishedUpdate(0, "", 1, {}, initial, buffers, views=views, frozen=frozen))
         self._compression.dropped(initial)
         if reply.verdict == pb.PushReply.INVALID:  # all other answers mean that another client's have been taken
             advice = _OF_BAD_VALUES if reply.reason in ("non_finite", "range") else ""

@@ -60,6 +60,8 @@ class FinishedUpdate:
     """By stage: how long the work took."""
     views: Sequence[View] = ()
     """The names for which one of ``tensors`` travels."""
+    frozen: Sequence[str] = ()
+    """Of the initial weights: names of parameters that require no gradient."""
 
 
 def pull(
@@ -122,6 +124,7 @@ def push(session: Session, update: FinishedUpdate) -> pb.PushReply:
         scalars=update.scalars,
         seconds=update.seconds,
         views=[view.message() for view in update.views],
+        frozen=update.frozen,
     )
     checksum = tensors.checksum if isinstance(tensors, Encoded) else ""
     size = chunk_bytes(session.context.clients)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .test_faults import records, trained
 Make = Callable[..., Federation]
 CLIP, NOISE = 0.5, 0.8
 LAYER = {"NORM": "layer"}
+FROZEN = Path(__file__).with_name("frozen.py")
 
 
 def private(**more: str) -> dict[str, Any]:
@@ -125,3 +127,35 @@ def test_it_cannot_be_added_to_a_model_that_was_trained_without(federation: Make
     assert "the checkpoints were made without differential privacy, which cannot be added later" in job.log(
         "aggregator"
     )
+
+
+@pytest.mark.parametrize("codecs", ["None", "Int8"])
+def test_frozen_layers_get_no_noise(federation: Make, codecs: str) -> None:
+    job = federation(2, 3, privacy=private(), compression={"upload": codecs})
+    job.start_aggregator()
+    clients = [job.start(f"client-{k}", [FROZEN], job.client_environment(k)) for k in range(2)]
+    job.wait_for_round(1)
+    job.kill_aggregator()
+    job.start_aggregator()  # which knows from the checkpoint what is frozen
+    job.wait_for_completion()
+    assert [client.wait() for client in clients] == [0, 0], job.log("client-0") + job.log("client-1")
+    torch.manual_seed(0)
+    first, last = torch.nn.Linear(300, 200), torch.nn.Linear(200, 1)
+    final = torch.load(job.state / "model.pt", weights_only=True)
+    assert torch.equal(final["0.weight"], first.weight) and torch.equal(final["0.bias"], first.bias)
+    noise = final["1.weight"] - last.weight.detach()
+    assert float(noise.norm()) == pytest.approx(CLIP * NOISE / 2 * math.sqrt(3 * 200), rel=0.5)
+
+
+def test_what_is_unfrozen_later_is_refused_with_the_reason(federation: Make) -> None:
+    job = federation(1, 3, privacy=private())
+    job.start_aggregator()
+    client = job.start("client-0", [FROZEN], job.client_environment(0, UNFREEZE="2"))
+    eventually("it is refused", lambda: "update refused" in job.log("client-0"))
+    assert (
+        "0.weight required no gradient when training began, and has changed since: with differential privacy what is"
+        " frozen stays frozen; unfreeze it before the first round"
+    ) in job.log("client-0")
+    assert re.search(r'isthmus_updates_refused_total\{.*reason="frozen"\} 1\.0', job.metrics())
+    assert job.status().completed_rounds == 1
+    assert client.poll() is None

@@ -43,6 +43,8 @@ def shaped(*shape: int, size: int = 0) -> pb.UpdateHeader:
         ({"buffers": ["nothing"]}, "the buffer 'nothing' is not one of the tensors"),
         ({"buffers": ["statistics"] * 3}, "3 buffers are more than the 2 tensors"),
         ({"buffers": ["y" * (31 << 20)]}, "is not one of the tensors"),
+        ({"frozen": ["nothing"]}, "the frozen tensor 'nothing' is not one of the tensors"),
+        ({"frozen": ["statistics"] * 3}, "3 frozen tensors are more than the 2 tensors"),
     ],
 )
 def test_strings_lists_and_maps_of_an_update(changes: dict[str, object], problem: str) -> None:
