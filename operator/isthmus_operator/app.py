@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from .metrics import QUEUE_AGE, QUEUE_DEPTH, REGISTRY, RESYNC_AGE, WORKERS_BUSY,
 from .observed import Job
 from .podstore import PodStore
 from .reconcile import JobReconciler
-from .resync import Resync
+from .resync import RETRY, Resync
 from .settings import Settings
 from .sites import SiteReconciler
 from .tasklogs import TaskLogs
@@ -93,7 +93,7 @@ class App:
             self.jobs, self.pods, observer, effects, aggregators, TaskLogs(kube, bridges, cluster), limits, self.clock
         )
         sites = SiteReconciler(kube, self.sites, bridges, self.site_changed, settings.resync)
-        self.queue = WorkQueue(jobs.reconcile, workers=settings.workers, group=lambda key: key[0])
+        self.queue = WorkQueue(self._look(jobs), workers=settings.workers, group=lambda key: key[0])
         QUEUE_DEPTH.set_function(self.queue.waiting)
         QUEUE_AGE.set_function(self.queue.waited)
         WORKERS_BUSY.set_function(self.queue.busy)
@@ -128,6 +128,22 @@ class App:
             closed = part.close()
             if closed is not None:
                 await closed
+
+    def _look(self, jobs: JobReconciler) -> Callable[[Key], Awaitable[float | None]]:
+        """Looks at a job, unless all of its namespace is refused."""
+
+        async def look(key: Key) -> float | None:
+            job = self.jobs.get(key)
+            if key[0] in self.resync.refused and job is not None and job.deleted is None:
+                return RETRY
+            try:
+                return await jobs.reconcile(key)
+            except KubeError as error:
+                if error.code == 403:
+                    self.resync.refusal(key[0])
+                raise
+
+        return look
 
     def job_seen(self, body: Mapping[str, Any]) -> None:
         """Takes in a FederatedJob, and looks at it where that is news."""

@@ -4,7 +4,9 @@ Every event only wakes a queue; what is to be done follows from the state, never
 on the objects, and needs no finalizer of its own.
 """
 
+import itertools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import kopf
@@ -13,10 +15,19 @@ from isthmus_contracts import identities as ids
 
 from .app import App
 from .podstore import job_of, job_uid_of
+from .resync import RETRY
 
 # The type of an event that comes from kopf's list before it watches. Where the object was known, the watch has begun
 # anew, because its place was too old for the API server (410), and nobody tells what was deleted meanwhile.
 _LISTED = None
+
+
+class _Backoffs:
+    """Seconds before what the API server refused or did not answer is tried again, without end: where a watch gives
+    up, the operator ends, for all namespaces, and one namespace that takes our rights away does not decide that."""
+
+    def __iter__(self) -> Iterator[float]:
+        return itertools.chain((1.0, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0), itertools.repeat(RETRY))
 
 
 def build_registry(app: App) -> kopf.OperatorRegistry:
@@ -87,6 +98,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.watching.server_timeout = 300
     settings.watching.connect_timeout = 15
     settings.networking.request_timeout = 60
+    settings.networking.error_backoffs = _Backoffs()
     # Each object's news have a worker of their own, which only stores them, and ends when none came for a while. Were
     # there fewer workers than objects, the news of the others would wait for that while, and fill the memory.
     settings.queueing.worker_limit = None

@@ -50,7 +50,9 @@ class Health:
         return {
             # An API server that is away for long is no reason to be restarted; a list that never ends is one.
             "alive": not self.broken and age < MAX_BEAT_AGE and look < MAX_LOOK and self._resync.idle() < MAX_LOOK,
-            "ready": self.ready.is_set() and resynced < MAX_AGE,
+            # Where some namespaces are refused, the others are served.
+            "ready": self.ready.is_set() and resynced < MAX_AGE and self._resync.serves(),
+            "refused": dict(self._resync.refused),
             "secondsSinceBeat": round(age, 1),
             "longestLookSeconds": round(look, 1),
             "secondsSinceResync": round(resynced, 1),

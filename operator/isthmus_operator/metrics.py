@@ -71,6 +71,12 @@ RESYNC_AGE = Gauge(
     "Time since all FederatedJobs and HPCSites were last listed, besides being watched.",
     registry=REGISTRY,
 )
+NAMESPACE_SERVED = Gauge(
+    "isthmus_operator_namespace_served",
+    "0 while the API server forbids the operator to list the FederatedJobs of a namespace that it shall serve.",
+    ["namespace"],
+    registry=REGISTRY,
+)
 SITE_CERTIFICATE_EXPIRY = Gauge(
     "isthmus_operator_site_certificate_expiry_timestamp_seconds",
     "When the certificate ends with which the operator calls a site.",

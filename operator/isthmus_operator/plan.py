@@ -303,9 +303,11 @@ def _close(draft: Draft, status: st.StatusDraft) -> Plan:
         assess_job(status)
     record = draft.record.dump(job.uid)
     save = record != job.record and _differs(draft.record, job)
-    finalizers = None
-    if job.deleted is None and FINALIZER not in job.finalizers and draft.actions:
+    finalizers, outside = None, _outside(draft)
+    if job.deleted is None and FINALIZER not in job.finalizers and outside and draft.actions:
         finalizers = (*job.finalizers, FINALIZER)
+    elif job.deleted is None and FINALIZER in job.finalizers and not outside:
+        finalizers = tuple(name for name in job.finalizers if name != FINALIZER)  # of an earlier operator
     if save or finalizers is not None:
         draft.actions.insert(0, SaveJob(record if save else None, finalizers))
     if draft.unsaid:
@@ -313,6 +315,12 @@ def _close(draft: Draft, status: st.StatusDraft) -> Plan:
         draft.events[-1] = Emit(last.type, last.reason, f"{last.message} (and {draft.unsaid} more such events)")
     events = (*transition_events(job.status, status.content), *draft.events)
     return Plan(tuple(draft.actions), status.content, events, draft.requeue)
+
+
+def _outside(draft: Draft) -> bool:
+    """Whether anything of the job is outside of the cluster, or may come to be: what is inside goes with the job by its
+    owner references, and a finalizer would only keep a namespace from going whose roles went first."""
+    return bool(draft.record.hpc) or any(pool.hpc is not None for pool in draft.spec.pools)
 
 
 def _differs(record: Record, job: Job) -> bool:

@@ -128,6 +128,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [isthmus.dev]
   resources: [hpcsites/status]
   verbs: [patch]
+{{- /* A namespace that is deleted takes its Roles first, and its jobs wait for their pools at sites to be cancelled. */ -}}
+{{- if eq .Values.scope.type "Namespaces" }}
+- apiGroups: [isthmus.dev]
+  resources: [federatedjobs]
+  verbs: [get, list, watch, patch]
+- apiGroups: [isthmus.dev]
+  resources: [federatedjobs/status]
+  verbs: [patch]
+{{- end }}
 {{- if not .Values.operator.cluster }}
 - apiGroups: [""]
   resources: [namespaces]

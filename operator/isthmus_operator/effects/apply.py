@@ -162,7 +162,7 @@ class Effects:
             case CreatePod():
                 await self._create_pod(job, memory, action, now)
             case DeletePod():
-                await self._kube.delete("Pod", job.namespace, action.name, action.uid)
+                await self._delete_pod(job, action)
             case EnsurePool() | RenewCredentials() | CancelPool() | ShrinkPool():
                 await self._ask_site(job, memory, action, now)
             case RecordOrphan():
@@ -214,6 +214,15 @@ class Effects:
             body = known
         memory.made(key)
         self._pods.put(body)
+
+    async def _delete_pod(self, job: Job, action: DeletePod) -> None:
+        try:
+            await self._kube.delete("Pod", job.namespace, action.name, action.uid)
+        except KubeError as error:
+            # The operator's roles went before the job, with their namespace, in which pods end by themselves.
+            if job.deleted is None or error.code != 403:
+                raise
+            log.info("%s/%s: pod %s is left to the namespace's end: %s", job.namespace, job.name, action.name, error)
 
     async def _code(self, job: Job, action: EnsurePool) -> Mapping[str, Any]:
         if not action.code:

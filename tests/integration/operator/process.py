@@ -87,9 +87,9 @@ def job(name: str, **spec: Any) -> dict[str, Any]:
     return {"metadata": {"name": name}, "spec": content}
 
 
-def accepted_after(api: ApiServer, namespace: str, name: str) -> float:
+def accepted_after(api: ApiServer, namespace: str, name: str, seconds: float = 300.0) -> float:
     """Makes a job; after how many seconds it is accepted."""
     began = time.monotonic()
     api.put("federatedjobs", job(name), namespace)
-    until(lambda: api.condition(namespace, name, "Accepted") == "True/Valid", f"{name} is accepted", 300)
+    until(lambda: api.condition(namespace, name, "Accepted") == "True/Valid", f"{name} is accepted", seconds)
     return time.monotonic() - began

@@ -264,7 +264,10 @@ class ApiServer:
                 version, type_, kind, body = self._log[place]
                 place += 1
                 if version > since and kind == plural and wanted(body):
-                    await response.write(json.dumps({"type": type_, "object": body}).encode() + b"\n")
+                    try:
+                        await response.write(json.dumps({"type": type_, "object": body}).encode() + b"\n")
+                    except ConnectionError:
+                        return response
             with suppress(TimeoutError):
                 async with asyncio.timeout(1), self._news:
                     if place == len(self._log):

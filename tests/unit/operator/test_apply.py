@@ -124,6 +124,16 @@ async def test_a_deletion_that_fails_is_raised_once_the_rest_is_done() -> None:
     assert raised.value.__notes__ == ["['create demo-cloud-1-0'] ['key']"]
 
 
+async def test_a_pod_that_a_going_namespace_does_not_let_be_deleted_keeps_no_pool_from_being_cancelled() -> None:
+    kube, bridges = FakeKube({"demo-cloud-0-0": KubeError(403, "pods is forbidden")}), FakeBridges()
+    effects = Effects(cast(Kube, kube), JobStore(), PodStore(), cast(Bridges, bridges))
+    steps = (act.DeletePod("demo-cloud-0-0", "uid"), ACTIONS[3])
+    with pytest.raises(KubeError):
+        await effects.perform(job(), JobMemory(UID), steps, NOW)
+    await effects.perform(job(deleted=NOW), JobMemory(UID), steps, NOW)
+    assert bridges.cancelled == ["key"]
+
+
 @pytest.mark.parametrize("code", [0, 429])
 async def test_an_api_server_that_does_not_answer_is_asked_no_further(code: int) -> None:
     error = KubeError(code, "no answer")

@@ -29,13 +29,25 @@ def conditions(decided: act.Plan) -> dict[str, str]:
 
 
 def test_a_new_job_gets_its_finalizer_before_anything_is_made() -> None:
-    decided = plan(job(finalizers=()), Observed(), NOW, LIMITS)
+    decided = plan(job(spec(hpc=2), finalizers=()), Observed(sites={"site": site()}), NOW, LIMITS)
     assert kinds(decided) == [
         "SaveJob", "Apply ConfigMap", "Apply Service", "Apply PersistentVolumeClaim", "CreateAuthority",
     ]  # fmt: skip
     assert decided.actions[0] == act.SaveJob(finalizers=(FINALIZER,))
     assert conditions(decided)["Accepted"] == "True/Valid"
     assert decided.status["phase"] == "Starting"
+
+
+def test_a_job_that_has_nothing_outside_of_the_cluster_gets_no_finalizer_and_loses_an_earlier_one() -> None:
+    """Its namespace could not be deleted: the operator's rights in it go before the job does."""
+    decided = plan(job(finalizers=()), Observed(), NOW, LIMITS)
+    assert kinds(decided) == ["Apply ConfigMap", "Apply Service", "Apply PersistentVolumeClaim", "CreateAuthority"]
+    old = plan(job(finalizers=("other", FINALIZER)), standing(), NOW, LIMITS)
+    assert of_kind(old, act.SaveJob)[0].finalizers == ("other",)
+    # As long as something may be at a site, whatever the manifest says by now.
+    there = Record(hpc={"lumi": HpcRecord("site", attempt=2, authority=AUTHORITY, seen=True, size=2)})
+    kept = plan(job(finalizers=(FINALIZER,), record=there.dump(UID)), standing(), NOW, LIMITS)
+    assert not [item for item in of_kind(kept, act.SaveJob) if item.finalizers is not None]
 
 
 def test_certificates_follow_their_authority() -> None:

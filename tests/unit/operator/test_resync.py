@@ -35,6 +35,8 @@ class Cluster:
         self.meanwhile: list[dict[str, Any]] = []
         self.lists = 0
         self.fails = False
+        self.forbidden: set[str] = set()
+        self.podless: set[str] = set()
         self.woken: list[str] = []
         self.resync = Resync(
             self.jobs, self.sites, namespaces,
@@ -49,8 +51,14 @@ class Cluster:
         self.woken.append(name)
         self.sites.drop(name)
 
+    async def probe(self, where: str) -> None:
+        if where.split("/")[4] in self.podless:
+            raise KubeError(403, "pods is forbidden")
+
     async def all(self, kind: str, namespace: str) -> AsyncIterator[dict[str, Any]]:
         self.lists += 1
+        if namespace in self.forbidden:
+            raise KubeError(403, "federatedjobs is forbidden")
         if self.fails:
             raise KubeError(0, "no answer")
         for body in self.there if kind == "FederatedJob" else self.sites_there:
@@ -82,8 +90,27 @@ async def test_only_served_namespaces_are_listed() -> None:
     assert {item.name for item in cluster.jobs.all()} == {"a", "b"}
 
 
+async def test_a_namespace_that_is_refused_does_not_keep_the_others_from_being_listed() -> None:
+    cluster = Cluster("first", "second", "third")
+    health = Health(cluster.resync)
+    health.ready.set()
+    cluster.forbidden, cluster.podless = {"first"}, {"second"}
+    cluster.there = [job("a", "first"), job("b", "second"), job("c", "third")]
+    await cluster.resync.once(cluster)  # type: ignore[arg-type]
+    assert {item.name for item in cluster.jobs.all()} == {"b", "c"}
+    expected = {"first": "federatedjobs is forbidden", "second": "pods is forbidden"}
+    assert (health.report()["refused"], health.report()["ready"]) == (expected, True)
+    cluster.podless |= {"third"}
+    await cluster.resync.once(cluster)  # type: ignore[arg-type]
+    assert health.report()["ready"] is False
+    cluster.forbidden = cluster.podless = set()
+    await cluster.resync.once(cluster)  # type: ignore[arg-type]
+    assert (health.report()["refused"], health.report()["ready"]) == ({}, True)
+    assert {item.name for item in cluster.jobs.all()} == {"a", "b", "c"}
+
+
 async def test_a_list_that_fails_changes_nothing_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_RETRY", 0.05)
+    monkeypatch.setattr(module, "RETRY", 0.05)
     monkeypatch.setattr(module, "_SETTLE", 0.0)
     cluster = Cluster()
     cluster.jobs.put(job("known"))

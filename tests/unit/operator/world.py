@@ -2,6 +2,7 @@
 
 import copy
 import datetime as dt
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +58,9 @@ def site(*, namespaces: tuple[str, ...] = ("*",)) -> HpcSiteSpec:
 
 def job(wanted: dict[str, Any] | None = None, **changes: Any) -> Job:
     """A FederatedJob as the API server holds it."""
-    base = Job("demo", "team", UID, 1, NOW, spec() if wanted is None else wanted, finalizers=(ids.FINALIZER,))
+    wanted = spec() if wanted is None else wanted
+    outside = '"hpc"' in json.dumps(wanted) + changes.get("record", "")
+    base = Job("demo", "team", UID, 1, NOW, wanted, finalizers=(ids.FINALIZER,) if outside else ())
     return replace(base, **changes)
 
 
@@ -221,6 +224,7 @@ class World:
                 self._ask_site(action)
             case act.DeleteJob():
                 self.job = replace(self.job, deleted=self.now)
+                self.gone = not self.job.finalizers
 
     def _create(self, action: act.CreatePod) -> None:
         if any(pod.name == action.name for pod in self.observed.pods):
