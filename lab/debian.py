@@ -28,6 +28,7 @@ SLURM = ("munge", "slurmctld", "slurmd", "slurmrestd", "slurm-wlm-jwt-plugin", "
 KUBERNETES_BUILD = ("golang-1.19-go", "golang-github-modern-go-reflect2-dev", "rsync", "dpkg-dev", "make")
 # Programs that tests outside the lab use.
 TOOLS = (
+    "curl",
     "faketime",
     "prometheus",  # promtool
     "shellcheck",
