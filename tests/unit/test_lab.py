@@ -61,8 +61,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ("user", "apt", "installed", "says"),
     [
         (0, "/usr/bin/apt-get", [*debian.TOOLS, "client tools"], ""),
-        (1000, "/usr/bin/apt-get", ["client tools"], "as root: apt-get install faketime prometheus shellcheck sudo\n"),
-        (0, None, ["client tools"], "not Debian: install the equivalents of faketime prometheus shellcheck sudo;"),
+        (1000, "/usr/bin/apt-get", ["client tools"], "apt-get install curl faketime prometheus shellcheck sudo\n"),
+        (0, None, ["client tools"], "not Debian: install the equivalents of curl faketime prometheus shellcheck sudo;"),
     ],
 )
 def test_tools_are_installed_where_they_may_be(
