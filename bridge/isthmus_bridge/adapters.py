@@ -43,7 +43,7 @@ def cli(slurm: SlurmSettings, observer: Observer = _unobserved, policy: Policy |
     """Slurm's own programs. ``policy``: where it may let other users be used."""
     users = policy.users if policy is not None else None
     return CliAdapter(
-        slurm_job_name(""), bin_dir=slurm.bin_dir, conf=slurm.conf, timeout=slurm.command_timeout_seconds,
+        bin_dir=slurm.bin_dir, conf=slurm.conf, timeout=slurm.command_timeout_seconds,
         observer=observer, delegate=AsUser(policy) if policy is not None and users is not None else None,
         operator=users is not None and users.operator,
     )  # fmt: skip
@@ -65,7 +65,7 @@ def rest(slurm: SlurmSettings, settings: RestSettings, observer: Observer = _uno
 def pyslurm(slurm: SlurmSettings, observer: Observer = _unobserved) -> PyslurmAdapter:
     """The Python module."""
     return PyslurmAdapter(
-        slurm_job_name(""), cli(slurm, observer).cancel, python=slurm.pyslurm.python, conf=slurm.conf,
+        cli(slurm, observer).cancel, python=slurm.pyslurm.python, conf=slurm.conf,
         timeout=slurm.command_timeout_seconds, observer=observer,
     )  # fmt: skip
 

@@ -1,14 +1,15 @@
 """Tells an admin whether Slurm can be reached from here, by which adapters, and what of it the bridge can use."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from . import adapters
+from . import adapters, belonging
 from .gateway_check import reach
 from .policy import Policy
 from .slurm.environment import DEFAULT_PATH
-from .slurm.model import SiteDescription, SlurmAdapter, SlurmError
+from .slurm.model import SiteDescription, SlurmAdapter, SlurmError, TaskRecord
+from .slurm.states import meaning
 from .users import doctor as users
 
 _PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol", "sacct", "sinfo", "timeout")
@@ -32,7 +33,7 @@ def examine(policy: Policy) -> Iterator[tuple[bool, str]]:
     yield from users.examine(policy)
     if in_use is None:
         return
-    yield True, f"queue: Slurm answers; {in_use.arrays} arrays of bridges of this user"
+    yield from _queue(policy, in_use.jobs)
     yield from users.visibility(policy, in_use.described)
     yield _accounts(in_use.described)
     yield _arrays(policy, in_use.described)
@@ -45,7 +46,7 @@ class _Works:
 
     adapter: SlurmAdapter
     described: SiteDescription
-    arrays: int
+    jobs: Sequence[TaskRecord]
     line: str
 
 
@@ -68,18 +69,29 @@ def _adapter(policy: Policy, name: str) -> _Works | str:
         else:
             adapter = adapters.pyslurm(slurm)
         described = adapter.describe()
-        arrays = len({job.array_id for job in adapter.jobs()})
+        jobs = adapter.jobs()
     except SlurmError as error:
         return f"does not work: {error}"
     if not _new_enough(described):
         return f"Slurm {described.version} is too old; 22.05 or newer"
     cluster = f", cluster {described.cluster}" if described.cluster else ""
-    return _Works(adapter, described, arrays, f"works; Slurm {described.version}{cluster}{extra}")
+    return _Works(adapter, described, jobs, f"works; Slurm {described.version}{cluster}{extra}")
 
 
 def _new_enough(described: SiteDescription) -> bool:
     numbers = [int(word) for word in described.version.split(".")[:2] if word.isdecimal()]
     return tuple(numbers) >= _OLDEST
+
+
+def _queue(policy: Policy, jobs: Sequence[TaskRecord]) -> Iterator[tuple[bool, str]]:
+    pools, others = belonging.sort((job for job in jobs if not meaning(job.state).over), policy)
+    arrays = {job.array_id for records in pools.values() for job in records}
+    yield True, f"queue: Slurm answers; {len(arrays)} arrays of bridges of this user"
+    rest = {job.array_id: job.name for job in others}
+    if rest:
+        job, name = min(rest.items())
+        message = f"queue: {len(rest)} jobs of this user belong to no pool, such as job {job}, {name!r}"
+        yield False, f"{message}: the policy does not bind them; give the bridge a user of its own"
 
 
 def _accounts(described: SiteDescription) -> tuple[bool, str]:

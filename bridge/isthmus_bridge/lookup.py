@@ -82,4 +82,8 @@ class Lookup:
         return *resolve(observation, missing, entry.array_id, history, marks), failure
 
     def _history(self, entry: Entry) -> Sequence[TaskRecord]:
-        return self._adapter.history([slurm_job_name(entry.key)], entry.created_at, entry.user)
+        own = slurm_job_name(entry.key)
+        names = [own, entry.observation.name] if entry.observation.name else [own]
+        found = self._adapter.history(names, entry.created_at, entry.user)
+        # Other jobs may bear the name that someone gave the array.
+        return [record for record in found if record.name == own or record.array_id == entry.array_id]

@@ -49,6 +49,10 @@ class Metrics:
             "isthmus_bridge_tasks", "Tasks of the pools that are not over, by what their Slurm state means",
             ["state"], registry=r,
         )  # fmt: skip
+        self.jobs_without_pool = Gauge(
+            "isthmus_bridge_jobs_without_pool", "Living jobs of the bridge's user that belong to no pool of it",
+            registry=r,
+        )  # fmt: skip
         self.slurm_up = Gauge("isthmus_bridge_slurm_up", "1 while Slurm tells the queue, else 0", registry=r)
         self.last_poll = Gauge(
             "isthmus_bridge_last_poll_timestamp_seconds", "When Slurm last told the queue", registry=r

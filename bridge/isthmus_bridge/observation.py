@@ -59,6 +59,8 @@ class Observation:
     """The last of them ended because of the time limit, or of the warning before it."""
     clients: Mapping[int, ClientNote] = field(default_factory=dict)
     """Where several clients share a task: what is known of each; see :mod:`.packing`."""
+    name: str = ""
+    """The array's name in Slurm, where someone has changed it."""
 
     def counts(self, replicas: int) -> dict[Meaning, int]:
         """Number of tasks by what their state means."""
@@ -82,6 +84,8 @@ class Observation:
                    "limit": self.limit_reached}  # fmt: skip
         if self.clients:
             content["clients"] = {str(i): [n.restarts, n.exit_code, n.tail] for i, n in self.clients.items()}
+        if self.name:
+            content["name"] = self.name
         return json.dumps(content, separators=(",", ":"))
 
     @classmethod
@@ -91,7 +95,7 @@ class Observation:
         tasks = {int(index): TaskObservation(*values) for index, values in content["tasks"].items()}
         clients = {int(index): ClientNote(*values) for index, values in content.get("clients", {}).items()}
         return cls(tasks, content["reason"], content["start"], content.get("ends", 0.0),
-                   content.get("limit", False), clients)  # fmt: skip
+                   content.get("limit", False), clients, content.get("name", ""))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def observe(
         expected = old.expected_start
     reason = next(filter(None, reasons), "")
     ordered = dict(sorted(tasks.items()))
-    return Observation(ordered, reason, expected, min(ends, default=0.0), clients=old.clients), missing
+    return Observation(ordered, reason, expected, min(ends, default=0.0), clients=old.clients, name=old.name), missing
 
 
 def resolve(

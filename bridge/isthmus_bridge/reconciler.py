@@ -8,9 +8,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
 
+from . import belonging
+from .belonging import Owner
 from .evidence import Evidence
 from .journal import Entry, Journal, State
 from .lookup import Lookup
@@ -36,8 +37,6 @@ _CANCEL_AGAIN = 10.0
 _SWEEP_EVERY = 30.0
 _SWEEP_FOR = 900.0
 MAX_SUBMISSIONS = 5
-# Name and owner.
-_Array = tuple[str, str]
 
 
 class Reconciler:
@@ -71,7 +70,9 @@ class Reconciler:
         self._last_sweep = -math.inf
         self._sweep_until = steady() + _SWEEP_FOR
         self._seen = journal.version
-        self._strangers: set[_Array] = set()
+        self._strangers: set[Owner] = set()
+        self._without_pool = 0
+        self._pools: Mapping[Owner, Sequence[TaskRecord]] = {}
         self._status = StatusFile(policy.status_path)
         self.wake = threading.Event()
 
@@ -117,19 +118,17 @@ class Reconciler:
         except SlurmError as error:
             return self._unreachable(followed, error)
         self._reachable()
-        arrays: dict[_Array, list[TaskRecord]] = defaultdict(list)
-        for record in records:
-            arrays[record.name, record.user].append(record)
+        self._pools, rest = belonging.sort(records, self._policy)
         for entry in followed:
             try:
                 if entry.user in gone:
                     self._change(entry, stale=f"the local user {entry.user} is not known on the site's machine")
                 else:
-                    self._follow(entry, arrays.get((slurm_job_name(entry.key), entry.user), []))
+                    self._follow(entry, self._pools.get((entry.key, entry.user), []))
             except Exception:
                 # One pool's trouble is not the others'.
                 log.exception("cannot follow the pool", extra={"key": entry.key})
-        self._sweep(arrays)
+        self._sweep(rest)
         return self._policy.slurm.poll_seconds if followed else _SWEEP_EVERY
 
     def _doubt(self, key: str) -> None:
@@ -207,6 +206,12 @@ class Reconciler:
         shrunk = bool(entry.keep) and not entry.cancel
         observation, missing = observe(mine, jobs, entry.observation, shrunk=shrunk)
         self._note_starts(entry, mine)
+        if (name := belonging.changed_name(mine, entry.key)) and name != entry.observation.name:
+            log.warning(
+                "someone renamed the pool's array to %r; it is followed by its working directory", name,
+                extra={"key": entry.key, "slurm_job": entry.array_id},
+            )  # fmt: skip
+            observation = replace(observation, name=name)
         changes: dict[str, object] = {"stale": ""}
         if missing:
             observation, changes = self._missed(entry, observation, missing)
@@ -286,32 +291,51 @@ class Reconciler:
         if extra:
             self._metrics.extras.inc()
             log.warning("cancelling an extra array", extra={"key": key, "slurm_job": array_id})
+        records = [r for r in self._pools.get((key, entry.user), []) if r.array_id == array_id]
         try:
-            self._adapter.cancel(slurm_job_name(key), array_id, first, last, entry.user)
+            for name in belonging.names(records, key):
+                self._adapter.cancel(name, array_id, first, last, entry.user)
         except SlurmError as error:
             self._asked_to_cancel.pop(asked, None)
             log.warning("cannot cancel: %s", error, extra={"key": key, "slurm_job": array_id})
             return False
         return True
 
-    def _sweep(self, arrays: Mapping[_Array, Sequence[TaskRecord]]) -> None:
-        """Ends arrays whose pool is over. Those of unknown keys are left alone: another bridge may own them."""
-        prefix = slurm_job_name("")
-        for (name, user), records in arrays.items():
+    def _sweep(self, rest: Sequence[TaskRecord]) -> None:
+        """Ends arrays whose pool is over. Those of unknown keys are left alone: another bridge may own them.
+
+        ``rest``: the records that are of no pool.
+        """
+        # Local users have jobs of their own. The bridge's user should have none.
+        outside = {r.array_id: r.name for r in rest if not r.user and not meaning(r.state).over}
+        for (key, user), records in self._pools.items():
             living = {record.array_id for record in records if not meaning(record.state).over}
             if not living:
                 continue
-            key = name.removeprefix(prefix)
             entry = self._journal.get(key)
             if entry is None or entry.user != user:
+                outside |= {r.array_id: r.name for r in records if r.array_id in living and not user}
                 # Also what one local user has named like another's pool: it is neither taken for that nor touched.
-                if (name, user) not in self._strangers:
-                    self._strangers.add((name, user))
+                if (key, user) not in self._strangers:
+                    self._strangers.add((key, user))
                     why = "the journal does not know it" if entry is None else f"belongs to {user or 'the bridge'!r}"
                     log.warning("an array bears our name, but %s", why, extra={"key": key})
             elif entry.state.over:
                 for array_id in living:
                     self._cancel(entry, array_id, extra=True)
+
+        self._count_outside(outside)
+
+    def _count_outside(self, jobs: Mapping[int, str]) -> None:
+        """Reports jobs of the bridge's user that it did not submit: the policy does not bind them."""
+        self._metrics.jobs_without_pool.set(len(jobs))
+        if jobs and not self._without_pool:
+            job, name = min(jobs.items())
+            log.warning(
+                "%d jobs of the bridge's user belong to no pool, such as job %d, %r: the policy does not bind them",
+                len(jobs), job, name,
+            )  # fmt: skip
+        self._without_pool = len(jobs)
 
     def _unreachable(self, followed: Sequence[Entry], error: SlurmError) -> float:
         self._failures += 1

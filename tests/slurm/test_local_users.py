@@ -217,7 +217,7 @@ def test_the_rule_permits_nothing_else(shared: Site, alice: rpc.BridgeStub) -> N
         ({"do": "create", "key": "../../etc", "files": {}}, "malformed key"),
         ({"do": "create", "key": "abcdefgh", "files": {"../x": ""}}, "malformed value"),
         ({"do": "shell", "key": "abcdefgh"}, "malformed request"),
-        ({"do": "cancel", "key": "abcdefgh", "array": "--me", "first": 0, "last": None}, "malformed number"),
+        ({"do": "cancel", "name": "isthmus-abcdefgh", "array": "--me", "first": 0, "last": None}, "malformed number"),
     ):
         assert _ask(bridge_user, [*mine], request) == {"refused": answer}
 

@@ -90,7 +90,9 @@ def arguments(submission: Submission) -> list[str]:
 def cancellation(uid: int, name: str, array_id: int, first: int, last: int | None) -> list[str]:
     """scancel, and its arguments. Name and user are further conditions: after a crash Slurm gives ids to other jobs."""
     which = str(array_id) if last is None else f"{array_id}_[{first}-{last}]"
-    return ["scancel", f"--user={uid}", f"--name={name}", which]
+    # A name that someone else gave the array may be longer than squeue was asked to show.
+    condition = [f"--name={name}"] if len(name) < parse.NAME_WIDTH else []
+    return ["scancel", f"--user={uid}", *condition, which]
 
 
 class CliAdapter:
@@ -98,7 +100,6 @@ class CliAdapter:
 
     def __init__(
         self,
-        prefix: str,
         *,
         bin_dir: Path | None = None,
         conf: Path | None = None,
@@ -112,7 +113,6 @@ class CliAdapter:
         """``delegate``: who runs programs as other users. ``operator``: Slurm shows this user everybody's jobs."""
         self._delegate = delegate
         self._operator = operator
-        self._prefix = prefix
         self._timeout = timeout
         self._runner = runner
         self._observer = observer
@@ -210,7 +210,7 @@ class CliAdapter:
         separator = parse.new_separator()
         # Not among the arguments, which every user of this machine may read.
         env = {**self._query_env, "SQUEUE_FORMAT2": parse.squeue_format(separator)}
-        return parse.squeue(self._ask(argv, env=env), separator, self._prefix, owners)
+        return parse.squeue(self._ask(argv, env=env), separator, owners)
 
     def _uid_of(self, user: str) -> int:
         uid = uid_of(user)

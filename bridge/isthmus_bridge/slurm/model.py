@@ -145,6 +145,8 @@ class TaskRecord:
     """Seconds since the epoch: when the time limit ends a task that runs; 0 where there is none, or it does not run."""
     user: str = ""
     """The local user who owns it; empty: the one who runs the bridge."""
+    directory: str = ""
+    """Its working directory, which shows whose array it is where the name was changed; empty where Slurm hides it."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,9 @@ class SlurmAdapter(Protocol):
         ...
 
     def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
-        """Every array of the bridge that the controller knows, finished ones included, in one request.
+        """Every job that the controller knows of the bridge's user and of ``users``, finished ones included.
 
-        Those of the bridge's user, and of ``users``. What others own is not in it, whatever its name.
+        In one request. What others own is not in it, whatever its name.
         """
         ...
 

@@ -16,14 +16,14 @@ from .states import normal
 # Widths are given where a default would cut off; without a number a field is as wide as its content.
 SQUEUE_FIELDS = (
     "JobID", "ArrayJobID", "ArrayTaskID", "Name", "State", "exit_code", "RestartCnt", "StartTime", "EndTime",
-    "SubmitTime", "NodeList", "UserID", "Reason",
+    "SubmitTime", "NodeList", "UserID", "Reason", "WorkDir",
 )  # fmt: skip
-# A job's name decides whether a pool exists: never let it be cut. Ours are up to 71 characters long.
+# A job's name decides whether a pool exists: never let ours be cut. They are up to 71 characters long.
 NAME_WIDTH = 128
 SACCT_FIELDS = ("JobID", "JobIDRaw", "JobName", "State", "ExitCode", "NodeList", "Submit", "Start", "Reason", "UID")
 SACCT_FORMAT = ",".join(SACCT_FIELDS)
 
-_NAMES = frozenset({"Name", "JobName"})
+_NAMES = frozenset({"Name", "JobName", "WorkDir"})
 _NOTHING = frozenset({"", "N/A", "n/a", "(null)", "None", "None assigned", "Unknown"})
 _MAX_INDEX = 4_000_001  # Slurm's own bound of MaxArraySize
 _RANGE = re.compile(r"(\d{1,7})(?:-(\d{1,7})(?::(\d{1,7}))?)?")
@@ -40,24 +40,23 @@ def squeue_format(separator: str) -> str:
     return ",".join(f"{field}:{NAME_WIDTH if field == 'Name' else ''}{separator}" for field in SQUEUE_FIELDS)
 
 
-def squeue(text: str, separator: str, prefix: str, owners: Mapping[int, str]) -> list[TaskRecord]:
-    """Rows of ``squeue -O`` whose job name begins with ``prefix``, of these users. Raises :class:`SlurmError`.
+def squeue(text: str, separator: str, owners: Mapping[int, str]) -> list[TaskRecord]:
+    """Rows of ``squeue -O`` of these users. Raises :class:`SlurmError`.
 
     ``owners``: what the users are called in the records, by uid.
     """
     records = []
     for row in _rows(text, separator, SQUEUE_FIELDS):
-        job, array, indices, padded, state, status, restarts, start, end, submitted, node, uid, reason = row
-        name = padded.rstrip(" ")
-        if not name.startswith(prefix) or _number(uid) not in owners:
+        job, array, indices, padded, state, status, restarts, start, end, submitted, node, uid, reason, place = row
+        if _number(uid) not in owners:
             continue
         code, signal = exit_status(status)
         records.append(
             TaskRecord(
                 job_id=_number(job),
-                # N/A where the job is no array: then it is none of ours, but its name says otherwise.
+                # N/A where the job is no array.
                 array_id=_number(job if array in _NOTHING else array),
-                name=name,
+                name=padded.rstrip(" "),
                 indices=expand(indices),
                 state=normal(state),
                 reason="" if reason in _NOTHING else reason,
@@ -69,6 +68,7 @@ def squeue(text: str, separator: str, prefix: str, owners: Mapping[int, str]) ->
                 node="" if node in _NOTHING else node,
                 ends=_time(end) if normal(state) == "RUNNING" else 0.0,
                 user=owners[_number(uid)],
+                directory="" if place in _NOTHING else place,
             )
         )
     return records

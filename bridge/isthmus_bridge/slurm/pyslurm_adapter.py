@@ -39,7 +39,6 @@ class PyslurmAdapter:
 
     def __init__(
         self,
-        prefix: str,
         cancel_tasks: Callable[[str, int, int, int], None],
         *,
         python: Path | None = None,
@@ -48,7 +47,6 @@ class PyslurmAdapter:
         observer: Observer = lambda program, seconds, ok: None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        self._prefix = prefix
         self._cancel_tasks = cancel_tasks
         self._argv = [str(python or sys.executable), "-I", str(Path(pyslurm_worker.__file__))]
         self._timeout = timeout
@@ -80,7 +78,7 @@ class PyslurmAdapter:
 
     def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
         """Jobs.load()."""
-        return records(self._ask({"do": "jobs", "prefix": self._prefix, "uid": self._uid}))
+        return records(self._ask({"do": "jobs", "uid": self._uid}))
 
     def history(self, names: Sequence[str], since: float, user: str = "") -> Sequence[TaskRecord]:
         """Nothing: finished jobs are known by the marks that their tasks leave."""
@@ -247,6 +245,7 @@ def _record(job: Mapping[str, Any]) -> TaskRecord:
         submitted=float(job["submitted"]),
         node=str(job["node"]),
         ends=float(job["end"]) if state == "RUNNING" else 0.0,
+        directory=str(job["directory"]),
     )
 
 

@@ -48,7 +48,7 @@ def _jobs(pyslurm: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
             "array": job.array_id or 0,
             "task": job.array_task_id,
             "waiting": job.array_tasks_waiting,
-            "name": job.name,
+            "name": job.name or "",
             "state": job.state,
             "reason": job.state_reason or "",
             "exit_code": job.exit_code or 0,
@@ -58,9 +58,10 @@ def _jobs(pyslurm: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
             "end": _seconds(job.end_time),
             "submitted": _seconds(job.submit_time),
             "node": job.allocated_nodes or "",
+            "directory": job.working_directory or "",
         }
         for job in found
-        if (job.name or "").startswith(request["prefix"]) and job.user_id == request["uid"]
+        if job.user_id == request["uid"]
     ]
 
 

@@ -111,7 +111,7 @@ class RestAdapter:
 
     def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
         """GET /slurm/…/jobs: slurmrestd knows no filter by user, so the whole queue comes."""
-        return rest_format.jobs(self._ask("jobs", "slurm", "jobs"), self._prefix, self._uid)
+        return rest_format.jobs(self._ask("jobs", "slurm", "jobs"), self._uid)
 
     def history(self, names: Sequence[str], since: float, user: str = "") -> Sequence[TaskRecord]:
         """GET /slurmdb/…/jobs, where the site has slurmdbd."""
@@ -134,7 +134,8 @@ class RestAdapter:
         if rest_format.errors(answer):
             return
         found = rest_format.owners(answer)
-        if found and all(owner == (name, self._uid) for owner in found):
+        # Someone may have changed the names of some tasks: they are of one array all the same.
+        if (name, self._uid) in found:
             for which in self._named(array_id, first, last):
                 self._ask("cancel", "slurm", f"job/{which}", method="DELETE", accept=_NO_SUCH_JOB)
 

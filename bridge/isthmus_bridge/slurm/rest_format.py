@@ -137,12 +137,11 @@ def _set(number: int) -> dict[str, Any]:
     return {"set": True, "infinite": False, "number": number}
 
 
-def jobs(content: Mapping[str, Any], prefix: str, uid: int) -> list[TaskRecord]:
-    """This user's jobs whose name begins with ``prefix``, from /slurm/…/jobs. Raises :class:`SlurmError`."""
+def jobs(content: Mapping[str, Any], uid: int) -> list[TaskRecord]:
+    """This user's jobs, from /slurm/…/jobs. Raises :class:`SlurmError`."""
     records = []
     for job in _listed(content):
-        name = _text(job, "name")
-        if not name.startswith(prefix) or _number(job, "user_id") != uid:
+        if _number(job, "user_id") != uid:
             continue
         state = state_of(job.get("job_state"))
         code, signal = _exit(job.get("exit_code"))
@@ -151,9 +150,9 @@ def jobs(content: Mapping[str, Any], prefix: str, uid: int) -> list[TaskRecord]:
         records.append(
             TaskRecord(
                 job_id=own,
-                # 0 where the job is no array: then it is none of ours, but its name says otherwise.
+                # 0 where the job is no array.
                 array_id=_number(job, "array_job_id") or own,
-                name=name,
+                name=_text(job, "name"),
                 indices=_indices(job, task),
                 state=state,
                 reason=_word(job.get("state_reason")),
@@ -164,6 +163,7 @@ def jobs(content: Mapping[str, Any], prefix: str, uid: int) -> list[TaskRecord]:
                 submitted=float(_number(job, "submit_time")),
                 node=_word(job.get("nodes")),
                 ends=float(_number(job, "end_time")) if state == "RUNNING" else 0.0,
+                directory=_word(job.get("current_working_directory")),
             )
         )
     return records

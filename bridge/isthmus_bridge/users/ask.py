@@ -60,7 +60,7 @@ class AsUser:
 
     def cancel(self, user: str, name: str, array_id: int, first: int, last: int | None) -> Result:
         """Runs scancel."""
-        return _finished(self.ask(user, "cancel", _key(name), array=array_id, first=first, last=last))
+        return _finished(self.ask(user, "cancel", name=name, array=array_id, first=first, last=last))
 
 
 def encoded(files: Mapping[str, bytes]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The one program that sudo lets the bridge run as another user: it does what a request on its standard input asks for.
 
 Run as ``python -I -m isthmus_bridge.users.helper --run-dir DIR``. It keeps that user's pools' directories beneath DIR,
-submits the batch scripts in them, cancels the jobs of their names, and reads their logs; it has no other verb. Whoever
+submits the batch scripts in them, cancels jobs of that user's, and reads their logs; it has no other verb. Whoever
 may run it can have a job of that user's do anything, and can do nothing else as that user on this very machine.
 
 A request and its answer are a JSON object each, bytes in base64. No more than the standard library and the bridge's
@@ -74,7 +74,6 @@ class Helper:
                 min(_MAX_TAIL, _number(request["limit"])), of_jobs=request["of_jobs"] is True,
             ),
             "submit": self._submit,
-            "cancel": self._cancel,
         }  # fmt: skip
 
     def answer(self, request: Mapping[str, Any]) -> Any:
@@ -89,6 +88,8 @@ class Helper:
         self._own_root()
         if request["do"] == "hello":
             return {"user": pwd.getpwuid(os.getuid()).pw_name, "sbatch": which("sbatch", self._env["PATH"])}
+        if request["do"] == "cancel":
+            return self._cancel(request, left)
         key = request["key"]
         if re.fullmatch(PATTERN_KEY, key) is None or "\n" in key:
             raise RefusedError("malformed key")
@@ -117,9 +118,10 @@ class Helper:
         # Some time is left for the answer, which says how far sbatch came.
         return self._run([*guard, which("sbatch", self._env["PATH"]), *arguments(wanted)], left * _SHARE)
 
-    def _cancel(self, pool: RunDirectory, request: Mapping[str, Any], left: float) -> Any:
+    def _cancel(self, request: Mapping[str, Any], left: float) -> Any:
         last = request["last"]
-        name, array_id, first = slurm_job_name(pool.path.name), _number(request["array"]), _number(request["first"])
+        # Someone may have renamed the pool's array: any name will do, and it stays behind its option's `=`.
+        name, array_id, first = _text(request["name"]), _number(request["array"]), _number(request["first"])
         program, *rest = cancellation(os.getuid(), name, array_id, first, None if last is None else _number(last))
         return self._run([which(program, self._env["PATH"]), *rest], left)
 

@@ -190,7 +190,7 @@ def adapter(bin_dir: Path, **options: object) -> CliAdapter:
         "SBATCH_PARTITION": "gpu",
         "SLURM_CONF": "/etc/s.conf",
     }
-    return CliAdapter("isthmus-", bin_dir=bin_dir, environ=environ, **options)  # type: ignore[arg-type]
+    return CliAdapter(bin_dir=bin_dir, environ=environ, **options)  # type: ignore[arg-type]
 
 
 def test_the_jobs_environment_is_not_the_bridges(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_an_orphaned_sbatch_is_ended_all_the_same(tmp_path: Path) -> None:
 
 def test_a_missing_program(tmp_path: Path) -> None:
     (tmp_path / "timeout").symlink_to("/usr/bin/timeout")
-    nowhere = CliAdapter("isthmus-", environ={"PATH": str(tmp_path)})
+    nowhere = CliAdapter(environ={"PATH": str(tmp_path)})
     with pytest.raises(SlurmError, match="squeue: not found in PATH"):
         nowhere.jobs()
     with pytest.raises(SubmissionRefused) as caught:

@@ -74,7 +74,22 @@ def test_cancelling_goes_to_the_delegate(tmp_path: Path) -> None:
 
 
 def row(job: int, uid: object) -> str:
-    fields = [str(job), str(job), "0-1", "isthmus-x", "PENDING", "0", "0", "N/A", "N/A", "1", "", str(uid), "None"]
+    fields = [
+        str(job),
+        str(job),
+        "0-1",
+        "isthmus-x",
+        "PENDING",
+        "0",
+        "0",
+        "N/A",
+        "N/A",
+        "1",
+        "",
+        str(uid),
+        "None",
+        "/run/x",
+    ]
     return "SEP".join(fields) + "SEP"
 
 

@@ -260,7 +260,7 @@ def test_the_helper_makes_the_command_lines_itself(root: Path) -> None:
     program, *options, script, home = answer["output"].splitlines()
     assert (program, script, home) == ("sbatch", f"{root}/{KEY}/batch.sh", pwd.getpwuid(os.getuid()).pw_dir)
     assert {f"--job-name={NAME}", f"--chdir={root}/{KEY}", f"--output={root}/{KEY}/logs/%a.log"} <= set(options)
-    answer = asked(root, do="cancel", array=9, first=2, last=3)["result"]
+    answer = asked(root, do="cancel", name=NAME, array=9, first=2, last=3)["result"]
     assert answer["output"].splitlines()[:-1] == ["scancel", f"--user={os.getuid()}", f"--name={NAME}", "9_[2-3]"]
 
 

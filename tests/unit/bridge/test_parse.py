@@ -30,9 +30,23 @@ WAITING = row(
     "",
     "1001",
     "Resources",
+    "/run/bbbb",
 )
 RUNNING = row(
-    "18", "17", "0", "isthmus-bbbb", "RUNNING", "0", "1", "1795436930", "1795440530", "1795436929", "n1", "1001", "None"
+    "18",
+    "17",
+    "0",
+    "isthmus-bbbb",
+    "RUNNING",
+    "0",
+    "1",
+    "1795436930",
+    "1795440530",
+    "1795436929",
+    "n1",
+    "1001",
+    "None",
+    "/run/bbbb",
 )
 FAILED = row(
     "19",
@@ -48,9 +62,23 @@ FAILED = row(
     "n2",
     "1001",
     "NonZeroExitCode",
+    "/run/bbbb",
 )
 REST = row(
-    "17", "17", "N/A", "isthmus-bbbb", "CANCELLED", "0", "0", "N/A", "N/A", "1795436929", "", "1001", "Resources"
+    "17",
+    "17",
+    "N/A",
+    "isthmus-bbbb",
+    "CANCELLED",
+    "0",
+    "0",
+    "N/A",
+    "N/A",
+    "1795436929",
+    "",
+    "1001",
+    "Resources",
+    "/run/bbbb",
 )
 STRANGER = row(
     "3",
@@ -66,16 +94,18 @@ STRANGER = row(
     "n1",
     "1001",
     "ReqNodeNotAvail, Unavail:n[1-2]",
+    "/home/x|y z",
 )
 
 
 def test_squeue() -> None:
-    waiting, running, failed, rest = parse.squeue(
-        WAITING + RUNNING + FAILED + REST + STRANGER + "\n", S, "isthmus-", {1001: ""}
+    waiting, running, failed, rest, other = parse.squeue(
+        WAITING + RUNNING + FAILED + REST + STRANGER + "\n", S, {1001: ""}
     )
     assert (waiting.indices, waiting.reason, waiting.start) == (tuple(range(2, 10)), "Resources", 1795436990.0)
     assert (running.job_id, running.array_id, running.indices, running.node) == (18, 17, (0,), "n1")
     assert (running.restarts, running.reason) == (1, "")
+    assert (running.directory, other.directory) == ("/run/bbbb", "/home/x|y z")
     # Only of a task that runs: that of a waiting one is a guess, and that of a failed one is past.
     assert [record.ends for record in (waiting, running, failed, rest)] == [0.0, 1795440530.0, 0.0, 0.0]
     assert (failed.exit_code, failed.signal, failed.reason) == (7, 0, "NonZeroExitCode")
@@ -100,7 +130,7 @@ def test_squeue() -> None:
 )
 def test_what_is_not_understood_raises(text: str) -> None:
     with pytest.raises(SlurmError):
-        parse.squeue(text, S, "isthmus-", {1001: ""})
+        parse.squeue(text, S, {1001: ""})
 
 
 @pytest.mark.parametrize(
@@ -161,7 +191,7 @@ ODD = [
 def test_a_job_of_any_name_neither_spoils_the_queue_nor_passes_for_ours(name: str) -> None:
     odd = STRANGER.replace("interactive, |odd|", name)
     for text in (odd + RUNNING, RUNNING + odd, RUNNING + odd + odd):
-        found = parse.squeue(text, S, "isthmus-", {1001: ""})
+        found = parse.squeue(text, S, {1001: ""})
         assert [record.job_id for record in found if record.name == "isthmus-bbbb"] == [18]
 
 

@@ -22,7 +22,8 @@ def slurm_init(conf): assert os.environ["PYSLURM_DISABLE_AUTO_INIT"]
 def job(**changes):
     values = dict(id=18, array_id=17, array_task_id=None, array_tasks_waiting=None, name="isthmus-x", state="RUNNING",
                   user_id=os.getuid(), state_reason="None", exit_code=None, exit_code_signal=None, requeue_count=1,
-                  start_time=100, end_time=700, submit_time=90, allocated_nodes="n1")
+                  start_time=100, end_time=700, submit_time=90, allocated_nodes="n1",
+                  working_directory="/run/x")
     return types.SimpleNamespace(**{**values, **changes})
 class Jobs:
     @staticmethod
@@ -62,13 +63,11 @@ def adapter(tmp_path: Path) -> PyslurmAdapter:
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     python.write_text(f'#!/bin/bash\nshift\nexec {sys.executable} -c "{code}" {modules} "$@"\n')
     python.chmod(0o755)
-    return PyslurmAdapter(
-        "isthmus-", _scancel, python=python, environ={"PATH": "/usr/bin:/bin", "SECRET": "of the bridge"}
-    )
+    return PyslurmAdapter(_scancel, python=python, environ={"PATH": "/usr/bin:/bin", "SECRET": "of the bridge"})
 
 
 def test_the_queue_in_the_bridges_words(adapter: PyslurmAdapter) -> None:
-    one, rest = adapter.jobs()
+    one, rest, other = adapter.jobs()
     assert (one.job_id, one.array_id, one.indices, one.state, one.ends, one.restarts) == (
         18,
         17,
@@ -77,6 +76,7 @@ def test_the_queue_in_the_bridges_words(adapter: PyslurmAdapter) -> None:
         700.0,
         1,
     )
+    assert (one.name, one.directory, other.name) == ("isthmus-x", "/run/x", "other")
     assert (rest.indices, rest.state, rest.reason, rest.ends) == ((1, 2, 3), "PENDING", "Resources", 0.0)
 
 
@@ -103,7 +103,7 @@ def test_only_a_job_of_that_name_is_cancelled(adapter: PyslurmAdapter, tmp_path:
 
 
 def test_without_pyslurm_nothing_was_asked(tmp_path: Path) -> None:
-    adapter = PyslurmAdapter("isthmus-", _scancel, environ={"PATH": "/usr/bin:/bin"})
+    adapter = PyslurmAdapter(_scancel, environ={"PATH": "/usr/bin:/bin"})
     with pytest.raises(SlurmError, match="cannot import pyslurm"):
         adapter.jobs()
     with pytest.raises(SubmissionRefused, match="cannot import pyslurm") as caught:

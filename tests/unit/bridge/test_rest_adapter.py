@@ -257,6 +257,7 @@ NEW = {
     "user_id": os.getuid(), "job_state": ["RUNNING"], "state_reason": "None", "restart_cnt": 1, "nodes": "n1",
     "exit_code": {"status": ["SUCCESS"], "return_code": number(3), "signal": {"id": number(9), "name": "KILL"}},
     "start_time": number(100), "submit_time": number(90), "end_time": number(700),
+    "current_working_directory": "/run/x",
 }  # fmt: skip
 OLD = {
     **NEW, "array_job_id": 17, "array_task_id": 0, "job_state": "RUNNING", "exit_code": 3 << 8 | 9,
@@ -266,15 +267,16 @@ OLD = {
 
 @pytest.mark.parametrize("job", [OLD, NEW], ids=["old", "new"])
 def test_both_forms_of_a_job_say_the_same(job: dict[str, Any]) -> None:
-    (record,) = rest_format.jobs({"jobs": [job]}, "isthmus-", os.getuid())
+    (record,) = rest_format.jobs({"jobs": [job]}, os.getuid())
     assert (record.job_id, record.array_id, record.indices, record.state) == (18, 17, (0,), "RUNNING")
     assert (record.exit_code, record.signal, record.restarts, record.reason) == (3, 9, 1, "")
     assert (record.start, record.submitted, record.ends, record.node) == (100.0, 90.0, 700.0, "n1")
+    assert record.directory == "/run/x"
 
 
 def test_whose_job_it_is_counts() -> None:
-    others = [{**NEW, "user_id": os.getuid() + 1}, {**NEW, "name": "mine"}]
-    assert rest_format.jobs({"jobs": others}, "isthmus-", os.getuid()) == []
+    others = [{**NEW, "user_id": os.getuid() + 1}]
+    assert rest_format.jobs({"jobs": others}, os.getuid()) == []
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,7 @@ def test_whose_job_it_is_counts() -> None:
     ids=["waiting", "cut-off", "completing", "requeued"],
 )
 def test_states_and_indices(changes: dict[str, Any], state: str, indices: tuple[int, ...] | None) -> None:
-    (record,) = rest_format.jobs({"jobs": [{**NEW, **changes}]}, "isthmus-", os.getuid())
+    (record,) = rest_format.jobs({"jobs": [{**NEW, **changes}]}, os.getuid())
     assert (record.state, record.indices) == (state, indices)
 
 
@@ -312,10 +314,11 @@ def test_half_an_answer_is_an_error(daemon: Daemon, adapter: RestAdapter, conten
 
 
 def test_a_job_of_another_name_is_not_cancelled(daemon: Daemon, adapter: RestAdapter) -> None:
-    daemon.answers["/slurm/v0.0.41/job/17"] = http({"jobs": [NEW, {**NEW, "name": "another"}]})
+    daemon.answers["/slurm/v0.0.41/job/17"] = http({"jobs": [{**NEW, "name": "another"}]})
     adapter.cancel("isthmus-x", 17)
     assert not any(request.startswith(b"DELETE") for request in daemon.heard)
-    daemon.answers["/slurm/v0.0.41/job/17"] = http({"jobs": [NEW]})
+    # Of an array, some tasks of which were renamed.
+    daemon.answers["/slurm/v0.0.41/job/17"] = http({"jobs": [{**NEW, "name": "another"}, NEW]})
     adapter.cancel("isthmus-x", 17)
     assert sum(request.startswith(b"DELETE") for request in daemon.heard) == 1
 

@@ -94,6 +94,7 @@ class Array:
     exit_codes: list[int]
     submitted: float
     user: str = ""
+    directory: str = ""
     visible: bool = True
     visible_at: float = 0.0
 
@@ -147,6 +148,7 @@ class FakeSlurm:
             [0] * submission.tasks,
             self.clock(),
             submission.user,
+            str(submission.directory),
             visible=what != "late",
             # A request that waits in the controller's own queue: less long than the bridge looks for it.
             visible_at=self.clock() + 20.0 if what == "slow" else 0.0,
@@ -217,7 +219,18 @@ class FakeSlurm:
 def _records(array: Array) -> list[TaskRecord]:
     waiting = tuple(i for i, state in enumerate(array.states) if state == "PENDING")
     records = (
-        [TaskRecord(array.id, array.id, array.name, waiting, "PENDING", "Resources", user=array.user)]
+        [
+            TaskRecord(
+                array.id,
+                array.id,
+                array.name,
+                waiting,
+                "PENDING",
+                "Resources",
+                user=array.user,
+                directory=array.directory,
+            )
+        ]
         if waiting
         else []
     )
@@ -227,6 +240,7 @@ def _records(array: Array) -> list[TaskRecord]:
                 TaskRecord(
                     array.id + index, array.id, array.name, (index,), state, exit_code=array.exit_codes[index],
                     submitted=array.submitted, start=array.submitted + 1, node="n1", user=array.user,
+                    directory=array.directory,
                 )
             )  # fmt: skip
     return records
