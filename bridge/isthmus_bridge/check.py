@@ -147,14 +147,11 @@ def _directory(policy: Policy) -> Iterator[str]:
     path = policy.run_dir
     try:
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
-        mode = existing.stat().st_mode
     except OSError as error:
         yield f"run_dir: {path} cannot be looked at by this user: {error.strerror}"
         return
     if not os.access(existing, os.W_OK | os.X_OK):
         yield f"run_dir: {existing} is not writable by this user"
-    if existing == path and mode & 0o022:
-        yield f"run_dir: others may write to {path}"
 
 
 def _tls(directory: Path) -> Iterator[str]:

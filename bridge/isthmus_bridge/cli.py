@@ -2,12 +2,17 @@
 
 import argparse
 import datetime as dt
+import logging
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+<<<<<<< HEAD
 from . import __version__, certificates, check, doctor, logs, orders, status
+=======
+from . import __version__, certificates, check, doctor, logs, status, strict_modes
+>>>>>>> ad77739 (Refuse to serve where another user can act as the bridge)
 from .journal import JournalError
 from .policy import Policy, PolicyError, load, schema
 from .policy_fields import USER_NAME
@@ -16,6 +21,8 @@ from .slurm.environment import user_name
 from .users.doctor import changeable, code
 from .users.local import named, require
 from .users.rule import RuleError, fragment
+
+log = logging.getLogger(__name__)
 
 # What follows isthmus://operator/ in a certificate.
 _CLUSTER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
@@ -38,7 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     logs.set_up(options.log_level)
-    serve(require(_policy(options)), lambda: require(_policy(options)))
+
+    def reread() -> Policy:
+        policy = require(_policy(options))
+        for line in strict_modes.require(policy, options.policy):
+            log.warning("%s", line)
+        return policy
+
+    serve(reread(), reread)
     return 0
 
 
@@ -79,7 +93,11 @@ def _check(options: argparse.Namespace) -> int:
     good = True
     for line in check.explain(policy, options.identity):
         print(line)
-    for problem in (*check.problems(policy), *check.readable(policy, options.policy)):
+    found = list(strict_modes.examine(policy, options.policy))
+    for warning in (one.line for one in found if not one.grave):
+        print(f"warning: {warning}")
+    grave = (one.line for one in found if one.grave)
+    for problem in (*grave, *check.problems(policy), *check.readable(policy, options.policy)):
         good = False
         print(f"problem: {problem}")
     if good:
@@ -94,8 +112,8 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.connect:
         policy = _changed(policy, _dialling(options.connect, options.proxy))
     for well, line in doctor.examine(policy):
-        good = good and well
-        print(f"{'ok     ' if well else 'PROBLEM'}  {line}")
+        good = good and well is not False
+        print(f"{'PROBLEM' if well is False else 'ok     ' if well else 'note   '}  {line}")
     return 0 if good else 1
 
 

@@ -4,9 +4,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from . import adapters, belonging
+from . import adapters, belonging, site_limits
 from .gateway_check import reach
 from .policy import Policy
+from .site_limits import Line
 from .slurm.environment import DEFAULT_PATH
 from .slurm.model import SiteDescription, SlurmAdapter, SlurmError, TaskRecord
 from .slurm.states import meaning
@@ -17,8 +18,8 @@ _OLDEST = (22, 5)
 _NAMES = {"cli": "CLI", "rest": "REST", "pyslurm": "pyslurm"}
 
 
-def examine(policy: Policy) -> Iterator[tuple[bool, str]]:
-    """Lines, each with whether it is well. An adapter that is not in use may fail: it is told, and no problem."""
+def examine(policy: Policy) -> Iterator[Line]:
+    """Lines, each with whether it is well (None: worth knowing). An adapter that is not in use may fail: no problem."""
     for gateway in policy.gateways:
         yield reach(gateway, policy.tls_dir)
     chosen = policy.slurm.adapter
@@ -38,6 +39,7 @@ def examine(policy: Policy) -> Iterator[tuple[bool, str]]:
     yield _accounts(in_use.described)
     yield _arrays(policy, in_use.described)
     yield from _partitions(policy, in_use.adapter)
+    yield from site_limits.examine(policy, in_use.described)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def _new_enough(described: SiteDescription) -> bool:
     return tuple(numbers) >= _OLDEST
 
 
-def _queue(policy: Policy, jobs: Sequence[TaskRecord]) -> Iterator[tuple[bool, str]]:
+def _queue(policy: Policy, jobs: Sequence[TaskRecord]) -> Iterator[Line]:
     pools, others = belonging.sort((job for job in jobs if not meaning(job.state).over), policy)
     arrays = {job.array_id for records in pools.values() for job in records}
     yield True, f"queue: Slurm answers; {len(arrays)} arrays of bridges of this user"
@@ -109,7 +111,7 @@ def _arrays(policy: Policy, described: SiteDescription) -> tuple[bool, str]:
     return True, f"arrays: up to {described.max_array_size} tasks (MaxArraySize)"
 
 
-def _partitions(policy: Policy, adapter: SlurmAdapter) -> Iterator[tuple[bool, str]]:
+def _partitions(policy: Policy, adapter: SlurmAdapter) -> Iterator[Line]:
     try:
         known = adapter.partitions()
     except SlurmError as error:

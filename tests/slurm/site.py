@@ -27,9 +27,9 @@ from isthmus_contracts.transport import channel
 DAY = dt.timedelta(days=1)
 OVER = (pb.Pool.SUCCEEDED, pb.Pool.FAILED, pb.Pool.CANCELLED)
 
-# Stands before the real sbatch, and misbehaves as the file `mode` beside it says.
+# Stands before the real sbatch, and misbehaves as the file `mode` in a folder for that says.
 SBATCH = """#!/bin/bash
-here=$(dirname "$0")
+here={state}
 mode=$(cat "$here/mode" 2>/dev/null)
 if [ "$mode" = random ]; then
   modes=(slow hang-after hang-before fail-after fail-before "" "" "" "")
@@ -84,10 +84,12 @@ class Site:
         self.address, self.name = "", "localhost"
         self.authority = Authority.create("site", DAY)
         self.authority.issue("bridge", DAY, hosts=["localhost"]).write(folder / "tls")
-        self.bin = folder / "bin"
+        self.bin, self._state = folder / "bin", folder / "state"
         self.bin.mkdir()
+        self._state.mkdir()
         wrapper = self.bin / "sbatch"
-        wrapper.write_text(SBATCH.replace("{sbatch}", shutil.which("sbatch") or "sbatch"))
+        text = SBATCH.replace("{sbatch}", shutil.which("sbatch") or "sbatch").replace("{state}", str(self._state))
+        wrapper.write_text(text)
         wrapper.chmod(0o755)
         self.settings: dict[str, Any] = {
             "site": "test",
@@ -112,15 +114,19 @@ class Site:
                 with suppress(FileNotFoundError):
                     shutil.chown(path, self._user, self._user)
 
+    def let_all_misbehave(self) -> None:
+        """Lets the sbatch that misbehaves run as other users, too."""
+        self._state.chmod(0o777)
+
     def mode(self, mode: str) -> None:
         """How the next sbatch behaves."""
-        (self.bin / "began").unlink(missing_ok=True)
-        (self.bin / "mode").write_text(mode)
+        (self._state / "began").unlink(missing_ok=True)
+        (self._state / "mode").write_text(mode)
 
     @property
     def began(self) -> bool:
         """Whether the misbehaving sbatch is at the point where it misbehaves."""
-        return (self.bin / "began").exists()
+        return (self._state / "began").exists()
 
     def write_policy(self) -> Path:
         """The policy file, as the settings are now."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
+from isthmus_bridge.users.helper import PROTOCOL
 from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
@@ -255,7 +256,7 @@ def test_without_the_rule_nothing_is_lost(shared: Site, alice: rpc.BridgeStub) -
 
 
 def _ask(user: str, helper: list[str], request: dict[str, object]) -> object:
-    content = json.dumps({"protocol": 1, "deadline": time.time() + 60, **request})
+    content = json.dumps({"protocol": PROTOCOL, "deadline": time.time() + 60, **request})
     argv = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--"]
     argv += ["sudo", "-n", "-u", ALICE, "--", *helper]
     done = subprocess.run(argv, input=content, capture_output=True, text=True, timeout=60, check=True, cwd="/")

@@ -1,0 +1,200 @@
+"""Takes the callers' TCP connections, and passes on to the gRPC server those that say something.
+
+Anybody can open a connection and send nothing, and each takes a descriptor. So those whose TLS handshake has not come
+to its end are bounded in number and in time, and where there is one too many the oldest is ended: an honest caller is
+through in a moment. What the bridge needs for itself (the journal, Slurm's programs) stays free.
+"""
+
+import asyncio
+import logging
+import resource
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_SECONDS = 20.0
+_DIAL_SECONDS = 15.0
+# Connections without a complete handshake, and all of them together.
+UNPROVEN = 64
+CONNECTIONS = 256
+# asyncio takes so many at one go, before any can be ended.
+_BACKLOG = 32
+# For the journal, Slurm's programs and the bridge's other ports. A connection that is passed on takes two descriptors.
+_OWN_FILES = 128
+_EACH = 2
+_CHUNK = 64 << 10
+_BUFFER = 256 << 10
+_APPLICATION_DATA = 0x17
+_RECORD_HEADER = 5
+_QUIET_SECONDS = 60.0
+_STOP_SECONDS = 5.0
+
+
+def room(files: int) -> tuple[int, int]:
+    """How many connections there may be, and how many of them unproven, under a limit of open files."""
+    most = max(8, min(CONNECTIONS, (files - _OWN_FILES - _BACKLOG) // _EACH))
+    return most, max(4, min(UNPROVEN, most // 2))
+
+
+class Records:
+    """Watches the client's side of TLS go by, until its first protected record is complete.
+
+    In TLS 1.3 that is the client's certificate, upon which the server ends whom it does not know; before 1.3 it comes
+    after the handshake.
+    """
+
+    def __init__(self) -> None:
+        self.proven = False
+        self._header = bytearray()
+        self._left = 0
+        self._protected = False
+
+    def feed(self, data: bytes) -> None:
+        """Takes what the client sent."""
+        at = 0
+        while at < len(data) and not self.proven:
+            if self._left:
+                step = min(self._left, len(data) - at)
+                self._left -= step
+                at += step
+            else:
+                step = min(_RECORD_HEADER - len(self._header), len(data) - at)
+                self._header += data[at : at + step]
+                at += step
+                if len(self._header) < _RECORD_HEADER:
+                    return
+                self._protected = self._header[0] == _APPLICATION_DATA
+                self._left = int.from_bytes(self._header[3:5], "big")
+                self._header.clear()
+            if not self._left and self._protected:
+                self.proven = True
+
+
+class Door:
+    """A thread with an event loop of its own."""
+
+    def __init__(self, address: str, inner: Callable[[], Path]) -> None:
+        """``inner``: the UNIX socket of the gRPC server."""
+        self._address = address
+        self._inner = inner
+        self._most, self._most_unproven = room(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        # The oldest first.
+        self._unproven: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._told, self._ended = -_QUIET_SECONDS, 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="door", daemon=True)
+        self._server: asyncio.Server | None = None
+        self.port = 0
+
+    def start(self) -> None:
+        """Listens. Raises ``OSError``."""
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
+        except OSError:
+            self._end_loop()
+            raise
+
+    def stop(self) -> None:
+        """Ends every connection."""
+        if self._server is not None:
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+        self._end_loop()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _listen(self) -> None:
+        host, _, port = self._address.rpartition(":")
+        self._server = await asyncio.start_server(
+            self._accept, host.strip("[]"), int(port), limit=_BUFFER, backlog=_BACKLOG
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _close(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_STOP_SECONDS)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._unproven[task] = writer
+        if len(self._unproven) > self._most_unproven or len(self._tasks) > self._most:
+            self._end_oldest()
+        try:
+            first = await asyncio.wait_for(reader.read(_CHUNK), HANDSHAKE_SECONDS)
+            if first:
+                await self._join(task, first, reader, writer)
+        except (OSError, TimeoutError) as error:
+            log.debug("a caller's connection broke: %s", error)
+        finally:
+            self._tasks.discard(task)
+            self._unproven.pop(task, None)
+            writer.close()
+
+    def _end_oldest(self) -> None:
+        task = next(iter(self._unproven))
+        self._unproven.pop(task).transport.abort()
+        task.cancel()
+        self._ended += 1
+        now = self._loop.time()
+        if now >= self._told + _QUIET_SECONDS:
+            log.warning("too many connections without a TLS handshake: ended %d, the oldest first", self._ended)
+            self._told, self._ended = now, 0
+
+    async def _join(
+        self, task: "asyncio.Task[None]", first: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        async with asyncio.timeout(_DIAL_SECONDS):
+            near_reader, near_writer = await asyncio.open_unix_connection(self._inner(), limit=_BUFFER)
+        try:
+            for end in (writer, near_writer):
+                end.transport.set_write_buffer_limits(high=_BUFFER)
+            connection = writer.get_extra_info("socket")
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._inward(task, first, reader, near_writer))
+                both.create_task(_pass_on(near_reader, writer))
+        except* OSError as group:
+            raise group.exceptions[0] from None
+        finally:
+            near_writer.close()
+
+    async def _inward(
+        self, task: "asyncio.Task[None]", data: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Passes on what the caller sends, and notices when its handshake is over."""
+        records = Records()
+        async with asyncio.timeout(HANDSHAKE_SECONDS) as patience:
+            while data:
+                if not records.proven:
+                    records.feed(data)
+                    if records.proven:
+                        self._unproven.pop(task, None)
+                        patience.reschedule(None)
+                writer.write(data)
+                await writer.drain()
+                data = await reader.read(_CHUNK)
+        with suppress(OSError):
+            writer.write_eof()
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(_CHUNK):
+        writer.write(data)
+        await writer.drain()
+    # The server has closed: so does the caller's side, whatever it still says.
+    writer.close()
