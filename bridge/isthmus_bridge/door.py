@@ -10,17 +10,19 @@ import logging
 import resource
 import socket
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from isthmus_contracts.addresses import bound, split
 
 log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 20.0
 _DIAL_SECONDS = 15.0
 # Connections without a complete handshake, and all of them together.
-UNPROVEN = 64
-CONNECTIONS = 256
+UNPROVEN = 32
+CONNECTIONS = 96
 # asyncio takes so many at one go, before any can be ended.
 _BACKLOG = 32
 # For the journal, Slurm's programs and the bridge's other ports. A connection that is passed on takes two descriptors.
@@ -30,6 +32,7 @@ _CHUNK = 64 << 10
 _BUFFER = 256 << 10
 _APPLICATION_DATA = 0x17
 _RECORD_HEADER = 5
+_ALL = frozenset({"::", "0.0.0.0"})  # noqa: S104
 _QUIET_SECONDS = 60.0
 _STOP_SECONDS = 5.0
 
@@ -77,7 +80,7 @@ class Records:
 class Door:
     """A thread with an event loop of its own."""
 
-    def __init__(self, address: str, inner: Callable[[], Path]) -> None:
+    def __init__(self, address: str, inner: Path) -> None:
         """``inner``: the UNIX socket of the gRPC server."""
         self._address = address
         self._inner = inner
@@ -112,10 +115,10 @@ class Door:
         self._loop.close()
 
     async def _listen(self) -> None:
-        host, _, port = self._address.rpartition(":")
-        self._server = await asyncio.start_server(
-            self._accept, host.strip("[]"), int(port), limit=_BUFFER, backlog=_BACKLOG
-        )
+        host, port = split(self._address)
+        # All addresses are those of both families: asyncio would take one of them.
+        where: dict[str, Any] = {"sock": bound("::", port)} if host in _ALL else {"host": host, "port": port}
+        self._server = await asyncio.start_server(self._accept, **where, limit=_BUFFER, backlog=_BACKLOG)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _close(self) -> None:
@@ -158,7 +161,7 @@ class Door:
         self, task: "asyncio.Task[None]", first: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         async with asyncio.timeout(_DIAL_SECONDS):
-            near_reader, near_writer = await asyncio.open_unix_connection(self._inner(), limit=_BUFFER)
+            near_reader, near_writer = await asyncio.open_unix_connection(self._inner, limit=_BUFFER)
         try:
             for end in (writer, near_writer):
                 end.transport.set_write_buffer_limits(high=_BUFFER)

@@ -18,6 +18,7 @@ from isthmus_contracts.transport import SERVER_OPTIONS, renewed_server_credentia
 
 from .adapters import slurm_adapter
 from .dialout import DialOut
+from .door import Door
 from .housekeeping import keep_house
 from .journal import Journal
 from .metrics import Metrics
@@ -44,6 +45,7 @@ _HOUSEKEEPING_SECONDS = 3600.0
 _CERTIFICATE_SECONDS = 60.0
 _MAX_MESSAGE = 4 << 20
 _SOCKET = "bridge.sock"
+_LONGEST_FOLDER = 70
 
 
 class ServerError(Exception):
@@ -104,12 +106,13 @@ class Bridge:
         self._dial_out = (
             DialOut(policy.gateways, policy.site, policy.tls_dir, self.metrics) if policy.gateways else None
         )
-        # Of a socket that only the bridge's user reaches, for what comes through tunnels.
+        # Of the gRPC server's socket, which only the bridge's user reaches.
         self._private: tempfile.TemporaryDirectory[str] | None = None
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._requests = ThreadPoolExecutor(_REQUEST_THREADS, thread_name_prefix="rpc")
         self._server: grpc.Server | None = None
+        self._door: Door | None = None
         self.port = 0
 
     def start(self) -> None:
@@ -123,16 +126,12 @@ class Bridge:
         inbound = self._policy.inbound
         try:
             ends = self._note_certificate()
-            if inbound is not None:
-                self.port = server.add_secure_port(inbound, renewed_server_credentials(self._policy.tls_dir))
-            if self._dial_out is not None:
-                self._private = tempfile.TemporaryDirectory(prefix="isthmus-bridge-")
-                server.add_secure_port(
-                    f"unix:{self._private.name}/{_SOCKET}", renewed_server_credentials(self._policy.tls_dir)
-                )
+            # The door takes the callers' connections, dial-out the tunnels'.
+            self._private = tempfile.TemporaryDirectory(prefix="isthmus-bridge-", dir=_short_folder())
+            near = Path(self._private.name) / _SOCKET
+            server.add_secure_port(f"unix:{near}", renewed_server_credentials(self._policy.tls_dir))
         except (OSError, ValueError, RuntimeError) as error:
-            where = inbound or "a private socket"
-            raise ServerError(f"cannot serve at {where} with {self._policy.tls_dir}: {error}") from None
+            raise ServerError(f"cannot serve with {self._policy.tls_dir}: {error}") from None
         if self._policy.metrics_listen:
             try:
                 self.metrics.serve(self._policy.metrics_listen, self._policy.site)
@@ -143,14 +142,22 @@ class Bridge:
                 self._relay.start()
             except OSError as error:
                 raise ServerError(f"cannot relay at {self._policy.relay.listen}: {error.strerror}") from None
+        server.start()
+        if inbound is not None:
+            door = Door(inbound, near)
+            try:
+                door.start()
+            except OSError as error:
+                server.stop(None)
+                raise ServerError(f"cannot serve at {inbound}: {error.strerror}") from None
+            self._door, self.port = door, door.port
+        self._server = server
         for target in (self._reconcile, self._housekeep):
             thread = threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
             thread.start()
             self._threads.append(thread)
-        server.start()
-        self._server = server
-        if self._dial_out is not None and self._private is not None:
-            self._dial_out.start(Path(self._private.name) / _SOCKET)
+        if self._dial_out is not None:
+            self._dial_out.start(near)
         listen = f"{inbound.rpartition(':')[0]}:{self.port}" if inbound else None
         log.info(
             "serving", extra={"listen": listen, "gateways": [gateway.address for gateway in self._policy.gateways],
@@ -164,8 +171,10 @@ class Bridge:
             self._relay.stop()
         if self._server is not None:
             self._server.stop(_STOP_SECONDS).wait()
+        # Only now: calls under way have had their answers.
+        if self._door is not None:
+            self._door.stop()
         if self._dial_out is not None:
-            # Only now: calls under way have had their answers.
             self._dial_out.stop()
         if self._private is not None:
             self._private.cleanup()
@@ -224,6 +233,12 @@ class Bridge:
                 keep_house(self.rules.current, self._journal, time.time())
             except Exception:
                 log.exception("housekeeping broke off")
+
+
+def _short_folder() -> str:
+    """Where sockets can be: their whole path has at most 107 characters."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) < _LONGEST_FOLDER else "/tmp"  # noqa: S108
 
 
 def serve(policy: Policy, reread: Callable[[], Policy]) -> None:

@@ -114,6 +114,10 @@ class Site:
                 with suppress(FileNotFoundError):
                     shutil.chown(path, self._user, self._user)
 
+    def limit_files(self, most: int) -> None:
+        """Lets the bridge that starts next open so many files."""
+        self._as_user = ["prlimit", f"--nofile={most}:{most}", *self._as_user]
+
     def let_all_misbehave(self) -> None:
         """Lets the sbatch that misbehaves run as other users, too."""
         self._state.chmod(0o777)

@@ -5,7 +5,7 @@ import resource
 BACKLOG = 256
 """Connections that asyncio takes at one go, before any can be refused."""
 # Besides those, everything but the relay: callers, the journal, pipes to Slurm's commands.
-_OTHERS = 256 + BACKLOG
+_OTHERS = 384 + BACKLOG
 _EACH = 2
 # Of connections that have not said yet where they go: anybody can open those.
 _UNNAMED_SHARE = 4

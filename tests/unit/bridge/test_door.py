@@ -15,7 +15,7 @@ import pytest
 
 from isthmus_bridge import door
 from isthmus_bridge.door import CONNECTIONS, UNPROVEN, Records, room
-from isthmus_bridge.server import Bridge
+from isthmus_bridge.server import Bridge, ServerError
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
@@ -117,6 +117,14 @@ def test_what_is_not_tls_is_ended_by_the_server(bridge: Bridge) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{bridge.port}") as plain, pytest.raises(grpc.RpcError) as caught:
         rpc.BridgeStub(plain).GetPool(pb.GetPoolRequest(key=KEY), timeout=30)
     assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def test_a_port_that_is_taken(many_files: None, tmp_path: Path, authority: Authority, bridge: Bridge) -> None:
+    (tmp_path / "another").mkdir()
+    authority.issue("localhost", DAY, hosts=["localhost"]).write(tmp_path / "another" / "tls")
+    taken = site(tmp_path / "another").model_copy(update={"listen": f"127.0.0.1:{bridge.port}"})
+    with pytest.raises(ServerError, match=rf"cannot serve at 127\.0\.0\.1:{bridge.port}: .*in use"):
+        Bridge(taken, FakeSlurm(time.time)).start()
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])

@@ -303,9 +303,9 @@ def test_connections_that_say_nothing_leave_room_for_those_that_do(far: Far, rel
 @pytest.mark.parametrize(
     ("limits", "connections", "room", "soft"),
     [
-        ((1024, 524_288), 4096, 4096, 8704),
-        ((1024, 4096), 4096, 1792, 4096),
-        ((1024, resource.RLIM_INFINITY), 4096, 4096, 8704),
+        ((1024, 524_288), 4096, 4096, 8832),
+        ((1024, 4096), 4096, 1728, 4096),
+        ((1024, resource.RLIM_INFINITY), 4096, 4096, 8832),
         ((65_536, 524_288), 4096, 4096, 65_536),
         ((256, 256), 4096, 1, 256),
         ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 4096, 4096, resource.RLIM_INFINITY),
@@ -324,7 +324,7 @@ def test_the_bridge_keeps_descriptors_for_itself(
 def test_a_relay_holds_no_more_than_there_are_descriptors_for(
     far: Far, relaying: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (516, 516))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (644, 644))
     relay, metrics = relaying({NAME: Route("127.0.0.1", far.port, 9)})
     assert "relay: room for 2 connections only, not for 4096: raise the limit of open files" in caplog.text
     with dial(relay) as one, _joined(one, far), dial(relay) as two, _joined(two, far), dial(relay) as third:
