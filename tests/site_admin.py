@@ -82,8 +82,9 @@ def installed(
         "/var/lib/isthmus-bridge": f"{root}/var/lib/isthmus-bridge",
         "/scratch/": f"{root}/scratch/",
         "/etc/slurm/slurm.conf": str(conf),
-        **instead,
     }  # fmt: skip
+    # What a caller says comes first: it may hold a shorter name of the page.
+    names = {**instead, **names}
     admin = root / "admin"
     admin.mkdir(mode=0o700)
     with _users():
@@ -119,7 +120,7 @@ def _users() -> Iterator[None]:
         yield
     finally:
         for user in made:
-            subprocess.run(["userdel", user], capture_output=True, check=False)
+            subprocess.run(["userdel", "--remove", user], capture_output=True, check=False)
 
 
 def remove(root: Path) -> None:

@@ -23,6 +23,7 @@ from .policy import Environment, Identity, Policy
 from .slurm.accounts import uid_of
 from .slurm.cli import OWN_ARGUMENTS, arguments
 from .slurm.model import SlurmError, Submission
+from .strict_modes import readable_by_others
 from .users.local import faults
 from .users.rule import run_dir
 
@@ -139,8 +140,8 @@ def _lacking(field: str, path: Path) -> Iterator[str]:
 
 def readable(policy: Policy, file: Path) -> Iterator[str]:
     """Whether the local users could read the policy itself."""
-    if policy.users is not None and file.stat().st_mode & 0o044:
-        yield f"policy: others may read {file}, and with it the site's rules; chmod 600"
+    if policy.users is not None and readable_by_others(file):
+        yield f"policy: others may read {file}, and with it the site's rules; chgrp it to the bridge's group, chmod 640"
 
 
 def _directory(policy: Policy) -> Iterator[str]:

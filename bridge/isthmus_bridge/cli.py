@@ -8,11 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-<<<<<<< HEAD
-from . import __version__, certificates, check, doctor, logs, orders, status
-=======
-from . import __version__, certificates, check, doctor, logs, status, strict_modes
->>>>>>> ad77739 (Refuse to serve where another user can act as the bridge)
+from . import __version__, certificates, check, doctor, logs, orders, status, strict_modes
 from .journal import JournalError
 from .policy import Policy, PolicyError, load, schema
 from .policy_fields import USER_NAME

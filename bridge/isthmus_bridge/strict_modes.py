@@ -66,6 +66,13 @@ def require(policy: Policy, file: Path) -> list[str]:
     return [one.line for one in found]
 
 
+def readable_by_others(path: Path) -> bool:
+    """Return whether another user than root and the bridge's may read the file."""
+    found = path.stat()
+    of_group = bool(found.st_mode & 0o040 and _others(found.st_gid, frozenset({0, os.geteuid()})))
+    return of_group or bool(found.st_mode & 0o004)
+
+
 def _items(policy: Policy, file: Path) -> Iterator[_Item]:
     yield _Item("policy", file.absolute())
     yield _Item("tls_dir", policy.tls_dir)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import isthmus_bridge
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 from isthmus_contracts.pki import Credentials
@@ -56,7 +56,6 @@ def site(lab: "Lab", require: Callable[[bool, str], None]) -> Iterator[Installat
     root.chmod(0o755)
     instead = {"venv: /appl/isthmus/venv": "venv: /usr"}
     environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
-    del environment["SLURM_CONF"]
     try:
         with installed(root, lab.user_python(), lab.slurm_conf, "127.0.0.1", (free(), free()), instead,
                        environment=environment) as made:  # fmt: skip
@@ -98,10 +97,12 @@ def test_the_tutorial_and_a_job_that_tries_to_change_the_bridge(site: Installati
     assert "no problems found" in said and "PROBLEM" not in said, said
     assert "warning: " not in said, said
     assert f"local user {JOBS}: the bridge can submit and cancel as that user" in said
-    until(lambda: 'isthmus_bridge_slurm_up{site="lumi"} 1.0' in look(site), "the bridge serves, and Slurm answers")
+    log = site.walk.directory / "background.log"
+    until(lambda: '"message": "serving"' in log.read_text(), "the bridge serves", 60)
+    until(lambda: 'isthmus_bridge_slurm_up{site="lumi"} 1.0' in site.look(), "Slurm answers", 60)
 
     pid, before = bridge_process(site), digests(site)
-    code = Path(sys.modules["isthmus_bridge"].__file__ or "")
+    code = Path(isthmus_bridge.__file__)
     attack = ATTACK
     for name, value in {
         "etc": site.configuration, "var": site.root / "var/lib/isthmus-bridge", "code": code, "sudoers": site.sudoers,
@@ -125,11 +126,4 @@ def test_the_tutorial_and_a_job_that_tries_to_change_the_bridge(site: Installati
     policy = site.configuration / "policy.yaml"
     policy.write_text(policy.read_text().replace("replicas: 8", "replicas: 1"))
     os.kill(pid, signal.SIGHUP)
-    until(lambda: "was read anew" in (site.walk.directory / "background.log").read_text(), "the bridge has read it")
-
-
-def look(site: Installation) -> str:
-    try:
-        return site.look()
-    except AssertionError:
-        return ""
+    until(lambda: "was read anew" in log.read_text(), "the bridge has read it")

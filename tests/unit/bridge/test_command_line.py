@@ -303,7 +303,8 @@ def test_check_tells_who_a_caller_becomes_and_what_is_wrong_with_that(
     assert main(["check", "--policy", str(path), "--identity", "isthmus://operator/prod"]) == 1
     said = capsys.readouterr().out
     assert "  as the local user daemon (uid 1), with its files in /scratch/daemon/isthmus" in said
-    assert f"problem: policy: others may read {path}, and with it the site's rules; chmod 600" in said
+    line = f"problem: policy: others may read {path}, and with it the site's rules"
+    assert f"{line}; chgrp it to the bridge's group, chmod 640" in said
     lost = {**USERS, "identities": [{"uri": "isthmus://operator/prod", "user": "no-such-user"}]}
     path = policy_file(tmp_path, **lost)
     main(["check", "--policy", str(path)])
