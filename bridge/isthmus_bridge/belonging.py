@@ -37,13 +37,13 @@ def sort(records: Iterable[TaskRecord], policy: Policy) -> tuple[dict[Owner, lis
 
 def changed_name(records: Sequence[TaskRecord], key: str) -> str:
     """The name that someone else gave the array, or tasks of it; empty: nobody did."""
-    return next((name for name in names(records, key) if name != slurm_job_name(key)), "")
+    own = slurm_job_name(key)
+    return next((name for name in names(records, own) if name != own), "")
 
 
-def names(records: Sequence[TaskRecord], key: str) -> list[str]:
-    """All names that the living tasks bear; the bridge's own where none lives."""
-    living = sorted({record.name for record in records if not meaning(record.state).over})
-    return living or [slurm_job_name(key)]
+def names(records: Sequence[TaskRecord], otherwise: str) -> list[str]:
+    """All names that the living tasks bear; ``otherwise`` where none is listed."""
+    return sorted({record.name for record in records if not meaning(record.state).over}) or [otherwise]
 
 
 def _by_directory(record: TaskRecord, policy: Policy) -> str:

@@ -148,8 +148,8 @@ class Pools:
         return pool_directory(self._policy, entry.key, entry.user)
 
     def tail(self, entry: Entry, index: int, lines: int, limit: int) -> str:
-        """The last lines of a client's log. Raises ``OSError``."""
-        return self._directory(entry).tails([index], lines, limit)[index]
+        """The last lines of a client's log, or why there are none. Raises ``OSError``."""
+        return self._directory(entry).log_tail(index, lines, limit)
 
     def get(self, identity: Identity, key: str) -> Entry:
         """The caller's pool. Raises RequestError, NoSuchPool."""

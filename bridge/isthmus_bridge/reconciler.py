@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from . import belonging
@@ -293,7 +294,7 @@ class Reconciler:
             log.warning("cancelling an extra array", extra={"key": key, "slurm_job": array_id})
         records = [r for r in self._pools.get((key, entry.user), []) if r.array_id == array_id]
         try:
-            for name in belonging.names(records, key):
+            for name in belonging.names(records, entry.observation.name or slurm_job_name(key)):
                 self._adapter.cancel(name, array_id, first, last, entry.user)
         except SlurmError as error:
             self._asked_to_cancel.pop(asked, None)

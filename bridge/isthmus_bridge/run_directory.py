@@ -155,14 +155,15 @@ class RunDirectory:
     def marks(self) -> dict[int, Marks]:
         """Return what the tasks wrote down, by index. Files that make no sense are left out."""
         found: dict[int, Marks] = {}
-        for index, kind, array_id, last in self._read_marks():
-            ended = exit_code(last) if kind == "exit" else None
+        starts: dict[int, tuple[int, int]] = {}
+        for index, kind, start, last in self._read_marks():
+            array_id, ended = start[0], exit_code(last) if kind == "exit" else None
             old = found.get(index)
-            if old is not None and old.array_id != array_id:
-                # The exit of an earlier start is no news of this one.
-                if kind == "exit":
-                    continue
-                old = None
+            if kind == "start":
+                starts[index], old = start, None
+            elif starts.get(index, start) != start:
+                # The exit of an earlier start is no news of this one: a requeued task's predecessor may live on.
+                continue
             node = last if kind == "start" else old.node if old else ""
             code = ended if ended is not None else old.exit_code if old else None
             found[index] = Marks(array_id, node, code)
@@ -180,7 +181,8 @@ class RunDirectory:
                 found[int(index)] = Exit(int(match[1]), int(match[2]), code)
         return found
 
-    def _read_marks(self) -> Iterator[tuple[int, str, int, str]]:
+    def _read_marks(self) -> Iterator[tuple[int, str, tuple[int, int], str]]:
+        """Yields index, kind, array and restart, and the last word: the starts first."""
         try:
             names = sorted(entry.name for entry in self._tasks.iterdir())
         except FileNotFoundError:
@@ -192,7 +194,7 @@ class RunDirectory:
                     continue
                 match = _MARK.fullmatch(_content(self._tasks / name, _MARK_BYTES).decode("utf-8", "replace"))
                 if match is not None:
-                    yield int(index), kind, int(match[1]), match[3]
+                    yield int(index), kind, (int(match[1]), int(match[2])), match[3]
 
     def tails(
         self, indices: Iterable[int], lines: int = TAIL_LINES, limit: int = TAIL_BYTES, *, of_jobs: bool = False
@@ -203,6 +205,17 @@ class RunDirectory:
         """
         log = self._job_log if of_jobs else self.log
         return {index: _tail(log(index), lines, limit) for index in indices}
+
+    def log_tail(self, index: int, lines: int, limit: int) -> str:
+        """The last lines of one task's log, or a line that says why there are none."""
+        log = self.log(index)
+        try:
+            plain_files.opened(log).close()
+        except FileNotFoundError:
+            return f"isthmus: there is no log of task {index}: it has not begun, or {log} was removed"
+        except OSError as error:
+            return f"isthmus: the log of task {index} cannot be read: {error.strerror or error} ({log})"
+        return _tail(log, lines, limit)
 
     def _job_log(self, index: int) -> Path:
         return self._logs / f"job-{index}.log"

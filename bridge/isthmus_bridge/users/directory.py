@@ -94,6 +94,10 @@ class UserDirectory:
         told = self._ask("tails", indices=wanted, lines=lines, limit=limit, of_jobs=of_jobs) if wanted else {}
         return {index: str(told.get(str(index), "")) for index in wanted}
 
+    def log_tail(self, index: int, lines: int, limit: int) -> str:
+        """See :meth:`~..run_directory.RunDirectory.log_tail`."""
+        return str(self._ask("log", index=index, lines=lines, limit=limit))
+
 
 def _mark(told: Any) -> Marks:
     code = told["exit_code"]

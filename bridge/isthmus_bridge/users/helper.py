@@ -73,6 +73,9 @@ class Helper:
                 [_number(index) for index in request["indices"]], _number(request["lines"]),
                 min(_MAX_TAIL, _number(request["limit"])), of_jobs=request["of_jobs"] is True,
             ),
+            "log": lambda pool, request, _: pool.log_tail(
+                _number(request["index"]), _number(request["lines"]), min(_MAX_TAIL, _number(request["limit"]))
+            ),
             "submit": self._submit,
         }  # fmt: skip
 

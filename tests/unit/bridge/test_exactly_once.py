@@ -218,7 +218,7 @@ def test_ids_that_slurm_gives_out_again_are_told_apart_by_name(world: World) -> 
     world.ensure()
     array = world.array()
     # The controller forgot the job, and gave its number to somebody else's.
-    array.name = "isthmus-ffffffffffffffffffffffffffffffff"
+    array.name, array.directory = "isthmus-ffffffffffffffffffffffffffffffff", "/home/somebody"
     world.slurm.keeps_accounts = False
     world.tick(10.0, times=10)
     assert world.phase() == "FAILED"

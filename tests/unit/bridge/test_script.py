@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from isthmus_bridge.access import Grant, decide
 from isthmus_bridge.policy import Policy
+from isthmus_bridge.run_directory import Marks, RunDirectory
 from isthmus_bridge.script import _only_safe, comment, quote, render, render_job
 from isthmus_bridge.slurm.model import Gres
 from isthmus_contracts.pb import bridge_pb2 as pb
@@ -351,3 +353,28 @@ def test_the_template_cannot_forget_to_quote() -> None:
 def test_the_comment_in_the_queue() -> None:
     assert comment(spec(), "isthmus://operator/prod") == "isthmus default/fashion/lumi for operator/prod"
     assert comment(spec(job="a b\n%j"), "spiffe://a b%j") == "isthmus default/a_b__j/lumi for spiffe_//a_b_j"
+
+
+def test_a_process_that_outlived_its_requeue_says_nothing_more(site: Policy) -> None:
+    """Slurm gave its node up and started the task again, while it lived on."""
+    tasks = site.run_dir / KEY / "tasks"
+    started_again = f"printf '77 1 n2\\n' >{shlex.quote(str(tasks / '6.start'))}; exit 9"
+    assert run(site, spec(replicas=9, command=["sh", "-c", started_again]), index=6).returncode == 9
+    assert not (tasks / "6.exit").exists()
+    assert run(site, spec(replicas=9, command=["true"]), index=6, SLURM_RESTART_COUNT="1").returncode == 0
+    assert (tasks / "6.exit").read_text() == "77 1 0\n"
+    # One of an array before that never counts as newer.
+    (tasks / "6.start").write_text("76 5 n2\n")
+    run(site, spec(replicas=9, command=["true"]), index=6)
+    assert (tasks / "6.exit").read_text() == "77 0 0\n"
+
+
+def test_marks_of_a_start_that_is_over_say_nothing_of_the_next(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path, KEY)
+    directory.create({"tls.key": b"key"})
+    tasks = tmp_path / KEY / "tasks"
+    (tasks / "0.start").write_text("77 1 n2\n")
+    (tasks / "0.exit").write_text("77 0 9\n")
+    assert directory.marks()[0] == Marks(77, "n2", None)
+    (tasks / "0.exit").write_text("77 1 0\n")
+    assert directory.marks()[0] == Marks(77, "n2", 0)

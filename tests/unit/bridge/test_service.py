@@ -240,10 +240,16 @@ def test_tails_are_bounded(connect: Connect, bridge: Bridge, tmp_path: Path) -> 
     assert (
         refused(lambda: list(stub.TailLog(pb.TailLogRequest(key=KEY, index=3))))[0] is grpc.StatusCode.INVALID_ARGUMENT
     )
-    assert list(stub.TailLog(pb.TailLogRequest(key=KEY, index=0))) == []
+    log.write_bytes(b"")
+    assert tail(5) == [], "it has said nothing yet"
     log.unlink()
+    assert tail(5) == [f"isthmus: there is no log of task 1: it has not begun, or {log} was removed"]
     log.symlink_to("/etc/passwd")
-    assert tail(5) == [], "a log that is a link leads elsewhere"
+    (line,) = tail(5)
+    assert line.startswith("isthmus: the log of task 1 cannot be read: ") and "root:" not in line
+    log.unlink()
+    log.mkdir()
+    assert tail(5)[0].startswith("isthmus: the log of task 1 cannot be read: ")
 
 
 def test_describe(connect: Connect) -> None:
