@@ -1,6 +1,7 @@
 """The life of a pool at a real Slurm."""
 
 import json
+import os
 import re
 import threading
 import time
@@ -224,6 +225,10 @@ def test_doctor_and_status_tell_an_admin(site: Site, operator: rpc.BridgeStub) -
         re.search(r"ok +CLI adapter \(in use\): works; Slurm \d+\.\d+", text)
         and "partitions: main, debug are there" in text
     )
+    # The lab's `debug` takes half an hour, and `urgent` is open to everybody.
+    limit = "partitions: limits.time_limit_seconds is 86400, but Slurm allows less (MaxTime): debug 1800 s"
+    assert f"note     {limit}; larger pools never start" in text or "ISTHMUS_LAB" not in os.environ, text
+    assert "its jobs may also use the partitions urgent" in text or "ISTHMUS_LAB" not in os.environ, text
     site.settings["partitions"].append("moon")
     site.write_policy()
     code, text = site.command("doctor")
