@@ -70,6 +70,10 @@ def parse(arguments: Sequence[str]) -> Settings:
     parser.add_argument("--allow-in-templates", type=_allowances, metavar="WHAT,...",
                         default=_env("ALLOW_IN_TEMPLATES", ""),
                         help=f"what users' pod templates may ask for: {', '.join(ALLOWANCES)}")  # fmt: skip
+    parser.add_argument("--secrets-in-templates", default=_env("SECRETS_IN_TEMPLATES", ""), metavar="GLOB,...",
+                        help="which Secrets users' pod templates may name (default: all but Isthmus' own)")  # fmt: skip
+    parser.add_argument("--config-maps-in-templates", default=_env("CONFIG_MAPS_IN_TEMPLATES", ""), metavar="GLOB,...",
+                        help="likewise for ConfigMaps, task.code's too")  # fmt: skip
     parser.add_argument("--webhook", type=_address, default=_env("WEBHOOK", "") or None, metavar="HOST:PORT",
                         help="serve the admission webhook here")  # fmt: skip
     parser.add_argument("--webhook-tls", default=_env("WEBHOOK_TLS", default.webhook_tls), metavar="DIR",
@@ -105,7 +109,9 @@ def parse(arguments: Sequence[str]) -> Settings:
         request_timeout=given.request_timeout,
         resync=given.resync,
         site_give_up=given.site_give_up,
-        allow_in_templates=given.allow_in_templates,
+        allow_in_templates=given.allow_in_templates
+        | _globs("secret", given.secrets_in_templates)
+        | _globs("config-map", given.config_maps_in_templates),
         webhook=given.webhook or "",
         webhook_tls=given.webhook_tls,
         gateway=given.gateway or "",
@@ -135,6 +141,10 @@ def _allowances(text: str) -> frozenset[str]:
     if unknown := sorted(given - set(ALLOWANCES)):
         raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: unknown; choose of {', '.join(ALLOWANCES)}")
     return given
+
+
+def _globs(what: str, text: str) -> frozenset[str]:
+    return frozenset(f"{what}={part.strip()}" for part in text.split(",") if part.strip())
 
 
 def _positive(text: str) -> int:

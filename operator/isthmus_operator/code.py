@@ -5,6 +5,7 @@ import binascii
 from collections.abc import Mapping
 from typing import Any
 
+from isthmus_contracts import identities as ids
 from isthmus_contracts.code import check_files
 
 from . import names
@@ -27,6 +28,8 @@ def copy(job: Job, source: str, config_map: Mapping[str, Any] | None) -> dict[st
     """The job's own copy, or in one line why there can be none."""
     if config_map is None:
         return f"spec.task.code.configMapRef.name: there is no ConfigMap {source!r} in namespace {job.namespace}"
+    if ids.LABEL_JOB_UID in ((config_map.get("metadata") or {}).get("labels") or {}):
+        return f"spec.task.code: ConfigMap {source!r} is Isthmus' own: another job's files or logs are not copied"
     if problem := check_files(files_of(config_map)):
         return f"spec.task.code: ConfigMap {source!r}: {problem}"
     content = {key: config_map[key] for key in ("data", "binaryData") if config_map.get(key)}

@@ -29,6 +29,7 @@ class Dependents:
     certificates: Mapping[str, str] = field(default_factory=dict)
     observer: Credentials | None = None
     service: ServiceView | None = None
+    unnameable: tuple[str, ...] = ()  # what templates name and may not
 
 
 @dataclass

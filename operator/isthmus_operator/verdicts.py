@@ -11,7 +11,7 @@ from isthmus_contracts.federatedjob_status import Reason
 from isthmus_contracts.manifest import ManifestError, check_job_name, parse_spec
 
 from .observed import Job, Observed
-from .render import aggregator
+from .render import aggregator, references
 from .render.client import ClientPods
 from .render.merge import TemplateError
 from .render.restrict import violations
@@ -49,7 +49,7 @@ def examine(job: Job, observed: Observed, allowed: frozenset[str] = frozenset())
     """
     if observed.accepted is not None:
         # Its record is an object that the namespace's users can write: it is not believed in what matters.
-        if forbidden := _forbidden(job, observed.accepted, allowed):
+        if forbidden := [*_forbidden(job, observed.accepted, allowed), *observed.unnameable]:
             return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(forbidden), waits=True)
         try:
             return _live(observed.accepted, parse_spec(job.spec))
@@ -62,6 +62,8 @@ def examine(job: Job, observed: Observed, allowed: frozenset[str] = frozenset())
         return Rejection(Reason.INVALID_SPEC, str(error))
     if forbidden := _forbidden(job, wanted, allowed):
         return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(forbidden))
+    if observed.unnameable:
+        return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(observed.unnameable), waits=True)
     for number, pool in enumerate(wanted.pools):
         if pool.hpc is None:
             continue
@@ -90,7 +92,20 @@ def _valid_spec(job: Job) -> FederatedJobSpec:
 def _forbidden(job: Job, spec: FederatedJobSpec, allowed: frozenset[str]) -> list[str]:
     """What templates ask for that the admin has not allowed."""
     invalid, forbidden = _judge_templates(job, spec, allowed)
-    return [*invalid, *forbidden]
+    templates = [("spec.aggregator.template", spec.aggregator.template)]
+    templates += [
+        (f"spec.pools[{number}].cloud.template", pool.cloud.template)
+        for number, pool in enumerate(spec.pools)
+        if pool.cloud is not None
+    ]
+    unlisted = [
+        f"{path}.{problem}" for path, template in templates for problem in references.unlisted(template, allowed)
+    ]
+    if spec.task.code is not None:
+        # The operator copies it, whoever may read it.
+        named = {"configMapRef": {"name": spec.task.code.config_map_ref.name}}
+        unlisted += [f"spec.task.code.{problem}" for problem in references.unlisted(named, allowed)]
+    return [*invalid, *forbidden, *unlisted]
 
 
 def _judge_templates(job: Job, spec: FederatedJobSpec, allowed: frozenset[str]) -> tuple[list[str], list[str]]:

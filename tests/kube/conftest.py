@@ -83,7 +83,7 @@ def made_namespace() -> Iterator[Namespace]:
             free = {"metadata": {"finalizers": None}}
             space.kubectl("patch", "fj", job["metadata"]["name"], "--type=merge", "-p", json.dumps(free), check=False)
         space.kubectl("delete", "pods", "--all", "--grace-period=0", "--force", check=False)
-        kubectl("delete", "namespace", name, "--wait=false")
+        kubectl("delete", "namespace", name, "--wait=false", "--ignore-not-found")
 
 
 @pytest.fixture

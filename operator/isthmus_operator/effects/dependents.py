@@ -12,10 +12,12 @@ from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.manifest import ManifestError, parse_spec
 
 from .. import certificates, names
+from ..jobstore import SiteStore
 from ..memory import Dependents
 from ..observed import Job, ServiceView
 from ..plan_base import certificates as wanted_certificates
 from ..podstore import job_uid_of
+from ..render import references
 from .kube import Kube
 
 Objects = dict[str, Mapping[str, Any]]  # by Kind/name
@@ -55,6 +57,33 @@ async def load(kube: Kube, job: Job, now: dt.datetime, network_policies: bool, r
                     result.observer = certificates.load_credentials(secret)
         result.certificates = good
     return result
+
+
+async def unnameable(kube: Kube, job: Job, accepted: FederatedJobSpec | None, sites: SiteStore) -> tuple[str, ...]:
+    """What the job's templates name and may not: other jobs' Secrets, ConfigMaps and claims, and sites' credentials."""
+    spec = accepted or _spec(job)
+    if spec is None:
+        return ()
+    named: dict[tuple[str, str], str] = {}
+    for where, template in _templates(spec):
+        for field, kind, name in references.references(template, where):
+            named.setdefault((kind, name), field)
+    credentials = {(site.tls.secret_ref.namespace, site.tls.secret_ref.name) for site in sites.specs.values()}
+    bodies = await asyncio.gather(*(kube.get(kind, job.namespace, name) for kind, name in named))
+    found = []
+    for ((kind, name), field), body in zip(named.items(), bodies, strict=True):
+        why = references.verdict(kind, name, body, job.name, job.uid)
+        if kind == references.SECRET and (job.namespace, name) in credentials:
+            why = f"the Secret {name!r} holds a site's credentials: no template may name it"
+        if why:
+            found.append(f"{field}: {why}")
+    return tuple(found)
+
+
+def _templates(spec: FederatedJobSpec) -> list[tuple[str, Mapping[str, Any]]]:
+    pools = enumerate(spec.pools)
+    clients = [(f"spec.pools[{number}].cloud.template", pool.cloud.template) for number, pool in pools if pool.cloud]
+    return [("spec.aggregator.template", spec.aggregator.template), *clients]
 
 
 def service_view(body: Mapping[str, Any]) -> ServiceView:

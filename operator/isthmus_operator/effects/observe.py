@@ -72,6 +72,7 @@ class Observer:
             rendered=base.rendered,
             foreign=base.foreign,
             code=base.code,
+            unnameable=base.unnameable,
             authority=base.fingerprint,
             authority_ends=base.authority_ends,
             certificates=base.certificates,
@@ -107,6 +108,7 @@ class Observer:
         old = known is None or time.monotonic() - known.loaded > self._dependents_age
         if known is None or (not idle and (old or lacks)):
             known = memory.dependents = await dependents.load(self._kube, job, now, self._policies, resting)
+            known.unnameable = await dependents.unnameable(self._kube, job, known.accepted, self._sites)
         return known
 
     async def _ask_sites(self, job: Job, memory: JobMemory, now: dt.datetime) -> dict[str, PoolView]:
@@ -173,6 +175,6 @@ def node_address(addresses: Iterable[Mapping[str, Any]], cluster_ip: str) -> str
 def _incomplete(known: Dependents) -> bool:
     """Whether something is still missing that may have come since: then the objects are looked at each time."""
     service, accepted = known.service, known.accepted
-    if accepted is None or known.foreign or known.authority is None or service is None:
+    if accepted is None or known.foreign or known.unnameable or known.authority is None or service is None:
         return True
     return accepted.aggregator.expose.type == "LoadBalancer" and not service.ingress

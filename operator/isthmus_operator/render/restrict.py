@@ -61,6 +61,8 @@ def _of_pod(spec: Mapping[str, Any]) -> Iterator[_Finding]:
     for field in ("serviceAccountName", "serviceAccount"):
         if spec.get(field) not in (None, "", "default"):
             yield f"spec.{field}", f"the service account {spec[field]!r}", SERVICE_ACCOUNT
+    if spec.get("automountServiceAccountToken"):
+        yield "spec.automountServiceAccountToken", "a token of the service account", SERVICE_ACCOUNT
     security = _mapping(spec.get("securityContext"))
     for number, item in enumerate(_mappings(security.get("sysctls"))):
         name = item.get("name")
@@ -75,6 +77,10 @@ def _of_volumes(spec: Mapping[str, Any]) -> Iterator[_Finding]:
             if volume[kind] is not None:
                 need = HOST_PATH if kind == "hostPath" else PRIVILEGED
                 yield f"spec.volumes[{volume.get('name')}].{kind}", f"a volume of type {kind}", need
+        for number, source in enumerate(_mappings(_mapping(volume.get("projected")).get("sources"))):
+            if source.get("serviceAccountToken") is not None:
+                path = f"spec.volumes[{volume.get('name')}].projected.sources[{number}].serviceAccountToken"
+                yield path, "a token of the service account", SERVICE_ACCOUNT
 
 
 def _of_containers(spec: Mapping[str, Any]) -> Iterator[_Finding]:

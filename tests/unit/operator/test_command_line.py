@@ -34,3 +34,10 @@ def test_nonsense_is_refused(arguments: list[str], capsys: pytest.CaptureFixture
         parse(arguments)
     assert error.value.code == 2
     assert "isthmus-operator: error:" in capsys.readouterr().err
+
+
+def test_what_templates_may_name_is_part_of_what_they_may_do() -> None:
+    settings = parse(
+        ["-A", "--allow-in-templates=host-path", "--secrets-in-templates=a-*, b", "--config-maps-in-templates=c"]
+    )
+    assert settings.allow_in_templates == {"host-path", "secret=a-*", "secret=b", "config-map=c"}
