@@ -3,13 +3,14 @@
 import sys
 from pathlib import Path
 
-from . import commands, metrics, resources
+from . import commands, metrics, resources, values
 
 
 def main(directory: Path) -> None:
     """Writes every page."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name, text in {**resources.pages(), "commands.md": commands.page(), "metrics.md": metrics.page()}.items():
+    pages = {"commands.md": commands.page(), "metrics.md": metrics.page(), "values.md": values.page()}
+    for name, text in {**resources.pages(), **pages}.items():
         (directory / name).write_text(text, encoding="utf-8")
 
 

@@ -113,7 +113,7 @@ def parse_spec(spec: Any) -> FederatedJobSpec:
     try:
         return FederatedJobSpec.model_validate(spec)
     except ValidationError as error:
-        raise ManifestError(_one_liners(error)) from None
+        raise ManifestError(one_liners(error)) from None
 
 
 def parse_site_spec(spec: Any) -> HpcSiteSpec:
@@ -121,7 +121,7 @@ def parse_site_spec(spec: Any) -> HpcSiteSpec:
     try:
         return HpcSiteSpec.model_validate(spec)
     except ValidationError as error:
-        raise ManifestError(_one_liners(error)) from None
+        raise ManifestError(one_liners(error)) from None
 
 
 def load_federated_job(path: Path) -> FederatedJob:
@@ -161,13 +161,13 @@ def load_code(path: Path, job: FederatedJob) -> dict[str, bytes]:
     raise ManifestError([f"{field}: without a cluster, the ConfigMap {name!r} must stand in {path} too"])
 
 
-def _one_liners(error: ValidationError) -> list[str]:
-    return [_one_liner(dict(item)) for item in error.errors(include_url=False)]
+def one_liners(error: ValidationError, root: str = "spec") -> list[str]:
+    """Return what pydantic says, each as ``path: what is wrong, and how to mend it``; paths begin with ``root``."""
+    return [_one_liner(dict(item), root) for item in error.errors(include_url=False)]
 
 
-def _one_liner(item: dict[str, Any]) -> str:
-    """One pydantic error as ``path: what is wrong, and how to mend it``."""
-    path = "spec"
+def _one_liner(item: dict[str, Any], root: str) -> str:
+    path = root
     for part in item["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     kind, context, value = item["type"], item.get("ctx", {}), _shown(item.get("input"))

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 # Before gRPC is loaded: a peer that does not answer is told by status codes, its lines about each attempt are noise.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -17,6 +18,8 @@ from isthmus_contracts.loglimit import limit_root
 
 from . import __version__
 from .app import App
+from .defaults import NONE
+from .defaults_file import DefaultsError, load
 from .handlers import build_registry
 from .render.restrict import ALLOWANCES
 from .settings import Settings
@@ -47,6 +50,8 @@ def parse(arguments: Sequence[str]) -> Settings:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("-A", "--all-namespaces", action="store_true", help="serve every namespace")
     where.add_argument("-n", "--namespace", action="append", metavar="NS", help="serve this namespace; repeatable")
+    parser.add_argument("--exclude-namespace", action="append", metavar="NS",
+                        help="with --all-namespaces: leave this one alone; repeatable")  # fmt: skip
     parser.add_argument("--cluster", default=_env("CLUSTER", ""), help="what tells this cluster from others at a site")
     parser.add_argument("--no-sites", dest="sites", action="store_false", default=_env("NO_SITES", "") not in _YES,
                         help="serve no HPC sites: then no cluster-scoped right is needed")  # fmt: skip
@@ -74,6 +79,8 @@ def parse(arguments: Sequence[str]) -> Settings:
                         help="which Secrets users' pod templates may name (default: all but Isthmus' own)")  # fmt: skip
     parser.add_argument("--config-maps-in-templates", default=_env("CONFIG_MAPS_IN_TEMPLATES", ""), metavar="GLOB,...",
                         help="likewise for ConfigMaps, task.code's too")  # fmt: skip
+    parser.add_argument("--job-defaults", default=_env("JOB_DEFAULTS", ""), metavar="FILE",
+                        help="what pods and Services of all jobs get where manifests say nothing (YAML)")  # fmt: skip
     parser.add_argument("--webhook", type=_address, default=_env("WEBHOOK", "") or None, metavar="HOST:PORT",
                         help="serve the admission webhook here")  # fmt: skip
     parser.add_argument("--webhook-tls", default=_env("WEBHOOK_TLS", default.webhook_tls), metavar="DIR",
@@ -90,15 +97,23 @@ def parse(arguments: Sequence[str]) -> Settings:
     everywhere = given.all_namespaces or (not given.namespace and _env("ALL_NAMESPACES", "") in _YES)
     if everywhere == bool(namespaces) and not (given.all_namespaces and not given.namespace):
         parser.error("give --all-namespaces, or --namespace for each namespace to serve")
-    for namespace in namespaces:
+    excluded = given.exclude_namespace or [item for item in _env("EXCLUDE_NAMESPACES", "").split(",") if item]
+    if excluded and not everywhere:
+        parser.error("--exclude-namespace goes with --all-namespaces")
+    for namespace in (*namespaces, *excluded):
         if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", namespace):
             parser.error(f"--namespace: {namespace!r} is no namespace's name")
     if given.log_level not in _LEVELS or given.log_format not in ("plain", "json"):
         parser.error("ISTHMUS_LOG_LEVEL or ISTHMUS_LOG_FORMAT has an unknown value")
     if given.gateway and not given.sites:
         parser.error("--gateway is for HPC sites, and --no-sites serves none")
+    try:
+        defaults = load(Path(given.job_defaults), given.allow_in_templates) if given.job_defaults else NONE
+    except DefaultsError as error:
+        parser.error(f"--job-defaults {given.job_defaults}: {error}")
     return Settings(
         namespaces=() if everywhere else tuple(dict.fromkeys(namespaces)),
+        excluded=frozenset(excluded),
         cluster=given.cluster,
         sites=given.sites,
         network_policies=given.network_policies,
@@ -112,6 +127,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         allow_in_templates=given.allow_in_templates
         | _globs("secret", given.secrets_in_templates)
         | _globs("config-map", given.config_maps_in_templates),
+        job_defaults=defaults,
         webhook=given.webhook or "",
         webhook_tls=given.webhook_tls,
         gateway=given.gateway or "",

@@ -13,6 +13,7 @@ from isthmus_contracts.federatedjob_status import ConditionType
 from isthmus_contracts.hpcsite import HpcSiteSpec
 from isthmus_contracts.manifest import ManifestError, parse_site_spec, parse_spec
 
+from .defaults import NONE, JobDefaults
 from .observed import Job, Observed
 from .status import is_true
 from .verdicts import IGNORED, Rejection, examine
@@ -33,6 +34,7 @@ def review_job(
     accepted: FederatedJobSpec | None,
     sites: Mapping[str, HpcSiteSpec],
     allowed: frozenset[str],
+    given: JobDefaults = NONE,
 ) -> Answer:
     """The verdict over a FederatedJob. ``accepted``: the spec that is in force, if the job has one already."""
     if old is not None and (new.get("spec") == old.get("spec") or _deleted(new)):
@@ -42,7 +44,7 @@ def review_job(
         # Accepted, and not looked at since this operator started: what is stored is what was accepted, bar what
         # came in while the webhook was away.
         accepted = _parsed(old)
-    verdict = examine(_job(new), Observed(accepted=accepted, sites=sites), allowed)
+    verdict = examine(_job(new), Observed(accepted=accepted, sites=sites), allowed, given)
     if isinstance(verdict, Rejection):
         if verdict.waits and accepted is None:
             # The admin can still make the site; the job waits for that.

@@ -86,6 +86,7 @@ class App:
             network_policies=settings.network_policies,
             namespace=_own_namespace(),
             allowed=settings.allow_in_templates,
+            defaults=settings.job_defaults,
         )
         observer = Observer(kube, self.pods, self.sites, bridges, aggregators, limits)
         effects = Effects(kube, self.jobs, self.pods, bridges)
@@ -109,7 +110,14 @@ class App:
         self.health.watch(self.site_queue)
         coroutines = [self.queue.run(), self.site_queue.run(), self.health.run(), self.resync.run(kube)]
         if settings.webhook:
-            webhook = Webhook(jobs.accepted, self.sites, settings.allow_in_templates, settings.namespaces)
+            webhook = Webhook(
+                jobs.accepted,
+                self.sites,
+                settings.allow_in_templates,
+                settings.namespaces,
+                settings.excluded,
+                settings.job_defaults,
+            )
             coroutines.append(webhook.serve(*split(settings.webhook), Path(settings.webhook_tls)))
         if self.gateway is not None:
             coroutines.append(self.gateway.serve(settings.gateway, Path(settings.gateway_tls), lines.prove))
@@ -147,6 +155,8 @@ class App:
 
     def job_seen(self, body: Mapping[str, Any]) -> None:
         """Takes in a FederatedJob, and looks at it where that is news."""
+        if body["metadata"]["namespace"] in self.settings.excluded:
+            return
         if self.jobs.put(body):
             self.queue.add((body["metadata"]["namespace"], body["metadata"]["name"]))
 

@@ -8,6 +8,7 @@ from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.federatedjob_status import Reason
 
 from .actions import Action, Emit
+from .defaults import NONE, JobDefaults
 from .observed import Job, Observed, PoolProblem, Refusal
 from .record import Record
 
@@ -29,6 +30,7 @@ class Limits:
     network_policies: bool = False
     namespace: str = ""  # the operator's own, where it runs in the cluster
     allowed: frozenset[str] = frozenset()  # what pod templates may ask for beyond the restricted standard
+    defaults: JobDefaults = NONE  # the admin's, under what manifests say
 
 
 @dataclass(frozen=True)

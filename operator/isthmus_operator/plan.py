@@ -34,7 +34,7 @@ def plan(job: Job, observed: Observed, now: dt.datetime, limits: Limits) -> Plan
     record = load_record(job)
     if job.deleted is not None:
         return _plan_deletion(Draft(job, observed, now, limits, _any_spec(job, observed), record))
-    verdict = examine(job, observed, limits.allowed)
+    verdict = examine(job, observed, limits.allowed, limits.defaults)
     if st.finished(job.status):
         spec = _any_spec(job, observed) if isinstance(verdict, Rejection) else verdict.spec
         return _plan_finished(Draft(job, observed, now, limits, spec, record, requeue=limits.idle))

@@ -51,7 +51,8 @@ def plan_aggregator(draft: Draft, ready_to_start: bool) -> AggregatorOutcome:
         key = f"Pod/{names.aggregator(draft.job.name)}"
         if not draft.refused(key):
             seen = draft.observed
-            draft.actions.append(CreatePod(aggregator.pod(draft.job, draft.spec, seen.authority, seen.code)))
+            made = aggregator.pod(draft.job, draft.spec, seen.authority, seen.code, draft.limits.defaults)
+            draft.actions.append(CreatePod(made))
         refusal = draft.observed.refusals.get(key)
         message = f"the API server refused its pod: {refusal.message}" if refusal else "its pod is being made"
         reason = Reason.AGGREGATOR_LOST if draft.record.aggregator.pod else Reason.AGGREGATOR_STARTING

@@ -77,11 +77,11 @@ def _site_names(spec: FederatedJobSpec) -> list[str]:
 def plan_base(draft: Draft) -> bool:
     """Asks for what is missing. Returns whether all of it is there, so that pods can be made."""
     job, spec, observed = draft.job, draft.spec, draft.observed
-    bodies = [aggregator.service(job, spec)]
+    bodies = [aggregator.service(job, spec, draft.limits.defaults.service)]
     if observed.accepted is None:
         bodies.insert(0, aggregator.job_file(job, spec))
     if spec.aggregator.checkpoint.storage == "PersistentVolumeClaim":
-        bodies.append(aggregator.claim(job, spec))
+        bodies.append(aggregator.claim(job, spec, draft.limits.defaults.storage_class_name))
     policies = _policies(draft)
     bodies += policies
     if spec.aggregator.disruption_budget == "Protect":

@@ -168,7 +168,8 @@ class _CloudPool:
         if index >= self.record.started:
             self.record.started = index + 1
         if self._pods is None:
-            self._pods = ClientPods(draft.job, draft.spec, self.pool, draft.observed.authority, draft.observed.code)
+            seen = draft.observed
+            self._pods = ClientPods(draft.job, draft.spec, self.pool, seen.authority, seen.code, draft.limits.defaults)
         draft.starts += 1
         draft.actions.append(CreatePod(self._pods.pod(index, attempt)))
 

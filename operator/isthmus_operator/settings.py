@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
+from .defaults import NONE, JobDefaults
+
 
 @dataclass(frozen=True)
 class Settings:
     """Every flag of the operator; see ``isthmus-operator --help``."""
 
     namespaces: tuple[str, ...] = ()  # empty: all
+    excluded: frozenset[str] = frozenset()  # namespaces that are not served where all others are
     cluster: str = ""  # empty: the uid of kube-system
     sites: bool = True
     metrics: str = "[::]:8080"
@@ -19,6 +22,7 @@ class Settings:
     site_give_up: float = 3600.0
     network_policies: bool = True
     allow_in_templates: frozenset[str] = frozenset()  # see render/restrict.py
+    job_defaults: JobDefaults = NONE  # of the file --job-defaults
     webhook: str = ""  # empty: none is served
     webhook_tls: str = "/etc/isthmus/webhook"
     gateway: str = ""  # empty: no bridge can dial in

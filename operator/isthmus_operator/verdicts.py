@@ -10,6 +10,7 @@ from isthmus_contracts.federatedjob import FederatedJobSpec, Pool
 from isthmus_contracts.federatedjob_status import Reason
 from isthmus_contracts.manifest import ManifestError, check_job_name, parse_spec
 
+from .defaults import NONE, JobDefaults
 from .observed import Job, Observed
 from .render import aggregator, references
 from .render.client import ClientPods
@@ -42,14 +43,16 @@ class Acceptance:
     message: str = ""  # about changes that do not count
 
 
-def examine(job: Job, observed: Observed, allowed: frozenset[str] = frozenset()) -> Acceptance | Rejection:
+def examine(
+    job: Job, observed: Observed, allowed: frozenset[str] = frozenset(), defaults: JobDefaults = NONE
+) -> Acceptance | Rejection:
     """The one verdict over a manifest: the accepted spec stays in force whatever is edited later.
 
-    ``allowed``: what templates may ask for; see :mod:`.render.restrict`.
+    ``allowed``: what templates may ask for; see :mod:`.render.restrict`. ``defaults``: the admin's, below them.
     """
     if observed.accepted is not None:
         # Its record is an object that the namespace's users can write: it is not believed in what matters.
-        if forbidden := [*_forbidden(job, observed.accepted, allowed), *observed.unnameable]:
+        if forbidden := [*_forbidden(job, observed.accepted, allowed, defaults), *observed.unnameable]:
             return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(forbidden), waits=True)
         try:
             return _live(observed.accepted, parse_spec(job.spec))
@@ -57,10 +60,10 @@ def examine(job: Job, observed: Observed, allowed: frozenset[str] = frozenset())
             spec = _live(observed.accepted, _still_valid(observed.accepted, job.spec)).spec
             return Acceptance(spec, f"the changed manifest is invalid and is {IGNORED}: {error}")
     try:
-        wanted = _valid_spec(job)
+        wanted = _valid_spec(job, defaults)
     except ManifestError as error:
         return Rejection(Reason.INVALID_SPEC, str(error))
-    if forbidden := _forbidden(job, wanted, allowed):
+    if forbidden := _forbidden(job, wanted, allowed, defaults):
         return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(forbidden))
     if observed.unnameable:
         return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(observed.unnameable), waits=True)
@@ -78,20 +81,20 @@ def examine(job: Job, observed: Observed, allowed: frozenset[str] = frozenset())
     return Acceptance(wanted)
 
 
-def _valid_spec(job: Job) -> FederatedJobSpec:
+def _valid_spec(job: Job, defaults: JobDefaults) -> FederatedJobSpec:
     problems = check_job_name(job.name)
     if problems:
         raise ManifestError(problems)
     spec = parse_spec(job.spec)
-    problems = _judge_templates(job, spec, frozenset())[0]
+    problems = _judge_templates(job, spec, frozenset(), defaults)[0]
     if problems:
         raise ManifestError(problems)
     return spec
 
 
-def _forbidden(job: Job, spec: FederatedJobSpec, allowed: frozenset[str]) -> list[str]:
+def _forbidden(job: Job, spec: FederatedJobSpec, allowed: frozenset[str], defaults: JobDefaults) -> list[str]:
     """What templates ask for that the admin has not allowed."""
-    invalid, forbidden = _judge_templates(job, spec, allowed)
+    invalid, forbidden = _judge_templates(job, spec, allowed, defaults)
     templates = [("spec.aggregator.template", spec.aggregator.template)]
     templates += [
         (f"spec.pools[{number}].cloud.template", pool.cloud.template)
@@ -108,11 +111,13 @@ def _forbidden(job: Job, spec: FederatedJobSpec, allowed: frozenset[str]) -> lis
     return [*invalid, *forbidden, *unlisted]
 
 
-def _judge_templates(job: Job, spec: FederatedJobSpec, allowed: frozenset[str]) -> tuple[list[str], list[str]]:
+def _judge_templates(
+    job: Job, spec: FederatedJobSpec, allowed: frozenset[str], defaults: JobDefaults
+) -> tuple[list[str], list[str]]:
     """Why templates make no pod, and what they ask for that the admin has not allowed."""
     invalid: list[str] = []
     forbidden: list[str] = []
-    for path, render in _templates(job, spec):
+    for path, render in _templates(job, spec, defaults):
         try:
             forbidden += [f"{path}.{problem}" for problem in violations(render(), allowed)]
         except TemplateError as error:
@@ -125,17 +130,19 @@ def _judge_templates(job: Job, spec: FederatedJobSpec, allowed: frozenset[str]) 
     return invalid, forbidden
 
 
-def _templates(job: Job, spec: FederatedJobSpec) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def _templates(
+    job: Job, spec: FederatedJobSpec, defaults: JobDefaults
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Each pod template that is not empty, by its path, and how to render a pod of it."""
     if spec.aggregator.template:
-        yield "spec.aggregator.template", lambda: aggregator.pod(job, spec, "")
+        yield "spec.aggregator.template", lambda: aggregator.pod(job, spec, "", (), defaults)
     for number, pool in enumerate(spec.pools):
         if pool.cloud is not None and pool.cloud.template:
-            yield f"spec.pools[{number}].cloud.template", partial(_client, job, spec, pool)
+            yield f"spec.pools[{number}].cloud.template", partial(_client, job, spec, pool, defaults)
 
 
-def _client(job: Job, spec: FederatedJobSpec, pool: Pool) -> dict[str, Any]:
-    return ClientPods(job, spec, pool, "").pod(0, 0)
+def _client(job: Job, spec: FederatedJobSpec, pool: Pool, defaults: JobDefaults) -> dict[str, Any]:
+    return ClientPods(job, spec, pool, "", (), defaults).pod(0, 0)
 
 
 def _live(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> Acceptance:

@@ -16,6 +16,7 @@ from isthmus_contracts.federatedjob import FederatedJobSpec
 from isthmus_contracts.identities import CERTIFICATE_FILE, KEY_FILE
 
 from .admission import Answer, defaults, review_job, review_site
+from .defaults import NONE, JobDefaults
 from .jobstore import SiteStore
 from .metrics import ADMISSION
 
@@ -33,12 +34,20 @@ class Webhook:
     """``/default`` and ``/validate``, over TLS with the files of one directory."""
 
     def __init__(
-        self, accepted: Accepted, sites: SiteStore, allowed: frozenset[str], namespaces: tuple[str, ...] = ()
+        self,
+        accepted: Accepted,
+        sites: SiteStore,
+        allowed: frozenset[str],
+        namespaces: tuple[str, ...] = (),
+        excluded: frozenset[str] = frozenset(),
+        given: JobDefaults = NONE,
     ) -> None:
         self._accepted = accepted
         self._sites = sites
         self._allowed = allowed
         self._namespaces = namespaces
+        self._excluded = excluded
+        self._given = given
         self._runner: web.AppRunner | None = None
 
     async def serve(self, host: str, port: int, tls: Path) -> None:
@@ -86,14 +95,14 @@ class Webhook:
         namespace = str(review.get("namespace") or metadata.get("namespace") or "")
         new = {**new, "metadata": {**metadata, "name": name, "namespace": namespace}}
         accepted = self._accepted(namespace, name, str(metadata.get("uid") or "")) if old is not None else None
-        return review_job(new, old, accepted, self._sites.specs, self._allowed)
+        return review_job(new, old, accepted, self._sites.specs, self._allowed, self._given)
 
     def _ours(self, review: Mapping[str, Any]) -> bool:
         """Another operator may serve the object's namespace, with other allowances."""
         namespace = review.get("namespace")
-        return review.get("object") is not None and (
-            not self._namespaces or not namespace or namespace in self._namespaces
-        )
+        if review.get("object") is None or namespace in self._excluded:
+            return False
+        return not self._namespaces or not namespace or namespace in self._namespaces
 
 
 async def _review(request: web.Request) -> dict[str, Any]:

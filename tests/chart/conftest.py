@@ -26,6 +26,14 @@ WITH_MONITORING = [
     word for kind, version in MONITORING.items() for word in ("--api-versions", f"{GROUP}/{version}/{kind}")
 ]
 
+# Of each monitor.
+SCRAPE: Manifest = {
+    "scrapeTimeout": "10s",
+    "namespace": "monitoring",
+    "annotations": {"example.com/reviewed": "yes"},
+    "relabelings": [{"targetLabel": "cluster", "replacement": "prod-1"}],
+    "metricRelabelings": [{"sourceLabels": ["__name__"], "regex": "python_.*", "action": "drop"}],
+}
 DIGEST = f"sha256:{'0' * 64}"
 # Values, from the defaults to everything at once.
 MATRIX: dict[str, Manifest] = {
@@ -50,7 +58,15 @@ MATRIX: dict[str, Manifest] = {
     "everything": {
         "fullnameOverride": "federation",
         "commonLabels": {"team": "platform"},
-        "image": {"repository": "registry.example/isthmus-operator", "digest": DIGEST, "pullPolicy": "Always"},
+        "commonAnnotations": {"example.com/owner": "platform"},
+        "platform": "Kubernetes",
+        "scope": {"excludeNamespaces": ["team-x"]},
+        "image": {
+            "registry": "registry.example",
+            "repository": "quay.example/isthmus-operator",
+            "digest": DIGEST,
+            "pullPolicy": "Always",
+        },
         "imagePullSecrets": [{"name": "registry"}],
         "crds": {"keep": False},
         "operator": {
@@ -60,7 +76,18 @@ MATRIX: dict[str, Manifest] = {
             "logFormat": "plain",
             "allowInTemplates": ["host-path", "service-account"],
             "extraArgs": ["--log-level=debug"],
+            "extraEnvFrom": [{"configMapRef": {"name": "proxy"}}],
             "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy.example:3128"}],
+        },
+        "jobDefaults": {
+            "all": {
+                "metadata": {"annotations": {"example.com/a": "b"}},
+                "spec": {"imagePullSecrets": [{"name": "registry"}], "securityContext": {"runAsUser": 2000}},
+                "container": {"resources": {"requests": {"cpu": "1"}}},
+            },
+            "clients": {"spec": {"tolerations": [{"key": "gpu", "operator": "Exists"}]}},
+            "service": {"annotations": {"example.com/internal": "true"}},
+            "storageClassName": "fast",
         },
         "gateway": {
             "enabled": True,
@@ -81,18 +108,55 @@ MATRIX: dict[str, Manifest] = {
         "tolerations": [{"key": "control", "operator": "Exists", "effect": "NoSchedule"}],
         "affinity": {"nodeAffinity": {}},
         "priorityClassName": "system-cluster-critical",
+        "runtimeClassName": "gvisor",
+        "deploymentAnnotations": {"reloader.example/auto": "true"},
+        "dnsConfig": {"options": [{"name": "ndots", "value": "2"}]},
+        "hostAliases": [{"ip": "192.0.2.9", "hostnames": ["login1.example"]}],
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": "topology.kubernetes.io/zone",
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": {"matchLabels": {"app.kubernetes.io/component": "operator"}},
+            }
+        ],
+        "livenessProbe": {"periodSeconds": 30},
+        "readinessProbe": {"failureThreshold": 5},
+        "extraObjects": [
+            {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "metadata": {"name": "more"},
+                "data": {"n": "{{ .Release.Name }}"},
+            },
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: as-text}\ndata: {a: b}\n",
+        ],
         "metrics": {
             "port": 9102,
             "service": {"annotations": {"a": "b"}, "labels": {"c": "d"}, "ipFamilyPolicy": "PreferDualStack"},
         },
-        "webhook": {"service": {"ipFamilies": ["IPv6"]}},
+        "webhook": {
+            "service": {"ipFamilies": ["IPv6"]},
+            "annotations": {"a.example/b": "c"},
+            "objectSelector": {"matchLabels": {"checked": "yes"}},
+            "namespaceSelector": {"matchExpressions": [{"key": "checked", "operator": "Exists"}]},
+        },
         "health": {"port": 9103},
         "monitoring": {
             "enabled": True,
-            "serviceMonitor": {"interval": "30s", "labels": {"release": "prometheus"}},
-            "podMonitor": {"interval": "1m", "labels": {"release": "prometheus"}},
-            "bridges": {"targets": ["login1.example:9090", "10.0.0.7:9464"], "labels": {"release": "prometheus"}},
-            "prometheusRule": {"disabled": ["IsthmusQueueWait"], "runbookUrl": "https://docs.example/runbooks"},
+            "serviceMonitor": {"interval": "30s", "labels": {"release": "prometheus"}, **SCRAPE},
+            "podMonitor": {"interval": "1m", "labels": {"release": "prometheus"}, **SCRAPE},
+            "bridges": {
+                "targets": ["login1.example:9090", "10.0.0.7:9464"],
+                "labels": {"release": "prometheus"},
+                **SCRAPE,
+            },
+            "prometheusRule": {
+                "namespace": "monitoring",
+                "annotations": {"a": "b"},
+                "disabled": ["IsthmusQueueWait"],
+                "runbookUrl": "https://docs.example/runbooks",
+            },
             "dashboards": {"namespace": "grafana", "annotations": {"grafana_folder": "Isthmus"}},
         },
         "networkPolicy": {

@@ -150,7 +150,8 @@ def test_every_default_is_in_the_schema_and_every_property_has_a_default() -> No
         # A parent chart sets these two.
         assert set(properties) - ({"global", "enabled"} if path == "values" else set()) == set(defaults), path
         for name, value in defaults.items():
-            if "properties" in properties[name]:
+            # An empty one is a part of a pod template: it has no defaults of its own.
+            if value != {} and "properties" in properties[name]:
                 compare(properties[name]["properties"], value, f"{path}.{name}")
 
     compare(schema["properties"], values, "values")
@@ -193,8 +194,8 @@ def test_the_operator_meets_the_restricted_pod_security_standard(helm: Any, case
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    # Its own scratch, and the webhook's certificate.
-    assert all(set(volume) <= {"name", "emptyDir", "secret"} for volume in pod["volumes"])
+    # Its own scratch, certificates, and the defaults for jobs.
+    assert all(set(volume) <= {"name", "emptyDir", "secret", "configMap"} for volume in pod["volumes"])
     assert container["resources"]["requests"] and container["resources"]["limits"]["memory"]
 
 

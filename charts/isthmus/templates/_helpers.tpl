@@ -73,14 +73,90 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end -}}
 
+{{/* The annotations of an object: the common ones, and those of the list's second item, which win. */}}
+{{- define "isthmus.annotations" -}}
+{{- with merge (dict) (index . 1 | default dict) (index . 0).Values.commonAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* A registry takes the place of the one in the repository, if that names one. */}}
 {{- define "isthmus.image" -}}
-{{- with .Values.image -}}
-{{- if .digest -}}
-{{ .repository }}@{{ .digest }}
+{{- $repository := .Values.image.repository -}}
+{{- with (.Values.global | default dict).imageRegistry | default .Values.image.registry -}}
+{{- $parts := splitList "/" $repository -}}
+{{- if and (gt (len $parts) 1) (regexMatch "[.:]|^localhost$" (first $parts)) -}}
+{{- $parts = rest $parts -}}
+{{- end -}}
+{{- $repository = printf "%s/%s" (trimSuffix "/" .) (join "/" $parts) -}}
+{{- end -}}
+{{- if .Values.image.digest -}}
+{{ $repository }}@{{ .Values.image.digest }}
 {{- else -}}
-{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}
+{{ $repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end -}}
 {{- end -}}
+
+{{/* A parent's are names, or maps with a name. */}}
+{{- define "isthmus.pullSecrets" -}}
+{{- $names := list -}}
+{{- range concat ((.Values.global | default dict).imagePullSecrets | default list) (.Values.imagePullSecrets | default list) -}}
+{{- if kindIs "string" . -}}
+{{- $names = append $names . -}}
+{{- else -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- end -}}
+{{- with uniq $names }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* On OpenShift the namespace says which users and groups a pod may have. */}}
+{{- define "isthmus.openShift" -}}
+{{- if or (eq .Values.platform "OpenShift") (and (eq .Values.platform "Auto") (.Capabilities.APIVersions.Has "security.openshift.io/v1")) -}}
+true
+{{- end -}}
+{{- end -}}
+
+{{/* The file of the operator's --job-defaults, as JSON; empty where it would say nothing. Left to the namespace are, on OpenShift,
+what the admin has not set. */}}
+{{- define "isthmus.jobDefaults" -}}
+{{- $made := dict -}}
+{{- range $key, $value := .Values.jobDefaults -}}
+{{- if $value -}}
+{{- $_ := set $made $key (deepCopy $value) -}}
+{{- end -}}
+{{- end -}}
+{{- if include "isthmus.openShift" . -}}
+{{- $all := $made.all | default dict -}}
+{{- $spec := $all.spec | default dict -}}
+{{- $unset := dict "runAsUser" nil "runAsGroup" nil "fsGroup" nil -}}
+{{- range $key, $value := $spec.securityContext -}}
+{{- $_ := set $unset $key $value -}}
+{{- end -}}
+{{- $_ := set $spec "securityContext" $unset -}}
+{{- $_ := set $all "spec" $spec -}}
+{{- $_ := set $made "all" $all -}}
+{{- end -}}
+{{- if $made -}}
+{{- toJson $made -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "isthmus.podSecurityContext" -}}
+{{- $context := .Values.podSecurityContext | default dict -}}
+{{- if include "isthmus.openShift" . -}}
+{{- $context = omit $context "fsGroup" "runAsUser" "runAsGroup" -}}
+{{- end -}}
+{{- with $context }}
+securityContext:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end -}}
 
 {{- define "isthmus.gatewaySecret" -}}
@@ -156,6 +232,21 @@ ipFamilyPolicy: {{ . }}
 {{- end }}
 {{- with .ipFamilies }}
 ipFamilies:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* What a monitor and a ScrapeConfig have in common. */}}
+{{- define "isthmus.scrape" -}}
+{{- with .scrapeTimeout }}
+scrapeTimeout: {{ . }}
+{{- end }}
+{{- with .relabelings }}
+{{ ternary "relabelConfigs" "relabelings" (hasKey $ "targets") }}:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .metricRelabelings }}
+{{ ternary "metricRelabelConfigs" "metricRelabelings" (hasKey $ "targets") }}:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}

@@ -9,6 +9,7 @@ from isthmus_contracts.addresses import ANYWHERE
 from isthmus_contracts.federatedjob import FederatedJobSpec
 
 from .. import names
+from ..defaults import NONE, JobDefaults, ServiceDefaults, templates
 from ..observed import Job
 from .pod import TLS_DIR, base_spec, finish, lay_code, metadata, owned
 
@@ -31,42 +32,46 @@ def job_file(job: Job, spec: FederatedJobSpec) -> dict[str, Any]:
     return owned(job, "ConfigMap", names.job_file(job.name), {"data": {names.JOB_FILE: text}, "immutable": True})
 
 
-def service(job: Job, spec: FederatedJobSpec) -> dict[str, Any]:
-    """The Service at which clients find the aggregator."""
-    expose = spec.aggregator.expose
+def service(job: Job, spec: FederatedJobSpec, defaults: ServiceDefaults | None = None) -> dict[str, Any]:
+    """The Service at which clients find the aggregator. ``defaults``: the admin's, where the manifest says nothing."""
+    expose, under = spec.aggregator.expose, defaults or ServiceDefaults()
     port = {"name": PORT, "port": ids.AGGREGATOR_PORT, "targetPort": ids.AGGREGATOR_PORT, "protocol": "TCP"}
     body: dict[str, Any] = {
         "type": expose.type,
         "selector": {ids.LABEL_JOB_UID: job.uid, ids.LABEL_ROLE: names.ROLE_AGGREGATOR},
         "ports": [{**port, "appProtocol": "tls"}],
     }
-    optional = {
-        "externalTrafficPolicy": expose.external_traffic_policy,
-        "loadBalancerClass": expose.load_balancer_class,
-        "loadBalancerSourceRanges": expose.load_balancer_source_ranges,
-        "ipFamilyPolicy": expose.ip_family_policy,
-        "ipFamilies": expose.ip_families,
-    }
+    families = expose if expose.ip_family_policy or expose.ip_families else under
+    optional: dict[str, Any] = {"ipFamilyPolicy": families.ip_family_policy, "ipFamilies": families.ip_families}
+    if expose.type != "ClusterIP":
+        optional["externalTrafficPolicy"] = expose.external_traffic_policy or under.external_traffic_policy
+    if expose.type == "LoadBalancer":
+        optional["loadBalancerClass"] = expose.load_balancer_class or under.load_balancer_class
+        ranges = expose.load_balancer_source_ranges or under.load_balancer_source_ranges
+        optional["loadBalancerSourceRanges"] = ranges
     body |= {key: value for key, value in optional.items() if value}
     made = owned(job, "Service", names.aggregator(job.name), {"spec": body})
-    if expose.annotations:
-        made["metadata"]["annotations"] = dict(expose.annotations)
+    if annotations := {**under.annotations, **expose.annotations}:
+        made["metadata"]["annotations"] = annotations
     return made
 
 
-def claim(job: Job, spec: FederatedJobSpec) -> dict[str, Any]:
+def claim(job: Job, spec: FederatedJobSpec, default_class: str | None = None) -> dict[str, Any]:
     """The claim that holds checkpoints and the final model."""
     checkpoint = spec.aggregator.checkpoint
     body: dict[str, Any] = {
         "accessModes": ["ReadWriteOnce"],
         "resources": {"requests": {"storage": checkpoint.size}},
     }
-    if checkpoint.storage_class_name is not None:
-        body["storageClassName"] = checkpoint.storage_class_name
+    named = default_class if checkpoint.storage_class_name is None else checkpoint.storage_class_name
+    if named is not None:
+        body["storageClassName"] = named
     return owned(job, "PersistentVolumeClaim", names.checkpoints(job.name), {"spec": body})
 
 
-def pod(job: Job, spec: FederatedJobSpec, authority: str, code: Sequence[str] = ()) -> dict[str, Any]:
+def pod(
+    job: Job, spec: FederatedJobSpec, authority: str, code: Sequence[str] = (), defaults: JobDefaults = NONE
+) -> dict[str, Any]:
     """The aggregator's pod. ``authority``: the CA of the certificates that it mounts; ``code``: the names of the job's
     files, which may hold a strategy of its own. Raises ``TemplateError``."""
     checkpoint = spec.aggregator.checkpoint
@@ -103,4 +108,5 @@ def pod(job: Job, spec: FederatedJobSpec, authority: str, code: Sequence[str] = 
     body["volumes"] += [{"name": "isthmus-job", "configMap": config}, state]
     pod_metadata = metadata(job, names.aggregator(job.name), {ids.LABEL_ROLE: names.ROLE_AGGREGATOR})
     pod_metadata["annotations"] = {names.ANNOTATION_AUTHORITY: authority}
-    return finish(pod_metadata, body, spec.aggregator.template, CONTAINER, ())
+    under = templates(defaults, "aggregator", CONTAINER)
+    return finish(pod_metadata, body, spec.aggregator.template, CONTAINER, (), under)

@@ -8,6 +8,7 @@ from isthmus_contracts import identities as ids
 from isthmus_contracts.federatedjob import FederatedJobSpec, Pool
 
 from .. import names
+from ..defaults import NONE, JobDefaults, templates
 from ..observed import Job
 from .pod import TLS_DIR, TLS_VOLUME, base_spec, finish, lay_code, metadata
 
@@ -26,7 +27,15 @@ class ClientPods:
     Raises ``TemplateError``.
     """
 
-    def __init__(self, job: Job, spec: FederatedJobSpec, pool: Pool, authority: str, code: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        job: Job,
+        spec: FederatedJobSpec,
+        pool: Pool,
+        authority: str,
+        code: Sequence[str] = (),
+        defaults: JobDefaults = NONE,
+    ) -> None:
         self._job = job
         self._pool = pool
         self._first = spec.first_client(pool.name)
@@ -56,7 +65,8 @@ class ClientPods:
         }
         template: Mapping[str, Any] = pool.cloud.template if pool.cloud else {}
         reserved = [{"name": name, "value": value} for name, value in shared.items()]
-        self._base = finish(pod_metadata, body, template, CONTAINER, reserved)
+        under = templates(defaults, "clients", CONTAINER, {item.name for item in spec.task.env})
+        self._base = finish(pod_metadata, body, template, CONTAINER, reserved, under)
 
     def pod(self, index: int, attempt: int) -> dict[str, Any]:
         """One start of one client."""

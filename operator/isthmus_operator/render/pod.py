@@ -1,6 +1,6 @@
 """What the aggregator's pod and the clients' pods have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from isthmus_contracts import identities as ids
@@ -114,13 +114,17 @@ def finish(
     template: Mapping[str, Any],
     container: str,
     reserved_env: Sequence[Mapping[str, str]],
+    defaults: Iterable[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Merges the user's template into a pod, and then restores what no template may change.
+    """Merges templates into a pod, the admin's ``defaults`` under the user's, and then restores what no template may
+    change.
 
     Raises :class:`TemplateError`.
     """
-    _refuse_reserved(template)
-    pod = merge_template({"metadata": pod_metadata, "spec": spec}, template, container)
+    refuse_reserved(template)
+    pod: dict[str, Any] = {"metadata": pod_metadata, "spec": spec}
+    for one in (*defaults, template):
+        pod = merge_template(pod, one, container)
     pod["metadata"]["labels"] = {**(pod["metadata"].get("labels") or {}), **pod_metadata["labels"]}
     annotations = {**(pod["metadata"].get("annotations") or {}), **pod_metadata.get("annotations", {})}
     pod["metadata"]["annotations"] = annotations
@@ -149,7 +153,7 @@ def _check_capabilities(capabilities: Any, path: str) -> None:
             raise TemplateError(f"{path}.{field}: must be a list of strings")
 
 
-def _refuse_reserved(template: Mapping[str, Any]) -> None:
+def refuse_reserved(template: Mapping[str, Any]) -> None:
     """Says so where a template sets what would be taken back silently."""
     spec = template.get("spec")
     if not isinstance(spec, Mapping):

@@ -169,6 +169,16 @@ async def test_over_the_wire(served: tuple[str, ...], tmp_path: Path) -> None:
         assert response["status"]["message"].startswith("InvalidSpec: spec.selection.minClients: 9 is more than")
 
 
+async def test_an_excluded_namespace_is_another_operators(tmp_path: Path) -> None:
+    webhook = Webhook(lambda *_: None, SiteStore(), NONE, excluded=frozenset({"team"}))
+    request = {
+        "uid": "u1", "operation": "CREATE", "namespace": "team", "name": "demo",
+        "kind": {"kind": "FederatedJob"}, "object": body(spec(selection={"minClients": 9})),
+    }  # fmt: skip
+    answer = await call(webhook, {"request": request}, "/validate", tmp_path)
+    assert answer["response"]["allowed"] is True
+
+
 async def test_nonsense_is_answered_as_such(tmp_path: Path) -> None:
     webhook = Webhook(lambda *_: None, SiteStore(), NONE)
     assert await call(webhook, {"no": "review"}, "/validate", tmp_path) == {"code": 400}

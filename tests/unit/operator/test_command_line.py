@@ -3,6 +3,7 @@
 import pytest
 
 from isthmus_operator.__main__ import parse
+from isthmus_operator.app import App
 
 
 def test_flags() -> None:
@@ -11,6 +12,20 @@ def test_flags() -> None:
     assert (settings.cluster, settings.resync, settings.workers) == ("c1", 1.5, 2)
     assert (settings.metrics, settings.health) == ("[::]:8080", "[::]:8081")
     assert parse(["-A"]).namespaces == ()
+
+
+def test_namespaces_can_be_excluded(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App(parse(["-A", "--exclude-namespace", "a", "--exclude-namespace=b"]))
+    assert app.settings.excluded == {"a", "b"}
+    added: list[tuple[str, str]] = []
+    monkeypatch.setattr(App, "queue", type("Queue", (), {"add": staticmethod(added.append)}), raising=False)
+    for namespace in ("a", "c"):
+        metadata = {"name": "demo", "namespace": namespace, "uid": f"u-{namespace}", "resourceVersion": "1",
+                    "creationTimestamp": "2030-01-01T00:00:00Z"}  # fmt: skip
+        app.job_seen({"metadata": metadata, "spec": {}})
+    assert added == [("c", "demo")]
+    monkeypatch.setenv("ISTHMUS_EXCLUDE_NAMESPACES", "x,y")
+    assert parse(["-A"]).excluded == {"x", "y"}
 
 
 def test_the_environment_stands_in_for_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,7 +42,9 @@ def test_the_environment_stands_in_for_flags(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     "arguments",
     [[], ["-A", "-n", "a"], ["-n", "Not-A-Name"], ["-A", "--resync=0"], ["-A", "--workers=none"],
-     ["-A", "--metrics=8080"], ["-A", "--log-level=loud"], ["-A", "--health=:99999"], ["-A", "--metrics=fd00::1:80"]],
+     ["-A", "--metrics=8080"], ["-A", "--log-level=loud"], ["-A", "--health=:99999"],
+     ["-A", "--metrics=fd00::1:80"], ["-n", "a", "--exclude-namespace=b"],
+     ["-A", "--exclude-namespace=B"]],
 )  # fmt: skip
 def test_nonsense_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
