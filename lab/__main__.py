@@ -58,6 +58,10 @@ def _perform(arguments: argparse.Namespace, lab: Lab) -> int:
             users = [arguments.user] if arguments.user else [fresh_machine.USER, fresh_machine.ROOT]
             fresh_machine.try_all(arguments.suites, users, arguments.layers.split(), arguments.all)
             say("all promises hold")
+        case "newer-slurm":
+            from lab import newer_slurm
+
+            return newer_slurm.run(_words(arguments.command), _handed_on())
         case "services":
             # Only this verb needs dnslib.
             from lab import services
@@ -77,11 +81,21 @@ def _status(lab: Lab) -> int:
     return 0 if rows and all(pid for _, pid, _ in rows) else 3
 
 
-def _exec(lab: Lab, command: list[str], user: str | None) -> None:
-    """Become the command."""
+def _words(command: list[str]) -> list[str]:
     words = command[1:] if command[:1] == ["--"] else command
     if not words:
-        raise LabError("exec needs a command: python -m lab exec -- kubectl get pods")
+        raise LabError("this verb needs a command: python -m lab exec -- kubectl get pods")
+    return words
+
+
+def _handed_on() -> dict[str, str]:
+    """Return what tests in another root need of the caller's environment."""
+    return {name: value for name, value in os.environ.items() if name == "ISTHMUS_REQUIRE_ALL"}
+
+
+def _exec(lab: Lab, command: list[str], user: str | None) -> None:
+    """Become the command."""
+    words = _words(command)
     lab.require_up()
     sys.stdout.flush()
     argv = lab.command(words, user)
@@ -127,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     roots.add_argument(
         "--all", action="store_true", help="in Debian 12's root (bookworm), as root, every layer with nothing skipped"
     )
+    newer = verb("newer-slurm", "run a command in a lab of Debian forky's Slurm, with pyslurm; made once, in minutes")
+    newer.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …")
     verb("services", "serve DNS and volumes inside the lab (started by `up`)")
     return parser
 

@@ -146,7 +146,7 @@ class Lab:
             finally:  # each comes from a server of its own
                 client_tools.find()
             return
-        debian.require_debian()
+        debian.require_debian(slurm_only=list(parts) == [SLURM])
         wanted = [*debian.BASE]
         if KUBERNETES in parts:
             wanted += debian.KUBERNETES

@@ -51,9 +51,11 @@ PACKAGED_DAEMONS = {
 
 LOCK_PATIENCE = "DPkg::Lock::Timeout=300"
 SUPPORTED = "12"
+# Where Slurm alone runs too; see lab/newer_slurm.py.
+SUPPORTED_FOR_SLURM = "forky"
 
 
-def require_debian() -> None:
+def require_debian(slurm_only: bool = False) -> None:
     """Raise LabError, naming the way out, on a system that the recipes below are not for."""
     release: dict[str, str] = {}
     try:
@@ -62,6 +64,8 @@ def require_debian() -> None:
             release[key] = value.strip('"')
     except FileNotFoundError:
         pass
+    if slurm_only and (release.get("ID"), release.get("VERSION_CODENAME")) == ("debian", SUPPORTED_FOR_SLURM):
+        return
     if (release.get("ID"), release.get("VERSION_ID")) != ("debian", SUPPORTED):
         found = release.get("PRETTY_NAME", "an unknown system")
         raise LabError(

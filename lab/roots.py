@@ -26,11 +26,18 @@ PACKAGES = ("python3", "make", "ca-certificates")
 RECIPE = 1  # raise it with a change of the code below that changes a base
 SCRIPTS = Path("/usr/share/debootstrap/scripts")
 FORWARDED = ("OMP_NUM_THREADS", "DEBIAN_MIRROR", "ISTHMUS_BUILDS")
-# Enters a root: $1, then as many directories to show as $2 says, then the command. The root becomes a mount and the
+# Enters a root: $1 (what is changed stays in memory, above $2, where that is given), then as many directories to show
+# as $3 says, then the command. The root becomes a mount and the
 # root of the namespace: a lab in it makes network namespaces, and Slurm's jobs user namespaces, which chroot forbids.
 ENTER = """
 set -e
-root=$1; shown=$2; shift 2
+root=$1; lower=$2; shown=$3; shift 3
+if [ -n "$lower" ]; then
+  mount -t tmpfs tmpfs "$root"
+  mkdir "$root/upper" "$root/work" "$root/root"
+  mount -t overlay overlay -o "lowerdir=$lower,upperdir=$root/upper,workdir=$root/work" "$root/root"
+  root=$root/root
+fi
 mount --bind "$root" "$root"
 mount --rbind /dev "$root/dev"
 mount --rbind /sys "$root/sys"
@@ -56,6 +63,8 @@ class Root:
     path: Path
     shown: tuple[Path, ...] = ()
     """Directories of this machine that are seen in it, at the same place."""
+    lower: Path | None = None
+    """The root that is meant, where nothing may be changed in it; ``path`` is then an empty directory."""
 
     def run(self, argv: Sequence[str], user: str = "root", cwd: str = "/", env: dict[str, str] | None = None) -> int:
         """Run a command in it and return its exit status; whatever the command started ends with it."""
@@ -68,7 +77,8 @@ class Root:
         drop = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"] if user != "root" else []
         inner = [*drop, "env", "-i", f"--chdir={cwd}", *(f"{name}={value}" for name, value in variables.items()), *argv]
         outer = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--ipc"]
-        shell = ["sh", "-c", ENTER, "enter", str(self.path), str(len(self.shown)), *map(str, self.shown)]
+        roots = [str(self.path), str(self.lower or "")]
+        shell = ["sh", "-c", ENTER, "enter", *roots, str(len(self.shown)), *map(str, self.shown)]
         return subprocess.run([*outer, *shell, *inner], check=False).returncode
 
     def ensure(

@@ -26,9 +26,16 @@ MUNGE, CONTROLLER, REST = "munged", "slurmctld", "slurmrestd"
 # The REST daemon refuses to run as root or as Slurm's own user.
 REST_USER, REST_GROUP = "nobody", "nogroup"
 REST_PORT = 6820
-# All that 22.05 knows but those of the accounting database, without which they refuse to load.
-REST_PLUGINS = "v0.0.36,v0.0.37,v0.0.38"
+# Of slurmrestd: all that do without the accounting database. Newer versions have one for all versions of the API.
+OLD_REST_PLUGINS, REST_PLUGINS = "v0.0.36,v0.0.37,v0.0.38", "slurmctld"
+OLD = 22
 DAEMONS = (MUNGE, CONTROLLER, *(f"slurmd-{node}" for node in NODES), REST)
+
+
+def release() -> int:
+    """Return the year of the Slurm that is installed."""
+    told = subprocess.run(["/usr/sbin/slurmctld", "-V"], capture_output=True, text=True, check=True).stdout
+    return int(told.split()[1].partition(".")[0])
 
 
 class SlurmCluster:
@@ -76,7 +83,8 @@ class SlurmCluster:
             # It has no token of its own: each request brings one.
             listen = (f"unix:{self._paths.slurmrestd_socket}", f"127.0.0.1:{REST_PORT}")
             self._paths.slurmrestd_socket.unlink(missing_ok=True)
-            options = ("-f", conf, "-a", "rest_auth/jwt", "-s", REST_PLUGINS)
+            plugins = OLD_REST_PLUGINS if release() == OLD else REST_PLUGINS
+            options = ("-f", conf, "-a", "rest_auth/jwt", "-s", plugins)
             self._start(REST, *user, "/usr/sbin/slurmrestd", *options, *listen)
             self._supervisor.wait("slurmrestd", self._paths.slurmrestd_socket.is_socket, [REST], timeout=60)
         else:
@@ -151,9 +159,11 @@ class SlurmCluster:
         shutil.chown(self._paths.slurmrestd_socket.parent, REST_USER, REST_GROUP)
         self._write_gpus()
         self._paths.slurm_conf.write_text(self._slurm_conf(host))
-        # Present and empty, so that nothing is read from /etc.
-        for name in ("cgroup.conf", "plugstack.conf"):
-            (self._root / name).touch()
+        # Present, so that nothing is read from /etc.
+        (self._root / "plugstack.conf").touch()
+        # 22.05 does not know the setting, and needs none.
+        cgroup = "" if release() == OLD else "CgroupPlugin=disabled\n"
+        (self._root / "cgroup.conf").write_text(cgroup)
 
     def _write_gpus(self) -> None:
         devices = self._root / "dev"

@@ -50,6 +50,10 @@ in_lab() { # in_lab FOLDER…: these tests, in the lab that is up
   ISTHMUS_IMAGES=$images lab exec -- "$python" -m pytest "${options[@]}" "$@"
 }
 
+newer_slurm() { # all adapters, pyslurm among them, with a newer Slurm than the lab's
+  "$python" -m lab newer-slurm -- /opt/isthmus/bin/python -m pytest "${options[@]}" tests/slurm/test_adapters.py
+}
+
 lab() { # lab VERB…: does that in the lab of the tests
   local verb=$1
   shift
@@ -114,10 +118,11 @@ elif [ ${#there[@]} -gt 0 ]; then
     # Those that kill the cluster's parts come after them.
     alone=()
     if wanted slurm && wanted kube; then
-      in_lab tests/slurm >"$lab_dir/slurm-tests.log" 2>&1 &
+      { in_lab tests/slurm; old=$?; newer_slurm && [ "$old" = 0 ]; } >"$lab_dir/slurm-tests.log" 2>&1 &
       beside=$!
     elif wanted slurm; then
       alone+=(tests/slurm)
+      run newer_slurm
     fi
     if wanted kube; then
       run in_lab -n 3 --dist worksteal tests/kube --ignore tests/kube/test_disruptions.py

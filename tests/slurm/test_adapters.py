@@ -1,7 +1,7 @@
 """One contract for every way to Slurm: what the bridge builds on must hold whichever adapter the site's policy names.
 
 The pyslurm adapter is tested where ISTHMUS_PYSLURM names a Python that has pyslurm for the cluster's version of Slurm:
-PyPI's pyslurm fits one version of Slurm only, so nothing here can demand it.
+`python -m lab newer-slurm` makes one, beside a newer Slurm than the lab's, for all three adapters.
 """
 
 import base64
@@ -43,7 +43,10 @@ if TYPE_CHECKING:
     from lab import Lab
 
 REST_HINT = "no slurmrestd: set ISTHMUS_SLURMRESTD to its address (unix:/PATH or https://HOST:PORT); the lab does"
-PYSLURM_HINT = "no pyslurm: set ISTHMUS_PYSLURM to a Python that has pyslurm for this version of Slurm"
+PYSLURM_HINT = (
+    "no pyslurm: set ISTHMUS_PYSLURM to a Python that has pyslurm for this version of Slurm, or run them by"
+    " `python -m lab newer-slurm -- /opt/isthmus/bin/python -m pytest tests/slurm/test_adapters.py`"
+)
 HOSTILE = 'it\'s "$(touch pwned)" `touch pwned`; touch pwned & -- --help %j \\ {0} ü'
 
 Make = Callable[..., SlurmAdapter]
@@ -65,8 +68,8 @@ def make(request: pytest.FixtureRequest, _cluster: None, require: Callable[[bool
     name: str = request.param
     if name == "rest":
         require("ISTHMUS_SLURMRESTD" in os.environ, REST_HINT)
-    if name == "pyslurm" and "ISTHMUS_PYSLURM" not in os.environ:
-        pytest.skip(PYSLURM_HINT)
+    if name == "pyslurm":
+        require("ISTHMUS_PYSLURM" in os.environ, PYSLURM_HINT)
 
     def made(**changes: Any) -> SlurmAdapter:
         chosen = settings(name, **changes)
@@ -189,7 +192,9 @@ def test_a_task_is_warned_before_its_limit(make: Make, wanted: Callable[..., Sub
                  warning_seconds=55)  # fmt: skip
     adapter.submit(one)
     ended = all_over(adapter, one.name, 1)
-    assert (ended[0].state, (folder / "0.log").read_text().splitlines()[-1]) == ("COMPLETED", "warned")
+    assert ended[0].state == "COMPLETED"
+    # slurmd may add lines of its own.
+    assert "warned" in (folder / "0.log").read_text().splitlines()
 
 
 def test_nothing_in_a_submission_is_code(make: Make, wanted: Callable[..., Submission], folder: Path) -> None:

@@ -23,7 +23,7 @@ from .model import (
 )
 from .options import Options
 from .parse import expand
-from .states import normal
+from .states import meaning, normal
 
 _MAX_LISTING = 64 << 20
 # A worker whose bridge has died gets this much longer than one whose bridge lives.
@@ -228,8 +228,9 @@ def _record(job: Mapping[str, Any]) -> TaskRecord:
     indices: tuple[int, ...] | None = None
     if waiting:
         indices = expand(waiting)
-    elif job["array"]:
-        # pyslurm tells no 0.
+    elif job["array"] and (job["task"] or job["node"] or job["restarts"] or not meaning(state).over):
+        # pyslurm tells no 0. Nor does it tell anything of those that were cancelled before they started, together:
+        # that they are over and never had a node sets them apart from task 0.
         indices = (int(job["task"] or 0),)
     return TaskRecord(
         job_id=int(job["id"]),

@@ -9,7 +9,7 @@ import pytest
 from isthmus_bridge.slurm import in_flight
 from isthmus_bridge.slurm.command import Result
 from isthmus_bridge.slurm.model import Gres, Patience, SlurmError, SubmissionAmbiguous, SubmissionRefused
-from isthmus_bridge.slurm.pyslurm_adapter import PyslurmAdapter, description, submitted
+from isthmus_bridge.slurm.pyslurm_adapter import PyslurmAdapter, description, records, submitted
 
 from .test_cli_adapter import submission
 
@@ -127,3 +127,27 @@ def test_what_pyslurm_is_asked_for() -> None:
 def test_an_answer_that_is_none_leaves_it_open(output: str) -> None:
     with pytest.raises(SubmissionAmbiguous):
         submitted(Result(0, output, ""))
+
+
+TOLD = {
+    "id": 18, "array": 17, "task": None, "waiting": None, "name": "isthmus-x", "state": "RUNNING", "reason": "None",
+    "exit_code": 0, "signal": 0, "restarts": 0, "start": 100, "end": 700, "submitted": 90, "node": "n1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "indices"),
+    [
+        ({}, (0,)),
+        ({"task": 3}, (3,)),
+        ({"state": "COMPLETED"}, (0,)),
+        ({"state": "PENDING", "node": "", "restarts": 1}, (0,)),
+        ({"state": "CANCELLED", "node": "", "restarts": 1}, (0,)),
+        ({"id": 17, "state": "CANCELLED", "node": "", "waiting": "4"}, (4,)),
+        # Cancelled before they started, several at once: Slurm does not say which. Task 0 may run.
+        ({"id": 17, "state": "CANCELLED", "node": "", "start": 0}, None),
+    ],
+)
+def test_which_tasks_a_record_means(changes: dict[str, object], indices: tuple[int, ...] | None) -> None:
+    (record,) = records([{**TOLD, **changes}])
+    assert record.indices == indices
