@@ -8,10 +8,12 @@ from . import adapters, belonging, site_limits
 from .gateway_check import reach
 from .policy import Policy
 from .site_limits import Line
+from .slurm.accounts import uid_of
 from .slurm.environment import DEFAULT_PATH
 from .slurm.model import SiteDescription, SlurmAdapter, SlurmError, TaskRecord
 from .slurm.states import meaning
 from .users import doctor as users
+from .users.local import named
 
 _PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol", "sacct", "sinfo", "timeout")
 _OLDEST = (22, 5)
@@ -62,7 +64,7 @@ def _adapter(policy: Policy, name: str) -> _Works | str:
             path = f"{slurm.bin_dir}:{DEFAULT_PATH}" if slurm.bin_dir else None
             if missing := [program for program in _PROGRAMS if shutil.which(program, path=path) is None]:
                 return f"{', '.join(missing)} not found in PATH; name their folder as slurm.bin_dir"
-            adapter = adapters.cli(slurm)
+            adapter = adapters.cli(slurm, policy=policy)
         elif name == "rest":
             if slurm.rest is None:
                 return "not set up; give slurm.rest the address of slurmrestd and a source of tokens"
@@ -71,7 +73,7 @@ def _adapter(policy: Policy, name: str) -> _Works | str:
         else:
             adapter = adapters.pyslurm(slurm)
         described = adapter.describe()
-        jobs = adapter.jobs()
+        jobs = adapter.jobs(_visible(policy, described) if name == policy.slurm.adapter else ())
     except SlurmError as error:
         return f"does not work: {error}"
     if not _new_enough(described):
@@ -85,15 +87,24 @@ def _new_enough(described: SiteDescription) -> bool:
     return tuple(numbers) >= _OLDEST
 
 
+def _visible(policy: Policy, described: SiteDescription) -> list[str]:
+    """The local users whose jobs Slurm shows; what keeps the others from being used is told elsewhere."""
+    if policy.users is None or (described.private_jobs and not policy.users.operator):
+        return []
+    return [user for user in named(policy) if uid_of(user) is not None]
+
+
 def _queue(policy: Policy, jobs: Sequence[TaskRecord]) -> Iterator[Line]:
     pools, others = belonging.sort((job for job in jobs if not meaning(job.state).over), policy)
-    arrays = {job.array_id for records in pools.values() for job in records}
+    arrays = {job.array_id for (_, user), records in pools.items() for job in records if not user}
     yield True, f"queue: Slurm answers; {len(arrays)} arrays of bridges of this user"
-    rest = {job.array_id: job.name for job in others}
-    if rest:
+    for user in sorted({job.user for job in others}):
+        rest = {job.array_id: job.name for job in others if job.user == user}
         job, name = min(rest.items())
-        message = f"queue: {len(rest)} jobs of this user belong to no pool, such as job {job}, {name!r}"
-        yield False, f"{message}: the policy does not bind them; give the bridge a user of its own"
+        who = f"the local user {user}" if user else "this user"
+        message = f"queue: {len(rest)} jobs of {who} belong to no pool, such as job {job}, {name!r}"
+        # A local user may have work of their own.
+        yield None if user else False, f"{message}: the policy does not bind them; give the jobs a user of their own"
 
 
 def _accounts(described: SiteDescription) -> tuple[bool, str]:

@@ -50,8 +50,8 @@ class Metrics:
             ["state"], registry=r,
         )  # fmt: skip
         self.jobs_without_pool = Gauge(
-            "isthmus_bridge_jobs_without_pool", "Living jobs of the bridge's user that belong to no pool of it",
-            registry=r,
+            "isthmus_bridge_jobs_without_pool", "Living jobs of a user whose jobs the bridge submits, of no pool of it",
+            ["user"], registry=r,
         )  # fmt: skip
         self.slurm_up = Gauge("isthmus_bridge_slurm_up", "1 while Slurm tells the queue, else 0", registry=r)
         self.last_poll = Gauge(

@@ -22,6 +22,7 @@ from .outcome import outcome
 from .packing import by_client, jobs_for
 from .policy import Policy
 from .slurm.accounts import uid_of
+from .slurm.environment import user_name
 from .slurm.model import SlurmAdapter, SlurmError, TaskRecord
 from .slurm.states import Meaning, meaning
 from .status import StatusFile
@@ -72,7 +73,7 @@ class Reconciler:
         self._sweep_until = steady() + _SWEEP_FOR
         self._seen = journal.version
         self._strangers: set[Owner] = set()
-        self._without_pool = 0
+        self._outside: set[str] = set()
         self._pools: Mapping[Owner, Sequence[TaskRecord]] = {}
         self._status = StatusFile(policy.status_path)
         self.wake = threading.Event()
@@ -307,15 +308,14 @@ class Reconciler:
 
         ``rest``: the records that are of no pool.
         """
-        # Local users have jobs of their own. The bridge's user should have none.
-        outside = {r.array_id: r.name for r in rest if not r.user and not meaning(r.state).over}
+        outside = {(r.user, r.array_id): r.name for r in rest if not meaning(r.state).over}
         for (key, user), records in self._pools.items():
             living = {record.array_id for record in records if not meaning(record.state).over}
             if not living:
                 continue
             entry = self._journal.get(key)
             if entry is None or entry.user != user:
-                outside |= {r.array_id: r.name for r in records if r.array_id in living and not user}
+                outside |= {(user, r.array_id): r.name for r in records if r.array_id in living}
                 # Also what one local user has named like another's pool: it is neither taken for that nor touched.
                 if (key, user) not in self._strangers:
                     self._strangers.add((key, user))
@@ -327,16 +327,19 @@ class Reconciler:
 
         self._count_outside(outside)
 
-    def _count_outside(self, jobs: Mapping[int, str]) -> None:
-        """Reports jobs of the bridge's user that it did not submit: the policy does not bind them."""
-        self._metrics.jobs_without_pool.set(len(jobs))
-        if jobs and not self._without_pool:
-            job, name = min(jobs.items())
-            log.warning(
-                "%d jobs of the bridge's user belong to no pool, such as job %d, %r: the policy does not bind them",
-                len(jobs), job, name,
-            )  # fmt: skip
-        self._without_pool = len(jobs)
+    def _count_outside(self, jobs: Mapping[tuple[str, int], str]) -> None:
+        """Reports jobs of the jobs' users that the bridge did not submit: the policy does not bind them."""
+        for user in {"", *self._users}:
+            who = user or user_name({})
+            found = {job: name for (owner, job), name in jobs.items() if owner == user}
+            self._metrics.jobs_without_pool.labels(who).set(len(found))
+            if found and user not in self._outside:
+                job, name = min(found.items())
+                log.warning(
+                    "%d jobs of %s belong to no pool, such as job %d, %r: the policy does not bind them",
+                    len(found), who, job, name,
+                )  # fmt: skip
+        self._outside = {user for user, _ in jobs}
 
     def _unreachable(self, followed: Sequence[Entry], error: SlurmError) -> float:
         self._failures += 1

@@ -19,7 +19,7 @@ from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 from isthmus_contracts.pki import Credentials
 from isthmus_contracts.transport import channel
 
-from ..site_admin import BRIDGE, JOBS, Installation, installed, remove
+from ..site_admin import BRIDGE, JOBS, PAGE, Installation, installed, remove
 from .local_users import as_user
 from .site import ensure, over, slurm, spec, tail, until
 
@@ -45,6 +45,7 @@ try 'widen the sudo rule' sh -c 'echo >>{sudoers}'
 try 'log in as the bridge' sh -c 'mkdir -p ~{bridge}/.ssh && echo key >>~{bridge}/.ssh/authorized_keys'
 try 'end the bridge' kill -0 {pid}
 try 'read its memory' head -c1 /proc/{pid}/environ
+sbatch --partition=urgent --output=/dev/null --wrap='sleep 300' >/dev/null && echo 'Slurm let it submit'
 echo "tried as $(id -un)"
 """
 
@@ -113,11 +114,18 @@ def test_the_tutorial_and_a_job_that_tries_to_change_the_bridge(site: Installati
     wanted = spec(command=["sh", "-c", attack], environment="isthmus", replicas=1, first_client=0, total_clients=1)
     pool = ensure(stub, KEY, wanted)
     assert over(stub, KEY).phase == pb.Pool.SUCCEEDED, pool
-    assert tail(stub, KEY, 0).splitlines() == [f"tried as {JOBS}"]
+    assert tail(stub, KEY, 0).splitlines() == ["Slurm let it submit", f"tried as {JOBS}"]
     assert digests(site) == before
+
+    # What Slurm alone can forbid to a job is seen, at least.
+    counted = f'isthmus_bridge_jobs_without_pool{{site="lumi",user="{JOBS}"}} 1.0'
+    until(lambda: counted in site.look(), "the job that a job has submitted is counted", 60)
+    site.walk.follow(PAGE, lambda step: " doctor " in step.command)
+    assert f"queue: 1 jobs of the local user {JOBS} belong to no pool" in site.walk.said[-1]
 
     # The same attempts do work for the bridge's own user, as far as root has not kept even that one out.
     os.kill(pid, 0)
+    attack = attack.replace("sbatch ", "true ")
     allowed = as_user(BRIDGE, "sh", "-c", attack.replace(f"kill -0 {pid}", "true")).stdout.splitlines()
     assert "DONE: read the journal" in allowed and "DONE: read its memory" in allowed
     assert not {"DONE: change the policy", "DONE: change the code", "DONE: become root"} & set(allowed)

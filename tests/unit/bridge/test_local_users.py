@@ -64,6 +64,24 @@ def site(tmp_path: Path) -> Policy:
     return policy(tmp_path, **settings(tmp_path))
 
 
+def test_a_renamed_array_is_cancelled_as_its_user_and_jobs_of_no_pool_are_counted(world: World) -> None:
+    world.ensure()
+    world.tick()
+    (array,) = world.slurm.arrays
+    array.name = "better"
+    own = Array(900, "of-her-own", ["RUNNING"], [0], world.now, ALICE, f"{array.directory}/work/0")
+    world.slurm.arrays.append(own)
+    world.tick()
+    counted = {"user": ALICE}
+    assert world.metrics.registry.get_sample_value("isthmus_bridge_jobs_without_pool", counted) == 1.0
+    world.cancel()
+    world.tick(times=2)
+    assert (array.states, own.states) == (["CANCELLED"] * 3, ["RUNNING"])
+    own.states = ["COMPLETED"]
+    world.tick()
+    assert world.metrics.registry.get_sample_value("isthmus_bridge_jobs_without_pool", counted) == 0.0
+
+
 def test_a_pools_files_and_jobs_are_the_users(world: World, tmp_path: Path) -> None:
     world.ensure(code={"train.py": b"1"})
     assert world.array().user == ALICE

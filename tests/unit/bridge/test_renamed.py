@@ -3,6 +3,7 @@
 import pytest
 
 from isthmus_bridge.journal import State
+from isthmus_bridge.slurm.environment import user_name
 
 from .world import KEY, NAME, Array, World
 
@@ -80,7 +81,7 @@ def test_jobs_of_the_bridges_user_that_are_of_no_pool_are_counted(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     def counted() -> float | None:
-        return world.metrics.registry.get_sample_value("isthmus_bridge_jobs_without_pool")
+        return world.metrics.registry.get_sample_value("isthmus_bridge_jobs_without_pool", {"user": user_name({})})
 
     world.ensure()
     world.tick()
@@ -95,6 +96,6 @@ def test_jobs_of_the_bridges_user_that_are_of_no_pool_are_counted(
     assert counted() == 2.0
     said = [record.message for record in caplog.records if "belong to no pool" in record.message]
     assert said == [
-        "2 jobs of the bridge's user belong to no pool, such as job 900, 'mine': the policy does not bind them"
+        f"2 jobs of {user_name({})} belong to no pool, such as job 900, 'mine': the policy does not bind them"
     ]
     assert world.slurm.arrays[1].states == ["RUNNING"], "they are not the bridge's to end"
