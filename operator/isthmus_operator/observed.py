@@ -45,6 +45,7 @@ class PodView:
     phase: str = "Pending"  # Succeeded or Failed as soon as its program has ended
     lingers: bool = False  # its program has ended, and a container beside it lives on
     deleting: bool = False
+    overdue: dt.datetime | None = None  # when it should have been gone, where it is being deleted
     ready: bool = False
     created: dt.datetime | None = None
     finished: dt.datetime | None = None  # when its main container ended

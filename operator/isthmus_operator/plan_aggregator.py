@@ -21,6 +21,8 @@ from .text import exited, killed, last_lines, one_line
 # A pod that failed before its container could run (evicted, refused by the node) is kept this long, so that a node
 # that refuses every pod is not asked in a tight loop.
 _REPLACE_DELAY = dt.timedelta(seconds=5)
+# After the end of its grace period a pod takes seconds to go, where its node answers.
+_NODE_IS_LOST = dt.timedelta(minutes=2)
 _NO_PROOF = (
     "it ended with exit code 0 and did not report that training is complete: check that the command, wrapper or image"
     " in spec.aggregator runs python -m isthmus.aggregator"
@@ -64,8 +66,7 @@ def plan_aggregator(draft: Draft, ready_to_start: bool) -> AggregatorOutcome:
     if pod.deleting and not draft.record.aggregator.pod:
         return _down(Reason.AGGREGATOR_STARTING, "the pod from before the suspension is still ending", federation)
     if pod.deleting:
-        where = f" on node {pod.node}" if pod.node else ""
-        return _down(Reason.AGGREGATOR_LOST, f"its pod is being deleted{where}; a new one follows", federation)
+        return _leaving(draft, pod, federation)
     foreign = _foreign_authority(draft, pod)
     if not foreign and (verdict := _count_crashes(draft, pod)):
         return AggregatorOutcome("False", Reason.AGGREGATOR_FAILED, verdict.message, federation, verdict)
@@ -80,6 +81,21 @@ def plan_aggregator(draft: Draft, ready_to_start: bool) -> AggregatorOutcome:
         return _down(Reason.AGGREGATOR_LOST, f"it is restarted after a crash: {_last_words(pod)}", federation)
     waits = why_not_started(draft, pod)
     return _down(Reason.AGGREGATOR_STARTING, waits or "its pod is starting", federation, held=bool(waits))
+
+
+def _leaving(draft: Draft, pod: PodView, federation: FederationView | None) -> AggregatorOutcome:
+    """Tell whether the pod's node still has to confirm that it is gone. One that is lost never does."""
+    node = pod.node or "?"
+    if pod.overdue is None or not draft.reached(pod.overdue + _NODE_IS_LOST):
+        words = f"its pod is being deleted on node {node}; a new one follows"
+        return _down(Reason.AGGREGATOR_LOST, words, federation)
+    words = (
+        f"its pod is deleted, but node {node} does not confirm it, and no new one can start before; if that node"
+        f" is down for good, an admin may say so: kubectl taint node {node}"
+        " node.kubernetes.io/out-of-service=nodeshutdown:NoExecute (or kubectl delete node), which frees"
+        " its volume, too"
+    )
+    return _down(Reason.AGGREGATOR_LOST, words, federation, held=True)
 
 
 def aggregator_pod(draft: Draft) -> PodView | None:

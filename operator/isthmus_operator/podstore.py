@@ -170,6 +170,8 @@ def view(body: Mapping[str, Any]) -> PodView:
         phase=phase,
         lingers=phase in ENDED_PHASES and said not in ENDED_PHASES,
         deleting=metadata.get("deletionTimestamp") is not None,
+        # Of the end of its grace period.
+        overdue=parse_timestamp(metadata.get("deletionTimestamp")),
         ready=conditions.get("Ready", {}).get("status") == "True",
         created=parse_timestamp(metadata.get("creationTimestamp")),
         finished=_finished(status, ended, conditions) if phase in ENDED_PHASES else None,

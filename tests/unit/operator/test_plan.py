@@ -133,6 +133,25 @@ def test_a_running_aggregator_that_does_not_answer_keeps_what_it_said() -> None:
     assert "does not answer" in next(c["message"] for c in after["conditions"] if c["type"] == "AggregatorReady")
 
 
+def test_an_aggregator_on_a_lost_node_says_what_only_an_admin_can_do() -> None:
+    pod = aggregator(deleting=True, overdue=NOW, node="n1")
+    going = job(record='{"aggregator":{"pod":"uid-aggregator"}}')
+    at_first = plan(going, standing(pods=(pod,)), NOW, LIMITS)
+    said = next(c["message"] for c in at_first.status["conditions"] if c["type"] == "AggregatorReady")
+    assert said == "its pod is being deleted on node n1; a new one follows"
+    assert at_first.requeue <= 120
+    later = NOW + dt.timedelta(minutes=2)
+    decided = plan(replace(going, status=at_first.status), standing(pods=(pod,)), later, LIMITS)
+    said = next(c["message"] for c in decided.status["conditions"] if c["type"] == "AggregatorReady")
+    assert "a new one follows" not in said
+    assert "kubectl taint node n1 node.kubernetes.io/out-of-service=nodeshutdown:NoExecute" in said
+    (event,) = [item for item in decided.events if "out-of-service" in item.message]
+    assert (event.type, event.reason) == ("Warning", "AggregatorLost")
+    # Once: the words stay as they are.
+    again = plan(replace(going, status=decided.status), standing(pods=(pod,)), later + dt.timedelta(hours=1), LIMITS)
+    assert again.events == ()
+
+
 @pytest.mark.parametrize(
     ("pod", "reason"),
     [
