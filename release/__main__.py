@@ -1,4 +1,4 @@
-"""The command line: ``python -m release version | dist | check``."""
+"""The command line: ``python -m release version | dist | check | publish``."""
 
 import argparse
 import sys
@@ -38,6 +38,11 @@ def _check(options: argparse.Namespace) -> None:
     dist.check(options.output.absolute())
 
 
+def _publish(options: argparse.Namespace) -> None:
+    where = dist.publish(options.output.absolute(), options.registry, options.plain_http)
+    print(f"pushed {where}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="release", description="Make a release; docs/releases.md explains.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -51,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("check", help="install the wheels into clean virtual environments, and compare versions")
     one.add_argument("--output", type=Path, default=Path("dist"), help="where they are (default: %(default)s)")
     one.set_defaults(command=_check)
+    one = commands.add_parser("publish", help="push the chart to an OCI registry (helm registry login comes first)")
+    one.add_argument("registry", metavar="REGISTRY", help="such as oci://registry.example/charts")
+    one.add_argument("--output", type=Path, default=Path("dist"), help="where the chart is (default: %(default)s)")
+    one.add_argument("--plain-http", action="store_true", help="the registry has no TLS")
+    one.set_defaults(command=_publish)
     return parser
 
 

@@ -52,6 +52,17 @@ def chart(target: Path) -> None:
     run([_helm(), "package", ROOT / "charts" / "isthmus", "--destination", target], "helm package")
 
 
+def publish(output: Path, registry: str, plain_http: bool = False) -> str:
+    """Pushes the packaged chart to an OCI registry; where it is then. Raises :class:`ReleaseError`."""
+    if not registry.startswith("oci://"):
+        raise ReleaseError(f"{registry!r} is no OCI registry; give one such as oci://registry.example/charts")
+    package = output / "charts" / f"isthmus-{current()}.tgz"
+    if not package.is_file():
+        raise ReleaseError(f"{package} is not there: run `make dist DIST=chart`")
+    run([_helm(), "push", package, registry, *(["--plain-http"] if plain_http else [])], "helm push")
+    return f"{registry.rstrip('/')}/isthmus:{current()}"
+
+
 def images(target: Path) -> None:
     """The images' archives."""
     run([ROOT / "images" / "build", "--output", target], "images/build")

@@ -13,14 +13,14 @@ _V = r"(\d+\.\d+\.\d+(?:(?:a|b|rc)\d+)?)"
 _IMAGE = re.compile(rf"isthmus-(?:runtime|operator|bridge):{_V}")
 _PLACES: dict[str, tuple[re.Pattern[str], ...]] = {
     **{f"{package}/pyproject.toml": (re.compile(rf'^version = "{_V}"$', re.MULTILINE),) for package in PACKAGES},
-    "charts/isthmus/Chart.yaml": (re.compile(rf"^(?:version|appVersion): {_V}$", re.MULTILINE),),
+    "charts/isthmus/Chart.yaml": (re.compile(rf"^(?:version|appVersion): {_V}$", re.MULTILINE), _IMAGE),
     "README.md": (_IMAGE,),
     "bridge/systemd/isthmus-bridge.container": (_IMAGE,),
     "examples/digits.yaml": (_IMAGE,),
     "examples/fashion-mnist.yaml": (_IMAGE,),
     "docs/tutorials/data-scientist.md": (_IMAGE,),
     "docs/tutorials/platform-engineer.md": (_IMAGE,),
-    "docs/releases.md": (re.compile(rf"isthmus-{_V}"),),
+    "docs/releases.md": (re.compile(rf"isthmus-{_V}"), re.compile(rf"--version {_V}")),
 }
 
 
