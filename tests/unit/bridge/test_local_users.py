@@ -278,6 +278,10 @@ def test_the_helper_makes_the_command_lines_itself(root: Path) -> None:
     program, *options, script, home = answer["output"].splitlines()
     assert (program, script, home) == ("sbatch", f"{root}/{KEY}/batch.sh", pwd.getpwuid(os.getuid()).pw_dir)
     assert {f"--job-name={NAME}", f"--chdir={root}/{KEY}", f"--output={root}/{KEY}/logs/%a.log"} <= set(options)
+    own = {**JOB, "account": "abc@v100", "options": {"constraint": "a100&nvme", "memory": "none", "exclusive": "yes"}}
+    given = asked(root, do="submit", job=own)["result"]["output"].splitlines()
+    assert {"--account=abc@v100", "--constraint=a100&nvme", "--exclusive"} <= set(given)
+    assert not [option for option in given if option.startswith("--mem")]
     answer = asked(root, do="cancel", name=NAME, array=9, first=2, last=3)["result"]
     assert answer["output"].splitlines()[:-1] == ["scancel", f"--user={os.getuid()}", f"--name={NAME}", "9_[2-3]"]
 
@@ -285,7 +289,10 @@ def test_the_helper_makes_the_command_lines_itself(root: Path) -> None:
 HOSTILE = st.one_of(NASTY.filter(bool), st.just("../x"), st.just("a b"), st.just("--wrap=id"), st.just("a\n"))
 
 
-@given(field=st.sampled_from(["key", "partition", "account", "qos", "comment", "gres", "tasks", "file"]), value=HOSTILE)
+@given(
+    field=st.sampled_from(["key", "partition", "account", "qos", "comment", "gres", "tasks", "file", "options"]),
+    value=HOSTILE,
+)
 @example(field="comment", value="%j")
 def test_hostile_requests_are_refused(tmp_path_factory: pytest.TempPathFactory, field: str, value: str) -> None:
     root = tmp_path_factory.getbasetemp() / "hostile" / "pools"
@@ -295,7 +302,7 @@ def test_hostile_requests_are_refused(tmp_path_factory: pytest.TempPathFactory, 
     elif field == "file":
         answer = asked(root, do="create", files={value: ""})
     else:
-        changed = [[value, "", 1]] if field == "gres" else value
+        changed = [[value, "", 1]] if field == "gres" else {"constraint": value} if field == "options" else value
         answer = asked(root, do="submit", job={**JOB, field: changed})
     # Some of them are no harm as a comment; the programs are not there in any case.
     harmless = field == "comment" and value in ("-rf", "--", "../x", "a b")
