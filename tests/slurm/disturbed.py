@@ -7,7 +7,6 @@ from typing import Any
 
 from isthmus_bridge.slurm.cli import CliAdapter
 from isthmus_bridge.slurm.command import CommandTimeout, Result, run
-from isthmus_contracts.identities import slurm_job_name
 
 from ..unit.bridge.world import Crash
 from .site import slurm
@@ -27,7 +26,7 @@ class DisturbedCli(CliAdapter):
 
     def __init__(self, first: str = "") -> None:
         """``first``: what the first sbatch does, whatever the script says."""
-        super().__init__(slurm_job_name(""), runner=self._program)
+        super().__init__(runner=self._program)
         self._first = first
         self.script: list[str] = []
         self.interrupts: list[Callable[[], object]] = []
