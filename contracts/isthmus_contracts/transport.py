@@ -41,6 +41,12 @@ SERVER_OPTIONS: list[tuple[str, int | str]] = [
 ]
 
 
+def server_options(calls: int) -> list[tuple[str, int | str]]:
+    """:data:`SERVER_OPTIONS` for so many calls of a connection at a time. (Of two values gRPC takes the first.)"""
+    name = "grpc.max_concurrent_streams"
+    return [(option, calls if option == name else value) for option, value in SERVER_OPTIONS]
+
+
 def server_credentials(credentials: Credentials) -> grpc.ServerCredentials:
     """Server side of mutual TLS: a client without a certificate of our CA cannot even shake hands."""
     return grpc.ssl_server_credentials(

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Before gRPC is loaded: a peer that does not answer is told by status codes, its lines about each attempt are noise.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# Before gRPC is loaded: a peer that does not answer is told by status codes; lines of its own about each attempt are
+# noise, which callers of the gateway could cause at will.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import kopf
 

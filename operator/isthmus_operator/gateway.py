@@ -22,7 +22,7 @@ from grpc import aio
 from isthmus_contracts.openfiles import connections_within, raise_limit
 from isthmus_contracts.pb import gateway_pb2 as pb
 from isthmus_contracts.pb import gateway_pb2_grpc as rpc
-from isthmus_contracts.transport import SERVER_OPTIONS, renewed_public_credentials
+from isthmus_contracts.transport import renewed_public_credentials, server_options
 from isthmus_contracts.tunnel import CHUNK, MAX_CONNECTIONS, MAX_FRAME, PROTOCOL, Connections, TunnelError
 
 from . import __version__
@@ -87,9 +87,8 @@ class Gateway(rpc.GatewayServicer):
         """
         self._prove = prove
         options = [
-            *SERVER_OPTIONS,
+            *server_options(calls=8),
             ("grpc.max_receive_message_length", MAX_FRAME),
-            ("grpc.max_concurrent_streams", 8),
             ("grpc.max_allowed_incoming_connections", connections_within(raise_limit(), 2 * _MAX_TUNNELS)),
         ]
         server = aio.server(options=options, maximum_concurrent_rpcs=_MAX_TUNNELS + 2 * _MAX_UNPROVEN)

@@ -31,6 +31,12 @@ def keep_memory_flat() -> None:
         mallopt(parameter, value)
 
 
+def give_back() -> None:
+    """Return to the system what is free, wherever it lies. It takes a while: not for a loop. Source: malloc_trim(3)."""
+    if (malloc_trim := c_function("malloc_trim")) is not None:
+        malloc_trim(0)
+
+
 def keep_chunks() -> None:
     """For a process of the user's, whose settings stay: glibc keeps twice as much as the largest block that was freed,
     up to 64 MB, so that a script that has freed a tensor of a few megabytes has this already. Without it every chunk

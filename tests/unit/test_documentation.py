@@ -1,6 +1,7 @@
 """The site builds without a warning, and its generated pages are as the code is."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,23 @@ def test_a_dead_link_fails_the_build(tmp_path: Path, link: str) -> None:
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse words its help differently in other versions")
+def test_what_no_malicious_party_can_do_is_proved_by_tests_that_exist() -> None:
+    """Each row of the two tables names its tests."""
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    part = text[text.index("## What a malicious party can do") : text.index("### Bounds on what clients send")]
+    rows = [line for line in part.splitlines() if line.startswith("| ") and "Proved by" not in line]
+    assert len(rows) >= 20
+    missing = []
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", row)
+        assert named or "[below]" in row or "the same" in row, row
+        for file, test in named:
+            found = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(file)]
+            if not any(f"def {test or 'test_'}" in content for content in found):
+                missing.append(f"{file}::{test}")
+    assert missing == []
+
+
 def test_the_reference_is_the_generated_one(tmp_path: Path) -> None:
     write_reference(tmp_path)
     generated = {path.name: path.read_text() for path in tmp_path.iterdir()}

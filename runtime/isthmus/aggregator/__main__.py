@@ -15,6 +15,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
+from wsgiref.simple_server import WSGIServer
+
+# Before gRPC is loaded: what it writes of its own, past every limit, callers can cause at will.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from grpc import aio
 from prometheus_client import make_wsgi_app
@@ -26,12 +30,13 @@ from isthmus_contracts.loglimit import limit_root
 from isthmus_contracts.manifest import ManifestError
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
-from isthmus_contracts.transport import HEADER_BYTES, SERVER_OPTIONS, renewed_server_credentials
+from isthmus_contracts.transport import HEADER_BYTES, renewed_server_credentials, server_options
 
 from ..allocator import keep_memory_flat
 from ..strategies import StrategyError, make_strategy
 from .budget import protect
 from .checkpoints import CheckpointError, CheckpointStore
+from .connections import CONNECTIONS_OF_EACH, Connections
 from .exits import EXIT_PORT_TAKEN
 from .federation import Federation
 from .job import load_job
@@ -51,9 +56,10 @@ LINGER_SECONDS = 30.0
 # must be over within a pod's grace period. Seconds.
 TRACKING_SECONDS = 30.0
 TRACKING_SECONDS_WHEN_STOPPED = 5.0
-# Of a client: two while one replaces the other, and as many half-open ones. Beside those: observers and strangers.
-_CONNECTIONS_OF_EACH = 4
+# Beside those of the clients: observers' and strangers'.
 _FURTHER_CONNECTIONS = 512
+# A client makes three or four at a time. What a hostile one can take by headers grows with them.
+_CALLS_OF_A_CONNECTION = 8
 # Of an unexpected error's own text. Characters.
 _LONGEST_ERROR = 500
 
@@ -115,18 +121,18 @@ async def serve(arguments: argparse.Namespace) -> int:
     tracker = make_tracker(job, arguments.state)
     federation = Federation(job, store, strategy, metrics, tracker, budget)
     federation.wait_for(arguments.wait_for)
-    observer = ObserverService(federation)
-    options = [
-        *SERVER_OPTIONS,
-        ("grpc.max_receive_message_length", HEADER_BYTES),
-        ("grpc.max_allowed_incoming_connections", _connections(job.spec.total_clients)),
-    ]
-    server = aio.server(options=options)
-    server.add_generic_rpc_handlers((FederationService(federation).handler(), observer.handler()))
+    connections = Connections(job.spec.total_clients)
+    observer = ObserverService(federation, connections)
+    server = aio.server(
+        options=[
+            *server_options(_CALLS_OF_A_CONNECTION),
+            ("grpc.max_receive_message_length", HEADER_BYTES),
+            ("grpc.max_allowed_incoming_connections", _connections(job.spec.total_clients)),
+        ]
+    )
+    server.add_generic_rpc_handlers((FederationService(federation, connections).handler(), observer.handler()))
     port = _bound(arguments.listen, lambda: server.add_secure_port(arguments.listen, credentials))
-    host, metrics_port = split(arguments.metrics)
-    application = make_wsgi_app(metrics.registry)
-    metrics_server = _bound(arguments.metrics, lambda: serve_metrics(application, host, metrics_port))
+    metrics_server = _serve_metrics(arguments.metrics, metrics)
     await server.start()
     if arguments.ports_file:
         _write_atomically(
@@ -136,6 +142,7 @@ async def serve(arguments: argparse.Namespace) -> int:
 
     stopped = _stop_signals()
     training = asyncio.create_task(federation.run())
+    watching = asyncio.create_task(connections.watch(port))
     stopping = asyncio.create_task(stopped.wait())
     try:
         await asyncio.wait({training, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -154,7 +161,7 @@ async def serve(arguments: argparse.Namespace) -> int:
         await (stopped.wait() if arguments.stay else _farewell(federation, observer, stopped))
         return 0
     finally:
-        for task in (training, stopping):
+        for task in (training, stopping, watching):
             task.cancel()
         await server.stop(grace=1.0)
         in_time = not stopped.is_set() or (arguments.stay and training.done())
@@ -170,9 +177,16 @@ def _bound(address: str, bind: Callable[[], T]) -> T:
         raise PortTakenError(f"cannot listen on {address}: {error}") from None
 
 
+def _serve_metrics(address: str, metrics: AggregatorMetrics) -> WSGIServer:
+    """Serves ``/metrics``. Raises :class:`PortTakenError`."""
+    host, port = split(address)
+    application = make_wsgi_app(metrics.registry)
+    return _bound(address, lambda: serve_metrics(application, host, port))
+
+
 def _connections(clients: int) -> int:
     """Return how many connections the aggregator takes: strangers' must leave descriptors for its files, too."""
-    wanted = _CONNECTIONS_OF_EACH * clients + _FURTHER_CONNECTIONS
+    wanted = CONNECTIONS_OF_EACH * clients + _FURTHER_CONNECTIONS
     room = openfiles.connections_within(openfiles.raise_limit(), wanted)
     if room < wanted:
         log.warning("room for %d connections only, not for %d: raise the limit of open files (ulimit -n)", room, wanted)

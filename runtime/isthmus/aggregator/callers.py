@@ -22,6 +22,9 @@ class Caller:
     clients: int
     """How many clients it speaks for."""
 
+    def __str__(self) -> str:
+        return self.pool if self.index is None else f"{self.pool}/{self.index}"
+
     def speaks_for(self, client: ClientId) -> bool:
         """Return whether it may say that it is this client."""
         return client[0] == self.pool and self.index in (None, client[1])

@@ -20,6 +20,7 @@ from ..tensors import TransferError, TruncatedError
 from . import messages, refusal
 from .callers import Caller, Callers
 from .companion import companion_messages
+from .connections import Connections, peer_address
 from .federation import Federation
 from .membership import Client, ClientId, Refusal
 from .onecall import Calls, SupersededError
@@ -33,6 +34,8 @@ Context = aio.ServicerContext[Any, Any]
 Request = TypeVar("Request", pb.ClientMessage, pb.PullRequest, pb.GetStatusRequest)
 _OBSERVER = pb.DESCRIPTOR.services_by_name["Observer"].full_name
 
+OBSERVERS = 16
+"""The operator, and whoever else watches the job: all with one certificate."""
 HELLO_SECONDS = 30.0
 """How long a control stream may say nothing at its beginning."""
 
@@ -40,8 +43,9 @@ HELLO_SECONDS = 30.0
 class FederationService:
     """Serves clients. Each presents a certificate of its own for this job, or its HPC pool's."""
 
-    def __init__(self, federation: Federation) -> None:
+    def __init__(self, federation: Federation, connections: Connections) -> None:
         self._federation = federation
+        self._connections = connections
         self._pushes = Pushes(federation)
         self._callers = Callers(federation.spec, federation.job.uid)
         self._opening = Calls()
@@ -171,6 +175,8 @@ class FederationService:
         """Return who calls, by the certificate; it must speak for ``client``, if that is given."""
         uris = peer_uris(context)
         caller = self._callers.find(uris)
+        if caller is not None:
+            self._connections.admit(caller, caller.clients, peer_address(context.peer()))
         if caller is not None and (client is None or caller.speaks_for(client)):
             return caller
         wanted = "" if client is None else f", not for {one_line(client[0], 60)}/{client[1]}"
@@ -206,8 +212,9 @@ def _first_frame(message: bytes) -> Frame[pb.UpdateHeader] | None:
 class ObserverService:
     """Serves whoever watches the job: the operator, or the local runner."""
 
-    def __init__(self, federation: Federation) -> None:
+    def __init__(self, federation: Federation, connections: Connections) -> None:
         self._federation = federation
+        self._connections = connections
         self.completion_seen = asyncio.Event()
         """An observer has read a status that says COMPLETE."""
 
@@ -254,3 +261,4 @@ class ObserverService:
     async def _authenticate(self, context: Context) -> None:
         if observer_identity(self._federation.job.uid) not in peer_uris(context):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the certificate is not this job's observer's")
+        self._connections.admit("observer", OBSERVERS, peer_address(context.peer()))

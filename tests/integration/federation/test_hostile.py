@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from isthmus.tensors import checksum_of, chunks_of
+from isthmus_contracts import loglimit
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from .conftest import POOL, Federation, eventually
@@ -105,6 +106,17 @@ def test_what_clients_say_cannot_forge_lines(federation: Make, clients: Clients)
     assert len(log) < 20_000
     assert all(line.isprintable() for line in log.splitlines())
     assert not any(line.startswith("2026-11-29 13:00:00,000") for line in log.splitlines())
+
+
+def test_a_flood_of_what_is_refused_does_not_fill_the_log(federation: Make, clients: Clients) -> None:
+    job, (_, evil), _ = started(federation, clients, 2, 1)
+    count = 4 * loglimit.BURST
+    for _ in range(count):
+        evil.say(pb.ClientMessage(update=b"\xff" * 100))
+    answers = (message for message in evil.messages if message.HasField("reply"))
+    assert sum(1 for _ in zip(range(count), answers, strict=False)) == count
+    lines = job.log("aggregator").splitlines()
+    assert loglimit.BURST <= sum("update refused" in line for line in lines) < 2 * loglimit.BURST
 
 
 def test_a_pool_that_evaluates_does_not_train(federation: Make, clients: Clients) -> None:

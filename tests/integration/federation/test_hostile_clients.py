@@ -41,7 +41,7 @@ class Held:
 
 
 def test_one_push_of_a_client_at_a_time(federation: Callable[..., Federation]) -> None:
-    """Each of the 24 would keep its header of megabytes, and its place in the queue."""
+    """Each of the six would keep its header of megabytes, and its place in the queue. A connection has eight calls."""
     job = federation(2, 1)
     job.start_aggregator()
     assert job.aggregator is not None
@@ -53,11 +53,11 @@ def test_one_push_of_a_client_at_a_time(federation: Callable[..., Federation]) -
         digest = honest.offer(1).base_digest
         first = pb.UpdateChunk(header=hostile.header(1, digest), data=bytes(8 << 20)).SerializeToString()
         before = resident_megabytes(job.aggregator.pid)
-        held = [stack.enter_context(closing(Held(hostile, first))) for _ in range(24)]
+        held = [stack.enter_context(closing(Held(hostile, first))) for _ in range(6)]
         for older in held[:-1]:
             assert older.call.code() == grpc.StatusCode.ABORTED
             assert older.call.details() == "a newer call of this client has taken its place"
-        assert resident_megabytes(job.aggregator.pid) - before < 150
+        assert resident_megabytes(job.aggregator.pid) - before < 100
         assert honest.push(honest.header(1, digest)).verdict == pb.PushReply.ACCEPTED
         assert not held[-1].call.done(), "the newest is received beside it"
         # The same client may still hand in an update.

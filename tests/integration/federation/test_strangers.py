@@ -6,21 +6,23 @@ import ssl
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import grpc
 import pytest
 
-from isthmus.aggregator.__main__ import _CONNECTIONS_OF_EACH, _FURTHER_CONNECTIONS
+from isthmus.aggregator.__main__ import _FURTHER_CONNECTIONS
+from isthmus.aggregator.connections import CONNECTIONS_OF_EACH
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.transport import SERVER_OPTIONS
 
 from .conftest import SERVER_NAME, Federation, eventually
 from .test_protocol import HandMadeClient
 
-_HEADERS, _SETTINGS = 1, 4
-_END_HEADERS = 4
+_DATA, _HEADERS, _SETTINGS = 0, 1, 4
+_END_STREAM, _END_HEADERS = 1, 4
+_MAX_CONCURRENT_STREAMS = 3
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def resident_megabytes(pid: int) -> int:
 
 @pytest.mark.usefixtures("many_files")
 def test_connections_of_strangers_leave_descriptors(client: HandMadeClient) -> None:
-    job, bound = client.job, _CONNECTIONS_OF_EACH + _FURTHER_CONNECTIONS
+    job, bound = client.job, CONNECTIONS_OF_EACH + _FURTHER_CONNECTIONS
     assert job.aggregator is not None
     assert client.offer().kind == pb.Offer.INITIALIZE
     before = open_files(job.aggregator.pid)
@@ -84,15 +86,7 @@ def test_headers_of_many_calls_cost_little_memory(client: HandMadeClient, tmp_pa
     job = client.job
     assert job.aggregator is not None
     assert client.offer().kind == pb.Offer.INITIALIZE
-    request = b"".join(
-        _literal(name, value)
-        for name, value in (
-            (b":method", b"POST"), (b":scheme", b"https"),
-            (b":path", b"/isthmus.federation.v1alpha1.Federation/Control"),
-            (b":authority", SERVER_NAME.encode()), (b"te", b"trailers"),
-            (b"content-type", b"application/grpc"),
-        )
-    )  # fmt: skip
+    request = _request(b"/isthmus.federation.v1alpha1.Federation/Control")
     entry = b"\x40\x03xbm" + _length(4000) + b"b" * 4000
     before, calls = resident_megabytes(job.aggregator.pid), 4000
     with _tls(job, tmp_path) as connection:
@@ -108,14 +102,66 @@ def test_headers_of_many_calls_cost_little_memory(client: HandMadeClient, tmp_pa
     assert client.push(client.header(0)).verdict == pb.PushReply.ACCEPTED
 
 
+def test_a_connection_has_few_calls_at_a_time(client: HandMadeClient, tmp_path: Path) -> None:
+    """What headers can take grows with them: 16 connections with 32 calls each took 390 MB, and again as much each time
+    that they were made anew."""
+    with _tls(client.job, tmp_path) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS, 0, 0))
+        assert _settings(connection)[_MAX_CONCURRENT_STREAMS] == 8
+
+
+def test_connections_of_one_certificate(federation: Callable[..., Federation], tmp_path: Path) -> None:
+    """A client has as many as it needs to come back. Those of another client stand."""
+    job = federation(2, 1)
+    job.start_aggregator()
+    assert job.aggregator is not None
+    path = b"/isthmus.federation.v1alpha1.Federation/Pull"
+    call = _frame(_HEADERS, _END_HEADERS, 1, _request(path)) + _frame(_DATA, _END_STREAM, 1, bytes(5))
+    with closing(HandMadeClient(job)) as honest, ExitStack() as stack:
+        assert next(honest.messages).HasField("welcome")
+        before, held = open_files(job.aggregator.pid), []
+        for number in range(5 * CONNECTIONS_OF_EACH):
+            held.append(stack.enter_context(_tls(job, tmp_path / str(number), 1)))
+            held[-1].sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS, 0, 0) + call)
+        pid = job.aggregator.pid
+        eventually("those beyond are ended", lambda: open_files(pid) - before <= CONNECTIONS_OF_EACH)
+        assert "pool/1 has too many connections; its oldest one, from ipv4:127.0.0.1:" in job.log("aggregator")
+        second = stack.enter_context(closing(HandMadeClient(job, 1)))
+        assert honest.offer().kind == pb.Offer.INITIALIZE
+        assert honest.push(honest.header(0)).verdict == pb.PushReply.ACCEPTED
+        for each in (second, honest):
+            assert each.push(each.header(1, each.offer(1).base_digest)).verdict == pb.PushReply.ACCEPTED
+        job.wait_for(lambda status: status.phase == pb.FederationStatus.COMPLETE)
+    job.wait_for_exit()
+
+
 def test_long_headers_are_refused(client: HandMadeClient) -> None:
     with pytest.raises(grpc.RpcError) as error:
         list(client.stub.Pull(pb.PullRequest(), metadata=(("x-long", "v" * 9000),), timeout=60))
     assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def _tls(job: Federation, directory: Path) -> ssl.SSLSocket:
-    job.credentials().write(directory / "tls")
+def _request(path: bytes) -> bytes:
+    """A call's headers."""
+    fields = (
+        (b":method", b"POST"), (b":scheme", b"https"), (b":path", path), (b":authority", SERVER_NAME.encode()),
+        (b"te", b"trailers"), (b"content-type", b"application/grpc"),
+    )  # fmt: skip
+    return b"".join(_literal(name, value) for name, value in fields)
+
+
+def _settings(connection: ssl.SSLSocket) -> dict[int, int]:
+    """The first frame that the server sends."""
+    received = b""
+    while len(received) < 9 or len(received) < 9 + int.from_bytes(received[:3]):
+        received += connection.recv(4096)
+    assert received[3] == _SETTINGS
+    body = received[9 : 9 + int.from_bytes(received[:3])]
+    return dict(struct.unpack(">HI", body[at : at + 6]) for at in range(0, len(body), 6))
+
+
+def _tls(job: Federation, directory: Path, index: int = 0) -> ssl.SSLSocket:
+    job.credentials(index).write(directory / "tls")
     context = ssl.create_default_context(cafile=str(directory / "tls/ca.crt"))
     context.load_cert_chain(directory / "tls/tls.crt", directory / "tls/tls.key")
     context.set_alpn_protocols(["h2"])
