@@ -1,7 +1,8 @@
-"""The least rate of an update: a client that sends a byte a second would keep its place from others for ever."""
+"""The least rate of a stream: a client that sends a byte a second would keep its place from others for ever, and one
+that does not read the model that it pulls would keep that model, on the disk too, long after its round."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from ..tensors import TruncatedError
 
@@ -25,3 +26,16 @@ async def paced(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             return
         left += started - loop.time() + len(message) / LEAST_BYTES_PER_SECOND
         yield message
+
+
+async def send_paced(messages: AsyncIterator[bytes], write: Callable[[bytes], Awaitable[None]]) -> None:
+    """Write a stream's messages. Raises :class:`TruncatedError` where the peer reads them too slowly."""
+    loop, left = asyncio.get_running_loop(), PATIENCE
+    async for message in messages:
+        started = loop.time()
+        try:
+            async with asyncio.timeout(left):
+                await write(message)
+        except TimeoutError:
+            raise TruncatedError(f"the client reads less than {LEAST_BYTES_PER_SECOND >> 10} KiB a second") from None
+        left += started - loop.time() + len(message) / LEAST_BYTES_PER_SECOND

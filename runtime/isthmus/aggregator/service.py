@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import grpc
@@ -23,9 +24,10 @@ from .companion import companion_messages
 from .connections import Connections, peer_address
 from .federation import Federation
 from .membership import Client, ClientId, Refusal
+from .model import GlobalModel
 from .onecall import Calls, SupersededError
 from .outbox import Outbox
-from .pace import paced
+from .pace import paced, send_paced
 from .pushes import Pushes, ResendError
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ _OBSERVER = pb.DESCRIPTOR.services_by_name["Observer"].full_name
 
 OBSERVERS = 16
 """The operator, and whoever else watches the job: all with one certificate."""
+PULLS = 2
+"""Of a client at a time: the model, and what the strategy sends along."""
 HELLO_SECONDS = 30.0
 """How long a control stream may say nothing at its beginning."""
 
@@ -49,6 +53,7 @@ class FederationService:
         self._pushes = Pushes(federation)
         self._callers = Callers(federation.spec, federation.job.uid)
         self._opening = Calls()
+        self._pulling = Calls()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """For a server. The tensors' messages stay as they are: :mod:`..framing` reads and makes them."""
@@ -122,13 +127,25 @@ class FederationService:
                 answering.cancel()
         outbox.put_nowait(None)
 
-    async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:
+    async def Pull(self, request: pb.PullRequest, context: Context) -> None:
         """See federation.proto."""
-        pool = (await self._authenticate(context)).pool
+        caller = await self._authenticate(context)
         model = self._federation.course.model
         if model is None or request.digest != model.digest:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "that model is not the current one")
             return
+        sending = send_paced(self._messages(request, model, caller.pool), context.write)
+        try:
+            await self._pulling.run(caller, sending, PULLS * caller.clients)
+        except (TruncatedError, SupersededError) as error:
+            late = isinstance(error, TruncatedError)
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.ABORTED
+            # With a message on its way gRPC takes no status any more: the call ends with its handler.
+            with suppress(aio.InternalError):
+                await context.abort(code, str(error))
+
+    async def _messages(self, request: pb.PullRequest, model: GlobalModel, pool: str) -> AsyncIterator[bytes]:
+        """Yield the answer to a Pull; each message is counted before it goes."""
         if request.companion:
             async for message, size in companion_messages(model, self._federation.companion):
                 self._federation.ledger.sent(pool, NONE, size)
@@ -136,7 +153,6 @@ class FederationService:
             return
         stream, codec = model.stream(request)
         for message, size in stream:
-            # Before it goes: nothing comes back from here when a client hangs up.
             self._federation.ledger.sent(pool, codec, size)
             yield message
 

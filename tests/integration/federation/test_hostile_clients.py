@@ -3,7 +3,8 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
 
 import grpc
 import pytest
@@ -97,6 +98,44 @@ def test_a_control_stream_that_is_not_read_keeps_one_model(federation: Callable[
         assert resident_megabytes(job.aggregator.pid) - before < 150
         for _ in range(judges):
             silent.put(None)
+
+
+def test_models_that_are_pulled_and_not_read_do_not_pile_up(federation: Callable[..., Federation]) -> None:
+    """Each would keep its checkpoint's file on the disk, and some of it in memory."""
+    rounds = 8
+    pools = [
+        {"name": POOL, "replicas": 1, "cloud": {}},
+        {"name": "judge", "replicas": 1, "role": "Evaluate", "cloud": {}},
+    ]
+    job = federation(1, rounds, pools=pools, selection={"minClients": 1})
+    job.start_aggregator()
+    assert job.aggregator is not None
+    with ExitStack() as stack:
+        state = {"w": torch.zeros(4_000_000)}
+        client = stack.enter_context(closing(HandMadeClient(job, state=state)))
+        judge = stack.enter_context(closing(HandMadeClient(job, pool="judge")))
+        assert client.offer().kind == pb.Offer.INITIALIZE
+        assert client.push(client.header(0)).verdict == pb.PushReply.ACCEPTED
+        unread = []
+        for number in range(1, rounds):
+            offer = client.offer(number)
+            unread.append(judge.stub.Pull(pb.PullRequest(digest=offer.base_digest)))
+            next(unread[-1])
+            assert client.push(client.header(number, offer.base_digest)).verdict == pb.PushReply.ACCEPTED
+        pid = job.aggregator.pid
+        eventually("their files are gone", lambda: len(kept_checkpoints(pid)) <= service.PULLS + 1)
+        assert "Traceback" not in job.log("aggregator")
+        for each in unread:
+            each.cancel()
+
+
+def kept_checkpoints(pid: int) -> list[str]:
+    """The files of checkpoints that a process has open and that have no name any more."""
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            found.append(str(entry.readlink()))
+    return [name for name in found if "/state/checkpoints/" in name and name.endswith(" (deleted)")]
 
 
 class Unread:

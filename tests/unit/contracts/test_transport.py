@@ -12,6 +12,7 @@ import grpc
 import pytest
 from grpc import aio
 
+from isthmus_contracts import transport
 from isthmus_contracts.pki import Authority, Credentials
 from isthmus_contracts.transport import aio_channel, renewed_server_credentials
 from tests import faketime
@@ -117,3 +118,10 @@ async def test_a_node_whose_clock_is_wrong_by_hours_connects(
     assert process.returncode == 0
     off = dt.datetime.fromisoformat(said.decode().strip()) - dt.datetime.now(dt.UTC)
     assert abs(off - dt.timedelta(hours=hours)) < dt.timedelta(minutes=10), "its clock was not wrong at all"
+
+
+def test_calls_of_a_connection_are_said_once() -> None:
+    """Of two values of an option gRPC takes the first."""
+    options = transport.server_options(calls=8)
+    assert [value for name, value in options if name == "grpc.max_concurrent_streams"] == [8]
+    assert dict(options).keys() == dict(transport.SERVER_OPTIONS).keys()
