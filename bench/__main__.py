@@ -28,6 +28,7 @@ ALL = (
     "codecs --accuracy",
     "strategies",
     "privacy",
+    "soak",
 )
 
 

@@ -163,6 +163,22 @@ TABLES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
             Column("clipped updates", "clipped", percent),
         ),
     ),
+    "soak": (
+        "A job among hostile clients",
+        (
+            _CLIENTS,
+            Column("hostile", "hostile"),
+            Column("rounds", "rounds"),
+            Column("attacks", "attacks", "{:,}".format),
+            Column("a round", "round_seconds", duration),
+            Column("alone", "alone_seconds", duration),
+            Column("times alone", "times_alone", fixed(2)),
+            Column("aggregator's peak", "aggregator_peak_bytes", size),
+            Column("alone", "alone_peak_bytes", size),
+            Column("log", "log_bytes", size),
+            Column("largest difference of a weight", "difference", "{:g}".format),
+        ),
+    ),
     "strategies": (
         "Strategies",
         (

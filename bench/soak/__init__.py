@@ -1,0 +1,1 @@
+"""A job among hostile clients beside the same job without them: ``python -m bench.soak``."""

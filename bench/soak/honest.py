@@ -1,0 +1,64 @@
+"""Clients that train a little, behind a gate: ``python -m bench.soak.honest CLIENTS TLS``. ``TLS`` holds a directory of
+credentials for each."""
+
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from isthmus.client.context import Context
+from isthmus.client.participation import Participation
+from isthmus.client.replicas import Replicas
+from isthmus_contracts import identities
+
+from ..gate import Gate
+from ..job import POOL
+from ..processes import in_processes
+
+STEPS = 30
+
+
+def participate(index: int, clients: int, tls: Path, gate: Gate) -> None:
+    """Train linear data of the client's own with a small perceptron, and measure each model."""
+    os.environ[identities.ENV_TLS_DIR] = str(tls / f"{POOL}-{index}")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(50, 100), torch.nn.ReLU(), torch.nn.Linear(100, 1))
+    generator = torch.Generator().manual_seed(index)
+    inputs = torch.randn(100 + 10 * index, 50, generator=generator)
+    targets = inputs[:, :5].sum(1) + index / 10
+
+    def loss() -> torch.Tensor:
+        mean: torch.Tensor = (model(inputs).squeeze(1) - targets).square().mean()
+        return mean
+
+    def evaluate() -> dict[str, float]:
+        with torch.no_grad():
+            return {"accuracy": 1 / (1 + float(loss())) - 1, "num_examples": len(inputs)}
+
+    context = Context(pool=POOL, index=index, pool_size=clients, client=index, clients=clients)
+    part = Participation(model, evaluate, None, context, Replicas(), threading.Event())
+    for rnd in part.rounds():
+        gate.pass_through(index)
+        optimizer = rnd.wrap(torch.optim.SGD(model.parameters(), lr=0.01))
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        rnd.submit(num_examples=len(inputs), loss=float(value.detach()))
+
+
+def main() -> None:
+    """Take part, as every client in a process of its own."""
+    logging.getLogger("isthmus").addHandler(logging.NullHandler())
+    clients, tls = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    gate = Gate(clients)
+    in_processes(clients, clients, lambda index: participate(index, clients, tls, gate), gate)
+
+
+if __name__ == "__main__":
+    main()
