@@ -120,6 +120,8 @@ def test_lint_finds_nothing(helm: Any, case: str) -> None:
         {"operator": {"worker": 3}},
         {"operator": {"workers": 0}},
         {"operator": {"logLevel": "verbose"}},
+        {"fullnameOverride": "UPPER_case"},
+        {"nameOverride": "-a"},
         {"scope": {"type": "Everywhere"}},
         {"scope": {"type": "Namespaces"}},
         {"scope": {"type": "Namespaces", "namespaces": ["Not A Name"]}},
@@ -140,6 +142,32 @@ def test_lint_finds_nothing(helm: Any, case: str) -> None:
 def test_wrong_values_are_refused(helm: Any, values: Manifest) -> None:
     result = helm.run("template", "isthmus", str(CHART), values=values)
     assert result.returncode != 0 and "schema" in result.stderr
+
+
+def test_labels_that_repeat_a_selectors_change_no_selector(helm: Any) -> None:
+    mine = {"app.kubernetes.io/name": "mine", "app.kubernetes.io/component": "mine", "app.kubernetes.io/version": "7"}
+    result = helm.run("template", "isthmus", str(CHART), values={"podLabels": mine, "commonLabels": mine})
+    assert result.returncode == 0, result.stderr
+    documents = [item for item in yaml.load_all(result.stdout, Loader=Unique) if item]
+    (deployment,) = of_kind(documents, "Deployment")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert labels["app.kubernetes.io/version"] == "7"
+
+
+class Unique(yaml.SafeLoader):
+    """Refuses a key that is there twice, as the API server does."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys)), keys
+        return super().construct_mapping(node, deep)
+
+
+def test_two_servers_cannot_share_a_port(helm: Any) -> None:
+    result = helm.run("template", "isthmus", str(CHART), values={"webhook": {"port": 8080}})
+    assert result.returncode != 0 and "the ports of one pod must differ" in result.stderr
+    assert helm.template({"webhook": {"enabled": False, "port": 8080}})
 
 
 def test_every_default_is_in_the_schema_and_every_property_has_a_default() -> None:

@@ -163,7 +163,7 @@ def test_the_schema_knows_the_alerts_that_can_be_disabled() -> None:
 
 def test_the_chart_ships_the_dashboards_as_they_are(helm: Any) -> None:
     values = {"monitoring": {"enabled": True, "dashboards": {"annotations": {"grafana_folder": "Isthmus"}}}}
-    shipped = {}
+    shipped: Manifest = {}
     for document in helm.template(values):
         if document["kind"] == "ConfigMap":
             assert document["metadata"]["labels"]["grafana_dashboard"] == "1"

@@ -129,6 +129,7 @@ def test_the_operator_reads_the_defaults_of_jobs(helm: Helm, tmp_path: Path) -> 
     # It reads them at its start only: a change starts it again.
     marks = [operator_pod(item)["metadata"]["annotations"]["isthmus.dev/job-defaults"] for item in (documents, other)]
     assert marks[0] != marks[1]
+    wrong: Manifest
     for wrong in ({"pods": {}}, {"all": {"spec": {"tolerations": {}}}}, {"service": {"type": "NodePort"}}):
         result = helm.run("template", "isthmus", str(CHART), values={"jobDefaults": wrong})
         assert result.returncode != 0 and "schema" in result.stderr

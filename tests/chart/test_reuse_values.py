@@ -2,13 +2,14 @@
 
 import copy
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from .conftest import CHART, MATRIX, NAMESPACE, WITH_MONITORING, Helm, Manifest
+from .conftest import CHART, MATRIX, NAMESPACE, ROOT, WITH_MONITORING, Helm, Manifest
 from .test_golden import essence, order
 
 DEFAULTS: Manifest = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -59,6 +60,28 @@ def test_each_key_may_be_missing(helm: Helm, tmp_path: Path, key: str) -> None:
     values = merged(DEFAULTS, {k: v for k, v in MATRIX["everything"].items() if k != key})
     wanted = essential(helm.template(values, *WITH_MONITORING))
     assert reused(helm, tmp_path / "isthmus", {k: v for k, v in values.items() if k != key}) == wanted
+
+
+def earlier() -> list[Manifest]:
+    """The values of this chart's earlier versions, as far as git's history knows them; the newest first."""
+    file = str(CHART.relative_to(ROOT) / "values.yaml")
+    git = ["git", "-C", str(ROOT)]
+    said = subprocess.run([*git, "log", "--format=%H", "--", file], capture_output=True, text=True, check=False)
+    shown = [
+        subprocess.run([*git, "show", f"{commit}:{file}"], capture_output=True, text=True, check=False).stdout
+        for commit in said.stdout.split()[:30]
+    ]
+    return [yaml.safe_load(text) for text in dict.fromkeys(shown) if text][:12]
+
+
+def test_an_upgrade_takes_the_values_of_every_earlier_chart(helm: Helm, tmp_path: Path) -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("git's history is not here")
+    for number, values in enumerate(earlier()):
+        on = merged(values, {"monitoring": {"enabled": True}, "gateway": {"enabled": True, "hosts": ["g.example"]}})
+        # --reuse-values has nothing below them; --reset-then-reuse-values and --values have the new defaults.
+        assert reused(helm, tmp_path / f"chart-{number}", on)
+        assert helm.template(on, *WITH_MONITORING)
 
 
 def test_what_a_user_removed_is_not_brought_back(helm: Helm) -> None:

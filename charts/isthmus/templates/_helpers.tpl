@@ -63,14 +63,17 @@ app.kubernetes.io/component: test
 {{- end -}}
 
 {{- define "isthmus.labels" -}}
-{{ include "isthmus.selectorLabels" . }}
-app.kubernetes.io/part-of: isthmus
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- include "isthmus.labelsWith" (list . dict) -}}
+{{- end -}}
+
+{{/* The labels of an object, and those of the list's second item. Nobody can change those that selectors go by. */}}
+{{- define "isthmus.labelsWith" -}}
+{{- $context := index . 0 -}}
+{{- $selected := include "isthmus.selectorLabels" $context | fromYaml -}}
+{{- $own := dict "app.kubernetes.io/part-of" "isthmus" "app.kubernetes.io/version" $context.Chart.AppVersion -}}
+{{- $_ := set $own "app.kubernetes.io/managed-by" $context.Release.Service -}}
+{{- $_ := set $own "helm.sh/chart" (printf "%s-%s" $context.Chart.Name $context.Chart.Version | replace "+" "_") -}}
+{{- merge $selected (index . 1 | default dict) ($context.Values.commonLabels | default dict) $own | toYaml -}}
 {{- end -}}
 
 {{/* The annotations of an object: the common ones, and those of the list's second item, which win. */}}
