@@ -26,6 +26,7 @@ from .health import Health, serve
 from .jobstore import JobStore, Key, SiteStore
 from .metrics import QUEUE_AGE, QUEUE_DEPTH, REGISTRY, RESYNC_AGE, WORKERS_BUSY, JobsCollector
 from .observed import Job
+from .ownership import identity
 from .podstore import PodStore
 from .reconcile import JobReconciler
 from .resync import RETRY, Resync
@@ -84,6 +85,7 @@ class App:
             resync=settings.resync,
             site_give_up=settings.site_give_up,
             network_policies=settings.network_policies,
+            identity=identity(settings.cluster, _own_namespace(), settings.namespaces),
             namespace=_own_namespace(),
             allowed=settings.allow_in_templates,
             defaults=settings.job_defaults,

@@ -28,6 +28,7 @@ class Limits:
     starts_per_pass: int = 200
     aggregator_crashes: int = 8  # in a row, without a completed round
     network_policies: bool = False
+    identity: str = "operator"  # what it calls itself: see ownership.py
     namespace: str = ""  # the operator's own, where it runs in the cluster
     allowed: frozenset[str] = frozenset()  # what pod templates may ask for beyond the restricted standard
     defaults: JobDefaults = NONE  # the admin's, under what manifests say

@@ -107,6 +107,7 @@ def parse_job(body: Mapping[str, Any]) -> Job:
         spec=body.get("spec") or {},
         status=body.get("status") or {},
         record=str((metadata.get("annotations") or {}).get(names.ANNOTATION_RECORD, "")),
+        operator=str((metadata.get("annotations") or {}).get(names.ANNOTATION_OPERATOR, "")),
         log_request=str((metadata.get("annotations") or {}).get(ids.ANNOTATION_LOG_REQUEST, "")),
         queue=str((metadata.get("labels") or {}).get(ids.LABEL_QUEUE, "")),
         finalizers=tuple(metadata.get("finalizers") or ()),

@@ -45,6 +45,8 @@ class JobMemory:
     problem_times: dict[str, int] = field(default_factory=dict)
     delivered: dict[str, str] = field(default_factory=dict)  # by key: the certificate that the pool's site has
     log_answered: str = ""  # the request that was answered last
+    other: str = ""  # the operator that serves it instead of this one
+    said: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)  # events by reason and message
     status_written: float = -math.inf  # likewise
     node_addresses: dict[str, str] = field(default_factory=dict)
 

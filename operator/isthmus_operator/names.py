@@ -3,6 +3,7 @@
 from isthmus_contracts import identities as ids
 
 ANNOTATION_RECORD = f"{ids.GROUP}/record"  # on the FederatedJob: see record.py
+ANNOTATION_OPERATOR = f"{ids.GROUP}/operator"  # likewise: see ownership.py
 # On pods: which CA signed what they mount; on the Secret of a renewed CA: that, and its key.
 ANNOTATION_AUTHORITY = f"{ids.GROUP}/authority"
 ANNOTATION_RENDERED = f"{ids.GROUP}/rendered"  # on NetworkPolicies: a hash of what we wrote

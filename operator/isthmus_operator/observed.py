@@ -25,6 +25,7 @@ class Job:
     spec: Mapping[str, Any]
     status: Mapping[str, Any] = field(default_factory=dict)
     record: str = ""  # the annotation, as it stands
+    operator: str = ""  # likewise
     log_request: str = ""  # likewise
     queue: str = ""  # Kueue's
     finalizers: tuple[str, ...] = ()

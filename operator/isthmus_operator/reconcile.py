@@ -7,7 +7,8 @@ import time
 
 from isthmus_contracts.federatedjob import FederatedJobSpec
 
-from .actions import Plan, SaveJob
+from . import ownership
+from .actions import Emit, Plan, SaveJob
 from .clock import Clock
 from .draft import Limits
 from .effects.apply import Effects
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 _STATUS_INTERVAL = 3.0  # seconds
 _AT_ONCE = 0.05
 _SOON = 0.3
+_OTHERS = 60.0  # before a look at whether another operator still serves a job
 
 
 class JobReconciler:
@@ -93,6 +95,14 @@ class JobReconciler:
         return known.accepted if known is not None else None
 
     async def _step(self, job: Job, memory: JobMemory) -> float:
+        if other := ownership.other(job, self._limits.identity, self._clock.now()):
+            return await self._leave(job, memory, other)
+        memory.other = ""
+        if finished(job.status) is None and (
+            renewed := ownership.renewal(job, self._limits.identity, self._clock.now())
+        ):
+            # On top of the version that was seen: of two that claim it at once, one is told so.
+            job = await self._effects.claim(job, renewed)
         await self._logs.answer(job, memory)
         observed = await self._observer.observe(job, memory, self._clock.now())
         # Asking took a moment; what is decided now is decided by the clock of now.
@@ -120,6 +130,16 @@ class JobReconciler:
             await self._aggregators.forget(job.uid)
         return decided.requeue if shown else min(decided.requeue, _STATUS_INTERVAL)
 
+    async def _leave(self, job: Job, memory: JobMemory, other: str) -> float:
+        """Leaves a job to another operator, and says so once."""
+        if memory.other != other:
+            memory.other = other
+            words = f"another operator, {other}, serves this job; this one, {self._limits.identity}, leaves it alone"
+            log.warning("%s/%s: %s", job.namespace, job.name, words)
+            event = Emit("Warning", "ServedByAnother", f"{words}: only one should serve a namespace")
+            await self._effects.emit(job, memory, event, self._clock.now())
+        return _OTHERS
+
     async def _show(self, job: Job, memory: JobMemory, decided: Plan, now: dt.datetime) -> bool:
         """Writes the status and the events. Returns whether the status is up to date; if not, it was put off."""
         patch = merge_patch(job.status, decided.status)
@@ -128,7 +148,7 @@ class JobReconciler:
         if patch and not put_off:
             await self._effects.write_status(job, patch)
             memory.status_written = time.monotonic()
-        await asyncio.gather(*(self._effects.emit(job, event, now) for event in decided.events))
+        await asyncio.gather(*(self._effects.emit(job, memory, event, now) for event in decided.events))
         return not put_off
 
 

@@ -195,7 +195,7 @@ securityContext:
   verbs: [get, create, patch]
 - apiGroups: [""]
   resources: [events]
-  verbs: [create]
+  verbs: [create, patch]
 {{- end -}}
 
 {{/* Rules of the operator outside of namespaces. */}}

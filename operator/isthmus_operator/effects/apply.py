@@ -39,6 +39,7 @@ from .lines import BridgeError
 
 log = logging.getLogger(__name__)
 
+_EVENTS_REMEMBERED = 50  # of a job
 _EVENT_MESSAGE = 1024  # what the API server takes
 
 
@@ -62,10 +63,18 @@ class Effects:
         body = await self._kube.patch("FederatedJob", job.namespace, job.name, {"metadata": metadata})
         return self._renewed(job, body)
 
+    async def claim(self, job: Job, annotation: str) -> Job:
+        """Writes which operator serves the job, on top of exactly the version that was seen."""
+        annotations = {names.ANNOTATION_OPERATOR: annotation}
+        metadata = {"resourceVersion": job.resource_version, "annotations": annotations}
+        body = await self._kube.patch("FederatedJob", job.namespace, job.name, {"metadata": metadata})
+        return self._renewed(job, body)
+
     async def write_status(self, job: Job, patch: Mapping[str, Any]) -> Job:
-        """Writes the difference in the status."""
+        """Writes the difference in the status: of this very job, not of a later one of its name."""
         STATUS_WRITES.inc()
-        body = await self._kube.patch("FederatedJob", job.namespace, job.name, {"status": patch}, "status")
+        content = {"metadata": {"uid": job.uid}, "status": patch}
+        body = await self._kube.patch("FederatedJob", job.namespace, job.name, content, "status")
         return self._renewed(job, body)
 
     async def refresh(self, job: Job) -> None:
@@ -80,9 +89,20 @@ class Effects:
         self._jobs.put(body)
         return self._jobs.get((job.namespace, job.name)) or job
 
-    async def emit(self, job: Job, event: Emit, now: dt.datetime) -> None:
-        """Writes a Kubernetes event; one that is lost is only logged."""
+    async def emit(self, job: Job, memory: JobMemory, event: Emit, now: dt.datetime) -> None:
+        """Write a Kubernetes event, or count one of the same words up; one that is lost is only logged."""
         EVENTS.labels(event.reason).inc()
+        key = event.reason, event.message
+        if key in memory.said:
+            name, count = memory.said[key]
+            counted = {"count": count + 1, "lastTimestamp": timestamp(now)}
+            try:
+                await self._kube.patch("Event", job.namespace, name, counted)
+            except KubeError:
+                del memory.said[key]  # it is gone after an hour
+            else:
+                memory.said[key] = name, count + 1
+                return
         body = {
             "apiVersion": "v1",
             "kind": "Event",
@@ -103,9 +123,13 @@ class Effects:
             "count": 1,
         }
         try:
-            await self._kube.create(body)
+            made = await self._kube.create(body)
         except KubeError as error:
             log.warning("%s/%s: event %s is lost: %s", job.namespace, job.name, event.reason, error)
+            return
+        memory.said[key] = str(made["metadata"]["name"]), 1
+        if len(memory.said) > _EVENTS_REMEMBERED:
+            del memory.said[next(iter(memory.said))]
 
     async def perform(self, job: Job, memory: JobMemory, actions: Sequence[Action], now: dt.datetime) -> None:
         """Carry out every action but SaveJob, and remember refusals for the next plan.

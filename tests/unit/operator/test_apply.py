@@ -140,3 +140,48 @@ async def test_an_api_server_that_does_not_answer_is_asked_no_further(code: int)
     with pytest.raises(KubeError) as raised:
         await perform({"demo-aggregator": error})
     assert raised.value.__notes__ == ["[] []"]
+
+
+class Recorder:
+    """An API server that makes and patches events, until they are gone."""
+
+    def __init__(self) -> None:
+        self.created = 0
+        self.patched: list[tuple[str, Mapping[str, Any]]] = []
+        self.gone = False
+
+    async def create(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        self.created += 1
+        return {"metadata": {"name": f"demo.{self.created}"}}
+
+    async def patch(
+        self, kind: str, namespace: str, name: str, body: Mapping[str, Any], sub: str = ""
+    ) -> dict[str, Any]:
+        if self.gone:
+            raise KubeError(404, "not found")
+        self.patched.append((f"{kind} {name} {sub}".strip(), body))
+        return {
+            "metadata": {"name": name, "namespace": "team", "uid": UID, "creationTimestamp": "2030-01-01T00:00:00Z"}
+        }
+
+
+async def test_events_of_the_same_words_are_counted_up() -> None:
+    kube, memory = Recorder(), JobMemory(UID)
+    effects = Effects(cast(Kube, kube), JobStore(), PodStore(), cast(Bridges, FakeBridges()))
+    for _ in range(3):
+        await effects.emit(job(), memory, act.Emit("Normal", "Valid", "it is"), NOW)
+    await effects.emit(job(), memory, act.Emit("Normal", "Valid", "it is not"), NOW)
+    assert (kube.created, [(name, body["count"]) for name, body in kube.patched]) == (
+        2, [("Event demo.1", 2), ("Event demo.1", 3)],
+    )  # fmt: skip
+    kube.gone = True
+    await effects.emit(job(), memory, act.Emit("Normal", "Valid", "it is"), NOW)
+    assert kube.created == 3
+
+
+async def test_a_status_is_written_to_this_very_job() -> None:
+    kube = Recorder()
+    effects = Effects(cast(Kube, kube), JobStore(), PodStore(), cast(Bridges, FakeBridges()))
+    await effects.write_status(job(), {"phase": "Running"})
+    expected = {"metadata": {"uid": UID}, "status": {"phase": "Running"}}
+    assert kube.patched == [("FederatedJob demo status", expected)]
