@@ -252,10 +252,7 @@ def _plan_deletion(draft: Draft) -> Plan:
         return Plan(tuple(draft.actions), job.status)
     give_up = job.deleted + dt.timedelta(seconds=draft.limits.site_give_up)
     if draft.reached(give_up):
-        left = ", ".join(f"{name} at {record.site}" for name, record in draft.record.hpc.items() if not record.ended)
-        message = f"gave up cancelling after {draft.limits.site_give_up:g} s; it may still run: pool {left}"
-        message += "; it is cancelled once the site answers"
-        draft.emit("Warning", Reason.SITE_UNREACHABLE, message)
+        draft.emit("Warning", Reason.SITE_UNREACHABLE, _given_up(draft))
         draft.actions = [
             RecordOrphan(pool_of(name), record.site, hpc_key(draft.limits.cluster, job, name, record.attempt))
             for name, record in draft.record.hpc.items()
@@ -265,6 +262,20 @@ def _plan_deletion(draft: Draft) -> Plan:
         return Plan(tuple(draft.actions), job.status, tuple(draft.events))
     status.content["message"] = _stopping(draft, False)
     return _close(draft, status)
+
+
+def _given_up(draft: Draft) -> str:
+    """What may still run at sites, and who cancels it: where the HPCSite is gone, nobody but the site's own people."""
+    left = {name: record for name, record in draft.record.hpc.items() if not record.ended}
+    pools = ", ".join(f"{name} at {record.site}" for name, record in left.items())
+    message = f"gave up cancelling after {draft.limits.site_give_up:g} s; it may still run: pool {pools}"
+    gone = {name: record for name, record in left.items() if record.site not in draft.observed.sites}
+    if not gone:
+        return f"{message}; it is cancelled once the site answers"
+    cluster, job = draft.limits.cluster, draft.job
+    keys = ", ".join(f"isthmus-{hpc_key(cluster, job, name, record.attempt)}" for name, record in gone.items())
+    sites = ", ".join(sorted({record.site for record in gone.values()}))
+    return f"{message}; there is no HPCSite {sites} any more: cancel by hand at the site what is named {keys}"
 
 
 def _stop_pods(draft: Draft) -> bool:

@@ -33,7 +33,7 @@ async def load(kube: Kube, job: Job, now: dt.datetime, network_policies: bool, r
     if spec is not None and not (resting and accepted is not None):
         objects |= await _get(kube, job, _expected(job, spec, network_policies))
     ours = {key: body for key, body in objects.items() if job_uid_of(body) == job.uid}
-    foreign = tuple(sorted(set(objects) - set(ours)))
+    foreign = tuple(sorted(_whose(key, objects[key]) for key in set(objects) - set(ours)))
     result = Dependents(began, accepted, frozenset(ours), _rendered(ours), foreign)
     service = ours.get(f"Service/{names.aggregator(job.name)}")
     if service is not None:
@@ -97,6 +97,12 @@ def service_view(body: Mapping[str, Any]) -> ServiceView:
     return ServiceView(
         "" if cluster_ip == "None" else cluster_ip, int(node_port), str(first.get("ip") or first.get("hostname") or "")
     )
+
+
+def _whose(key: str, body: Mapping[str, Any]) -> str:
+    """Return an object's key, with the job that it belongs to, if any: the names of two jobs' objects may be alike."""
+    other = (body["metadata"].get("labels") or {}).get(ids.LABEL_JOB)
+    return f"{key} (of the job {other})" if other else key
 
 
 def _rendered(ours: Objects) -> dict[str, str]:

@@ -396,3 +396,14 @@ def test_what_is_no_time_at_a_site_stops_no_job(odd: float) -> None:
             assert (view.expected_start, view.submitted_at, view.ends_at) == (0.0, 0.0, 0.0)
             decided = plan(job(SPEC, record=record()), around(view), NOW, LIMITS)
             assert decided.status["phase"] == "Starting"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_who_cancels_what_was_given_up_is_told_as_it_is(known: bool) -> None:
+    going = job(SPEC, record=record(), deleted=NOW - dt.timedelta(hours=2))
+    observed = around(PoolView(0, PoolPhase.RUNNING, running=2))
+    (event,) = plan(going, observed if known else replace(observed, sites={}), NOW, LIMITS).events
+    assert ("it is cancelled once the site answers" in event.message) is known
+    key = render_hpc.key("c", going, "lumi", 0)
+    told = f"there is no HPCSite site any more: cancel by hand at the site what is named isthmus-{key}"
+    assert (told in event.message) is not known
