@@ -73,6 +73,7 @@ class Draft:
     events: list[Emit] = field(default_factory=list)
     requeue: float = 600.0
     unsaid: int = 0
+    volume_lost: bool = False  # with the rounds that were on it
     starts: int = 0  # client pods that this pass makes
 
     def wake_in(self, seconds: float) -> None:

@@ -85,6 +85,8 @@ def _plan_running(draft: Draft, verdict: Acceptance) -> Plan:
     ready = federation.connected if federation is not None and asked else ({} if not alive else None)
     _common_conditions(status, verdict)
     _warn_of_pools(draft, pools)
+    if draft.volume_lost:
+        status.forget_rounds()
     status.federation(spec, federation)
     status.pools(pools, ready)
     message = _aggregator_condition(draft, status, aggregator)

@@ -4,6 +4,7 @@ from typing import Any
 
 from isthmus_contracts import identities as ids
 from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.federatedjob_status import Reason
 
 from . import names
 from .actions import Apply, CopyCode, CreateAuthority, IssueCertificate, RenewAuthority
@@ -74,6 +75,16 @@ def _site_names(spec: FederatedJobSpec) -> list[str]:
     return [pool.hpc.site_ref.name for pool in spec.pools if pool.hpc is not None]
 
 
+def _note_lost_volume(draft: Draft, missing: list[Apply]) -> None:
+    """Says that completed rounds are lost with the claim that held them, when a new one is to be made."""
+    completed = int((draft.job.status.get("rounds") or {}).get("completed") or 0)
+    if completed and any(item.kind == "PersistentVolumeClaim" for item in missing):
+        draft.volume_lost = True
+        claim = names.checkpoints(draft.job.name)
+        words = f"the claim {claim} is gone, and {completed} completed rounds with it: a new one is made, and training"
+        draft.emit("Warning", Reason.AGGREGATOR_LOST, f"{words} begins again with round 1")
+
+
 def plan_base(draft: Draft) -> bool:
     """Asks for what is missing. Returns whether all of it is there, so that pods can be made."""
     job, spec, observed = draft.job, draft.spec, draft.observed
@@ -88,6 +99,7 @@ def plan_base(draft: Draft) -> bool:
         bodies.append(protect.disruption_budget(job))
     missing = [Apply(body) for body in bodies]
     missing = [item for item in missing if f"{item.kind}/{item.name}" not in observed.present]
+    _note_lost_volume(draft, missing)
     outdated = [item for item in map(Apply, policies) if _outdated(draft, item)]
     draft.actions += [item for item in (*missing, *outdated) if not draft.refused(f"{item.kind}/{item.name}")]
     complete = not missing

@@ -92,6 +92,11 @@ class StatusDraft:
         """Notes when the job ended."""
         self.content.setdefault("completionTime", timestamp(self._now))
 
+    def forget_rounds(self) -> None:
+        """Drops what training came to: the volume that held it is lost. What privacy it cost stays spent."""
+        for key in ("rounds", "metrics", "bestMetric", "model", "bestModel"):
+            self.content.pop(key, None)
+
     def federation(self, spec: FederatedJobSpec, view: FederationView | None) -> None:
         """Takes over what the aggregator says; what it does not say stays as it was."""
         rounds = dict(self.content.get("rounds") or {"current": 0, "completed": 0})

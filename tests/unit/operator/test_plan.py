@@ -514,3 +514,17 @@ def test_a_copied_record_cancels_nothing_when_the_new_job_goes() -> None:
     there = Record(hpc={"lumi": HpcRecord("site", attempt=2, authority="b" * 16, seen=True, size=2)})
     decided = plan(job(spec(hpc=2), record=there.dump(OTHER_UID), deleted=NOW), standing(spec(hpc=2)), NOW, LIMITS)
     assert decided.actions == (act.SaveJob(finalizers=()),)
+
+
+def test_a_lost_volume_is_told_and_the_rounds_that_were_on_it_are_counted_no_more() -> None:
+    before = {"rounds": {"current": 4, "completed": 3, "total": 5}, "model": {"uri": "x", "round": 3, "sha256": "a"}}
+    parsed = parse_spec(spec())
+    gone = standing(present=present(parsed) - {"PersistentVolumeClaim/demo-checkpoints"})
+    decided = plan(job(status=before), gone, NOW, LIMITS)
+    assert "Apply PersistentVolumeClaim" in kinds(decided)
+    (said,) = [event.message for event in decided.events if event.type == "Warning"]
+    assert said.startswith("the claim demo-checkpoints is gone, and 3 completed rounds with it")
+    assert decided.status["rounds"]["completed"] == 0
+    assert "model" not in decided.status
+    # Of a new job it is not there yet.
+    assert not [event for event in plan(job(), gone, NOW, LIMITS).events if event.type == "Warning"]
