@@ -103,6 +103,23 @@ def limits_of(policy: Policy, identity: Identity) -> Limits:
     return policy.limits.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
 
 
+def widest(policy: Policy) -> Limits:
+    """Return the highest cap of each kind that any caller has on its requests."""
+    every = [limits_of(policy, identity) for identity in policy.identities]
+    names = ("replicas", "cpus_per_task", "memory_mib", "time_limit_seconds")
+    return policy.limits.model_copy(update={name: max(getattr(one, name) for one in every) for name in names})
+
+
+def asks_for_memory(policy: Policy) -> bool:
+    """Return whether Slurm is asked for memory for any job."""
+    return any(
+        options_of(policy, identity, partition, policy.environments[name])[0].memory != "none"
+        for identity in policy.identities
+        for partition in partitions_of(policy, identity) or [""]
+        for name in environments_of(policy, identity)
+    )
+
+
 def options_of(policy: Policy, identity: Identity, partition: str, environment: Environment) -> tuple[Options, str]:
     """Return what the site adds to sbatch for such a job, and the QOS where its manifest names none."""
     return merged((policy.sbatch, policy.partition_sbatch.get(partition), environment.sbatch, identity.sbatch))

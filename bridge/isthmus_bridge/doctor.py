@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from . import adapters, belonging, site_limits
+from .access import widest
 from .gateway_check import reach
 from .policy import Policy
 from .site_limits import Line
@@ -116,8 +117,9 @@ def _accounts(described: SiteDescription) -> tuple[bool, str]:
 def _arrays(policy: Policy, described: SiteDescription) -> tuple[bool, str]:
     if not described.max_array_size:
         return True, "arrays: this adapter cannot tell MaxArraySize; Slurm refuses what is larger"
-    if policy.limits.replicas > described.max_array_size:
-        message = f"arrays: limits.replicas is {policy.limits.replicas}, but MaxArraySize {described.max_array_size}"
+    most = widest(policy).replicas
+    if most > described.max_array_size:
+        message = f"arrays: limits.replicas is {most}, but MaxArraySize {described.max_array_size}"
         return False, f"{message}: larger pools will be refused by Slurm"
     return True, f"arrays: up to {described.max_array_size} tasks (MaxArraySize)"
 
@@ -127,6 +129,9 @@ def _partitions(policy: Policy, adapter: SlurmAdapter) -> Iterator[Line]:
         known = adapter.partitions()
     except SlurmError as error:
         yield False, f"partitions: {error}"
+        return
+    if not policy.partitions:
+        yield True, "partitions: the policy names none; Slurm's default, or a plug-in of the site, chooses"
         return
     lacking = [name for name in policy.partitions if name not in known]
     if lacking:

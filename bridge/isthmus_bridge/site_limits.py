@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from .access import asks_for_memory, widest
 from .policy import Policy
 from .slurm.cli import last_line, which
 from .slurm.command import CommandOutputTooLong, CommandTimeout, run
@@ -38,11 +39,12 @@ def examine(policy: Policy, described: SiteDescription) -> Iterator[Line]:
 
 
 def _times_and_memory(policy: Policy, partitions: Mapping[str, Mapping[str, str]]) -> Iterator[Line]:
-    limits, named_ones = policy.limits, [name for name in policy.partitions if name in partitions]
+    limits, named_ones = widest(policy), [name for name in policy.partitions if name in partitions]
     short = {name: seconds for name in named_ones
              if (seconds := seconds_of(partitions[name].get("MaxTime", ""))) is not None
              and seconds < limits.time_limit_seconds}  # fmt: skip
-    small = {name: most for name in named_ones
+    # Memory that is not asked for is above no limit.
+    small = {name: most for name in (named_ones if asks_for_memory(policy) else [])
              if (most := _most_memory(partitions[name], limits.cpus_per_task)) is not None
              and most < limits.memory_mib}  # fmt: skip
     what = (
@@ -65,7 +67,7 @@ def _associations(
 ) -> Iterator[Line]:
     further = sorted(name for name, settings in partitions.items()
                      if name not in policy.partitions and _open_to_all(settings))  # fmt: skip
-    if further:
+    if further and policy.partitions:
         line = f"user {user}: its jobs may also use the partitions {', '.join(further)}, which the policy does not name"
         yield None, f"{line}; close them with AllowAccounts, AllowGroups, AllowQos or AllocNodes in slurm.conf"
     if described.accounting != "sacct":
@@ -106,7 +108,7 @@ def _compared(policy: Policy, user: str, rows: Sequence[Mapping[str, str]]) -> I
 
 
 def _row(policy: Policy, where: str, row: Mapping[str, str]) -> Iterator[Line]:
-    limits = policy.limits
+    limits = widest(policy)
     wall = seconds_of(row.get("MaxWall", ""))
     if wall is not None and wall < limits.time_limit_seconds:
         yield False, f"{where}: MaxWall is {wall} s, but limits.time_limit_seconds {limits.time_limit_seconds}"
@@ -115,7 +117,7 @@ def _row(policy: Policy, where: str, row: Mapping[str, str]) -> Iterator[Line]:
         yield False, f"{where}: MaxSubmitJobs is {most}, but limits.replicas {limits.replicas}: each task counts"
     tres = dict(part.partition("=")[::2] for part in row.get("MaxTRES", "").split(",") if "=" in part)
     memory = _mebibytes(tres.get("mem", ""))
-    if memory is not None and memory < limits.memory_mib:
+    if memory is not None and memory < limits.memory_mib and asks_for_memory(policy):
         yield False, f"{where}: MaxTRESPerJob has mem={tres['mem']}, but limits.memory_mib is {limits.memory_mib}"
     if tres.get("cpu", "").isdecimal() and int(tres["cpu"]) < limits.cpus_per_task:
         yield False, f"{where}: MaxTRESPerJob has cpu={tres['cpu']}, but limits.cpus_per_task is {limits.cpus_per_task}"

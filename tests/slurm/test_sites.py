@@ -97,6 +97,8 @@ def test_jean_zay(site: Site, setup: Setup) -> None:
     setup("JobSubmitPlugins=lua\n", ((r"(NodeName=n\d )Feature=\S+ ", r"\1Feature=v100-32g "),), JEAN_ZAY)
     settings = opened(site, "jean-zay", {"prefix": ["env"]})
     operator = site.start()
+    code, said = site.command("doctor")
+    assert code == 0 and "partitions: the policy names none; Slurm's default, or a plug-in of the site" in said, said
     key, wanted = site.key(), spec(environment="v100", gres=[pb.GenericResource(name="gpu", count=1)])
     # QOS need a database, which the lab has not: Slurm takes any name.
     ensure(operator, key, wanted)

@@ -10,7 +10,7 @@ from isthmus_bridge.site_limits import seconds_of
 from isthmus_bridge.slurm.model import SiteDescription
 
 from .test_cli_adapter import programs
-from .world import policy
+from .world import OPERATOR, policy
 
 PARTITION = (
     "PartitionName={name} AllowGroups=ALL AllowAccounts={accounts} AllowQos=ALL AllocNodes=ALL Default=NO QoS=N/A"
@@ -57,6 +57,20 @@ def test_a_limit_above_that_of_one_partition_is_a_note_and_of_all_a_problem(tmp_
     assert lines[f"{memory} larger pools never start"] is None
     only = told(tmp_path, [small], partitions=["main"])
     assert (False, f"{memory} larger pools never start") in only
+
+
+def test_memory_that_is_not_asked_for_and_partitions_that_are_not_named(tmp_path: Path) -> None:
+    small = partition("main", "1-00:00:00", "MaxMemPerNode=4000")
+    lines = told(tmp_path, [small], partitions=["main"], sbatch={"memory": "none"})
+    assert (True, "partitions: Slurm's MaxTime and memory limits take all that the policy allows") in lines
+    assert not [line for _, line in told(tmp_path, [small], partitions=[]) if "may also use" in line]
+
+
+def test_a_callers_own_limit_counts(tmp_path: Path) -> None:
+    short = partition("main", "1-00:00:00")
+    own = [{"uri": OPERATOR}, {"uri": "isthmus://operator/other", "limits": {"time_limit_seconds": 172800}}]
+    lines = told(tmp_path, [short], partitions=["main"], identities=own)
+    assert any("limits.time_limit_seconds is 172800, but Slurm allows less" in line for _, line in lines)
 
 
 def test_partitions_that_the_jobs_could_use_beyond_the_policy(tmp_path: Path) -> None:
