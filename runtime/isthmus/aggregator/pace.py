@@ -25,7 +25,9 @@ async def paced(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         if message is None:
             return
         left += started - loop.time() + len(message) / LEAST_BYTES_PER_SECOND
-        yield message
+        handed_on = [message]
+        del message  # who does not ask for the next one shall not keep this one
+        yield handed_on.pop()
 
 
 async def send_paced(messages: AsyncIterator[bytes], write: Callable[[bytes], Awaitable[None]]) -> None:

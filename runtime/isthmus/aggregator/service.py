@@ -158,8 +158,17 @@ class FederationService:
 
     async def Push(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.PushReply:
         """See federation.proto."""
+        incoming = aiter(request_iterator)
+        try:
+            return await self._push(incoming, context)
+        finally:
+            # What is left of it would keep megabytes until Python's collector comes by.
+            with suppress(RuntimeError):  # a call that was superseded is still reading
+                await incoming.aclose()  # type: ignore[attr-defined]
+
+    async def _push(self, incoming: AsyncIterator[bytes], context: Context) -> pb.PushReply:
         caller = await self._authenticate(context)
-        stream = paced(aiter(request_iterator))
+        stream = paced(incoming)
         first = None
         try:
             # Until its header is here a call may take megabytes, too.

@@ -67,6 +67,25 @@ def test_one_push_of_a_client_at_a_time(federation: Callable[..., Federation]) -
     job.wait_for_exit()
 
 
+def test_refused_first_messages_are_not_kept(federation: Callable[..., Federation]) -> None:
+    """They were, until Python's collector came by: 600 MB."""
+    job = federation(2, 1)
+    job.start_aggregator()
+    assert job.aggregator is not None
+    with closing(HandMadeClient(job)) as honest, closing(HandMadeClient(job, 1)) as hostile:
+        assert honest.offer().kind == pb.Offer.INITIALIZE
+        forged = hostile.header(1, "any")
+        forged.instance = "another process"
+        message = pb.UpdateChunk(header=forged, data=bytes(24 << 20)).SerializeToString()
+        push: grpc.StreamUnaryMultiCallable[bytes, pb.PushReply] = hostile.channel.stream_unary(
+            PUSH, response_deserializer=pb.PushReply.FromString
+        )
+        before = resident_megabytes(job.aggregator.pid)
+        for _ in range(25):
+            assert push(iter([message]), timeout=120).verdict == pb.PushReply.FENCED
+        assert resident_megabytes(job.aggregator.pid) - before < 250
+
+
 def test_a_control_stream_that_is_not_read_keeps_one_model(federation: Callable[..., Federation]) -> None:
     rounds, judges = 150, 10
     pools = [
