@@ -86,7 +86,8 @@ class Peer:
         with suppress(grpc.RpcError, ValueError):
             for message in self._call:
                 if message.HasField("offer"):
-                    self.round, self.digest = message.offer.round, message.offer.base_digest
+                    # Where a model is to be measured only, the round is the model's: 0 at first.
+                    self.round, self.digest = max(message.offer.round, 1), message.offer.base_digest
                 self.welcomed.set()
         self.welcomed.set()
 
