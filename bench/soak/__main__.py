@@ -44,8 +44,9 @@ SPEC: dict[str, Any] = {
 }
 BOUND_BYTES = 700_000_000
 """What the attacked aggregator may take at most: 300 MB of its own, and 100 MB for each hostile client."""
-ROUNDING = 1e-5
-"""By which a weight may differ: updates are summed in the order in which they come."""
+ROUNDING = 1e-4
+"""By which a weight may differ: updates are summed in the order in which they come. Of weights up to 0.5, three runs of
+200 rounds without any hostile client differed by 1.4e-5 to 2.2e-5 from each other."""
 PATIENCE_SECONDS = 900.0
 
 
