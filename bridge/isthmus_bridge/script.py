@@ -77,6 +77,7 @@ def render(key: str, spec: pb.PoolSpec, grant: Grant, run_dir: Path, tls_dir: Pa
         first_index=spec.first_index,
         first_client=spec.first_client,
         attempt_name=names.ENV_ATTEMPT,
+        step_name=names.ENV_STEP,
         attempt_base=spec.attempt * RESTARTS_PER_ATTEMPT,
         command=list(spec.command),
     )

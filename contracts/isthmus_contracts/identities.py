@@ -34,6 +34,7 @@ ENV_POOL_SIZE = "ISTHMUS_POOL_SIZE"
 ENV_CLIENT = "ISTHMUS_CLIENT"  # within the job, from 0, among those of its role
 ENV_CLIENTS = "ISTHMUS_CLIENTS"  # of the whole job, of its role
 ENV_ATTEMPT = "ISTHMUS_ATTEMPT"  # rises with every start by the scheduler
+ENV_STEP = "ISTHMUS_STEP"  # Slurm's step that holds the client; empty where the batch script starts it
 ENV_SCRATCH = "ISTHMUS_SCRATCH"  # a directory that a client's restart finds again, where there is one
 ENV_DATA = "ISTHMUS_DATA"  # path of the pool's data set, where the site names one
 

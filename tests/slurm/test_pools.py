@@ -48,6 +48,23 @@ def test_from_submission_to_success_with_the_promised_environment(site: Site, op
     assert not list((site.folder / "run" / key / "work" / "1").iterdir())
 
 
+@pytest.mark.parametrize(("clients_per_job", "told"), [(1, "[] 0 of 2"), (2, "[0] 1 of 2")])
+def test_a_launchers_step_is_told_from_the_clients_own(site: Site, clients_per_job: int, told: str) -> None:
+    """By what the training script refuses several processes that speak for one client."""
+    prefix = ["srun", "--overlap", "--overcommit", "--ntasks=2", "--mpi=none"]
+    site.settings["environments"]["twice"] = {"prefix": prefix, "env_denied": []}
+    operator, key = site.start(), site.key()
+    command = ["sh", "-c", 'echo "[$ISTHMUS_STEP] $SLURM_STEP_ID of $SLURM_STEP_NUM_TASKS"']
+    ensure(operator, key, spec(environment="twice", clients_per_job=clients_per_job, command=command))
+    assert pb.Pool.Phase.Name(over(operator, key).phase) == "SUCCEEDED"
+    said = [tail(operator, key, index) for index in (0, 1)]
+    if clients_per_job == 1:
+        assert said == [f"{told}\n{told}"] * 2
+    else:  # Slurm numbers the two clients' steps in the order in which they come
+        assert {line.split("]")[0] for text in said for line in text.splitlines()} == {"[0"}
+        assert sorted(text.splitlines()[0] for text in said) == [told, told.replace("1", "2", 1)]
+
+
 def test_a_failing_script_shows_why(site: Site, operator: rpc.BridgeStub) -> None:
     key = site.key()
     code = "import os\nprint('epoch 1')\nif os.environ['ISTHMUS_INDEX'] == '1':\n    raise ValueError('no such column')"

@@ -5,6 +5,8 @@ import os
 import threading
 from collections.abc import Iterator
 
+from isthmus_contracts.identities import ENV_STEP
+
 from .children import refuse_children
 from .context import context
 from .evaluation import Evaluate, numbers_of
@@ -87,12 +89,20 @@ def _alone(model: Model, evaluate: Evaluate | None, parameters: Parameters, *, p
 
 
 def _require_group(replicas: Replicas) -> None:
-    """Raises :class:`FederationError` for one of torchrun's processes that would speak as if it were the only one."""
-    if not isinstance(replicas, Group) and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise FederationError(
-            f"this is one of WORLD_SIZE={os.environ['WORLD_SIZE']} processes:"
-            " call torch.distributed.init_process_group() before isthmus.rounds(), so that they are one client"
-        )
+    """Raise :class:`FederationError` for one of a launcher's processes that would speak as if it were the only one."""
+    if isinstance(replicas, Group):
+        return
+    environ = os.environ
+    sizes = ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]
+    if ENV_STEP in environ and environ[ENV_STEP] != environ.get("SLURM_STEP_ID", ""):
+        # An srun within the client: in the step that holds several clients, each task is one of them.
+        sizes.append("SLURM_STEP_NUM_TASKS")
+    for name in sizes:
+        if int(environ.get(name) or 1) > 1:
+            raise FederationError(
+                f"this is one of {name}={environ[name]} processes:"
+                " call torch.distributed.init_process_group() before isthmus.rounds(), so that they are one client"
+            )
 
 
 def _show_log() -> None:

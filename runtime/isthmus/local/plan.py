@@ -10,10 +10,10 @@ from isthmus_contracts import identities as ids
 from isthmus_contracts.manifest import FederatedJob
 
 _THREADS = "OMP_NUM_THREADS"
-# What torchrun tells a process of its place among others. Left in a shell, it is no client's place.
+# What torchrun and mpirun tell a process of its place among others. Left in a shell, it is no client's place.
 _PLACES = frozenset({
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
-    "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
+    "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE",
 })  # fmt: skip
 _PLACE_PREFIX = "TORCHELASTIC_"
 _BACKOFF_SECONDS = 1.0

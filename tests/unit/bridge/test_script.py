@@ -174,6 +174,7 @@ def test_what_the_task_is_told(site: Policy) -> None:
         "ISTHMUS_CLIENT": "4",
         "ISTHMUS_CLIENTS": "5",
         "ISTHMUS_ATTEMPT": "4003",
+        "ISTHMUS_STEP": "",
         "ISTHMUS_DATA": "/data/co hort",
     }
     assert env["PYTHONUNBUFFERED"] == "1"

@@ -144,11 +144,38 @@ def test_a_name_is_found_after_the_model_has_moved() -> None:
     assert [names.find(parameter) for parameter in model.parameters()] == ["weight", "bias"]
 
 
-def test_processes_of_torchrun_without_a_group_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ISTHMUS_ENDPOINT", "localhost:1")
-    monkeypatch.setenv("ISTHMUS_POOL", "pool")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(FederationError, match=r"call torch\.distributed\.init_process_group\(\) before isthmus"):
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE"),  # torchrun
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE"),  # mpirun
+        ({"ISTHMUS_STEP": "", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS"),
+        ({"ISTHMUS_STEP": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS"),
+    ],
+)
+def test_processes_of_a_launcher_without_a_group_are_told(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], name: str
+) -> None:
+    for variable, value in {"ISTHMUS_ENDPOINT": "localhost:1", "ISTHMUS_POOL": "pool", **environment}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(FederationError, match=rf"one of {name}=2 processes: call torch\.distributed\.init_process_gr"):
+        next(iter(isthmus.rounds(torch.nn.Linear(1, 1))))
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"ISTHMUS_STEP": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"},  # each task is a client
+        {"ISTHMUS_STEP": "", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"},  # not started by a bridge
+    ],
+)
+def test_steps_that_hold_single_processes_are_in_order(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for variable, value in {"ISTHMUS_ENDPOINT": "localhost:1", "ISTHMUS_POOL": "pool", **environment}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(Exception, match="ISTHMUS_TLS_DIR"):  # it goes on to connect
         next(iter(isthmus.rounds(torch.nn.Linear(1, 1))))
 
 
