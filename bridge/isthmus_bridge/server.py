@@ -2,12 +2,14 @@
 
 import datetime as dt
 import logging
+import os
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -108,6 +110,7 @@ class Bridge:
         )
         # Of the gRPC server's socket, which only the bridge's user reaches.
         self._private: tempfile.TemporaryDirectory[str] | None = None
+        self._near = Path()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._requests = ThreadPoolExecutor(_REQUEST_THREADS, thread_name_prefix="rpc")
@@ -128,7 +131,7 @@ class Bridge:
             ends = self._note_certificate()
             # The door takes the callers' connections, dial-out the tunnels'.
             self._private = tempfile.TemporaryDirectory(prefix="isthmus-bridge-", dir=_short_folder())
-            near = Path(self._private.name) / _SOCKET
+            self._near = near = Path(self._private.name) / _SOCKET
             server.add_secure_port(f"unix:{near}", renewed_server_credentials(self._policy.tls_dir))
         except (OSError, ValueError, RuntimeError) as error:
             raise ServerError(f"cannot serve with {self._policy.tls_dir}: {error}") from None
@@ -196,6 +199,20 @@ class Bridge:
             log.exception("an order was not obeyed")
 
     @property
+    def cut_off(self) -> str:
+        """Why no new connection gets through; empty: they do."""
+        if self._near.exists():
+            return ""
+        why = "was removed, and no caller gets through without it"
+        return f"{self._near} {why}; exempt it from the cleaning of its folder"
+
+    def keep_socket(self) -> None:
+        """Looks used, for those who remove what is old from a folder for temporary files."""
+        for path in (self._near.parent, self._near):
+            with suppress(OSError):
+                os.utime(path)
+
+    @property
     def relay_port(self) -> int:
         """The port at which the relay listens; 0 where there is none."""
         return self._relay.port if self._relay is not None else 0
@@ -222,6 +239,7 @@ class Bridge:
     def _housekeep(self) -> None:
         due = time.monotonic() + _HOUSEKEEPING_SECONDS
         while not self._stop.wait(_CERTIFICATE_SECONDS):
+            self.keep_socket()
             try:
                 self._note_certificate()
             except (OSError, ValueError) as error:
@@ -264,6 +282,10 @@ def serve(policy: Policy, reread: Callable[[], Policy]) -> None:
         if time.monotonic() >= due:
             due = time.monotonic() + _ORDER_SECONDS
             bridge.obey()
+            if cause := bridge.cut_off:
+                bridge.stop()
+                # Started again, it makes another. Slurm's jobs and the journal know nothing of it.
+                raise ServerError(cause)
     bridge.stop()
 
 

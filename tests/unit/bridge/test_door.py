@@ -1,10 +1,15 @@
 """Connections that say nothing, or never end their handshake: they are bounded, and honest callers get through."""
 
 import datetime as dt
+import os
 import resource
 import select
+import shutil
+import signal
 import socket
 import ssl
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,16 +18,16 @@ from pathlib import Path
 import grpc
 import pytest
 
-from isthmus_bridge import door
+from isthmus_bridge import door, server
 from isthmus_bridge.door import CONNECTIONS, UNPROVEN, Records, room
-from isthmus_bridge.server import Bridge, ServerError
+from isthmus_bridge.server import Bridge, ServerError, serve
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 from isthmus_contracts.pki import Authority, Credentials
 from isthmus_contracts.transport import channel
 
-from .test_service import site
+from .test_service import eventually, site
 from .world import KEY, FakeSlurm, spec
 
 DAY = dt.timedelta(days=1)
@@ -125,6 +130,54 @@ def test_a_port_that_is_taken(many_files: None, tmp_path: Path, authority: Autho
     taken = site(tmp_path / "another").model_copy(update={"listen": f"127.0.0.1:{bridge.port}"})
     with pytest.raises(ServerError, match=rf"cannot serve at 127\.0\.0\.1:{bridge.port}: .*in use"):
         Bridge(taken, FakeSlurm(time.time)).start()
+
+
+def test_the_socket_behind_the_door_never_grows_old(
+    many_files: None, tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cleaners of /tmp (systemd-tmpfiles after ten days, PrivateTmp or not) remove what nobody has touched."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(server, "_CERTIFICATE_SECONDS", 0.05)
+    authority.issue("localhost", DAY, hosts=["localhost"]).write(tmp_path / "tls")
+    running = Bridge(site(tmp_path), FakeSlurm(time.time))
+    running.start()
+    try:
+        near = sockets_in(tmp_path)[0]
+        long_ago = time.time() - 11 * 86400
+        for path in (near, near.parent):
+            os.utime(path, (long_ago, long_ago))
+        eventually(lambda: min(near.stat().st_mtime, near.parent.stat().st_mtime) > long_ago + 86400)
+    finally:
+        running.stop()
+
+
+def test_a_bridge_whose_socket_was_removed_ends_and_says_so(
+    many_files: None, tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it no caller gets through: systemd starts the bridge again, and it makes another."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(server, "slurm_adapter", lambda *_: FakeSlurm(time.time))
+    authority.issue("localhost", DAY, hosts=["localhost"]).write(tmp_path / "tls")
+    policy = site(tmp_path)
+
+    def clean() -> None:
+        # Written by a bridge that serves.
+        eventually(policy.status_path.exists)
+        shutil.rmtree(sockets_in(tmp_path)[0].parent)
+
+    cleaner = threading.Thread(target=clean)
+    cleaner.start()
+    with pytest.raises(ServerError, match=rf"^{tmp_path}/isthmus-bridge-\w+/bridge\.sock was removed, and no caller"):
+        serve(policy, lambda: policy)
+    cleaner.join()
+    # What was lost was the door's way in: everything else ended in order, and the journal is free for the next one.
+    Bridge(policy, FakeSlurm(time.time)).stop()
+
+
+def sockets_in(folder: Path) -> list[Path]:
+    """The sockets that bridges have made below it."""
+    return list(folder.glob("isthmus-bridge-*/bridge.sock"))
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
