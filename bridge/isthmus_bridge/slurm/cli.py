@@ -38,6 +38,9 @@ _QUERY = {
 _MEMORY = {"per-node": "--mem", "per-cpu": "--mem-per-cpu", "per-gpu": "--mem-per-gpu"}
 _GPUS = {"per-task": "--gpus-per-task", "per-node": "--gpus-per-node", "per-job": "--gpus"}
 
+# With --parsable the id, or the id and the cluster's name; some sites' wrappers drop --parsable.
+_ANSWER = re.compile(r"(\d+)(?:;(.*))?|Submitted batch job (\d+)(?: on cluster (.+))?", re.ASCII)
+
 # Those of sbatch's arguments that a site's policy decides.
 OWN_ARGUMENTS = (
     "--partition", "--account", "--qos", "--mem", "--gres", "--gpus", "--constraint", "--reservation", "--exclusive",
@@ -328,11 +331,8 @@ class CliAdapter:
 def submitted(result: Result) -> int:
     """The job id from sbatch's result. Raises :class:`SubmissionRefused` or :class:`SubmissionAmbiguous`."""
     if result.status == 0:
-        # With --parsable: the id, or the id and the cluster's name.
-        words = [line.partition(";")[0].strip() for line in result.output.splitlines()]
-        ids = [word for word in words if word.isdecimal()]
-        if len(ids) == 1:
-            return int(ids[0])
+        if len(ids := {job for job, _ in _answers(result.output)}) == 1:
+            return ids.pop()
         raise SubmissionAmbiguous(f"sbatch answered {result.output[:120]!r} instead of a job id")
     judgement = refusal.of_sbatch(result.errors)
     # Only a clear no counts as one; a signal, a wrapper's error or a broken connection leaves it open.
@@ -344,8 +344,15 @@ def submitted(result: Result) -> int:
 
 def cluster_of(result: Result) -> str:
     """Returns the cluster that sbatch names behind the job's id, if it does."""
-    name = result.output.strip().partition(";")[2].strip()
-    return name if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) else ""
+    named = (cluster for _, cluster in _answers(result.output))
+    return next((name for name in named if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)), "")
+
+
+def _answers(output: str) -> Iterator[tuple[int, str]]:
+    """Yields job and cluster (or nothing) of each line that is an answer of sbatch: a site's wrapper adds others."""
+    for line in output.splitlines():
+        if match := _ANSWER.fullmatch(line.strip()):
+            yield int(match[1] or match[3]), (match[2] or match[4] or "").strip()
 
 
 def out_of_time(errors: str, message: str = "sbatch did not answer in time") -> SubmissionAmbiguous:

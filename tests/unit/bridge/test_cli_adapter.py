@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus_bridge.slurm.cli import CliAdapter, arguments, submitted
+from isthmus_bridge.slurm.cli import CliAdapter, arguments, cluster_of, submitted
 from isthmus_bridge.slurm.command import CommandOutputTooLong, CommandTimeout, Result, run
 from isthmus_bridge.slurm.model import Gres, Patience, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused
 
@@ -57,9 +57,22 @@ def failed(message: str, status: int = 1) -> Result:
     return Result(status, "", message)
 
 
-@pytest.mark.parametrize(("output", "job"), [("17\n", 17), ("17;cluster\n", 17)])
-def test_accepted(output: str, job: int) -> None:
-    assert submitted(Result(0, output, "sbatch: warning: whatever")) == job
+@pytest.mark.parametrize(
+    ("output", "cluster"),
+    [
+        ("17\n", ""),
+        ("17;beta\n", "beta"),
+        # Of wrappers of TACC, UMass, NIH and VSC, which greet, or drop --parsable.
+        ("Welcome to the Stampede3 Supercomputer; enjoy\n--> Verifying valid jobname...OK\n17;beta\n", "beta"),
+        ("17;beta\nThank you; your balance is 12\n7 hours left\n", "beta"),
+        ("Submitted batch job 17\n", ""),
+        ("INFO: 128 GB will require a larger node\nSubmitted batch job 17 on cluster beta\n", "beta"),
+        ("Submitted batch job 17\n17\n", ""),
+    ],
+)
+def test_accepted(output: str, cluster: str) -> None:
+    result = Result(0, output, "sbatch: warning: whatever")
+    assert (submitted(result), cluster_of(result)) == (17, cluster)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +139,8 @@ def test_a_refusal_gives_all_that_was_said(tmp_path: Path) -> None:
 
 def test_an_array_on_another_cluster_is_cancelled_there_and_refused(tmp_path: Path) -> None:
     config = "echo 'ClusterName = alpha'; echo 'SLURM_VERSION = 22.05.8'"
-    bin_dir = programs(tmp_path, sbatch="echo '17;beta'", scontrol=config, scancel=f'echo "$@" >>{tmp_path}/cancelled')
+    answer = "echo 'Welcome; enjoy'; echo '17;beta'; echo 'Thank you'"
+    bin_dir = programs(tmp_path, sbatch=answer, scontrol=config, scancel=f'echo "$@" >>{tmp_path}/cancelled')
     with pytest.raises(SubmissionRefused, match=r"cluster 'beta' as job 17.*follows 'alpha'; it was cancelled"):
         adapter(bin_dir).submit(submission(tmp_path))
     assert (tmp_path / "cancelled").read_text() == f"--clusters=beta --user={os.getuid()} --name=isthmus-x 17\n"
@@ -164,7 +178,8 @@ def test_an_sbatch_that_waits_for_room_is_not_taken_for_a_broken_one(tmp_path: P
         failed("Killed", -9),
         failed("a wrapper's own words", 3),
         Result(0, "", ""),
-        Result(0, "Submitted batch job 17\n", ""),
+        Result(0, "Your job 17 is on its way\n", ""),
+        Result(0, "Submitted batch job 17\n18\n", ""),
         Result(0, "17\n18\n", ""),
     ],
 )
