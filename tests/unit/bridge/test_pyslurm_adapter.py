@@ -132,6 +132,7 @@ def test_an_answer_that_is_none_leaves_it_open(output: str) -> None:
 TOLD = {
     "id": 18, "array": 17, "task": None, "waiting": None, "name": "isthmus-x", "state": "RUNNING", "reason": "None",
     "exit_code": 0, "signal": 0, "restarts": 0, "start": 100, "end": 700, "submitted": 90, "node": "n1",
+    "directory": "/r",
 }  # fmt: skip
 
 
