@@ -23,8 +23,10 @@ class Run:
         self.directory = directory
         self._files = [manifest.with_suffix(f".{time.monotonic_ns()}.{name}") for name in ("out", "err")]
         with self._files[0].open("w") as out, self._files[1].open("w") as err:
+            # The tests may run under nohup, or behind `&`: what they ignore, a program that they start ignores too.
+            before = ["env", "--default-signal=HUP,INT,QUIT", *under]
             self.process = subprocess.Popen(
-                [*under, sys.executable, "-m", "isthmus", "run", str(manifest), "--dir", str(directory), *options],
+                [*before, sys.executable, "-m", "isthmus", "run", str(manifest), "--dir", str(directory), *options],
                 stdout=out,
                 stderr=err,
                 stdin=subprocess.DEVNULL,
