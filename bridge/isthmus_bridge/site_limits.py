@@ -74,7 +74,10 @@ def _associations(
         line = "no associations (slurmdbd): Slurm sets no limit to what its jobs submit by themselves"
         yield None, f"user {user}: {line}"
         return
-    argv = ["sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={user}", f"format={','.join(_FIELDS)}"]
+    argv = ["sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={user}"]
+    # The database may keep those of other clusters, too.
+    argv += [f"cluster={described.cluster}"] if described.cluster else []
+    argv.append(f"format={','.join(_FIELDS)}")
     try:
         text = _ask(policy, argv)
     except OSError as error:

@@ -1,5 +1,6 @@
 """What `doctor` tells of Slurm's own limits beside the policy's, from answers in the form of Slurm 22.05."""
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def test_associations_below_and_above_the_policy(tmp_path: Path) -> None:
         "account physics: MaxTRESPerJob has mem=2G, but limits.memory_mib is 4096": False,
         "account physics: MaxTRESPerJob has cpu=1, but limits.cpus_per_task is 2": False,
     }
-    assert "show assoc user=" in (tmp_path / "asked").read_text()
+    # Not those of the database's other clusters.
+    assert re.search(r"show assoc user=\S+ cluster=lab format=", (tmp_path / "asked").read_text())
     ((_, missing),) = (line for line in told(tmp_path, [partition("main")], "", WITH_ACCOUNTS) if line[0] is False)
     assert "Slurm has no association of it" in missing
 
