@@ -5,7 +5,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -115,6 +115,8 @@ class Journal:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time, patience: float = 5.0) -> None:
         """``patience``: how long to wait for another process to let go of the file. Raises :class:`JournalError`."""
+        self._path = path
+        self._closed = False
         self._clock = clock
         self._lock = threading.RLock()
         self.changed = threading.Condition(self._lock)
@@ -161,10 +163,35 @@ class Journal:
         """Of the latest change of any pool."""
         return self._version
 
+    @property
+    def removed(self) -> bool:
+        """True if the file is no longer in its place: the next bridge would know none of the pools."""
+        try:
+            self._path.stat()
+        except FileNotFoundError:
+            return True
+        except OSError:  # a file system that hiccups
+            return False
+        return False
+
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file; puts it in its place again where it was removed. Raises :class:`JournalError`."""
+        copy = self._path.with_name(f"{self._path.name}.saved")
         with self._lock:
-            self._connection.close()
+            try:
+                if self._closed or not self.removed:
+                    return
+                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _make_private(copy)
+                with closing(sqlite3.connect(copy, isolation_level=None)) as saved:
+                    self._connection.backup(saved)
+            except (OSError, sqlite3.Error) as error:
+                raise JournalError(f"journal {self._path} was removed, and cannot be written again: {error}") from None
+            finally:
+                # Removes its -wal, which must not meet the copy.
+                self._connection.close()
+                self._closed = True
+            copy.rename(self._path)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

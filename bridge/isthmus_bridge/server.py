@@ -200,7 +200,10 @@ class Bridge:
 
     @property
     def cut_off(self) -> str:
-        """Why no new connection gets through; empty: they do."""
+        """Why the bridge had better begin again, of the files that it needs; empty: they are there."""
+        if self._journal.removed:
+            path = self._policy.journal_path
+            return f"the journal {path} was removed, and is written again; exempt it from what removes old files there"
         if self._near.exists():
             return ""
         why = "was removed, and no caller gets through without it"

@@ -151,10 +151,17 @@ def test_the_socket_behind_the_door_never_grows_old(
         running.stop()
 
 
-def test_a_bridge_whose_socket_was_removed_ends_and_says_so(
-    many_files: None, tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("isthmus-bridge-*", r"/isthmus-bridge-\w+/bridge\.sock was removed, and no caller gets through without it;"),
+        ("journal.db", r"/journal\.db was removed, and is written again;"),
+    ],
+)
+def test_a_bridge_whose_files_were_removed_ends_and_says_so(
+    many_files: None, tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch, what: str, words: str
 ) -> None:
-    """Without it no caller gets through: systemd starts the bridge again, and it makes another."""
+    """Its socket in /tmp, its journal on a scratch file system: systemd starts it again, and it has what it needs."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(server, "slurm_adapter", lambda *_: FakeSlurm(time.time))
@@ -164,14 +171,16 @@ def test_a_bridge_whose_socket_was_removed_ends_and_says_so(
     def clean() -> None:
         # Written by a bridge that serves.
         eventually(policy.status_path.exists)
-        shutil.rmtree(sockets_in(tmp_path)[0].parent)
+        (found,) = tmp_path.glob(what)
+        (shutil.rmtree if found.is_dir() else Path.unlink)(found)
 
     cleaner = threading.Thread(target=clean)
     cleaner.start()
-    with pytest.raises(ServerError, match=rf"^{tmp_path}/isthmus-bridge-\w+/bridge\.sock was removed, and no caller"):
+    with pytest.raises(ServerError, match=rf"{tmp_path}{words}"):
         serve(policy, lambda: policy)
     cleaner.join()
-    # What was lost was the door's way in: everything else ended in order, and the journal is free for the next one.
+    # Everything else ended in order, and the journal is there and free for the next one.
+    assert policy.journal_path.exists()
     Bridge(policy, FakeSlurm(time.time)).stop()
 
 

@@ -214,6 +214,24 @@ def test_a_second_bridge_on_the_same_journal_does_not_start(world: World) -> Non
         Journal(world.policy.journal_path, patience=0.1)
 
 
+def test_a_journal_that_was_removed_under_the_bridge_is_written_again(world: World) -> None:
+    """Scratch file systems remove what is old, and the bridge goes on with a file that has no name."""
+    world.ensure()
+    assert world.journal is not None
+    world.journal.update(KEY, message="after the last checkpoint")
+    path = world.policy.journal_path
+    assert not world.journal.removed
+    path.unlink()
+    assert world.journal.removed
+    array = world.entry().array_id
+    world.boot()
+    assert (world.entry().array_id, world.entry().message) == (array, "after the last checkpoint")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert not list(path.parent.glob("*.saved*"))
+    world.tick(10.0, times=5)
+    assert world.slurm.submissions == 1
+
+
 def test_ids_that_slurm_gives_out_again_are_told_apart_by_name(world: World) -> None:
     world.ensure()
     array = world.array()
