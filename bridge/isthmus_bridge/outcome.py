@@ -14,6 +14,8 @@ from .slurm.states import LOST, Meaning
 log = logging.getLogger(__name__)
 
 MAX_TASKS = 32
+# slurmstepd's own number, of no real signal's: it could not open the log or enter the folder.
+_COULD_NOT_BEGIN = 53
 T = TypeVar("T")
 
 _PHASES: Mapping[State, pb.Pool.Phase.ValueType] = {
@@ -44,6 +46,9 @@ def sentence(task: TaskObservation) -> str:
     """How one task ended."""
     if task.state == LOST:
         return f"Slurm no longer knows it ({task.reason})"
+    if task.signal == _COULD_NOT_BEGIN:
+        why = "Slurm could not begin it: its folder or its log cannot be opened on that node"
+        return f"{task.state}, signal {task.signal}: {why}"
     if task.signal:
         return f"{task.state}, signal {task.signal}"
     return f"{task.state}, exit code {task.exit_code}" if task.exit_code else task.state

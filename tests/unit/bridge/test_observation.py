@@ -1,6 +1,7 @@
 import pytest
 
 from isthmus_bridge.observation import Choice, Observation, TaskObservation, choose, ended_by_limit, observe, resolve
+from isthmus_bridge.outcome import sentence
 from isthmus_bridge.run_directory import Marks
 from isthmus_bridge.slurm.model import TaskRecord
 
@@ -94,3 +95,11 @@ def test_ends_by_elimination_in_the_order_in_which_slurm_numbers_tasks() -> None
 def test_marks_of_another_array_prove_nothing() -> None:
     _, left = resolve(Observation(), [0, 1], 7, [], {0: Marks(7, "n1", 0), 1: Marks(6, "n1", 0)})
     assert left == [1]
+
+
+def test_a_task_that_could_not_begin_says_why() -> None:
+    """Its folder was purged while it waited: Slurm tells that by the number of no real signal."""
+    could_not = TaskObservation("FAILED", "JobLaunchFailure", exit_code=15, signal=53)
+    why = "Slurm could not begin it: its folder or its log cannot be opened on that node"
+    assert sentence(could_not) == f"FAILED, signal 53: {why}"
+    assert sentence(TaskObservation("FAILED", signal=9)) == "FAILED, signal 9"
