@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+import traceback
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 import grpc
@@ -70,6 +71,17 @@ class FederationService:
         self, request_iterator: AsyncIterator[pb.ClientMessage], context: Context
     ) -> AsyncIterator[pb.ServerMessage]:
         """See federation.proto."""
+        try:
+            async with aclosing(self._control(request_iterator, context)) as spoken:
+                async for message in spoken:
+                    yield message
+        except BaseException as error:
+            _release(error)
+            raise
+
+    async def _control(
+        self, request_iterator: AsyncIterator[pb.ClientMessage], context: Context
+    ) -> AsyncGenerator[pb.ServerMessage]:
         try:
             async with asyncio.timeout(HELLO_SECONDS):
                 first = await anext(aiter(request_iterator), None)
@@ -161,6 +173,9 @@ class FederationService:
         incoming = aiter(request_iterator)
         try:
             return await self._push(incoming, context)
+        except BaseException as error:
+            _release(error)
+            raise
         finally:
             # What is left of it would keep megabytes until Python's collector comes by.
             with suppress(RuntimeError):  # a call that was superseded is still reading
@@ -210,6 +225,18 @@ class FederationService:
             grpc.StatusCode.PERMISSION_DENIED, f"the certificate is not one of this client's of this job{wanted}"
         )
         raise AssertionError("abort raises")
+
+
+def _release(error: BaseException) -> None:
+    """Clear the frames that an error of a handler has passed through.
+
+    gRPC keeps the error of a call that is aborted, in a cycle: until Python's collector comes by, the frames would keep
+    the call's messages, of up to 32 MB each.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__context__
 
 
 def _lenient(kind: type[Request]) -> Callable[[bytes], Request]:

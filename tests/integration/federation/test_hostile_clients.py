@@ -67,7 +67,8 @@ def test_one_push_of_a_client_at_a_time(federation: Callable[..., Federation]) -
     job.wait_for_exit()
 
 
-def test_refused_first_messages_are_not_kept(federation: Callable[..., Federation]) -> None:
+@pytest.mark.parametrize("whose", ["its own", "another client's"])
+def test_refused_first_messages_are_not_kept(federation: Callable[..., Federation], whose: str) -> None:
     """They were, until Python's collector came by: 600 MB."""
     job = federation(2, 1)
     job.start_aggregator()
@@ -76,13 +77,19 @@ def test_refused_first_messages_are_not_kept(federation: Callable[..., Federatio
         assert honest.offer().kind == pb.Offer.INITIALIZE
         forged = hostile.header(1, "any")
         forged.instance = "another process"
+        forged.index = 1 if whose == "its own" else 0
         message = pb.UpdateChunk(header=forged, data=bytes(24 << 20)).SerializeToString()
         push: grpc.StreamUnaryMultiCallable[bytes, pb.PushReply] = hostile.channel.stream_unary(
             PUSH, response_deserializer=pb.PushReply.FromString
         )
         before = resident_megabytes(job.aggregator.pid)
         for _ in range(25):
-            assert push(iter([message]), timeout=120).verdict == pb.PushReply.FENCED
+            if whose == "its own":
+                assert push(iter([message]), timeout=120).verdict == pb.PushReply.FENCED
+                continue
+            with pytest.raises(grpc.RpcError) as caught:
+                push(iter([message]), timeout=120)
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
         assert resident_megabytes(job.aggregator.pid) - before < 250
 
 
