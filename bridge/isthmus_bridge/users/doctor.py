@@ -5,6 +5,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..policy import Policy
@@ -95,7 +96,17 @@ def code() -> list[Path]:
         if spec is not None and spec.origin is not None:
             found.append(Path(spec.origin).parent)
     # What lies on the way is imported from, or is read at each start (*.pth).
-    return [*found, *(Path(entry) for entry in sys.path if entry and Path(entry).exists())]
+    return [*found, *(path for path in map(Path, sys.path) if _is_there(path))]
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether an entry of the import path is a place: finders of editable installations are none.
+
+    Where this user may not look, nothing is imported from.
+    """
+    with suppress(PermissionError):
+        return path.is_absolute() and path.exists()
+    return False
 
 
 def changeable(paths: Iterable[Path]) -> Path | None:

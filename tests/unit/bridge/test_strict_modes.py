@@ -13,6 +13,7 @@ import yaml
 from isthmus_bridge import strict_modes
 from isthmus_bridge.cli import main
 from isthmus_bridge.policy import Policy, PolicyError, load
+from isthmus_bridge.users.doctor import code
 from isthmus_contracts.identities import operator_identity
 
 Lines = Callable[[], dict[str, bool]]
@@ -219,3 +220,15 @@ def test_serve_refuses_and_check_says_why(site: Site, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out.splitlines()
     assert f"problem: {line}" in said
     assert [one for one in said if one.startswith("warning: users: jobs run as ")]
+
+
+def test_entries_of_the_import_path_that_are_none_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As editable installations make them; the working directory may be one where nothing can be looked at."""
+    finder = "__editable__.isthmus_bridge-0.1.0.finder.__path_hook__"
+    (tmp_path / finder).touch()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["", finder, str(tmp_path / "there"), str(tmp_path / "gone"), "\0"])
+    found = code()
+    assert tmp_path / "there" in found
+    assert all(path.is_absolute() for path in found) and tmp_path / "gone" not in found
