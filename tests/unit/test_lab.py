@@ -57,12 +57,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
+NAMES = "curl faketime liblua5.1-0 prometheus shellcheck sudo"
+
+
 @pytest.mark.parametrize(
     ("user", "apt", "installed", "says"),
     [
         (0, "/usr/bin/apt-get", [*debian.TOOLS, "client tools"], ""),
-        (1000, "/usr/bin/apt-get", ["client tools"], "apt-get install curl faketime prometheus shellcheck sudo\n"),
-        (0, None, ["client tools"], "not Debian: install the equivalents of curl faketime prometheus shellcheck sudo;"),
+        (1000, "/usr/bin/apt-get", ["client tools"], f"apt-get install {NAMES}\n"),
+        (0, None, ["client tools"], f"not Debian: install the equivalents of {NAMES};"),
     ],
 )
 def test_tools_are_installed_where_they_may_be(
