@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import grpc
@@ -72,26 +72,21 @@ class FederationService:
     ) -> AsyncIterator[pb.ServerMessage]:
         """See federation.proto."""
         try:
-            async with aclosing(self._control(request_iterator, context)) as spoken:
-                async for message in spoken:
-                    yield message
-        except BaseException as error:
-            _release(error)
-            raise
-
-    async def _control(
-        self, request_iterator: AsyncIterator[pb.ClientMessage], context: Context
-    ) -> AsyncGenerator[pb.ServerMessage]:
-        try:
             async with asyncio.timeout(HELLO_SECONDS):
                 first = await anext(aiter(request_iterator), None)
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no hello within {HELLO_SECONDS:.0f} s")
             return
         if first is None or not first.HasField("hello"):
+            del first  # or gRPC would keep it: see _release
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello")
             return
-        await self._authenticate(context, (first.hello.pool, first.hello.index))
+        try:
+            await self._authenticate(context, (first.hello.pool, first.hello.index))
+        except BaseException as error:
+            del first
+            _release(error)
+            raise
         try:
             self._federation.intake.permissions.check_hello(first.hello)
             await self._federation.handover.wait(first.hello)
