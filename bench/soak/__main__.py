@@ -43,7 +43,7 @@ SPEC: dict[str, Any] = {
     "objective": {"metric": "accuracy", "target": "0.9999"},
 }
 BOUND_BYTES = 700_000_000
-"""What the attacked aggregator may take at most: 300 MB of its own, and 100 MB for each hostile client."""
+"""Bound on the attacked aggregator's memory: 300 MB of its own, and 100 MB for each hostile client."""
 ROUNDING = 1e-4
 """By which a weight may differ: updates are summed in the order in which they come. Of weights up to 0.5, three runs of
 200 rounds without any hostile client differed by 1.4e-5 to 2.2e-5 from each other."""
@@ -99,7 +99,7 @@ class Attackers:
             self._signal(signal.SIGCONT)
 
     def tallies(self) -> list[dict[str, Any]]:
-        """What each has done so far."""
+        """Return what each hostile client has done so far."""
         paths = [self._directory / f"{name}.json" for name in HOSTILE]
         return [json.loads(path.read_text()) if path.exists() else {"passes": 0} for path in paths]
 

@@ -1,5 +1,7 @@
-"""What a client with a valid certificate may try: each is a function of a connected peer, and returns how many of its
-updates were accepted."""
+"""Attacks by a client with a valid certificate.
+
+Each is a function of a connected peer and returns how many of its updates were accepted.
+"""
 
 import secrets
 import time

@@ -1,4 +1,4 @@
-"""What anybody may try below gRPC: HTTP/2 frames, TLS and TCP, with a certificate or without one."""
+"""Floods below gRPC: HTTP/2 frames, TLS and TCP, with a certificate or without one."""
 
 import socket
 import ssl
@@ -38,7 +38,7 @@ def header_bomb(port: int, tls: Path) -> None:
 
 
 def static_header_bomb(port: int, tls: Path) -> None:
-    """The same of HPACK's own table."""
+    """Send header blocks that repeat an entry of HPACK's static table."""
     _frames(port, tls, lambda stream: http2.frame(HEADERS, END_HEADERS, stream, _REQUEST + _STATIC))
 
 
@@ -62,7 +62,7 @@ def small_frames(port: int, tls: Path) -> None:
 
 
 def garbage(port: int, tls: Path) -> None:
-    """What is no HTTP/2."""
+    """Send bytes that are no HTTP/2."""
     _frames(port, tls, lambda stream: bytes([stream % 256]) * 4096)
 
 

@@ -187,7 +187,7 @@ def too_many(
     recent: int,
     everyone: Sequence[pb.PoolSpec] = (),
 ) -> Denial | None:
-    """Whether a caller may have one more pool.
+    """Return why a caller may not have one more pool; ``None`` if it may.
 
     ``live``: those it has; ``recent``: how many it asked for in a day; ``everyone``: the live ones of all callers.
     """

@@ -68,7 +68,7 @@ def _identity(policy: Policy, identity: Identity) -> Iterator[str]:
 
 
 def _command_lines(policy: Policy, identity: Identity) -> Iterator[str]:
-    """What sbatch is run with for a request that names an environment and nothing else, where the site adds options."""
+    """Yield the options that sbatch gets for a request that names an environment alone, where the site adds any."""
     if not policy.option_places():
         return
     yield "  for one client of 1 CPU and 1024 MiB, sbatch is run with"

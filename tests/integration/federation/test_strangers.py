@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from bench.soak.http2 import frame, length, literal
 from isthmus.aggregator.__main__ import _FURTHER_CONNECTIONS
 from isthmus.aggregator.connections import CONNECTIONS_OF_EACH
 from isthmus_contracts.pb import federation_pb2 as pb
@@ -87,15 +88,15 @@ def test_headers_of_many_calls_cost_little_memory(client: HandMadeClient, tmp_pa
     assert job.aggregator is not None
     assert client.offer().kind == pb.Offer.INITIALIZE
     request = _request(b"/isthmus.federation.v1alpha1.Federation/Control")
-    entry = b"\x40\x03xbm" + _length(4000) + b"b" * 4000
+    entry = b"\x40\x03xbm" + length(4000) + b"b" * 4000
     before, calls = resident_megabytes(job.aggregator.pid), 4000
     with _tls(job, tmp_path) as connection:
-        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS, 0, 0))
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(_SETTINGS, 0, 0))
         connection.settimeout(120)
         try:
             for number in range(calls):
                 named = (entry if not number else b"") + b"\xbe" * 12_000
-                connection.sendall(_frame(_HEADERS, _END_HEADERS, 1 + 2 * number, request + named))
+                connection.sendall(frame(_HEADERS, _END_HEADERS, 1 + 2 * number, request + named))
         except OSError:
             pass  # the aggregator has had enough
         assert resident_megabytes(job.aggregator.pid) - before < 400
@@ -106,7 +107,7 @@ def test_a_connection_has_few_calls_at_a_time(client: HandMadeClient, tmp_path: 
     """What headers can take grows with them: 16 connections with 32 calls each took 390 MB, and again as much each time
     that they were made anew."""
     with _tls(client.job, tmp_path) as connection:
-        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS, 0, 0))
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(_SETTINGS, 0, 0))
         assert _settings(connection)[_MAX_CONCURRENT_STREAMS] == 8
 
 
@@ -116,13 +117,13 @@ def test_connections_of_one_certificate(federation: Callable[..., Federation], t
     job.start_aggregator()
     assert job.aggregator is not None
     path = b"/isthmus.federation.v1alpha1.Federation/Pull"
-    call = _frame(_HEADERS, _END_HEADERS, 1, _request(path)) + _frame(_DATA, _END_STREAM, 1, bytes(5))
+    call = frame(_HEADERS, _END_HEADERS, 1, _request(path)) + frame(_DATA, _END_STREAM, 1, bytes(5))
     with closing(HandMadeClient(job)) as honest, ExitStack() as stack:
         assert next(honest.messages).HasField("welcome")
         before, held = open_files(job.aggregator.pid), []
         for number in range(5 * CONNECTIONS_OF_EACH):
             held.append(stack.enter_context(_tls(job, tmp_path / str(number), 1)))
-            held[-1].sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS, 0, 0) + call)
+            held[-1].sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(_SETTINGS, 0, 0) + call)
         pid = job.aggregator.pid
         eventually("those beyond are ended", lambda: open_files(pid) - before <= CONNECTIONS_OF_EACH)
         assert "pool/1 has too many connections; its oldest one, from ipv4:127.0.0.1:" in job.log("aggregator")
@@ -147,7 +148,7 @@ def _request(path: bytes) -> bytes:
         (b":method", b"POST"), (b":scheme", b"https"), (b":path", path), (b":authority", SERVER_NAME.encode()),
         (b"te", b"trailers"), (b"content-type", b"application/grpc"),
     )  # fmt: skip
-    return b"".join(_literal(name, value) for name, value in fields)
+    return b"".join(literal(name, value) for name, value in fields)
 
 
 def _settings(connection: ssl.SSLSocket) -> dict[int, int]:
@@ -168,23 +169,3 @@ def _tls(job: Federation, directory: Path, index: int = 0) -> ssl.SSLSocket:
     return context.wrap_socket(
         socket.create_connection(("127.0.0.1", job.port), timeout=60), server_hostname=SERVER_NAME
     )
-
-
-def _frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
-    return struct.pack(">I", len(body))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + body
-
-
-def _length(number: int) -> bytes:
-    """A string's length (RFC 7541, 5.1)."""
-    if number < 127:
-        return bytes([number])
-    number -= 127
-    encoded = b"\x7f"
-    while number > 127:
-        encoded += bytes([number & 127 | 128])
-        number >>= 7
-    return encoded + bytes([number])
-
-
-def _literal(name: bytes, value: bytes) -> bytes:
-    return b"\0" + _length(len(name)) + name + _length(len(value)) + value
