@@ -69,7 +69,7 @@ lint: $(call with,lint) ## ruff and mypy
 generate: $(call with,generate) ## protobuf stubs, CRDs, the policy's schema, dashboards, the documentation's reference
 	cd contracts && PATH=$(CURDIR)/.venv/bin:$$PATH python -m grpc_tools.protoc -I . \
 	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. isthmus_contracts/pb/*.proto
-	$(PY) -m isthmus_contracts.crd crds
+	$(PY) -m isthmus_contracts.manifests.crd crds
 	$(PY) -m isthmus_bridge.cli schema > bridge/examples/policy.schema.json
 	cp crds/*.yaml charts/isthmus/files/crds/
 	cp charts/isthmus/values.yaml charts/isthmus/files/

@@ -16,7 +16,7 @@ import torch
 
 from isthmus.strategies import Strategy, Update, make_strategy
 from isthmus.tensors import State
-from isthmus_contracts.strategy import Strategy as Spec
+from isthmus_contracts.api.strategy import Strategy as Spec
 
 SIZES = (10_000, 1_000_000, 25_000_000, 100_000_000)
 STRATEGIES = ("FedAvg", "FedAdam", "FedNova", "SCAFFOLD", "QFedAvg", "CoordinateMedian")

@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from isthmus_contracts.pki import Credentials
-from isthmus_contracts.transport import SERVER_OPTIONS, channel, server_credentials
+from isthmus_contracts.wire.pki import Credentials
+from isthmus_contracts.wire.transport import SERVER_OPTIONS, channel, server_credentials
 
 from .gate import Gate, Turnstile
 from .job import SERVER_NAME, Job, connections_of_their_own

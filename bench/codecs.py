@@ -17,7 +17,7 @@ from torch import nn
 
 from isthmus.codecs import Chain, Decoder, Encoded, Residual, download_seed, encode, parse_chain, upload_seed
 from isthmus.tensors import State
-from isthmus_contracts.compression import Compression
+from isthmus_contracts.api.compression import Compression
 from isthmus_examples.fashion_mnist import DEBIAN_DIRECTORY, load
 from isthmus_examples.partition import dirichlet_partition
 from isthmus_examples.training import Examples, Settings, evaluate, train

@@ -16,8 +16,9 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from isthmus_contracts import identities, transport
-from isthmus_contracts.pki import Authority, Credentials
+from isthmus_contracts import identities
+from isthmus_contracts.wire import transport
+from isthmus_contracts.wire.pki import Authority, Credentials
 
 UID, POOL = "bench", "pool"
 SERVER_NAME = identities.aggregator_server_name(UID)

@@ -25,7 +25,7 @@ from isthmus.client.replicas import Replicas
 from isthmus.tensors import chunk_bytes, specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
-from isthmus_contracts.transport import channel
+from isthmus_contracts.wire.transport import channel
 
 from .job import POOL, SERVER_NAME, UID, Job, aggregator, client_environment, connections_of_their_own, peak_memory
 from .noop_clients import Weights

@@ -17,8 +17,8 @@ from torch import nn
 
 from isthmus.privacy import Private
 from isthmus.strategies import Strategy
-from isthmus_contracts.accounting import Spent
-from isthmus_contracts.strategy import Strategy as Spec
+from isthmus_contracts.api.strategy import Strategy as Spec
+from isthmus_contracts.dp_accounting import Spent
 from isthmus_examples.fashion_mnist import DEBIAN_DIRECTORY, load
 from isthmus_examples.partition import dirichlet_partition
 from isthmus_examples.training import Examples, Settings, evaluate

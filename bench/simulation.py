@@ -19,9 +19,9 @@ from isthmus.client.corrections import Ingredients, correction_of
 from isthmus.client.names import Names
 from isthmus.strategies import Strategy, Update, make_strategy
 from isthmus.tensors import State, snapshot
+from isthmus_contracts.api.participation import Stragglers
+from isthmus_contracts.api.strategy import Strategy as Spec
 from isthmus_contracts.pb import federation_pb2 as pb
-from isthmus_contracts.rounds import Stragglers
-from isthmus_contracts.strategy import Strategy as Spec
 from isthmus_examples.training import Examples, Settings, evaluate, train
 
 # The slowest client takes up to so many times as long as the fastest.

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from isthmus_contracts.strategy import Algorithm
-from isthmus_contracts.strategy import Strategy as Spec
+from isthmus_contracts.api.strategy import Algorithm
+from isthmus_contracts.api.strategy import Strategy as Spec
 from isthmus_examples.fashion_mnist import DEBIAN_DIRECTORY, load
 from isthmus_examples.partition import dirichlet_partition
 from isthmus_examples.training import Examples, Settings, evaluate, train

@@ -25,7 +25,7 @@ from isthmus.client.session import Session
 from isthmus.client.transfer import FinishedUpdate, pull, push
 from isthmus.tensors import State, snapshot
 from isthmus_contracts.pb import federation_pb2 as pb
-from isthmus_contracts.transport import channel
+from isthmus_contracts.wire.transport import channel
 
 from . import bare
 from .job import POOL, SERVER_NAME, Job, aggregator, client_environment

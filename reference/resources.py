@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from isthmus_contracts.crd import explained_job_crd, hpc_site_crd
+from isthmus_contracts.manifests.crd import explained_job_crd, hpc_site_crd
 
 Schema = Mapping[str, Any]
 

@@ -15,8 +15,8 @@ from isthmus.framing import PUSH
 from isthmus.tensors import State, checksum_of, chunks_of, specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
-from isthmus_contracts.pki import Credentials
-from isthmus_contracts.transport import channel
+from isthmus_contracts.wire.pki import Credentials
+from isthmus_contracts.wire.transport import channel
 
 from ..job import SERVER_NAME, UID
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from isthmus_contracts.identities import CA_FILE, operator_identity
-from isthmus_contracts.pki import Authority, Credentials, certificates_in
+from isthmus_contracts.wire.pki import Authority, Credentials, certificates_in
 
 CA_DAYS = 3650
 SERVER = "server"

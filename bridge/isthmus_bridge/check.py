@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from isthmus_contracts.pki import Credentials, expiry
+from isthmus_contracts.wire.pki import Credentials, expiry
 
 from .access import (
     accounts_of,

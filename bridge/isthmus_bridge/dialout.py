@@ -16,11 +16,11 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from isthmus_contracts import tasks
 from isthmus_contracts.pb import gateway_pb2 as pb
 from isthmus_contracts.pb.gateway_pb2_grpc import GatewayStub
-from isthmus_contracts.transport import aio_public_channel
-from isthmus_contracts.tunnel import CHUNK, MAX_CONNECTIONS, PROTOCOL, Connections, TunnelError
+from isthmus_contracts.process import asyncio_tasks
+from isthmus_contracts.wire.transport import aio_public_channel
+from isthmus_contracts.wire.tunnel import CHUNK, MAX_CONNECTIONS, PROTOCOL, Connections, TunnelError
 
 from . import __version__
 from .metrics import Metrics
@@ -67,7 +67,7 @@ class DialOut:
     def stop(self) -> None:
         """Ends the tunnels."""
         if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(tasks.end(self._tasks), self._loop).result()
+            asyncio.run_coroutine_threadsafe(asyncio_tasks.end(self._tasks), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
         self._loop.close()

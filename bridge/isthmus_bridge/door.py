@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from isthmus_contracts.addresses import bound, split
+from isthmus_contracts.wire.addresses import bound, split
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import ssl
 from pathlib import Path
 
-from isthmus_contracts.addresses import split
+from isthmus_contracts.wire.addresses import split
 
 from .policy import GatewaySettings
 from .proxy import connect, proxy_for, shown

@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 
-from isthmus_contracts.loglimit import limit_root
+from isthmus_contracts.process.log_limit import limit_root
 
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "taskName", "asctime"}
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from isthmus_contracts.fields import PATTERN_OBJECT_NAME, DnsLabel, EnvName, SlurmAccount, SlurmName
+from isthmus_contracts.api.fields import PATTERN_OBJECT_NAME, DnsLabel, EnvName, SlurmAccount, SlurmName
 from isthmus_contracts.identities import BRIDGE_PORT, RESERVED_ENV_PREFIX
 
 from . import strict_yaml

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from isthmus_contracts.fields import SlurmName
+from isthmus_contracts.api.fields import SlurmName
 
 from .policy_fields import Line
 from .slurm import options

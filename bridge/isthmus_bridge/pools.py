@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from isthmus_contracts.pb import bridge_pb2 as pb
-from isthmus_contracts.pki import Credentials
+from isthmus_contracts.wire.pki import Credentials
 
 from .access import Denial, decide, draining, too_many
 from .directories import PoolDirectory, pool_directory

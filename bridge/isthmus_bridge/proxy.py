@@ -7,7 +7,7 @@ import socket
 import urllib.parse
 import urllib.request
 
-from isthmus_contracts.addresses import split
+from isthmus_contracts.wire.addresses import split
 
 from .policy import GatewaySettings
 from .policy_fields import PROXY

@@ -5,8 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from isthmus_contracts.code import check_files
-from isthmus_contracts.fields import (
+from isthmus_contracts.api.fields import (
     PATTERN_DNS_LABEL,
     PATTERN_ENV_NAME,
     PATTERN_HOST_PORT,
@@ -15,6 +14,7 @@ from isthmus_contracts.fields import (
     PATTERN_SLURM_NAME,
 )
 from isthmus_contracts.identities import RESERVED_ENV_PREFIX
+from isthmus_contracts.manifests.code_files import check_files
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .run_directory import PATTERN_KEY

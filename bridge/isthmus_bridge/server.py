@@ -15,8 +15,8 @@ from pathlib import Path
 import grpc
 
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
-from isthmus_contracts.pki import Credentials, expiry
-from isthmus_contracts.transport import SERVER_OPTIONS, renewed_server_credentials
+from isthmus_contracts.wire.pki import Credentials, expiry
+from isthmus_contracts.wire.transport import SERVER_OPTIONS, renewed_server_credentials
 
 from .adapters import slurm_adapter
 from .dialout import DialOut

@@ -12,7 +12,7 @@ import grpc
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
-from isthmus_contracts.transport import peer_uris
+from isthmus_contracts.wire.transport import peer_uris
 
 from . import __version__
 from .access import Denial, accounts_of, data_sets_of, environments_of, identify, partitions_of

@@ -14,8 +14,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import kopf
 
-from isthmus_contracts.addresses import split
-from isthmus_contracts.loglimit import limit_root
+from isthmus_contracts.process.log_limit import limit_root
+from isthmus_contracts.wire.addresses import split
 
 from . import __version__
 from .app import App

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from isthmus_contracts.federatedjob import FederatedJobSpec
-from isthmus_contracts.federatedjob_status import ConditionType
-from isthmus_contracts.hpcsite import HpcSiteSpec
-from isthmus_contracts.manifest import ManifestError, parse_site_spec, parse_spec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.federated_job_status import ConditionType
+from isthmus_contracts.api.hpc_site import HpcSiteSpec
+from isthmus_contracts.manifests.manifest import ManifestError, parse_site_spec, parse_spec
 
 from .defaults import NONE, JobDefaults
 from .observed import Job, Observed

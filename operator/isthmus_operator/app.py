@@ -9,9 +9,9 @@ from typing import Any
 import prometheus_client
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts import tasks
-from isthmus_contracts.addresses import split
-from isthmus_contracts.httpserver import serve_metrics
+from isthmus_contracts.process import asyncio_tasks
+from isthmus_contracts.process.http_server import serve_metrics
+from isthmus_contracts.wire.addresses import split
 
 from .clock import Clock
 from .draft import Limits
@@ -133,7 +133,7 @@ class App:
 
     async def stop(self) -> None:
         """Stops at once: whatever was under way is taken up again by the next operator."""
-        await tasks.end(self._tasks)
+        await asyncio_tasks.end(self._tasks)
         for part in self._stops:
             closed = part.close()
             if closed is not None:

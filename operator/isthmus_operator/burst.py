@@ -1,6 +1,6 @@
 """How many clients a cloud pool has: more while HPC clients wait in their queues, fewer once all of them are there."""
 
-from isthmus_contracts.federatedjob import Pool
+from isthmus_contracts.api.federated_job import Pool
 
 from .draft import Draft
 from .parts import current, leaving_parts_of, parts_of

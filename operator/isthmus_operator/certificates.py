@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts.pki import Authority, Credentials, expiry
+from isthmus_contracts.wire.pki import Authority, Credentials, expiry
 
 from . import names
 from .actions import IssueCertificate

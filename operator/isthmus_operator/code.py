@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts.code import check_files
+from isthmus_contracts.manifests.code_files import check_files
 
 from . import names
 from .observed import Job

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from isthmus_contracts.fields import PATTERN_STORAGE_CLASS, Cidr, PodTemplate, Resource, Text
+from isthmus_contracts.api.fields import PATTERN_STORAGE_CLASS, Cidr, PodTemplate, Resource, Text
 
 
 class PodDefaults(Resource):

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from isthmus_contracts.manifest import one_liners, parse_spec
+from isthmus_contracts.manifests.manifest import one_liners, parse_spec
 
 from .defaults import JobDefaults, PodDefaults
 from .observed import Job

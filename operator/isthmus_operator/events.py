@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from isthmus_contracts.federatedjob_status import ConditionType, Reason
+from isthmus_contracts.api.federated_job_status import ConditionType, Reason
 
 from .actions import Emit
 from .status import SUMMARY, condition, transitions

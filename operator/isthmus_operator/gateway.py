@@ -19,11 +19,11 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from isthmus_contracts.openfiles import connections_within, raise_limit
 from isthmus_contracts.pb import gateway_pb2 as pb
 from isthmus_contracts.pb import gateway_pb2_grpc as rpc
-from isthmus_contracts.transport import renewed_public_credentials, server_options
-from isthmus_contracts.tunnel import CHUNK, MAX_CONNECTIONS, MAX_FRAME, PROTOCOL, Connections, TunnelError
+from isthmus_contracts.process.open_files import connections_within, raise_limit
+from isthmus_contracts.wire.transport import renewed_public_credentials, server_options
+from isthmus_contracts.wire.tunnel import CHUNK, MAX_CONNECTIONS, MAX_FRAME, PROTOCOL, Connections, TunnelError
 
 from . import __version__
 from .effects.lines import BridgeError

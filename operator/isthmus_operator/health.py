@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-from isthmus_contracts.httpserver import BoundedThreads
+from isthmus_contracts.process.http_server import BoundedThreads
 
 from .metrics import LOOP_LAG
 from .resync import MAX_AGE, Resync

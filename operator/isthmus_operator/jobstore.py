@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts.hpcsite import HpcSiteSpec
-from isthmus_contracts.manifest import ManifestError, parse_site_spec
+from isthmus_contracts.api.hpc_site import HpcSiteSpec
+from isthmus_contracts.manifests.manifest import ManifestError, parse_site_spec
 
 from . import names
 from .observed import Job

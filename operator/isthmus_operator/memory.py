@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from isthmus_contracts.federatedjob import FederatedJobSpec
-from isthmus_contracts.pki import Authority, Credentials
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.wire.pki import Authority, Credentials
 
 from .observed import LONGEST_RETRY, PoolProblem, ProblemKind, Refusal, ServiceView
 

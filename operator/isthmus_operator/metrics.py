@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from isthmus_contracts.federatedjob_status import Phase
+from isthmus_contracts.api.federated_job_status import Phase
 
 from . import __version__
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from isthmus_contracts.federatedjob import FederatedJobSpec
-from isthmus_contracts.hpcsite import HpcSiteSpec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.hpc_site import HpcSiteSpec
 
 ENDED_PHASES = ("Succeeded", "Failed")
 """Of a pod."""

@@ -6,7 +6,7 @@ over all parts, so that each key is used once and a client's newer start always 
 
 from dataclasses import replace
 
-from isthmus_contracts.federatedjob import Pool
+from isthmus_contracts.api.federated_job import Pool
 
 from .actions import ShrinkPool
 from .draft import Draft

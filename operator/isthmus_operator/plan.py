@@ -6,10 +6,10 @@ converges; in a state that has converged it asks for nothing.
 
 import datetime as dt
 
-from isthmus_contracts.federatedjob import FederatedJobSpec
-from isthmus_contracts.federatedjob_status import ConditionType, Reason
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.federated_job_status import ConditionType, Reason
 from isthmus_contracts.identities import FINALIZER
-from isthmus_contracts.manifest import ManifestError, parse_spec
+from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
 
 from . import status as st
 from .actions import DeleteJob, DeletePod, Emit, Plan, RecordOrphan, SaveJob

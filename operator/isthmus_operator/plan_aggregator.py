@@ -4,8 +4,8 @@ import datetime as dt
 from dataclasses import dataclass
 from typing import Literal
 
-from isthmus_contracts.federatedjob import FederatedJobSpec
-from isthmus_contracts.federatedjob_status import Reason
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.federated_job_status import Reason
 
 from . import names
 from .actions import CreatePod, DeletePod

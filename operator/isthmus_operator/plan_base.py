@@ -3,8 +3,8 @@
 from typing import Any
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts.federatedjob import FederatedJobSpec
-from isthmus_contracts.federatedjob_status import Reason
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.federated_job_status import Reason
 
 from . import names
 from .actions import Apply, CopyCode, CreateAuthority, IssueCertificate, RenewAuthority

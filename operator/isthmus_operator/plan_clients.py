@@ -3,8 +3,8 @@
 import datetime as dt
 from collections.abc import Sequence
 
-from isthmus_contracts.federatedjob import Pool
-from isthmus_contracts.federatedjob_status import Reason
+from isthmus_contracts.api.federated_job import Pool
+from isthmus_contracts.api.federated_job_status import Reason
 
 from . import burst, names
 from .actions import CreatePod, DeletePod

@@ -5,8 +5,8 @@ import datetime as dt
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from isthmus_contracts.federatedjob import HpcPool, Pool
-from isthmus_contracts.federatedjob_status import Reason
+from isthmus_contracts.api.federated_job import HpcPool, Pool
+from isthmus_contracts.api.federated_job_status import Reason
 
 from . import names
 from .actions import CancelPool, EnsurePool, RenewCredentials

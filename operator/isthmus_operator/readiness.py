@@ -8,7 +8,7 @@ import datetime as dt
 from collections.abc import Mapping
 from typing import Any
 
-from isthmus_contracts.federatedjob_status import ConditionType, Reason
+from isthmus_contracts.api.federated_job_status import ConditionType, Reason
 
 from .status import SUMMARY, StatusDraft, condition, finished, is_true, set_condition
 

@@ -5,7 +5,7 @@ import datetime as dt
 import logging
 import time
 
-from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
 
 from . import ownership
 from .actions import Emit, Plan, SaveJob

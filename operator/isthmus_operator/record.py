@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from isthmus_contracts.federatedjob_status import Reason
+from isthmus_contracts.api.federated_job_status import Reason
 
 from . import ranges
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from isthmus_contracts.federatedjob_status import ConditionType, Reason
+from isthmus_contracts.api.federated_job_status import ConditionType, Reason
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .effects.bridge import Bridges

@@ -2,7 +2,7 @@
 
 import datetime as dt
 
-from isthmus_contracts.federatedjob_status import Reason
+from isthmus_contracts.api.federated_job_status import Reason
 
 from .draft import Draft
 from .observed import PodView

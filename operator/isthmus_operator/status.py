@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from decimal import ROUND_CEILING, Context
 from typing import Any
 
-from isthmus_contracts.federatedjob import FederatedJobSpec
-from isthmus_contracts.federatedjob_status import ConditionType, Reason
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.federated_job_status import ConditionType, Reason
 
 from . import names
 from .draft import PoolOutcome

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from isthmus_contracts.federatedjob import FederatedJobSpec, Pool
-from isthmus_contracts.federatedjob_status import Reason
-from isthmus_contracts.manifest import ManifestError, check_job_name, parse_spec
+from isthmus_contracts.api.federated_job import FederatedJobSpec, Pool
+from isthmus_contracts.api.federated_job_status import Reason
+from isthmus_contracts.manifests.manifest import ManifestError, check_job_name, parse_spec
 
 from .defaults import NONE, JobDefaults
 from .observed import Job, Observed

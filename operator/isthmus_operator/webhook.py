@@ -11,9 +11,9 @@ from typing import Any
 
 from aiohttp import web
 
-from isthmus_contracts.addresses import bound, joined
-from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.identities import CERTIFICATE_FILE, KEY_FILE
+from isthmus_contracts.wire.addresses import bound, joined
 
 from .admission import Answer, defaults, review_job, review_site
 from .defaults import NONE, JobDefaults

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
-from isthmus_contracts import tasks
+from isthmus_contracts.process import asyncio_tasks
 
 from .effects.kube import KubeError
 from .metrics import RECONCILE_ERRORS
@@ -102,7 +102,7 @@ class WorkQueue(Generic[K]):
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
         finally:
-            await tasks.end(self._tasks)
+            await asyncio_tasks.end(self._tasks)
 
     async def _wait(self) -> None:
         """Until some key is due."""

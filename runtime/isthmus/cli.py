@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from isthmus_contracts.manifest import FederatedJob, ManifestError, load_code, load_federated_job
+from isthmus_contracts.manifests.manifest import FederatedJob, ManifestError, load_code, load_federated_job
 
 from . import __version__
 

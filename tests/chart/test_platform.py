@@ -8,7 +8,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator.defaults import JobDefaults
 from isthmus_operator.defaults_file import load
 from isthmus_operator.observed import Job

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from isthmus_contracts.pki import Authority
+from isthmus_contracts.wire.pki import Authority
 from tests.ports import free_port
 
 from .bridge import FakeBridge

@@ -8,7 +8,7 @@ from typing import Any
 
 from cryptography import x509
 
-from isthmus_contracts.pki import Authority
+from isthmus_contracts.wire.pki import Authority
 from isthmus_operator import certificates
 from isthmus_operator.jobstore import parse_job
 

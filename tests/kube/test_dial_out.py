@@ -17,8 +17,8 @@ from isthmus_bridge.policy import GatewaySettings
 from isthmus_contracts.identities import bridge_server_name
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb.bridge_pb2_grpc import add_BridgeServicer_to_server
-from isthmus_contracts.pki import Authority
-from isthmus_contracts.transport import SERVER_OPTIONS, server_credentials
+from isthmus_contracts.wire.pki import Authority
+from isthmus_contracts.wire.transport import SERVER_OPTIONS, server_credentials
 from tests.ports import free_port
 
 from .bridge import FakeBridge

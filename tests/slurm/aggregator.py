@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from isthmus_contracts import identities as ids
 from isthmus_contracts.pb import bridge_pb2 as pb
-from isthmus_contracts.pki import Authority, Credentials
+from isthmus_contracts.wire.pki import Authority, Credentials
 
 from .site import DAY, until
 

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from isthmus_contracts.pki import Authority
+from isthmus_contracts.wire.pki import Authority
 
 from ..integration.gateway.operator_side import DAY, SITE, OperatorSide
 from .site import Site, until

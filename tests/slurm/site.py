@@ -21,8 +21,8 @@ import yaml
 from isthmus_contracts.identities import operator_identity, slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
-from isthmus_contracts.pki import Authority, Credentials
-from isthmus_contracts.transport import channel
+from isthmus_contracts.wire.pki import Authority, Credentials
+from isthmus_contracts.wire.transport import channel
 
 DAY = dt.timedelta(days=1)
 OVER = (pb.Pool.SUCCEEDED, pb.Pool.FAILED, pb.Pool.CANCELLED)

@@ -16,8 +16,8 @@ import pytest
 import isthmus_bridge
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
-from isthmus_contracts.pki import Credentials
-from isthmus_contracts.transport import channel
+from isthmus_contracts.wire.pki import Credentials
+from isthmus_contracts.wire.transport import channel
 
 from ..site_admin import BRIDGE, JOBS, PAGE, Installation, installed, remove
 from .local_users import as_user

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from isthmus_contracts.addresses import bound, joined, split
+from isthmus_contracts.wire.addresses import bound, joined, split
 
 from ..metrics import Metrics
 from ..policy import RelaySettings

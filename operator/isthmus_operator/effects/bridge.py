@@ -12,7 +12,7 @@ import grpc
 from grpc import aio
 
 from isthmus_contracts.pb import bridge_pb2 as pb
-from isthmus_contracts.pki import Credentials
+from isthmus_contracts.wire.pki import Credentials
 
 from ..clock import Clock
 from ..metrics import BRIDGE_CALLS, BRIDGE_SECONDS, CIRCUIT_OPEN

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts.federatedjob import FederatedJobSpec
-from isthmus_contracts.manifest import ManifestError, parse_spec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
 
 from .. import certificates, names
 from ..jobstore import SiteStore

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc import aio
 
-from isthmus_contracts.hpcsite import HpcSiteSpec
+from isthmus_contracts.api.hpc_site import HpcSiteSpec
 from isthmus_contracts.pb.bridge_pb2_grpc import BridgeStub
-from isthmus_contracts.pki import Credentials, expiry
-from isthmus_contracts.transport import aio_channel
+from isthmus_contracts.wire.pki import Credentials, expiry
+from isthmus_contracts.wire.transport import aio_channel
 
 from ..certificates import load_credentials
 from ..jobstore import SiteStore

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts.federatedjob import FederatedJobSpec
-from isthmus_contracts.federatedjob_status import ConditionType
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.federated_job_status import ConditionType
 
 from .. import names
 from ..draft import Limits

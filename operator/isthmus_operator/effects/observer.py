@@ -8,11 +8,11 @@ import grpc
 from grpc import aio
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts.addresses import joined
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import ObserverStub
-from isthmus_contracts.pki import Credentials
-from isthmus_contracts.transport import aio_channel
+from isthmus_contracts.wire.addresses import joined
+from isthmus_contracts.wire.pki import Credentials
+from isthmus_contracts.wire.transport import aio_channel
 
 from ..federation import view
 from ..metrics import OBSERVER_ERRORS, SILENT_AGGREGATORS

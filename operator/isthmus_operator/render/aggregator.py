@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts.addresses import ANYWHERE
-from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.wire.addresses import ANYWHERE
 
 from .. import names
 from ..defaults import NONE, JobDefaults, ServiceDefaults, templates

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts.federatedjob import FederatedJobSpec, Pool
+from isthmus_contracts.api.federated_job import FederatedJobSpec, Pool
 
 from .. import names
 from ..defaults import NONE, JobDefaults, templates

@@ -1,9 +1,9 @@
 """What a site's bridge is asked for."""
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts.addresses import joined
-from isthmus_contracts.federatedjob import FederatedJobSpec, Pool
+from isthmus_contracts.api.federated_job import FederatedJobSpec, Pool
 from isthmus_contracts.pb import bridge_pb2
+from isthmus_contracts.wire.addresses import joined
 
 from ..observed import Job, Observed
 from ..record import HpcRecord

@@ -23,14 +23,14 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 from grpc import aio
 from prometheus_client import make_wsgi_app
 
-from isthmus_contracts import openfiles
-from isthmus_contracts.addresses import split
-from isthmus_contracts.httpserver import serve_metrics
-from isthmus_contracts.loglimit import limit_root
-from isthmus_contracts.manifest import ManifestError
+from isthmus_contracts.manifests.manifest import ManifestError
 from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.process import open_files
+from isthmus_contracts.process.http_server import serve_metrics
+from isthmus_contracts.process.log_limit import limit_root
 from isthmus_contracts.text import one_line
-from isthmus_contracts.transport import HEADER_BYTES, renewed_server_credentials, server_options
+from isthmus_contracts.wire.addresses import split
+from isthmus_contracts.wire.transport import HEADER_BYTES, renewed_server_credentials, server_options
 
 from ..allocator import keep_memory_flat
 from ..strategies import StrategyError, make_strategy
@@ -187,7 +187,7 @@ def _serve_metrics(address: str, metrics: AggregatorMetrics) -> WSGIServer:
 def _connections(clients: int) -> int:
     """Return how many connections the aggregator takes: strangers' must leave descriptors for its files, too."""
     wanted = CONNECTIONS_OF_EACH * clients + _FURTHER_CONNECTIONS
-    room = openfiles.connections_within(openfiles.raise_limit(), wanted)
+    room = open_files.connections_within(open_files.raise_limit(), wanted)
     if room < wanted:
         log.warning("room for %d connections only, not for %d: raise the limit of open files (ulimit -n)", room, wanted)
     return room

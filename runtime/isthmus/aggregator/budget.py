@@ -7,10 +7,10 @@ never published; the round is done again, with other noise.
 
 from collections.abc import Iterable, Mapping
 
-from isthmus_contracts.accounting import Spent
-from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.privacy import DifferentialPrivacy
+from isthmus_contracts.dp_accounting import Spent
 from isthmus_contracts.pb import federation_pb2 as pb
-from isthmus_contracts.privacy import DifferentialPrivacy
 
 from ..privacy import Private
 from ..strategies import Strategy

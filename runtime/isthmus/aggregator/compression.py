@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..codecs import KNOWN, Chain, Decoder, Encoded, download_seed, encode, parse_chain, upload_seed

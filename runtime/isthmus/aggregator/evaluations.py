@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Collection
 from typing import Protocol
 
-from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from .. import metricnames

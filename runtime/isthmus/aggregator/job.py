@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from isthmus_contracts.federatedjob import FederatedJobSpec
-from isthmus_contracts.manifest import ManifestError, parse_spec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
 
 
 @dataclass(frozen=True)

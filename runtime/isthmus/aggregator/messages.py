@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 
-from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from .compression import Compression

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from isthmus_contracts.compression import NONE
+from isthmus_contracts.api.compression import NONE
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..codecs import Encoded

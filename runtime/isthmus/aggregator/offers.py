@@ -2,8 +2,8 @@
 
 import time
 
-from isthmus_contracts.compression import NONE
-from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.api.compression import NONE
+from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from . import messages

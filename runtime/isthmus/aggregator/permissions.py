@@ -4,7 +4,7 @@ A certificate says which clients a caller may speak for. The rest follows from t
 from who is connected, and from who was asked.
 """
 
-from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
 

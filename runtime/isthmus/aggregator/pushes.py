@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 
-from isthmus_contracts.compression import NONE
+from isthmus_contracts.api.compression import NONE
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..codecs import CodecError

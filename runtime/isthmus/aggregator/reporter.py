@@ -2,7 +2,7 @@
 
 import asyncio
 
-from isthmus_contracts.federatedjob import FederatedJobSpec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from .budget import PrivacyBudget

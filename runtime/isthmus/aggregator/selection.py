@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from isthmus_contracts.federatedjob import FederatedJobSpec
-from isthmus_contracts.fields import exactly
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.fields import exactly
 
 from .clientbook import ClientBook, ClientRecord
 from .membership import ClientId

@@ -11,11 +11,11 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from isthmus_contracts.compression import NONE
+from isthmus_contracts.api.compression import NONE
 from isthmus_contracts.identities import observer_identity
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
-from isthmus_contracts.transport import peer_uris
+from isthmus_contracts.wire.transport import peer_uris
 
 from ..framing import SERVICE, Frame, update_frame
 from ..tensors import TransferError, TruncatedError

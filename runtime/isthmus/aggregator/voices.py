@@ -6,7 +6,7 @@ Weights and values are the clients' own word. By the mean alone, a single client
 import math
 from collections.abc import Collection, Set
 
-from isthmus_contracts.federatedjob import Objective
+from isthmus_contracts.api.federated_job import Objective
 
 from .membership import ClientId
 from .progress import WeightedMeans

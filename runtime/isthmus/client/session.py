@@ -17,9 +17,9 @@ import grpc
 from isthmus_contracts import identities
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
-from isthmus_contracts.pki import Credentials
 from isthmus_contracts.text import one_line
-from isthmus_contracts.transport import channel
+from isthmus_contracts.wire.pki import Credentials
+from isthmus_contracts.wire.transport import channel
 
 from .. import __version__
 from ..framing import PULL, PUSH

@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.live import Live
 
-from isthmus_contracts.manifest import ManifestError
+from isthmus_contracts.manifests.manifest import ManifestError
 
 from .api import Cluster, ClusterError
 from .logs import logs

@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from isthmus_contracts.code import check_files
 from isthmus_contracts.identities import API_VERSION
-from isthmus_contracts.manifest import ManifestError, check_job_name, parse_federated_job
-from isthmus_contracts.yamltext import dumped
+from isthmus_contracts.manifests.code_files import check_files
+from isthmus_contracts.manifests.manifest import ManifestError, check_job_name, parse_federated_job
+from isthmus_contracts.manifests.yaml_output import dumped
 
 _POOL = re.compile(
     r"(?P<name>[a-z][a-z0-9-]*)=(?P<replicas>\d+)(?:@(?P<site>[a-z][a-z0-9-]*)(?:/(?P<environment>[a-z][a-z0-9-]*))?)?"

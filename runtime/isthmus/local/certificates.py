@@ -4,8 +4,8 @@ import datetime as dt
 from pathlib import Path
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts.manifest import FederatedJob
-from isthmus_contracts.pki import Authority, Credentials
+from isthmus_contracts.manifests.manifest import FederatedJob
+from isthmus_contracts.wire.pki import Authority, Credentials
 
 # A local run is short; a resumed one gets new certificates.
 _LIFETIME = dt.timedelta(days=90)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts.manifest import FederatedJob
+from isthmus_contracts.manifests.manifest import FederatedJob
 
 _THREADS = "OMP_NUM_THREADS"
 # What torchrun and mpirun tell a process of its place among others. Left in a shell, it is no client's place.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from isthmus_contracts.manifest import FederatedJob
+from isthmus_contracts.manifests.manifest import FederatedJob
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from .plan import LocalClient

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from isthmus_contracts.federatedjob import Objective
+from isthmus_contracts.api.federated_job import Objective
 from isthmus_contracts.pb import federation_pb2 as pb
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from isthmus_contracts.manifest import FederatedJob
+from isthmus_contracts.manifests.manifest import FederatedJob
 
 _MODEL_SUFFIXES = (".pt", ".safetensors")
 _CHECKPOINT = re.compile(r"round-(\d+)\.safetensors")

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from isthmus_contracts import tasks
-from isthmus_contracts.manifest import FederatedJob
+from isthmus_contracts.manifests.manifest import FederatedJob
 from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.process import asyncio_tasks
 from isthmus_contracts.text import one_line
 
 from .certificates import client_directory, issue_certificates
@@ -103,7 +103,7 @@ class LocalRun:
 
     async def _stop(self) -> None:
         """Ends every task and every process: the clients first, which may still hand something in."""
-        await tasks.end(self._tasks)
+        await asyncio_tasks.end(self._tasks)
         await asyncio.gather(*(child.stop(_GRACE, self._hurry) for child in self._children.values()))
         if self._server.child is not None:
             await self._server.child.stop(_LAST_GRACE if self._trained.is_set() else _GRACE, self._hurry)

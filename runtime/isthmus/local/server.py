@@ -12,11 +12,11 @@ from typing import Any
 from grpc import aio
 
 from isthmus_contracts.identities import aggregator_server_name
-from isthmus_contracts.manifest import FederatedJob
+from isthmus_contracts.manifests.manifest import FederatedJob
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import ObserverStub
-from isthmus_contracts.pki import Credentials
-from isthmus_contracts.transport import aio_channel
+from isthmus_contracts.wire.pki import Credentials
+from isthmus_contracts.wire.transport import aio_channel
 
 from ..aggregator.exits import EXIT_PORT_TAKEN
 from .certificates import AGGREGATOR

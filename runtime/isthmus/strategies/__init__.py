@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from isthmus_contracts.strategy import Strategy as StrategySpec
+from isthmus_contracts.api.strategy import Strategy as StrategySpec
 
 from .base import GREATEST_WEIGHT, Setup, Strategy, StrategyError, Update
 from .coordinate_median import CoordinateMedian

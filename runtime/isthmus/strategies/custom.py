@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from isthmus_contracts.manifest import ManifestError
+from isthmus_contracts.manifests.manifest import ManifestError
 
 from ..tensors import State, TransferError, beyond, checked, mismatch, non_finite, specs_of
 from .base import GREATEST_WEIGHT, Setup, Strategy, StrategyError, Update

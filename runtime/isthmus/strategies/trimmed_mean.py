@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from isthmus_contracts.fields import exactly
+from isthmus_contracts.api.fields import exactly
 
 from ..tensors import State
 from .base import Setup

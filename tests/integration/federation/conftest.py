@@ -16,8 +16,8 @@ import pytest
 from isthmus_contracts import identities
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import ObserverStub
-from isthmus_contracts.pki import Authority, Credentials
-from isthmus_contracts.transport import channel
+from isthmus_contracts.wire.pki import Authority, Credentials
+from isthmus_contracts.wire.transport import channel
 
 from . import forked
 from .forked import Forked

@@ -33,7 +33,7 @@ from isthmus.strategies.deterministic import Deterministic
 from isthmus.strategies.fedavg import FedAvg
 from isthmus.strategies.spill import Spill
 from isthmus.tensors import Reception
-from isthmus_contracts import transport
+from isthmus_contracts.wire import transport
 
 # Everything that happens between the first chunk of an update and the last word about its commit.
 POINTS: list[tuple[Any, str]] = [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from isthmus_contracts.pb import federation_pb2 as pb
-from isthmus_contracts.pki import Authority
+from isthmus_contracts.wire.pki import Authority
 
 from .conftest import DAY, SERVER_NAME, Federation, eventually
 

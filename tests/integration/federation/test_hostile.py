@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from isthmus.tensors import checksum_of, chunks_of
-from isthmus_contracts import loglimit
 from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.process import log_limit
 
 from .conftest import POOL, Federation, eventually
 from .test_protocol import HandMadeClient
@@ -110,14 +110,14 @@ def test_what_clients_say_cannot_forge_lines(federation: Make, clients: Clients)
 
 def test_a_flood_of_what_is_refused_does_not_fill_the_log(federation: Make, clients: Clients) -> None:
     job, (_, evil), _ = started(federation, clients, 2, 1)
-    count = 4 * loglimit.BURST
+    count = 4 * log_limit.BURST
     answers = (message for message in evil.messages if message.HasField("reply"))
     for _ in range(count // 20):  # who does not read what waits is disconnected
         for _ in range(20):
             evil.say(pb.ClientMessage(update=b"\xff" * 100))
         assert sum(1 for _ in zip(range(20), answers, strict=False)) == 20
     lines = job.log("aggregator").splitlines()
-    assert loglimit.BURST <= sum("update refused" in line for line in lines) < 2 * loglimit.BURST
+    assert log_limit.BURST <= sum("update refused" in line for line in lines) < 2 * log_limit.BURST
 
 
 def test_a_pool_that_evaluates_does_not_train(federation: Make, clients: Clients) -> None:

@@ -14,7 +14,7 @@ from isthmus.aggregator import service
 from isthmus.framing import PUSH
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
-from isthmus_contracts.transport import channel
+from isthmus_contracts.wire.transport import channel
 
 from .conftest import POOL, SERVER_NAME, UID, Federation, eventually
 from .test_protocol import HandMadeClient

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from isthmus_contracts import identities
-from isthmus_contracts.accounting import Spent
+from isthmus_contracts.dp_accounting import Spent
 from tests.ports import free_port
 
 from .conftest import DAY, POOL, SERVER_NAME, UID, Federation, eventually

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from isthmus_contracts.accounting import Spent
+from isthmus_contracts.dp_accounting import Spent
 
 from .conftest import Federation, eventually
 from .test_faults import records, trained

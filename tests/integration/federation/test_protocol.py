@@ -15,7 +15,7 @@ from isthmus.aggregator.receptions import RECEPTION_BYTES
 from isthmus.tensors import Data, State, checksum_of, chunks_of, specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
-from isthmus_contracts.transport import channel
+from isthmus_contracts.wire.transport import channel
 
 from .conftest import POOL, SERVER_NAME, UID, Federation, eventually
 

@@ -23,7 +23,7 @@ from isthmus.aggregator.checkpoints import CheckpointStore
 from isthmus.metricnames import LONGEST_NAME, MOST_METRICS
 from isthmus.tensors import checksum_of, chunks_of, specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
-from isthmus_contracts.transport import channel
+from isthmus_contracts.wire.transport import channel
 
 from .conftest import POOL, SERVER_NAME, UID, Federation, eventually
 from .protocol_messages import EDITS, Edit, arbitrary, edited, mostly, nearly, resolved

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus_contracts.identities import operator_identity
-from isthmus_contracts.pki import Authority
+from isthmus_contracts.wire.pki import Authority
 from isthmus_operator.clock import Clock
 from isthmus_operator.effects.bridge import Bridges
 from isthmus_operator.effects.lines import Lines

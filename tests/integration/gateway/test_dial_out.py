@@ -16,7 +16,7 @@ from grpc import aio
 
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.pb import bridge_pb2 as pb
-from isthmus_contracts.pki import Authority
+from isthmus_contracts.wire.pki import Authority
 from isthmus_operator.effects.lines import BridgeError, NotConnectedError
 from isthmus_operator.observed import PoolPhase, PoolView, ProblemKind
 

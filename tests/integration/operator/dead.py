@@ -12,8 +12,8 @@ from isthmus_contracts import identities as ids
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb.bridge_pb2_grpc import BridgeServicer, add_BridgeServicer_to_server
 from isthmus_contracts.pb.federation_pb2_grpc import ObserverServicer, add_ObserverServicer_to_server
-from isthmus_contracts.pki import Authority, Credentials
-from isthmus_contracts.transport import SERVER_OPTIONS, server_credentials
+from isthmus_contracts.wire.pki import Authority, Credentials
+from isthmus_contracts.wire.transport import SERVER_OPTIONS, server_credentials
 
 from .process import until
 from .standin import ApiServer

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from isthmus_bridge.cli import main
-from isthmus_contracts.pki import Credentials, certificates_in
+from isthmus_contracts.wire.pki import Credentials, certificates_in
 
 
 def certs(folder: Path, *options: str) -> int:

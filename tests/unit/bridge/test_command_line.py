@@ -11,7 +11,7 @@ from cryptography import x509
 from isthmus_bridge.cli import main
 from isthmus_bridge.policy import load
 from isthmus_bridge.status import StatusFile
-from isthmus_contracts.pki import Credentials
+from isthmus_contracts.wire.pki import Credentials
 
 from .world import KEY, OPERATOR, World
 

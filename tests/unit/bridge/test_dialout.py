@@ -20,8 +20,8 @@ from isthmus_bridge.policy import GATEWAY_CA_FILE, GatewaySettings, PolicyError
 from isthmus_bridge.proxy import connect, proxy_for
 from isthmus_contracts.pb import gateway_pb2 as pb
 from isthmus_contracts.pb import gateway_pb2_grpc as rpc
-from isthmus_contracts.pki import Authority
-from isthmus_contracts.tunnel import MAX_CONNECTIONS
+from isthmus_contracts.wire.pki import Authority
+from isthmus_contracts.wire.tunnel import MAX_CONNECTIONS
 from tests.connect_proxy import ConnectProxy
 
 from .world import policy

@@ -24,8 +24,8 @@ from isthmus_bridge.server import Bridge, ServerError, serve
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
-from isthmus_contracts.pki import Authority, Credentials
-from isthmus_contracts.transport import channel
+from isthmus_contracts.wire.pki import Authority, Credentials
+from isthmus_contracts.wire.transport import channel
 
 from .test_service import eventually, site
 from .world import KEY, FakeSlurm, spec

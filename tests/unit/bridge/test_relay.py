@@ -25,8 +25,8 @@ from isthmus_bridge.relay.server import Relay, Route, connections_of, routes
 from isthmus_bridge.server import Bridge
 from isthmus_contracts.identities import aggregator_server_name
 from isthmus_contracts.pb import bridge_pb2 as pb
-from isthmus_contracts.pki import Authority
-from isthmus_contracts.transport import SERVER_OPTIONS, channel, server_credentials
+from isthmus_contracts.wire.pki import Authority
+from isthmus_contracts.wire.transport import SERVER_OPTIONS, channel, server_credentials
 
 from .world import OPERATOR, FakeSlurm, policy, spec
 

@@ -20,7 +20,7 @@ from isthmus_bridge.slurm.model import Gres, Patience, SlurmError, SubmissionAmb
 from isthmus_bridge.slurm.rest import RestAdapter, submitted
 from isthmus_bridge.slurm.rest_http import BrokenError, Endpoint, NotSentError, endpoint, exchange
 from isthmus_bridge.slurm.rest_token import TokenCommand, TokenFile
-from isthmus_contracts.pki import Authority
+from isthmus_contracts.wire.pki import Authority
 
 from .test_cli_adapter import submission
 

@@ -20,8 +20,8 @@ from isthmus_bridge.service import MAX_WATCHERS_PER_CALLER
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
-from isthmus_contracts.pki import Authority, Credentials
-from isthmus_contracts.transport import channel
+from isthmus_contracts.wire.pki import Authority, Credentials
+from isthmus_contracts.wire.transport import channel
 
 from .world import KEY, NAME, FakeSlurm, policy, spec
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus_contracts.accounting import Spent, delta_of, epsilon_of, noise_for
+from isthmus_contracts.dp_accounting import Spent, delta_of, epsilon_of, noise_for
 
 
 def spent(*rounds: tuple[float, int]) -> Spent:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from isthmus_contracts.addresses import ANYWHERE, bound, joined, split, unbound
-from isthmus_contracts.httpserver import serve_metrics
+from isthmus_contracts.process.http_server import serve_metrics
+from isthmus_contracts.wire.addresses import ANYWHERE, bound, joined, split, unbound
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_without_ipv6_everywhere_is_ipv4(monkeypatch: pytest.MonkeyPatch) -> Non
             raise OSError(97, "Address family not supported by protocol")
         return real(family, kind)
 
-    monkeypatch.setattr("isthmus_contracts.addresses.socket.socket", without)
+    monkeypatch.setattr("isthmus_contracts.wire.addresses.socket.socket", without)
     made: Any
     made, where = unbound("::")
     made.close()

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from isthmus_contracts.compression import PATTERN_DOWNLOAD, PATTERN_UPLOAD, Compression
-from isthmus_contracts.crd import federated_job_crd
-from isthmus_contracts.federatedjob import FederatedJobSpec
-from isthmus_contracts.manifest import ManifestError, parse_spec
-from isthmus_contracts.strategy import ALGORITHM_PARAMETERS
+from isthmus_contracts.api.compression import PATTERN_DOWNLOAD, PATTERN_UPLOAD, Compression
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.strategy import ALGORITHM_PARAMETERS
+from isthmus_contracts.manifests.crd import federated_job_crd
+from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
 
 GOOD: dict[str, Any] = {
     "rounds": 2,

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import yaml
 
-from isthmus_contracts.crd import federated_job_crd, hpc_site_crd
+from isthmus_contracts.manifests.crd import federated_job_crd, hpc_site_crd
 
 ROOT = Path(__file__).parents[3]
 CONTRACTS = ROOT / "contracts"
 
 
 def test_the_crds_are_in_step(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "isthmus_contracts.crd", tmp_path], check=True)
+    subprocess.run([sys.executable, "-m", "isthmus_contracts.manifests.crd", tmp_path], check=True)
     for path in (ROOT / "crds").iterdir():
         assert path.read_text() == (tmp_path / path.name).read_text(), f"{path.name}: run `make generate`"
     assert len(list(tmp_path.iterdir())) == len(list((ROOT / "crds").iterdir()))

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from isthmus_contracts.crd import hpc_site_crd
-from isthmus_contracts.manifest import ManifestError, parse_site_spec, parse_spec
+from isthmus_contracts.manifests.crd import hpc_site_crd
+from isthmus_contracts.manifests.manifest import ManifestError, parse_site_spec, parse_spec
 
 SITE: dict[str, Any] = {"tls": {"secretRef": {"name": "s", "namespace": "n"}}, "allowedNamespaces": ["*"]}
 ENDPOINT = "login1.example:7444"

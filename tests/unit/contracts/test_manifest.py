@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from isthmus_contracts.manifest import ManifestError, load_federated_job, parse_federated_job, parse_spec
-from isthmus_contracts.tracking import PATTERN_TRACKING_URI, MLflow
+from isthmus_contracts.api.tracking import PATTERN_TRACKING_URI, MLflow
+from isthmus_contracts.manifests.manifest import ManifestError, load_federated_job, parse_federated_job, parse_spec
 
 GOOD: dict[str, Any] = {
     "apiVersion": "isthmus.dev/v1alpha1",

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from isthmus_contracts.openfiles import connections_within
+from isthmus_contracts.process.open_files import connections_within
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ def test_room_for_connections(files: int, wanted: int, room: int) -> None:
 
 def test_the_soft_limit_becomes_the_hard_one() -> None:
     script = (
-        "import resource as r; from isthmus_contracts.openfiles import raise_limit\n"
+        "import resource as r; from isthmus_contracts.process.open_files import raise_limit\n"
         "r.setrlimit(r.RLIMIT_NOFILE, (64, 128)); print(raise_limit(), *r.getrlimit(r.RLIMIT_NOFILE))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from isthmus_contracts.manifest import ManifestError, parse_spec
+from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
 
 SPEC: dict[str, Any] = {
     "rounds": 10,

@@ -12,9 +12,9 @@ import grpc
 import pytest
 from grpc import aio
 
-from isthmus_contracts import transport
-from isthmus_contracts.pki import Authority, Credentials
-from isthmus_contracts.transport import aio_channel, renewed_server_credentials
+from isthmus_contracts.wire import transport
+from isthmus_contracts.wire.pki import Authority, Credentials
+from isthmus_contracts.wire.transport import aio_channel, renewed_server_credentials
 from tests import faketime
 
 _DAY = dt.timedelta(days=1)
@@ -89,8 +89,8 @@ async def test_a_renewed_authority_and_the_earlier_one_trust_each_other(
 _CLIENT = """
 import asyncio, datetime, sys
 from pathlib import Path
-from isthmus_contracts.pki import Credentials
-from isthmus_contracts.transport import aio_channel
+from isthmus_contracts.wire.pki import Credentials
+from isthmus_contracts.wire.transport import aio_channel
 
 async def main():
     async with aio_channel(sys.argv[1], Credentials.read(Path(sys.argv[2]))) as channel:

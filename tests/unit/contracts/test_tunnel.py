@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from isthmus_contracts.pb import gateway_pb2 as pb
-from isthmus_contracts.tunnel import CHUNK, Connections, TunnelError
+from isthmus_contracts.wire.tunnel import CHUNK, Connections, TunnelError
 
 
 class Stream:

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from isthmus_contracts.yamltext import dumped
+from isthmus_contracts.manifests.yaml_output import dumped
 
 
 @pytest.mark.parametrize("text", ["1e-5", "-1E6", "+.5e3", "0.1", "10", "1e400", "yes", "null", "~", ""])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from isthmus_contracts.manifest import load_federated_job, parse_site_spec
+from isthmus_contracts.manifests.manifest import load_federated_job, parse_site_spec
 from isthmus_examples import central, digits
 from isthmus_examples.training import Examples, Settings, evaluate, train
 

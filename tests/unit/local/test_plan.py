@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.local.plan import LocalClient, backoff, client_environment, inherited, local_clients, local_command
-from isthmus_contracts.manifest import FederatedJob, parse_federated_job
+from isthmus_contracts.manifests.manifest import FederatedJob, parse_federated_job
 
 
 @pytest.fixture

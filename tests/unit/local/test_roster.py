@@ -7,7 +7,7 @@ import pytest
 
 from isthmus.local.plan import local_clients
 from isthmus.local.roster import Roster, counted
-from isthmus_contracts.manifest import FederatedJob, parse_spec
+from isthmus_contracts.manifests.manifest import FederatedJob, parse_spec
 from isthmus_contracts.pb import federation_pb2 as pb
 
 LOGS = Path("runs/demo/logs")

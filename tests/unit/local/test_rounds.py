@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.local.rounds import RoundBook
-from isthmus_contracts.federatedjob import Objective
+from isthmus_contracts.api.federated_job import Objective
 from isthmus_contracts.pb import federation_pb2 as pb
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.local.rundir import RunDirectory, RunDirectoryError
-from isthmus_contracts.manifest import FederatedJob, parse_spec
+from isthmus_contracts.manifests.manifest import FederatedJob, parse_spec
 
 
 def make_job(name: str = "demo", rounds: int = 3) -> FederatedJob:

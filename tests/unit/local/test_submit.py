@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from isthmus.cli import main
-from isthmus_contracts.manifest import load_code, load_federated_job
+from isthmus_contracts.manifests.manifest import load_code, load_federated_job
 
 SCRIPT = "import isthmus\nprint('hello')\n"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from isthmus_contracts.manifest import parse_spec
-from isthmus_contracts.pki import Authority
+from isthmus_contracts.manifests.manifest import parse_spec
+from isthmus_contracts.wire.pki import Authority
 from isthmus_operator.admission import Answer, defaults, review_job, review_site
 from isthmus_operator.jobstore import SiteStore
 from isthmus_operator.observed import Observed

@@ -8,8 +8,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from isthmus_contracts.identities import client_files
-from isthmus_contracts.manifest import parse_spec
-from isthmus_contracts.pki import Authority, expiry
+from isthmus_contracts.manifests.manifest import parse_spec
+from isthmus_contracts.wire.pki import Authority, expiry
 from isthmus_operator import certificates, plan_base
 from isthmus_operator.actions import IssueCertificate
 from isthmus_operator.plan_base import certificate_days

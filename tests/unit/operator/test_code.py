@@ -4,7 +4,7 @@ import base64
 import datetime as dt
 from typing import Any
 
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator import actions as act
 from isthmus_operator.code import copy, files_of
 from isthmus_operator.draft import Limits

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from isthmus_contracts.identities import FINALIZER
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator.observed import Observed, PodView, PoolPhase, PoolView, ServiceView
 from isthmus_operator.record import AggregatorRecord, ClientRecord, CloudRecord, HpcRecord, Record
 from isthmus_operator.status import merge_patch

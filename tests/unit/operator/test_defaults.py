@@ -7,7 +7,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator import actions as act
 from isthmus_operator.__main__ import parse
 from isthmus_operator.admission import review_job

@@ -13,9 +13,9 @@ import pytest
 
 from isthmus_contracts.pb import gateway_pb2 as pb
 from isthmus_contracts.pb.gateway_pb2_grpc import GatewayStub
-from isthmus_contracts.pki import Authority
-from isthmus_contracts.transport import aio_public_channel
-from isthmus_contracts.tunnel import CHUNK, MAX_CONNECTIONS, PROTOCOL
+from isthmus_contracts.wire.pki import Authority
+from isthmus_contracts.wire.transport import aio_public_channel
+from isthmus_contracts.wire.tunnel import CHUNK, MAX_CONNECTIONS, PROTOCOL
 from isthmus_operator import gateway as module
 from isthmus_operator.effects.lines import BridgeError
 from isthmus_operator.gateway import Gateway

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from isthmus_contracts.crd import federated_job_crd, hpc_site_crd
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.manifests.crd import federated_job_crd, hpc_site_crd
+from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_operator.admission import defaults
 from isthmus_operator.effects.lines import BridgeError, NotConnectedError

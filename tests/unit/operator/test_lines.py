@@ -14,8 +14,8 @@ from grpc import aio
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb.bridge_pb2_grpc import BridgeServicer, add_BridgeServicer_to_server
-from isthmus_contracts.pki import Authority, Credentials
-from isthmus_contracts.transport import renewed_server_credentials
+from isthmus_contracts.wire.pki import Authority, Credentials
+from isthmus_contracts.wire.transport import renewed_server_credentials
 from isthmus_operator.clock import Clock
 from isthmus_operator.effects import bridge
 from isthmus_operator.effects import lines as module

@@ -12,8 +12,8 @@ from isthmus_contracts import identities
 from isthmus_contracts.identities import aggregator_server_name
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import ObserverServicer, add_ObserverServicer_to_server
-from isthmus_contracts.pki import Authority
-from isthmus_contracts.transport import server_credentials
+from isthmus_contracts.wire.pki import Authority
+from isthmus_contracts.wire.transport import server_credentials
 from isthmus_operator.effects.observer import Aggregators
 from isthmus_operator.federation import from_termination, view
 from isthmus_operator.observed import FederationView

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator import actions as act
 from isthmus_operator.observed import Observed, PoolPhase
 from isthmus_operator.parts import holder

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from isthmus_contracts.identities import FINALIZER
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator import actions as act
 from isthmus_operator import names
 from isthmus_operator.draft import Limits

@@ -7,7 +7,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
-from isthmus_contracts.manifest import parse_site_spec
+from isthmus_contracts.manifests.manifest import parse_site_spec
 from isthmus_operator import actions as act
 from isthmus_operator.admission import review_job
 from isthmus_operator.draft import Limits

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts.federatedjob_status import Reason
-from isthmus_contracts.manifest import parse_site_spec
+from isthmus_contracts.api.federated_job_status import Reason
+from isthmus_contracts.manifests.manifest import parse_site_spec
 from isthmus_operator import code
 from isthmus_operator.effects import dependents
 from isthmus_operator.jobstore import SiteStore

@@ -7,7 +7,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
-from isthmus_contracts.manifest import ManifestError, parse_spec
+from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
 from isthmus_operator.render import aggregator
 from isthmus_operator.render.client import ClientPods
 from isthmus_operator.render.merge import TemplateError, merge_template

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from isthmus_contracts.federatedjob_status import Reason
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.api.federated_job_status import Reason
+from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator import verdicts
 from isthmus_operator.render.restrict import ALLOWANCES, HOST_NAMESPACES, HOST_PATH, PRIVILEGED, SERVICE_ACCOUNT
 from isthmus_operator.verdicts import Acceptance, Rejection, examine

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus_contracts.federatedjob_status import ConditionType, Reason
+from isthmus_contracts.api.federated_job_status import ConditionType, Reason
 from isthmus_operator.record import AggregatorRecord, ClientRecord, CloudRecord, HpcRecord, Record
 from isthmus_operator.status import StatusDraft, decimal, is_urgent, merge_patch, parse_timestamp, rounded_up, timestamp
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from isthmus_contracts import identities as ids
-from isthmus_contracts.federatedjob import FederatedJobSpec
-from isthmus_contracts.hpcsite import HpcSiteSpec
-from isthmus_contracts.manifest import parse_site_spec, parse_spec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.hpc_site import HpcSiteSpec
+from isthmus_contracts.manifests.manifest import parse_site_spec, parse_spec
 from isthmus_operator import actions as act
 from isthmus_operator import names, plan_base
 from isthmus_operator.draft import Limits

@@ -4,7 +4,7 @@ import pytest
 
 from isthmus.aggregator.callers import Caller, Callers
 from isthmus_contracts.identities import client_identity, observer_identity, pool_identity
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.manifests.manifest import parse_spec
 
 SPEC = parse_spec(
     {

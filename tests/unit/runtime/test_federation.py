@@ -19,7 +19,7 @@ from isthmus.aggregator.refusal import StorageError
 from isthmus.aggregator.tracking.tracker import make_tracker
 from isthmus.strategies import Strategy, StrategyError, Update
 from isthmus.tensors import State, specs_of
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_contracts.pb import federation_pb2 as pb
 
 # Not small: it is folded in a thread.

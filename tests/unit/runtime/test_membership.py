@@ -9,8 +9,8 @@ from isthmus.aggregator.course import Course
 from isthmus.aggregator.membership import Client, Membership, Refusal
 from isthmus.aggregator.permissions import Permissions
 from isthmus.aggregator.progress import Progress, WeightedMeans
-from isthmus_contracts.federatedjob import Objective
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.api.federated_job import Objective
+from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_contracts.pb import federation_pb2 as pb
 
 SPEC = parse_spec(

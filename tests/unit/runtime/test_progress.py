@@ -7,7 +7,7 @@ import pytest
 from isthmus.aggregator.checkpoints import RoundRecord
 from isthmus.aggregator.progress import MOST_NAMES, Progress, WeightedMeans
 from isthmus.aggregator.voices import Voices, confirmed
-from isthmus_contracts.federatedjob import Objective
+from isthmus_contracts.api.federated_job import Objective
 
 NAN = float("nan")
 

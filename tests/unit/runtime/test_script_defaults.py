@@ -14,8 +14,8 @@ from isthmus.privacy import Private
 from isthmus.strategies import Update, make_strategy
 from isthmus.strategies.spill import Spill
 from isthmus.tensors import Reception, State, allocate, bytes_view, checksum_of, chunks_of, flat, snapshot, specs_of
-from isthmus_contracts.compression import Compression
-from isthmus_contracts.strategy import Strategy
+from isthmus_contracts.api.compression import Compression
+from isthmus_contracts.api.strategy import Strategy
 
 SEED = "3/pool/0"
 UPLOADS = ["None", "Zstd", "Float16", "BFloat16", "Int8", "Int4", "Rotation+Int8", "Rotation+Int4+Zstd", "TopK",

@@ -10,8 +10,8 @@ import pytest
 from isthmus.aggregator.clientbook import ClientBook, ClientRecord, Report
 from isthmus.aggregator.membership import ClientId
 from isthmus.aggregator.selection import adaptive, choose, utility
-from isthmus_contracts.federatedjob import FederatedJobSpec
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.manifests.manifest import parse_spec
 
 READY: list[ClientId] = [("p", index) for index in range(10)]
 NOBODY = ClientBook()

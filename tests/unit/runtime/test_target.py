@@ -18,7 +18,7 @@ from isthmus.aggregator.metrics import AggregatorMetrics
 from isthmus.aggregator.tracking.tracker import make_tracker
 from isthmus.strategies import make_strategy
 from isthmus.tensors import State, specs_of
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_contracts.pb import federation_pb2 as pb
 
 SECONDS = 60

@@ -13,7 +13,7 @@ from isthmus.aggregator.job import Job
 from isthmus.aggregator.tracking.sink import Sink, Worker
 from isthmus.aggregator.tracking.tensorboard import TensorBoardSink
 from isthmus.aggregator.tracking.tracker import Tracker, numbers_of, parameters_of
-from isthmus_contracts.manifest import parse_spec
+from isthmus_contracts.manifests.manifest import parse_spec
 
 LONG = 60.0
 

@@ -19,8 +19,8 @@ from isthmus.client.transfer import FinishedUpdate, push
 from isthmus.framing import PUSH, SERVICE
 from isthmus_contracts import identities
 from isthmus_contracts.pb import federation_pb2 as pb
-from isthmus_contracts.pki import Authority
-from isthmus_contracts.transport import server_credentials
+from isthmus_contracts.wire.pki import Authority
+from isthmus_contracts.wire.transport import server_credentials
 
 LIMIT = 4 << 20
 DAY = dt.timedelta(days=1)
@@ -143,7 +143,8 @@ def test_a_header_that_is_too_large_is_not_sent_again(aggregator: Aggregator, si
 
 
 def test_a_word_that_is_too_large_is_not_waited_for(aggregator: Aggregator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus_contracts.transport._CHANNEL_OPTIONS", [("grpc.max_receive_message_length", LIMIT)])
+    options = [("grpc.max_receive_message_length", LIMIT)]
+    monkeypatch.setattr("isthmus_contracts.wire.transport._CHANNEL_OPTIONS", options)
     aggregator.welcome_bytes = LIMIT + 1
     with closing(Session(Context(pool="pool"), evaluates=False, stopping=threading.Event())) as session:
         problem = session.incoming.get(timeout=60)

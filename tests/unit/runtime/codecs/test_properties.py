@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from isthmus.codecs import Chain, Decoder, Encoded, encode, parse_chain
 from isthmus.codecs.base import SEGMENT
 from isthmus.tensors import State, bytes_view
-from isthmus_contracts.compression import Compression
+from isthmus_contracts.api.compression import Compression
 
 KINDS = [
     "Float16", "BFloat16", "Int8", "Int4", "Rotation+Int8", "Rotation+Int4", "TopK", "TopK+Float16", "TopK+BFloat16",

@@ -14,7 +14,7 @@ from isthmus.codecs import Chain, CodecError, Decoder, Encoded, NonFiniteError, 
 from isthmus.codecs.base import RAW_BELOW, SEGMENT
 from isthmus.codecs.zstd import BLOCK_BYTES
 from isthmus.tensors import CHUNK_BYTES, State, TransferError, non_finite
-from isthmus_contracts.compression import Compression
+from isthmus_contracts.api.compression import Compression
 
 CHAINS = [
     "Float16", "BFloat16", "Delta+Float16", "Int8", "Int4", "Rotation+Int8", "Rotation+Int4", "TopK", "TopK+Int8",

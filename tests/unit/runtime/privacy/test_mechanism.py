@@ -16,7 +16,7 @@ from isthmus.privacy import Private
 from isthmus.privacy.noise import Normals
 from isthmus.strategies import StrategyError, Update, make_strategy
 from isthmus.tensors import State
-from isthmus_contracts.strategy import Strategy as Spec
+from isthmus_contracts.api.strategy import Strategy as Spec
 
 STEPS = 2**32
 

@@ -7,7 +7,7 @@ import torch
 
 from isthmus.strategies import Strategy, Update, make_strategy
 from isthmus.tensors import State
-from isthmus_contracts.strategy import Strategy as Spec
+from isthmus_contracts.api.strategy import Strategy as Spec
 
 
 def make(algorithm: str, directory: Path | None = None, clients: int = 1, **parameters: str) -> Strategy:

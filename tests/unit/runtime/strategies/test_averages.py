@@ -9,7 +9,7 @@ import torch
 from isthmus.strategies import GREATEST_WEIGHT, Strategy, Update, averages
 from isthmus.strategies.averages import IntegerMean, Mean
 from isthmus.tensors import State
-from isthmus_contracts.strategy import ALGORITHM_PARAMETERS
+from isthmus_contracts.api.strategy import ALGORITHM_PARAMETERS
 
 from .rounds import make, run
 

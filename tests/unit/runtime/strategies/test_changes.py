@@ -9,7 +9,7 @@ import torch
 
 from isthmus.strategies import Update, make_strategy
 from isthmus.tensors import State, non_finite
-from isthmus_contracts.strategy import Strategy as Spec
+from isthmus_contracts.api.strategy import Strategy as Spec
 
 from .rounds import array, make, model, run, updates, weighted_mean
 

@@ -14,8 +14,8 @@ from isthmus.aggregator.checkpoints import CheckpointStore
 from isthmus.strategies import Setup, Strategy, StrategyError, Update, make_strategy
 from isthmus.strategies.fedavg import FedAvg
 from isthmus.tensors import State
-from isthmus_contracts.manifest import ManifestError
-from isthmus_contracts.strategy import Strategy as Spec
+from isthmus_contracts.api.strategy import Strategy as Spec
+from isthmus_contracts.manifests.manifest import ManifestError
 
 from .rounds import model, run, updates
 

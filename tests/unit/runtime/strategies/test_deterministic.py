@@ -11,7 +11,7 @@ import torch
 
 from isthmus.strategies import make_strategy
 from isthmus.tensors import State
-from isthmus_contracts.strategy import ALGORITHM_PARAMETERS, Strategy
+from isthmus_contracts.api.strategy import ALGORITHM_PARAMETERS, Strategy
 
 from .rounds import run, updates
 

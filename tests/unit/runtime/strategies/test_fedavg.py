@@ -8,7 +8,7 @@ from isthmus.client.names import Names
 from isthmus.client.proximal import ProximalTerm
 from isthmus.strategies import Update, make_strategy
 from isthmus.tensors import State
-from isthmus_contracts.strategy import Strategy as Spec
+from isthmus_contracts.api.strategy import Strategy as Spec
 
 
 def aggregate(model: State, updates: list[tuple[int, State]]) -> State:

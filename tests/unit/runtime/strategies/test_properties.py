@@ -10,8 +10,8 @@ import torch
 
 from isthmus.strategies import GREATEST_WEIGHT, Update, make_strategy
 from isthmus.tensors import State
-from isthmus_contracts.strategy import ALGORITHM_PARAMETERS
-from isthmus_contracts.strategy import Strategy as Spec
+from isthmus_contracts.api.strategy import ALGORITHM_PARAMETERS
+from isthmus_contracts.api.strategy import Strategy as Spec
 
 from .rounds import make, run
 

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from .identities import CA_FILE, CERTIFICATE_FILE, KEY_FILE
+from ..identities import CA_FILE, CERTIFICATE_FILE, KEY_FILE
 
 # Clocks of nodes and sites differ, some by whole hours (a local time taken for UTC): certificates are valid from a day
 # before they were made. That costs nothing, since their keys did not exist then.

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from isthmus_contracts import httpserver
-from isthmus_contracts.httpserver import CONNECTIONS, serve_metrics
+from isthmus_contracts.process import http_server
+from isthmus_contracts.process.http_server import CONNECTIONS, serve_metrics
 
 
 def application(environ: dict[str, Any], start: Any) -> Iterable[bytes]:
@@ -43,11 +43,11 @@ def test_silent_connections_make_room(port: int) -> None:
         for one in silent[: 2 * CONNECTIONS]:
             assert one.recv(1) == b""
         assert scrape(port) == b"isthmus_up 1\n"
-        assert threading.active_count() - before <= CONNECTIONS + httpserver._ENDING
+        assert threading.active_count() - before <= CONNECTIONS + http_server._ENDING
 
 
 def test_a_silent_connection_ends_by_itself(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
-    monkeypatch.setattr(httpserver, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(http_server, "IDLE_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as silent:
         silent.sendall(b"GET /metrics HTTP/1.0\r\n")
         assert silent.recv(100) == b""

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from isthmus_contracts import loglimit
-from isthmus_contracts.loglimit import BURST, LogLimit
+from isthmus_contracts.process import log_limit
+from isthmus_contracts.process.log_limit import BURST, LogLimit
 
 
 def record(text: str, level: int = logging.WARNING, argument: object = 0) -> logging.LogRecord:
@@ -23,14 +23,14 @@ def test_a_flood_of_one_kind_is_bounded_and_counted(monkeypatch: pytest.MonkeyPa
     assert sum(limit.filter(record("refused: %s", logging.ERROR)) for _ in range(2 * BURST)) == BURST
     now += 10
     passed = [line for number in range(1000) if limit.filter(line := record("refused: %s", argument=number))]
-    assert len(passed) == 10 * loglimit.PER_SECOND
+    assert len(passed) == 10 * log_limit.PER_SECOND
     assert passed[0].getMessage() == f"refused: 0 ({10_000 - BURST} more like it were left out)"
     assert passed[1].getMessage() == "refused: 1"
 
 
 def test_a_text_with_percent_signs_survives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loglimit, "BURST", 1)
-    monkeypatch.setattr(loglimit, "PER_SECOND", 1e9)
+    monkeypatch.setattr(log_limit, "BURST", 1)
+    monkeypatch.setattr(log_limit, "PER_SECOND", 1e9)
     limit = LogLimit()
     limit._kinds[("a", logging.WARNING, "%s")] = (1.0, 0.0, 3)
     line = record("%s", argument="100 %s")

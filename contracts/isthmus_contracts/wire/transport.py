@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import grpc
 from grpc import aio
 
-from .identities import CERTIFICATE_FILE, KEY_FILE
+from ..identities import CERTIFICATE_FILE, KEY_FILE
 from .pki import Credentials
 
 # The header of a model or an update names its tensors: 100 bytes or so for each.

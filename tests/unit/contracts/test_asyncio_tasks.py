@@ -4,11 +4,11 @@ import asyncio
 
 import pytest
 
-from isthmus_contracts import tasks
+from isthmus_contracts.process import asyncio_tasks
 
 
 def test_a_task_that_misses_its_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "_AGAIN", 0.01)
+    monkeypatch.setattr(asyncio_tasks, "_AGAIN", 0.01)
     heard = 0
 
     async def deaf() -> None:
@@ -27,9 +27,9 @@ def test_a_task_that_misses_its_cancellation_is_cancelled_again(monkeypatch: pyt
     async def run() -> None:
         begun = [asyncio.create_task(deaf()), asyncio.create_task(failing())]
         await asyncio.sleep(0)
-        await asyncio.wait_for(tasks.end(begun), 30)
+        await asyncio.wait_for(asyncio_tasks.end(begun), 30)
         assert all(task.done() for task in begun)
-        await tasks.end([])
+        await asyncio_tasks.end([])
 
     asyncio.run(run())
     assert heard == 3

@@ -4,9 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .federatedjob_status import Condition
+from ..identities import bridge_server_name
+from .federated_job_status import Condition
 from .fields import Cidr, HostPort, Namespace, ObjectName, Resource, Text, list_map
-from .identities import bridge_server_name
 
 HostName = Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")]
 NamespacePattern = Annotated[str, Field(max_length=63, pattern=r"^(\*|[a-z0-9]([-a-z0-9]*[a-z0-9])?)$")]

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from .pb import gateway_pb2 as pb
+from ..pb import gateway_pb2 as pb
 
 PROTOCOL = 1
 # The operator has one connection to each bridge, and a second while it changes certificates.

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import field_validator, model_validator
 
-from .accounting import Spent
+from ..dp_accounting import Spent
 from .fields import Decimal, Resource, single_precision_problem
 from .strategy import Algorithm
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from ..identities import RESERVED_ENV_PREFIX, RESERVED_POOL_NAMES
 from .aggregator import Aggregator
 from .compression import TOP_K, Compression
 from .fields import (
@@ -23,9 +24,8 @@ from .fields import (
     exactly,
     list_map,
 )
-from .identities import RESERVED_ENV_PREFIX, RESERVED_POOL_NAMES
+from .participation import Selection, Stragglers
 from .privacy import Privacy
-from .rounds import Selection, Stragglers
 from .strategy import Strategy
 from .tracking import Tracking
 

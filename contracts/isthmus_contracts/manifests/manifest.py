@@ -9,9 +9,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from .code import check_files
-from .federatedjob import FederatedJobSpec
-from .fields import (
+from ..api.federated_job import FederatedJobSpec
+from ..api.fields import (
     PATTERN_CLASS,
     PATTERN_DECIMAL,
     PATTERN_DNS_LABEL,
@@ -20,8 +19,9 @@ from .fields import (
     PATTERN_OBJECT_NAME,
     PATTERN_STORAGE_CLASS,
 )
-from .hpcsite import HpcSiteSpec
-from .identities import API_VERSION
+from ..api.hpc_site import HpcSiteSpec
+from ..identities import API_VERSION
+from .code_files import check_files
 
 # The aggregator's Service is named <job>-aggregator and must fit a DNS label.
 MAX_JOB_NAME = 50

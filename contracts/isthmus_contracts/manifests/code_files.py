@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from .fields import PATTERN_FILE_NAME
+from ..api.fields import PATTERN_FILE_NAME
 
 MAX_FILES = 64
 # What a ConfigMap holds at most, and well below what a gRPC message may be.

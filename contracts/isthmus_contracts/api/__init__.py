@@ -1,0 +1,1 @@
+"""The custom resources as typed models: FederatedJob, HPCSite and their parts."""

@@ -1,0 +1,1 @@
+"""Reading, checking and writing manifests, and the CRDs generated from the models."""

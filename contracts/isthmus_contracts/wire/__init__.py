@@ -1,0 +1,1 @@
+"""Connections between the parts: certificates, gRPC channels, tunnels and addresses."""
