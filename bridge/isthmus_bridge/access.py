@@ -9,7 +9,7 @@ from ipaddress import ip_address
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 
-from .packing import jobs_for, per_job
+from .clients_per_job import jobs_for, per_job
 from .policy import Environment, Identity, Policy
 from .policy_parts import AllCallers, Limits, merged
 from .slurm.model import Gres

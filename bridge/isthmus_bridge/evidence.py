@@ -10,7 +10,8 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from .directories import PoolDirectory, pool_directory
 from .journal import Entry
 from .observation import Observation
-from .packing import by_client, per_job, unheard, with_exits, with_tails
+from .clients_per_job import per_job
+from .packing import by_client, unheard, with_exits, with_tails
 from .policy import Policy
 from .slurm.states import Meaning
 

@@ -14,7 +14,7 @@ from typing import Any
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .observation import Observation
-from .packing import jobs_for, per_job
+from .clients_per_job import jobs_for, per_job
 
 
 class JournalError(Exception):

@@ -8,7 +8,8 @@ from isthmus_contracts.identities import slurm_job_name
 from .directories import pool_directory
 from .journal import Entry
 from .observation import Observation, choose, resolve
-from .packing import marks_of_jobs, per_job
+from .clients_per_job import per_job
+from .packing import marks_of_jobs
 from .policy import Policy
 from .slurm.model import SlurmAdapter, SlurmError, TaskRecord
 

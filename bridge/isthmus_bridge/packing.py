@@ -9,21 +9,12 @@ from dataclasses import replace
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 
+from .clients_per_job import per_job
 from .observation import ClientNote, Observation, TaskObservation
 from .run_directory import Exit, Marks
 from .slurm.states import Meaning
 
 _ENDED = ("COMPLETED", "FAILED")
-
-
-def per_job(spec: pb.PoolSpec) -> int:
-    """How many clients share a job."""
-    return max(1, spec.clients_per_job)
-
-
-def jobs_for(spec: pb.PoolSpec) -> int:
-    """How many jobs a pool's clients take."""
-    return -(-spec.replicas // per_job(spec))
 
 
 def by_client(observation: Observation, spec: pb.PoolSpec) -> Observation:

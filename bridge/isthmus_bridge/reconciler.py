@@ -19,7 +19,8 @@ from .lookup import Lookup
 from .metrics import Metrics
 from .observation import Observation, choose, ended_by_limit, lose, observe
 from .outcome import outcome
-from .packing import by_client, jobs_for
+from .clients_per_job import jobs_for
+from .packing import by_client
 from .policy import Policy
 from .slurm.accounts import uid_of
 from .slurm.environment import user_name

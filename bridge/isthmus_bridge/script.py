@@ -13,7 +13,7 @@ from isthmus_contracts import identities as names
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .access import Grant
-from .packing import per_job
+from .clients_per_job import per_job
 from .policy import Environment
 from .setup_lines import steps
 from .slurm.model import Gres

@@ -14,7 +14,7 @@ from .access import Denial, Grant, decide, draining
 from .directories import PoolDirectory, pool_directory
 from .journal import Entry, Journal, State
 from .metrics import Metrics
-from .packing import jobs_for, per_job
+from .clients_per_job import jobs_for, per_job
 from .policy import Policy
 from .rules import Rules
 from .slurm.model import Patience, SlurmAdapter, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused

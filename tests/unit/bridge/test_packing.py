@@ -6,7 +6,8 @@ import pytest
 
 from isthmus_bridge.access import Denial, Grant, decide, too_many
 from isthmus_bridge.observation import ClientNote, Observation, TaskObservation
-from isthmus_bridge.packing import by_client, jobs_for, marks_of_jobs
+from isthmus_bridge.clients_per_job import jobs_for
+from isthmus_bridge.packing import by_client, marks_of_jobs
 from isthmus_bridge.policy_parts import Limits
 from isthmus_bridge.rules import Rules
 from isthmus_bridge.run_directory import Marks, RunDirectory
