@@ -8,15 +8,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, certificates, check, doctor, logs, orders, status, strict_modes
-from .journal import JournalError
-from .policy import Policy, PolicyError, load, schema
-from .policy_fields import USER_NAME
+from . import __version__, logs
+from .admin import certificates, check, doctor, orders, strict_modes
+from .policy.fields import USER_NAME
+from .policy.policy import Policy, PolicyError, load, schema
+from .pools import status_file
+from .pools.journal import JournalError
 from .server import ServerError, serve
 from .slurm.environment import user_name
 from .users.doctor import changeable, code
-from .users.local import named, require
-from .users.rule import RuleError, fragment
+from .users.sudoers import RuleError, fragment
+from .users.user_checks import named, require
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ def _dialling(addresses: Sequence[str], proxy: str | None) -> dict[str, object]:
 
 
 def _changed(policy: Policy, changes: dict[str, object]) -> Policy:
-    from .policy import parse
+    from .policy.policy import parse
 
     return parse({**policy.model_dump(mode="json", exclude_unset=True), **changes})
 
@@ -115,9 +117,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     try:
-        for line in status.show(load(options.policy).status_path):
+        for line in status_file.show(load(options.policy).status_path):
             print(line)
-    except status.StatusError as error:
+    except status_file.StatusError as error:
         return _complain(str(error), 1)
     return 0
 

@@ -18,21 +18,21 @@ from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 from isthmus_contracts.wire.pki import Credentials, expiry
 from isthmus_contracts.wire.transport import SERVER_OPTIONS, renewed_server_credentials
 
-from .adapters import slurm_adapter
-from .dialout import DialOut
-from .door import Door
-from .housekeeping import keep_house
-from .journal import Journal
+from .admin.orders import obey
 from .metrics import Metrics
-from .orders import obey
-from .policy import Policy, PolicyError
-from .pools import Pools
-from .reconciler import Reconciler
-from .relay.server import Relay, Route, routes
-from .rules import Rules
+from .network.dialout import DialOut
+from .network.handshake_guard import Door
+from .network.relay.server import Relay, Route, routes
+from .policy.current import Rules
+from .policy.policy import Policy, PolicyError
+from .pools.housekeeping import keep_house
+from .pools.journal import Journal
+from .pools.pools import Pools
+from .pools.reconciler import Reconciler
+from .pools.submitter import Submitter
 from .service import MAX_WATCHERS, BridgeService
 from .slurm.model import SlurmAdapter
-from .submitter import Submitter
+from .slurm_adapters import slurm_adapter
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class Bridge:
         log.info("stopped")
 
     def obey(self) -> None:
-        """Does what the admin has ordered meanwhile; see :mod:`.orders`."""
+        """Does what the admin has ordered meanwhile; see :mod:`.admin.orders`."""
         try:
             obey(self._policy.journal_path, self.pools.end_all)
         except Exception:
@@ -265,7 +265,7 @@ def _short_folder() -> str:
 def serve(policy: Policy, reread: Callable[[], Policy]) -> None:
     """Serves until SIGTERM or SIGINT; SIGHUP puts what ``reread`` returns in force.
 
-    Raises :class:`ServerError`, :class:`~.journal.JournalError`.
+    Raises :class:`ServerError`, :class:`~.pools.journal.JournalError`.
     """
     stop, hangup = threading.Event(), threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: hangup.set())

@@ -1,4 +1,4 @@
-"""The gRPC face of :class:`~.pools.Pools`: who calls, what went wrong in gRPC's words, and nothing else."""
+"""The gRPC face of :class:`~.pools.pools.Pools`: who calls, what went wrong in gRPC's words, and nothing else."""
 
 import logging
 import sqlite3
@@ -15,15 +15,15 @@ from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 from isthmus_contracts.wire.transport import peer_uris
 
 from . import __version__
-from .access import Denial, accounts_of, data_sets_of, environments_of, identify, partitions_of
-from .journal import Entry, State
+from .files.run_directory import TAIL_LINES
 from .metrics import Metrics
-from .outcome import if_tellable, to_pool
-from .policy import Identity, Policy
-from .pools import Denied, KeyTaken, NoSuchPool, NothingLeft, Pools, SpecDiffers
-from .requests import RequestError
-from .rules import Rules
-from .run_directory import TAIL_LINES
+from .policy.authorization import Denial, accounts_of, data_sets_of, environments_of, identify, partitions_of
+from .policy.current import Rules
+from .policy.policy import Identity, Policy
+from .pools.journal import Entry, State
+from .pools.pool_status import if_tellable, to_pool
+from .pools.pools import Denied, KeyTaken, NoSuchPool, NothingLeft, Pools, SpecDiffers
+from .pools.spec_checks import RequestError
 from .slurm.model import SlurmAdapter, SlurmError
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ _NEVER = {
     "launch failed requeued held": "its node could not start it (a failed prolog); the site's admin must release it",
 }
 _LONGEST_STUCK = 3600
-# How a bridge begins what its policy says; see Denial in isthmus_bridge/access.py.
+# How a bridge begins what its policy says; see Denial in isthmus_bridge/policy/authorization.py.
 _POLICY = "policy "
 # How long before a time limit the next attempt is asked for: so many times what the queue took, and so many seconds.
 _QUEUE_MARGIN = 1.5

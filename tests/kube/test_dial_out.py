@@ -11,9 +11,9 @@ from typing import Any
 import grpc
 import pytest
 
-from isthmus_bridge.dialout import DialOut
 from isthmus_bridge.metrics import Metrics
-from isthmus_bridge.policy import GatewaySettings
+from isthmus_bridge.network.dialout import DialOut
+from isthmus_bridge.policy.policy import GatewaySettings
 from isthmus_contracts.identities import bridge_server_name
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb.bridge_pb2_grpc import add_BridgeServicer_to_server

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 
-from isthmus_bridge import adapters
-from isthmus_bridge.policy import SlurmSettings
+from isthmus_bridge import slurm_adapters
+from isthmus_bridge.policy.policy import SlurmSettings
 from isthmus_bridge.slurm.model import (
     Gres,
     Patience,
@@ -75,8 +75,8 @@ def make(request: pytest.FixtureRequest, _cluster: None, require: Callable[[bool
         chosen = settings(name, **changes)
         if name == "rest":
             assert chosen.rest is not None
-            return adapters.rest(chosen, chosen.rest)
-        return adapters.cli(chosen) if name == "cli" else adapters.pyslurm(chosen)
+            return slurm_adapters.rest(chosen, chosen.rest)
+        return slurm_adapters.cli(chosen) if name == "cli" else slurm_adapters.pyslurm(chosen)
 
     return made
 
@@ -295,7 +295,7 @@ def test_a_token_is_renewed_before_it_ends(rest: dict[str, Any], folder: Path) -
     command = f"echo >>{made}; exec scontrol token lifespan=4"
     chosen = settings("rest", rest={**rest, "token_command": ["bash", "-c", command]})
     assert chosen.rest is not None
-    adapter = adapters.rest(chosen, chosen.rest)
+    adapter = slurm_adapters.rest(chosen, chosen.rest)
     began = time.monotonic()
     # Beyond the life of two tokens, every question is answered.
     until(lambda: adapter.jobs() is not None and time.monotonic() > began + 7, "the tokens end", 60)
@@ -306,7 +306,7 @@ def test_a_token_that_is_not_accepted_is_an_error(rest: dict[str, Any], folder: 
     file = folder / "token"
     chosen = settings("rest", rest={**rest, "token_file": str(file)})
     assert chosen.rest is not None
-    adapter = adapters.rest(chosen, chosen.rest)
+    adapter = slurm_adapters.rest(chosen, chosen.rest)
     with pytest.raises(SlurmError, match="cannot read"):
         adapter.jobs()
     file.write_text("not a token\n")

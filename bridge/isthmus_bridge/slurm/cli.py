@@ -7,10 +7,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from . import in_flight, options, parse, refusal
-from .accounts import uid_of
+from . import in_flight, options, parse, submission_errors
 from .command import CommandOutputTooLong, CommandTimeout, Result, Runner, run
-from .delegate import AsUserError, Delegate
 from .environment import DEFAULT_PATH, program_environment
 from .model import (
     Patience,
@@ -21,6 +19,8 @@ from .model import (
     SubmissionRefused,
     TaskRecord,
 )
+from .run_as import AsUserError, Delegate
+from .unix_users import uid_of
 
 # A site with a hundred thousand tasks in the queue stays far below this.
 _MAX_LISTING = 64 << 20
@@ -334,11 +334,11 @@ def submitted(result: Result) -> int:
         if len(ids := {job for job, _ in _answers(result.output)}) == 1:
             return ids.pop()
         raise SubmissionAmbiguous(f"sbatch answered {result.output[:120]!r} instead of a job id")
-    judgement = refusal.of_sbatch(result.errors)
+    judgement = submission_errors.of_sbatch(result.errors)
     # Only a clear no counts as one; a signal, a wrapper's error or a broken connection leaves it open.
-    if result.status < 0 or judgement.sent is not refusal.Sent.REFUSED:
+    if result.status < 0 or judgement.sent is not submission_errors.Sent.REFUSED:
         reason = judgement.reason or last_line(result.errors) or f"exit code {result.status}"
-        raise SubmissionAmbiguous(f"sbatch failed: {reason}", waiting=judgement.sent is refusal.Sent.WAITING)
+        raise SubmissionAmbiguous(f"sbatch failed: {reason}", waiting=judgement.sent is submission_errors.Sent.WAITING)
     raise SubmissionRefused(f"Slurm refused: {judgement.reason}", judgement.patience)
 
 
@@ -357,8 +357,8 @@ def _answers(output: str) -> Iterator[tuple[int, str]]:
 
 def out_of_time(errors: str, message: str = "sbatch did not answer in time") -> SubmissionAmbiguous:
     """Makes the error for an sbatch that was ended at its time limit. ``errors``: what it had written by then."""
-    judgement = refusal.of_sbatch(errors)
-    if judgement.sent is refusal.Sent.WAITING:
+    judgement = submission_errors.of_sbatch(errors)
+    if judgement.sent is submission_errors.Sent.WAITING:
         return SubmissionAmbiguous(f"Slurm has no room for it: {judgement.reason}", waiting=True)
     return SubmissionAmbiguous(f"{message}: {judgement.reason}" if judgement.reason else message)
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .. import plain_files
+from ..files import untrusted_files
 from .model import Patience, SubmissionAmbiguous, SubmissionRefused
 
 _LOCK = "sbatch.lock"
@@ -87,7 +87,7 @@ def announce(directory: Path, seconds: float) -> None:
     """Writes down, durably, that a request is under way for at most so long. Raises ``OSError``."""
     _refuse_second(directory)
     fresh = directory / f"{_UNTIL}.new"
-    descriptor = plain_files.created(fresh, 0o600)
+    descriptor = untrusted_files.created(fresh, 0o600)
     try:
         os.write(descriptor, f"{time.time() + seconds:.3f}\n".encode())
         os.fsync(descriptor)
@@ -130,7 +130,7 @@ def _locked(path: Path) -> bool:
 
 def _until(path: Path) -> float:
     try:
-        text = plain_files.read(path, _UNTIL_BYTES).decode("ascii", "replace").strip()
+        text = untrusted_files.read(path, _UNTIL_BYTES).decode("ascii", "replace").strip()
     except FileNotFoundError:
         return 0.0
     # What is not understood was written by nobody we know: it says nothing about the past.

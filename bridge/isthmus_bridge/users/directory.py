@@ -1,4 +1,4 @@
-"""A pool's directory that belongs to another local user: the same as :class:`~..run_directory.RunDirectory`, from afar.
+"""The directory of a pool that belongs to another local user: a :class:`~..files.run_directory.RunDirectory` by proxy.
 
 In the bridge's own ``run_dir`` stands a folder of the same key. It holds the moment until which a submission may be
 under way, and ``credentials-of``, the user's name, as long as that user's directory may hold the pool's credentials.
@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .. import plain_files
-from ..run_directory import TAIL_BYTES, TAIL_LINES, Exit, Marks, RunDirectory, claim, exit_code
-from ..slurm.delegate import AsUserError
-from .ask import AsUser, encoded
+from ..files import untrusted_files
+from ..files.run_directory import TAIL_BYTES, TAIL_LINES, Exit, Marks, RunDirectory, claim, exit_code
+from ..slurm.run_as import AsUserError
+from .helper_client import AsUser, encoded
 
 _OWNER = "credentials-of"
 T = TypeVar("T")
@@ -37,26 +37,26 @@ class UserDirectory:
         return self._as_user.ask(self._user, do, self._key, **fields)
 
     def create(self, credentials: Mapping[str, bytes]) -> bool:
-        """See :meth:`~..run_directory.RunDirectory.create`."""
+        """See :meth:`~..files.run_directory.RunDirectory.create`."""
         claim(self.guard)
         self._note_credentials()
         return self._ask("create", files=encoded(credentials)) is True
 
     def write_credentials(self, credentials: Mapping[str, bytes]) -> None:
-        """See :meth:`~..run_directory.RunDirectory.write_credentials`."""
+        """See :meth:`~..files.run_directory.RunDirectory.write_credentials`."""
         self._note_credentials()
         self._ask("credentials", files=encoded(credentials))
 
     def _note_credentials(self) -> None:
-        plain_files.write(self.guard / _OWNER, self._user.encode("ascii"))
+        untrusted_files.write(self.guard / _OWNER, self._user.encode("ascii"))
 
     def write_code(self, files: Mapping[str, bytes]) -> None:
-        """See :meth:`~..run_directory.RunDirectory.write_code`."""
+        """See :meth:`~..files.run_directory.RunDirectory.write_code`."""
         if files:
             self._ask("code", files=encoded(files))
 
     def write_scripts(self, batch: str, client: str = "") -> None:
-        """See :meth:`~..run_directory.RunDirectory.write_scripts`."""
+        """See :meth:`~..files.run_directory.RunDirectory.write_scripts`."""
         self._ask("scripts", batch=batch, client=client)
 
     def holds_credentials(self) -> bool:
@@ -68,34 +68,34 @@ class UserDirectory:
         return self._ask("known") is True
 
     def forget_credentials(self) -> None:
-        """See :meth:`~..run_directory.RunDirectory.forget_credentials`."""
+        """See :meth:`~..files.run_directory.RunDirectory.forget_credentials`."""
         self._ask("forget")
         (self.guard / _OWNER).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """See :meth:`~..run_directory.RunDirectory.remove`."""
+        """See :meth:`~..files.run_directory.RunDirectory.remove`."""
         self._ask("remove")
         with suppress(FileNotFoundError):
             shutil.rmtree(self.guard)
 
     def marks(self) -> dict[int, Marks]:
-        """See :meth:`~..run_directory.RunDirectory.marks`."""
+        """See :meth:`~..files.run_directory.RunDirectory.marks`."""
         return _read(_mark, self._ask("marks"))
 
     def exits(self, wanted: Collection[int]) -> dict[int, Exit]:
-        """See :meth:`~..run_directory.RunDirectory.exits`."""
+        """See :meth:`~..files.run_directory.RunDirectory.exits`."""
         return _read(_exit, self._ask("exits", wanted=sorted(wanted)))
 
     def tails(
         self, indices: Iterable[int], lines: int = TAIL_LINES, limit: int = TAIL_BYTES, *, of_jobs: bool = False
     ) -> dict[int, str]:
-        """See :meth:`~..run_directory.RunDirectory.tails`."""
+        """See :meth:`~..files.run_directory.RunDirectory.tails`."""
         wanted = list(indices)
         told = self._ask("tails", indices=wanted, lines=lines, limit=limit, of_jobs=of_jobs) if wanted else {}
         return {index: str(told.get(str(index), "")) for index in wanted}
 
     def log_tail(self, index: int, lines: int, limit: int) -> str:
-        """See :meth:`~..run_directory.RunDirectory.log_tail`."""
+        """See :meth:`~..files.run_directory.RunDirectory.log_tail`."""
         return str(self._ask("log", index=index, lines=lines, limit=limit))
 
 
@@ -125,7 +125,7 @@ def _read(one: Callable[[Any], T], told: Any) -> dict[int, T]:
 def owner(guard: Path) -> str:
     """The user whose directory may hold the credentials of the pool of this folder; empty: nobody's."""
     try:
-        text = plain_files.read(guard / _OWNER).decode("ascii")
+        text = untrusted_files.read(guard / _OWNER).decode("ascii")
     except (OSError, UnicodeDecodeError):
         return ""
     return text if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", text) else ""

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ..policy import Policy
+from ..policy.policy import Policy
 from ..slurm.command import CommandOutputTooLong, CommandTimeout, run
-from ..slurm.delegate import AsUserError
 from ..slurm.environment import DEFAULT_PATH
 from ..slurm.model import SiteDescription
-from .ask import AsUser
-from .local import faults, named
-from .rule import run_dir, surplus
+from ..slurm.run_as import AsUserError
+from .helper_client import AsUser
+from .sudoers import run_dir, surplus
+from .user_checks import faults, named
 
 _SECONDS = 30.0
 _PACKAGES = ("isthmus_bridge", "isthmus_contracts")

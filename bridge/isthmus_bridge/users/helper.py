@@ -25,7 +25,7 @@ from typing import Any
 
 from isthmus_contracts.identities import slurm_job_name
 
-from ..run_directory import PATTERN_KEY, RunDirectory
+from ..files.run_directory import PATTERN_KEY, RunDirectory
 from ..slurm import options
 from ..slurm.cli import arguments, cancellation, which
 from ..slurm.command import CommandOutputTooLong, CommandTimeout, Result, run

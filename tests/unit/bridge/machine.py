@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from isthmus_bridge.pools import NoSuchPool
+from isthmus_bridge.pools.pools import NoSuchPool
 from isthmus_bridge.slurm.model import SlurmAdapter
 from isthmus_contracts.identities import slurm_job_name
 

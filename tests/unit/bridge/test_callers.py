@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from isthmus_bridge import orders
-from isthmus_bridge.access import Grant, decide, too_many
+from isthmus_bridge.admin import orders
 from isthmus_bridge.cli import main
-from isthmus_bridge.policy import PolicyError, parse
-from isthmus_bridge.pools import Denied
+from isthmus_bridge.policy.authorization import Grant, decide, too_many
+from isthmus_bridge.policy.policy import PolicyError, parse
+from isthmus_bridge.pools.pools import Denied
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .test_command_line import policy_file

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from isthmus_bridge.slurm.accounts import uid_of
 from isthmus_bridge.slurm.command import CommandTimeout, Result, run
-from isthmus_bridge.slurm.delegate import AsUserError
 from isthmus_bridge.slurm.model import Patience, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused
+from isthmus_bridge.slurm.run_as import AsUserError
+from isthmus_bridge.slurm.unix_users import uid_of
 
 from .test_cli_adapter import adapter, programs, submission
 

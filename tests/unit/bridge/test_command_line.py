@@ -9,8 +9,8 @@ import yaml
 from cryptography import x509
 
 from isthmus_bridge.cli import main
-from isthmus_bridge.policy import load
-from isthmus_bridge.status import StatusFile
+from isthmus_bridge.policy.policy import load
+from isthmus_bridge.pools.status_file import StatusFile
 from isthmus_contracts.wire.pki import Credentials
 
 from .world import KEY, OPERATOR, World

@@ -13,11 +13,11 @@ from typing import Any
 import grpc
 import pytest
 
-from isthmus_bridge.dialout import DialOut, pause
-from isthmus_bridge.gateway_check import reach
 from isthmus_bridge.metrics import Metrics
-from isthmus_bridge.policy import GATEWAY_CA_FILE, GatewaySettings, PolicyError
-from isthmus_bridge.proxy import connect, proxy_for
+from isthmus_bridge.network.dialout import DialOut, pause
+from isthmus_bridge.network.gateway_check import reach
+from isthmus_bridge.network.proxy import connect, proxy_for
+from isthmus_bridge.policy.policy import GATEWAY_CA_FILE, GatewaySettings, PolicyError
 from isthmus_contracts.pb import gateway_pb2 as pb
 from isthmus_contracts.pb import gateway_pb2_grpc as rpc
 from isthmus_contracts.wire.pki import Authority

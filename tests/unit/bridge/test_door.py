@@ -18,8 +18,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from isthmus_bridge import door, server
-from isthmus_bridge.door import CONNECTIONS, UNPROVEN, Records, room
+from isthmus_bridge import server
+from isthmus_bridge.network import handshake_guard
+from isthmus_bridge.network.handshake_guard import CONNECTIONS, UNPROVEN, Records, room
 from isthmus_bridge.server import Bridge, ServerError, serve
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.pb import bridge_pb2 as pb
@@ -85,13 +86,13 @@ def test_silent_connections_leave_room_for_an_honest_caller(bridge: Bridge, cred
         assert rpc.BridgeStub(second).GetPool(pb.GetPoolRequest(key=KEY), timeout=60).phase == pb.Pool.PENDING
         # Through the connection that stood before them all, too.
         assert rpc.BridgeStub(first).GetPool(pb.GetPoolRequest(key=KEY), timeout=60).phase == pb.Pool.PENDING
-        assert time.monotonic() - began < door.HANDSHAKE_SECONDS, "nobody waited for the strangers' time to end"
+        assert time.monotonic() - began < handshake_guard.HANDSHAKE_SECONDS, "no wait for the strangers' time limit"
         assert ended(silent) >= 400 - UNPROVEN
         assert ended(silent[-8:]) == 0, "the oldest are ended first"
 
 
 def test_a_handshake_has_an_end(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(handshake_guard, "HANDSHAKE_SECONDS", 0.5)
     for said in (b"", b"\x16\x03\x01\x02\x00\x01"):
         with socket.create_connection(("127.0.0.1", bridge.port), timeout=60) as stranger:
             stranger.sendall(said)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from isthmus_bridge.journal import JournalError, State
-from isthmus_bridge.pools import SpecDiffers
+from isthmus_bridge.pools.journal import JournalError, State
+from isthmus_bridge.pools.pools import SpecDiffers
 
 from .world import KEY, NAME, Crash, World
 
@@ -208,7 +208,7 @@ def test_submissions_that_come_to_nothing_end_after_some(world: World) -> None:
 
 
 def test_a_second_bridge_on_the_same_journal_does_not_start(world: World) -> None:
-    from isthmus_bridge.journal import Journal
+    from isthmus_bridge.pools.journal import Journal
 
     with pytest.raises(JournalError, match="another bridge"):
         Journal(world.policy.journal_path, patience=0.1)

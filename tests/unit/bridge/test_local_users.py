@@ -16,15 +16,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from isthmus_bridge.directories import pool_directory
-from isthmus_bridge.housekeeping import keep_house
-from isthmus_bridge.policy import Policy, PolicyError
-from isthmus_bridge.pools import Denied
-from isthmus_bridge.slurm.delegate import AsUserError
-from isthmus_bridge.users import local, rule
-from isthmus_bridge.users.ask import AsUser
+from isthmus_bridge.policy.policy import Policy, PolicyError
+from isthmus_bridge.pools.housekeeping import keep_house
+from isthmus_bridge.pools.pools import Denied
+from isthmus_bridge.slurm.run_as import AsUserError
+from isthmus_bridge.users import sudoers, user_checks
 from isthmus_bridge.users.doctor import changeable
 from isthmus_bridge.users.helper import PROTOCOL, Helper, respond
+from isthmus_bridge.users.helper_client import AsUser
+from isthmus_bridge.users.pool_directory import pool_directory
 
 from .test_script import NASTY
 from .world import KEY, NAME, OPERATOR, Array, World, policy
@@ -173,19 +173,19 @@ def test_users_that_cannot_be_used_are_denied_and_told(
             raise KeyError(name)
         return type("Passwd", (), {"pw_uid": uid})
 
-    monkeypatch.setattr(local.pwd, "getpwnam", found)
+    monkeypatch.setattr(user_checks.pwd, "getpwnam", found)
     with pytest.raises(Denied) as caught:
         world.ensure()
     assert str(caught.value).startswith(f"policy identities.user: {why}")
     assert str(caught.value).endswith(f"; {OPERATOR} would become that user")
     with pytest.raises(PolicyError) as refused:
-        local.require(world.policy)
+        user_checks.require(world.policy)
     assert str(refused.value).startswith(f"identities[0].user: {why}") and "\n" not in str(refused.value)
 
 
 def test_a_user_who_vanishes_makes_the_pool_unknown_and_no_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.ensure()
-    monkeypatch.setattr("isthmus_bridge.reconciler.uid_of", lambda user: None if user == ALICE else 1)
+    monkeypatch.setattr("isthmus_bridge.pools.reconciler.uid_of", lambda user: None if user == ALICE else 1)
     world.tick(15, times=20)
     assert (world.phase(), world.pool().message) == (
         "UNKNOWN",
@@ -336,19 +336,19 @@ def test_two_names_of_one_user_are_refused(tmp_path: Path, monkeypatch: pytest.M
     """Slurm tells of numbers: whose array it is could not be told."""
     site = policy(tmp_path, **settings(tmp_path))
     passwd = type("Passwd", (), {"pw_uid": 4711})
-    monkeypatch.setattr(local.pwd, "getpwnam", lambda name: passwd)
-    assert f"identities[1].user: '{BOB}' is the same user as '{ALICE}' (uid 4711)" in list(local.faults(site))
+    monkeypatch.setattr(user_checks.pwd, "getpwnam", lambda name: passwd)
+    assert f"identities[1].user: '{BOB}' is the same user as '{ALICE}' (uid 4711)" in list(user_checks.faults(site))
     with pytest.raises(PolicyError, match="is the same user as"):
-        local.require(site)
+        user_checks.require(site)
     same = policy(
         tmp_path, **{**settings(tmp_path), "identities": [{"uri": u, "user": ALICE} for u in (OPERATOR, OTHER)]}
     )
-    assert not [fault for fault in local.faults(same) if "same user" in fault], "one name may stand there twice"
+    assert not [fault for fault in user_checks.faults(same) if "same user" in fault], "one name may stand there twice"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be root")
 def test_the_helper_never_runs_as_root(tmp_path: Path) -> None:
-    argv = [sys.executable, "-I", "-m", rule.MODULE, "--run-dir", str(tmp_path)]
+    argv = [sys.executable, "-I", "-m", sudoers.MODULE, "--run-dir", str(tmp_path)]
     done = subprocess.run(argv, input="{}", capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "isthmus-bridge: this is for ordinary users, never for root\n")
 
@@ -377,7 +377,7 @@ def test_whether_something_may_have_begun(root: Path, tmp_path: Path) -> None:
 def test_the_fragment_is_valid_and_says_no_more_than_it_must(
     site: Policy, tmp_path: Path, require: Callable[[bool, str], None]
 ) -> None:
-    lines = list(rule.fragment(site, "isthmus", local.named(site)))
+    lines = list(sudoers.fragment(site, "isthmus", user_checks.named(site)))
     rules = [line for line in lines if line.startswith("isthmus ")]
     assert rules == [
         f"isthmus ALL = ({user}) NOPASSWD: NOSETENV: {sys.executable} -I -m isthmus_bridge.users.helper"
@@ -413,8 +413,8 @@ def test_hostile_names_of_users_are_refused_or_are_one_word_of_the_rule(
         and value[0] in "abcdefghijklmnopqrstuvwxyz_"
         and not set(value) & set(" \t\n,:=\\*?[]!\"'()#%/")
     )
-    assert rule.command(site, value)[2] == f"--user={value}"
-    assert rule.run_dir(site, value).parts == ("/", "scratch", value, "isthmus")
+    assert sudoers.command(site, value)[2] == f"--user={value}"
+    assert sudoers.run_dir(site, value).parts == ("/", "scratch", value, "isthmus")
 
 
 LISTING = """Matching Defaults entries for isthmus on login1:
@@ -425,15 +425,15 @@ User isthmus may run the following commands on login1:
 
 
 def test_what_sudo_allows_beyond_the_rule(site: Policy) -> None:
-    users = local.named(site)
-    mine = [f"    ({user}) NOSETENV: NOPASSWD: {' '.join(rule.helper(site, user))}\n" for user in users]
-    assert rule.surplus(LISTING + "".join(mine), site, users) == []
+    users = user_checks.named(site)
+    mine = [f"    ({user}) NOSETENV: NOPASSWD: {' '.join(sudoers.helper(site, user))}\n" for user in users]
+    assert sudoers.surplus(LISTING + "".join(mine), site, users) == []
     for more in (
-        "(ALL : ALL) ALL", "(root) NOPASSWD: /usr/bin/less", f"({BOB}) {' '.join(rule.helper(site, ALICE))}",
-        f"({ALICE}) {' '.join(rule.helper(site, ALICE))} *", "something else",
-        f"({ALICE}) {' '.join(rule.helper(site, ALICE))}, /bin/sh",
+        "(ALL : ALL) ALL", "(root) NOPASSWD: /usr/bin/less", f"({BOB}) {' '.join(sudoers.helper(site, ALICE))}",
+        f"({ALICE}) {' '.join(sudoers.helper(site, ALICE))} *", "something else",
+        f"({ALICE}) {' '.join(sudoers.helper(site, ALICE))}, /bin/sh",
     ):  # fmt: skip
-        assert rule.surplus(f"{LISTING}{''.join(mine)}    {more}\n", site, users) == [more]
+        assert sudoers.surplus(f"{LISTING}{''.join(mine)}    {more}\n", site, users) == [more]
 
 
 def test_what_others_than_root_may_change_is_found(tmp_path: Path) -> None:

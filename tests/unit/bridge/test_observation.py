@@ -1,8 +1,16 @@
 import pytest
 
-from isthmus_bridge.observation import Choice, Observation, TaskObservation, choose, ended_by_limit, observe, resolve
-from isthmus_bridge.outcome import sentence
-from isthmus_bridge.run_directory import Marks
+from isthmus_bridge.files.run_directory import Marks
+from isthmus_bridge.pools.observation import (
+    Choice,
+    Observation,
+    TaskObservation,
+    choose,
+    ended_by_limit,
+    observe,
+    resolve,
+)
+from isthmus_bridge.pools.pool_status import sentence
 from isthmus_bridge.slurm.model import TaskRecord
 
 

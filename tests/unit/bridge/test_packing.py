@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from isthmus_bridge.access import Denial, Grant, decide, too_many
-from isthmus_bridge.observation import ClientNote, Observation, TaskObservation
 from isthmus_bridge.clients_per_job import jobs_for
-from isthmus_bridge.packing import by_client, marks_of_jobs
-from isthmus_bridge.policy_parts import Limits
-from isthmus_bridge.rules import Rules
-from isthmus_bridge.run_directory import Marks, RunDirectory
-from isthmus_bridge.submitter import submission
+from isthmus_bridge.files.run_directory import Marks, RunDirectory
+from isthmus_bridge.policy.authorization import Denial, Grant, decide, too_many
+from isthmus_bridge.policy.current import Rules
+from isthmus_bridge.policy.parts import Limits
+from isthmus_bridge.pools.clients import by_client, marks_of_jobs
+from isthmus_bridge.pools.observation import ClientNote, Observation, TaskObservation
+from isthmus_bridge.pools.submitter import submission
 
 from .world import KEY, World, policy, spec
 

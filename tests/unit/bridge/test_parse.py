@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from isthmus_bridge.run_directory import PATTERN_KEY
+from isthmus_bridge.files.run_directory import PATTERN_KEY
 from isthmus_bridge.slurm import parse
 from isthmus_bridge.slurm.model import SlurmError
 from isthmus_contracts.identities import slurm_job_name

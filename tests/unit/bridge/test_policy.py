@@ -8,8 +8,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from isthmus_bridge.access import Denial, Grant, decide, identify, too_many
-from isthmus_bridge.policy import (
+from isthmus_bridge.policy.authorization import Denial, Grant, decide, identify, too_many
+from isthmus_bridge.policy.current import Rules
+from isthmus_bridge.policy.parts import AllCallers, Limits, SbatchOptions
+from isthmus_bridge.policy.policy import (
     Environment,
     GatewaySettings,
     Identity,
@@ -21,8 +23,6 @@ from isthmus_bridge.policy import (
     parse,
     schema,
 )
-from isthmus_bridge.policy_parts import AllCallers, Limits, SbatchOptions
-from isthmus_bridge.rules import Rules
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .world import spec

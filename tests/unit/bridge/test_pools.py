@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from isthmus_bridge.housekeeping import keep_house
-from isthmus_bridge.journal import State
-from isthmus_bridge.pools import Denied, KeyTaken, NoSuchPool, Pools, SpecDiffers
-from isthmus_bridge.requests import RequestError
-from isthmus_bridge.run_directory import RunDirectory
+from isthmus_bridge.files.run_directory import RunDirectory
+from isthmus_bridge.pools.housekeeping import keep_house
+from isthmus_bridge.pools.journal import State
+from isthmus_bridge.pools.pools import Denied, KeyTaken, NoSuchPool, Pools, SpecDiffers
+from isthmus_bridge.pools.spec_checks import RequestError
 
 from .world import KEY, NAME, OPERATOR, Array, World, spec
 
@@ -217,7 +217,7 @@ def test_marks_count_while_the_accounts_do_not_answer(world: World) -> None:
 
 
 def test_a_callers_tombstones_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus_bridge.pools.MAX_TOMBSTONES", 5)
+    monkeypatch.setattr("isthmus_bridge.pools.pools.MAX_TOMBSTONES", 5)
     for number in range(5):
         world.pools.cancel(world.identity, f"{number:032d}", "")
     with pytest.raises(Denied, match="has cancelled 5 keys that it never asked for"):

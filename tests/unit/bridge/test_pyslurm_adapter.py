@@ -9,7 +9,7 @@ import pytest
 from isthmus_bridge.slurm import in_flight
 from isthmus_bridge.slurm.command import Result
 from isthmus_bridge.slurm.model import Gres, Patience, SlurmError, SubmissionAmbiguous, SubmissionRefused
-from isthmus_bridge.slurm.pyslurm_adapter import PyslurmAdapter, description, records, submitted
+from isthmus_bridge.slurm.pyslurm.adapter import PyslurmAdapter, description, records, submitted
 
 from .test_cli_adapter import submission
 

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus_bridge.access import Denial, decide
 from isthmus_bridge.metrics import Metrics
-from isthmus_bridge.policy import RelaySettings
-from isthmus_bridge.relay.capacity import affordable
-from isthmus_bridge.relay.hello import LONGEST, MOST_RECORDS, ClientHello, NotTls
-from isthmus_bridge.relay.server import Relay, Route, connections_of, routes
+from isthmus_bridge.network.relay.capacity import affordable
+from isthmus_bridge.network.relay.client_hello import LONGEST, MOST_RECORDS, ClientHello, NotTls
+from isthmus_bridge.network.relay.server import Relay, Route, connections_of, routes
+from isthmus_bridge.policy.authorization import Denial, decide
+from isthmus_bridge.policy.policy import RelaySettings
 from isthmus_bridge.server import Bridge
 from isthmus_contracts.identities import aggregator_server_name
 from isthmus_contracts.pb import bridge_pb2 as pb

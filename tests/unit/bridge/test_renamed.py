@@ -2,7 +2,7 @@
 
 import pytest
 
-from isthmus_bridge.journal import State
+from isthmus_bridge.pools.journal import State
 from isthmus_bridge.slurm.environment import user_name
 
 from .world import KEY, NAME, Array, World

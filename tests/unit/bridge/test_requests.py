@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from isthmus_bridge.access import Denial, decide
-from isthmus_bridge.requests import RequestError, check_key, check_spec, digest
-from isthmus_bridge.run_directory import RunDirectory
-from isthmus_bridge.script import render
+from isthmus_bridge.batch.batch_script import render
+from isthmus_bridge.files.run_directory import RunDirectory
+from isthmus_bridge.policy.authorization import Denial, decide
+from isthmus_bridge.pools.spec_checks import RequestError, check_key, check_spec, digest
+from isthmus_bridge.pools.submitter import submission
 from isthmus_bridge.slurm.cli import arguments
-from isthmus_bridge.submitter import submission
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .world import KEY, PEM, policy, spec

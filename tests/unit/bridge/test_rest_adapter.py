@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from isthmus_bridge.slurm import in_flight, rest_format
+from isthmus_bridge.slurm import in_flight
 from isthmus_bridge.slurm.model import Gres, Patience, SlurmError, SubmissionAmbiguous, SubmissionRefused
-from isthmus_bridge.slurm.rest import RestAdapter, submitted
-from isthmus_bridge.slurm.rest_http import BrokenError, Endpoint, NotSentError, endpoint, exchange
-from isthmus_bridge.slurm.rest_token import TokenCommand, TokenFile
+from isthmus_bridge.slurm.rest import format as rest_format
+from isthmus_bridge.slurm.rest.adapter import RestAdapter, submitted
+from isthmus_bridge.slurm.rest.http import BrokenError, Endpoint, NotSentError, endpoint, exchange
+from isthmus_bridge.slurm.rest.token import TokenCommand, TokenFile
 from isthmus_contracts.wire.pki import Authority
 
 from .test_cli_adapter import submission

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from isthmus_bridge.access import Grant, decide
-from isthmus_bridge.policy import Policy
-from isthmus_bridge.run_directory import Marks, RunDirectory
-from isthmus_bridge.script import _only_safe, comment, quote, render, render_job
+from isthmus_bridge.batch.batch_script import _only_safe, comment, quote, render, render_job
+from isthmus_bridge.files.run_directory import Marks, RunDirectory
+from isthmus_bridge.policy.authorization import Grant, decide
+from isthmus_bridge.policy.policy import Policy
 from isthmus_bridge.slurm.model import Gres
 from isthmus_contracts.pb import bridge_pb2 as pb
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from isthmus_bridge.journal import Entry, Journal, State
-from isthmus_bridge.observation import Observation, TaskObservation
-from isthmus_bridge.outcome import to_pool
-from isthmus_bridge.policy import Policy
+from isthmus_bridge.policy.policy import Policy
+from isthmus_bridge.pools.journal import Entry, Journal, State
+from isthmus_bridge.pools.observation import Observation, TaskObservation
+from isthmus_bridge.pools.pool_status import to_pool
 from isthmus_bridge.server import Bridge
 from isthmus_bridge.service import MAX_WATCHERS_PER_CALLER
 from isthmus_contracts.identities import operator_identity
@@ -183,7 +183,7 @@ def test_a_pool_that_cannot_be_told_hides_no_other(
     stub, bad = connect("prod"), "b" * 32
     ensure(stub, key=bad)
     monkeypatch.setattr("isthmus_bridge.service.to_pool", _all_but(bad))
-    monkeypatch.setattr("isthmus_bridge.status.to_pool", _all_but(bad))
+    monkeypatch.setattr("isthmus_bridge.pools.status_file.to_pool", _all_but(bad))
     ensure(stub)
     assert next(iter(stub.WatchPools(pb.WatchPoolsRequest(), timeout=60))).key == KEY
     status = bridge.rules.current.status_path

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from isthmus_bridge.journal import Journal
-from isthmus_bridge.pools import Denied, NoSuchPool, NothingLeft
-from isthmus_bridge.run_directory import RunDirectory
+from isthmus_bridge.files.run_directory import RunDirectory
+from isthmus_bridge.pools.journal import Journal
+from isthmus_bridge.pools.pools import Denied, NoSuchPool, NothingLeft
 
 from .world import KEY, World
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from isthmus_bridge import site_limits
-from isthmus_bridge.site_limits import seconds_of
+from isthmus_bridge.admin import site_limits
+from isthmus_bridge.admin.site_limits import seconds_of
 from isthmus_bridge.slurm.model import SiteDescription
 
 from .test_cli_adapter import programs

@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from isthmus_bridge.access import Grant, decide
 from isthmus_bridge.cli import main
-from isthmus_bridge.policy import Policy, PolicyError, load
-from isthmus_bridge.run_directory import RunDirectory
-from isthmus_bridge.slurm import options, rest_format
+from isthmus_bridge.files.run_directory import RunDirectory
+from isthmus_bridge.policy.authorization import Grant, decide
+from isthmus_bridge.policy.policy import Policy, PolicyError, load
+from isthmus_bridge.pools.submitter import submission
+from isthmus_bridge.slurm import options
 from isthmus_bridge.slurm.cli import OWN_ARGUMENTS, arguments
 from isthmus_bridge.slurm.model import Gres
 from isthmus_bridge.slurm.options import Options
-from isthmus_bridge.slurm.pyslurm_adapter import description
-from isthmus_bridge.submitter import submission
+from isthmus_bridge.slurm.pyslurm.adapter import description
+from isthmus_bridge.slurm.rest import format as rest_format
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .test_cli_adapter import submission as any_submission

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from isthmus_bridge import strict_modes
+from isthmus_bridge.admin import strict_modes
 from isthmus_bridge.cli import main
-from isthmus_bridge.policy import Policy, PolicyError, load
+from isthmus_bridge.policy.policy import Policy, PolicyError, load
 from isthmus_bridge.users.doctor import code
 from isthmus_contracts.identities import operator_identity
 

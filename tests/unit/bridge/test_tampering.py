@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus_bridge.run_directory import RunDirectory
+from isthmus_bridge.files.run_directory import RunDirectory
 from isthmus_bridge.slurm import in_flight
 from isthmus_bridge.users.directory import owner
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from isthmus_bridge.journal import Entry, Journal
 from isthmus_bridge.metrics import Metrics
-from isthmus_bridge.outcome import to_pool
-from isthmus_bridge.policy import Identity, Policy, parse
-from isthmus_bridge.pools import Pools
-from isthmus_bridge.reconciler import Reconciler
-from isthmus_bridge.rules import Rules
+from isthmus_bridge.policy.current import Rules
+from isthmus_bridge.policy.policy import Identity, Policy, parse
+from isthmus_bridge.pools.journal import Entry, Journal
+from isthmus_bridge.pools.pool_status import to_pool
+from isthmus_bridge.pools.pools import Pools
+from isthmus_bridge.pools.reconciler import Reconciler
+from isthmus_bridge.pools.submitter import Submitter
 from isthmus_bridge.slurm.model import (
     Patience,
     SiteDescription,
@@ -25,7 +26,6 @@ from isthmus_bridge.slurm.model import (
     TaskRecord,
 )
 from isthmus_bridge.slurm.states import meaning
-from isthmus_bridge.submitter import Submitter
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 OPERATOR = "isthmus://operator/prod"

@@ -1,0 +1,1 @@
+"""Checks and settings for the administrator of a site: the policy, Slurm, certificates, file modes, orders."""

@@ -1,0 +1,254 @@
+"""The private directory of one pool, on the file system that the nodes share.
+
+``.isthmus-pool`` the mark that the bridge made the folder;
+``batch.sh`` the script, and ``client.sh`` where it starts several clients; ``code/`` the job's files; ``tls/`` the
+clients' credentials while the pool lives; ``tasks/`` the marks that say which client began and how it ended; ``logs/``
+one file per client; ``work/`` the clients' own directories.
+"""
+
+import errno
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import untrusted_files
+
+PATTERN_KEY = r"^[a-z0-9][a-z0-9-]{6,61}[a-z0-9]$"
+TAIL_LINES = 20
+TAIL_BYTES = 4096
+# Array id, Slurm's restart count, then the exit code or the node.
+_MARK = re.compile(r"(\d{1,10}) (\d{1,6}) ([A-Za-z0-9._-]{1,255})\n?")
+_MARK_BYTES = 512
+# Holds the pool's key, in each folder that the bridge has made.
+_MARK_OF_OURS = ".isthmus-pool"
+_EXIT_CODE = re.compile(r"[0-9]{1,3}")
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What one task wrote down about itself."""
+
+    array_id: int
+    node: str = ""
+    exit_code: int | None = None
+    """None: it has not ended, or could not say so."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How one start of a client ended."""
+
+    array_id: int
+    restarts: int
+    code: int
+
+
+def claim(path: Path) -> None:
+    """Makes a pool's private folder, and marks it as one of the bridge's.
+
+    Raises ``OSError``, also where something else stands in its place: nothing is ever written into a folder, or
+    removed with it, that this user's bridge has not made.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise OSError(errno.EPERM, f"{path} is there, and is no private folder of this user's") from None
+        if not claimed(path) and any(path.iterdir()):
+            raise OSError(errno.EPERM, f"{path} is there, and holds files that the bridge has not made") from None
+    if not claimed(path):
+        untrusted_files.write(path / _MARK_OF_OURS, path.name.encode())
+
+
+def claimed(path: Path) -> bool:
+    """Return whether a folder bears the bridge's mark."""
+    return not path.is_symlink() and _content(path / _MARK_OF_OURS, _MARK_BYTES) == path.name.encode()
+
+
+class RunDirectory:
+    """Files of one pool, which belong to the user whose process this is."""
+
+    def __init__(self, root: Path, key: str) -> None:
+        self.path = root / key
+        self.guard = self.path
+        """Where it is written down that a submission is under way."""
+        self.script = self.path / "batch.sh"
+        self.client_script = self.path / "client.sh"
+        self.tls = self.path / "tls"
+        self.code = self.path / "code"
+        self._logs = self.path / "logs"
+        self._tasks = self.path / "tasks"
+
+    @property
+    def log_pattern(self) -> str:
+        """The logs' names in Slurm's notation."""
+        return f"{self._logs}/%a.log"
+
+    def log(self, index: int) -> Path:
+        """The log of one task."""
+        return self._logs / f"{index}.log"
+
+    @property
+    def job_log_pattern(self) -> str:
+        """The same of jobs that hold several clients, each of which has a log of its own."""
+        return f"{self._logs}/job-%a.log"
+
+    def create(self, credentials: Mapping[str, bytes]) -> bool:
+        """Lays the directory out. Returns whether a script was there: that of an earlier life. Raises ``OSError``."""
+        claim(self.path)
+        known = self.script.exists()
+        for directory in (self._logs, self._tasks, self.path / "work"):
+            directory.mkdir(mode=0o700, exist_ok=True)
+        self.write_credentials(credentials)
+        return known
+
+    def write_credentials(self, credentials: Mapping[str, bytes]) -> None:
+        """Puts each file in its place at once: a task that starts meanwhile reads whole ones. Raises ``OSError``."""
+        self.tls.mkdir(mode=0o700, exist_ok=True)
+        if all(_content(self.tls / name) == content for name, content in credentials.items()):
+            return
+        with tempfile.TemporaryDirectory(prefix=".tls", dir=self.path) as fresh:
+            for name, content in credentials.items():
+                descriptor = os.open(Path(fresh) / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(content)
+            for name in credentials:
+                (Path(fresh) / name).replace(self.tls / name)
+
+    def write_code(self, files: Mapping[str, bytes]) -> None:
+        """Lays out what each task copies into its working directory: names are checked by then. Raises ``OSError``."""
+        if not files:
+            return
+        self.code.mkdir(mode=0o700, exist_ok=True)
+        for name, content in files.items():
+            untrusted_files.write(self.code / name, content)
+
+    def write_scripts(self, batch: str, client: str = "") -> None:
+        """Writes the batch script and, where it starts several clients, theirs. Raises ``OSError``."""
+        if client:
+            untrusted_files.write(self.client_script, client.encode(), 0o700)
+        untrusted_files.write(self.script, batch.encode(), 0o700)
+
+    def holds_credentials(self) -> bool:
+        """Return whether the directory may still hold the pool's credentials."""
+        return self.tls.exists()
+
+    def submitted(self) -> bool:
+        """Return whether a script was ever written. Raises ``OSError``."""
+        return self.script.exists()
+
+    def forget_credentials(self) -> None:
+        """Removes the credentials: the pool is over. Raises ``OSError``."""
+        untrusted_files.own(self.path)
+        untrusted_files.remove_tree(self.tls)
+
+    def remove(self) -> None:
+        """Removes everything. Raises ``OSError``."""
+        untrusted_files.remove_tree(self.path)
+
+    def marks(self) -> dict[int, Marks]:
+        """Return what the tasks wrote down, by index. Files that make no sense are left out."""
+        found: dict[int, Marks] = {}
+        starts: dict[int, tuple[int, int]] = {}
+        for index, kind, start, last in self._read_marks():
+            array_id, ended = start[0], exit_code(last) if kind == "exit" else None
+            old = found.get(index)
+            if kind == "start":
+                starts[index], old = start, None
+            elif starts.get(index, start) != start:
+                # The exit of an earlier start is no news of this one: a requeued task's predecessor may live on.
+                continue
+            node = last if kind == "start" else old.node if old else ""
+            code = ended if ended is not None else old.exit_code if old else None
+            found[index] = Marks(array_id, node, code)
+        return found
+
+    def exits(self, wanted: Collection[int]) -> dict[int, Exit]:
+        """Return how the wanted clients ended, without those that still run. Raises ``OSError``."""
+        found = {}
+        for entry in self._tasks.iterdir():
+            index, _, ending = entry.name.partition(".")
+            if ending != "exit" or not index.isdecimal() or int(index) not in wanted:
+                continue
+            match = _MARK.fullmatch(_content(entry, _MARK_BYTES).decode("utf-8", "replace"))
+            if match is not None and (code := exit_code(match[3])) is not None:
+                found[int(index)] = Exit(int(match[1]), int(match[2]), code)
+        return found
+
+    def _read_marks(self) -> Iterator[tuple[int, str, tuple[int, int], str]]:
+        """Yields index, kind, array and restart, and the last word: the starts first."""
+        try:
+            names = sorted(entry.name for entry in self._tasks.iterdir())
+        except FileNotFoundError:
+            return
+        for kind in ("start", "exit"):
+            for name in names:
+                index, _, ending = name.partition(".")
+                if ending != kind or not index.isdecimal():
+                    continue
+                match = _MARK.fullmatch(_content(self._tasks / name, _MARK_BYTES).decode("utf-8", "replace"))
+                if match is not None:
+                    yield int(index), kind, (int(match[1]), int(match[2])), match[3]
+
+    def tails(
+        self, indices: Iterable[int], lines: int = TAIL_LINES, limit: int = TAIL_BYTES, *, of_jobs: bool = False
+    ) -> dict[int, str]:
+        """The last lines of the logs of some tasks, bounded in bytes too; empty where there is none (yet).
+
+        ``of_jobs``: of jobs that hold several clients, what went wrong before they could begin.
+        """
+        log = self._job_log if of_jobs else self.log
+        return {index: _tail(log(index), lines, limit) for index in indices}
+
+    def log_tail(self, index: int, lines: int, limit: int) -> str:
+        """The last lines of one task's log, or a line that says why there are none."""
+        log = self.log(index)
+        try:
+            untrusted_files.opened(log).close()
+        except FileNotFoundError:
+            return f"isthmus: there is no log of task {index}: it has not begun, or {log} was removed"
+        except OSError as error:
+            return f"isthmus: the log of task {index} cannot be read: {error.strerror or error} ({log})"
+        return _tail(log, lines, limit)
+
+    def _job_log(self, index: int) -> Path:
+        return self._logs / f"job-{index}.log"
+
+
+def _tail(log: Path, lines: int, limit: int) -> str:
+    data, cut = _end(log, limit)
+    text = data.decode("utf-8", "replace").replace("\0", "\ufffd")
+    listed = text.splitlines()
+    if cut and len(listed) > 1:
+        # The first line begins somewhere in its middle.
+        listed = listed[1:]
+    return "\n".join(listed[-lines:])
+
+
+def exit_code(text: str) -> int | None:
+    """Return what a mark says in the place of an exit code; None: no program ends like that."""
+    code = int(text) if _EXIT_CODE.fullmatch(text) else 256
+    return code if code < 256 else None
+
+
+def _content(path: Path, limit: int = 1 << 20) -> bytes:
+    try:
+        return untrusted_files.read(path, limit)
+    except OSError:
+        return b""
+
+
+def _end(path: Path, limit: int) -> tuple[bytes, bool]:
+    try:
+        with untrusted_files.opened(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - limit))
+            return file.read(limit), size > limit
+    except OSError:
+        return b"", False

@@ -1,0 +1,259 @@
+"""Takes connections from compute nodes and passes their bytes on to the aggregator that they ask for by name.
+
+TLS runs from the client to the aggregator: what goes through here is ciphertext, and only the name in the first message
+is read. It is looked up among the pools that live, so nobody can be taken anywhere else.
+"""
+
+import asyncio
+import logging
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from isthmus_contracts.wire.addresses import bound, joined, split
+
+from ...metrics import Metrics
+from ...policy.policy import RelaySettings
+from .capacity import BACKLOG, affordable, unnamed
+from .client_hello import ClientHello, NotTls
+
+log = logging.getLogger(__name__)
+
+_HELLO_SECONDS = 10.0
+_DIAL_SECONDS = 15.0
+# gRPC pings every half minute: a connection that says nothing for so long is dead.
+_IDLE_SECONDS = 300.0
+_CHUNK = 64 << 10
+# Bytes that wait for a slow receiver before its sender is no longer read.
+_BUFFER = 256 << 10
+_SPARE_CONNECTIONS = 8
+_STOP_SECONDS = 5.0
+# Refusals of one kind are told once in this time, with their number: anybody can cause them.
+_QUIET_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where the clients of a pool go."""
+
+    host: str
+    port: int
+    connections: int
+    """How many of them may be open at a time."""
+
+
+Lookup = Callable[[str], Route | None]
+
+
+def connections_of(replicas: int) -> int:
+    """Return how many connections the clients of a pool may have: two each, while one replaces the other."""
+    return 2 * replicas + _SPARE_CONNECTIONS
+
+
+class RefusedError(Exception):
+    """A connection that goes nowhere. ``reason`` is one of a few words for the metrics."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Relay:
+    """A thread with an event loop of its own, so that bytes flow whatever the rest of the bridge does."""
+
+    def __init__(self, settings: RelaySettings, lookup: Lookup, metrics: Metrics) -> None:
+        """``lookup`` finds the route of a server's name; it may read the disk, and runs in a thread."""
+        self._settings = settings
+        self._lookup = lookup
+        self._metrics = metrics
+        self._most = settings.connections
+        self._open = Counter[str]()
+        self._unnamed = 0
+        # By reason: when the last one was told, and how many were not since.
+        self._told: dict[str, tuple[float, int]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
+        self._server: asyncio.Server | None = None
+        self.port = 0
+
+    def start(self) -> None:
+        """Listens. Raises ``OSError``."""
+        self._most = affordable(self._settings.connections)
+        if self._most < self._settings.connections:
+            log.warning(
+                "relay: room for %d connections only, not for %d: raise the limit of open files (LimitNOFILE=)",
+                self._most, self._settings.connections,
+            )  # fmt: skip
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
+        except OSError:
+            self._end_loop()
+            raise
+
+    def stop(self) -> None:
+        """Ends every connection; clients come back to the next bridge."""
+        if self._server is not None:
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+        self._end_loop()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _listen(self) -> None:
+        host, port = split(self._settings.listen)
+        # asyncio takes `::` for IPv6 alone.
+        where: dict[str, Any] = {"sock": bound(host, port)} if host == "::" else {"host": host, "port": port}
+        self._server = await asyncio.start_server(self._accept, **where, limit=_BUFFER, backlog=BACKLOG)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _close(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_STOP_SECONDS)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        name = ""
+        try:
+            if len(self._tasks) > self._most:
+                raise RefusedError("limit", f"{self._most} connections are open")
+            first, name = await self._first(reader)
+            route = await asyncio.to_thread(self._lookup, name)
+            if route is None:
+                raise RefusedError("unknown", f"no live pool goes to {name or 'a server without a name'!r}")
+            if self._open[name] >= route.connections:
+                raise RefusedError("limit", f"{route.connections} connections to {name} are open")
+            self._open[name] += 1
+            self._metrics.relay_connections.inc()
+            try:
+                await self._join(first, reader, writer, route)
+            finally:
+                self._metrics.relay_connections.dec()
+                self._open[name] -= 1
+                if not self._open[name]:
+                    del self._open[name]
+        except RefusedError as error:
+            self._refused(error.reason, writer, str(error))
+        except TimeoutError:
+            self._refused("timeout", writer, f"nothing was said for too long ({name or 'no name yet'})")
+        except NotTls as error:
+            self._refused("not-tls", writer, str(error))
+        except (OSError, asyncio.IncompleteReadError) as error:
+            log.debug("a relayed connection broke: %s", error)
+        finally:
+            self._tasks.discard(task)
+            _abort(writer)
+
+    async def _first(self, reader: asyncio.StreamReader) -> tuple[bytes, str]:
+        if self._unnamed >= unnamed(self._most):
+            raise RefusedError("limit", f"{self._unnamed} connections have not said yet where they go")
+        self._unnamed += 1
+        try:
+            async with asyncio.timeout(_HELLO_SECONDS):
+                return await _hello(reader)
+        finally:
+            self._unnamed -= 1
+
+    def _refused(self, reason: str, writer: asyncio.StreamWriter, message: str) -> None:
+        self._metrics.relay_refused.labels(reason).inc()
+        now = self._loop.time()
+        last, untold = self._told.get(reason, (-_QUIET_SECONDS, 0))
+        if now < last + _QUIET_SECONDS:
+            self._told[reason] = last, untold + 1
+            return
+        self._told[reason] = now, 0
+        more = f" ({untold} more like it since the last line)" if untold else ""
+        peer = writer.get_extra_info("peername")
+        log.warning("relay: %s%s", message, more, extra={"peer": str(peer[0]) if peer else ""})
+
+    async def _join(
+        self, first: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, route: Route
+    ) -> None:
+        try:
+            async with asyncio.timeout(_DIAL_SECONDS):
+                far_reader, far_writer = await asyncio.open_connection(route.host, route.port, limit=_BUFFER)
+        except (OSError, TimeoutError) as error:
+            raise RefusedError(
+                "unreachable", f"cannot reach {joined(route.host, route.port)}: {error or 'time-out'}"
+            ) from None
+        try:
+            for end in (writer, far_writer):
+                _tune(end)
+            far_writer.write(first)
+            self._metrics.relay_bytes.labels("to-aggregator").inc(len(first))
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._pass_on(reader, far_writer, "to-aggregator"))
+                both.create_task(self._pass_on(far_reader, writer, "to-client"))
+        except* TimeoutError:
+            raise TimeoutError from None
+        except* OSError as group:
+            raise group.exceptions[0] from None
+        finally:
+            _abort(far_writer)
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str) -> None:
+        counter = self._metrics.relay_bytes.labels(direction)
+        while True:
+            async with asyncio.timeout(_IDLE_SECONDS):
+                data = await reader.read(_CHUNK)
+                if not data:
+                    break
+                writer.write(data)
+                # Waits while the receiver is behind: the sender is not read meanwhile, and its own window fills.
+                await writer.drain()
+            counter.inc(len(data))
+        with suppress(OSError):
+            writer.write_eof()
+
+
+async def _hello(reader: asyncio.StreamReader) -> tuple[bytes, str]:
+    """The first bytes of a client, and the name in them."""
+    hello = ClientHello()
+    while more := await reader.read(_CHUNK):
+        name = hello.feed(more)
+        if name is not None:
+            return bytes(hello.data), name
+    raise NotTls("closed before a ClientHello")
+
+
+def _tune(writer: asyncio.StreamWriter) -> None:
+    writer.transport.set_write_buffer_limits(high=_BUFFER)
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _abort(writer: asyncio.StreamWriter) -> None:
+    # What was written goes out; nobody is waited for.
+    writer.close()
+
+
+def routes(listed: Iterable[tuple[str, str, int]]) -> dict[str, Route]:
+    """Routes by server's name, from (name, host:port, clients) of the live pools, oldest first.
+
+    The pools of a job share a name. Where two callers claim one, the older keeps it: TLS ends at the aggregator, so all
+    that a wrong address could do is to break a connection.
+    """
+    found: dict[str, Route] = {}
+    for name, endpoint, replicas in listed:
+        host, number = split(endpoint)
+        key = name.lower()
+        old = found.get(key)
+        if old is None:
+            found[key] = Route(host, number, connections_of(replicas))
+        elif (old.host, old.port) == (host, number):
+            found[key] = Route(host, number, old.connections + 2 * replicas)
+    return found

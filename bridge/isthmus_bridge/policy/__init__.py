@@ -1,0 +1,1 @@
+"""The policy of the site, and the decisions that follow from it."""

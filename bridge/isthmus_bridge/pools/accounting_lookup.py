@@ -1,0 +1,90 @@
+"""Looks where Slurm's queue no longer tells: the accounts, and the marks that tasks leave in their pool's directory."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from isthmus_contracts.identities import slurm_job_name
+
+from ..clients_per_job import per_job
+from ..policy.policy import Policy
+from ..slurm.model import SlurmAdapter, SlurmError, TaskRecord
+from ..users.pool_directory import pool_directory
+from .clients import marks_of_jobs
+from .journal import Entry
+from .observation import Observation, choose, resolve
+
+
+class Lookup:
+    """Asks the accounts sparingly: they are slower than the queue and tell nothing new every second."""
+
+    def __init__(self, policy: Policy, adapter: SlurmAdapter, steady: Callable[[], float]) -> None:
+        """``steady``: seconds that nobody sets forward or back."""
+        self._policy = policy
+        self._adapter = adapter
+        self._steady = steady
+        self._spacing = policy.slurm.absence_seconds / policy.slurm.absence_lookups
+        self._counted: dict[str, float] = {}
+        self._asked: dict[str, float] = {}
+
+    def counts(self, key: str) -> bool:
+        """Return whether a look-up that finds nothing now is far enough from the last to count as one more."""
+        now = self._steady()
+        if now < self._counted.get(key, -math.inf) + self._spacing:
+            return False
+        self._counted[key] = now
+        return True
+
+    def forget(self, key: str) -> None:
+        """The pool is over."""
+        self._counted.pop(key, None)
+        self._asked.pop(key, None)
+
+    def elsewhere(self, entry: Entry) -> int | None:
+        """The array of a doubtful submission that the queue does not show.
+
+        None: this look-up was healthy and found nothing. Raises :class:`SlurmError`: it says nothing.
+        """
+        try:
+            run = pool_directory(self._policy, entry.key, entry.user)
+            if self._adapter.submission_may_run(run.guard):
+                raise SlurmError("an earlier submission of it still runs")
+            if marks := run.marks():
+                return min(mark.array_id for mark in marks.values())
+        except OSError as error:
+            raise SlurmError(f"cannot read the pool's directory: {error.strerror}") from None
+        choice = choose(self._history(entry), 0)
+        return choice.array_id if choice else None
+
+    def ends(
+        self, entry: Entry, observation: Observation, missing: Sequence[int], *, first: bool
+    ) -> tuple[Observation, list[int], SlurmError | None]:
+        """Returns how those tasks ended, which stay unknown, and why the accounts did not answer, if so.
+
+        What the tasks' own marks say counts all the same. Raises :class:`SlurmError` where these cannot be read.
+        """
+        try:
+            marks = pool_directory(self._policy, entry.key, entry.user).marks()
+        except OSError as error:
+            raise SlurmError(f"cannot read the pool's directory: {error.strerror}") from None
+        spec = entry.pool_spec()
+        if per_job(spec) > 1:
+            marks = marks_of_jobs(marks, spec)
+        now = self._steady()
+        history: Sequence[TaskRecord] = []
+        failure = None
+        if first or now >= self._asked.get(entry.key, -math.inf) + self._spacing:
+            try:
+                history = self._history(entry)
+            except SlurmError as error:
+                failure = error
+            else:
+                # Only now: where they do not answer, no look-up in between may count as one that found nothing.
+                self._asked[entry.key] = now
+        return *resolve(observation, missing, entry.array_id, history, marks), failure
+
+    def _history(self, entry: Entry) -> Sequence[TaskRecord]:
+        own = slurm_job_name(entry.key)
+        names = [own, entry.observation.name] if entry.observation.name else [own]
+        found = self._adapter.history(names, entry.created_at, entry.user)
+        # Other jobs may bear the name that someone gave the array.
+        return [record for record in found if record.name == own or record.array_id == entry.array_id]

@@ -1,0 +1,52 @@
+"""What is thrown away: finished pools after their retention, credentials and directories that nothing needs."""
+
+import logging
+import re
+
+from ..files.run_directory import PATTERN_KEY, claimed
+from ..policy.policy import Policy
+from ..users.directory import owner
+from ..users.pool_directory import pool_directory
+from .journal import Journal
+from .submitter import forget_credentials
+
+log = logging.getLogger(__name__)
+
+
+def keep_house(policy: Policy, journal: Journal, now: float) -> None:
+    """One round. Failures are logged: nothing here may stop the bridge."""
+    for entry in journal.finished_before(now + 1):
+        if _holds_credentials(policy, entry.key, entry.user):
+            # The bridge died between a pool's end and this.
+            forget_credentials(policy, entry.key, entry.user)
+    for entry in journal.finished_before(now - policy.retention_days * 86400):
+        try:
+            pool_directory(policy, entry.key, entry.user).remove()
+        except OSError as error:
+            log.error("cannot remove the pool's directory: %s", error, extra={"key": entry.key})
+            continue
+        journal.delete(entry.key)
+        log.info("forgotten", extra={"key": entry.key})
+    _remove_unrecorded(policy, journal, now)
+
+
+def _remove_unrecorded(policy: Policy, journal: Journal, now: float) -> None:
+    """Directories of requests that were never recorded hold credentials, and never led to a job."""
+    for path in policy.run_dir.iterdir():
+        if re.fullmatch(PATTERN_KEY, path.name) is None or not claimed(path) or journal.get(path.name) is not None:
+            continue
+        try:
+            run = pool_directory(policy, path.name, owner(path))
+            # A minute: a request that is about to be recorded is no leftover. A script: it may have been submitted.
+            if run.holds_credentials() and path.stat().st_mtime < now - 60 and not run.submitted():
+                run.remove()
+                log.info("removed what an unrecorded request left", extra={"key": path.name})
+        except OSError as error:
+            log.error("cannot remove %s: %s", path, error, extra={"key": path.name})
+
+
+def _holds_credentials(policy: Policy, key: str, user: str) -> bool:
+    try:
+        return pool_directory(policy, key, user).holds_credentials()
+    except OSError:
+        return False

@@ -1,0 +1,400 @@
+"""Follows the pools in Slurm: one look at the queue for all of them, then a step for each."""
+
+import logging
+import math
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from isthmus_contracts.identities import slurm_job_name
+from isthmus_contracts.pb import bridge_pb2 as pb
+
+from ..clients_per_job import jobs_for
+from ..metrics import Metrics
+from ..policy.policy import Policy
+from ..slurm.environment import user_name
+from ..slurm.model import SlurmAdapter, SlurmError, TaskRecord
+from ..slurm.states import Meaning, meaning
+from ..slurm.unix_users import uid_of
+from ..users.user_checks import named
+from . import job_owners
+from .accounting_lookup import Lookup
+from .clients import by_client
+from .job_owners import Owner
+from .journal import Entry, Journal, State
+from .observation import Observation, choose, ended_by_limit, lose, observe
+from .pool_status import outcome
+from .status_file import StatusFile
+from .submitter import Submitter, forget_credentials, warning_seconds
+from .task_files import Evidence
+
+log = logging.getLogger(__name__)
+
+# So many failed looks at the queue in a row, before pools are said to be unknown.
+_FAILURES_BEFORE_STALE = 3
+_LONGEST_PAUSE = 30.0
+_CANCEL_AGAIN = 10.0
+# Arrays of finished pools may still turn up for a while: an sbatch that was thought dead, a requeue by hand.
+_SWEEP_EVERY = 30.0
+_SWEEP_FOR = 900.0
+MAX_SUBMISSIONS = 5
+
+
+class Reconciler:
+    """One pass is :meth:`tick`; only one thread calls it."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        journal: Journal,
+        adapter: SlurmAdapter,
+        submitter: Submitter,
+        metrics: Metrics,
+        advance: Callable[[str], None],
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``steady``: for what has to last a while, whoever sets the clock."""
+        self._policy = policy
+        self._journal = journal
+        self._adapter = adapter
+        self._submitter = submitter
+        self._metrics = metrics
+        self._advance = advance
+        self._clock = clock
+        self._steady = steady
+        self._lookup = Lookup(policy, adapter, steady)
+        self._evidence = Evidence(policy, steady)
+        self._users = set(named(policy))
+        self._failures = 0
+        self._asked_to_cancel: dict[tuple[str, int, int], float] = {}
+        self._last_sweep = -math.inf
+        self._sweep_until = steady() + _SWEEP_FOR
+        self._seen = journal.version
+        self._strangers: set[Owner] = set()
+        self._outside: set[str] = set()
+        self._pools: Mapping[Owner, Sequence[TaskRecord]] = {}
+        self._status = StatusFile(policy.status_path)
+        self.wake = threading.Event()
+
+    def run(self, stop: threading.Event) -> None:
+        """Passes until ``stop`` is set."""
+        while not stop.is_set():
+            self.wake.clear()
+            pause = _LONGEST_PAUSE
+            try:
+                pause = self.tick()
+                self._status.update(self._journal.live(), self._clock())
+            except Exception:
+                log.exception("a pass over the pools broke off")
+            # A wake-up is for a new or cancelled pool; Slurm itself is never asked more often than every poll.
+            stop.wait(min(pause, self._policy.slurm.poll_seconds))
+            self.wake.wait(max(0.0, pause - self._policy.slurm.poll_seconds))
+
+    def tick(self) -> float:
+        """One pass. Returns how long to pause."""
+        live = self._journal.live()
+        for entry in live:
+            if entry.state is State.RESERVED:
+                self._advance(entry.key)
+            elif entry.state is State.SUBMITTING:
+                self._doubt(entry.key)
+        live = self._journal.live()
+        self._count(live)
+        followed = [entry for entry in live if entry.state in (State.SUBMITTED, State.UNKNOWN)]
+        now = self._steady()
+        version = self._journal.version
+        if followed or version != self._seen:
+            # A pool that was cancelled before it was asked for is not followed, and is one that a lost journal knew.
+            self._seen = version
+            self._sweep_until = now + _SWEEP_FOR
+        elif now > self._sweep_until or now < self._last_sweep + _SWEEP_EVERY:
+            return self._policy.slurm.poll_seconds if live else _LONGEST_PAUSE
+        self._last_sweep = now
+        try:
+            # Those that no pool has any more are looked at for as long as this process lives: for what turns up late.
+            self._users |= {entry.user for entry in followed if entry.user}
+            gone = {user for user in self._users if uid_of(user) is None}
+            records = self._adapter.jobs(self._users - gone)
+        except SlurmError as error:
+            return self._unreachable(followed, error)
+        self._reachable()
+        self._pools, rest = job_owners.sort(records, self._policy)
+        for entry in followed:
+            try:
+                if entry.user in gone:
+                    self._change(entry, stale=f"the local user {entry.user} is not known on the site's machine")
+                else:
+                    self._follow(entry, self._pools.get((entry.key, entry.user), []))
+            except Exception:
+                # One pool's trouble is not the others'.
+                log.exception("cannot follow the pool", extra={"key": entry.key})
+        self._sweep(rest)
+        return self._policy.slurm.poll_seconds if followed else _SWEEP_EVERY
+
+    def _doubt(self, key: str) -> None:
+        """A submission that no thread carries any more: the bridge died, or could not record the answer."""
+        with self._journal.transaction():
+            entry = self._journal.get(key)
+            if entry is not None and entry.state is State.SUBMITTING and not self._submitter.busy(key):
+                self._journal.update(
+                    key, state=State.UNKNOWN, doubt_since=self._clock(), absences=0,
+                    message="looking for the array in Slurm: the bridge stopped while it was submitted",
+                )  # fmt: skip
+                log.warning("submission in doubt after a restart", extra={"key": key})
+
+    def _follow(self, entry: Entry, records: Sequence[TaskRecord]) -> None:
+        if entry.state is State.UNKNOWN:
+            self._search(entry, records)
+        else:
+            self._observe(entry, records)
+
+    def _search(self, entry: Entry, records: Sequence[TaskRecord]) -> None:
+        """Looks for the array of a doubtful submission."""
+        choice = choose(records, 0)
+        if choice is None:
+            try:
+                found = self._lookup.elsewhere(entry)
+            except SlurmError as error:
+                self._metrics.lookup_failures.inc()
+                self._change(entry, stale=f"looking for the array in Slurm: {error}")
+                return
+            if found is None:
+                self._absent(entry)
+                return
+            array_id, submitted = found, 0.0
+        else:
+            array_id = choice.array_id
+            submitted = max((r.submitted for r in records if r.array_id == array_id), default=0.0)
+        self._metrics.adoptions.inc()
+        log.info("found in Slurm as job %d", array_id, extra={"key": entry.key, "slurm_job": array_id})
+        adopted = self._change(
+            entry, state=State.SUBMITTED, array_id=array_id, submitted_at=submitted or self._clock(), doubt_since=0.0,
+            absences=0, stale="", message=entry.message if entry.cancel else "",
+        )  # fmt: skip
+        if adopted is not None:
+            self._observe(adopted, records)
+
+    def _absent(self, entry: Entry) -> None:
+        """One healthy look-up found nothing."""
+        if not self._lookup.counts(entry.key):
+            if entry.stale:
+                self._change(entry, stale="")
+            return
+        absences = entry.absences + 1
+        slurm, now = self._policy.slurm, self._clock()
+        since = min(entry.doubt_since, now)  # later than now: the clock was put back
+        if absences < slurm.absence_lookups or now < since + slurm.absence_seconds:
+            self._change(entry, absences=absences, doubt_since=since, stale="")
+        elif entry.cancel:
+            self._finish(entry, State.CANCELLED, entry.message, entry.observation)
+        elif entry.submissions >= MAX_SUBMISSIONS:
+            message = f"sbatch failed {entry.submissions} times and left no array; the last time: {entry.message}"
+            self._finish(entry, State.FAILED, message, entry.observation)
+        else:
+            log.warning("not in Slurm after %d look-ups: submitting", absences, extra={"key": entry.key})
+            if self._change(entry, state=State.RESERVED, absences=0, doubt_since=0.0, stale="") is not None:
+                self._advance(entry.key)
+
+    def _observe(self, entry: Entry, records: Sequence[TaskRecord]) -> None:
+        """Follows the tasks of the pool's array."""
+        choice = choose(records, entry.array_id)
+        for other in {record.array_id for record in records if not meaning(record.state).over} - {entry.array_id}:
+            self._cancel(entry, other, extra=True)
+        mine = [record for record in records if record.array_id == entry.array_id] if choice else []
+        spec = entry.pool_spec()
+        jobs = jobs_for(spec)
+        shrunk = bool(entry.keep) and not entry.cancel
+        observation, missing = observe(mine, jobs, entry.observation, shrunk=shrunk)
+        self._note_starts(entry, mine)
+        if (name := job_owners.changed_name(mine, entry.key)) and name != entry.observation.name:
+            log.warning(
+                "someone renamed the pool's array to %r; it is followed by its working directory", name,
+                extra={"key": entry.key, "slurm_job": entry.array_id},
+            )  # fmt: skip
+            observation = replace(observation, name=name)
+        changes: dict[str, object] = {"stale": ""}
+        if missing:
+            observation, changes = self._missed(entry, observation, missing)
+        elif entry.doubt_since:
+            changes |= {"doubt_since": 0.0, "absences": 0}
+        observation = self._evidence.added(entry, spec, observation)
+        surplus = self._surplus(entry, mine, jobs) if entry.keep else False
+        if observation.over(jobs) and not surplus:
+            warning = warning_seconds(self._policy, spec)
+            if ended_by_limit(observation, entry.observation, self._clock(), warning):
+                observation = replace(observation, limit_reached=True)
+            seen = by_client(observation, spec)
+            state, message = outcome(seen, spec.replicas, cancelled=entry.cancel, why=entry.message)
+            self._finish(entry, state, message, observation)
+            return
+        if entry.cancel:
+            self._cancel(entry, entry.array_id)
+        if observation != entry.observation:
+            changes["observation"] = observation
+        self._change(entry, **changes)
+
+    def _missed(
+        self, entry: Entry, observation: Observation, missing: Sequence[int]
+    ) -> tuple[Observation, dict[str, object]]:
+        """Tasks that the controller does not know any more."""
+        now = self._clock()
+        since = min(entry.doubt_since or now, now)
+        changes: dict[str, object] = {"stale": "", "doubt_since": since}
+        try:
+            observation, still, failure = self._lookup.ends(entry, observation, missing, first=not entry.doubt_since)
+        except SlurmError as error:
+            still, failure = list(missing), error
+        if not still:
+            return observation, {"stale": "", "doubt_since": 0.0, "absences": 0}
+        if failure is not None:
+            self._metrics.lookup_failures.inc()
+            log.warning("cannot look up tasks that left the queue: %s", failure, extra={"key": entry.key})
+            return observation, changes
+        if not self._lookup.counts(entry.key):
+            return observation, changes
+        changes["absences"] = absences = entry.absences + 1
+        slurm = self._policy.slurm
+        if absences >= slurm.absence_lookups and now >= since + slurm.absence_seconds:
+            log.error("Slurm has lost %d tasks", len(still), extra={"key": entry.key, "slurm_job": entry.array_id})
+            observation = lose(observation, still)
+        return observation, changes
+
+    def _surplus(self, entry: Entry, records: Sequence[TaskRecord], jobs: int) -> bool:
+        """Ends the tasks that a shrunk pool has too many. Returns whether there may be any."""
+        if not records:
+            # The accounts alone know the array: squeue lists it no longer, or not yet, and then all of it lives.
+            asked = jobs_for(pb.PoolSpec.FromString(entry.spec))
+            return asked > jobs and not self._cancel(entry, entry.array_id, jobs, asked - 1)
+        living = [record.indices or () for record in records if not meaning(record.state).over]
+        last = max((max(indices) for indices in living if indices), default=-1)
+        if last < jobs:
+            return False
+        self._cancel(entry, entry.array_id, jobs, last)
+        return True
+
+    def _note_starts(self, entry: Entry, records: Sequence[TaskRecord]) -> None:
+        for record in records:
+            if meaning(record.state) is Meaning.WAITING or not record.start or not record.submitted:
+                continue
+            if any(index not in entry.observation.tasks for index in record.indices or ()):
+                self._metrics.queue_wait.observe(max(0.0, record.start - record.submitted))
+
+    def _cancel(
+        self, entry: Entry, array_id: int, first: int = 0, last: int | None = None, *, extra: bool = False
+    ) -> bool:
+        """End an array or a range of its tasks, unless that was asked a moment ago; return whether Slurm took it."""
+        key = entry.key
+        now, asked = self._steady(), (key, array_id, first)
+        if now < self._asked_to_cancel.get(asked, -math.inf) + _CANCEL_AGAIN:
+            return True
+        self._asked_to_cancel[asked] = now
+        if extra:
+            self._metrics.extras.inc()
+            log.warning("cancelling an extra array", extra={"key": key, "slurm_job": array_id})
+        records = [r for r in self._pools.get((key, entry.user), []) if r.array_id == array_id]
+        try:
+            for name in job_owners.names(records, entry.observation.name or slurm_job_name(key)):
+                self._adapter.cancel(name, array_id, first, last, entry.user)
+        except SlurmError as error:
+            self._asked_to_cancel.pop(asked, None)
+            log.warning("cannot cancel: %s", error, extra={"key": key, "slurm_job": array_id})
+            return False
+        return True
+
+    def _sweep(self, rest: Sequence[TaskRecord]) -> None:
+        """Ends arrays whose pool is over. Those of unknown keys are left alone: another bridge may own them.
+
+        ``rest``: the records that are of no pool.
+        """
+        outside = {(r.user, r.array_id): r.name for r in rest if not meaning(r.state).over}
+        for (key, user), records in self._pools.items():
+            living = {record.array_id for record in records if not meaning(record.state).over}
+            if not living:
+                continue
+            entry = self._journal.get(key)
+            if entry is None or entry.user != user:
+                outside |= {(user, r.array_id): r.name for r in records if r.array_id in living}
+                # Also what one local user has named like another's pool: it is neither taken for that nor touched.
+                if (key, user) not in self._strangers:
+                    self._strangers.add((key, user))
+                    why = "the journal does not know it" if entry is None else f"belongs to {user or 'the bridge'!r}"
+                    log.warning("an array bears our name, but %s", why, extra={"key": key})
+            elif entry.state.over:
+                for array_id in living:
+                    self._cancel(entry, array_id, extra=True)
+
+        self._count_outside(outside)
+
+    def _count_outside(self, jobs: Mapping[tuple[str, int], str]) -> None:
+        """Reports jobs of the jobs' users that the bridge did not submit: the policy does not bind them."""
+        for user in {"", *self._users}:
+            who = user or user_name({})
+            found = {job: name for (owner, job), name in jobs.items() if owner == user}
+            self._metrics.jobs_without_pool.labels(who).set(len(found))
+            if found and user not in self._outside:
+                job, name = min(found.items())
+                log.warning(
+                    "%d jobs of %s belong to no pool, such as job %d, %r: the policy does not bind them",
+                    len(found), who, job, name,
+                )  # fmt: skip
+        self._outside = {user for user, _ in jobs}
+
+    def _unreachable(self, followed: Sequence[Entry], error: SlurmError) -> float:
+        self._failures += 1
+        self._metrics.lookup_failures.inc()
+        self._metrics.slurm_up.set(0)
+        log.warning("Slurm does not answer: %s", error)
+        if self._failures >= _FAILURES_BEFORE_STALE:
+            for entry in followed:
+                if not entry.stale:
+                    self._change(entry, stale=f"Slurm does not answer: {error}")
+        return float(min(_LONGEST_PAUSE, self._policy.slurm.poll_seconds * 2 ** min(self._failures - 1, 6)))
+
+    def _reachable(self) -> None:
+        if self._failures:
+            log.info("Slurm answers again")
+        self._failures = 0
+        self._metrics.slurm_up.set(1)
+        self._metrics.last_poll.set(self._clock())
+
+    def _finish(self, entry: Entry, state: State, message: str, observation: Observation) -> None:
+        changed = self._change(
+            entry, state=state, message=message, observation=observation, finished_at=self._clock(), stale=""
+        )
+        if changed is None:
+            return
+        log.info("pool is over: %s", message or state, extra={"key": entry.key, "state": str(state)})
+        self._lookup.forget(entry.key)
+        self._evidence.forget(entry.key)
+        for asked in [asked for asked in self._asked_to_cancel if asked[0] == entry.key]:
+            del self._asked_to_cancel[asked]
+        forget_credentials(self._policy, entry.key, entry.user)
+
+    def _change(self, entry: Entry, **changes: object) -> Entry | None:
+        """Records changes, unless the pool took another turn meanwhile. What is the same already makes no version."""
+        with self._journal.transaction():
+            current = self._journal.get(entry.key)
+            if current is None or current.state is not entry.state:
+                return None
+            if (current.cancel and not entry.cancel) or current.keep != entry.keep:
+                # Cancelled or shrunk since this pass began: the next one takes that into account.
+                return None
+            if all(getattr(current, name) == value for name, value in changes.items()):
+                return current
+            return self._journal.update(entry.key, **changes)
+
+    def _count(self, live: Sequence[Entry]) -> None:
+        states: dict[str, int] = defaultdict(int)
+        tasks: dict[str, int] = defaultdict(int)
+        for entry in live:
+            states[str(entry.state)] += 1
+            if entry.state is State.SUBMITTED:
+                spec = entry.pool_spec()
+                seen = by_client(entry.observation, spec)
+                for what, number in seen.counts(spec.replicas).items():
+                    tasks[what.value] += number
+        self._metrics.count(self._metrics.pools, [str(state) for state in State if not state.over], states)
+        self._metrics.count(self._metrics.tasks, [what.value for what in Meaning], tasks)

@@ -1,0 +1,116 @@
+"""What `isthmus-bridge status` shows: the running bridge writes it down, since the journal is its alone."""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from isthmus_contracts.pb import bridge_pb2 as pb
+
+from .journal import Entry
+from .pool_status import if_tellable, to_pool
+
+# Written this often although nothing changes, and believed to be of a living bridge for twice as long and some more.
+HEARTBEAT_SECONDS = 30.0
+_STALE_SECONDS = 90.0
+_HEADS = ("KEY", "POOL", "CALLER", "USER", "PHASE", "JOB", "QUEUED", "RUNNING", "DONE", "FAILED", "SINCE", "WHY")
+_LONGEST_WHY = 80
+
+
+class StatusError(Exception):
+    """There is nothing to show. ``str()`` is one line."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One pool."""
+
+    key: str
+    pool: str
+    caller: str
+    phase: str
+    job: str
+    queued: int
+    running: int
+    succeeded: int
+    failed: int
+    since: float
+    """Seconds since the epoch: when it was asked for."""
+    why: str
+    user: str = ""
+    """The local user whose jobs they are; empty: the bridge's own."""
+
+
+def line_of(entry: Entry) -> Line:
+    """What is shown of a pool."""
+    pool, spec = to_pool(entry), entry.pool_spec()
+    return Line(
+        entry.key, f"{spec.namespace}/{spec.job}/{spec.pool}", entry.identity, pb.Pool.Phase.Name(pool.phase),
+        pool.slurm_job_id, pool.queued, pool.running, pool.succeeded, pool.failed, entry.created_at,
+        pool.message or pool.reason, entry.user,
+    )  # fmt: skip
+
+
+class StatusFile:
+    """Written by the bridge, each time in one piece."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen: tuple[int, ...] = (-1,)
+        self._written = 0.0
+
+    def update(self, entries: Sequence[Entry], now: float) -> None:
+        """Writes where something has changed, and now and then. Raises ``OSError``."""
+        versions = tuple(entry.version for entry in entries)
+        if versions == self._seen and now < self._written + HEARTBEAT_SECONDS:
+            return
+        lines = [line for entry in entries if (line := if_tellable(line_of, entry)) is not None]
+        content = {"time": now, "pid": os.getpid(), "pools": [asdict(line) for line in lines]}
+        fresh = self._path.with_suffix(".new")
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(content, file)
+        fresh.replace(self._path)
+        self._seen, self._written = versions, now
+
+
+def show(path: Path) -> Iterator[str]:
+    """The table, line by line. Raises :class:`StatusError`."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise StatusError(f"{path}: not there; the bridge has never run with this policy") from None
+    except (OSError, ValueError) as error:
+        raise StatusError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        lines = list(_lines(content))
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
+        raise StatusError(f"{path}: not as this version writes it; is the running bridge another?") from None
+    yield from lines
+
+
+def _lines(content: Any) -> Iterator[str]:
+    age = time.time() - content["time"]
+    alive = "runs" if age < _STALE_SECONDS else "does not run, or hangs"
+    yield f"the bridge {alive} (pid {content['pid']}, last sign {age:.0f} s ago); {len(content['pools'])} live pools"
+    if content["pools"]:
+        yield from _table([Line(**pool) for pool in content["pools"]])
+
+
+def _table(lines: Iterable[Line]) -> Iterator[str]:
+    rows = [_HEADS, *(_cells(line) for line in lines)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _cells(line: Line) -> tuple[str, ...]:
+    since = time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime(line.since))
+    # Messages may hold what a script printed: no control characters to the admin's terminal.
+    why = "".join(character if character.isprintable() else " " for character in line.why)
+    why = why if len(why) <= _LONGEST_WHY else why[: _LONGEST_WHY - 1] + "…"
+    counts = (str(number) for number in (line.queued, line.running, line.succeeded, line.failed))
+    return (line.key, line.pool, line.caller, line.user or "-", line.phase, line.job or "-", *counts, since, why)

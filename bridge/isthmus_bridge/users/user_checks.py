@@ -1,0 +1,65 @@
+"""Which local users a policy names, and whether this machine lets them be used."""
+
+import os
+import pwd
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..policy.policy import Policy, PolicyError
+
+
+def named(policy: Policy) -> list[str]:
+    """The local users of the policy, each once."""
+    return list(dict.fromkeys(identity.user for identity in policy.identities if identity.user))
+
+
+def fault(user: str) -> str:
+    """Why this machine's user cannot own pools; empty: it can."""
+    try:
+        uid = pwd.getpwnam(user).pw_uid
+    except KeyError:
+        return f"{user!r} is no user of this machine"
+    if uid == 0:
+        return f"{user!r} is root (uid 0): jobs never run as root"
+    if uid == os.getuid():
+        return f"{user!r} is the user who runs the bridge: leave the field out"
+    return ""
+
+
+def faults(policy: Policy) -> Iterator[str]:
+    """What keeps this machine's users from being used, one line each."""
+    first: dict[int, str] = {}
+    for number, identity in enumerate(policy.identities):
+        if not identity.user:
+            continue
+        if why := fault(identity.user):
+            yield f"identities[{number}].user: {why}"
+            continue
+        # Slurm tells whose a job is by the number alone.
+        uid = pwd.getpwnam(identity.user).pw_uid
+        if (other := first.setdefault(uid, identity.user)) != identity.user:
+            yield f"identities[{number}].user: {identity.user!r} is the same user as {other!r} (uid {uid})"
+    if not named(policy):
+        return
+    if policy.slurm.conf is None and "SLURM_CONF" in os.environ:
+        yield "slurm.conf: name the file here: this environment's SLURM_CONF does not reach other users"
+    if _no_new_privileges():
+        yield (
+            "users: this process may gain no privileges, so sudo cannot work: set NoNewPrivileges=no in the systemd"
+            " unit, and use no container"
+        )
+
+
+def require(policy: Policy) -> Policy:
+    """The same policy. Raises :class:`PolicyError`."""
+    if found := list(faults(policy)):
+        raise PolicyError("; ".join(found))
+    return policy
+
+
+def _no_new_privileges() -> bool:
+    try:
+        return re.search(r"^NoNewPrivs:\s*1$", Path("/proc/self/status").read_text(), re.MULTILINE) is not None
+    except OSError:
+        return False
