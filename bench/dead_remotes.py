@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.integration.operator.dead import DeadBridge, dead_site, hpc_job, silent_aggregators
-from tests.integration.operator.process import Operator, accepted_after, job, until
-from tests.integration.operator.standin import ApiServer
+from tests.integration.operator.dead_remotes import DeadBridge, dead_site, hpc_job, silent_aggregators
+from tests.integration.operator.fake_api_server import ApiServer
+from tests.integration.operator.operator_process import Operator, accepted_after, job, until
 
 _PAUSE = 8.0  # seconds between two
 

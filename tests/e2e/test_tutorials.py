@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ..site_admin import installed, remove
-from ..walkthrough import ROOT, Step, Walk
+from tests.support.run_documentation import ROOT, Step, Walk
+from tests.support.site_admin import installed, remove
+
 from .conftest import CLUSTER, REPOSITORY, Platform, eventually, run, say
 
 BRIDGE_PORT = 7455

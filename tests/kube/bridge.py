@@ -12,7 +12,7 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb.bridge_pb2_grpc import BridgeServicer, add_BridgeServicer_to_server
 from isthmus_contracts.wire.pki import Authority
 from isthmus_contracts.wire.transport import SERVER_OPTIONS, server_credentials
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 from .cluster import tls_secret
 

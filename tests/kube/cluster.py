@@ -20,7 +20,7 @@ import yaml
 from kubernetes import client, config
 
 from isthmus_operator.effects.kube import connections
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 IMAGE = "isthmus.lab/busybox:1"

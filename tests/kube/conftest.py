@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from isthmus_contracts.wire.pki import Authority
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 from .bridge import FakeBridge
 from .cluster import ROOT, Namespace, Operator, eventually, grant, kubeconfig, kubectl, manifest

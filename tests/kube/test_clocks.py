@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from isthmus_contracts.pb import bridge_pb2 as pb
-from tests import faketime
+from tests.support import faketime
 
 from .bridge import FakeBridge
 from .cluster import Namespace, Operator, eventually, manifest

@@ -19,7 +19,7 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb.bridge_pb2_grpc import add_BridgeServicer_to_server
 from isthmus_contracts.wire.pki import Authority
 from isthmus_contracts.wire.transport import SERVER_OPTIONS, server_credentials
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 from .bridge import FakeBridge
 from .cluster import Namespace, Operator, eventually, kubectl

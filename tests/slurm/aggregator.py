@@ -10,10 +10,10 @@ from isthmus_contracts import identities as ids
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.wire.pki import Authority, Credentials
 
-from .site import DAY, until
+from .slurm_site import DAY, until
 
 UID = "real-job"
-SCRIPT = Path(__file__).parents[1] / "integration" / "federation" / "linear.py"
+SCRIPT = Path(__file__).parents[1] / "integration" / "federation" / "linear_model.py"
 
 
 class Aggregator:

@@ -17,7 +17,7 @@ import pytest
 
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 
-from .site import Site, slurm, until
+from .slurm_site import Site, slurm, until
 
 if TYPE_CHECKING:
     from lab import Lab

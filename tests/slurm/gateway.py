@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from isthmus_contracts.wire.pki import Authority
+from tests.integration.gateway.operator_side import DAY, SITE, OperatorSide
 
-from ..integration.gateway.operator_side import DAY, SITE, OperatorSide
-from .site import Site, until
+from .slurm_site import Site, until
 
 
 class Gateway:

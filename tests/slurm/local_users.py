@@ -10,7 +10,7 @@ from pathlib import Path
 
 from isthmus_contracts.identities import operator_identity
 
-from .site import Site
+from .slurm_site import Site
 
 ALICE, BOB = "isthmus-alice", "isthmus-bob"
 # Callers, and who they become.

@@ -37,7 +37,7 @@ from isthmus_bridge.slurm.states import meaning
 from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
 
-from .site import Site, ensure, get, over, running, slurm, spec, until
+from .slurm_site import Site, ensure, get, over, running, slurm, spec, until
 
 if TYPE_CHECKING:
     from lab import Lab

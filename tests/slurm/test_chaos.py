@@ -21,9 +21,9 @@ import pytest
 from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
-from tests.ports import free_port
+from tests.support.ports import free_port
 
-from .site import Site, over, slurm, spec, until
+from .slurm_site import Site, over, slurm, spec, until
 
 # What a pool's tasks do, and how it ends where nobody cancels it.
 COMMANDS = {

@@ -10,7 +10,7 @@ import pytest
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 
-from .site import Site, ensure, over, spec, tail
+from .slurm_site import Site, ensure, over, spec, tail
 
 SCRIPT = (
     'echo "at $(pwd)"; echo "$ISTHMUS_TLS_DIR: $(ls "$ISTHMUS_TLS_DIR")"; echo "$GREETING"; : >left; ls -a / | head -50'

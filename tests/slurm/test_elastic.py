@@ -3,7 +3,7 @@
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 
-from .site import Site, ensure, get, over, running, slurm, spec, tail, until
+from .slurm_site import Site, ensure, get, over, running, slurm, spec, tail, until
 
 # Tells who it is, and as which process: one that went on is the same.
 SCRIPT = 'echo "$ISTHMUS_INDEX of $ISTHMUS_POOL_SIZE is client $ISTHMUS_CLIENT, pid $$"; exec sleep 300'

@@ -8,7 +8,7 @@ import pytest
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 
-from .site import Site, ask_one_that_dies, ensure, get, over, running, spec, started_again_while_submitting, until
+from .slurm_site import Site, ask_one_that_dies, ensure, get, over, running, spec, started_again_while_submitting, until
 
 
 def test_the_same_request_twice_is_one_array(site: Site, operator: rpc.BridgeStub) -> None:

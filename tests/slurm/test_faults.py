@@ -10,7 +10,7 @@ import pytest
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 
-from .site import Site, ensure, get, over, running, slurm, spec, tail, until, wait_for_output
+from .slurm_site import Site, ensure, get, over, running, slurm, spec, tail, until, wait_for_output
 
 if TYPE_CHECKING:
     from lab import Lab

@@ -14,7 +14,7 @@ from isthmus_operator import plan_hpc
 from isthmus_operator.effects.bridge import pool_view
 
 from .aggregator import SCRIPT, UID, Aggregator
-from .site import Site, ensure, get, over, running, slurm, spec, tail, until
+from .slurm_site import Site, ensure, get, over, running, slurm, spec, tail, until
 
 if TYPE_CHECKING:
     from lab import Lab

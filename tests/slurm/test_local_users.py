@@ -19,7 +19,7 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 
 from .local_users import ALICE, BOB, Rule, accounts, as_user, prepare
-from .site import (
+from .slurm_site import (
     Site,
     ensure,
     get,

@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 
-from ..unit.bridge.machine import AnyMachine
-from ..unit.bridge.world import AnyWorld
-from .disturbed import DisturbedCli
-from .site import slurm, until
+from tests.support.bridge_state_machine import AnyMachine
+from tests.support.fake_slurm import AnyWorld
+
+from .fault_injection import DisturbedCli
+from .slurm_site import slurm, until
 
 EXAMPLES = int(os.environ.get("ISTHMUS_MACHINE", "0"))
 # Most examples run sbatch once: each of these has some.

@@ -3,7 +3,7 @@
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 
-from .site import Site, ensure, get, over, slurm, spec, tail, until
+from .slurm_site import Site, ensure, get, over, slurm, spec, tail, until
 
 SCRIPT = """
 echo "client $ISTHMUS_CLIENT job $SLURM_ARRAY_TASK_ID gpu $CUDA_VISIBLE_DEVICES in $PWD"

@@ -13,7 +13,7 @@ from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 
-from .site import Site, ensure, get, over, running, slurm, spec, tail, until, wait_for_output
+from .slurm_site import Site, ensure, get, over, running, slurm, spec, tail, until, wait_for_output
 
 SHOW = ["python3", "-c", "import os; print(os.getcwd()); [print(f'{k}={v}') for k, v in sorted(os.environ.items())]"]
 

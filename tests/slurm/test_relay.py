@@ -14,11 +14,11 @@ import pytest
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 from .aggregator import SCRIPT, UID, Aggregator
 from .gateway import Gateway
-from .site import Site, ensure, over, spec, tail
+from .slurm_site import Site, ensure, over, spec, tail
 
 if TYPE_CHECKING:
     from lab import Lab

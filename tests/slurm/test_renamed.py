@@ -8,7 +8,7 @@ import pytest
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 
-from .site import OVER, Site, ensure, get, over, running, slurm, spec, until
+from .slurm_site import OVER, Site, ensure, get, over, running, slurm, spec, until
 
 
 @pytest.mark.parametrize("ends", ["by itself", "cancelled"])

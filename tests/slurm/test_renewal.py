@@ -12,13 +12,13 @@ import pytest
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .aggregator import UID, Aggregator
-from .site import Site, ensure, over, running, spec, tail, until
+from .slurm_site import Site, ensure, over, running, spec, tail, until
 
 if TYPE_CHECKING:
     from lab import Lab
 
 ROUNDS, BEFORE = 6, 3
-SCRIPT = Path(__file__).parents[1] / "integration" / "federation" / "linear.py"
+SCRIPT = Path(__file__).parents[1] / "integration" / "federation" / "linear_model.py"
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 from isthmus_contracts.wire.pki import Credentials
 from isthmus_contracts.wire.transport import channel
+from tests.support.site_admin import BRIDGE, JOBS, PAGE, Installation, installed, remove
 
-from ..site_admin import BRIDGE, JOBS, PAGE, Installation, installed, remove
 from .local_users import as_user
-from .site import ensure, over, slurm, spec, tail, until
+from .slurm_site import ensure, over, slurm, spec, tail, until
 
 if TYPE_CHECKING:
     from lab import Lab

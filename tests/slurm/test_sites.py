@@ -10,7 +10,7 @@ import yaml
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 
-from .site import Site, ensure, get, over, running, slurm, spec, until
+from .slurm_site import Site, ensure, get, over, running, slurm, spec, until
 
 if TYPE_CHECKING:
     from lab import Lab

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 
-from .site import Site, ensure, get, over, running, spec
+from .slurm_site import Site, ensure, get, over, running, spec
 
 SILENT = 400
 FILES = 256

@@ -14,9 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 from isthmus_contracts.pb import bridge_pb2 as pb
-from tests.ports import free_port
+from tests.support.ports import free_port
 
-from .site import Site, ensure, get, slurm, spec, until
+from .slurm_site import Site, ensure, get, slurm, spec, until
 
 CLIENTS = 1000
 SECONDS = 15.0

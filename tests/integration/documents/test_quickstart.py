@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ...walkthrough import ROOT, Walk, steps
+from tests.support.run_documentation import ROOT, Walk, steps
 
 PAGES = ("quickstart.md", *(f"tutorials/{path.name}" for path in (ROOT / "docs" / "tutorials").iterdir()))
 

@@ -19,8 +19,8 @@ from isthmus_contracts.pb.federation_pb2_grpc import ObserverStub
 from isthmus_contracts.wire.pki import Authority, Credentials
 from isthmus_contracts.wire.transport import channel
 
-from . import forked
-from .forked import Forked
+from . import subprocess_job
+from .subprocess_job import Forked
 
 DAY = dt.timedelta(days=1)
 UID = "5d2c"
@@ -115,7 +115,7 @@ class Federation:
         """Starts Python in a process that has torch already, with its output in ``NAME.log``."""
         log = self.directory / f"{name}.log"
         log.touch()
-        process = forked.start([str(each) for each in arguments], self.directory, log, {**os.environ, **env})
+        process = subprocess_job.start([str(each) for each in arguments], self.directory, log, {**os.environ, **env})
         self.processes.append(process)
         return process
 
@@ -151,7 +151,7 @@ class Federation:
         assert self.aggregator.wait() == 0, self.log("aggregator")
 
     def let_go(self) -> None:
-        """Ends the HOLD of the clients that train with linear.py."""
+        """Ends the HOLD of the clients that train with linear_model.py."""
         (self.directory / "go").touch()
 
     def kill_aggregator(self) -> None:
@@ -193,5 +193,5 @@ def federation(tmp_path: Path) -> Iterator[Callable[..., Federation]]:
 def script(tmp_path: Path) -> Path:
     """The training script of these tests: linear regression on data that the client's number decides."""
     path = tmp_path / "train.py"
-    path.write_text((Path(__file__).parent / "linear.py").read_text())
+    path.write_text((Path(__file__).parent / "linear_model.py").read_text())
     return path

@@ -16,7 +16,7 @@ from isthmus.codecs import encode, parse_chain, upload_seed
 from isthmus.codecs.zstd import compressed
 from isthmus_contracts.pb import federation_pb2 as pb
 
-from . import linear
+from . import linear_model
 from .conftest import POOL, Federation
 from .test_protocol import STATE, HandMadeClient
 
@@ -92,7 +92,7 @@ def test_every_client_sees_the_model_that_is_checkpointed(federation: Make, scri
     assert [client.wait() for client in clients] == [0, 0], job.log("client-0-0")
     seen = [beginnings(job, client) for client in range(2)]
     assert seen[0] == seen[1]
-    assert seen[0] == {number: linear.digest(checkpoint(job, number - 1)) for number in range(1, 7)}
+    assert seen[0] == {number: linear_model.digest(checkpoint(job, number - 1)) for number in range(1, 7)}
     assert [trained(job, client) for client in range(2)] == [Counter(range(1, 7))] * 2
 
 

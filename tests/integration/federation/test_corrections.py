@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from . import linear
+from . import linear_model
 from .conftest import Federation
 
 CLIENTS, ROUNDS, RATE, ALPHA = 2, 4, 0.05, 0.2
@@ -19,7 +19,7 @@ State = dict[str, torch.Tensor]
 def train(model: torch.nn.Module, client: int, correct: Callable[[str, torch.Tensor], torch.Tensor]) -> State:
     """Local SGD whose gradients are corrected; returns the trained state."""
     local = deepcopy(model)
-    inputs, targets = linear.data(client)
+    inputs, targets = linear_model.data(client)
     local.train()
     for _ in range(STEPS[client]):
         local.zero_grad()
@@ -32,11 +32,11 @@ def train(model: torch.nn.Module, client: int, correct: Callable[[str, torch.Ten
 
 def reference(algorithm: str) -> list[State]:
     """The global model after each round, without any of our code."""
-    model = linear.build()
+    model = linear_model.build()
     names = [name for name, _ in model.named_parameters()]
     zeros = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
     server, own = deepcopy(zeros), [deepcopy(zeros) for _ in range(CLIENTS)]
-    sizes = [len(linear.data(client)[0]) for client in range(CLIENTS)]
+    sizes = [len(linear_model.data(client)[0]) for client in range(CLIENTS)]
     shares = [size / sum(sizes) for size in sizes]
     results = []
     for _ in range(ROUNDS):

@@ -11,7 +11,7 @@ import torch
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from .conftest import Federation, eventually
-from .forked import Forked
+from .subprocess_job import Forked
 
 Make = Callable[..., Federation]
 Ranks = list[Forked]

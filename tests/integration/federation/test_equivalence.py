@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from . import linear
+from . import linear_model
 from .conftest import Federation
 
 CLIENTS, ROUNDS, RATE = 3, 4, 0.1
@@ -16,14 +16,14 @@ CLIENTS, ROUNDS, RATE = 3, 4, 0.1
 
 def reference(mu: float) -> list[dict[str, torch.Tensor]]:
     """The global model after each round, without any of our code."""
-    model = linear.build()
+    model = linear_model.build()
     results = [deepcopy(model.state_dict())]
     for _ in range(ROUNDS):
         total, states = 0, []
         for client in range(CLIENTS):
             local = deepcopy(model)
             start = [parameter.detach().clone() for parameter in local.parameters()]
-            inputs, targets = linear.data(client)
+            inputs, targets = linear_model.data(client)
             optimizer = torch.optim.SGD(local.parameters(), lr=RATE)
             local.train()
             for _ in range(3):
@@ -65,4 +65,4 @@ def test_round_by_round(
     assert metrics["score"] == (pytest.approx(8 / 6), ROUNDS)
     assert metrics["train_loss"][1] == ROUNDS
     final = torch.load(job.state / "model.pt", weights_only=True)
-    linear.build().load_state_dict(final)
+    linear_model.build().load_state_dict(final)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .conftest import Federation, eventually
-from .forked import Forked
+from .subprocess_job import Forked
 
 Make = Callable[..., Federation]
 HERE = Path(__file__).parent

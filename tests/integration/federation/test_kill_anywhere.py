@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from isthmus_contracts import identities
 from isthmus_contracts.dp_accounting import Spent
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 from .conftest import DAY, POOL, SERVER_NAME, UID, Federation, eventually
 from .test_faults import records, trained, updates
@@ -29,7 +29,7 @@ class Nursery:
     """A process that has imported torch, and forks others, which begin at once."""
 
     def __init__(self) -> None:
-        program = Path(__file__).parent / "doomed.py"
+        program = Path(__file__).parent / "crash_injection.py"
         self._process = subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def start(

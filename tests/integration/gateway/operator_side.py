@@ -14,7 +14,7 @@ from isthmus_operator.effects.bridge import Bridges
 from isthmus_operator.effects.lines import Lines
 from isthmus_operator.gateway import Gateway
 from isthmus_operator.jobstore import SiteStore
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 DAY = dt.timedelta(days=1)
 SITE = "lumi"

@@ -4,7 +4,7 @@ import sys
 import time
 
 from isthmus_bridge import cli, server
-from tests.unit.bridge.world import FakeSlurm
+from tests.support.fake_slurm import FakeSlurm
 
 if __name__ == "__main__":
     server.slurm_adapter = lambda *_: FakeSlurm(time.time)  # type: ignore[assignment, return-value]

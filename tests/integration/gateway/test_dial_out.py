@@ -19,9 +19,9 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.wire.pki import Authority
 from isthmus_operator.effects.lines import BridgeError, NotConnectedError
 from isthmus_operator.observed import PoolPhase, PoolView, ProblemKind
+from tests.support.connect_proxy import ConnectProxy
+from tests.support.fake_slurm import KEY, spec
 
-from ...connect_proxy import ConnectProxy
-from ...unit.bridge.world import KEY, spec
 from .operator_side import DAY, SITE, OperatorSide, until
 
 ROOT = Path(__file__).parents[3]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from .process import Operator
-from .standin import ApiServer
+from .fake_api_server import ApiServer
+from .operator_process import Operator
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import json
 import urllib.request
 
-from .process import Operator, accepted_after, until
-from .standin import ApiServer
+from .fake_api_server import ApiServer
+from .operator_process import Operator, accepted_after, until
 
 
 def refused(operator: Operator) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Remote parties that take calls and answer none: whoever does not need them does not notice."""
 
-from .dead import DeadBridge, dead_site, hpc_job, made, silent_aggregators
-from .process import Operator, accepted_after, job, until
-from .standin import ApiServer
+from .dead_remotes import DeadBridge, dead_site, hpc_job, made, silent_aggregators
+from .fake_api_server import ApiServer
+from .operator_process import Operator, accepted_after, job, until
 
 BOUND = 2.0  # seconds until an unrelated job is accepted
 JOBS = 40  # more than twice the operator's workers

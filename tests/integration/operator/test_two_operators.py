@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from .process import Operator, job, until
-from .standin import ApiServer
+from .fake_api_server import ApiServer
+from .operator_process import Operator, job, until
 
 
 def test_one_of_two_operators_of_different_settings_serves_a_job_and_the_other_says_so_once(

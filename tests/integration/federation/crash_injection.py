@@ -1,0 +1,138 @@
+"""Aggregators that kill themselves at a chosen point, and clients: forked from one process, which has torch.
+
+``python crash_injection.py`` reads a JSON line for each process from standard input:
+{"argv", "cwd", "env", "log", "kill_at"}. It writes {"pid"} to standard output, or for an aggregator (with kill_at),
+once it has ended, {"status", "points"}.
+"""
+
+import itertools
+import json
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isthmus.aggregator import __main__ as aggregator
+from isthmus.aggregator import checkpoints, federation
+from isthmus.aggregator.budget import PrivacyBudget
+from isthmus.aggregator.delivery import Outcome
+from isthmus.aggregator.evaluations import Evaluations
+from isthmus.aggregator.federation import Federation
+from isthmus.aggregator.intake import Intake
+from isthmus.aggregator.membership import Client, Membership
+from isthmus.aggregator.progress import Progress
+from isthmus.aggregator.pushes import Pushes
+from isthmus.client import session, transfer
+from isthmus.codecs import Decoder
+from isthmus.privacy import Private
+from isthmus.strategies.deterministic import Deterministic
+from isthmus.strategies.fedavg import FedAvg
+from isthmus.strategies.spill import Spill
+from isthmus.tensors import Reception
+from isthmus_contracts.wire import transport
+
+# Everything that happens between the first chunk of an update and the last word about its commit.
+POINTS: list[tuple[Any, str]] = [
+    (Reception, "__init__"), (Reception, "write"), (Reception, "finish"), (Decoder, "write"),
+    (Pushes, "_count"), (Intake, "precheck"), (Intake, "_count"), (Intake, "_fold"),
+    (Deterministic, "accept"), (Deterministic, "finish"), (FedAvg, "accept"), (FedAvg, "finish"), (Spill, "add"),
+    (Private, "accept"), (Private, "finish"), (PrivacyBudget, "account"), (PrivacyBudget, "charge"),
+    (Federation, "_begin_round"), (federation, "record_of"), (Federation, "_settled_book"),
+    (checkpoints.CheckpointStore, "save"), (checkpoints.CheckpointStore, "append"), (checkpoints, "_publishing"),
+    (os, "fdatasync"), (os, "fsync"), (Path, "rename"), (Path, "unlink"),
+    (Membership, "admit"), (Membership, "leave"), (Client, "send"),
+]  # fmt: skip
+
+# What happens once a model may have met the target. Watched where a process ends at a point of a name.
+ENDING: list[tuple[Any, str]] = [
+    (Evaluations, "take"), (Progress, "take"), (Federation, "_give_up"), (Outcome, "deliver"), (Path, "hardlink_to"),
+    (checkpoints.CheckpointStore, "write_final"), (checkpoints.CheckpointStore, "write_best"),
+]  # fmt: skip
+
+
+def hurry() -> None:
+    """A client looks for an aggregator that is away for a moment, and was away for many."""
+    session._FIRST_BACKOFF = transfer._FIRST_BACKOFF = 0.05
+    session._LONGEST_BACKOFF = transfer._LONGEST_BACKOFF = 0.2
+    # The last one is also how long a handshake may take.
+    options = ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200)
+    transport._CHANNEL_OPTIONS.extend([*options, ("grpc.min_reconnect_backoff_ms", 2000)])
+
+
+class Doom:
+    """Counts the points that are passed, and ends the process at one: that of a number, or the first of a name."""
+
+    def __init__(self, kill_at: int | str, trace: Path) -> None:
+        self._kill_at = kill_at
+        self._trace = trace.open("w", buffering=1)
+        # Threads pass points too; next() gives no two of them the same number, and skips none.
+        self._numbers = itertools.count(1)
+
+    def point(self, name: str) -> None:
+        number = next(self._numbers)
+        self._trace.write(f"{name}\n")
+        if self._kill_at in (number, name):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(self, owner: Any, name: str) -> None:
+        original: Callable[..., Any] = getattr(owner, name)
+        label = f"{getattr(owner, '__name__', owner)}.{name}"
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.point(f"before {label}")
+            result = original(*args, **kwargs)
+            self.point(f"after {label}")
+            return result
+
+        setattr(owner, name, watched)
+
+
+def become(request: dict[str, Any]) -> None:
+    """The child: runs the program that was asked for."""
+    os.chdir(request["cwd"])
+    os.environ.update(request["env"])
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = request["argv"]
+    torch.set_num_threads(1)
+    if request["kill_at"] is None:
+        hurry()
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return
+    aggregator.LINGER_SECONDS = 0.1  # nobody observes it
+    doom = Doom(request["kill_at"], Path("points"))
+    for owner, name in POINTS + (ENDING if isinstance(request["kill_at"], str) else []):
+        doom.watch(owner, name)
+    aggregator.main()
+
+
+def main() -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                become(request)
+                code = 0
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else 1
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        answer = {"pid": child}
+        if request["kill_at"] is not None:
+            answer["status"] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

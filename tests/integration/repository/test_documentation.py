@@ -1,0 +1,69 @@
+"""The site builds without a warning, and its generated pages are as the code is."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reference.__main__ import main as write_reference
+
+ROOT = Path(__file__).parents[3]
+
+
+def build(configuration: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site), "--config-file"]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(
+        [*command, str(configuration)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    done = build(ROOT / "mkdocs.yml", tmp_path)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    # A link to a file of the repository leads to a copy of it.
+    assert (tmp_path / "repository" / "bridge" / "examples" / "policy.yaml.txt").read_bytes() == (
+        ROOT / "bridge" / "examples" / "policy.yaml"
+    ).read_bytes()
+    assert 'href="../repository/bridge/examples/policy.yaml.txt"' in (tmp_path / "bridge" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("link", ["nowhere.md", "index.md#nowhere", "../bridge/nowhere.yaml"])
+def test_a_dead_link_fails_the_build(tmp_path: Path, link: str) -> None:
+    pages = tmp_path / "docs"
+    pages.mkdir()
+    (pages / "index.md").write_text(f"# Home\n\n[here]({link})\n")
+    configuration = tmp_path / "mkdocs.yml"
+    text = (ROOT / "mkdocs.yml").read_text().partition("nav:\n- Home")[0]
+    configuration.write_text(text.replace("docs/.site/outside.py", str(ROOT / "docs" / ".site" / "outside.py")))
+    done = build(configuration, tmp_path / "site")
+    assert done.returncode != 0 and "nowhere" in done.stderr
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse words its help differently in other versions")
+def test_what_no_malicious_party_can_do_is_proved_by_tests_that_exist() -> None:
+    """Each row of the two tables names its tests."""
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    part = text[text.index("## What a malicious party can do") : text.index("### Bounds on what clients send")]
+    rows = [line for line in part.splitlines() if line.startswith("| ") and "Proved by" not in line]
+    assert len(rows) >= 20
+    missing = []
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", row)
+        assert named or "[below]" in row or "the same" in row, row
+        for file, test in named:
+            found = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(file)]
+            if not any(f"def {test or 'test_'}" in content for content in found):
+                missing.append(f"{file}::{test}")
+    assert missing == []
+
+
+def test_the_reference_is_the_generated_one(tmp_path: Path) -> None:
+    write_reference(tmp_path)
+    generated = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert generated == {path.name: path.read_text() for path in (ROOT / "docs" / "reference").iterdir()}, (
+        "run `make generate`"
+    )

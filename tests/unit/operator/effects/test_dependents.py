@@ -1,0 +1,18 @@
+"""A job's own objects, and those of others that bear the same names."""
+
+from typing import Any
+
+from isthmus_contracts import identities as ids
+from isthmus_operator.effects import dependents
+from tests.support.fake_cluster import NOW, job
+
+
+class Kube:
+    async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
+        labels = {"demo-ca": {ids.LABEL_JOB: "dem", ids.LABEL_JOB_UID: "another"}, "demo-cloud-tls": {}}
+        return {"metadata": {"name": name, "labels": labels[name]}} if name in labels else None
+
+
+async def test_whose_an_object_is_that_is_in_the_way_is_told() -> None:
+    found = await dependents.load(Kube(), job(), NOW, network_policies=False, resting=False)  # type: ignore[arg-type]
+    assert found.foreign == ("Secret/demo-ca (of the job dem)", "Secret/demo-cloud-tls")

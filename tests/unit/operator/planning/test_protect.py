@@ -1,0 +1,138 @@
+"""Who may reach a job's pods, and what a drain may do."""
+
+import datetime as dt
+from dataclasses import replace
+from typing import Any
+
+import kubernetes_validate
+import pytest
+
+from isthmus_contracts.manifests.manifest import parse_site_spec
+from isthmus_operator import actions as act
+from isthmus_operator.admission import review_job
+from isthmus_operator.draft import Limits
+from isthmus_operator.effects import dependents
+from isthmus_operator.observed import Observed, Refusal
+from isthmus_operator.plan import plan
+from tests.support.fake_cluster import NOW, UID, job, of_kind, site, spec, standing
+
+SITE = {"endpoint": "h:1", "tls": {"secretRef": {"name": "a", "namespace": "b"}}, "allowedNamespaces": ["*"]}
+
+
+def made(wanted: dict[str, Any], sites: dict[str, Any] | None = None, **limits: Any) -> dict[str, dict[str, Any]]:
+    observed = Observed(sites={"site": site()} if sites is None else sites)
+    decided = plan(job(wanted), observed, NOW, Limits(network_policies=True, **limits))
+    return {f"{item.kind}/{item.name}": dict(item.body) for item in of_kind(decided, act.Apply)}
+
+
+@pytest.mark.parametrize(
+    ("expose", "cidrs", "warns"),
+    [
+        ({"type": "NodePort"}, ["192.0.2.0/24"], True),
+        ({"type": "LoadBalancer", "externalTrafficPolicy": "Cluster"}, ["192.0.2.0/24"], True),
+        ({"type": "NodePort", "externalTrafficPolicy": "Local"}, ["192.0.2.0/24"], False),
+        ({"type": "ClusterIP"}, ["192.0.2.0/24"], False),
+        ({"type": "NodePort"}, ["0.0.0.0/0", "::/0"], False),
+    ],
+)
+def test_a_narrowed_site_behind_a_service_that_masks_addresses_is_warned_of(
+    expose: dict[str, str], cidrs: list[str], warns: bool
+) -> None:
+    wanted = {"metadata": {"name": "demo", "namespace": "team"}, "spec": spec(hpc=1, aggregator={"expose": expose})}
+    answer = review_job(wanted, None, None, {"site": parse_site_spec({**SITE, "clientCIDRs": cidrs})}, frozenset())
+    assert answer.allowed
+    assert bool(answer.warnings) is warns
+    assert all("the clientCIDRs of HPCSite site do not match; set Local" in item for item in answer.warnings)
+
+
+def test_clients_are_reached_by_nobody() -> None:
+    policy = made(spec())["NetworkPolicy/demo-clients"]["spec"]
+    assert policy == {
+        "podSelector": {"matchLabels": {"isthmus.dev/job-uid": UID, "isthmus.dev/role": "client"}},
+        "policyTypes": ["Ingress"],
+        "ingress": [],
+    }
+
+
+def test_the_aggregator_is_reached_by_its_own_clients_and_the_operator() -> None:
+    policy = made(spec(), namespace="isthmus-system")["NetworkPolicy/demo-aggregator"]["spec"]
+    assert policy["podSelector"] == {"matchLabels": {"isthmus.dev/job-uid": UID, "isthmus.dev/role": "aggregator"}}
+    federation, metrics = policy["ingress"]
+    assert federation["ports"] == [{"protocol": "TCP", "port": 7443}]
+    assert federation["from"] == [
+        {"podSelector": {"matchLabels": {"isthmus.dev/job-uid": UID, "isthmus.dev/role": "client"}}},
+        {
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "isthmus-system"}},
+            "podSelector": {"matchLabels": {"app.kubernetes.io/component": "operator"}},
+        },
+    ]
+    assert metrics["ports"] == [{"protocol": "TCP", "port": 9090}]
+
+
+def test_hpc_clients_come_from_where_their_site_says() -> None:
+    narrow = parse_site_spec({**SITE, "clientCIDRs": ["192.0.2.0/24", "2001:db8::/32"]})
+    policy = made(spec(hpc=2), {"site": narrow}, namespace="x")["NetworkPolicy/demo-aggregator"]["spec"]
+    blocks = [item["ipBlock"]["cidr"] for item in policy["ingress"][0]["from"] if "ipBlock" in item]
+    assert blocks == ["192.0.2.0/24", "2001:db8::/32"]
+    assert parse_site_spec(SITE).client_cidrs == ["0.0.0.0/0", "::/0"]
+
+
+def test_a_disruption_budget_is_made_where_the_job_asks_for_one() -> None:
+    assert "PodDisruptionBudget/demo-aggregator" not in made(spec())
+    objects = made(spec(aggregator={"disruptionBudget": "Protect"}))
+    assert objects["PodDisruptionBudget/demo-aggregator"]["spec"]["minAvailable"] == 1
+
+
+@pytest.mark.parametrize("version", ["1.25", "1.37"])
+def test_kubernetes_takes_them(version: str) -> None:
+    for body in made(spec(hpc=2, aggregator={"disruptionBudget": "Protect"}), namespace="x").values():
+        kubernetes_validate.validate(body, version, strict=True)
+
+
+def test_without_them_nothing_waits() -> None:
+    decided = plan(job(spec()), Observed(sites={}), NOW, Limits())
+    assert not [item for item in of_kind(decided, act.Apply) if item.kind == "NetworkPolicy"]
+
+
+def narrow(*cidrs: str) -> dict[str, Any]:
+    return {"site": parse_site_spec({**SITE, "clientCIDRs": list(cidrs)})}
+
+
+def test_another_range_of_a_sites_clients_reaches_the_policies_of_jobs_that_run() -> None:
+    wanted, limits = spec(hpc=2), Limits(network_policies=True)
+    policies = {
+        key: body for key, body in made(wanted, narrow("192.0.2.0/24"), namespace="x").items() if "Policy" in key
+    }
+    there = standing(wanted, sites=narrow("192.0.2.0/24"))
+    there = replace(
+        there,
+        present=there.present | set(policies),
+        rendered={key: body["metadata"]["annotations"]["isthmus.dev/rendered"] for key, body in policies.items()},
+    )
+
+    def applied(observed: Observed) -> list[str]:
+        decided = plan(job(wanted), observed, NOW, replace(limits, namespace="x"))
+        # Nothing waits for it.
+        assert of_kind(decided, act.CreatePod)
+        return [f"{item.kind}/{item.name}" for item in of_kind(decided, act.Apply)]
+
+    assert applied(there) == []
+    assert applied(replace(there, sites=narrow("198.51.100.0/24"))) == ["NetworkPolicy/demo-aggregator"]
+    # Written by an operator that noted nothing there.
+    assert applied(replace(there, rendered={})) == ["NetworkPolicy/demo-aggregator", "NetworkPolicy/demo-clients"]
+    # A site that went shuts out nobody who still runs there.
+    assert applied(replace(there, sites={})) == []
+    refusal = Refusal("no", NOW + dt.timedelta(seconds=10))
+    refused = replace(there, sites=narrow("::/0"), refusals={"NetworkPolicy/demo-aggregator": refusal})
+    assert applied(refused) == []
+
+
+def test_what_was_written_into_a_policy_is_read_again() -> None:
+    policies = made(spec(), namespace="x")
+    found = {key: body for key, body in policies.items() if key.startswith("NetworkPolicy/")}
+    noted = dependents._rendered({**policies, "NetworkPolicy/old": {"metadata": {}}})
+    assert noted == {
+        "NetworkPolicy/old": "",
+        **{key: body["metadata"]["annotations"]["isthmus.dev/rendered"] for key, body in found.items()},
+    }
+    assert len(set(noted.values())) == 3
