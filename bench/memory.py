@@ -20,8 +20,8 @@ import torch
 import xxhash
 
 from isthmus.client.context import Context
-from isthmus.client.participation import Participation
-from isthmus.client.replicas import Replicas
+from isthmus.client.loop.client_loop import Participation
+from isthmus.client.loop.ranks import Replicas
 from isthmus.tensors import chunk_bytes, specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 
 from isthmus.client.context import Context
-from isthmus.client.participation import Participation
-from isthmus.client.replicas import Replicas
+from isthmus.client.loop.client_loop import Participation
+from isthmus.client.loop.ranks import Replicas
 
 from .gate import Gate
 from .job import POOL, connections_of_their_own

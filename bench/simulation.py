@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from isthmus.aggregator.history import rebase
-from isthmus.client.corrections import Ingredients, correction_of
-from isthmus.client.names import Names
+from isthmus.client.corrections.factory.factory import Ingredients, correction_of
+from isthmus.client.state.parameter_names import Names
 from isthmus.strategies import Strategy, Update, make_strategy
 from isthmus.tensors import State, snapshot
 from isthmus_contracts.api.participation import Stragglers

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from isthmus.client.context import Context
-from isthmus.client.participation import Participation
-from isthmus.client.replicas import Replicas
+from isthmus.client.loop.client_loop import Participation
+from isthmus.client.loop.ranks import Replicas
 from isthmus_contracts import identities
 
 from ..gate import Gate

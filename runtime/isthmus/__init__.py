@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .client.context import Context, context
+    from .client.errors import FederationError, ScriptError
     from .client.round import Round
     from .client.rounds import rounds
-    from .client.session import FederationError, ScriptError
 
 __version__ = version("isthmus")
 __all__ = ["Context", "FederationError", "Round", "ScriptError", "context", "rounds"]
@@ -24,9 +24,9 @@ __all__ = ["Context", "FederationError", "Round", "ScriptError", "context", "rou
 _HOMES = {
     "Context": ".client.context",
     "context": ".client.context",
-    "FederationError": ".client.session",
+    "FederationError": ".client.errors",
     "Round": ".client.round",
-    "ScriptError": ".client.session",
+    "ScriptError": ".client.errors",
     "rounds": ".client.rounds",
 }
 

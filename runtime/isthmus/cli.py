@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(job: FederatedJob, options: argparse.Namespace) -> int:
     from .local.preflight import CommandError
-    from .local.rundir import RunDirectoryError
+    from .local.run_directory import RunDirectoryError
     from .local.runner import run_job
     from .local.view import make_view
 

@@ -32,7 +32,7 @@ from isthmus_contracts.text import one_line
 from isthmus_contracts.wire.addresses import split
 from isthmus_contracts.wire.transport import HEADER_BYTES, renewed_server_credentials, server_options
 
-from ..allocator import keep_memory_flat
+from ..malloc_tuning import keep_memory_flat
 from ..strategies import StrategyError, make_strategy
 from .budget import protect
 from .checkpoints import CheckpointError, CheckpointStore

@@ -14,7 +14,7 @@ from pathlib import Path
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
 
-from .. import metricnames
+from .. import metric_names as metricnames
 
 MOST_TENSORS = 100_000
 LONGEST_TENSOR_NAME = 512

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
 
-from ..allocator import give_back
+from ..malloc_tuning import give_back
 
 log = logging.getLogger(__name__)
 

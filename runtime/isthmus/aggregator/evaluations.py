@@ -9,7 +9,7 @@ from typing import Protocol
 from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 
-from .. import metricnames
+from .. import metric_names as metricnames
 from ..framing import MOST_EXAMPLES
 from .checkpoints import RoundRecord
 from .course import Course

@@ -11,7 +11,7 @@ from isthmus_contracts.api.federated_job import Objective
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
 
-from ..metricnames import MOST_METRICS
+from ..metric_names import MOST_METRICS
 from .checkpoints import RoundRecord
 from .membership import ClientId
 

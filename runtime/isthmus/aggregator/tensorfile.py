@@ -19,7 +19,7 @@ import torch
 import xxhash
 from safetensors import safe_open
 
-from ..clibrary import c_function
+from ..libc import c_function
 from ..tensors import State, bytes_view, specs_of
 
 # Below this the errand of a thread takes longer than the work.

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..framing import MOST_EXAMPLES
-from ..metricnames import problem_with
-from .numbers import as_number, shown
-from .session import FederationError
+from ..metric_names import problem_with
+from .errors import FederationError
+from .script_values import as_number, shown
 
 _WEIGHT = "num_examples"
 Evaluate = Callable[[], Mapping[str, float]]

@@ -7,11 +7,11 @@ from weakref import WeakSet
 
 import torch
 
-from ..metricnames import problem_with
-from .correction import Correction
-from .numbers import as_count, as_number, shown
-from .optimizers import is_optimizer
-from .session import ScriptError
+from ..metric_names import problem_with
+from .corrections.base import Correction
+from .corrections.optimizers import is_optimizer
+from .errors import ScriptError
+from .script_values import as_count, as_number, shown
 
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 

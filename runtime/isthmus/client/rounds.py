@@ -7,17 +7,17 @@ from collections.abc import Iterator
 
 from isthmus_contracts.identities import ENV_STEP
 
-from .children import refuse_children
 from .context import context
+from .errors import FederationError, ScriptError
 from .evaluation import Evaluate, numbers_of
-from .follower import Follower
-from .numbers import shown
-from .participation import Participation
-from .process import end_without_trace
-from .replicas import Group, Replicas, replicas_here
+from .loop.child_processes import refuse_children
+from .loop.client_loop import Participation
+from .loop.process import end_without_trace
+from .loop.rank_follower import Follower
+from .loop.ranks import Group, Replicas, replicas_here
 from .round import Round
-from .session import FederationError, ScriptError
-from .shared_state import Model, Parameters, SharedState
+from .script_values import shown
+from .state.shared_state import Model, Parameters, SharedState
 
 log = logging.getLogger("isthmus")
 

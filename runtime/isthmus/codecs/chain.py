@@ -8,11 +8,11 @@ from isthmus_contracts.pb.federation_pb2 import TensorSpec
 
 from ..tensors import dtype_of
 from .base import BYTES_RAW, RAW_BELOW, SEGMENT, CodecError, SegmentCodec
-from .bfloat16 import BFloat16
-from .float16 import Float16
-from .int4 import Int4
-from .int8 import Int8
 from .plain import Plain
+from .quantization.bfloat16 import BFloat16
+from .quantization.float16 import Float16
+from .quantization.int4 import Int4
+from .quantization.int8 import Int8
 from .rotation import Rotation
 from .topk import TopK
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..tensors import State, group, ungroup
-from .rounding import dequantise, scales_of
+from .quantization.stochastic_rounding import dequantise, scales_of
 
 BLOCK, LEVELS = 256, 32767
 _CODES, _SCALES = "codes", "scales"

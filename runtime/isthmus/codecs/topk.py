@@ -14,7 +14,7 @@ class TopK(SegmentCodec):
     Stich et al., "Sparsified SGD with Memory" (2018): a k-contraction, ||x - TopK(x)||^2 <= (1 - k/d) ||x||^2, which
     holds for a tensor because it holds for each of its segments. Biased on its own: the client adds what it left out to
     its next update (error feedback; Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression
-    Schemes", 2019), which :mod:`.feedback` keeps. What it keeps goes on to ``inner``.
+    Schemes", 2019), which the client keeps. What it keeps goes on to ``inner``.
     """
 
     name = "TopK"

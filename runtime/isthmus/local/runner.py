@@ -21,7 +21,7 @@ from .preflight import check_command
 from .process import Child
 from .roster import Roster, counted
 from .rounds import RoundBook
-from .rundir import RunDirectory
+from .run_directory import RunDirectory
 from .server import Server
 from .view import PoolView, Snapshot, View, format_metrics
 

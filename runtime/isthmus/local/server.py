@@ -24,7 +24,7 @@ from .outcome import RunFailed, reason
 from .plan import backoff, inherited
 from .process import Child
 from .roster import counted
-from .rundir import RunDirectory
+from .run_directory import RunDirectory
 from .view import View
 
 _HOST = "127.0.0.1"

@@ -5,24 +5,24 @@ from pathlib import Path
 
 from isthmus_contracts.api.strategy import Strategy as StrategySpec
 
+from .asynchronous.fedasync import FedAsync
+from .asynchronous.fedbuff import FedBuff
+from .averaging.fedavg import FedAvg
+from .averaging.feddyn import FedDyn
+from .averaging.fednova import FedNova
+from .averaging.qfedavg import QFedAvg
+from .averaging.scaffold import Scaffold
 from .base import GREATEST_WEIGHT, Setup, Strategy, StrategyError, Update
-from .coordinate_median import CoordinateMedian
 from .custom import Custom
 from .deterministic import Deterministic
-from .fedadagrad import FedAdagrad
-from .fedadam import FedAdam
-from .fedasync import FedAsync
-from .fedavg import FedAvg
-from .fedavgm import FedAvgM
-from .fedbuff import FedBuff
-from .feddyn import FedDyn
-from .fednova import FedNova
-from .fedyogi import FedYogi
-from .geometric_median import GeometricMedian
-from .krum import Krum, MultiKrum
-from .qfedavg import QFedAvg
-from .scaffold import Scaffold
-from .trimmed_mean import TrimmedMean
+from .robust.coordinate_median import CoordinateMedian
+from .robust.geometric_median import GeometricMedian
+from .robust.krum import Krum, MultiKrum
+from .robust.trimmed_mean import TrimmedMean
+from .server_optimizers.fedadagrad import FedAdagrad
+from .server_optimizers.fedadam import FedAdam
+from .server_optimizers.fedavgm import FedAvgM
+from .server_optimizers.fedyogi import FedYogi
 
 __all__ = ["GREATEST_WEIGHT", "Setup", "Strategy", "StrategyError", "Update", "make_strategy"]
 

@@ -27,11 +27,11 @@ from isthmus.aggregator.intake import Intake
 from isthmus.aggregator.membership import Client, Membership
 from isthmus.aggregator.progress import Progress
 from isthmus.aggregator.pushes import Pushes
-from isthmus.client import session, transfer
+from isthmus.client.session.session import session, transfer
 from isthmus.codecs import Decoder
 from isthmus.privacy import Private
+from isthmus.strategies.averaging.fedavg import FedAvg
 from isthmus.strategies.deterministic import Deterministic
-from isthmus.strategies.fedavg import FedAvg
 from isthmus.strategies.spill import Spill
 from isthmus.tensors import Reception
 from isthmus_contracts.wire import transport

@@ -17,7 +17,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import isthmus
-from isthmus.client import replicas
+from isthmus.client.loop import ranks as replicas
 
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("RANKS", "1"))
 ROWS = 24

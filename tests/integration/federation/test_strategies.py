@@ -13,7 +13,7 @@ from .conftest import Federation
 FEDADAM = {"algorithm": "FedAdam", "parameters": {"learningRate": "0.05"}}
 
 RULES = """
-from isthmus.strategies.fedavg import FedAvg
+from isthmus.strategies.averaging.fedavg import FedAvg
 
 class Asks(FedAvg):
     scalars = ("steps",)

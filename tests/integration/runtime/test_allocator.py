@@ -12,7 +12,7 @@ import pytest
 # Sixteen threads allocate, all of them alive; the C library tells of its arenas.
 ALLOCATE = """
 import ctypes, sys, threading
-from isthmus.allocator import keep_memory_flat
+from isthmus.malloc_tuning import keep_memory_flat
 
 keep_memory_flat()
 libc = ctypes.CDLL(None)
@@ -39,7 +39,7 @@ libc.fclose(file)
 # Four chunks at a time, again and again; the kernel tells of the pages that it had to find for them.
 CHUNKS = """
 import resource, sys
-from isthmus.allocator import keep_chunks
+from isthmus.malloc_tuning import keep_chunks
 
 sys.argv[1:] and keep_chunks()
 for _ in range(100):

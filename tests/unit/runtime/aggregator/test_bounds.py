@@ -10,7 +10,7 @@ from safetensors import safe_open
 from isthmus.aggregator import bounds, tensorfile
 from isthmus.aggregator.checkpoints import CheckpointError, CheckpointStore
 from isthmus.aggregator.refusal import Reason, examine_initial
-from isthmus.metricnames import problem_with
+from isthmus.metric_names import problem_with
 from isthmus.tensors import specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
 

@@ -11,14 +11,14 @@ import torch
 
 import isthmus
 from isthmus.client.context import Context
-from isthmus.client.correction import Correction, CountedSteps, InitialLoss
-from isthmus.client.feddyn import DynamicRegularizer
-from isthmus.client.memory import Memory
-from isthmus.client.names import Names
-from isthmus.client.proximal import ProximalTerm
+from isthmus.client.corrections.factory.base import Correction, CountedSteps, InitialLoss
+from isthmus.client.corrections.factory.feddyn import DynamicRegularizer
+from isthmus.client.corrections.factory.proximal import ProximalTerm
+from isthmus.client.corrections.factory.scaffold import ControlVariates
+from isthmus.client.corrections.factory.step_meter import StepMeter
 from isthmus.client.round import Round
-from isthmus.client.scaffold import ControlVariates
-from isthmus.client.steps import StepMeter
+from isthmus.client.state.parameter_names import Names
+from isthmus.client.state.persistent_tensors import Memory
 
 SHARED = torch.ones(3)
 RATE = 0.1

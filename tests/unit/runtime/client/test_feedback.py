@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from isthmus.client.compression import Compression
 from isthmus.client.context import Context
-from isthmus.client.feedback import ErrorFeedback
+from isthmus.client.session.session.compression import Compression
+from isthmus.client.session.session.error_feedback import ErrorFeedback
 from isthmus.codecs import Encoded, Residual
 from isthmus_contracts import identities
 from isthmus_contracts.pb import federation_pb2 as pb

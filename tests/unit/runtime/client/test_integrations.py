@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from isthmus.client.names import Names
-from isthmus.client.proximal import ProximalTerm
+from isthmus.client.corrections.factory.proximal import ProximalTerm
 from isthmus.client.round import Round
+from isthmus.client.state.parameter_names import Names
 
 handed_in: list[tuple[int, dict[str, float]]] = []
 

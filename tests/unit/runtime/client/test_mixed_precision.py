@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from isthmus.client.correction import Correction, CountedSteps
-from isthmus.client.feddyn import DynamicRegularizer
-from isthmus.client.names import Names
-from isthmus.client.proximal import ProximalTerm
+from isthmus.client.corrections.factory.base import Correction, CountedSteps
+from isthmus.client.corrections.factory.feddyn import DynamicRegularizer
+from isthmus.client.corrections.factory.proximal import ProximalTerm
+from isthmus.client.corrections.factory.scaffold import ControlVariates
 from isthmus.client.round import Round
-from isthmus.client.scaffold import ControlVariates
+from isthmus.client.state.parameter_names import Names
 
 RATE, MU, SCALE = 0.25, 0.5, 1024.0
 CONTROL, OWN = torch.tensor([0.5, -1.0]), torch.tensor([0.25, 0.25])

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.client.names import Names, buffers_of
-from isthmus.client.shared_state import SharedState
+from isthmus.client.state.parameter_names import Names, buffers_of
+from isthmus.client.state.shared_state import SharedState
 
 
 def test_buffers_are_what_no_optimizer_trains() -> None:

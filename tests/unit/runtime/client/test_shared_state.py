@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import isthmus
-from isthmus.client.proximal import ProximalTerm
-from isthmus.client.session import FederationError
-from isthmus.client.shared_state import Parameters, SharedState, unwrapped
+from isthmus.client.corrections.factory.proximal import ProximalTerm
+from isthmus.client.session.session.session import FederationError
+from isthmus.client.state.shared_state import Parameters, SharedState, unwrapped
 from isthmus.tensors import specs_of
 from isthmus_contracts.pb.federation_pb2 import TensorSpec
 

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from isthmus.client.correction import Correction
-from isthmus.client.feddyn import DynamicRegularizer
-from isthmus.client.names import Names
-from isthmus.client.proximal import ProximalTerm
-from isthmus.client.scaffold import ControlVariates
-from isthmus.client.session import FederationError
-from isthmus.client.shared_state import SharedState
-from isthmus.client.sharing import overlap, views_in
+from isthmus.client.corrections.factory.base import Correction
+from isthmus.client.corrections.factory.feddyn import DynamicRegularizer
+from isthmus.client.corrections.factory.proximal import ProximalTerm
+from isthmus.client.corrections.factory.scaffold import ControlVariates
+from isthmus.client.session.session.session import FederationError
+from isthmus.client.state.parameter_names import Names
+from isthmus.client.state.shared_state import SharedState
+from isthmus.client.state.tied_tensors import overlap, views_in
 from isthmus.tensors import State, snapshot, specs_of
 from isthmus.views import View, difference, expanded, misplaced, of_text, to_text
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from isthmus.client.correction import Correction
-from isthmus.client.feddyn import DynamicRegularizer
-from isthmus.client.names import Names
-from isthmus.client.proximal import ProximalTerm
+from isthmus.client.corrections.factory.base import Correction
+from isthmus.client.corrections.factory.feddyn import DynamicRegularizer
+from isthmus.client.corrections.factory.proximal import ProximalTerm
+from isthmus.client.corrections.factory.scaffold import ControlVariates
 from isthmus.client.round import Round
-from isthmus.client.scaffold import ControlVariates
+from isthmus.client.state.parameter_names import Names
 
 RATE, MU = 0.1, 0.5
 Make = Callable[[torch.nn.Module], Correction]

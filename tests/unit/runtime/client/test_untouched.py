@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from isthmus.client.untouched import Untouched
+from isthmus.client.state.unchanged_model import Untouched
 
 
 def build() -> torch.nn.Module:

@@ -5,7 +5,7 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import isthmus
-from isthmus.client.shared_state import SharedState
+from isthmus.client.state.shared_state import SharedState
 
 
 class Block(torch.nn.Module):

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from isthmus.codecs.base import SEGMENT, SegmentCodec
-from isthmus.codecs.bfloat16 import BFloat16
-from isthmus.codecs.float16 import Float16
-from isthmus.codecs.int4 import Int4
-from isthmus.codecs.int8 import Int8
 from isthmus.codecs.plain import Plain
+from isthmus.codecs.quantization.bfloat16 import BFloat16
+from isthmus.codecs.quantization.float16 import Float16
+from isthmus.codecs.quantization.int4 import Int4
+from isthmus.codecs.quantization.int8 import Int8
 from isthmus.codecs.rotation import Rotation
 from isthmus.codecs.topk import TopK
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from isthmus.client.shared_state import SharedState
+from isthmus.client.state.shared_state import SharedState
 from isthmus.codecs import encode
 from isthmus.codecs.base import RAW_BELOW
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.local.rundir import RunDirectory, RunDirectoryError
+from isthmus.local.run_directory import RunDirectory, RunDirectoryError
 from isthmus_contracts.manifests.manifest import FederatedJob, parse_spec
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from isthmus.strategies import GREATEST_WEIGHT, Strategy, Update, averages
-from isthmus.strategies.averages import IntegerMean, Mean
+from isthmus.strategies import GREATEST_WEIGHT, Strategy, Update
+from isthmus.strategies.averaging import averages
+from isthmus.strategies.averaging.averages import IntegerMean, Mean
 from isthmus.tensors import State
 from isthmus_contracts.api.strategy import ALGORITHM_PARAMETERS
 

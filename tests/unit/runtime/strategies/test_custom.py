@@ -12,7 +12,7 @@ import torch
 
 from isthmus.aggregator.checkpoints import CheckpointStore
 from isthmus.strategies import Setup, Strategy, StrategyError, Update, make_strategy
-from isthmus.strategies.fedavg import FedAvg
+from isthmus.strategies.averaging.fedavg import FedAvg
 from isthmus.tensors import State
 from isthmus_contracts.api.strategy import Strategy as Spec
 from isthmus_contracts.manifests.manifest import ManifestError

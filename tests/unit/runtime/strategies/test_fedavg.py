@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.client.names import Names
-from isthmus.client.proximal import ProximalTerm
+from isthmus.client.corrections.factory.proximal import ProximalTerm
+from isthmus.client.state.parameter_names import Names
 from isthmus.strategies import Update, make_strategy
 from isthmus.tensors import State
 from isthmus_contracts.api.strategy import Strategy as Spec

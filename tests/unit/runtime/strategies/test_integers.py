@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.strategies import Strategy, Update, averages, make_strategy, spill
+from isthmus.strategies import Strategy, Update, make_strategy, spill
+from isthmus.strategies.averaging import averages
 from isthmus.tensors import State
 from isthmus_contracts.api.strategy import ALGORITHM_PARAMETERS
 from isthmus_contracts.api.strategy import Strategy as Spec

@@ -1,0 +1,1 @@
+"""Client-side corrections of local training, as the job's strategy requires."""

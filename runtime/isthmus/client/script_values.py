@@ -1,0 +1,40 @@
+"""Numbers that a script hands over, whatever kind of object they are."""
+
+from typing import Any
+
+import torch
+
+from ..framing import MOST_EXAMPLES
+from .errors import ScriptError
+
+
+def as_number(name: str, value: Any) -> float:
+    """A number, a tensor or an array of one element. Raises ``ValueError``, which names it, for anything else."""
+    try:
+        if not isinstance(value, torch.Tensor) and hasattr(value, "item"):
+            value = value.item()  # numpy converts no array of one element that has a dimension
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return float(value.detach() if isinstance(value, torch.Tensor) else value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ScriptError(f"{name} must be a number, not {shown(value)}") from None
+
+
+def as_count(name: str, value: Any) -> int:
+    """The same for a whole number of at least 1."""
+    try:
+        number = as_number(name, value)
+    except ValueError:
+        number = 0.0
+    if isinstance(value, bool) or not number.is_integer() or not 1 <= number <= MOST_EXAMPLES:
+        raise ScriptError(f"{name} must be a whole number of at least 1 and at most 2**53, not {shown(value)}")
+    return int(number)
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: on one line, and not all of a large one."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,1 @@
+"""Connection to the aggregator: control stream, transfer of models and updates, compression."""

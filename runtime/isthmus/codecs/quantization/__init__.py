@@ -1,0 +1,1 @@
+"""Codecs that represent each value in fewer bits."""

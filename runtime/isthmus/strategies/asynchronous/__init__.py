@@ -1,0 +1,1 @@
+"""Rules for asynchronous rounds, in which stale updates count with a discount."""

@@ -1,0 +1,44 @@
+"""Asynchronous aggregation, one update at a time."""
+
+import torch
+
+from ...tensors import State
+from ..base import Setup, Strategy, Update, change, narrow, wide
+
+
+class FedAsync(Strategy):
+    """Mixes each client's weights into the model: x = (1 - a) x + a w, with a = mixing times the staleness discount.
+
+    Xie, Koyejo, Gupta, "Asynchronous Federated Optimization" (2019), algorithm 1. As in the paper, examples do not
+    count, and w is what the client trained, from whichever model it began. Where several updates meet in one round
+    they are mixed in one after the other.
+    """
+
+    rebases = False
+
+    def __init__(self, setup: Setup) -> None:
+        self._mixing = setup.parameters["mixing"]
+        self._model: State = {}
+        self._mixed: State = {}
+
+    def begin(self, model: State) -> None:
+        self._model = model
+        self._mixed = {
+            name: tensor.to(wide(tensor.dtype), copy=True)
+            if tensor.is_floating_point() else torch.zeros_like(tensor, dtype=wide(tensor.dtype))  # of its change
+            for name, tensor in model.items()
+        }  # fmt: skip
+
+    def accept(self, update: Update) -> None:
+        share = self._mixing * update.discount
+        for name, mixed in self._mixed.items():
+            new, old = update.tensors[name], self._model[name]
+            new = new.to(mixed.dtype) if old.is_floating_point() else change(new, old, mixed.dtype)
+            # From the nearer end: all of an update is that update, and what is the same in both is itself.
+            if share > 0.5:
+                torch.sub(new, new - mixed, alpha=1 - share, out=mixed)
+            else:
+                mixed.sub_(mixed - new, alpha=share)
+
+    def finish(self) -> State:
+        return {name: narrow(self._mixed.pop(name), old) for name, old in self._model.items()}

@@ -1,0 +1,57 @@
+"""Stochastic controlled averaging, the server's part."""
+
+from ...tensors import State, group, ungroup
+from ..base import Setup, Update
+from .averages import Mean, means_of
+from .changes import ChangeRule, zeros_like
+
+
+class Scaffold(ChangeRule):
+    """Keeps the control variate c, which travels with the model; the model moves by learningRate times the mean change.
+
+    Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning" (2020), algorithm 1 with
+    option II: a client's control variate changes by -c - change / (steps * learning rate). So the server works it out
+    from the update itself and one scalar, ``travel`` (the sum of the client's learning rates over its steps), and
+    nothing but the model's own tensors is uploaded. Means are weighted by examples, which for clients of one size is
+    the paper's. The clients' part is in ``client/corrections/scaffold.py``.
+    """
+
+    scalars = ("travel",)
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self._rate = setup.parameters["learningRate"]
+        self._control: State = {}
+        self._slopes: dict[str, Mean] = {}
+        self._normalised = 0.0
+
+    def begin(self, model: State) -> None:
+        super().begin(model)
+        if self._control.keys() != model.keys():
+            self._control = zeros_like(model)
+        self._slopes = means_of(model, self._slopes)
+        self._normalised = 0.0
+
+    def fold(self, update: Update) -> None:
+        slope = update.weight / update.scalars["travel"]
+        super().fold(update)
+        for name, mean in self._slopes.items():
+            if self.is_trained(name):
+                mean.add(self.gradients(update, name), slope)
+        self._normalised += slope
+
+    def finish(self) -> State:
+        share = min(self._updates / self._setup.clients, 1.0)
+        for name, control in self._control.items():
+            if self.is_trained(name):
+                control.mul_(1 - share).add_(self._slopes[name].value, alpha=share * self._normalised / self._weight)
+        return self.moved(lambda _, mean: mean.mul_(self._rate))
+
+    def companion(self) -> State:
+        return self._control
+
+    def state(self) -> State:
+        return group("SCAFFOLD.c", self._control)
+
+    def load_state(self, state: State) -> None:
+        self._control = ungroup("SCAFFOLD.c", state)

@@ -1,0 +1,1 @@
+"""Rules that withstand clients whose updates are arbitrarily wrong."""

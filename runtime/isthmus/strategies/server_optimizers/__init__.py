@@ -1,0 +1,1 @@
+"""Rules in which an optimizer on the server steps along the clients' mean change."""
