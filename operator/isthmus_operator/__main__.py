@@ -19,9 +19,9 @@ from isthmus_contracts.wire.addresses import split
 
 from . import __version__
 from .app import App
-from .defaults import NONE
-from .defaults_file import DefaultsError, load
 from .handlers import build_registry
+from .render.defaults import NONE
+from .render.defaults_file import DefaultsError, load
 from .render.restrict import ALLOWANCES
 from .settings import Settings
 

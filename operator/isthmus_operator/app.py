@@ -13,28 +13,28 @@ from isthmus_contracts.process import asyncio_tasks
 from isthmus_contracts.process.http_server import serve_metrics
 from isthmus_contracts.wire.addresses import split
 
-from .clock import Clock
-from .draft import Limits
+from .controllers.job import JobReconciler
+from .controllers.ownership import identity
+from .controllers.resync import RETRY, Resync
+from .controllers.site import SiteReconciler
+from .controllers.task_logs import TaskLogs
+from .controllers.workqueue import WorkQueue
+from .effects.aggregators import Aggregators
 from .effects.apply import Effects
 from .effects.bridge import Bridges
+from .effects.bridge_channels import Lines
 from .effects.kube import Kube, KubeError
-from .effects.lines import Lines
 from .effects.observe import Observer
-from .effects.observer import Aggregators
-from .gateway import Gateway
-from .health import Health, serve
-from .jobstore import JobStore, Key, SiteStore
 from .metrics import QUEUE_AGE, QUEUE_DEPTH, REGISTRY, RESYNC_AGE, WORKERS_BUSY, JobsCollector
-from .observed import Job
-from .ownership import identity
-from .podstore import PodStore
-from .reconcile import JobReconciler
-from .resync import RETRY, Resync
+from .planning.context import Limits
+from .servers.gateway import Gateway
+from .servers.health import Health, serve
+from .servers.webhook import Webhook
 from .settings import Settings
-from .sites import SiteReconciler
-from .tasklogs import TaskLogs
-from .webhook import Webhook
-from .workqueue import WorkQueue
+from .state.clock import Clock
+from .state.job_store import JobStore, Key, SiteStore
+from .state.observed import Job
+from .state.pod_store import PodStore
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import kopf
 from isthmus_contracts import identities as ids
 
 from .app import App
-from .podstore import job_of, job_uid_of
-from .resync import RETRY
+from .controllers.resync import RETRY
+from .state.pod_store import job_of, job_uid_of
 
 # The type of an event that comes from kopf's list before it watches. Where the object was known, the watch has begun
 # anew, because its place was too old for the API server (410), and nobody tells what was deleted meanwhile.

@@ -2,14 +2,15 @@
 
 from isthmus_contracts import identities as ids
 
-ANNOTATION_RECORD = f"{ids.GROUP}/record"  # on the FederatedJob: see record.py
-ANNOTATION_OPERATOR = f"{ids.GROUP}/operator"  # likewise: see ownership.py
+ANNOTATION_RECORD = f"{ids.GROUP}/record"  # on the FederatedJob: see state/job_record.py
+ANNOTATION_OPERATOR = f"{ids.GROUP}/operator"  # likewise: see controllers/ownership.py
 # On pods: which CA signed what they mount; on the Secret of a renewed CA: that, and its key.
 ANNOTATION_AUTHORITY = f"{ids.GROUP}/authority"
 ANNOTATION_RENDERED = f"{ids.GROUP}/rendered"  # on NetworkPolicies: a hash of what we wrote
 ROLE_AGGREGATOR = "aggregator"
 ROLE_CLIENT = "client"
 JOB_FILE = "job.json"
+VOLUME_PREFIX = "isthmus-"  # of the volumes that the operator adds: templates cannot use it
 CLIENTS_IN_SECRET = 400  # of some 1,100 bytes each
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .defaults import NONE, JobDefaults
+from .render.defaults import NONE, JobDefaults
 
 
 @dataclass(frozen=True)

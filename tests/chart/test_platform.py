@@ -9,11 +9,11 @@ import kubernetes_validate
 import pytest
 
 from isthmus_contracts.manifests.manifest import parse_spec
-from isthmus_operator.defaults import JobDefaults
-from isthmus_operator.defaults_file import load
-from isthmus_operator.observed import Job
 from isthmus_operator.render import aggregator
 from isthmus_operator.render.client import ClientPods
+from isthmus_operator.render.defaults import JobDefaults
+from isthmus_operator.render.defaults_file import load
+from isthmus_operator.state.observed import Job
 
 from .conftest import CHART, DIGEST, MATRIX, NAMESPACE, WITH_MONITORING, Helm, Manifest
 from .test_chart import of_kind, operator_pod

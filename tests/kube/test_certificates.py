@@ -9,8 +9,8 @@ from typing import Any
 from cryptography import x509
 
 from isthmus_contracts.wire.pki import Authority
-from isthmus_operator import certificates
-from isthmus_operator.jobstore import parse_job
+from isthmus_operator.effects import certificates
+from isthmus_operator.state.job_store import parse_job
 
 from .bridge import FakeBridge
 from .cluster import Namespace, Operator, eventually, kubectl, manifest

@@ -10,8 +10,8 @@ import pytest
 
 from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
-from isthmus_operator import plan_hpc
 from isthmus_operator.effects.bridge import pool_view
+from isthmus_operator.planning import hpc_pool
 
 from .aggregator import SCRIPT, UID, Aggregator
 from .slurm_site import Site, ensure, get, over, running, slurm, spec, tail, until
@@ -38,7 +38,7 @@ def time_to_queue_again(pool: pb.Pool, aggregator: Aggregator) -> bool:
         reached=lambda moment: dt.datetime.now(dt.UTC) >= moment,
     )
     record: Any = SimpleNamespace(cancelling=False, over=False)
-    return plan_hpc._ends_soon(draft, SimpleNamespace(hpc=hpc), record, pool_view(pool, 1))  # type: ignore[arg-type]
+    return hpc_pool._ends_soon(draft, SimpleNamespace(hpc=hpc), record, pool_view(pool, 1))  # type: ignore[arg-type]
 
 
 def trained(site: Site, key: str, client: int) -> set[int]:

@@ -10,10 +10,15 @@ from isthmus_contracts import identities as ids
 from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.api.hpc_site import HpcSiteSpec
 from isthmus_contracts.manifests.manifest import parse_site_spec, parse_spec
-from isthmus_operator import actions as act
-from isthmus_operator import names, plan_base
-from isthmus_operator.draft import Limits
-from isthmus_operator.observed import (
+from isthmus_operator import names
+from isthmus_operator.planning import actions as act
+from isthmus_operator.planning import base
+from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.plan import plan
+from isthmus_operator.planning.status import merge_patch
+from isthmus_operator.render import hpc as render_hpc
+from isthmus_operator.state.job_record import Record
+from isthmus_operator.state.observed import (
     FederationView,
     Job,
     Observed,
@@ -25,10 +30,6 @@ from isthmus_operator.observed import (
     Refusal,
     ServiceView,
 )
-from isthmus_operator.plan import plan
-from isthmus_operator.record import Record
-from isthmus_operator.render import hpc as render_hpc
-from isthmus_operator.status import merge_patch
 
 NOW = dt.datetime(2030, 1, 1, tzinfo=dt.UTC)
 UID = "0f9a7c1e-0000-4000-8000-000000000001"
@@ -91,7 +92,7 @@ def present(wanted: FederatedJobSpec) -> frozenset[str]:
 
 def certificates(wanted: FederatedJobSpec) -> dict[str, str]:
     """The certificates of a running job, by Secret."""
-    issued = plan_base.certificates(job(), wanted)
+    issued = base.certificates(job(), wanted)
     return {item.secret: f"first of {item.secret}" for item in issued}
 
 
@@ -178,7 +179,7 @@ class World:
         raise AssertionError(f"does not converge: {self.job.status}, {self.look()}")
 
     def _record(self) -> Record:
-        from isthmus_operator.plan import load_record
+        from isthmus_operator.planning.plan import load_record
 
         return load_record(self.job)
 

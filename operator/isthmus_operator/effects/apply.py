@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import certificates, code, names
-from ..actions import (
+from .. import names
+from ..metrics import ACTIONS, EVENTS, STATUS_WRITES
+from ..planning.actions import (
     Action,
     Apply,
     CancelPool,
@@ -26,16 +27,16 @@ from ..actions import (
     SaveJob,
     ShrinkPool,
 )
-from ..jobstore import JobStore
-from ..memory import JobMemory
-from ..metrics import ACTIONS, EVENTS, STATUS_WRITES
-from ..observed import Job, ProblemKind
-from ..podstore import PodStore, belongs_to
-from ..status import timestamp
+from ..state.job_cache import JobMemory
+from ..state.job_store import JobStore
+from ..state.observed import Job, ProblemKind
+from ..state.pod_store import PodStore, belongs_to
+from ..state.timestamps import timestamp
 from ..text import one_line
+from . import certificates, code
 from .bridge import Bridges
+from .bridge_channels import BridgeError
 from .kube import Kube, KubeError
-from .lines import BridgeError
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from grpc import aio
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.wire.pki import Credentials
 
-from ..clock import Clock
 from ..metrics import BRIDGE_CALLS, BRIDGE_SECONDS, CIRCUIT_OPEN
-from ..observed import PoolPhase, PoolView, ProblemKind
-from ..record import LAST_SECOND
+from ..state.clock import Clock
+from ..state.job_record import LAST_SECOND
+from ..state.observed import PoolPhase, PoolView, ProblemKind
 from ..text import last_lines, one_line
 from ..turns import outside
-from .breaker import Breaker
-from .lines import CALL_SECONDS, BridgeError, Lines
+from .bridge_channels import CALL_SECONDS, BridgeError, Lines
+from .circuit_breaker import Breaker
 
 if TYPE_CHECKING:
     from isthmus_contracts.pb.bridge_pb2_grpc import BridgeAsyncStub

@@ -11,13 +11,14 @@ from isthmus_contracts import identities as ids
 from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
 
-from .. import certificates, names
-from ..jobstore import SiteStore
-from ..memory import Dependents
-from ..observed import Job, ServiceView
-from ..plan_base import certificates as wanted_certificates
-from ..podstore import job_uid_of
+from .. import names
+from ..planning.base import certificates as wanted_certificates
 from ..render import references
+from ..state.job_cache import Dependents
+from ..state.job_store import SiteStore
+from ..state.observed import Job, ServiceView
+from ..state.pod_store import job_uid_of
+from . import certificates
 from .kube import Kube
 
 Objects = dict[str, Mapping[str, Any]]  # by Kind/name

@@ -19,8 +19,8 @@ from urllib3.exceptions import HTTPError
 
 from isthmus_contracts import identities as ids
 
-from ..clock import Clock
 from ..metrics import API_REQUESTS
+from ..state.clock import Clock
 from ..turns import MOST, Turns
 
 FIELD_MANAGER = ids.MANAGED_BY

@@ -12,20 +12,20 @@ from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.api.federated_job_status import ConditionType
 
 from .. import names
-from ..draft import Limits
-from ..jobstore import SiteStore
-from ..memory import Dependents, JobMemory
-from ..observed import FederationView, Job, Observed, PodView, PoolView, ServiceView
-from ..plan import load_record
-from ..podstore import PodStore
-from ..record import HpcRecord
+from ..planning.context import Limits
+from ..planning.plan import load_record
+from ..planning.status import finished, is_true
 from ..render import hpc as render_hpc
-from ..status import finished, is_true
+from ..state.job_cache import Dependents, JobMemory
+from ..state.job_record import HpcRecord
+from ..state.job_store import SiteStore
+from ..state.observed import FederationView, Job, Observed, PodView, PoolView, ServiceView
+from ..state.pod_store import PodStore
 from . import dependents
+from .aggregators import Aggregators
 from .bridge import Bridges
+from .bridge_channels import BridgeError
 from .kube import Kube, KubeError
-from .lines import BridgeError
-from .observer import Aggregators
 
 # Objects that nobody should touch are looked at every so many resyncs, in case somebody did.
 _DEPENDENTS_RESYNCS = 20

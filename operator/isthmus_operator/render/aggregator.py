@@ -9,8 +9,8 @@ from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.wire.addresses import ANYWHERE
 
 from .. import names
-from ..defaults import NONE, JobDefaults, ServiceDefaults, templates
-from ..observed import Job
+from ..state.observed import Job
+from .defaults import NONE, JobDefaults, ServiceDefaults, templates
 from .pod import TLS_DIR, base_spec, finish, lay_code, metadata, owned
 
 CONTAINER = "aggregator"

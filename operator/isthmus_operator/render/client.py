@@ -8,8 +8,8 @@ from isthmus_contracts import identities as ids
 from isthmus_contracts.api.federated_job import FederatedJobSpec, Pool
 
 from .. import names
-from ..defaults import NONE, JobDefaults, templates
-from ..observed import Job
+from ..state.observed import Job
+from .defaults import NONE, JobDefaults, templates
 from .pod import TLS_DIR, TLS_VOLUME, base_spec, finish, lay_code, metadata
 
 CONTAINER = "client"

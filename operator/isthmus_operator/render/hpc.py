@@ -5,8 +5,8 @@ from isthmus_contracts.api.federated_job import FederatedJobSpec, Pool
 from isthmus_contracts.pb import bridge_pb2
 from isthmus_contracts.wire.addresses import joined
 
-from ..observed import Job, Observed
-from ..record import HpcRecord
+from ..state.job_record import HpcRecord
+from ..state.observed import Job, Observed
 
 # The part of a pool's key that would tell changed pools of one job apart: the parts of a pool have attempts of their
 # own instead.

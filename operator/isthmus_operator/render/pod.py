@@ -6,14 +6,13 @@ from typing import Any
 from isthmus_contracts import identities as ids
 
 from .. import names
-from ..observed import Job
+from ..state.observed import Job
 from .merge import TemplateError, merge_template
 
 USER = 65532  # of the images; any other works that may read the mounted certificates through fsGroup
 TLS_DIR = "/etc/isthmus/tls"
 TLS_VOLUME = "isthmus-tls"
 WORK_DIR = "/work"
-OWN_PREFIX = "isthmus-"  # of volumes: no template can take them
 
 _POD_SECURITY = {
     "runAsNonRoot": True,
@@ -159,8 +158,10 @@ def refuse_reserved(template: Mapping[str, Any]) -> None:
     if not isinstance(spec, Mapping):
         return
     for number, volume in enumerate(_items(spec, "volumes")):
-        if str(volume.get("name", "")).startswith(OWN_PREFIX):
-            raise TemplateError(f"spec.volumes[{number}].name: names that begin with {OWN_PREFIX} are reserved")
+        if str(volume.get("name", "")).startswith(names.VOLUME_PREFIX):
+            raise TemplateError(
+                f"spec.volumes[{number}].name: names that begin with {names.VOLUME_PREFIX} are reserved"
+            )
     for kind in ("containers", "initContainers"):
         for number, container in enumerate(_items(spec, kind)):
             path = f"spec.{kind}[{number}]"

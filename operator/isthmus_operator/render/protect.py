@@ -8,7 +8,7 @@ from typing import Any
 from isthmus_contracts import identities as ids
 
 from .. import names
-from ..observed import Job
+from ..state.observed import Job
 from .pod import owned
 
 # Kubernetes itself sets it on every namespace, from 1.21 on.

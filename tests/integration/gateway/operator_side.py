@@ -9,11 +9,11 @@ from typing import Any
 
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.wire.pki import Authority
-from isthmus_operator.clock import Clock
 from isthmus_operator.effects.bridge import Bridges
-from isthmus_operator.effects.lines import Lines
-from isthmus_operator.gateway import Gateway
-from isthmus_operator.jobstore import SiteStore
+from isthmus_operator.effects.bridge_channels import Lines
+from isthmus_operator.servers.gateway import Gateway
+from isthmus_operator.state.clock import Clock
+from isthmus_operator.state.job_store import SiteStore
 from tests.support.ports import free_port
 
 DAY = dt.timedelta(days=1)

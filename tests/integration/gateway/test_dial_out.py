@@ -17,8 +17,8 @@ from grpc import aio
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.wire.pki import Authority
-from isthmus_operator.effects.lines import BridgeError, NotConnectedError
-from isthmus_operator.observed import PoolPhase, PoolView, ProblemKind
+from isthmus_operator.effects.bridge_channels import BridgeError, NotConnectedError
+from isthmus_operator.state.observed import PoolPhase, PoolView, ProblemKind
 from tests.support.connect_proxy import ConnectProxy
 from tests.support.fake_slurm import KEY, spec
 

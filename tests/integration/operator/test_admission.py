@@ -12,11 +12,11 @@ import pytest
 
 from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_contracts.wire.pki import Authority
-from isthmus_operator.admission import Answer, defaults, review_job, review_site
-from isthmus_operator.jobstore import SiteStore
-from isthmus_operator.observed import Observed
-from isthmus_operator.verdicts import Acceptance, Rejection, examine
-from isthmus_operator.webhook import Webhook
+from isthmus_operator.planning.acceptance import Acceptance, Rejection, examine
+from isthmus_operator.servers.admission import Answer, defaults, review_job, review_site
+from isthmus_operator.servers.webhook import Webhook
+from isthmus_operator.state.job_store import SiteStore
+from isthmus_operator.state.observed import Observed
 from tests.support.fake_cluster import UID, job, site, spec
 
 NONE: frozenset[str] = frozenset()

@@ -16,10 +16,10 @@ from isthmus_contracts.pb.gateway_pb2_grpc import GatewayStub
 from isthmus_contracts.wire.pki import Authority
 from isthmus_contracts.wire.transport import aio_public_channel
 from isthmus_contracts.wire.tunnel import CHUNK, MAX_CONNECTIONS, PROTOCOL
-from isthmus_operator import gateway as module
-from isthmus_operator.effects.lines import BridgeError
-from isthmus_operator.gateway import Gateway
-from isthmus_operator.observed import ProblemKind
+from isthmus_operator.effects.bridge_channels import BridgeError
+from isthmus_operator.servers import gateway as module
+from isthmus_operator.servers.gateway import Gateway
+from isthmus_operator.state.observed import ProblemKind
 
 DAY = dt.timedelta(days=1)
 

@@ -16,15 +16,15 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb.bridge_pb2_grpc import BridgeServicer, add_BridgeServicer_to_server
 from isthmus_contracts.wire.pki import Authority, Credentials
 from isthmus_contracts.wire.transport import renewed_server_credentials
-from isthmus_operator.clock import Clock
 from isthmus_operator.effects import bridge
-from isthmus_operator.effects import lines as module
-from isthmus_operator.effects.breaker import FAILURES
+from isthmus_operator.effects import bridge_channels as module
 from isthmus_operator.effects.bridge import Bridges, CircuitOpenError
-from isthmus_operator.effects.lines import BridgeError, Lines
-from isthmus_operator.jobstore import SiteStore
+from isthmus_operator.effects.bridge_channels import BridgeError, Lines
+from isthmus_operator.effects.circuit_breaker import FAILURES
 from isthmus_operator.metrics import REGISTRY
-from isthmus_operator.observed import ProblemKind
+from isthmus_operator.state.clock import Clock
+from isthmus_operator.state.job_store import SiteStore
+from isthmus_operator.state.observed import ProblemKind
 
 DAY = dt.timedelta(days=1)
 

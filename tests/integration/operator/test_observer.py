@@ -14,9 +14,9 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import ObserverServicer, add_ObserverServicer_to_server
 from isthmus_contracts.wire.pki import Authority
 from isthmus_contracts.wire.transport import server_credentials
-from isthmus_operator.effects.observer import Aggregators
-from isthmus_operator.federation import from_termination, view
-from isthmus_operator.observed import FederationView
+from isthmus_operator.effects.aggregators import Aggregators
+from isthmus_operator.state.aggregator_status import from_termination, view
+from isthmus_operator.state.observed import FederationView
 from tests.support.fake_cluster import UID
 
 DAY = dt.timedelta(days=1)

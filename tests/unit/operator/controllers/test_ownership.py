@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from isthmus_operator.ownership import EXPIRES_AFTER, RENEWED_AFTER, identity, other, renewal
+from isthmus_operator.controllers.ownership import EXPIRES_AFTER, RENEWED_AFTER, identity, other, renewal
 from tests.support.fake_cluster import NOW, job
 
 SECOND = dt.timedelta(seconds=1)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from isthmus_operator import resync as module
+from isthmus_operator.controllers import resync as module
+from isthmus_operator.controllers.resync import MAX_AGE, Resync
 from isthmus_operator.effects.kube import KubeError
-from isthmus_operator.health import MAX_LOOK, Health
-from isthmus_operator.jobstore import JobStore, SiteStore
-from isthmus_operator.resync import MAX_AGE, Resync
+from isthmus_operator.servers.health import MAX_LOOK, Health
+from isthmus_operator.state.job_store import JobStore, SiteStore
 
 
 def job(name: str, namespace: str = "team", version: int = 5) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from isthmus_operator.controllers.task_logs import TaskLogs
 from isthmus_operator.effects.kube import KubeError
-from isthmus_operator.memory import JobMemory
-from isthmus_operator.observed import Job
-from isthmus_operator.record import HpcRecord, Record
-from isthmus_operator.tasklogs import TaskLogs
+from isthmus_operator.state.job_cache import JobMemory
+from isthmus_operator.state.job_record import HpcRecord, Record
+from isthmus_operator.state.observed import Job
 from tests.support.fake_cluster import AUTHORITY, UID, job, spec
 
 NAME = "demo-log"

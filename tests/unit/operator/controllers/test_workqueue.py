@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from isthmus_operator.workqueue import WorkQueue
+from isthmus_operator.controllers.workqueue import WorkQueue
 
 
 @asynccontextmanager

@@ -7,15 +7,15 @@ from typing import Any, cast
 import pytest
 
 from isthmus_contracts import identities as ids
-from isthmus_operator import actions as act
-from isthmus_operator.draft import Limits
 from isthmus_operator.effects.apply import Effects
 from isthmus_operator.effects.bridge import Bridges
 from isthmus_operator.effects.kube import Kube, KubeError
-from isthmus_operator.jobstore import JobStore
-from isthmus_operator.memory import JobMemory
-from isthmus_operator.plan import plan
-from isthmus_operator.podstore import PodStore
+from isthmus_operator.planning import actions as act
+from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.plan import plan
+from isthmus_operator.state.job_cache import JobMemory
+from isthmus_operator.state.job_store import JobStore
+from isthmus_operator.state.pod_store import PodStore
 from tests.support.fake_cluster import NOW, UID, aggregator, client, job, of_kind, standing
 
 WEBHOOK_DOWN = KubeError(

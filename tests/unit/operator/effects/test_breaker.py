@@ -1,6 +1,6 @@
 """The breaker before parties that do not answer."""
 
-from isthmus_operator.effects.breaker import FAILURES, FIRST_PAUSE, LONGEST_PAUSE, Breaker
+from isthmus_operator.effects.circuit_breaker import FAILURES, FIRST_PAUSE, LONGEST_PAUSE, Breaker
 
 
 class Clock:

@@ -5,13 +5,13 @@ import datetime as dt
 from typing import Any
 
 from isthmus_contracts.manifests.manifest import parse_spec
-from isthmus_operator import actions as act
-from isthmus_operator.code import copy, files_of
-from isthmus_operator.draft import Limits
-from isthmus_operator.observed import Refusal
-from isthmus_operator.plan import plan
+from isthmus_operator.effects.code import copy, files_of
+from isthmus_operator.planning import actions as act
+from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.plan import plan
 from isthmus_operator.render import aggregator
 from isthmus_operator.render.client import ClientPods
+from isthmus_operator.state.observed import Refusal
 from tests.support.fake_cluster import NOW, World, job, of_kind, spec, standing
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
-from isthmus_operator.observed import PoolPhase
-from isthmus_operator.record import CloudRecord, Record
+from isthmus_operator.state.job_record import CloudRecord, Record
+from isthmus_operator.state.observed import PoolPhase
 from tests.support.fake_cluster import World, spec
 
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from isthmus_operator import actions as act
-from isthmus_operator.draft import Limits
-from isthmus_operator.plan import plan
-from isthmus_operator.status import condition
-from isthmus_operator.verdicts import Acceptance, examine
+from isthmus_operator.planning import actions as act
+from isthmus_operator.planning.acceptance import Acceptance, examine
+from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.plan import plan
+from isthmus_operator.planning.status import condition
 from tests.support.fake_cluster import NOW, job, of_kind, spec, standing
 
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from isthmus_operator import actions as act
-from isthmus_operator.draft import Limits
-from isthmus_operator.observed import Observed, PodView
-from isthmus_operator.plan import plan
-from isthmus_operator.plan_clients import restart_delay
-from isthmus_operator.record import Record
-from isthmus_operator.status import is_urgent
+from isthmus_operator.planning import actions as act
+from isthmus_operator.planning.cloud_pool import restart_delay
+from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.plan import plan
+from isthmus_operator.planning.status import is_urgent
+from isthmus_operator.state.job_record import Record
+from isthmus_operator.state.observed import Observed, PodView
 from tests.support.fake_cluster import NOW, World, aggregator, client, job, of_kind, spec, standing
 
 LIMITS = Limits(cluster="c")

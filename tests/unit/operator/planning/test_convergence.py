@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from isthmus_contracts.identities import FINALIZER
 from isthmus_contracts.manifests.manifest import parse_spec
-from isthmus_operator.observed import Observed, PodView, PoolPhase, PoolView, ServiceView
-from isthmus_operator.record import AggregatorRecord, ClientRecord, CloudRecord, HpcRecord, Record
-from isthmus_operator.status import merge_patch
+from isthmus_operator.planning.status import merge_patch
+from isthmus_operator.state.job_record import AggregatorRecord, ClientRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.state.observed import Observed, PodView, PoolPhase, PoolView, ServiceView
 from tests.support.fake_cluster import AUTHORITY, NOW, World, aggregator, certificates, client, present, site, spec
 
 PHASES = ("Pending", "Running", "Succeeded", "Failed")

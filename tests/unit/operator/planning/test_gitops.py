@@ -17,10 +17,10 @@ import yaml
 from isthmus_contracts.manifests.crd import federated_job_crd, hpc_site_crd
 from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_contracts.pb import bridge_pb2 as pb
-from isthmus_operator.admission import defaults
-from isthmus_operator.effects.lines import BridgeError, NotConnectedError
-from isthmus_operator.observed import Observed, ProblemKind
-from isthmus_operator.sites import site_status
+from isthmus_operator.controllers.site import site_status
+from isthmus_operator.effects.bridge_channels import BridgeError, NotConnectedError
+from isthmus_operator.servers.admission import defaults
+from isthmus_operator.state.observed import Observed, ProblemKind
 from tests.support.fake_cluster import NOW, World, job, site, spec
 
 ROOT = Path(__file__).parents[4]

@@ -9,12 +9,15 @@ import pytest
 
 from isthmus_contracts.identities import FINALIZER
 from isthmus_contracts.pb import bridge_pb2 as pb
-from isthmus_operator import actions as act
-from isthmus_operator.clock import Clock
-from isthmus_operator.draft import Limits
 from isthmus_operator.effects.bridge import Bridges, pool_view
 from isthmus_operator.effects.observe import node_address
-from isthmus_operator.observed import (
+from isthmus_operator.planning import actions as act
+from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.plan import plan
+from isthmus_operator.render import hpc as render_hpc
+from isthmus_operator.state.clock import Clock
+from isthmus_operator.state.job_record import AggregatorRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.state.observed import (
     FederationView,
     Observed,
     PoolPhase,
@@ -23,9 +26,6 @@ from isthmus_operator.observed import (
     ProblemKind,
     ServiceView,
 )
-from isthmus_operator.plan import plan
-from isthmus_operator.record import AggregatorRecord, CloudRecord, HpcRecord, Record
-from isthmus_operator.render import hpc as render_hpc
 from tests.support.fake_cluster import (
     AUTHORITY,
     NOW,

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus_contracts.manifests.manifest import parse_spec
-from isthmus_operator import actions as act
-from isthmus_operator.observed import Observed, PoolPhase
-from isthmus_operator.parts import holder
-from isthmus_operator.record import Record
-from isthmus_operator.verdicts import Acceptance, examine
+from isthmus_operator.planning import actions as act
+from isthmus_operator.planning.acceptance import Acceptance, examine
+from isthmus_operator.planning.hpc_arrays import holder
+from isthmus_operator.state.job_record import Record
+from isthmus_operator.state.observed import Observed, PoolPhase
 from tests.support.fake_cluster import World, job, spec
 
 

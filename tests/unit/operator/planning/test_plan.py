@@ -8,12 +8,12 @@ import pytest
 
 from isthmus_contracts.identities import FINALIZER
 from isthmus_contracts.manifests.manifest import parse_spec
-from isthmus_operator import actions as act
 from isthmus_operator import names
-from isthmus_operator.draft import Limits
-from isthmus_operator.observed import FederationView, Metric, ModelView, Observed, PodView, PrivacyView, Refusal
-from isthmus_operator.plan import plan
-from isthmus_operator.record import ClientRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.planning import actions as act
+from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.plan import plan
+from isthmus_operator.state.job_record import ClientRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.state.observed import FederationView, Metric, ModelView, Observed, PodView, PrivacyView, Refusal
 from tests.support.fake_cluster import (
     AUTHORITY,
     NOW,

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus_contracts.api.federated_job_status import ConditionType, Reason
-from isthmus_operator.record import AggregatorRecord, ClientRecord, CloudRecord, HpcRecord, Record
-from isthmus_operator.status import StatusDraft, decimal, is_urgent, merge_patch, parse_timestamp, rounded_up, timestamp
+from isthmus_operator.planning.status import StatusDraft, decimal, is_urgent, merge_patch, rounded_up
+from isthmus_operator.state.job_record import AggregatorRecord, ClientRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.state.timestamps import parse_timestamp, timestamp
 from tests.support.fake_cluster import NOW, job
 
 LATER = NOW + dt.timedelta(minutes=5)

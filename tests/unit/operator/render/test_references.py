@@ -8,11 +8,10 @@ import pytest
 from isthmus_contracts import identities as ids
 from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.manifests.manifest import parse_site_spec
-from isthmus_operator import code
-from isthmus_operator.effects import dependents
-from isthmus_operator.jobstore import SiteStore
+from isthmus_operator.effects import code, dependents
+from isthmus_operator.planning.acceptance import Acceptance, Rejection, examine
 from isthmus_operator.render.references import references, unlisted
-from isthmus_operator.verdicts import Acceptance, Rejection, examine
+from isthmus_operator.state.job_store import SiteStore
 from tests.support.fake_cluster import UID, job, spec, standing
 
 OTHER = "11111111-0000-4000-8000-000000000002"

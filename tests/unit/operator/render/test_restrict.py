@@ -6,9 +6,9 @@ import pytest
 
 from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.manifests.manifest import parse_spec
-from isthmus_operator import verdicts
+from isthmus_operator.planning import acceptance
+from isthmus_operator.planning.acceptance import Acceptance, Rejection, examine
 from isthmus_operator.render.restrict import ALLOWANCES, HOST_NAMESPACES, HOST_PATH, PRIVILEGED, SERVICE_ACCOUNT
-from isthmus_operator.verdicts import Acceptance, Rejection, examine
 from tests.support.fake_cluster import job, spec, standing
 
 APPARMOR = "container.apparmor.security.beta.kubernetes.io/"
@@ -122,7 +122,7 @@ def test_a_template_that_nobody_thought_of_is_an_invalid_one(
     def fails(*_: Any) -> None:
         raise AttributeError("'bool' object has no attribute 'startswith'")
 
-    monkeypatch.setattr(verdicts, "violations", fails)
+    monkeypatch.setattr(acceptance, "violations", fails)
     odd = wanted({"spec": {"nodeSelector": {"a": "b"}}})
     verdict = examine(job(odd), standing(odd, accepted=None), NONE)
     assert isinstance(verdict, Rejection)

@@ -7,15 +7,15 @@ from email.utils import format_datetime
 import pytest
 
 from isthmus_contracts.pb import bridge_pb2 as pb
-from isthmus_operator import actions as act
-from isthmus_operator.clock import Clock
-from isthmus_operator.draft import Limits
 from isthmus_operator.effects.bridge import pool_view
-from isthmus_operator.memory import JobMemory
-from isthmus_operator.observed import PodView, PoolPhase, PoolProblem, PoolView, ProblemKind, Refusal
-from isthmus_operator.plan import plan
-from isthmus_operator.podstore import PodStore
-from isthmus_operator.record import AggregatorRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.planning import actions as act
+from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.plan import plan
+from isthmus_operator.state.clock import Clock
+from isthmus_operator.state.job_cache import JobMemory
+from isthmus_operator.state.job_record import AggregatorRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.state.observed import PodView, PoolPhase, PoolProblem, PoolView, ProblemKind, Refusal
+from isthmus_operator.state.pod_store import PodStore
 from tests.support.fake_cluster import AUTHORITY, NOW, UID, aggregator, client, job, of_kind, spec, standing
 
 from .test_podstore import pod

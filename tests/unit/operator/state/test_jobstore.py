@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from isthmus_operator.jobstore import JobStore, SiteStore
+from isthmus_operator.state.job_store import JobStore, SiteStore
 
 KEY = ("team", "demo")
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from isthmus_operator.podstore import PodStore, view
+from isthmus_operator.state.pod_store import PodStore, view
 from tests.support.fake_cluster import UID
 
 

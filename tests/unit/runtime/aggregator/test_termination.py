@@ -4,7 +4,7 @@ import pytest
 
 from isthmus.aggregator.termination import MOST_BYTES, termination_message
 from isthmus_contracts.pb import federation_pb2 as pb
-from isthmus_operator.federation import from_termination
+from isthmus_operator.state.aggregator_status import from_termination
 
 FAILED = pb.FederationStatus.FAILED
 

@@ -1,0 +1,132 @@
+"""HPCSites: asks each bridge about its site now and then, and shows the answer."""
+
+import copy
+import datetime as dt
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from isthmus_contracts.api.federated_job_status import ConditionType, Reason
+from isthmus_contracts.pb import bridge_pb2 as pb
+
+from ..effects.bridge import Bridges
+from ..effects.bridge_channels import BridgeError, NotConnectedError
+from ..effects.kube import Kube, KubeError
+from ..planning.readiness import assess_site
+from ..planning.status import merge_patch, set_condition
+from ..state.job_store import SiteStore
+from ..state.observed import ProblemKind
+from ..text import one_line
+
+log = logging.getLogger(__name__)
+
+# A site is asked this many times more seldom than a running job is looked at.
+_WELL = 10
+_ILL = 3
+
+
+class SiteReconciler:
+    """Keeps the statuses of HPCSites."""
+
+    def __init__(
+        self, kube: Kube, sites: SiteStore, bridges: Bridges, changed: Callable[[str], None], resync: float
+    ) -> None:
+        self._kube = kube
+        self._sites = sites
+        self._bridges = bridges
+        self._changed = changed
+        self._resync = resync
+
+    async def reconcile(self, name: str) -> float | None:
+        """Asks one site; returns after how many seconds to ask again."""
+        body = self._sites.bodies.get(name)
+        if body is None:
+            await self._bridges.forget(name)
+            return None
+        answer: pb.Site | BridgeError
+        if error := self._sites.errors.get(name):
+            answer = BridgeError(ProblemKind.REFUSED, f"{Reason.INVALID_SPEC}: {error}")
+        else:
+            try:
+                answer = await self._bridges.describe(name)
+            except BridgeError as problem:
+                answer = problem
+        reachable = isinstance(answer, pb.Site)
+        if self._sites.reachable.get(name) != reachable:
+            self._sites.reachable[name] = reachable
+            log.info("site %s is %s", name, "reachable" if reachable else f"not reachable: {answer}")
+            self._changed(name)
+        if reachable:
+            await self._cancel_orphans(name, body)
+            body = self._sites.bodies.get(name, body)
+        await self._show(name, body, site_status(body, answer, self._kube.clock.now()))
+        return self._resync * (_WELL if reachable else _ILL)
+
+    async def _cancel_orphans(self, name: str, body: Mapping[str, Any]) -> None:
+        """Ends what jobs that are long gone left here."""
+        for key, orphan in dict((body.get("status") or {}).get("orphans") or {}).items():
+            whose = f"{orphan.get('namespace')}/{orphan.get('job')} pool {orphan.get('pool')}"
+            try:
+                view = await self._bridges.cancel(name, key, 0, "its job was deleted while the site was out of reach")
+            except BridgeError as problem:
+                if problem.kind is ProblemKind.UNREACHABLE:
+                    return
+                log.warning("site %s does not cancel the orphan of %s: %s", name, whose, problem)
+            else:
+                if not view.ended:
+                    continue
+                log.info("site %s: the orphan of %s is cancelled", name, whose)
+            try:
+                patch = {"status": {"orphans": {key: None}}}
+                self._sites.put(await self._kube.patch("HPCSite", "", name, patch, "status"))
+            except KubeError as error:
+                if error.code != 404:
+                    raise
+
+    async def _show(self, name: str, body: Mapping[str, Any], status: Mapping[str, Any]) -> None:
+        patch = merge_patch(body.get("status") or {}, status)
+        if not patch:
+            return
+        try:
+            self._sites.put(await self._kube.patch("HPCSite", "", name, {"status": patch}, "status"))
+        except KubeError as error:
+            if error.code != 404:
+                raise
+            self._sites.drop(name)
+
+
+def site_status(body: Mapping[str, Any], answer: pb.Site | BridgeError, now: dt.datetime) -> dict[str, Any]:
+    """The status of a site after a call to its bridge. What an unreachable site last said of itself stays."""
+    status: dict[str, Any] = copy.deepcopy(dict(body.get("status") or {}))
+    generation = int(body["metadata"].get("generation") or 0)
+    status["observedGeneration"] = generation
+    if isinstance(answer, pb.Site):
+        set_condition(status, ConditionType.REACHABLE, True, Reason.SITE_REACHABLE, "", generation, now)
+        status.pop("message", None)
+        assess_site(status, generation, now)
+        said = {
+            "slurmVersion": answer.slurm_version,
+            "cluster": answer.cluster,
+            "bridgeVersion": answer.bridge_version,
+            "partitions": list(answer.partitions),
+            "environments": list(answer.environments),
+            "accounts": list(answer.accounts),
+            "dataSets": list(answer.data_sets),
+        }
+        return status | {key: value for key, value in said.items() if value}
+    message = one_line(str(answer))
+    reason = _reason(answer, message)
+    set_condition(status, ConditionType.REACHABLE, False, reason, message, generation, now)
+    status["message"] = message
+    assess_site(status, generation, now)
+    return status
+
+
+def _reason(error: BridgeError, message: str) -> Reason:
+    if message.startswith(Reason.INVALID_SPEC):
+        return Reason.INVALID_SPEC
+    if isinstance(error, NotConnectedError):
+        return Reason.SITE_NOT_CONNECTED
+    if message.startswith("Secret "):
+        return Reason.CREDENTIALS_MISSING
+    return Reason.POLICY_DENIED if error.kind is ProblemKind.DENIED else Reason.SITE_UNREACHABLE

@@ -1,0 +1,180 @@
+"""A queue of keys: each is worked on by one worker at a time, at most so many at once, and later again if asked."""
+
+import asyncio
+import heapq
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+from isthmus_contracts.process import asyncio_tasks
+
+from ..effects.kube import KubeError
+from ..metrics import RECONCILE_ERRORS
+from ..turns import CURRENT, Turn, Turns
+
+log = logging.getLogger(__name__)
+
+K = TypeVar("K", bound=Hashable)
+
+_FIRST_RETRY = 0.5  # seconds after an error; doubled each time
+_LONGEST_RETRY = 60.0
+_SLACK = 64  # outdated entries that are let be
+
+
+class WorkQueue(Generic[K]):
+    """Calls ``handle`` for each key that is due; its answer says when the key is due again."""
+
+    def __init__(
+        self,
+        handle: Callable[[K], Awaitable[float | None]],
+        *,
+        workers: int,
+        group: Callable[[K], Hashable] = lambda _: "",
+        interval: float = 0.2,
+        timeout: float = 600.0,
+    ) -> None:
+        """``group``: of a key; groups that have keys waiting take turns."""
+        self._handle = handle
+        self._group = group
+        self._turns = Turns(workers)
+        self._interval = interval
+        self._timeout = timeout
+        self._due: dict[K, float] = {}
+        self._heap: list[tuple[float, int, K]] = []
+        self._sequence = 0
+        self._taken: dict[K, float] = {}  # keys that wait for a worker, and since when
+        self._running: dict[K, float] = {}
+        self._finished: dict[K, float] = {}
+        self._errors: dict[K, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._news = asyncio.Event()
+
+    def add(self, key: K, delay: float = 0.0) -> None:
+        """Has the key looked at after a delay, or earlier if that is asked too."""
+        due = time.monotonic() + delay
+        # Keys that change all the time do not keep the others waiting.
+        due = max(due, self._finished.get(key, 0.0) + self._interval)
+        if self._due.get(key, float("inf")) <= due:
+            return
+        self._due[key] = due
+        self._sequence += 1
+        heapq.heappush(self._heap, (due, self._sequence, key))
+        if len(self._heap) > 2 * len(self._due) + _SLACK:
+            # Outdated ones go when they are due, which for many is in ten minutes.
+            self._heap = [entry for entry in self._heap if self._due.get(entry[2]) == entry[0]]
+            heapq.heapify(self._heap)
+        self._news.set()
+
+    def count(self) -> int:
+        """How many keys it remembers anything of."""
+        return max(len(self._due), len(self._taken) + len(self._running), len(self._finished), len(self._errors))
+
+    def oldest(self) -> float:
+        """For how many seconds the longest look has been going on."""
+        now = time.monotonic()
+        return max((now - started for started in self._running.values()), default=0.0)
+
+    def waiting(self) -> int:
+        """How many keys are due and wait for a worker."""
+        return len(self._taken)
+
+    def busy(self) -> int:
+        """How many workers look at a key, and do not wait for a party outside of the cluster."""
+        return self._turns.taken
+
+    def waited(self) -> float:
+        """For how many seconds the key that has waited longest for a worker has done so."""
+        now = time.monotonic()
+        return max((now - since for since in list(self._taken.values())), default=0.0)
+
+    async def run(self) -> None:
+        """Works until cancelled."""
+        try:
+            while True:
+                await self._wait()
+                key = self._pop()
+                if key is None:
+                    continue
+                self._taken[key] = time.monotonic()
+                task = asyncio.create_task(self._work(key))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        finally:
+            await asyncio_tasks.end(self._tasks)
+
+    async def _wait(self) -> None:
+        """Until some key is due."""
+        while True:
+            now = time.monotonic()
+            self._discard_outdated()
+            wait = self._heap[0][0] - now if self._heap else None
+            if wait is not None and wait <= 0:
+                return
+            self._news.clear()
+            try:
+                async with asyncio.timeout(wait):
+                    await self._news.wait()
+            except TimeoutError:
+                continue
+
+    def _discard_outdated(self) -> None:
+        """Drops entries that an earlier one has replaced, or whose key is being worked on."""
+        while self._heap:
+            due, _, key = self._heap[0]
+            if self._due.get(key) == due and key not in self._running and key not in self._taken:
+                return
+            heapq.heappop(self._heap)
+
+    def _pop(self) -> K | None:
+        self._discard_outdated()
+        if not self._heap or self._heap[0][0] > time.monotonic():
+            return None
+        _, _, key = heapq.heappop(self._heap)
+        del self._due[key]
+        return key
+
+    async def _work(self, key: K) -> None:
+        again: float | None
+        turn = Turn(self._turns, self._group(key))
+        CURRENT.set(turn)
+        try:
+            await turn.take()
+        finally:
+            del self._taken[key]
+        self._running[key] = time.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout):
+                again = await self._handle(key)
+            self._errors.pop(key, None)
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
+                raise
+            # Else something within the look was cancelled: that is an error like others.
+            RECONCILE_ERRORS.inc()
+            times = self._errors[key] = self._errors.get(key, 0) + 1
+            again = min(_FIRST_RETRY * 2 ** min(times - 1, 10), _LONGEST_RETRY) * random.uniform(0.8, 1.2)  # noqa: S311
+            log.error(
+                "%s: %s: %s; again in %.1f s",
+                key,
+                type(error).__name__,
+                error,
+                again,
+                exc_info=not isinstance(error, KubeError),
+            )
+        finally:
+            turn.give_up()
+            del self._running[key]
+        if again is None and key not in self._due:
+            self._finished.pop(key, None)
+            self._errors.pop(key, None)
+            return
+        self._finished[key] = time.monotonic()
+        # What was asked for during the look is still due: its entry in the heap was dropped.
+        asked = self._due.pop(key, None)
+        if asked is not None:
+            self.add(key, max(0.0, asked - time.monotonic()))
+        if again is not None:
+            self.add(key, again)

@@ -1,0 +1,99 @@
+"""Asks aggregators how the training goes."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from isthmus_contracts import identities as ids
+from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.pb.federation_pb2_grpc import ObserverStub
+from isthmus_contracts.wire.addresses import joined
+from isthmus_contracts.wire.pki import Credentials
+from isthmus_contracts.wire.transport import aio_channel
+
+from ..metrics import OBSERVER_ERRORS, SILENT_AGGREGATORS
+from ..state.aggregator_status import view
+from ..state.observed import FederationView
+from ..text import one_line
+from ..turns import outside
+from .circuit_breaker import Breaker
+
+log = logging.getLogger(__name__)
+
+CALL_SECONDS = 4.0
+
+
+@dataclass
+class _Line:
+    address: str
+    credentials: Credentials
+    channel: aio.Channel
+    breaker: Breaker = field(default_factory=Breaker)
+
+
+_SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+class Aggregators:
+    """One channel per running aggregator, kept open."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, _Line] = {}
+
+    async def ask(self, job_uid: str, ip: str, credentials: Credentials) -> FederationView | str:
+        """The aggregator's status, or why there is none. It is asked at its pod's address: no Service, no DNS."""
+        address = joined(ip, ids.AGGREGATOR_PORT)
+        line = self._lines.get(job_uid)
+        if line is None or line.address != address or line.credentials != credentials:
+            await self.forget(job_uid)
+            channel = aio_channel(address, credentials, ids.aggregator_server_name(job_uid))
+            line = self._lines[job_uid] = _Line(address, credentials, channel)
+        stub: Any = ObserverStub(line.channel)
+        if not line.breaker.admits():
+            return f"no answer from {address}"
+        try:
+            async with outside():
+                answer = await stub.GetStatus(pb.GetStatusRequest(job_uid=job_uid), timeout=CALL_SECONDS)
+        except aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                # A refusal costs nobody time; only silence does.
+                line.breaker.succeeded()
+            elif line.breaker.failed(error.code().name):
+                log.warning("the aggregator at %s does not answer: it is asked less often", address)
+            self._count()
+            OBSERVER_ERRORS.labels(error.code().name).inc()
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                # The next call dials at once, whatever this channel's back-off.
+                await self.forget(job_uid)
+            if error.code() in _SILENT:
+                # gRPC words this differently from call to call; a status that followed would be written each time.
+                log.debug("%s: %s: %s", address, error.code().name, error.details())
+                return f"no answer from {address}"
+            return f"{error.code().name}: {one_line(error.details() or '', 200)}"
+        finally:
+            line.breaker.broke_off()
+        if line.breaker.succeeded():
+            self._count()
+        return view(answer)
+
+    def _count(self) -> None:
+        SILENT_AGGREGATORS.set(sum(line.breaker.is_open for line in self._lines.values()))
+
+    def count(self) -> int:
+        """How many channels are open."""
+        return len(self._lines)
+
+    async def forget(self, job_uid: str) -> None:
+        """Closes a channel."""
+        line = self._lines.pop(job_uid, None)
+        if line is not None:
+            self._count()
+            await line.channel.close()
+
+    async def close(self) -> None:
+        """Closes every channel."""
+        for job_uid in list(self._lines):
+            await self.forget(job_uid)

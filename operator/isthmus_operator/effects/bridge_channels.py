@@ -1,0 +1,165 @@
+"""Open channels to the sites' bridges: dialled, or through the tunnels of bridges that dialled the gateway."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc import aio
+
+from isthmus_contracts.api.hpc_site import HpcSiteSpec
+from isthmus_contracts.pb.bridge_pb2_grpc import BridgeStub
+from isthmus_contracts.wire.pki import Credentials, expiry
+from isthmus_contracts.wire.transport import aio_channel
+
+from ..metrics import SITE_CERTIFICATE_EXPIRY
+from ..state.job_store import SiteStore
+from ..state.observed import ProblemKind
+from .certificates import load_credentials
+from .kube import Kube, KubeError
+
+if TYPE_CHECKING:
+    from isthmus_contracts.pb.bridge_pb2_grpc import BridgeAsyncStub
+
+# A rotated Secret is noticed this soon.
+_CREDENTIALS_SECONDS = 60.0
+_PROOF_SECONDS = 10.0
+CALL_SECONDS = 20.0
+
+
+class BridgeError(Exception):
+    """A site did not do as it was asked."""
+
+    def __init__(self, kind: ProblemKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class NotConnectedError(BridgeError):
+    """The site dials out, and is not here."""
+
+
+@dataclass
+class _Line:
+    """An open channel to one bridge."""
+
+    identity: str  # of place, Secret and credentials
+    checked: float
+    channel: aio.Channel
+    stub: "BridgeAsyncStub"
+
+
+class Lines:
+    """One channel per site, kept open."""
+
+    def __init__(self, kube: Kube, sites: SiteStore, tunnels: Mapping[str, str] | None) -> None:
+        """``tunnels``: addresses by site, each of a socket that leads into the site's tunnel; None: no gateway runs."""
+        self._kube = kube
+        self._sites = sites
+        self._tunnels = tunnels
+        self._lines: dict[str, _Line] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    async def stub(self, site: str) -> "BridgeAsyncStub":
+        """The site's bridge. Raises :class:`BridgeError`."""
+        async with self._locks.setdefault(site, asyncio.Lock()):
+            spec = self._sites.specs.get(site)
+            if spec is None:
+                raise BridgeError(ProblemKind.UNREACHABLE, f"there is no HPCSite {site}")
+            place = self._place(site, spec)
+            line = self._lines.get(site)
+            same = line is not None and line.identity.startswith(_label(place, spec))
+            if line is not None and same and time.monotonic() - line.checked < _CREDENTIALS_SECONDS:
+                return line.stub
+            credentials = await self._credentials(spec)
+            identity = _label(place, spec) + hashlib.sha256(b"".join(credentials.files().values())).hexdigest()
+            if line is None or line.identity != identity:
+                if line is not None:
+                    self._retire(line)
+                channel = aio_channel(place, credentials, spec.bridge_name(site))
+                with suppress(ValueError):  # no certificate at all: the call will say so
+                    SITE_CERTIFICATE_EXPIRY.labels(site).set(expiry(credentials.certificate).timestamp())
+                stub: Any = BridgeStub(channel)
+                line = self._lines[site] = _Line(identity, 0.0, channel, stub)
+            line.checked = time.monotonic()
+            return line.stub
+
+    async def prove(self, site: str, address: str) -> None:
+        """Makes sure that the site's own bridge is behind an address, by TLS with it. Raises :class:`BridgeError`."""
+        spec = self._sites.specs.get(site)
+        if spec is None or spec.connection != "DialOut":
+            # One answer for both: who asks is not known yet.
+            raise BridgeError(ProblemKind.DENIED, f"no HPCSite {site!r} has connection: DialOut")
+        credentials = await self._credentials(spec)
+        name = spec.bridge_name(site)
+        channel = aio_channel(address, credentials, name)
+        try:
+            async with asyncio.timeout(_PROOF_SECONDS):
+                state = channel.get_state(try_to_connect=True)
+                while state is not grpc.ChannelConnectivity.READY:
+                    if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                        raise ConnectionError
+                    await channel.wait_for_state_change(state)
+                    state = channel.get_state(try_to_connect=True)
+        except (TimeoutError, ConnectionError):
+            message = f"the bridge does not prove that it is {site}: it needs a certificate of the site's CA for {name}"
+            raise BridgeError(ProblemKind.DENIED, message) from None
+        finally:
+            await channel.close()
+
+    async def forget(self, site: str) -> None:
+        """The site is gone."""
+        with suppress(KeyError):  # it was never called
+            SITE_CERTIFICATE_EXPIRY.remove(site)
+        line = self._lines.pop(site, None)
+        if line is not None:
+            self._retire(line)
+
+    def _retire(self, line: _Line) -> None:
+        """Closes a channel once the calls have ended that other jobs have under way in it: cancelled ones would look as
+        if the operator itself were ending."""
+        task = asyncio.create_task(line.channel.close(CALL_SECONDS))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def close(self) -> None:
+        """Closes every channel."""
+        for line in list(self._lines.values()):
+            await line.channel.close()
+        self._lines.clear()
+
+    def _place(self, site: str, spec: HpcSiteSpec) -> str:
+        if spec.endpoint is not None:
+            return spec.endpoint
+        if self._tunnels is None:
+            message = (
+                f"{site} dials out, and this operator runs no gateway: set --gateway (the chart's gateway.enabled)"
+            )
+            raise NotConnectedError(ProblemKind.UNREACHABLE, message)
+        if site not in self._tunnels:
+            message = f"{site} dials out, and no bridge of it is connected to the gateway"
+            raise NotConnectedError(ProblemKind.UNREACHABLE, message)
+        return self._tunnels[site]
+
+    async def _credentials(self, spec: HpcSiteSpec) -> Credentials:
+        ref = spec.tls.secret_ref
+        try:
+            secret = await self._kube.get("Secret", ref.namespace, ref.name)
+        except KubeError as error:
+            message = f"Secret {ref.namespace}/{ref.name} cannot be read: {error}"
+            raise BridgeError(ProblemKind.UNREACHABLE, message) from error
+        credentials = load_credentials(secret)
+        if credentials is None:
+            what = "is missing" if secret is None else "lacks ca.crt, tls.crt or tls.key"
+            raise BridgeError(ProblemKind.UNREACHABLE, f"Secret {ref.namespace}/{ref.name} {what}")
+        return credentials
+
+
+def _label(place: str, spec: HpcSiteSpec) -> str:
+    secret = spec.tls.secret_ref
+    return f"{place} {spec.tls.server_name or ''} {secret.namespace}/{secret.name} "

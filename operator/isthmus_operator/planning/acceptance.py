@@ -1,0 +1,233 @@
+"""Whether a manifest is acceptable, and which later changes of it count. Pure."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from isthmus_contracts.api.federated_job import FederatedJobSpec, Pool
+from isthmus_contracts.api.federated_job_status import Reason
+from isthmus_contracts.manifests.manifest import ManifestError, check_job_name, parse_spec
+
+from ..render import aggregator, references
+from ..render.client import ClientPods
+from ..render.defaults import NONE, JobDefaults
+from ..render.merge import TemplateError
+from ..render.restrict import violations
+from ..state.observed import Job, Observed
+from ..text import plural
+
+log = logging.getLogger(__name__)
+
+# What may change while a job lives. Everything else needs a new job.
+LIVE_FIELDS = ("suspend", "backoff_limit", "active_deadline_seconds", "ttl_seconds_after_finished")
+# What becomes of an invalid change that came in past the webhook.
+IGNORED = "ignored but for what may change"
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Why a manifest is not accepted."""
+
+    reason: Reason
+    message: str
+    waits: bool = False  # for the admin rather than for a mended manifest
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """The spec that is in force."""
+
+    spec: FederatedJobSpec
+    message: str = ""  # about changes that do not count
+
+
+def examine(
+    job: Job, observed: Observed, allowed: frozenset[str] = frozenset(), defaults: JobDefaults = NONE
+) -> Acceptance | Rejection:
+    """The one verdict over a manifest: the accepted spec stays in force whatever is edited later.
+
+    ``allowed``: what templates may ask for; see :mod:`.render.restrict`. ``defaults``: the admin's, below them.
+    """
+    if observed.accepted is not None:
+        # Its record is an object that the namespace's users can write: it is not believed in what matters.
+        if forbidden := [*_forbidden(job, observed.accepted, allowed, defaults), *observed.unnameable]:
+            return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(forbidden), waits=True)
+        try:
+            return _live(observed.accepted, parse_spec(job.spec))
+        except ManifestError as error:
+            spec = _live(observed.accepted, _still_valid(observed.accepted, job.spec)).spec
+            return Acceptance(spec, f"the changed manifest is invalid and is {IGNORED}: {error}")
+    try:
+        wanted = _valid_spec(job, defaults)
+    except ManifestError as error:
+        return Rejection(Reason.INVALID_SPEC, str(error))
+    if forbidden := _forbidden(job, wanted, allowed, defaults):
+        return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(forbidden))
+    if observed.unnameable:
+        return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(observed.unnameable), waits=True)
+    for number, pool in enumerate(wanted.pools):
+        if pool.hpc is None:
+            continue
+        field = f"spec.pools[{number}].hpc.siteRef.name"
+        site = observed.sites.get(pool.hpc.site_ref.name)
+        if site is None:
+            message = f"{field}: there is no HPCSite {pool.hpc.site_ref.name!r}; see kubectl get hpcsites"
+            return Rejection(Reason.SITE_NOT_FOUND, message, waits=True)
+        if not site.allows(job.namespace):
+            message = f"{field}: HPCSite {pool.hpc.site_ref.name!r} does not allow namespace {job.namespace}"
+            return Rejection(Reason.SITE_NOT_ALLOWED, message, waits=True)
+    return Acceptance(wanted)
+
+
+def _valid_spec(job: Job, defaults: JobDefaults) -> FederatedJobSpec:
+    problems = check_job_name(job.name)
+    if problems:
+        raise ManifestError(problems)
+    spec = parse_spec(job.spec)
+    problems = _judge_templates(job, spec, frozenset(), defaults)[0]
+    if problems:
+        raise ManifestError(problems)
+    return spec
+
+
+def _forbidden(job: Job, spec: FederatedJobSpec, allowed: frozenset[str], defaults: JobDefaults) -> list[str]:
+    """What templates ask for that the admin has not allowed."""
+    invalid, forbidden = _judge_templates(job, spec, allowed, defaults)
+    templates = [("spec.aggregator.template", spec.aggregator.template)]
+    templates += [
+        (f"spec.pools[{number}].cloud.template", pool.cloud.template)
+        for number, pool in enumerate(spec.pools)
+        if pool.cloud is not None
+    ]
+    unlisted = [
+        f"{path}.{problem}" for path, template in templates for problem in references.unlisted(template, allowed)
+    ]
+    if spec.task.code is not None:
+        # The operator copies it, whoever may read it.
+        named = {"configMapRef": {"name": spec.task.code.config_map_ref.name}}
+        unlisted += [f"spec.task.code.{problem}" for problem in references.unlisted(named, allowed)]
+    return [*invalid, *forbidden, *unlisted]
+
+
+def _judge_templates(
+    job: Job, spec: FederatedJobSpec, allowed: frozenset[str], defaults: JobDefaults
+) -> tuple[list[str], list[str]]:
+    """Why templates make no pod, and what they ask for that the admin has not allowed."""
+    invalid: list[str] = []
+    forbidden: list[str] = []
+    for path, render in _templates(job, spec, defaults):
+        try:
+            forbidden += [f"{path}.{problem}" for problem in violations(render(), allowed)]
+        except TemplateError as error:
+            invalid.append(f"{path}.{error}")
+        except Exception as error:
+            # The CRD lets any mapping through. One that nobody thought of would else stop each look at the job, and the
+            # webhook, without a word to the user.
+            log.exception("%s/%s: %s", job.namespace, job.name, path)
+            invalid.append(f"{path}: no pod can be made from it: {type(error).__name__}: {error}")
+    return invalid, forbidden
+
+
+def _templates(
+    job: Job, spec: FederatedJobSpec, defaults: JobDefaults
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Each pod template that is not empty, by its path, and how to render a pod of it."""
+    if spec.aggregator.template:
+        yield "spec.aggregator.template", lambda: aggregator.pod(job, spec, "", (), defaults)
+    for number, pool in enumerate(spec.pools):
+        if pool.cloud is not None and pool.cloud.template:
+            yield f"spec.pools[{number}].cloud.template", partial(_client, job, spec, pool, defaults)
+
+
+def _client(job: Job, spec: FederatedJobSpec, pool: Pool, defaults: JobDefaults) -> dict[str, Any]:
+    return ClientPods(job, spec, pool, "", (), defaults).pod(0, 0)
+
+
+def _live(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> Acceptance:
+    spec = accepted.model_copy(update={name: getattr(wanted, name) for name in LIVE_FIELDS})
+    pools, problems = _resized_pools(accepted, wanted)
+    compared = spec.model_copy(update={"pools": pools})
+    # A size or a quorum that is left to follow from replicas follows from the first ones: the aggregator knows those.
+    sized = [_of_size(new, old.size) for new, old in zip(pools, accepted.pools, strict=True)]
+    selection = accepted.selection.model_copy(update={"min_clients": accepted.min_clients})
+    spec = spec.model_copy(update={"pools": sized, "selection": selection})
+    compared, wanted = _written_out(compared, accepted), _written_out(wanted, accepted)
+    changed = [
+        f"spec.{info.alias or name}"
+        for name, info in FederatedJobSpec.model_fields.items()
+        if getattr(compared, name) != getattr(wanted, name)
+    ]
+    if not changed:
+        return Acceptance(spec)
+    why = f"they need a new job ({'; '.join(problems)})" if problems else "they need a new job"
+    return Acceptance(spec, f"changes of {', '.join(changed)} are ignored: {why}")
+
+
+def _still_valid(accepted: FederatedJobSpec, manifest: Mapping[str, Any]) -> FederatedJobSpec:
+    """The accepted spec with what may change as an invalid manifest has it, each where it is valid by itself: a mistake
+    elsewhere starts no job that is suspended, and brings no clients back that were let go."""
+    content = accepted.model_dump(mode="json", by_alias=True)
+    spec = accepted
+    for name in LIVE_FIELDS:
+        field = FederatedJobSpec.model_fields[name]
+        alias = field.alias or name
+        content, spec = _tried({**content, alias: manifest.get(alias, field.default)}, content, spec)
+    pools = manifest.get("pools")
+    for given in pools if isinstance(pools, list) else ():
+        wanted = given if isinstance(given, Mapping) else {}
+        resized = [
+            {**pool, "replicas": wanted.get("replicas", 1)}
+            if pool["hpc"] and pool["name"] == wanted.get("name")
+            else pool
+            for pool in content["pools"]
+        ]
+        content, spec = _tried({**content, "pools": resized}, content, spec)
+    return spec
+
+
+def _tried(
+    changed: dict[str, Any], before: dict[str, Any], spec: FederatedJobSpec
+) -> tuple[dict[str, Any], FederatedJobSpec]:
+    try:
+        return changed, parse_spec(changed)
+    except ManifestError:
+        return before, spec
+
+
+def _written_out(spec: FederatedJobSpec, accepted: FederatedJobSpec) -> FederatedJobSpec:
+    """The spec with what it leaves open as it was accepted: the webhook wrote it down when the job was made, and the
+    user's own manifest still leaves it open."""
+    clients, updates = spec.selection.min_clients, spec.stragglers.min_updates
+    selection = spec.selection.model_copy(update={"min_clients": clients or accepted.min_clients})
+    stragglers = spec.stragglers.model_copy(update={"min_updates": updates or accepted.min_updates})
+    return spec.model_copy(update={"selection": selection, "stragglers": stragglers})
+
+
+def _resized_pools(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> tuple[list[Pool], list[str]]:
+    """The accepted pools with as many clients as they shall have now, and why some cannot."""
+    resized = [_resized(pool, wanted) for pool in accepted.pools]
+    pools, problems = [pool for pool, _ in resized], [problem for _, problem in resized if problem]
+    trainers, quorum = accepted.model_copy(update={"pools": pools}).trainers, accepted.min_clients
+    if trainers < max(quorum, accepted.min_updates):
+        fewest = f"a quorum of {quorum}" if trainers < quorum else f"rounds of at least {accepted.min_updates} updates"
+        problems.append(f"it was made for {fewest}, and {plural(trainers, 'client')} would train")
+        return accepted.pools, problems
+    return pools, problems
+
+
+def _resized(pool: Pool, wanted: FederatedJobSpec) -> tuple[Pool, str]:
+    """An accepted pool with as many clients as it shall have now, and why that is not possible, if so."""
+    new = next((other for other in wanted.pools if other.name == pool.name), None)
+    if new is None or pool.hpc is None or new.replicas == pool.replicas:
+        return pool, ""
+    if new.replicas > pool.size:
+        return pool, f"pool {pool.name} was made for at most {pool.size} clients, its hpc.maxReplicas"
+    return pool.model_copy(update={"replicas": new.replicas}), ""
+
+
+def _of_size(pool: Pool, size: int) -> Pool:
+    if pool.hpc is None or pool.size == size:
+        return pool
+    return pool.model_copy(update={"hpc": pool.hpc.model_copy(update={"max_replicas": size})})

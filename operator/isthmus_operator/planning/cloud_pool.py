@@ -1,0 +1,181 @@
+"""Cloud pools: one pod per client, restarted within limits."""
+
+import datetime as dt
+from collections.abc import Sequence
+
+from isthmus_contracts.api.federated_job import Pool
+from isthmus_contracts.api.federated_job_status import Reason
+
+from .. import names
+from ..render.client import ClientPods
+from ..state.job_record import ClientRecord, CloudRecord
+from ..state.observed import PodView
+from ..text import exited, killed, last_lines, plural
+from . import bursting
+from .actions import CreatePod, DeletePod
+from .context import Draft, PoolOutcome
+from .start_problems import why_not_started
+
+_FIRST_DELAY = 5.0  # seconds before the first restart after a failure; doubled each time
+_LONGEST_DELAY = 300.0
+_LEFT = (
+    "ended with exit code 0 before training was complete, again: its command has to take part until then"
+    " (task.command, or the command in the pool's template)"
+)
+
+
+def restart_delay(times: int) -> dt.timedelta:
+    """How long a client waits before it is started for the ``times``-th time after a failure."""
+    return dt.timedelta(seconds=min(_FIRST_DELAY * 2 ** min(max(times - 1, 0), 16), _LONGEST_DELAY))
+
+
+def plan_cloud_pool(draft: Draft, pool: Pool, ready_to_start: bool) -> PoolOutcome:
+    """Plans the pods of one cloud pool of a job that shall run."""
+    return _CloudPool(draft, pool, ready_to_start).plan()
+
+
+def _words(pod: PodView) -> str:
+    """Why a pod failed: its last words, with the cluster's reason where that says more than "Error"."""
+    label = pod.reason if pod.reason not in ("", "Error") else killed(pod.exit_code)
+    words = last_lines(pod.message)
+    return ": ".join(filter(None, (label, words))) or exited(pod.exit_code)
+
+
+class _CloudPool:
+    def __init__(self, draft: Draft, pool: Pool, ready_to_start: bool) -> None:
+        self.draft = draft
+        self.pool = pool
+        self.can_start = ready_to_start
+        self.record = draft.record.cloud.setdefault(pool.name, CloudRecord())
+        self.size = bursting.wanted(draft, pool, self.record)
+        self.outcome = PoolOutcome(pool.name, desired=self.size, possible=max(self.size, pool.replicas))
+        self._pods: ClientPods | None = None
+        self._newest_failure: tuple[dt.datetime, str] | None = None
+        self._waiting = ""
+        self._refused = ""
+        self._left = ""
+
+    def plan(self) -> PoolOutcome:
+        by_index: dict[int, list[PodView]] = {}
+        for pod in self.draft.observed.pods:
+            if pod.role == names.ROLE_CLIENT and pod.pool == self.pool.name:
+                by_index.setdefault(pod.index, []).append(pod)
+        for index in range(self.size):
+            pods = sorted(by_index.pop(index, ()), key=lambda pod: pod.attempt)
+            self._client(index, pods)
+        for surplus in by_index.values():
+            self._delete(surplus)
+        if self.record == CloudRecord():
+            del self.draft.record.cloud[self.pool.name]
+        outcome = self.outcome
+        # What keeps clients from starting comes first; else the last failure stays visible.
+        failure = (self._newest_failure or (None, ""))[1]
+        outcome.reason = self._refused or self._waiting or failure or self._left
+        outcome.held = bool(outcome.reason) and outcome.reason != failure
+        if outcome.possible < max(outcome.desired, self.pool.replicas):
+            outcome.blocked = Reason.QUORUM_IMPOSSIBLE
+        return outcome
+
+    def _client(self, index: int, pods: Sequence[PodView]) -> None:
+        draft, entry = self.draft, self.record.client(index)
+        newest = pods[-1] if pods else None
+        self._delete_obsolete(pods)
+        for pod in pods:
+            self._note_failure(pod)
+            # The first time it may be that the job just completed.
+            if pod.phase == "Succeeded" and pod.attempt > 0 and not pod.disrupted:
+                self._left = f"{pod.name} {_LEFT}"
+        if newest is not None and newest.attempt > entry.attempt:
+            # Started by an operator whose record was lost.
+            entry = self._entry(index)
+            entry.attempt = newest.attempt
+        if newest is not None and newest.phase == "Failed" and not newest.deleting:
+            self._count_failure(index, newest)
+            entry = self.record.client(index)
+        if entry.failures > draft.spec.backoff_limit:
+            self.outcome.possible -= 1
+            self.outcome.failed += 1
+            return
+        if newest is None:
+            fresh = index >= self.record.started
+            refused = f"Pod/{names.client(draft.job.name, self.pool.name, index, entry.attempt)}"
+            self.outcome.queued += 1
+            # One that the API server refused was never there: its number is still free.
+            self._start(index, entry.attempt if fresh or refused in draft.observed.refusals else entry.attempt + 1)
+        elif newest.deleting:
+            self.outcome.queued += 1
+            self._start(index, newest.attempt + 1)
+        elif newest.ended:
+            self._restart(index, newest, entry)
+        else:
+            if draft.observed.authority and newest.authority != draft.observed.authority:
+                # Its certificate is of another CA: it cannot join, and this is none of its doing.
+                draft.actions.append(DeletePod(newest.name, newest.uid))
+            if newest.phase == "Pending":
+                self.outcome.queued += 1
+                self._waiting = self._waiting or why_not_started(draft, newest)
+
+    def _delete_obsolete(self, pods: Sequence[PodView]) -> None:
+        """Keeps the newest pod of a client and, for its log, the last that ended; fenced and older ones go, and one
+        that still takes up its node's resources."""
+        if len(pods) < 2:
+            return
+        ended = [pod for pod in pods if pod.ended and not pod.lingers]
+        kept = {pods[-1].uid} | ({ended[-1].uid} if ended else set())
+        self._delete([pod for pod in pods if pod.uid not in kept])
+
+    def _note_failure(self, pod: PodView) -> None:
+        moment = pod.ended_at(self.draft.now)
+        if pod.phase == "Failed" and (self._newest_failure is None or moment > self._newest_failure[0]):
+            self._newest_failure = (moment, f"{pod.name}: {_words(pod)}")
+
+    def _count_failure(self, index: int, pod: PodView) -> None:
+        if pod.disrupted or self.record.client(index).counted >= pod.attempt:
+            return
+        entry = self._entry(index)
+        entry.counted = pod.attempt
+        entry.failures += 1
+        left = self.draft.spec.backoff_limit - entry.failures + 1
+        then = f"{plural(left, 'restart')} left" if left > 0 else "it is out of restarts"
+        self.draft.emit("Warning", Reason.CLIENT_FAILED, f"{pod.name} failed; {then}: {_words(pod)}")
+
+    def _restart(self, index: int, pod: PodView, entry: ClientRecord) -> None:
+        """Starts a client that ended, after a while. The while also lets a job that just completed say so first."""
+        if pod.phase == "Failed":
+            self.outcome.failed += 1
+            times = entry.failures if not pod.disrupted else 1
+        else:
+            times = pod.attempt + 1
+        if self.draft.rested(pod.ended_at(self.draft.now), restart_delay(times)):
+            self._start(index, pod.attempt + 1)
+
+    def _start(self, index: int, attempt: int) -> None:
+        draft = self.draft
+        if not self.can_start:
+            return
+        name = names.client(draft.job.name, self.pool.name, index, attempt)
+        refusal = draft.observed.refusals.get(f"Pod/{name}")
+        if refusal is not None:
+            self._refused = f"the API server refused {name}: {refusal.message}"
+        if draft.refused(f"Pod/{name}"):
+            return
+        if draft.starts >= draft.limits.starts_per_pass:
+            # The next pass goes on here; nothing with a higher index may be started before.
+            self.can_start = False
+            draft.wake_in(0.1)
+            return
+        if attempt > 0:
+            self._entry(index).attempt = attempt
+        if index >= self.record.started:
+            self.record.started = index + 1
+        if self._pods is None:
+            seen = draft.observed
+            self._pods = ClientPods(draft.job, draft.spec, self.pool, seen.authority, seen.code, draft.limits.defaults)
+        draft.starts += 1
+        draft.actions.append(CreatePod(self._pods.pod(index, attempt)))
+
+    def _entry(self, index: int) -> ClientRecord:
+        return self.record.clients.setdefault(index, ClientRecord())
+
+    def _delete(self, pods: Sequence[PodView]) -> None:
+        self.draft.actions += [DeletePod(pod.name, pod.uid) for pod in pods if not pod.deleting]

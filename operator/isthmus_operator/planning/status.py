@@ -1,0 +1,225 @@
+"""The FederatedJob's status as the operator writes it. Pure."""
+
+import copy
+import datetime as dt
+from collections.abc import Iterable, Mapping
+from decimal import ROUND_CEILING, Context
+from typing import Any
+
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.federated_job_status import ConditionType, Reason
+
+from .. import names
+from ..render.aggregator import STATE_DIR
+from ..state.observed import FederationView, Job, Metric
+from ..state.timestamps import parse_timestamp, timestamp
+from ..text import headline
+from .context import PoolOutcome
+
+_DIGITS = 4  # significant: enough to compare models, and the status does not change with noise
+# Of them exactly one is True; see :mod:`.readiness`.
+SUMMARY = (ConditionType.READY, ConditionType.RECONCILING, ConditionType.STALLED)
+_FINISHED = (ConditionType.COMPLETE, ConditionType.FAILED)
+
+
+def condition(status: Mapping[str, Any], type_: str) -> Mapping[str, Any] | None:
+    """One condition of a status."""
+    return next((item for item in status.get("conditions") or () if item.get("type") == type_), None)
+
+
+def is_true(status: Mapping[str, Any], type_: str) -> bool:
+    """Whether a condition is there and True."""
+    found = condition(status, type_)
+    return found is not None and found.get("status") == "True"
+
+
+def finished(status: Mapping[str, Any]) -> ConditionType | None:
+    """How the job ended, if it has."""
+    return next((type_ for type_ in _FINISHED if is_true(status, type_)), None)
+
+
+class StatusDraft:
+    """Starts from the status that is there, so that what nobody touches stays."""
+
+    def __init__(self, job: Job, now: dt.datetime) -> None:
+        self._job = job
+        self._now = now
+        self.content: dict[str, Any] = copy.deepcopy(dict(job.status))
+        self.content["observedGeneration"] = job.generation
+
+    def set(self, type_: ConditionType, value: bool, reason: Reason, message: str = "") -> None:
+        """Sets a condition; its transition time moves only when its status does."""
+        set_condition(self.content, type_, value, reason, message, self._job.generation, self._now)
+
+    def assess(self, true: ConditionType, reason: str, message: str) -> None:
+        """Sets Ready, Reconciling and Stalled: which of them is True, and why."""
+        for type_ in SUMMARY:
+            set_condition(self.content, type_, type_ is true, reason, message, self._job.generation, self._now)
+
+    def phase(self, phase: str, message: str = "") -> None:
+        """Sets the phase and the one line for people."""
+        self.content["phase"] = phase
+        self._set_or_drop("message", message)
+
+    def started(self) -> dt.datetime:
+        """Notes that the job runs, and tells since when."""
+        known = parse_timestamp(self.content.get("startTime"))
+        if known is None:
+            known = self._now.replace(microsecond=0)
+            self.content["startTime"] = timestamp(known)
+        return known
+
+    def reset_start(self) -> None:
+        """The deadline's clock stands still while a job is suspended, and starts anew."""
+        self.content.pop("startTime", None)
+
+    def completed(self) -> None:
+        """Notes when the job ended."""
+        self.content.setdefault("completionTime", timestamp(self._now))
+
+    def forget_rounds(self) -> None:
+        """Drops what training came to: the volume that held it is lost. What privacy it cost stays spent."""
+        for key in ("rounds", "metrics", "bestMetric", "model", "bestModel"):
+            self.content.pop(key, None)
+
+    def federation(self, spec: FederatedJobSpec, view: FederationView | None) -> None:
+        """Takes over what the aggregator says; what it does not say stays as it was."""
+        rounds = dict(self.content.get("rounds") or {"current": 0, "completed": 0})
+        rounds["total"] = spec.rounds
+        if view is not None:
+            # A restarted aggregator that still reads its checkpoint knows less than we do.
+            rounds["completed"] = max(int(rounds.get("completed", 0)), view.completed_rounds)
+            rounds["current"] = max(view.current_round, rounds["completed"])
+            if view.metrics:
+                self.content["metrics"] = [_metric(metric) for metric in sorted(view.metrics, key=lambda m: m.name)]
+            if view.best is not None:
+                self.content["bestMetric"] = _metric(view.best)
+            for key, model in (("model", view.model), ("bestModel", view.best_model)):
+                if model is not None:
+                    uri = model_uri(self._job, spec, model.path)
+                    self.content[key] = {"uri": uri, "round": model.round, "sha256": model.sha256}
+            if (privacy := view.privacy) is not None and privacy.rounds >= self._accounted():
+                epsilon, delta = rounded_up(privacy.epsilon), decimal(privacy.delta)
+                self.content["privacy"] = {"epsilon": epsilon, "delta": delta, "rounds": privacy.rounds}
+        self.content["rounds"] = rounds
+
+    def _accounted(self) -> int:
+        return int((self.content.get("privacy") or {}).get("rounds", 0))
+
+    def pools(self, outcomes: Iterable[PoolOutcome], ready: Mapping[str, int] | None) -> None:
+        """Shows the pools. ``ready``: connected clients by pool; None where that is not known at the moment."""
+        before = {pool.get("name"): pool for pool in self.content.get("pools") or ()}
+        shown: list[dict[str, Any]] = []
+        for outcome in outcomes:
+            known = int(before.get(outcome.name, {}).get("ready", 0))
+            shown.append(
+                {
+                    "name": outcome.name,
+                    "desired": outcome.desired,
+                    "queued": outcome.queued,
+                    "ready": known if ready is None else ready.get(outcome.name, 0),
+                    "failed": outcome.failed,
+                    **({"reason": outcome.reason} if outcome.reason else {}),
+                    "jobs": outcome.jobs,
+                    "attempt": outcome.attempt,
+                }
+            )
+        self.content["pools"] = shown
+        total, connected = sum(pool["desired"] for pool in shown), sum(pool["ready"] for pool in shown)
+        self.content["clients"] = {"ready": connected, "total": total, "summary": f"{connected}/{total}"}
+
+    def idle_pools(self) -> None:
+        """Nothing runs any more: what the pools last said stays, but for who is there."""
+        for pool in self.content.get("pools") or ():
+            pool["queued"] = pool["ready"] = 0
+        clients = self.content.get("clients")
+        if clients:
+            clients["ready"] = 0
+            clients["summary"] = f"0/{clients.get('total', 0)}"
+
+    def _set_or_drop(self, key: str, value: str) -> None:
+        if value:
+            self.content[key] = value
+        else:
+            self.content.pop(key, None)
+
+
+def set_condition(
+    content: dict[str, Any], type_: str, value: bool, reason: str, message: str, generation: int, now: dt.datetime
+) -> None:
+    """Sets one condition of a status, and leaves every other alone."""
+    entry = {
+        "type": str(type_),
+        "status": "True" if value else "False",
+        "reason": str(reason),
+        **({"message": message} if message else {}),
+        "observedGeneration": generation,
+        "lastTransitionTime": timestamp(now),
+    }
+    conditions = content.setdefault("conditions", [])
+    for number, old in enumerate(conditions):
+        if old.get("type") == type_:
+            if old.get("status") == entry["status"] and old.get("lastTransitionTime"):
+                entry["lastTransitionTime"] = old["lastTransitionTime"]
+            conditions[number] = entry
+            return
+    conditions.append(entry)
+
+
+def transitions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Conditions of ``new`` whose status or reason differs from ``old``'s."""
+    changed = []
+    for item in new.get("conditions") or ():
+        before = condition(old, item["type"])
+        if before is None or (before.get("status"), before.get("reason")) != (item["status"], item["reason"]):
+            changed.append(item)
+    return changed
+
+
+def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON merge patch that turns ``old`` into ``new``; lists are replaced whole. Empty: nothing differs."""
+    patch: dict[str, Any] = {key: None for key in old if key not in new}
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            inner = merge_patch(before, value)
+            if inner:
+                patch[key] = inner
+        elif before != value or key not in old:
+            patch[key] = value
+    return patch
+
+
+def is_urgent(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a status change is a transition, which is written at once; counters may wait a little."""
+    changed = bool(transitions(old, new)) or old.get("phase") != new.get("phase")
+    return changed or _troubles(old) != _troubles(new)
+
+
+def _troubles(status: Mapping[str, Any]) -> list[str]:
+    """Return the headlines of what keeps the aggregator and the pools: their changes bear events."""
+    aggregator = condition(status, ConditionType.AGGREGATOR_READY) or {}
+    words = [aggregator.get("message"), *(pool.get("reason") for pool in status.get("pools") or ())]
+    return [headline(str(item or "")) for item in words]
+
+
+def model_uri(job: Job, spec: FederatedJobSpec, path: str) -> str:
+    """Where a model file lies: in the claim, or in the aggregator's pod as long as that exists."""
+    relative = path.removeprefix(STATE_DIR).lstrip("/")
+    if spec.aggregator.checkpoint.storage == "PersistentVolumeClaim":
+        return f"pvc://{job.namespace}/{names.checkpoints(job.name)}/{relative}"
+    return f"pod://{job.namespace}/{names.aggregator(job.name)}{STATE_DIR}/{relative}"
+
+
+def decimal(value: float) -> str:
+    """A short decimal string: a CRD holds no floats."""
+    return f"{value:.{_DIGITS}g}"
+
+
+def rounded_up(value: float) -> str:
+    """The same for what must not look smaller than it is."""
+    return decimal(float(Context(prec=_DIGITS, rounding=ROUND_CEILING).create_decimal_from_float(value)))
+
+
+def _metric(metric: Metric) -> dict[str, Any]:
+    return {"name": metric.name, "value": decimal(metric.value), "round": metric.round}

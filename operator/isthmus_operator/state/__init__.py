@@ -1,0 +1,1 @@
+"""State: what the operator knows of a job, from its stored record, the informer caches and the aggregator."""

@@ -1,0 +1,124 @@
+"""The FederatedJobs and HPCSites as they are known: the newest version of each, from the watch or from an answer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from isthmus_contracts import identities as ids
+from isthmus_contracts.api.hpc_site import HpcSiteSpec
+from isthmus_contracts.manifests.manifest import ManifestError, parse_site_spec
+
+from .. import names
+from .observed import Job
+from .timestamps import parse_timestamp
+
+Key = tuple[str, str]  # namespace, name
+
+_REMEMBERED = 1000  # uids of deleted jobs
+
+
+class JobStore:
+    """FederatedJobs by namespace and name."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[Key, Job] = {}
+        self._gone: dict[str, None] = {}  # uids, oldest first: a late answer must not bring a deleted job back
+
+    def get(self, key: Key) -> Job | None:
+        """The job, if it is known."""
+        return self._jobs.get(key)
+
+    def put(self, body: Mapping[str, Any]) -> bool:
+        """Takes in an object unless something newer is known; tells whether it was news."""
+        job = parse_job(body)
+        key = job.namespace, job.name
+        if job.uid in self._gone:
+            return False
+        known = self._jobs.get(key)
+        same = known is not None and known.uid == job.uid
+        if known is not None and same and _number(known.resource_version) >= _number(job.resource_version):
+            return False
+        self._jobs[key] = job
+        return True
+
+    def drop(self, key: Key, uid: str) -> bool:
+        """Takes in a deletion."""
+        self._gone[uid] = None
+        while len(self._gone) > _REMEMBERED:
+            del self._gone[next(iter(self._gone))]
+        known = self._jobs.get(key)
+        if known is None or known.uid != uid:
+            return False
+        del self._jobs[key]
+        return True
+
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._jobs)
+
+    def all(self) -> list[Job]:
+        """Every job."""
+        return list(self._jobs.values())
+
+
+class SiteStore:
+    """HPCSites by name: their manifests, and whether their bridges answered last."""
+
+    def __init__(self) -> None:
+        self.bodies: dict[str, Mapping[str, Any]] = {}
+        self.specs: dict[str, HpcSiteSpec] = {}
+        self.errors: dict[str, str] = {}  # of manifests that do not parse
+        self.reachable: dict[str, bool] = {}
+
+    def put(self, body: Mapping[str, Any]) -> bool:
+        """Takes in a site; tells whether its spec changed."""
+        name = str(body["metadata"]["name"])
+        known = self.bodies.get(name)
+        if known is not None and _number(_version(known)) > _number(_version(body)):
+            return False
+        self.bodies[name] = body
+        before = self.specs.get(name)
+        self.errors.pop(name, None)
+        try:
+            self.specs[name] = parse_site_spec(body.get("spec"))
+        except ManifestError as error:
+            self.specs.pop(name, None)
+            self.errors[name] = str(error)
+        return self.specs.get(name) != before or known is None
+
+    def drop(self, name: str) -> None:
+        """Takes in a deletion."""
+        self.bodies.pop(name, None)
+        self.specs.pop(name, None)
+        self.errors.pop(name, None)
+        self.reachable.pop(name, None)
+
+
+def parse_job(body: Mapping[str, Any]) -> Job:
+    """Reads a FederatedJob object."""
+    metadata = body["metadata"]
+    created = parse_timestamp(metadata.get("creationTimestamp"))
+    assert created is not None
+    return Job(
+        name=metadata["name"],
+        namespace=metadata["namespace"],
+        uid=metadata["uid"],
+        generation=int(metadata.get("generation") or 0),
+        created=created,
+        spec=body.get("spec") or {},
+        status=body.get("status") or {},
+        record=str((metadata.get("annotations") or {}).get(names.ANNOTATION_RECORD, "")),
+        operator=str((metadata.get("annotations") or {}).get(names.ANNOTATION_OPERATOR, "")),
+        log_request=str((metadata.get("annotations") or {}).get(ids.ANNOTATION_LOG_REQUEST, "")),
+        queue=str((metadata.get("labels") or {}).get(ids.LABEL_QUEUE, "")),
+        finalizers=tuple(metadata.get("finalizers") or ()),
+        deleted=parse_timestamp(metadata.get("deletionTimestamp")),
+        resource_version=str(metadata.get("resourceVersion", "")),
+    )
+
+
+def _version(body: Mapping[str, Any]) -> str:
+    return str(body["metadata"].get("resourceVersion", ""))
+
+
+def _number(version: str) -> int:
+    return int(version) if version.isdigit() else 0
