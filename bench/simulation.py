@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from isthmus.aggregator.history import rebase
-from isthmus.client.corrections.factory.factory import Ingredients, correction_of
+from isthmus.client.corrections.factory import Ingredients, correction_of
 from isthmus.client.state.parameter_names import Names
 from isthmus.strategies import Strategy, Update, make_strategy
 from isthmus.tensors import State, snapshot

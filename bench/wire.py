@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from isthmus.client.context import Context
-from isthmus.client.session.session.compression import Compression
-from isthmus.client.session.session.session import Session
-from isthmus.client.session.session.transfer import FinishedUpdate, pull, push
+from isthmus.client.session.compression import Compression
+from isthmus.client.session.session import Session
+from isthmus.client.session.transfer import FinishedUpdate, pull, push
 from isthmus.tensors import State, snapshot
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.wire.transport import channel

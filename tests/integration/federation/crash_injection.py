@@ -27,7 +27,7 @@ from isthmus.aggregator.intake import Intake
 from isthmus.aggregator.membership import Client, Membership
 from isthmus.aggregator.progress import Progress
 from isthmus.aggregator.pushes import Pushes
-from isthmus.client.session.session import session, transfer
+from isthmus.client.session import session, transfer
 from isthmus.codecs import Decoder
 from isthmus.privacy import Private
 from isthmus.strategies.averaging.fedavg import FedAvg

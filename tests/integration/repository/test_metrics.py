@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from isthmus.aggregator.metrics import AggregatorMetrics
 from isthmus.aggregator.refusal import Reason
 from isthmus.aggregator.stages import CLIENT_STAGES, SERVER_STAGES
-from isthmus.client.session.session.stage_times import TOLD
+from isthmus.client.session.stage_times import TOLD
 from isthmus_bridge.metrics import Metrics
 from isthmus_operator.metrics import REGISTRY, JobsCollector
 

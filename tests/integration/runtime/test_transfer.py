@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from isthmus.client.context import Context
-from isthmus.client.session.session.session import FederationError, Session
-from isthmus.client.session.session.transfer import FinishedUpdate, push
+from isthmus.client.errors import FederationError
+from isthmus.client.session.session import Session
+from isthmus.client.session.transfer import FinishedUpdate, push
 from isthmus.framing import PUSH, SERVICE
 from isthmus_contracts import identities
 from isthmus_contracts.pb import federation_pb2 as pb

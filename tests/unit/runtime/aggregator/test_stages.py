@@ -5,7 +5,7 @@ import math
 import pytest
 
 from isthmus.aggregator.stages import StageTimes, sound
-from isthmus.client.session.session.stage_times import Stages
+from isthmus.client.session.stage_times import Stages
 
 
 class Clock:

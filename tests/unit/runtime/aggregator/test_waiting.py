@@ -11,7 +11,7 @@ from isthmus.aggregator.messages import spoken
 from isthmus.aggregator.onecall import Calls, SupersededError
 from isthmus.aggregator.outbox import MOST_MESSAGES, Outbox
 from isthmus.aggregator.pace import paced
-from isthmus.client.session.session.session import Incoming
+from isthmus.client.session.session import Incoming
 from isthmus.tensors import TruncatedError
 from isthmus_contracts.pb import federation_pb2 as pb
 

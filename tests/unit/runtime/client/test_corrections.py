@@ -11,11 +11,11 @@ import torch
 
 import isthmus
 from isthmus.client.context import Context
-from isthmus.client.corrections.factory.base import Correction, CountedSteps, InitialLoss
-from isthmus.client.corrections.factory.feddyn import DynamicRegularizer
-from isthmus.client.corrections.factory.proximal import ProximalTerm
-from isthmus.client.corrections.factory.scaffold import ControlVariates
-from isthmus.client.corrections.factory.step_meter import StepMeter
+from isthmus.client.corrections.base import Correction, CountedSteps, InitialLoss
+from isthmus.client.corrections.feddyn import DynamicRegularizer
+from isthmus.client.corrections.proximal import ProximalTerm
+from isthmus.client.corrections.scaffold import ControlVariates
+from isthmus.client.corrections.step_meter import StepMeter
 from isthmus.client.round import Round
 from isthmus.client.state.parameter_names import Names
 from isthmus.client.state.persistent_tensors import Memory

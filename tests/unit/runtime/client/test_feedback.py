@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from isthmus.client.context import Context
-from isthmus.client.session.session.compression import Compression
-from isthmus.client.session.session.error_feedback import ErrorFeedback
+from isthmus.client.session.compression import Compression
+from isthmus.client.session.error_feedback import ErrorFeedback
 from isthmus.codecs import Encoded, Residual
 from isthmus_contracts import identities
 from isthmus_contracts.pb import federation_pb2 as pb

@@ -2,8 +2,8 @@
 
 import pytest
 
-from isthmus.client.session.session.pending_updates import HeldUpdates
-from isthmus.client.session.session.transfer import FinishedUpdate
+from isthmus.client.session.pending_updates import HeldUpdates
+from isthmus.client.session.transfer import FinishedUpdate
 from isthmus_contracts.pb import federation_pb2 as pb
 
 

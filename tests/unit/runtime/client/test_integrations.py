@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from isthmus.client.corrections.factory.proximal import ProximalTerm
+from isthmus.client.corrections.proximal import ProximalTerm
 from isthmus.client.round import Round
 from isthmus.client.state.parameter_names import Names
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from isthmus.client.corrections.factory.base import Correction, CountedSteps
-from isthmus.client.corrections.factory.feddyn import DynamicRegularizer
-from isthmus.client.corrections.factory.proximal import ProximalTerm
-from isthmus.client.corrections.factory.scaffold import ControlVariates
+from isthmus.client.corrections.base import Correction, CountedSteps
+from isthmus.client.corrections.feddyn import DynamicRegularizer
+from isthmus.client.corrections.proximal import ProximalTerm
+from isthmus.client.corrections.scaffold import ControlVariates
 from isthmus.client.round import Round
 from isthmus.client.state.parameter_names import Names
 

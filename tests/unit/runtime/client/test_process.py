@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
+from isthmus.client.errors import FederationError
 from isthmus.client.loop.process import ProcessWatch, end_without_trace, last_lines, one_line
 from isthmus.client.loop.ranks import RankGoneError
-from isthmus.client.session.session.session import FederationError
 from isthmus_contracts.pb import federation_pb2 as pb
 
 MISFIT = FederationError("the global model does not fit:\nsize mismatch for weight")

@@ -3,7 +3,7 @@
 import pytest
 
 from isthmus.client.context import Context
-from isthmus.client.session.session.session import Session
+from isthmus.client.session.session import Session
 from isthmus_contracts.pb import federation_pb2 as pb
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import isthmus
-from isthmus.client.corrections.factory.proximal import ProximalTerm
-from isthmus.client.session.session.session import FederationError
+from isthmus.client.corrections.proximal import ProximalTerm
+from isthmus.client.errors import FederationError
 from isthmus.client.state.shared_state import Parameters, SharedState, unwrapped
 from isthmus.tensors import specs_of
 from isthmus_contracts.pb.federation_pb2 import TensorSpec

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from isthmus.client.corrections.factory.base import Correction
-from isthmus.client.corrections.factory.feddyn import DynamicRegularizer
-from isthmus.client.corrections.factory.proximal import ProximalTerm
-from isthmus.client.corrections.factory.scaffold import ControlVariates
-from isthmus.client.session.session.session import FederationError
+from isthmus.client.corrections.base import Correction
+from isthmus.client.corrections.feddyn import DynamicRegularizer
+from isthmus.client.corrections.proximal import ProximalTerm
+from isthmus.client.corrections.scaffold import ControlVariates
+from isthmus.client.errors import FederationError
 from isthmus.client.state.parameter_names import Names
 from isthmus.client.state.shared_state import SharedState
 from isthmus.client.state.tied_tensors import overlap, views_in

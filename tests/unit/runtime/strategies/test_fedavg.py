@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.client.corrections.factory.proximal import ProximalTerm
+from isthmus.client.corrections.proximal import ProximalTerm
 from isthmus.client.state.parameter_names import Names
 from isthmus.strategies import Update, make_strategy
 from isthmus.tensors import State

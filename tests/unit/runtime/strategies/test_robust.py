@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from isthmus.strategies import Setup, Update, spill
-from isthmus.strategies.robust.base.krum import Krum
+from isthmus.strategies.robust.krum import Krum
 from isthmus.tensors import State
 
 from .rounds import array, make, model, run, updates
