@@ -1,6 +1,6 @@
 """``python -m bench``: the quick benchmarks one after the other, as JSON lines, and then as tables.
 
-With ``--all`` everything that stands in docs/benchmarks.md but for the other frameworks (``make bench-peers``).
+With ``--all`` everything that stands in docs/design/benchmarks.md but for the other frameworks (``make bench-peers``).
 """
 
 import argparse

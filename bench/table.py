@@ -1,7 +1,7 @@
 """Markdown tables of the benchmarks' JSON lines: ``python -m bench.table FILE...``, or from standard input.
 
-Other lines are passed over, so that a log will do. ``--into docs/benchmarks.md`` puts each table between the comments
-``<!-- table: NAME -->`` and ``<!-- end -->`` of that file; tables that the lines say nothing of stay as they are.
+Other lines are passed over, so that a log will do. ``--into docs/design/benchmarks.md`` puts each table between the
+comments ``<!-- table: NAME -->`` and ``<!-- end -->`` of that file; other tables stay as they are.
 """
 
 import argparse

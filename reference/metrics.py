@@ -15,7 +15,7 @@ _HEAD = """\
 
 # All metrics
 
-What each means in more words, and which values labels take, is in [Metrics, dashboards, alerts](../metrics.md).
+[Metrics, dashboards, alerts](../operating/metrics.md) explains each metric and lists the values of labels.
 A histogram `x` is stored as `x_bucket`, `x_sum` and `x_count`.
 
 | Metric | Service | Type | Labels | Unit | Meaning |

@@ -44,7 +44,9 @@ def _publish(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="release", description="Make a release; docs/releases.md explains.")
+    parser = argparse.ArgumentParser(
+        prog="release", description="Make a release; docs/development/releases.md explains."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser("version", help="tell the version and see that all files agree, or write a new one")
     one.add_argument("new", nargs="?", metavar="VERSION")

@@ -1,4 +1,4 @@
-"""What a release holds, made into one directory; docs/releases.md describes it."""
+"""What a release holds, made into one directory; docs/development/releases.md describes it."""
 
 import hashlib
 import os
@@ -97,7 +97,7 @@ def make(parts: Sequence[str], output: Path) -> None:
         maker(target)
     for name in ("CHANGELOG.md", "LICENSE", "constraints.txt"):
         shutil.copy2(ROOT / name, output / name)
-    shutil.copy2(ROOT / "docs" / "releases.md", output / "INSTALL.md")
+    shutil.copy2(ROOT / "docs" / "development" / "releases.md", output / "INSTALL.md")
     bundle = output / f"isthmus-{current()}-airgap.tar"
     bundle.unlink(missing_ok=True)
     files = sorted(path for path in output.rglob("*") if path.is_file() and path.name != "SHA256SUMS")

@@ -20,7 +20,7 @@ _PLACES: dict[str, tuple[re.Pattern[str], ...]] = {
     "examples/fashion-mnist.yaml": (_IMAGE,),
     "docs/tutorials/data-scientist.md": (_IMAGE,),
     "docs/tutorials/platform-engineer.md": (_IMAGE,),
-    "docs/releases.md": (re.compile(rf"isthmus-{_V}"), re.compile(rf"--version {_V}")),
+    "docs/development/releases.md": (re.compile(rf"isthmus-{_V}"), re.compile(rf"--version {_V}")),
 }
 
 

@@ -3,9 +3,9 @@
 #
 #   tests/run.sh [--verbose] [--kubeconfig FILE] [unit integration chart slurm kube e2e]
 #
-# What the layers need is installed first. slurm, kube and e2e run in a lab of their own (see docs/lab.md), which needs root
+# What the layers need is installed first. slurm, kube and e2e run in a lab of their own (see docs/development/lab.md), which needs root
 # on Debian. Where something is missing its tests skip, and the last lines say how many and why; with ISTHMUS_REQUIRE_ALL=1
-# they fail. With --kubeconfig, kube and e2e use that cluster instead; see docs/development.md for what it must have.
+# they fail. With --kubeconfig, kube and e2e use that cluster instead; see docs/development/workflow.md for what it must have.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=$PWD/.venv/bin/python

@@ -131,7 +131,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Updates by result",
-            "What became of what clients sent; docs/metrics.md tells the reasons of refusals.",
+            "What became of what clients sent; docs/operating/metrics.md tells the reasons of refusals.",
             (Query(f"sum by (result) ({_rate('isthmus_updates_total')})", "{{result}}"),),
             unit="cps",
         ),

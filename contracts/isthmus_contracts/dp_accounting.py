@@ -3,7 +3,7 @@
 A round adds noise of ``noise_multiplier`` times the sensitivity: it is mu-GDP with mu = 1 / noise_multiplier. Rounds
 compose, also where each depends on those before, to sqrt(mu_1^2 + mu_2^2 + ...)-GDP, and mu-GDP is (epsilon, delta)-DP
 exactly where :func:`delta_of` says so (Dong, Roth and Su, "Gaussian Differential Privacy", 2022, sections 2
-and 3). No amplification by sampling is claimed: docs/privacy.md tells why.
+and 3). No amplification by sampling is claimed: docs/training/privacy.md tells why.
 """
 
 import math

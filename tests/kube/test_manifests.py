@@ -80,7 +80,7 @@ REJECTED: list[tuple[str, Spoil, str, str]] = [
 
 # What the webhook does not refuse: it is for the platform's admin to mend.
 WAITS = {"unknown site"}
-DOCUMENT = ROOT / "docs" / "manifest-errors.md"
+DOCUMENT = ROOT / "docs" / "training" / "manifest-errors.md"
 
 
 def spoiled(spoil: Spoil, name: str = "demo") -> dict[str, Any]:

@@ -20,7 +20,8 @@ class Selection(Resource):
 
     policy: SelectionPolicy = "All"
     """All: every ready client. Random: a uniform sample of the given fraction. Adaptive: the same number, preferring
-    clients that are fast, reliable, have much data and a high loss; none is left out for long (docs/selection.md)."""
+    clients that are fast, reliable, have much data and a high loss; none is left out for long
+    (docs/training/selection.md)."""
     fraction: Decimal = "1.0"
     """Share of the ready clients that a Random or Adaptive round takes: above 0, at most 1."""
     over_select: Decimal = "0"

@@ -81,7 +81,7 @@ class DifferentialPrivacy(Resource):
 
 
 class Privacy(Resource):
-    """What keeps a client's data from whoever sees the model (docs/privacy.md)."""
+    """What keeps a client's data from whoever sees the model (docs/training/privacy.md)."""
 
     differential_privacy: DifferentialPrivacy | None = None
     """Clips what each client contributes, and adds noise to each round's sum. Default: none."""

@@ -61,7 +61,7 @@ def _count(default: int) -> Parameter:
     return Parameter(default, at_least=0.0, whole=True)
 
 
-# Each rule's paper, and what its parameters mean, stands in the module of its strategy and in docs/strategies.md.
+# The module of each strategy, and docs/training/strategies.md, give its paper and the meaning of its parameters.
 ALGORITHM_PARAMETERS: Mapping[Algorithm, Mapping[str, Parameter]] = {
     "FedAvg": {},
     "FedProx": {"mu": Parameter(0.01, at_least=0.0)},
@@ -104,8 +104,8 @@ class Strategy(Resource):
     class_: Annotated[ClassReference | None, Field(alias="class")] = None
     """Of Custom alone: module:Class in the aggregator's image, a subclass of isthmus.strategies.Strategy."""
     parameters: dict[str, Decimal] = {}
-    """Parameters of the algorithm, as decimal strings; docs/strategies.md lists them with their defaults. FedProx: mu
-    (default 0.01)."""
+    """Parameters of the algorithm, as decimal strings; docs/training/strategies.md lists them with their defaults.
+    FedProx: mu (default 0.01)."""
     deterministic: bool = False
     """Combines the updates of a round in the order of the clients, not of their arrival: the same updates make the same
     model, bit for bit. They wait on disk for the end of the round (one model's size each)."""

@@ -1,4 +1,4 @@
-"""Codecs: what becomes of tensors before they travel, and back. docs/compression.md tells users about them."""
+"""Codecs: what becomes of tensors before they travel, and back. docs/training/compression.md tells users about them."""
 
 from .base import CodecError, NonFiniteError, SegmentCodec, download_seed, upload_seed
 from .chain import KNOWN, Chain, parse_chain

@@ -1,4 +1,7 @@
-"""The exit codes that docs/training-script.md promises; the other tests here see 0, and that of a fenced client."""
+"""The exit codes that docs/training/training-script.md promises.
+
+The other tests here see 0, and the exit code of a fenced client.
+"""
 
 import signal
 from collections.abc import Callable

@@ -28,7 +28,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert (tmp_path / "repository" / "bridge" / "examples" / "policy.yaml.txt").read_bytes() == (
         ROOT / "bridge" / "examples" / "policy.yaml"
     ).read_bytes()
-    assert 'href="../repository/bridge/examples/policy.yaml.txt"' in (tmp_path / "bridge" / "index.html").read_text()
+    assert (
+        'href="../../repository/bridge/examples/policy.yaml.txt"'
+        in (tmp_path / "operating" / "bridge" / "index.html").read_text()
+    )
 
 
 @pytest.mark.parametrize("link", ["nowhere.md", "index.md#nowhere", "../bridge/nowhere.yaml"])
@@ -46,7 +49,7 @@ def test_a_dead_link_fails_the_build(tmp_path: Path, link: str) -> None:
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse words its help differently in other versions")
 def test_what_no_malicious_party_can_do_is_proved_by_tests_that_exist() -> None:
     """Each row of the two tables names its tests."""
-    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "design" / "security.md").read_text(encoding="utf-8")
     part = text[text.index("## What a malicious party can do") : text.index("### Bounds on what clients send")]
     rows = [line for line in part.splitlines() if line.startswith("| ") and "Proved by" not in line]
     assert len(rows) >= 20

@@ -1,4 +1,4 @@
-"""docs/metrics.md tells of the metrics that there are, and of no others."""
+"""docs/operating/metrics.md tells of the metrics that there are, and of no others."""
 
 import re
 import urllib.request
@@ -15,7 +15,7 @@ from isthmus.client.session.stage_times import TOLD
 from isthmus_bridge.metrics import Metrics
 from isthmus_operator.metrics import REGISTRY, JobsCollector
 
-DOCS = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
+DOCS = (Path(__file__).parents[3] / "docs" / "operating" / "metrics.md").read_text()
 Description = tuple[str, frozenset[str]]  # type, labels
 OF_EVERY_JOB = {"namespace", "job"}
 # The contract's labels, and a few whose values are small closed sets. None of them tells clients apart.
@@ -85,7 +85,7 @@ def test_a_bridge_names_its_site_in_every_sample() -> None:
 
 def test_no_other_metric_is_named_in_the_docs() -> None:
     known = {name for title in ("Aggregator", "Operator", "Bridge") for name in documented(title)}
-    for path in (Path(__file__).parents[3] / "docs").glob("*.md"):
+    for path in (Path(__file__).parents[3] / "docs").rglob("*.md"):
         named = set(re.findall(r"`(isthmus_[a-z_]+)[`{]", path.read_text())) - {"isthmus_examples", "isthmus_contracts"}
         assert named <= known, f"{path.name}: {named - known}"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from isthmus_contracts.api.federated_job_status import ConditionType, Reason
 
-TEXT = (Path(__file__).parents[3] / "docs" / "operator.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[3] / "docs" / "operating" / "operator.md").read_text(encoding="utf-8")
 STATUS = TEXT.split("\n## Status\n", 1)[1].split("\n## What happens when", 1)[0]
 
 

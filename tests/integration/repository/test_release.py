@@ -1,4 +1,4 @@
-"""One version everywhere, and a release that holds what docs/releases.md promises (without the images)."""
+"""One version everywhere, and a release that holds what docs/development/releases.md promises (without the images)."""
 
 import json
 import tarfile

@@ -69,7 +69,7 @@ def largest(values: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def bound(kind: str, change: torch.Tensor) -> torch.Tensor | None:
-    """The most by which each value may be off, as docs/compression.md has it."""
+    """The most by which each value may be off, as docs/training/compression.md has it."""
     match kind:
         case "Float16":
             beyond = (change.abs() - 65504).clamp(min=0)  # which becomes the largest number there is

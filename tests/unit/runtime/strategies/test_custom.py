@@ -19,7 +19,7 @@ from isthmus_contracts.manifests.manifest import ManifestError
 
 from .rounds import model, run, updates
 
-DOCS = Path(__file__).parents[4] / "docs" / "strategies.md"
+DOCS = Path(__file__).parents[4] / "docs" / "training" / "strategies.md"
 
 
 class Broken(FedAvg):

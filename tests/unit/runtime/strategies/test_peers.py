@@ -154,7 +154,7 @@ def test_what_the_docs_say_of_flowers_fedadam() -> None:
         corrected = rate * math.sqrt(1 - beta2 ** (number + 1)) / (1 - beta1 ** (number + 1))
         peer += corrected * m / (math.sqrt(v) + tau)
     own = course("FedAdam", -0.01, 4, start=0.0, learningRate="0.1")[-1]
-    docs = (Path(__file__).parents[4] / "docs" / "strategies.md").read_text(encoding="utf-8")
+    docs = (Path(__file__).parents[4] / "docs" / "training" / "strategies.md").read_text(encoding="utf-8")
     assert f"comes to {own:.3f} here and to {peer:.3f} in Flower" in docs
 
 
