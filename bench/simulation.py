@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from isthmus.aggregator.history import rebase
+from isthmus.aggregator.updates.base_models import rebase
 from isthmus.client.corrections.factory import Ingredients, correction_of
 from isthmus.client.state.parameter_names import Names
 from isthmus.strategies import Strategy, Update, make_strategy

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
-from isthmus.aggregator.metrics import AggregatorMetrics
+from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
 from isthmus_bridge.metrics import Metrics as BridgeMetrics
 from isthmus_operator.metrics import REGISTRY, JobsCollector
 

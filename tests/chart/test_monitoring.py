@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
 from charts.dashboards.__main__ import main as write_dashboards
-from isthmus.aggregator.metrics import AggregatorMetrics
+from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
 from isthmus_bridge.metrics import Metrics as BridgeMetrics
 from isthmus_operator.metrics import REGISTRY, JobsCollector
 

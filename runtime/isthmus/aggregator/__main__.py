@@ -34,16 +34,16 @@ from isthmus_contracts.wire.transport import HEADER_BYTES, renewed_server_creden
 
 from ..malloc_tuning import keep_memory_flat
 from ..strategies import StrategyError, make_strategy
-from .budget import protect
-from .checkpoints import CheckpointError, CheckpointStore
-from .connections import CONNECTIONS_OF_EACH, Connections
 from .exits import EXIT_PORT_TAKEN
-from .federation import Federation
 from .job import load_job
-from .metrics import AggregatorMetrics
-from .service import FederationService, ObserverService
+from .rounds.coordinator import Federation
+from .rounds.privacy_budget import protect
+from .rpc.connections import CONNECTIONS_OF_EACH, Connections
+from .rpc.service import FederationService, ObserverService
+from .storage.checkpoints import CheckpointError, CheckpointStore
+from .telemetry.metrics import AggregatorMetrics
+from .telemetry.tracking.tracker import make_tracker
 from .termination import termination_message
-from .tracking.tracker import make_tracker
 
 log = logging.getLogger("isthmus.aggregator")
 

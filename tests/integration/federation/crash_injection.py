@@ -18,15 +18,16 @@ from typing import Any
 import torch
 
 from isthmus.aggregator import __main__ as aggregator
-from isthmus.aggregator import checkpoints, federation
-from isthmus.aggregator.budget import PrivacyBudget
-from isthmus.aggregator.delivery import Outcome
-from isthmus.aggregator.evaluations import Evaluations
-from isthmus.aggregator.federation import Federation
-from isthmus.aggregator.intake import Intake
-from isthmus.aggregator.membership import Client, Membership
-from isthmus.aggregator.progress import Progress
-from isthmus.aggregator.pushes import Pushes
+from isthmus.aggregator.clients.membership import Client, Membership
+from isthmus.aggregator.rounds import coordinator
+from isthmus.aggregator.rounds.coordinator import Federation
+from isthmus.aggregator.rounds.delivery import Outcome
+from isthmus.aggregator.rounds.evaluation import Evaluations
+from isthmus.aggregator.rounds.privacy_budget import PrivacyBudget
+from isthmus.aggregator.rpc.push import Pushes
+from isthmus.aggregator.state.metrics_by_round import Progress
+from isthmus.aggregator.storage import checkpoints
+from isthmus.aggregator.updates.intake import Intake
 from isthmus.client.session import session, transfer
 from isthmus.codecs import Decoder
 from isthmus.privacy import Private
@@ -42,7 +43,7 @@ POINTS: list[tuple[Any, str]] = [
     (Pushes, "_count"), (Intake, "precheck"), (Intake, "_count"), (Intake, "_fold"),
     (Deterministic, "accept"), (Deterministic, "finish"), (FedAvg, "accept"), (FedAvg, "finish"), (Spill, "add"),
     (Private, "accept"), (Private, "finish"), (PrivacyBudget, "account"), (PrivacyBudget, "charge"),
-    (Federation, "_begin_round"), (federation, "record_of"), (Federation, "_settled_book"),
+    (Federation, "_begin_round"), (coordinator, "record_of"), (Federation, "_settled_book"),
     (checkpoints.CheckpointStore, "save"), (checkpoints.CheckpointStore, "append"), (checkpoints, "_publishing"),
     (os, "fdatasync"), (os, "fsync"), (Path, "rename"), (Path, "unlink"),
     (Membership, "admit"), (Membership, "leave"), (Client, "send"),

@@ -10,7 +10,7 @@ import grpc
 import pytest
 import torch
 
-from isthmus.aggregator import service
+from isthmus.aggregator.rpc import service
 from isthmus.framing import PUSH
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.aggregator.stages import CLIENT_STAGES, SERVER_STAGES
+from isthmus.aggregator.telemetry.stage_times import CLIENT_STAGES, SERVER_STAGES
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from .conftest import Federation, eventually

@@ -11,7 +11,7 @@ import grpc
 import pytest
 import torch
 
-from isthmus.aggregator.receptions import RECEPTION_BYTES
+from isthmus.aggregator.updates.receive_slots import RECEPTION_BYTES
 from isthmus.tensors import Data, State, checksum_of, chunks_of, specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub

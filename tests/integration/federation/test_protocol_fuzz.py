@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from isthmus.aggregator.checkpoints import CheckpointStore
+from isthmus.aggregator.storage.checkpoints import CheckpointStore
 from isthmus.metric_names import LONGEST_NAME, MOST_METRICS
 from isthmus.tensors import checksum_of, chunks_of, specs_of
 from isthmus_contracts.pb import federation_pb2 as pb

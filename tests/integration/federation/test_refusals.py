@@ -10,7 +10,7 @@ import grpc
 import pytest
 import torch
 
-from isthmus.aggregator.refusal import REASON_METADATA
+from isthmus.aggregator.updates.validation import REASON_METADATA
 from isthmus.tensors import State, checksum_of, chunks_of, specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
 

@@ -14,7 +14,7 @@ import pytest
 
 from bench.soak.http2 import frame, length, literal
 from isthmus.aggregator.__main__ import _FURTHER_CONNECTIONS
-from isthmus.aggregator.connections import CONNECTIONS_OF_EACH
+from isthmus.aggregator.rpc.connections import CONNECTIONS_OF_EACH
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.wire.transport import SERVER_OPTIONS
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.aggregator.checkpoints import RoundRecord
-from isthmus.aggregator.tracking.tracker import numbers_of
+from isthmus.aggregator.storage.checkpoints import RoundRecord
+from isthmus.aggregator.telemetry.tracking.tracker import numbers_of
 
 from .conftest import UID, Federation, eventually
 

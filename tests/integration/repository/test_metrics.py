@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from isthmus.aggregator.metrics import AggregatorMetrics
-from isthmus.aggregator.refusal import Reason
-from isthmus.aggregator.stages import CLIENT_STAGES, SERVER_STAGES
+from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
+from isthmus.aggregator.telemetry.stage_times import CLIENT_STAGES, SERVER_STAGES
+from isthmus.aggregator.updates.validation import Reason
 from isthmus.client.session.stage_times import TOLD
 from isthmus_bridge.metrics import Metrics
 from isthmus_operator.metrics import REGISTRY, JobsCollector

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from isthmus.aggregator import tensorfile
+from isthmus.aggregator.storage import safetensors_file
 from isthmus.codecs import Decoder, encode, parse_chain
 from isthmus.codecs.base import SEGMENT
 from isthmus.privacy import Private
@@ -152,7 +152,7 @@ def test_one_element_with_a_stride_is_received_spilled_and_written(tmp_path: Pat
     spill.add("a", state)
     assert same(spill.update(0), state)
     spill.close()
-    tensorfile.write(tmp_path / "file.safetensors", state, {})
+    safetensors_file.write(tmp_path / "file.safetensors", state, {})
     assert same(load_file(tmp_path / "file.safetensors"), state)
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from isthmus.aggregator import bounds, tensorfile
-from isthmus.aggregator.checkpoints import CheckpointError, CheckpointStore
-from isthmus.aggregator.refusal import Reason, examine_initial
+from isthmus.aggregator.storage import safetensors_file
+from isthmus.aggregator.storage.checkpoints import CheckpointError, CheckpointStore
+from isthmus.aggregator.updates import bounds
+from isthmus.aggregator.updates.validation import Reason, examine_initial
 from isthmus.metric_names import problem_with
 from isthmus.tensors import specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
@@ -116,7 +117,7 @@ def test_views_that_could_not_be_written_in_the_end(view: pb.View) -> None:
 
 
 def test_views_take_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus.aggregator.bounds._disk", lambda directory: 1 << 30)
+    monkeypatch.setattr("isthmus.aggregator.updates.bounds._disk", lambda directory: 1 << 30)
     size = 2**20
     views = [pb.View(name=f"v{i}", of="w", shape=[size], stride=[1]) for i in range(99_999)]
     huge = header(tensors=[pb.TensorSpec(name="w", dtype="F32", shape=[size], size=4 * size)], views=views, buffers=[])
@@ -148,7 +149,7 @@ def test_the_longest_names_that_are_taken_can_be_read_back(tmp_path: Path) -> No
 def test_a_header_that_its_reader_would_not_take_is_never_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorfile, "MOST_HEADER_BYTES", 1000)
+    monkeypatch.setattr(safetensors_file, "MOST_HEADER_BYTES", 1000)
     store = CheckpointStore(tmp_path, "uid", keep=2)
     store.open()
     store.save(1, STATE)
@@ -162,12 +163,12 @@ def test_a_header_that_its_reader_would_not_take_is_never_committed(
 
 
 def test_the_librarys_reader_takes_headers_up_to_the_limit(tmp_path: Path) -> None:
-    spare = tensorfile.MOST_HEADER_BYTES - 200
-    tensorfile.write(tmp_path / "f", STATE, {"x": "y" * (spare - 64)})
+    spare = safetensors_file.MOST_HEADER_BYTES - 200
+    safetensors_file.write(tmp_path / "f", STATE, {"x": "y" * (spare - 64)})
     with safe_open(tmp_path / "f", framework="pt") as opened:
         assert len(opened.metadata()["x"]) == spare - 64
-    with pytest.raises(tensorfile.HeaderError):
-        tensorfile.write(tmp_path / "g", STATE, {"x": "y" * tensorfile.MOST_HEADER_BYTES})
+    with pytest.raises(safetensors_file.HeaderError):
+        safetensors_file.write(tmp_path / "g", STATE, {"x": "y" * safetensors_file.MOST_HEADER_BYTES})
     assert not (tmp_path / "g").exists()
 
 

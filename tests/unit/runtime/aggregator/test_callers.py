@@ -2,7 +2,7 @@
 
 import pytest
 
-from isthmus.aggregator.callers import Caller, Callers
+from isthmus.aggregator.rpc.callers import Caller, Callers
 from isthmus_contracts.identities import client_identity, observer_identity, pool_identity
 from isthmus_contracts.manifests.manifest import parse_spec
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from isthmus.aggregator import tensorfile
-from isthmus.aggregator.checkpoints import CheckpointError, CheckpointStore, RoundRecord
+from isthmus.aggregator.storage import safetensors_file
+from isthmus.aggregator.storage.checkpoints import CheckpointError, CheckpointStore, RoundRecord
 
 
 def store(directory: Path, uid: str = "uid", keep: int = 2) -> CheckpointStore:
@@ -68,7 +68,7 @@ def test_a_retired_checkpoints_file_is_written_over(tmp_path: Path) -> None:
 def test_a_file_that_is_still_read_is_not_written_over(tmp_path: Path, reading: str) -> None:
     checkpoints = store(tmp_path, keep=1)
     first = checkpoints.save(0, large(0)).file.path
-    mapped, opened = tensorfile.mapped(first) if reading == "mapped" else {}, first.open("rb")
+    mapped, opened = safetensors_file.mapped(first) if reading == "mapped" else {}, first.open("rb")
     before = opened.read()
     opened.seek(0)
     if mapped:
@@ -247,7 +247,7 @@ def test_the_best_model_beside_the_final_one(tmp_path: Path, links: bool, monkey
     assert store.write_best(2, 2) == (tmp_path / "model-best.safetensors", final)
     assert best() == 2
     written = store.write_best(1, 2)
-    assert written is not None and written[1] == tensorfile.sha256_of(tmp_path / "model-best.safetensors")
+    assert written is not None and written[1] == safetensors_file.sha256_of(tmp_path / "model-best.safetensors")
     assert best() == 1
     store.write_final(models[0])  # whose file is a new one
     assert best() == 1

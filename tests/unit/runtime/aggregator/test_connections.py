@@ -2,7 +2,7 @@
 
 import pytest
 
-from isthmus.aggregator.connections import MOST_SILENT, SILENT_SECONDS, SWEEP_SECONDS, Connections, peer_address
+from isthmus.aggregator.rpc.connections import MOST_SILENT, SILENT_SECONDS, SWEEP_SECONDS, Connections, peer_address
 
 
 def test_a_connection_without_a_call_is_ended_after_a_while() -> None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from isthmus.aggregator.decisions import LOST_CLIENT_GRACE, RoundState, Verdict, decide, hopeless
-from isthmus.aggregator.membership import ClientId
+from isthmus.aggregator.clients.membership import ClientId
+from isthmus.aggregator.state.round_decision import LOST_CLIENT_GRACE, RoundState, Verdict, decide, hopeless
 
 A, B, C, D = [("p", index) for index in range(4)]
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.aggregator.checkpoints import CheckpointStore
-from isthmus.aggregator.federation import Federation
 from isthmus.aggregator.job import Job
-from isthmus.aggregator.metrics import AggregatorMetrics
-from isthmus.aggregator.refusal import StorageError
-from isthmus.aggregator.tracking.tracker import make_tracker
+from isthmus.aggregator.rounds.coordinator import Federation
+from isthmus.aggregator.storage.checkpoints import CheckpointStore
+from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
+from isthmus.aggregator.telemetry.tracking.tracker import make_tracker
+from isthmus.aggregator.updates.validation import StorageError
 from isthmus.strategies import Strategy, StrategyError, Update
 from isthmus.tensors import State, specs_of
 from isthmus_contracts.manifests.manifest import parse_spec

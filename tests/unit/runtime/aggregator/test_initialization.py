@@ -1,7 +1,7 @@
 """Whom the aggregator asks for the first weights."""
 
-from isthmus.aggregator.initialization import SILENCE_SECONDS, Initialization
-from isthmus.aggregator.membership import Client
+from isthmus.aggregator.clients.initialization import SILENCE_SECONDS, Initialization
+from isthmus.aggregator.clients.membership import Client
 
 DEADLINE = 3600.0
 READY = [Client(("pool", index), instance=str(index)) for index in range(3)]

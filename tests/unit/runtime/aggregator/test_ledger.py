@@ -2,9 +2,9 @@
 
 import math
 
-from isthmus.aggregator.checkpoints import RoundRecord
-from isthmus.aggregator.ledger import RoundLedger
-from isthmus.aggregator.metrics import AggregatorMetrics
+from isthmus.aggregator.storage.checkpoints import RoundRecord
+from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
+from isthmus.aggregator.telemetry.round_statistics import RoundLedger
 from isthmus_contracts.pb import federation_pb2 as pb
 
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from isthmus.aggregator.clientbook import ClientBook
-from isthmus.aggregator.course import Course
-from isthmus.aggregator.membership import Client, Membership, Refusal
-from isthmus.aggregator.permissions import Permissions
-from isthmus.aggregator.progress import Progress, WeightedMeans
+from isthmus.aggregator.clients.client_history import ClientBook
+from isthmus.aggregator.clients.membership import Client, Membership, Refusal
+from isthmus.aggregator.state.metrics_by_round import Progress, WeightedMeans
+from isthmus.aggregator.state.training_state import Course
+from isthmus.aggregator.updates.permissions import Permissions
 from isthmus_contracts.api.federated_job import Objective
 from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_contracts.pb import federation_pb2 as pb

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from isthmus.aggregator import messages
+from isthmus.aggregator.model import messages
 from isthmus_contracts.pb import federation_pb2 as pb
 
 COMMITTED = messages.committed(3)

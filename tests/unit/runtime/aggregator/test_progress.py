@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from isthmus.aggregator.checkpoints import RoundRecord
-from isthmus.aggregator.progress import MOST_NAMES, Progress, WeightedMeans
-from isthmus.aggregator.voices import Voices, confirmed
+from isthmus.aggregator.state.confirmation import Voices, confirmed
+from isthmus.aggregator.state.metrics_by_round import MOST_NAMES, Progress, WeightedMeans
+from isthmus.aggregator.storage.checkpoints import RoundRecord
 from isthmus_contracts.api.federated_job import Objective
 
 NAN = float("nan")

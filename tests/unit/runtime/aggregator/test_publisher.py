@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from isthmus.aggregator import publisher
-from isthmus.aggregator.bell import Bell
-from isthmus.aggregator.checkpoints import Checkpoint, CheckpointStore
-from isthmus.aggregator.publisher import Publisher
-from isthmus.aggregator.tensorfile import sha256_of
+from isthmus.aggregator.rounds import model_publisher
+from isthmus.aggregator.rounds.model_publisher import Publisher
+from isthmus.aggregator.state.notifier import Bell
+from isthmus.aggregator.storage.checkpoints import Checkpoint, CheckpointStore
+from isthmus.aggregator.storage.safetensors_file import sha256_of
 
 
 class Watched(Publisher):
@@ -48,7 +48,7 @@ def published(store: CheckpointStore) -> Watched:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model counts as one."""
-    monkeypatch.setattr(publisher, "SMALL_BYTES", 0)
+    monkeypatch.setattr(model_publisher, "SMALL_BYTES", 0)
 
 
 def saved(store: CheckpointStore, number: int) -> Checkpoint:
@@ -118,7 +118,7 @@ async def test_the_best_is_shown_beside_the_newest(published: Watched, store: Ch
 async def test_a_large_best_model_waits_for_no_end_of_newer_ones(
     published: Watched, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "_REST", 0)
+    monkeypatch.setattr(model_publisher, "_REST", 0)
     first = saved(store, 1)
     published.publish_best(1, first.file.path)
     number = 2

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Awaitable
 
 import pytest
 
-from isthmus.aggregator.readahead import read_ahead
+from isthmus.aggregator.rpc.readahead import read_ahead
 
 MESSAGES = [bytes([number]) * 100 for number in range(10)]
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.aggregator import receptions
-from isthmus.aggregator.receptions import Receptions, in_file
+from isthmus.aggregator.updates import receive_slots
+from isthmus.aggregator.updates.receive_slots import Receptions, in_file
 from isthmus.tensors import Reception, State, checksum_of, chunks_of, specs_of
 
 STATE: State = {
@@ -28,12 +28,12 @@ STATE: State = {
 
 def large() -> Any:
     """A model of which only one update has a place in memory."""
-    return SimpleNamespace(size=receptions.RECEPTION_BYTES, specs=specs_of(STATE))
+    return SimpleNamespace(size=receive_slots.RECEPTION_BYTES, specs=specs_of(STATE))
 
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receptions, "GRACE_SECONDS", 0.01)
-    monkeypatch.setattr(receptions, "BYTES_PER_SECOND", math.inf)
+    monkeypatch.setattr(receive_slots, "GRACE_SECONDS", 0.01)
+    monkeypatch.setattr(receive_slots, "BYTES_PER_SECOND", math.inf)
 
 
 def test_an_update_received_into_a_file_is_as_it_was_sent(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_who_stands_behind_a_slow_client_is_received_into_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     impatient(monkeypatch)
-    monkeypatch.setattr(receptions, "SMALL_BYTES", 0)
+    monkeypatch.setattr(receive_slots, "SMALL_BYTES", 0)
 
     async def run() -> None:
         places = Receptions(tmp_path)
@@ -85,7 +85,7 @@ async def twelve_clients(places: Receptions, rooms: list[State], work: Callable[
 
 def test_a_queue_that_moves_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     impatient(monkeypatch)
-    monkeypatch.setattr(receptions, "SECONDS_OF_EACH", 0.5)
+    monkeypatch.setattr(receive_slots, "SECONDS_OF_EACH", 0.5)
     rooms: list[State] = []
     clients = twelve_clients(Receptions(tmp_path), rooms, lambda: asyncio.sleep(0.05))
     asyncio.run(asyncio.wait_for(clients, 60))
@@ -94,7 +94,7 @@ def test_a_queue_that_moves_is_waited_for(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_queue_that_stands_still_is_left_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     impatient(monkeypatch)
-    monkeypatch.setattr(receptions, "SECONDS_OF_EACH", 0.001)
+    monkeypatch.setattr(receive_slots, "SECONDS_OF_EACH", 0.001)
     rooms: list[State] = []
 
     async def until_all_have_begun() -> None:
@@ -110,7 +110,7 @@ def test_a_long_queue_that_stands_still_is_left_as_soon_as_a_short_one(
 ) -> None:
     """However many hang behind those that send nothing, a client waits for one update's time."""
     impatient(monkeypatch)
-    monkeypatch.setattr(receptions, "SECONDS_OF_EACH", 0.5)
+    monkeypatch.setattr(receive_slots, "SECONDS_OF_EACH", 0.5)
     times: list[float] = []
 
     async def run() -> None:

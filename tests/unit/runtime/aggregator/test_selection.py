@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from isthmus.aggregator.clientbook import ClientBook, ClientRecord, Report
-from isthmus.aggregator.membership import ClientId
-from isthmus.aggregator.selection import adaptive, choose, utility
+from isthmus.aggregator.clients.client_history import ClientBook, ClientRecord, Report
+from isthmus.aggregator.clients.membership import ClientId
+from isthmus.aggregator.clients.selection import adaptive, choose, utility
 from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.manifests.manifest import parse_spec
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from isthmus.aggregator.stages import StageTimes, sound
+from isthmus.aggregator.telemetry.stage_times import StageTimes, sound
 from isthmus.client.session.stage_times import Stages
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from isthmus.aggregator.checkpoints import CheckpointStore
-from isthmus.aggregator.federation import Federation
+from isthmus.aggregator.clients.membership import Client
 from isthmus.aggregator.job import Job
-from isthmus.aggregator.membership import Client
-from isthmus.aggregator.metrics import AggregatorMetrics
-from isthmus.aggregator.tracking.tracker import make_tracker
+from isthmus.aggregator.rounds.coordinator import Federation
+from isthmus.aggregator.storage.checkpoints import CheckpointStore
+from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
+from isthmus.aggregator.telemetry.tracking.tracker import make_tracker
 from isthmus.strategies import make_strategy
 from isthmus.tensors import State, specs_of
 from isthmus_contracts.manifests.manifest import parse_spec
@@ -254,7 +254,7 @@ async def test_killed_once_the_target_is_met(tmp_path: Path, monkeypatch: pytest
         asleep.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("isthmus.aggregator.delivery.Outcome.deliver", lambda self, newest: die(newest))
+    monkeypatch.setattr("isthmus.aggregator.rounds.delivery.Outcome.deliver", lambda self, newest: die(newest))
     await trial.train(2, 0.9, 0.9, 0.9)
     async with asyncio.timeout(SECONDS):
         await asleep.wait()

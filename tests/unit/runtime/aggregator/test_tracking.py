@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.aggregator.checkpoints import RoundRecord
 from isthmus.aggregator.job import Job
-from isthmus.aggregator.tracking.sink import Sink, Worker
-from isthmus.aggregator.tracking.tensorboard import TensorBoardSink
-from isthmus.aggregator.tracking.tracker import Tracker, numbers_of, parameters_of
+from isthmus.aggregator.storage.checkpoints import RoundRecord
+from isthmus.aggregator.telemetry.tracking.sink import Sink, Worker
+from isthmus.aggregator.telemetry.tracking.tensorboard import TensorBoardSink
+from isthmus.aggregator.telemetry.tracking.tracker import Tracker, numbers_of, parameters_of
 from isthmus_contracts.manifests.manifest import parse_spec
 
 LONG = 60.0

@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from isthmus.aggregator import pace
-from isthmus.aggregator.messages import spoken
-from isthmus.aggregator.onecall import Calls, SupersededError
-from isthmus.aggregator.outbox import MOST_MESSAGES, Outbox
-from isthmus.aggregator.pace import paced
+from isthmus.aggregator.clients.outbox import MOST_MESSAGES, Outbox
+from isthmus.aggregator.model.messages import spoken
+from isthmus.aggregator.rpc import pace
+from isthmus.aggregator.rpc.call_limit import Calls, SupersededError
+from isthmus.aggregator.rpc.pace import paced
 from isthmus.client.session.session import Incoming
 from isthmus.tensors import TruncatedError
 from isthmus_contracts.pb import federation_pb2 as pb

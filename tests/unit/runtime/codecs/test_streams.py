@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.aggregator.refusal import Fault, Reason, fault_of
+from isthmus.aggregator.updates.validation import Fault, Reason, fault_of
 from isthmus.codecs import Chain, CodecError, Decoder, Encoded, NonFiniteError, Residual, encode, parse_chain
 from isthmus.codecs.base import RAW_BELOW, SEGMENT
 from isthmus.codecs.zstd import BLOCK_BYTES

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.aggregator.history import rebase
+from isthmus.aggregator.updates.base_models import rebase
 from isthmus.strategies import Update
 from isthmus.tensors import State
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.aggregator.checkpoints import CheckpointStore
+from isthmus.aggregator.storage.checkpoints import CheckpointStore
 from isthmus.strategies import Setup, Strategy, StrategyError, Update, make_strategy
 from isthmus.strategies.averaging.fedavg import FedAvg
 from isthmus.tensors import State

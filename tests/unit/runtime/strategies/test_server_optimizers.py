@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.aggregator.checkpoints import CheckpointStore
+from isthmus.aggregator.storage.checkpoints import CheckpointStore
 from isthmus.tensors import State
 
 from .rounds import array, make, model, run, updates, weighted_mean

@@ -1,0 +1,1 @@
+"""Clients of a job: membership, outgoing messages, history, selection."""

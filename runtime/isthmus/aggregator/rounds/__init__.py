@@ -1,0 +1,1 @@
+"""The rounds of a job: coordination, offers, evaluation, durable results, status."""

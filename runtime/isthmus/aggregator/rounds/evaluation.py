@@ -1,0 +1,164 @@
+"""What the clients measure of committed models on data of their own."""
+
+import logging
+import math
+import time
+from collections.abc import Awaitable, Collection
+from typing import Protocol
+
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.pb import federation_pb2 as pb
+
+from ... import metric_names as metricnames
+from ...framing import MOST_EXAMPLES
+from ..clients.membership import Client, ClientId, Membership
+from ..state.confirmation import Voices
+from ..state.metrics_by_round import Progress, WeightedMeans
+from ..state.round_decision import LOST_CLIENT_GRACE
+from ..state.training_state import Course
+from ..storage.checkpoints import RoundRecord
+from .durable_writer import StateWriter
+from .offers import Offers
+
+log = logging.getLogger(__name__)
+
+# The clients' last measurement, of the final model, may take this long. Seconds.
+EVALUATION_DEADLINE = 300.0
+_LEFT_OUT = "%s: its evaluation of round %d is left out: %s"
+
+
+class Changed(Protocol):
+    """Waits for a change, or until the given time (monotonic seconds)."""
+
+    def __call__(self, until: float | None = None) -> Awaitable[None]: ...
+
+
+class Evaluations:
+    """Of one model at a time, the newest."""
+
+    def __init__(
+        self, spec: FederatedJobSpec, course: Course, members: Membership, progress: Progress, offers: Offers,
+        writer: StateWriter,
+    ) -> None:  # fmt: skip
+        self._spec = spec
+        self._course = course
+        self._members = members
+        self._progress = progress
+        self._offers = offers
+        self._writer = writer
+        self._voices = Voices(spec.objective, spec.folds_late)
+        self.begin()
+
+    def begin(self) -> None:
+        """Start over: there is a new model."""
+        self._means = WeightedMeans(self._spec.strategy.one_voice)
+        self._refused: set[ClientId] = set()
+        self._unasked: set[ClientId] = set()
+        self._booked = 0
+        self._offers.renew()
+
+    def take(self, client: Client, evaluation: pb.Evaluation) -> None:
+        """Take a client's measurement, once, if it was asked for it."""
+        model = self._course.model
+        if model is None or not model.round or evaluation.model_digest != model.digest:
+            return
+        if client.id in self._means.clients() or client.id in self._refused:
+            return
+        if not client.evaluates or client.id not in self._offers.offered:
+            # It may be an honest one, whose offer an aggregator made that was killed: it is asked again in a moment.
+            if client.id not in self._unasked:
+                log.warning(_LEFT_OUT, client.name, model.round, "nobody asked this client for it")
+            self._unasked.add(client.id)
+            return
+        if problem := _problem(evaluation):
+            self._refused.add(client.id)
+            log.warning(_LEFT_OUT, client.name, model.round, problem)
+        else:
+            self._means.add(client.id, evaluation.num_examples, evaluation.metrics)
+        if not self.missing and len(self._means):
+            means = self._progress.admit(self._means.means())
+            self._progress.take(model.round, means, self._confirmed(self._asked()))
+            self._progress.look_for_objective()
+        self._course.changes.ring()
+
+    @property
+    def missing(self) -> set[ClientId]:
+        """The clients that were asked, are still there and have not answered; none for the first model, which is not
+        measured."""
+        if self._course.model is None or not self._course.model.round:
+            return set()
+        asked = {client.id for client in self._members.ready() if client.evaluates} & self._offers.offered
+        return asked - self._means.clients() - self._refused
+
+    def _asked(self) -> set[ClientId]:
+        return {client.id for client in self._members if client.evaluates and client.id in self._offers.offered}
+
+    def _confirmed(self, asked: set[ClientId]) -> float | None:
+        """How good the model is at least by the objective's metric, as most of those that were asked have it."""
+        metric = self._spec.objective.metric
+        mean = self._means.means().get(metric)
+        present = {client.id for client in self._members.ready() if client.evaluates}
+        return self._voices.confirmed(self._means, (metric,), mean, asked, present)
+
+    async def close(self, record: RoundRecord | None, asked: set[ClientId] | None = None) -> None:
+        """Book what was measured of the model, also in its own round's record.
+
+        ``asked``: whose measurements were waited for. Default: all who were asked for one.
+        """
+        model = self._course.model
+        if model is None or not model.round:
+            return
+        if len(self._means) == self._booked:
+            self._progress.look_for_objective()
+            return
+        self._booked = len(self._means)
+        means = self._progress.admit(self._means.means())
+        confirmation = self._confirmed(self._asked() if asked is None else asked)
+        self._progress.take(model.round, means, confirmation)
+        if record is not None and record.round == model.round:
+            record.metrics.update(means)
+            if (metric := self._spec.objective.metric) in means:
+                record.confirmed = {} if confirmation is None else {metric: confirmation}
+            await self._writer.record(record)
+        self._progress.look_for_objective()
+        log.info("round %d: %s", model.round, ", ".join(f"{name}={value:.4f}" for name, value in means.items()))
+
+    async def conclude(self, contributors: Collection[ClientId], record: RoundRecord | None, changed: Changed) -> None:
+        """Have the clients measure the final model, to which ``contributors`` gave the last updates."""
+        assert self._course.model is not None
+        self._course.phase = pb.FederationStatus.EVALUATING
+        offered: set[ClientId] = set()
+        started = time.monotonic()
+        until = started + EVALUATION_DEADLINE
+        awaited: set[ClientId] = set()
+        while time.monotonic() < until:
+            evaluators = [client for client in self._members.ready() if client.evaluates]
+            awaited = _awaited(evaluators, contributors)
+            for client in evaluators:
+                if client.id not in offered:
+                    offered.add(client.id)
+                    self._offers.evaluate(client)
+            # After a restart of ours, the clients need a moment to come back.
+            all_back = len(self._members.trainers()) >= self._spec.min_clients
+            settled_at = started if all_back else started + LOST_CLIENT_GRACE
+            if time.monotonic() < settled_at:
+                await changed(until=settled_at)
+            elif awaited <= self._means.clients() | self._refused:
+                break
+            else:
+                await changed(until=until)
+        await self.close(record, awaited)
+
+
+def _problem(evaluation: pb.Evaluation) -> str | None:
+    """Return what is wrong with an evaluation, in one line; ``None`` if nothing is."""
+    examples = evaluation.num_examples
+    if not (math.isfinite(examples) and 0 <= examples <= MOST_EXAMPLES):
+        return f"num_examples must be from 0 to 2**53, not {examples:g}"
+    return metricnames.problem_with(evaluation.metrics)
+
+
+def _awaited(evaluators: list[Client], contributors: Collection[ClientId]) -> set[ClientId]:
+    """Whose evaluation of the final model is waited for: a straggler may be at an earlier round for long."""
+    waited_for = {client.id for client in evaluators if client.id in contributors or not client.trains}
+    return waited_for or {client.id for client in evaluators}

@@ -1,0 +1,94 @@
+"""The privacy budget of a job: what its published models have cost, and whether it pays for one more round.
+
+The account is part of each round's record, which is committed with the round's model: a model that nobody has seen
+costs nothing, and one that is published is accounted for. The noise of a round that a crash ended before its commit was
+never published; the round is done again, with other noise.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.privacy import DifferentialPrivacy
+from isthmus_contracts.dp_accounting import Spent
+from isthmus_contracts.pb import federation_pb2 as pb
+
+from ...privacy import Private
+from ...strategies import Strategy
+from ..storage.checkpoints import CheckpointError, RoundRecord
+
+
+class PrivacyBudget:
+    """Counts the rounds of a job with differential privacy."""
+
+    def __init__(self, spec: DifferentialPrivacy, mechanism: Private) -> None:
+        self._noise = float(spec.noise_multiplier)
+        self._delta = float(spec.delta)
+        self._limit = float(spec.max_epsilon) if spec.max_epsilon is not None else None
+        self._mechanism = mechanism
+        self._spent = Spent()
+        self._next = self._spent.after(self._noise)
+        self._clipped = 0.0
+        self._epsilon, self._pays = 0.0, True
+        self._take(self._spent)
+
+    @property
+    def spent(self) -> bool:
+        """Whether the next round would cost more than there is."""
+        return not self._pays
+
+    def restore(self, newest: RoundRecord | None, records: Iterable[RoundRecord]) -> None:
+        """Takes up the account of the newest checkpoint, in whose record it stands, or a higher one.
+
+        ``newest``: ``None`` where no round is committed. ``records``: of all rounds that ever were: where checkpoints
+        were removed, their models had been published nevertheless. Raises :class:`CheckpointError` for a checkpoint
+        without an account.
+        """
+        if newest is not None and not newest.privacy:
+            raise CheckpointError(
+                "the checkpoints were made without differential privacy, which cannot be added later; start a new job"
+            )
+        known = [record.privacy for record in (*records, *([newest] if newest else [])) if record.privacy]
+        if known:
+            self._take(max(map(_spent, known), key=lambda spent: spent.mu_squared))
+        if newest is not None:
+            self._clipped = newest.privacy.get("clipped_ratio", 0.0)
+
+    def account(self) -> dict[str, float]:
+        """What the record of the round in progress, whose result is made, says of privacy."""
+        return {
+            "epsilon": self._next.epsilon(self._delta),
+            "delta": self._delta,
+            "rounds": self._next.rounds,
+            "mu_squared": self._next.mu_squared,
+            "clipped_ratio": self._mechanism.clipped_ratio,
+        }
+
+    def charge(self) -> None:
+        """The round in progress is committed."""
+        self._clipped = self._mechanism.clipped_ratio
+        self._take(self._next)
+
+    def status(self) -> pb.PrivacyStatus:
+        """What the world sees."""
+        return pb.PrivacyStatus(
+            epsilon=self._epsilon, delta=self._delta, max_epsilon=self._limit or 0.0, rounds=self._spent.rounds,
+            spent=self.spent, clipped_ratio=self._clipped,
+        )  # fmt: skip
+
+    def _take(self, spent: Spent) -> None:
+        self._spent, self._next = spent, spent.after(self._noise)
+        self._epsilon = spent.epsilon(self._delta)
+        self._pays = self._limit is None or self._next.epsilon(self._delta) <= self._limit
+
+
+def protect(spec: FederatedJobSpec, rule: Strategy) -> tuple[Strategy, PrivacyBudget | None]:
+    """A job's rule, made private where the manifest asks for it, and the budget of that."""
+    private = spec.privacy.differential_privacy
+    if private is None:
+        return rule, None
+    mechanism = Private(rule, float(private.clip_norm), float(private.noise_multiplier), spec.expected_updates)
+    return mechanism, PrivacyBudget(private, mechanism)
+
+
+def _spent(account: Mapping[str, float]) -> Spent:
+    return Spent(int(account["rounds"]), account["mu_squared"])

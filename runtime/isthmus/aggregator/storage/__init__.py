@@ -1,0 +1,1 @@
+"""Files of the state directory: checkpoints and round records."""

@@ -1,0 +1,171 @@
+"""Safetensors files, written and read without a copy of the model in memory.
+
+The library's own writer makes a second copy of every tensor; the format is simple enough to stream: the header's length
+(8 bytes, little-endian), the header (JSON), and the tensors' bytes. The library reads what this module writes.
+Source: https://huggingface.co/docs/safetensors, "Format".
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+
+from ...libc import c_function
+from ...tensors import State, bytes_view, specs_of
+
+# Below this the errand of a thread takes longer than the work.
+SMALL_BYTES = 1 << 20
+# The library reads no longer ones: MAX_HEADER_SIZE in safetensors/src/tensor.rs.
+MOST_HEADER_BYTES = 100_000_000
+_READ_BYTES = 16 << 20
+# A piece is still in the processor's cache when, written, it is summed up.
+_WRITTEN_BYTES = 1 << 20
+# The disk begins with so much at a time.
+_PIECES_AT_ONCE = 16
+_SYNC_FILE_RANGE_WRITE = 2  # fs.h of Linux
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file, as its writer or a first reading knows it."""
+
+    path: Path
+    digest: str
+    """xxh3-128 of the header and the checksum: what tells this model from others."""
+    checksum: str
+    """xxh3-128 of the tensors' bytes in the file's order: what a stream of them carries."""
+    data_offset: int
+    size: int
+    """Bytes of the tensors."""
+
+
+class HeaderError(ValueError):
+    """A file would have a header that its reader does not take. ``str()`` says why."""
+
+
+def write(path: Path, state: State, metadata: Mapping[str, str]) -> TensorFile:
+    """Write a file, over what it may hold, and make its content durable; its name is not.
+
+    Raises ``OSError``, and :class:`HeaderError` before anything is written.
+    """
+    header, offset = {"__metadata__": dict(metadata)}, 0
+    for spec in specs_of(state):
+        offsets = [offset, offset + spec.size]
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}  # type: ignore[dict-item]
+        offset += spec.size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    if len(text) > MOST_HEADER_BYTES:
+        raise HeaderError(
+            f"a header of {len(text)} bytes, and safetensors reads at most {MOST_HEADER_BYTES}: fewer tensors, shorter "
+            "names, or fewer clients"
+        )
+    lead, checksum = len(text).to_bytes(8, "little") + text, xxhash.xxh3_128()
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
+        # Not file.write: unbuffered, it may write a part of it and not complain.
+        if offset <= SMALL_BYTES:
+            data = memoryview(b"".join([lead, *map(_bytes, state.values())]))
+            _write_all(file.fileno(), data)
+            checksum.update(data[len(lead) :])
+        else:
+            _write_all(file.fileno(), memoryview(lead))
+            for number, piece in enumerate(_pieces(state), 1):
+                _write_all(file.fileno(), piece)
+                checksum.update(piece)
+                if number % _PIECES_AT_ONCE == 0:
+                    _begin_writing_back(file.fileno())
+        file.truncate(len(lead) + offset)
+        _synchronize(file.fileno())
+    return _described(path, lead, checksum.hexdigest(), offset)
+
+
+def read(path: Path) -> tuple[TensorFile, State, dict[str, str]]:
+    """A file, its tensors (mapped, not read) and its metadata. Raises ``OSError`` or ``SafetensorError``."""
+    with safe_open(path, framework="pt") as opened:
+        metadata = dict(opened.metadata() or {})
+    checksum = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        lead = file.read(8)
+        lead += file.read(int.from_bytes(lead, "little"))
+        while piece := file.read(_READ_BYTES):
+            checksum.update(piece)
+    found = _described(path, lead, checksum.hexdigest(), path.stat().st_size - len(lead))
+    return found, mapped(path), metadata
+
+
+def mapped(path: Path) -> State:
+    """The tensors, in the file's order, backed by the file: they take memory only where they are touched."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    names = sorted(header, key=lambda name: tuple(header[name]["data_offsets"]))
+    with safe_open(path, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in names}
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, in hexadecimal. Raises ``OSError``."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _described(path: Path, lead: bytes, checksum: str, size: int) -> TensorFile:
+    return TensorFile(path, xxhash.xxh3_128_hexdigest(lead + checksum.encode()), checksum, len(lead), size)
+
+
+def _pieces(state: State) -> Iterator[memoryview]:
+    for tensor in state.values():
+        view = _bytes(tensor)
+        for start in range(0, len(view), _WRITTEN_BYTES):
+            yield view[start : start + _WRITTEN_BYTES]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return bytes_view(tensor.contiguous())
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _begin_writing_back(descriptor: int) -> None:
+    """Sets the disk to work on what has been written so far, and does not wait: the end, which does, is nearer then.
+    Where the system has no such call, nothing happens. Source: sync_file_range(2)."""
+    if (begin := _sync_file_range()) is not None:
+        begin(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)  # from 0 to the end; its errors come again at the end
+
+
+@cache
+def _sync_file_range() -> Any | None:
+    call: Any = c_function("sync_file_range")
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call
+
+
+def _synchronize(descriptor: int) -> None:
+    """Makes a file's content durable, and what it takes to read it. Not all systems tell that from its times."""
+    os.fdatasync(descriptor) if hasattr(os, "fdatasync") else os.fsync(descriptor)
+
+
+def save_plain(path: Path, state: State) -> None:
+    """``torch.save``, made durable. Raises ``OSError``."""
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # so it calls what the file said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())

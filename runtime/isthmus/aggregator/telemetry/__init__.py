@@ -1,0 +1,1 @@
+"""Measurements of a run: Prometheus metrics, statistics of each round, experiment tracking."""

@@ -1,0 +1,83 @@
+"""What a round costs and who took part, for the metrics and for the round's record."""
+
+from collections import Counter
+from collections.abc import Set as AbstractSet
+
+from isthmus_contracts.pb import federation_pb2 as pb
+
+from ..clients.membership import ClientId
+from ..storage.checkpoints import RoundRecord
+from .metrics import AggregatorMetrics
+from .stage_times import StageTimes, sound
+
+
+class RoundLedger:
+    """Books the round in progress. What clients report is booked when the round ends, of those whose update counts."""
+
+    def __init__(self, metrics: AggregatorMetrics) -> None:
+        self._metrics = metrics
+        self.begin()
+
+    def begin(self) -> None:
+        """A round begins: its books are empty."""
+        self._times = StageTimes()
+        self._received = self._sent = 0
+        # By client and base model: an update that is handed in again counts once.
+        self._submissions: dict[tuple[ClientId, str], tuple[dict[str, float], int]] = {}
+
+    def received(self, pool: str, codec: str, size: int, seconds: float) -> None:
+        """A whole update came in: its encoded bytes, and how long that took."""
+        self._metrics.received_bytes.labels(**self._metrics.bound, pool=pool, codec=codec).inc(size)
+        self._received += size
+        self._book("push", pool, seconds)
+
+    def sent(self, pool: str, codec: str, size: int) -> None:
+        """Encoded bytes of a model went out."""
+        self._metrics.sent_bytes.labels(**self._metrics.bound, pool=pool, codec=codec).inc(size)
+        self._sent += size
+
+    def submitted(self, header: pb.UpdateHeader, staleness: int = 0) -> None:
+        """An update was accepted that was trained from a model ``staleness`` rounds older than the newest."""
+        key = ((header.pool, header.index), header.base_digest)
+        self._submissions[key] = (sound(header.seconds), staleness)
+
+    def withdrawn(self, header: pb.UpdateHeader) -> None:
+        """An update that was accepted could not be kept."""
+        self._submissions.pop(((header.pool, header.index), header.base_digest), None)
+
+    def folded(self, pool: str, seconds: float) -> None:
+        """An update was folded in. From any thread."""
+        self._book("fold", pool, seconds)
+
+    def checkpointed(self, seconds: float) -> None:
+        """A checkpoint is durable."""
+        self._book("checkpoint", "", seconds)
+
+    def close(
+        self,
+        record: RoundRecord,
+        selected: AbstractSet[ClientId],
+        completed: AbstractSet[ClientId],
+        lost: AbstractSet[ClientId],
+    ) -> None:
+        """Completes the record of a round that is over.
+
+        ``lost``: clients that are away, have failed or were refused. Of those without an update they count as failed;
+        the others were too late.
+        """
+        for ((pool, _), _), (seconds, staleness) in self._submissions.items():
+            self._metrics.accepted(pool, staleness)
+            for stage, value in seconds.items():
+                self._book(stage, pool, value)
+        missing = selected - completed
+        failed, late = missing & lost, missing - lost
+        self._metrics.took_part(selected, {"completed": completed, "late": late, "failed": failed})
+        record.selected, record.late, record.failed = len(selected), len(late), len(failed)
+        record.stale_updates = sum(staleness > 0 for _, staleness in self._submissions.values())
+        record.pools = dict(sorted(Counter(pool for (pool, _), _ in self._submissions).items()))
+        record.received_bytes, record.sent_bytes = self._received, self._sent
+        record.stages = self._times.summary()
+
+    def _book(self, stage: str, pool: str, seconds: float) -> None:
+        self._times.add(stage, seconds)
+        self._metrics.stage_seconds.labels(**self._metrics.bound, stage=stage, pool=pool).observe(seconds)

@@ -1,0 +1,1 @@
+"""Updates of clients: bounds, permissions, validation, receive buffers, and their way into the result."""

@@ -1,0 +1,83 @@
+"""Who may do what, when: asked of every hello and every update, before anything else is done with it.
+
+A certificate says which clients a caller may speak for. The rest follows from the job (pools, their sizes and roles),
+from who is connected, and from who was asked.
+"""
+
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.text import one_line
+
+from ..clients.client_history import ClientBook
+from ..clients.membership import Client, ClientId, Membership, Refusal
+from ..state.training_state import Course
+from . import bounds, validation
+from .validation import Reason
+
+
+class Permissions:
+    """Of one job."""
+
+    def __init__(self, job_uid: str, spec: FederatedJobSpec, members: Membership, course: Course) -> None:
+        self._job_uid = job_uid
+        self._spec = spec
+        self._members = members
+        self._course = course
+
+    def check_hello(self, hello: pb.Hello) -> None:
+        """Raise :class:`Refusal` for a client that is none of the job's."""
+        if (problem := bounds.problem_with_hello(hello)) is not None:
+            raise Refusal(pb.Stop.REFUSED, problem)
+        if hello.job_uid != self._job_uid:
+            raise Refusal(pb.Stop.REFUSED, f"this is the aggregator of job {self._job_uid}, not of {hello.job_uid}")
+        if (problem := self._stranger(hello.pool, hello.index)) is not None:
+            raise Refusal(pb.Stop.REFUSED, problem)
+
+    def check_update(self, header: pb.UpdateHeader) -> pb.PushReply | None:
+        """Return the answer to an update whose sender may not hand in anything; ``None`` for one who may.
+
+        Updates are taken from the process that fills the client's place: the one that said hello last.
+        """
+        problem = self._stranger(header.pool, header.index)
+        if header.job_uid != self._job_uid:
+            problem = f"this is the aggregator of job {self._job_uid}, not of {one_line(header.job_uid, 60)}"
+        elif problem is None and self._spec.pool(header.pool).role != "Train":
+            problem = f"pool {header.pool} only evaluates"
+        if problem is not None:
+            return validation.reply(pb.PushReply.STALE, problem, Reason.NOT_SELECTED)
+        client = self._members.get((header.pool, header.index))
+        if client is not None and (header.attempt, header.instance) == (client.attempt, client.instance):
+            return None
+        if client is None or header.attempt > client.attempt:
+            message = "say hello first, on a control stream"  # after a restart of ours it takes a moment
+            return validation.reply(pb.PushReply.RESEND, message, Reason.NOT_CONNECTED)
+        return validation.reply(pb.PushReply.FENCED, "a newer process of this client has taken over")
+
+    def may_initialize(self, client: ClientId) -> bool:
+        """Return whether the client was asked for the first weights."""
+        return self._course.phase == pb.FederationStatus.INITIALIZING and self._course.initialization.asked(client)
+
+    def was_offered(self, header: pb.UpdateHeader, book: ClientBook) -> bool:
+        """Whether an update's client was asked to take part in its round: the one in progress or, by the ``book``, one
+        of those before."""
+        client_id, state = (header.pool, header.index), self._course.round
+        if state is not None and header.round == state.number:
+            return client_id in state.selected
+        client = self._members.get(client_id)
+        return header.round in book.of(client_id).offered or (
+            client is not None and self.resumes(client, header.round, header.base_digest)
+        )
+
+    def resumes(self, client: Client, number: int, digest: str) -> bool:
+        """Whether a client has a round's work in hand from before a restart of ours, which was not for nothing. In any
+        other round who takes part is not the client's to say."""
+        return client.trains and number == self._course.resumed and client.works_on(number, digest)
+
+    def _stranger(self, pool_name: str, index: int) -> str | None:
+        try:
+            pool = self._spec.pool(pool_name)
+        except KeyError:
+            return f"the job has no pool {pool_name!r}"
+        if index >= pool.size:
+            return f"pool {pool.name} has {pool.size} clients; index {index} is not one of them"
+        return None

@@ -1,0 +1,168 @@
+"""Why an update is refused: a small closed set of reasons, which the reply and the metrics name alike."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+
+from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.text import one_line
+
+from ...codecs import CodecError, NonFiniteError
+from ...framing import MOST_EXAMPLES
+from ...strategies import GREATEST_WEIGHT, Strategy
+from ...tensors import ChecksumError, State, TransferError, TruncatedError, beyond, misannounced, mismatch
+from ...views import difference, misplaced, views_of
+from ..model.compression import Compression
+from ..model.global_model import GlobalModel
+from . import bounds
+
+RESERVED_NAME = "__metadata__"
+# Where a refusal is a gRPC status, because the stream is to be sent again, its trailing metadata bear the reason.
+REASON_METADATA = "isthmus-reason"
+
+
+class Reason(StrEnum):
+    """All there are: a metric has a series for each."""
+
+    # For good: the round does not wait for this update any longer.
+    NON_FINITE = "non_finite"
+    RANGE = "range"
+    MISSING_TENSOR = "missing_tensor"
+    UNKNOWN_TENSOR = "unknown_tensor"
+    SHAPE = "shape"
+    DTYPE = "dtype"
+    SIZE = "size"
+    DUPLICATE = "duplicate"
+    SHARED = "shared"
+    EXAMPLES = "examples"
+    CODEC = "codec"
+    SCALARS = "scalars"
+    FROZEN = "frozen"
+    BOUNDS = "bounds"
+    # To be sent again.
+    CHECKSUM = "checksum"
+    TRUNCATED = "truncated"
+    MALFORMED = "malformed"
+    STORAGE = "storage"
+    NOT_CONNECTED = "not_connected"
+    # Nothing wrong with it, but nobody waits for it.
+    STALE = "stale"
+    CLOSED = "closed"
+    FENCED = "fenced"
+    NOT_SELECTED = "not_selected"
+
+
+_OF_VERDICT = {
+    pb.PushReply.STALE: Reason.STALE,
+    pb.PushReply.CLOSED: Reason.CLOSED,
+    pb.PushReply.FENCED: Reason.FENCED,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with an update, in a word and in a line: names in it are the client's, so it is made printable."""
+
+    reason: Reason
+    message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", one_line(self.message))
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class StorageError(TransferError):
+    """A complete update cannot be kept at the moment: it is to be sent again."""
+
+
+def examine(header: pb.UpdateHeader, model: GlobalModel, compression: Compression, strategy: Strategy) -> Fault | None:
+    """Return what is wrong with an update, as far as its header shows."""
+    if problem := bounds.problem_with_size(header, model.header_bytes) or bounds.problem_with_header(header):
+        return Fault(Reason.BOUNDS, problem)
+    if not 1 <= header.num_examples <= MOST_EXAMPLES:
+        return Fault(Reason.EXAMPLES, "num_examples must be at least 1" + _as_signed(header.num_examples))
+    if problem := compression.problem(header):
+        return Fault(Reason.CODEC, problem)
+    if problem := difference(model.views, views_of(header.views)):
+        return Fault(Reason.SHARED, problem)
+    if found := mismatch(model.specs, header.tensors):
+        return Fault(Reason(found.aspect), found.message)
+    if not header.codecs and (found := misannounced(header.tensors)):
+        return Fault(Reason(found.aspect), found.message)
+    if problem := strategy.problem_with(header.scalars):
+        return Fault(Reason.SCALARS, problem)
+    return None
+
+
+def examine_initial(header: pb.UpdateHeader, directory: Path | None = None) -> Fault | None:
+    """The same for initial weights, which there is no model yet to compare with. ``directory``: of the checkpoints."""
+    if problem := bounds.problem_with_names(header) or bounds.problem_with_header(header):
+        return Fault(Reason.BOUNDS, problem)
+    if header.codecs:
+        return Fault(Reason.CODEC, "initial weights travel raw")
+    if RESERVED_NAME in {*(spec.name for spec in header.tensors), *(view.name for view in header.views)}:
+        return Fault(Reason.UNKNOWN_TENSOR, f"a tensor cannot be called {RESERVED_NAME}: safetensors keeps that name")
+    if found := misannounced(header.tensors):
+        return Fault(Reason(found.aspect), found.message)
+    if problem := misplaced(views_of(header.views), header.tensors):
+        return Fault(Reason.SHARED, problem)
+    problem = bounds.problem_with_room(header, directory)
+    return Fault(Reason.SIZE, problem) if problem else None
+
+
+def examine_values(tensors: State) -> Fault | None:
+    """Return what is wrong with an update's values."""
+    found = beyond(GREATEST_WEIGHT, tensors)
+    if found is None:
+        return None
+    name, value = found
+    if not math.isfinite(value):
+        return Fault(Reason.NON_FINITE, f"{name} holds NaN or infinity")
+    return Fault(Reason.RANGE, f"{name} holds {value:.3g}, which is beyond 2**60: too large to be averaged")
+
+
+def examine_frozen(tensors: State, base: State, frozen: Collection[str]) -> Fault | None:
+    """Return what is wrong with an update of a job with differential privacy, where ``frozen`` gets no noise."""
+    changed = [name for name in tensors if name in frozen and not torch.equal(tensors[name], base[name])]
+    if not changed:
+        return None
+    return Fault(
+        Reason.FROZEN,
+        f"{changed[0]} required no gradient when training began, and has changed since: with differential privacy what"
+        " is frozen stays frozen; unfreeze it before the first round",
+    )
+
+
+def fault_of(error: TransferError) -> Fault:
+    """Return what a failed reception comes to."""
+    match error:
+        case ChecksumError():
+            reason = Reason.CHECKSUM
+        case TruncatedError():
+            reason = Reason.TRUNCATED
+        case StorageError():
+            reason = Reason.STORAGE
+        case NonFiniteError():
+            reason = Reason.NON_FINITE
+        case CodecError():
+            reason = Reason.CODEC
+        case _:
+            reason = Reason.MALFORMED
+    return Fault(reason, str(error))
+
+
+def reply(verdict: "pb.PushReply.Verdict.ValueType", message: str, reason: Reason | None = None) -> pb.PushReply:
+    """The answer to an update that is not taken. STALE, CLOSED and FENCED are reasons by themselves."""
+    return pb.PushReply(verdict=verdict, message=message, reason=reason or _OF_VERDICT[verdict])
+
+
+def _as_signed(number: int) -> str:
+    if number < 1 << 63:
+        return f" and at most 2**53, not {number}" if number else ""
+    return f", not {number - (1 << 64)}"
