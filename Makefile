@@ -74,7 +74,7 @@ generate: $(call with,generate) ## protobuf stubs, CRDs, the policy's schema, da
 	cp crds/*.yaml charts/isthmus/files/crds/
 	cp charts/isthmus/values.yaml charts/isthmus/files/
 	$(PY) -m charts.dashboards charts/isthmus/files/dashboards
-	$(PY) -m reference docs/reference
+	$(PY) -m tools.reference docs/reference
 
 docs: $(call with,docs) ## the documentation's site, in build/site; a dead link fails
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
@@ -83,7 +83,7 @@ images: $(call with,product) ## container images of the operator, the bridge and
 	$(PY) images/build
 
 dist: $(call with,release) ## a release, in dist/: wheels, chart, images, SBOMs, air-gapped bundle; DIST="wheels chart" makes those
-	$(PY) -m release dist $(DIST)
+	$(PY) -m tools.release dist $(DIST)
 
 e2e: $(call with,test) ## the end-to-end tests, telling what they see; KUBECONFIG=… runs the cluster tests on your cluster
 	@IMAGES_DIR=$(IMAGES_DIR) tests/run.sh --verbose $(if $(KUBECONFIG),--kubeconfig $(KUBECONFIG)) e2e

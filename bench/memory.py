@@ -27,8 +27,17 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
 from isthmus_contracts.wire.transport import channel
 
-from .job import POOL, SERVER_NAME, UID, Job, aggregator, client_environment, connections_of_their_own, peak_memory
-from .noop_clients import Weights
+from .harness.aggregator_process import (
+    POOL,
+    SERVER_NAME,
+    UID,
+    Job,
+    aggregator,
+    client_environment,
+    connections_of_their_own,
+    peak_memory,
+)
+from .harness.noop_clients import Weights
 
 CHAINS = ("None", "Int8", "TopK+Int8")
 

@@ -23,9 +23,9 @@ from typing import Any
 
 from lab import Lab
 
-from . import nodeless
-from .hollow import AGGREGATOR, TEMPLATE, HollowNodes, hollow_nodes
-from .kube import WRITES, Api, Operator, PodTimes, kubectl, manifest, namespace, operator, until
+from .cluster import simulated_pods
+from .cluster.hollow_nodes import AGGREGATOR, TEMPLATE, HollowNodes, hollow_nodes
+from .cluster.operator_process import WRITES, Api, Operator, PodTimes, kubectl, manifest, namespace, operator, until
 
 NAMESPACE = "bench-operator"
 _THREADS = 8
@@ -157,9 +157,10 @@ def idle_jobs(api: Api, jobs: int) -> float:
     """Makes them, half suspended and half complete; seconds until all are."""
     path = f"/apis/isthmus.dev/v1alpha1/namespaces/{NAMESPACE}/federatedjobs"
     bodies = [
-        manifest(f"idle-{number}", NAMESPACE, 2, nodeless.TEMPLATE, suspend=bool(number % 2)) for number in range(jobs)
+        manifest(f"idle-{number}", NAMESPACE, 2, simulated_pods.TEMPLATE, suspend=bool(number % 2))
+        for number in range(jobs)
     ]
-    kubelet = nodeless.Kubelet(api, NAMESPACE)
+    kubelet = simulated_pods.Kubelet(api, NAMESPACE)
 
     def settled() -> bool:
         kubelet.complete(lambda job: True)

@@ -20,8 +20,8 @@ from typing import Any
 
 from lab import Lab
 
-from . import nodeless
-from .kube import Api, Operator, kubectl, manifest, namespace, operator, until
+from .cluster import simulated_pods
+from .cluster.operator_process import Api, Operator, kubectl, manifest, namespace, operator, until
 
 NAMESPACE = "bench-soak"
 _THREADS = 4
@@ -34,9 +34,9 @@ _LEFT = ("pods", "secrets", "configmaps", "services")
 def wave(api: Api, running: Operator, number: int, size: int) -> dict[str, float]:
     """Some jobs from creation to the last trace of them, and what the operator keeps then."""
     names = [f"{_KINDS[index % 3]}-{number}-{index}" for index in range(size)]
-    kubelet = nodeless.Kubelet(api, NAMESPACE)
+    kubelet = simulated_pods.Kubelet(api, NAMESPACE)
     with ThreadPoolExecutor(_THREADS) as threads:
-        bodies = [manifest(name, NAMESPACE, 2, nodeless.TEMPLATE) for name in names]
+        bodies = [manifest(name, NAMESPACE, 2, simulated_pods.TEMPLATE) for name in names]
         list(threads.map(lambda body: api.write("POST", _JOBS, body), bodies))
         to_suspend = [name for name in names if name.startswith("suspended")]
         until("they have begun", lambda: begun(api, to_suspend), 300)

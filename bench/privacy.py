@@ -23,7 +23,7 @@ from isthmus_examples.fashion_mnist import DEBIAN_DIRECTORY, load
 from isthmus_examples.partition import dirichlet_partition
 from isthmus_examples.training import Examples, Settings, evaluate
 
-from .simulation import Client, federate
+from .harness.simulation import Client, federate
 from .strategies import halved
 
 SETTINGS = Settings(epochs=2, learning_rate=0.1, batch_size=10)

@@ -12,10 +12,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import bare, tcp
-from .gate import Turnstile
-from .job import aggregator, client_environment
-from .processes import processor_seconds, program
+from .harness import grpc_baseline, tcp_baseline
+from .harness.aggregator_process import aggregator, client_environment
+from .harness.barrier import BarrierController
+from .harness.processes import processor_seconds, program
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ CASES = {
 class Series:
     """What one system took, turn by turn: seconds of a round, and of the machine's processors in a round."""
 
-    turnstile: Turnstile
+    barrier: BarrierController
     pids: tuple[int, ...]
     seconds: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
 
     def turn(self, rounds: int) -> None:
         before = processor_seconds(*self.pids)
-        self.seconds.append(self.turnstile.seconds(rounds) / rounds)
+        self.seconds.append(self.barrier.run(rounds) / rounds)
         self.processor.append((processor_seconds(*self.pids) - before) / rounds)
 
     def times(self, other: "Series") -> float:
@@ -84,17 +84,17 @@ def measure(case: Case, processes: int) -> dict[str, float]:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         job = stack.enter_context(aggregator(Path(scratch), case.clients, case.turns * case.rounds + WARM_UP + 1))
         clients = stack.enter_context(
-            program("bench.noop_clients", str(case.clients), str(processes), str(case.parameters),
+            program("bench.harness.noop_clients", str(case.clients), str(processes), str(case.parameters),
                     environment=client_environment(job))
         )  # fmt: skip
-        turnstile = Turnstile(clients, case.clients)
-        turnstile.await_all()
-        wire = stack.enter_context(bare.running(job, case.clients, processes, size))
-        raw = stack.enter_context(tcp.running(case.clients, processes, size))
-        ours = Series(turnstile, (job.aggregator.pid, clients.pid))
-        theirs, socket = Series(wire.turnstile, wire.pids), Series(raw.turnstile, raw.pids)
+        barrier = BarrierController(clients, case.clients)
+        barrier.await_all()
+        wire = stack.enter_context(grpc_baseline.running(job, case.clients, processes, size))
+        raw = stack.enter_context(tcp_baseline.running(case.clients, processes, size))
+        ours = Series(barrier, (job.aggregator.pid, clients.pid))
+        theirs, socket = Series(wire.barrier, wire.pids), Series(raw.barrier, raw.pids)
         for series in (ours, theirs, socket):
-            series.turnstile.seconds(WARM_UP)
+            series.barrier.run(WARM_UP)
         for _ in range(case.turns):
             for series in (theirs, ours, socket):
                 series.turn(case.rounds)

@@ -23,7 +23,7 @@ from isthmus_examples.fashion_mnist import DEBIAN_DIRECTORY, load
 from isthmus_examples.partition import dirichlet_partition
 from isthmus_examples.training import Examples, Settings, evaluate, train
 
-from .simulation import Client, federate
+from .harness.simulation import Client, federate
 
 CENTRAL = "central"
 # Where the defaults are not for this task.

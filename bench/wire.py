@@ -27,11 +27,11 @@ from isthmus.tensors import State, snapshot
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.wire.transport import channel
 
-from . import bare
-from .job import POOL, SERVER_NAME, Job, aggregator, client_environment
-from .noop_clients import Weights
-from .payload import payload
-from .processes import program
+from .harness import grpc_baseline
+from .harness.aggregator_process import POOL, SERVER_NAME, Job, aggregator, client_environment
+from .harness.noop_clients import Weights
+from .harness.payload import payload
+from .harness.processes import program
 
 SIZES = (10_000, 250_000, 2_500_000, 25_000_000, 100_000_000)
 
@@ -52,16 +52,16 @@ def measure(directory: Path, parameters: int, repeat: int) -> dict[str, object]:
     size = parameters * 4
     with (
         aggregator(directory, 1, repeat + 2) as job,
-        program("bench.bare", str(directory / "server"), "2", str(size)) as server,  # no rounds: it waits for a second
+        program("bench.harness.grpc_baseline", str(directory / "server"), "2", str(size)) as server,
         raw_tcp(size) as tcp,
         one_client(job, parameters) as ours,
     ):
         assert server.stdout is not None
         port = int(server.stdout.readline())
         with channel(f"127.0.0.1:{port}", job.client, SERVER_NAME) as connection:
-            data = bare.chunks(size)
-            stream_pull: Any = connection.unary_stream(f"/{bare.SERVICE}/Pull")
-            stream_push: Any = connection.stream_unary(f"/{bare.SERVICE}/Push")
+            data = grpc_baseline.chunks(size)
+            stream_pull: Any = connection.unary_stream(f"/{grpc_baseline.SERVICE}/Pull")
+            stream_push: Any = connection.stream_unary(f"/{grpc_baseline.SERVICE}/Push")
 
             def bare_pull() -> None:
                 for _ in stream_pull(b""):

@@ -23,6 +23,6 @@ Everything runs in one network namespace without a way out. A test process that 
 """
 
 from lab.cluster import KUBERNETES, PARTS, SLURM, Lab
-from lab.errors import LabError
+from lab.machine.errors import LabError
 
 __all__ = ["KUBERNETES", "PARTS", "SLURM", "Lab", "LabError"]

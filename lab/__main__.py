@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lab import check
 from lab.cluster import PARTS, TOOLS, Lab
-from lab.errors import LabError, say
-from lab.paths import DEFAULT_DIRECTORY
+from lab.machine.errors import LabError, say
+from lab.machine.paths import DEFAULT_DIRECTORY
 
 
 def main() -> int:
@@ -53,18 +53,18 @@ def _perform(arguments: argparse.Namespace, lab: Lab) -> int:
         case "check":
             check.run(lab)
         case "roots":
-            from lab import fresh_machine
+            from lab.roots import fresh_machine
 
             users = [arguments.user] if arguments.user else [fresh_machine.USER, fresh_machine.ROOT]
             fresh_machine.try_all(arguments.suites, users, arguments.layers.split(), arguments.all)
             say("all promises hold")
         case "newer-slurm":
-            from lab import newer_slurm
+            from lab.roots import newer_slurm
 
             return newer_slurm.run(_words(arguments.command), _handed_on())
         case "services":
             # Only this verb needs dnslib.
-            from lab import services
+            from lab.kubernetes import services
 
             services.serve(lab.paths)
     return 0

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lab.cluster import KUBERNETES, SLURM, Lab
-from lab.errors import LabError, say
-from lab.images import BUSYBOX
+from lab.machine.errors import LabError, say
+from lab.software.images import BUSYBOX
 
 NAMESPACE = "lab-check"
 GREETING = "hello from the volume"

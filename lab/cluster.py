@@ -11,29 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lab import (
-    cache,
-    client_tools,
-    debian,
-    images,
-    kubernetes_binaries,
-    kubernetes_cluster,
-    slurm,
-    teardown,
-    user_python,
-    users,
-)
-from lab.errors import LabError, say
-from lab.network import NODE_ADDRESS, Network
-from lab.paths import Paths
-from lab.processes import Supervisor, resident_mib
+from lab import slurm, teardown
+from lab.kubernetes import single_node
+from lab.machine import user_python, users
+from lab.machine.errors import LabError, say
+from lab.machine.network import NODE_ADDRESS, Network
+from lab.machine.paths import Paths
+from lab.machine.processes import Supervisor, resident_mib
+from lab.software import cache, client_tools, debian, images, kubernetes_binaries
 
 Argv = Sequence[str | os.PathLike[str]]
 KUBERNETES, SLURM = "kubernetes", "slurm"
 PARTS = (KUBERNETES, SLURM)
 # No part of a lab: programs that tests outside it use.
 TOOLS = "tools"
-DAEMONS = {KUBERNETES: kubernetes_cluster.DAEMONS, SLURM: slurm.DAEMONS}
+DAEMONS = {KUBERNETES: single_node.DAEMONS, SLURM: slurm.DAEMONS}
 
 
 class Lab:
@@ -44,7 +36,7 @@ class Lab:
         self.network = Network(self.paths.name)
         self._supervisor = Supervisor(self.paths.run, self.paths.log)
         self._slurm = slurm.SlurmCluster(self.paths, self.network, self._supervisor)
-        self._kubernetes = kubernetes_cluster.KubernetesCluster(self.paths, self.network, self._supervisor)
+        self._kubernetes = single_node.KubernetesCluster(self.paths, self.network, self._supervisor)
 
     # What tests ask for.
 

@@ -11,10 +11,10 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-from lab.errors import LabError, say
-from lab.network import Network
-from lab.paths import Paths
-from lab.processes import Supervisor
+from lab.machine.errors import LabError, say
+from lab.machine.network import Network
+from lab.machine.paths import Paths
+from lab.machine.processes import Supervisor
 
 NODES = ("n1", "n2")
 NODE_CPUS = 4

@@ -8,12 +8,12 @@ import subprocess
 import time
 from pathlib import Path
 
-from lab import cgroups
-from lab.errors import LabError
-from lab.network import Network
-from lab.paths import Paths
-from lab.private_mounts import OVERLAID
-from lab.processes import end
+from lab.machine import cgroups
+from lab.machine.errors import LabError
+from lab.machine.network import Network
+from lab.machine.paths import Paths
+from lab.machine.private_mounts import OVERLAID
+from lab.machine.processes import end
 
 
 def end_containers(paths: Paths, network: Network) -> None:

@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..processes import family
+from ..harness.processes import family
 from .observed import Observed, memory_of, rounds_of
 from .started import await_port, free_port, started
 

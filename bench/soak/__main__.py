@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 
 from isthmus_contracts import identities
 
-from ..gate import Turnstile
-from ..job import DAY, POOL, UID, aggregator, client_environment
-from ..processes import family, program
+from ..harness.aggregator_process import DAY, POOL, UID, aggregator, client_environment
+from ..harness.barrier import BarrierController
+from ..harness.processes import family, program
 
 HONEST = 8
 HOSTILE = ("hostile-0", "hostile-1", "judge-0", "judge-1")
@@ -65,14 +65,14 @@ class Side:
         clients = stack.enter_context(
             program("bench.soak.honest", str(HONEST), str(self.tls), environment=environment)
         )  # fmt: skip
-        self._turnstile = Turnstile(clients, HONEST)
-        self._turnstile.await_all()
+        self._barrier = BarrierController(clients, HONEST)
+        self._barrier.await_all()
         self._clients = clients
         self.seconds: list[float] = []
 
     def turn(self, rounds: int) -> None:
         """Train so many rounds."""
-        self.seconds.append(self._turnstile.seconds(rounds) / rounds)
+        self.seconds.append(self._barrier.run(rounds) / rounds)
 
     def conclude(self) -> torch.Tensor:
         """Train the last round, and return the final model as one vector."""

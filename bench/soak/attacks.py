@@ -16,7 +16,7 @@ from isthmus.tensors import State
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import ObserverStub
 
-from ..job import POOL, UID
+from ..harness.aggregator_process import POOL, UID
 from .peer import CALL_SECONDS, Peer, model
 
 Attack = Callable[[Peer], int]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from ..job import SERVER_NAME
+from ..harness.aggregator_process import SERVER_NAME
 from . import http2
 from .http2 import END_HEADERS, HEADERS, PING, RST_STREAM, SETTINGS
 

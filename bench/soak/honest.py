@@ -1,5 +1,7 @@
-"""Clients that train a little, behind a gate: ``python -m bench.soak.honest CLIENTS TLS``. ``TLS`` holds a directory of
-credentials for each."""
+"""Honest clients with a little training: ``python -m bench.soak.honest CLIENTS TLS``.
+
+``TLS`` contains one directory of credentials per client.
+"""
 
 import logging
 import os
@@ -14,14 +16,14 @@ from isthmus.client.loop.client_loop import Participation
 from isthmus.client.loop.ranks import Replicas
 from isthmus_contracts import identities
 
-from ..gate import Gate
-from ..job import POOL
-from ..processes import in_processes
+from ..harness.aggregator_process import POOL
+from ..harness.barrier import Barrier
+from ..harness.processes import in_processes
 
 STEPS = 30
 
 
-def participate(index: int, clients: int, tls: Path, gate: Gate) -> None:
+def participate(index: int, clients: int, tls: Path, barrier: Barrier) -> None:
     """Train linear data of the client's own with a small perceptron, and measure each model."""
     os.environ[identities.ENV_TLS_DIR] = str(tls / f"{POOL}-{index}")
     torch.manual_seed(0)
@@ -41,7 +43,7 @@ def participate(index: int, clients: int, tls: Path, gate: Gate) -> None:
     context = Context(pool=POOL, index=index, pool_size=clients, client=index, clients=clients)
     part = Participation(model, evaluate, None, context, Replicas(), threading.Event())
     for rnd in part.rounds():
-        gate.pass_through(index)
+        barrier.wait(index)
         optimizer = rnd.wrap(torch.optim.SGD(model.parameters(), lr=0.01))
         for _ in range(STEPS):
             optimizer.zero_grad()
@@ -56,8 +58,8 @@ def main() -> None:
     logging.getLogger("isthmus").addHandler(logging.NullHandler())
     clients, tls = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    gate = Gate(clients)
-    in_processes(clients, clients, lambda index: participate(index, clients, tls, gate), gate)
+    barrier = Barrier(clients)
+    in_processes(clients, clients, lambda index: participate(index, clients, tls, barrier), barrier)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pathlib import Path
 import grpc
 import torch
 
-from ..gate import Gate
-from ..job import connections_of_their_own
-from ..processes import in_processes
+from ..harness.aggregator_process import connections_of_their_own
+from ..harness.barrier import Barrier
+from ..harness.processes import in_processes
 from .attacks import MESSAGES, Attack
 from .floods import FLOODS, Flood
 from .peer import Peer, Tally
@@ -60,8 +60,8 @@ def main() -> None:
     port, tls, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
     connections_of_their_own()
-    gate = Gate(len(names))
-    in_processes(len(names), len(names), lambda number: attack(port, tls, names[number]), gate)
+    barrier = Barrier(len(names))
+    in_processes(len(names), len(names), lambda number: attack(port, tls, names[number]), barrier)
 
 
 if __name__ == "__main__":

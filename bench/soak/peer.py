@@ -18,7 +18,7 @@ from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
 from isthmus_contracts.wire.pki import Credentials
 from isthmus_contracts.wire.transport import channel
 
-from ..job import SERVER_NAME, UID
+from ..harness.aggregator_process import SERVER_NAME, UID
 
 CALL_SECONDS = 10.0
 

@@ -12,7 +12,7 @@ import yaml
 
 from isthmus_contracts.manifests.crd import federated_job_crd, hpc_site_crd
 from isthmus_contracts.manifests.manifest import parse_site_spec, parse_spec
-from release import dist, version
+from tools.release import dist, version
 
 from .conftest import CHART, NAMESPACE, Helm
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reference.__main__ import main as write_reference
+from tools.reference.__main__ import main as write_reference
 
 ROOT = Path(__file__).parents[3]
 

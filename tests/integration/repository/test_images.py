@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from images.builder import host, inputs
+from tools.image_builder import host, inputs
 
 ROOT = Path(__file__).resolve().parents[3]
 

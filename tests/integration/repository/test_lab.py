@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lab import cache, debian
 from lab.cluster import TOOLS, Lab
-from lab.errors import LabError
+from lab.machine.errors import LabError
+from lab.software import cache, debian
 
 ROOT = Path(__file__).parents[3]
 SKIPPING = """
@@ -53,7 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     monkeypatch.setattr(debian, "missing", list)
     monkeypatch.setattr(debian, "install", asked.extend)
-    monkeypatch.setattr("lab.client_tools.find", lambda: asked.append("client tools"))
+    monkeypatch.setattr("lab.software.client_tools.find", lambda: asked.append("client tools"))
     return asked
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.fresh_machine import NEEDS
+from lab.roots.fresh_machine import NEEDS
 
 ROOT = Path(__file__).parents[3]
 PACKAGES = ["-e contracts", "-e runtime", "-e bridge", "-e operator", "-e examples"]

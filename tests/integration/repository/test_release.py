@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from release import dist, sbom, version
+from tools.release import dist, sbom, version
 
 ROOT = Path(__file__).parents[3]
 

@@ -1,0 +1,1 @@
+"""Helpers for the operator's benchmarks: the operator's process, hollow nodes and simulated pods."""

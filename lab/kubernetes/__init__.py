@@ -1,0 +1,1 @@
+"""A single-node Kubernetes cluster: its daemons, configuration, certificates, DNS and storage."""

@@ -1,0 +1,1 @@
+"""Bare Debian root file systems, for tests on a fresh machine and with a newer Slurm."""

@@ -1,0 +1,72 @@
+"""README's promises on a fresh machine: `make demo` and the tests in bare roots of Debian suites."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from lab.machine.errors import LabError, say
+from lab.roots.bare_root import SUITES, Root, fresh
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+DIRECTORY = Path("/var/tmp/isthmus-roots")  # noqa: S108 - Slurm's unprivileged jobs must reach what lies there
+ROOT, USER = "root", "newcomer"
+LAYERS = ("unit", "integration", "chart", "slurm", "kube", "e2e")
+NEEDS = "isthmus: python3 cannot make virtual environments; as root: apt-get install python3-venv"
+
+
+def try_all(suites: Sequence[str], users: Sequence[str], layers: Sequence[str], whole: bool) -> None:
+    """Try each suite, or all tests in the one that the lab is for; raise LabError at the first promise that fails."""
+    if whole:
+        with fresh("bookworm", DIRECTORY) as root:
+            _as_root(root, "bookworm", LAYERS, {"ISTHMUS_REQUIRE_ALL": "1"})
+        return
+    for suite in suites or SUITES:
+        for user in users:
+            with fresh(suite, DIRECTORY) as root:
+                _as_root(root, suite, layers, {}) if user == ROOT else _as_user(root, suite, layers)
+
+
+def _as_root(root: Root, suite: str, layers: Sequence[str], env: dict[str, str]) -> None:
+    checkout = "/srv/isthmus"
+    copy_checkout(root.path / checkout[1:])
+    _demo_and_tests(root, suite, ROOT, checkout, layers, env)
+
+
+def _as_user(root: Root, suite: str, layers: Sequence[str]) -> None:
+    checkout = f"/home/{USER}/isthmus"
+    root.ensure(["useradd", "--create-home", USER])
+    copy_checkout(root.path / checkout[1:])
+    root.ensure(["chown", "--recursive", f"{USER}:", checkout])
+    say(f"{suite}: make demo without python3-venv, as an ordinary user: one line says what is missing")
+    if not root.run(["sh", "-c", "make demo >/tmp/said 2>&1"], USER, checkout):
+        raise LabError(f"{suite}: make demo succeeded without python3-venv")
+    said = (root.path / "tmp/said").read_text().splitlines()
+    if said[0] != NEEDS or len(said) > 2:  # the other line is make's own
+        raise LabError(f"{suite}: make demo said: " + " / ".join(said))
+    root.ensure(["sh", "-c", "apt-get -q update && apt-get -qy install --no-install-recommends python3-venv"])
+    _demo_and_tests(root, suite, USER, checkout, layers, {})
+
+
+def _demo_and_tests(
+    root: Root, suite: str, user: str, checkout: str, layers: Sequence[str], env: dict[str, str]
+) -> None:
+    say(f"{suite}: make demo, as {user}")
+    root.ensure(["make", "demo"], user, checkout)
+    if layers:
+        say(f"{suite}: make test, {' '.join(layers)}, as {user}")
+        root.ensure(["make", "test", f"LAYERS={' '.join(layers)}"], user, checkout, env)
+
+
+def copy_checkout(target: Path) -> None:
+    """Copy the working tree: what git tracks or would add, as it is now."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=CHECKOUT, capture_output=True, check=True,
+    ).stdout  # fmt: skip
+    names = [name for name in listed.split(b"\0") if name and (CHECKOUT / name.decode()).exists()]
+    target.mkdir(parents=True)
+    pack = ["tar", "--create", "--null", "--files-from=-", "--owner=0", "--group=0"]
+    packed = subprocess.run(pack, cwd=CHECKOUT, input=b"\0".join(names), capture_output=True, check=True).stdout
+    subprocess.run(["tar", "--extract", f"--directory={target}"], input=packed, check=True)

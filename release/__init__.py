@@ -1,1 +1,0 @@
-"""Makes releases: ``python -m release --help``."""

@@ -1,0 +1,1 @@
+"""Makes releases: ``python -m tools.release --help``."""
