@@ -41,10 +41,10 @@ def rules_of(role: Manifest) -> set[Rule]:
 
 
 def documented_rules() -> tuple[set[Rule], set[Rule]]:
-    """The two tables of docs/operating/operator.md: in served namespaces, and cluster-scoped."""
-    text = (ROOT / "docs" / "operating" / "operator.md").read_text().partition("## RBAC")[2]
+    """The two tables of docs/operating/operator/install.md: in served namespaces, and cluster-scoped."""
+    text = (ROOT / "docs" / "operating" / "operator" / "install.md").read_text().partition("## RBAC")[2]
     tables = re.findall(r"\| API group \|.*\n\|[-|]+\|\n((?:\|.*\|\n)+)", text)
-    assert len(tables) == 2, "docs/operating/operator.md no longer holds two tables of rights"
+    assert len(tables) == 2, "docs/operating/operator/install.md no longer holds two tables of rights"
     served, cluster = ({_documented(row) for row in table.strip().splitlines()} for table in tables)
     return served, cluster
 
@@ -255,7 +255,9 @@ def test_flags_are_documented_and_follow_the_values(helm: Any) -> None:
     for flag in ("--cluster=prod-1", "--workers=4", "--resync=1.5", "--metrics=[::]:9102", "--health=[::]:9103"):
         assert flag in arguments
     documented = set(
-        re.findall(r"^\| `(--[a-z-]+)", (ROOT / "docs" / "operating" / "operator.md").read_text(), re.MULTILINE)
+        re.findall(
+            r"^\| `(--[a-z-]+)", (ROOT / "docs" / "operating" / "operator" / "install.md").read_text(), re.MULTILINE
+        )
     )
     assert {argument.partition("=")[0] for argument in arguments} <= documented
     scoped = operator_pod(helm.template(MATRIX["namespaces"]))["spec"]["containers"][0]["args"]

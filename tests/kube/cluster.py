@@ -229,8 +229,8 @@ class Namespace:
 
 
 def documented_rules() -> dict[str, list[dict[str, Any]]]:
-    """The RBAC rules as docs/operating/operator.md lists them, so that the tests run with those and no others."""
-    text = (ROOT / "docs" / "operating" / "operator.md").read_text(encoding="utf-8")
+    """Return the RBAC rules that docs/operating/operator/install.md lists: the tests run with exactly these."""
+    text = (ROOT / "docs" / "operating" / "operator" / "install.md").read_text(encoding="utf-8")
     section = text.split("## RBAC", 1)[1].split("\n## ", 1)[0]
     served, cluster = section.split("Cluster-scoped", 1)
     return {"served": [_rule(row) for row in _rows(served)], "cluster": [_rule(row) for row in _rows(cluster)]}

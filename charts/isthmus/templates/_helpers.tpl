@@ -170,7 +170,7 @@ securityContext:
 {{- end -}}
 {{- end -}}
 
-{{/* Rules of the operator in a served namespace: docs/operating/operator.md says what each is for. */}}
+{{/* Rules of the operator in a served namespace: docs/operating/operator/install.md says what each is for. */}}
 {{- define "isthmus.servedRules" -}}
 - apiGroups: [isthmus.dev]
   resources: [federatedjobs]

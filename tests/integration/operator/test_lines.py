@@ -108,7 +108,7 @@ async def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 
 
 async def test_a_site_changes_its_authority_step_by_step_and_is_never_out_of_reach(site: Site) -> None:
-    """As docs/operating/bridge.md tells: both are trusted before the new one signs what the other end checks."""
+    """As docs/operating/bridge/install.md says: both are trusted before the new one signs what the other end checks."""
     old, new = site.authority, Authority.create("site", DAY)
     both = new.certificate + old.certificate
     assert await site.works()

@@ -29,8 +29,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         ROOT / "bridge" / "examples" / "policy.yaml"
     ).read_bytes()
     assert (
-        'href="../../repository/bridge/examples/policy.yaml.txt"'
-        in (tmp_path / "operating" / "bridge" / "index.html").read_text()
+        'href="../../../repository/bridge/examples/policy.yaml.txt"'
+        in (tmp_path / "operating" / "bridge" / "install" / "index.html").read_text()
     )
 
 
