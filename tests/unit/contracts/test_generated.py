@@ -26,7 +26,7 @@ def test_the_stubs_are_in_step(tmp_path: Path) -> None:
     folder = "isthmus_contracts/pb"
     subprocess.run(
         [sys.executable, "-m", "grpc_tools.protoc", "-I", ".", f"--python_out={tmp_path}",
-         f"--grpc_python_out={tmp_path}", f"{folder}/federation.proto", f"{folder}/bridge.proto"],
+         f"--grpc_python_out={tmp_path}", *(f"{folder}/{path.name}" for path in (CONTRACTS / folder).glob("*.proto"))],
         check=True, cwd=CONTRACTS,
     )  # fmt: skip
     for path in (tmp_path / folder).iterdir():
