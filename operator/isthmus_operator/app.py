@@ -22,11 +22,11 @@ from .controllers.workqueue import WorkQueue
 from .effects.aggregators import Aggregators
 from .effects.apply import Effects
 from .effects.bridge import Bridges
-from .effects.bridge_channels import Lines
+from .effects.bridge_channels import BridgeChannels
 from .effects.kube import Kube, KubeError
 from .effects.observe import Observer
 from .metrics import QUEUE_AGE, QUEUE_DEPTH, REGISTRY, RESYNC_AGE, WORKERS_BUSY, JobsCollector
-from .planning.context import Limits
+from .planning.context import PlanOptions
 from .servers.gateway import Gateway
 from .servers.health import Health, serve
 from .servers.webhook import Webhook
@@ -78,9 +78,9 @@ class App:
         await _wait_for_resources(kube)
         await kube.discover()
         cluster = settings.cluster or (await _cluster_uid(kube) if settings.sites else "none")
-        lines = Lines(kube, self.sites, self.gateway.addresses if self.gateway is not None else None)
-        bridges, aggregators = Bridges(lines, self.clock), Aggregators()
-        limits = Limits(
+        channels = BridgeChannels(kube, self.sites, self.gateway.addresses if self.gateway is not None else None)
+        bridges, aggregators = Bridges(channels, self.clock), Aggregators()
+        options = PlanOptions(
             cluster=cluster,
             resync=settings.resync,
             site_give_up=settings.site_give_up,
@@ -90,13 +90,13 @@ class App:
             allowed=settings.allow_in_templates,
             defaults=settings.job_defaults,
         )
-        observer = Observer(kube, self.pods, self.sites, bridges, aggregators, limits)
+        observer = Observer(kube, self.pods, self.sites, bridges, aggregators, options)
         effects = Effects(kube, self.jobs, self.pods, bridges)
         jobs = JobReconciler(
-            self.jobs, self.pods, observer, effects, aggregators, TaskLogs(kube, bridges, cluster), limits, self.clock
+            self.jobs, self.pods, observer, effects, aggregators, TaskLogs(kube, bridges, cluster), options, self.clock
         )
         sites = SiteReconciler(kube, self.sites, bridges, self.site_changed, settings.resync)
-        self.queue = WorkQueue(self._look(jobs), workers=settings.workers, group=lambda key: key[0])
+        self.queue = WorkQueue(self._reconcile_served(jobs), workers=settings.workers, group=lambda key: key[0])
         QUEUE_DEPTH.set_function(self.queue.waiting)
         QUEUE_AGE.set_function(self.queue.waited)
         WORKERS_BUSY.set_function(self.queue.busy)
@@ -122,7 +122,7 @@ class App:
             )
             coroutines.append(webhook.serve(*split(settings.webhook), Path(settings.webhook_tls)))
         if self.gateway is not None:
-            coroutines.append(self.gateway.serve(settings.gateway, Path(settings.gateway_tls), lines.prove))
+            coroutines.append(self.gateway.serve(settings.gateway, Path(settings.gateway_tls), channels.prove))
         for coroutine in coroutines:
             task = asyncio.create_task(coroutine)
             task.add_done_callback(self._ended)
@@ -139,10 +139,10 @@ class App:
             if closed is not None:
                 await closed
 
-    def _look(self, jobs: JobReconciler) -> Callable[[Key], Awaitable[float | None]]:
+    def _reconcile_served(self, jobs: JobReconciler) -> Callable[[Key], Awaitable[float | None]]:
         """Looks at a job, unless all of its namespace is refused."""
 
-        async def look(key: Key) -> float | None:
+        async def reconcile(key: Key) -> float | None:
             job = self.jobs.get(key)
             if key[0] in self.resync.refused and job is not None and job.deleted is None:
                 return RETRY
@@ -153,7 +153,7 @@ class App:
                     self.resync.refusal(key[0])
                 raise
 
-        return look
+        return reconcile
 
     def job_seen(self, body: Mapping[str, Any]) -> None:
         """Takes in a FederatedJob, and looks at it where that is news."""

@@ -57,8 +57,8 @@ def build_registry(app: App) -> kopf.OperatorRegistry:
         again = event["type"] is _LISTED and app.jobs.get(key) is not None
         app.job_seen(body)
         if again:
-            app.resync.doubt()
-            app.pods.doubt(body["metadata"]["uid"])
+            app.resync.mark_stale()
+            app.pods.mark_stale(body["metadata"]["uid"])
             app.queue.add(key)
 
     @kopf.on.event("", "v1", "pods", labels={ids.LABEL_MANAGED_BY: ids.MANAGED_BY}, registry=registry)
@@ -68,8 +68,8 @@ def build_registry(app: App) -> kopf.OperatorRegistry:
             app.pods.drop(body)
         else:
             if event["type"] is _LISTED and app.pods.knows(body):
-                app.resync.doubt()
-                app.pods.doubt(job_uid_of(body))
+                app.resync.mark_stale()
+                app.pods.mark_stale(job_uid_of(body))
             app.pods.put(body)
         app.queue.add(job_of(body))
 
@@ -80,7 +80,7 @@ def build_registry(app: App) -> kopf.OperatorRegistry:
             app.site_gone(name)
             return
         if event["type"] is _LISTED and name in app.sites.bodies:
-            app.resync.doubt()
+            app.resync.mark_stale()
         app.site_seen(body)
 
     if app.settings.sites:

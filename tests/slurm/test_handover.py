@@ -33,12 +33,12 @@ def aggregator(lab: "Lab", tmp_path: Path) -> Iterator[Aggregator]:
 def time_to_queue_again(pool: pb.Pool, aggregator: Aggregator) -> bool:
     """The operator's own decision, from what the bridge tells."""
     hpc = SimpleNamespace(time_limit_seconds=LIMIT)
-    draft: Any = SimpleNamespace(
+    context: Any = SimpleNamespace(
         observed=SimpleNamespace(federation=SimpleNamespace(total_rounds=ROUNDS, completed_rounds=aggregator.rounds())),
         reached=lambda moment: dt.datetime.now(dt.UTC) >= moment,
     )
     record: Any = SimpleNamespace(cancelling=False, over=False)
-    return hpc_pool._ends_soon(draft, SimpleNamespace(hpc=hpc), record, pool_view(pool, 1))  # type: ignore[arg-type]
+    return hpc_pool._ends_soon(context, SimpleNamespace(hpc=hpc), record, pool_view(pool, 1))  # type: ignore[arg-type]
 
 
 def trained(site: Site, key: str, client: int) -> set[int]:

@@ -13,7 +13,7 @@ from isthmus_contracts.manifests.manifest import parse_site_spec, parse_spec
 from isthmus_operator import names
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning import base
-from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.context import PlanOptions
 from isthmus_operator.planning.plan import plan
 from isthmus_operator.planning.status import merge_patch
 from isthmus_operator.render import hpc as render_hpc
@@ -118,7 +118,7 @@ def of_kind(decided: act.Plan, kind: type) -> list[Any]:
 class World:
     """Holds a state, carries out plans in it, and lets time pass."""
 
-    limits = Limits(cluster="sim", starts_per_pass=3)
+    options = PlanOptions(cluster="sim", starts_per_pass=3)
 
     def __init__(self, wanted: dict[str, Any], observed: Observed | None = None, **changes: Any) -> None:
         self.job = job(wanted, **{"finalizers": (), **changes})
@@ -157,7 +157,7 @@ class World:
     def step(self) -> act.Plan:
         """Observes, plans and applies once."""
         observed = self.look()
-        decided = plan(self.job, observed, self.now, self.limits)
+        decided = plan(self.job, observed, self.now, self.options)
         for action in decided.actions:
             self._apply(action)
         if not self.gone:
@@ -184,7 +184,7 @@ class World:
         return load_record(self.job)
 
     def _key(self, pool: str, attempt: int) -> str:
-        return render_hpc.key(self.limits.cluster, self.job, pool, attempt)
+        return render_hpc.key(self.options.cluster, self.job, pool, attempt)
 
     def _apply(self, action: act.Action) -> None:
         seen = self.observed

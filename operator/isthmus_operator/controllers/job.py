@@ -13,11 +13,11 @@ from ..effects.kube import KubeError
 from ..effects.observe import Observer
 from ..metrics import RECONCILE_SECONDS
 from ..planning.actions import Emit, Plan, SaveJob
-from ..planning.context import Limits
+from ..planning.context import PlanOptions
 from ..planning.plan import plan
 from ..planning.status import finished, is_urgent, merge_patch
 from ..state.clock import Clock
-from ..state.job_cache import JobMemory
+from ..state.job_cache import JobCache
 from ..state.job_store import JobStore, Key
 from ..state.observed import Job
 from ..state.pod_store import PodStore
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 _STATUS_INTERVAL = 3.0  # seconds
 _AT_ONCE = 0.05
 _SOON = 0.3
-_OTHERS = 60.0  # before a look at whether another operator still serves a job
+_OWNER_CHECK_INTERVAL = 60.0  # before a look at whether another operator still serves a job
 
 
 class JobReconciler:
@@ -44,7 +44,7 @@ class JobReconciler:
         effects: Effects,
         aggregators: Aggregators,
         logs: TaskLogs,
-        limits: Limits,
+        options: PlanOptions,
         clock: Clock,
     ) -> None:
         self._jobs = jobs
@@ -53,28 +53,28 @@ class JobReconciler:
         self._effects = effects
         self._aggregators = aggregators
         self._logs = logs
-        self._limits = limits
+        self._limits = options
         self._clock = clock
-        self._memories: dict[Key, JobMemory] = {}
+        self._caches: dict[Key, JobCache] = {}
 
     async def reconcile(self, key: Key) -> float | None:
         """Looks at a job; returns after how many seconds to look again, or None: only when something happens."""
         job = self._jobs.get(key)
-        memory = self._memories.get(key)
-        if memory is not None and (job is None or job.uid != memory.uid):
-            self._memories.pop(key, None)
-            await self._aggregators.forget(memory.uid)
-            memory = None
-        if memory is None:
+        cache = self._caches.get(key)
+        if cache is not None and (job is None or job.uid != cache.uid):
+            self._caches.pop(key, None)
+            await self._aggregators.forget(cache.uid)
+            cache = None
+        if cache is None:
             # Also at the last news of a pod that outlived its job.
             self._pods.forget_all_but({known.uid for known in self._jobs.all()})
         if job is None:
             return None
-        if memory is None:
-            memory = self._memories[key] = JobMemory(job.uid)
+        if cache is None:
+            cache = self._caches[key] = JobCache(job.uid)
         started = time.monotonic()
         try:
-            return await self._step(job, memory)
+            return await self._step(job, cache)
         except KubeError as error:
             if error.code not in (404, 409):
                 raise
@@ -86,25 +86,25 @@ class JobReconciler:
 
     def count(self) -> int:
         """Of how many jobs something is kept."""
-        return len(self._memories)
+        return len(self._caches)
 
     def accepted(self, namespace: str, name: str, uid: str) -> FederatedJobSpec | None:
         """The spec that is in force, as far as it was looked at since the operator started."""
-        memory = self._memories.get((namespace, name))
-        known = memory.dependents if memory is not None and memory.uid == uid else None
+        cache = self._caches.get((namespace, name))
+        known = cache.dependents if cache is not None and cache.uid == uid else None
         return known.accepted if known is not None else None
 
-    async def _step(self, job: Job, memory: JobMemory) -> float:
+    async def _step(self, job: Job, cache: JobCache) -> float:
         if other := ownership.other(job, self._limits.identity, self._clock.now()):
-            return await self._leave(job, memory, other)
-        memory.other = ""
+            return await self._yield_to(job, cache, other)
+        cache.other = ""
         if finished(job.status) is None and (
             renewed := ownership.renewal(job, self._limits.identity, self._clock.now())
         ):
             # On top of the version that was seen: of two that claim it at once, one is told so.
             job = await self._effects.claim(job, renewed)
-        await self._logs.answer(job, memory)
-        observed = await self._observer.observe(job, memory, self._clock.now())
+        await self._logs.answer(job, cache)
+        observed = await self._observer.observe(job, cache, self._clock.now())
         # Asking took a moment; what is decided now is decided by the clock of now.
         now = self._clock.now()
         decided = plan(job, observed, now, self._limits)
@@ -114,41 +114,41 @@ class JobReconciler:
         if isinstance(first, SaveJob) and not releases:
             job = await self._effects.save(job, first)
             actions = actions[1:]
-        shown = await self._show(job, memory, decided, now)
+        shown = await self._write_status(job, cache, decided, now)
         if releases:
             # Last of all: with the finalizer the job itself goes.
-            await self._effects.perform(job, memory, [item for item in actions if not isinstance(item, SaveJob)], now)
+            await self._effects.perform(job, cache, [item for item in actions if not isinstance(item, SaveJob)], now)
             final = actions[-1]
             assert isinstance(final, SaveJob)
             await self._effects.save(job, final)
             return self._limits.idle
         if actions:
             log.info("%s/%s: %s", job.namespace, job.name, _summary(decided))
-            await self._effects.perform(job, memory, actions, now)
+            await self._effects.perform(job, cache, actions, now)
             return min(decided.requeue, _SOON)
         if finished(job.status) or job.deleted is not None:
             await self._aggregators.forget(job.uid)
         return decided.requeue if shown else min(decided.requeue, _STATUS_INTERVAL)
 
-    async def _leave(self, job: Job, memory: JobMemory, other: str) -> float:
+    async def _yield_to(self, job: Job, cache: JobCache, other: str) -> float:
         """Leaves a job to another operator, and says so once."""
-        if memory.other != other:
-            memory.other = other
+        if cache.other != other:
+            cache.other = other
             words = f"another operator, {other}, serves this job; this one, {self._limits.identity}, leaves it alone"
             log.warning("%s/%s: %s", job.namespace, job.name, words)
             event = Emit("Warning", "ServedByAnother", f"{words}: only one should serve a namespace")
-            await self._effects.emit(job, memory, event, self._clock.now())
-        return _OTHERS
+            await self._effects.emit(job, cache, event, self._clock.now())
+        return _OWNER_CHECK_INTERVAL
 
-    async def _show(self, job: Job, memory: JobMemory, decided: Plan, now: dt.datetime) -> bool:
+    async def _write_status(self, job: Job, cache: JobCache, decided: Plan, now: dt.datetime) -> bool:
         """Writes the status and the events. Returns whether the status is up to date; if not, it was put off."""
         patch = merge_patch(job.status, decided.status)
-        recent = time.monotonic() - memory.status_written < _STATUS_INTERVAL
+        recent = time.monotonic() - cache.status_written < _STATUS_INTERVAL
         put_off = bool(patch) and recent and not is_urgent(job.status, decided.status)
         if patch and not put_off:
             await self._effects.write_status(job, patch)
-            memory.status_written = time.monotonic()
-        await asyncio.gather(*(self._effects.emit(job, memory, event, now) for event in decided.events))
+            cache.status_written = time.monotonic()
+        await asyncio.gather(*(self._effects.emit(job, cache, event, now) for event in decided.events))
         return not put_off
 
 

@@ -47,17 +47,17 @@ class Resync:
         self._site_seen, self._site_gone = site_seen, site_gone
         self.refused: dict[str, str] = {}
         """Namespaces in which the operator may not list FederatedJobs or pods, and the API server's words."""
-        self._doubted = asyncio.Event()
-        self._made = self._tried = time.monotonic()
+        self._stale = asyncio.Event()
+        self._made = self._try_change = time.monotonic()
 
-    def doubt(self) -> None:
+    def mark_stale(self) -> None:
         """A watch may have missed something."""
-        self._doubted.set()
+        self._stale.set()
 
     def refusal(self, namespace: str) -> None:
         """Something was forbidden in a namespace: perhaps all of it is, since its roles are gone."""
         if namespace in self._namespaces and namespace not in self.refused and self.idle() > RETRY:
-            self.doubt()
+            self.mark_stale()
 
     def serves(self) -> bool:
         """Whether any namespace is served at all."""
@@ -69,7 +69,7 @@ class Resync:
 
     def idle(self) -> float:
         """Seconds since a list was last tried, with whatever success."""
-        return time.monotonic() - self._tried
+        return time.monotonic() - self._try_change
 
     async def run(self, kube: Kube) -> None:
         """Lists until cancelled."""
@@ -78,11 +78,11 @@ class Resync:
         while True:
             try:
                 async with asyncio.timeout(pause):
-                    await self._doubted.wait()
+                    await self._stale.wait()
                     await asyncio.sleep(_SETTLE)
             except TimeoutError:
                 pass
-            self._doubted.clear()
+            self._stale.clear()
             try:
                 await self.once(kube)
                 pause = RETRY if self.refused else INTERVAL
@@ -90,7 +90,7 @@ class Resync:
                 log.warning("cannot list FederatedJobs and HPCSites: %s; again in %.0f s", error, RETRY)
                 pause = RETRY
             finally:
-                self._tried = time.monotonic()
+                self._try_change = time.monotonic()
 
     async def once(self, kube: Kube) -> None:
         """One list of everything that is not refused. Raises :class:`KubeError` where there was no answer."""

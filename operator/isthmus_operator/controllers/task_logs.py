@@ -13,7 +13,7 @@ from ..planning.hpc_arrays import holder, parts_of
 from ..planning.plan import load_record
 from ..render.hpc import key
 from ..render.pod import owned
-from ..state.job_cache import JobMemory
+from ..state.job_cache import JobCache
 from ..state.observed import Job
 from ..state.pod_store import job_uid_of
 
@@ -31,11 +31,11 @@ class TaskLogs:
         self._bridges = bridges
         self._cluster = cluster
 
-    async def answer(self, job: Job, memory: JobMemory) -> None:
+    async def answer(self, job: Job, cache: JobCache) -> None:
         """Answers once; a request that was answered before an operator's restart is answered again."""
-        if not job.log_request or job.deleted is not None or memory.log_answered == job.log_request:
+        if not job.log_request or job.deleted is not None or cache.log_answered == job.log_request:
             return
-        memory.log_answered = job.log_request
+        cache.log_answered = job.log_request
         try:
             request = json.loads(job.log_request)
             pool, index, lines = str(request["pool"]), int(request["index"]), int(request.get("lines", 0))
@@ -49,7 +49,7 @@ class TaskLogs:
             await self._hand_on(job, ids.log_answer(job.name), said)
         except KubeError as error:
             if not error.definite:
-                memory.log_answered = ""  # at the next look at the job again
+                cache.log_answered = ""  # at the next look at the job again
             log.warning("%s/%s: the log cannot be handed on: %s", job.namespace, job.name, error)
 
     async def _hand_on(self, job: Job, name: str, said: Mapping[str, str]) -> None:

@@ -11,8 +11,8 @@ from typing import Generic, TypeVar
 from isthmus_contracts.process import asyncio_tasks
 
 from ..effects.kube import KubeError
+from ..fair_semaphore import CURRENT_SLOT, FairSemaphore, Slot
 from ..metrics import RECONCILE_ERRORS
-from ..turns import CURRENT, Turn, Turns
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class WorkQueue(Generic[K]):
         """``group``: of a key; groups that have keys waiting take turns."""
         self._handle = handle
         self._group = group
-        self._turns = Turns(workers)
+        self._slots = FairSemaphore(workers)
         self._interval = interval
         self._timeout = timeout
         self._due: dict[K, float] = {}
@@ -49,7 +49,7 @@ class WorkQueue(Generic[K]):
         self._finished: dict[K, float] = {}
         self._errors: dict[K, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
 
     def add(self, key: K, delay: float = 0.0) -> None:
         """Has the key looked at after a delay, or earlier if that is asked too."""
@@ -65,7 +65,7 @@ class WorkQueue(Generic[K]):
             # Outdated ones go when they are due, which for many is in ten minutes.
             self._heap = [entry for entry in self._heap if self._due.get(entry[2]) == entry[0]]
             heapq.heapify(self._heap)
-        self._news.set()
+        self._changed.set()
 
     def count(self) -> int:
         """How many keys it remembers anything of."""
@@ -82,7 +82,7 @@ class WorkQueue(Generic[K]):
 
     def busy(self) -> int:
         """How many workers look at a key, and do not wait for a party outside of the cluster."""
-        return self._turns.taken
+        return self._slots.taken
 
     def waited(self) -> float:
         """For how many seconds the key that has waited longest for a worker has done so."""
@@ -112,10 +112,10 @@ class WorkQueue(Generic[K]):
             wait = self._heap[0][0] - now if self._heap else None
             if wait is not None and wait <= 0:
                 return
-            self._news.clear()
+            self._changed.clear()
             try:
                 async with asyncio.timeout(wait):
-                    await self._news.wait()
+                    await self._changed.wait()
             except TimeoutError:
                 continue
 
@@ -137,10 +137,10 @@ class WorkQueue(Generic[K]):
 
     async def _work(self, key: K) -> None:
         again: float | None
-        turn = Turn(self._turns, self._group(key))
-        CURRENT.set(turn)
+        slot = Slot(self._slots, self._group(key))
+        CURRENT_SLOT.set(slot)
         try:
-            await turn.take()
+            await slot.acquire()
         finally:
             del self._taken[key]
         self._running[key] = time.monotonic()
@@ -165,7 +165,7 @@ class WorkQueue(Generic[K]):
                 exc_info=not isinstance(error, KubeError),
             )
         finally:
-            turn.give_up()
+            slot.release()
             del self._running[key]
         if again is None and key not in self._due:
             self._finished.pop(key, None)

@@ -14,12 +14,12 @@ from isthmus_contracts.wire.addresses import joined
 from isthmus_contracts.wire.pki import Credentials
 from isthmus_contracts.wire.transport import aio_channel
 
+from ..fair_semaphore import slot_released
 from ..metrics import OBSERVER_ERRORS, SILENT_AGGREGATORS
 from ..state.aggregator_status import view
 from ..state.observed import FederationView
 from ..text import one_line
-from ..turns import outside
-from .circuit_breaker import Breaker
+from .circuit_breaker import CircuitBreaker
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,11 @@ CALL_SECONDS = 4.0
 
 
 @dataclass
-class _Line:
+class _Connection:
     address: str
     credentials: Credentials
     channel: aio.Channel
-    breaker: Breaker = field(default_factory=Breaker)
+    breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
 
 
 _SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -41,27 +41,27 @@ class Aggregators:
     """One channel per running aggregator, kept open."""
 
     def __init__(self) -> None:
-        self._lines: dict[str, _Line] = {}
+        self._connections: dict[str, _Connection] = {}
 
     async def ask(self, job_uid: str, ip: str, credentials: Credentials) -> FederationView | str:
         """The aggregator's status, or why there is none. It is asked at its pod's address: no Service, no DNS."""
         address = joined(ip, ids.AGGREGATOR_PORT)
-        line = self._lines.get(job_uid)
-        if line is None or line.address != address or line.credentials != credentials:
+        connection = self._connections.get(job_uid)
+        if connection is None or connection.address != address or connection.credentials != credentials:
             await self.forget(job_uid)
             channel = aio_channel(address, credentials, ids.aggregator_server_name(job_uid))
-            line = self._lines[job_uid] = _Line(address, credentials, channel)
-        stub: Any = ObserverStub(line.channel)
-        if not line.breaker.admits():
+            connection = self._connections[job_uid] = _Connection(address, credentials, channel)
+        stub: Any = ObserverStub(connection.channel)
+        if not connection.breaker.admits():
             return f"no answer from {address}"
         try:
-            async with outside():
+            async with slot_released():
                 answer = await stub.GetStatus(pb.GetStatusRequest(job_uid=job_uid), timeout=CALL_SECONDS)
         except aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                 # A refusal costs nobody time; only silence does.
-                line.breaker.succeeded()
-            elif line.breaker.failed(error.code().name):
+                connection.breaker.succeeded()
+            elif connection.breaker.failed(error.code().name):
                 log.warning("the aggregator at %s does not answer: it is asked less often", address)
             self._count()
             OBSERVER_ERRORS.labels(error.code().name).inc()
@@ -74,26 +74,26 @@ class Aggregators:
                 return f"no answer from {address}"
             return f"{error.code().name}: {one_line(error.details() or '', 200)}"
         finally:
-            line.breaker.broke_off()
-        if line.breaker.succeeded():
+            connection.breaker.abandoned()
+        if connection.breaker.succeeded():
             self._count()
         return view(answer)
 
     def _count(self) -> None:
-        SILENT_AGGREGATORS.set(sum(line.breaker.is_open for line in self._lines.values()))
+        SILENT_AGGREGATORS.set(sum(connection.breaker.is_open for connection in self._connections.values()))
 
     def count(self) -> int:
         """How many channels are open."""
-        return len(self._lines)
+        return len(self._connections)
 
     async def forget(self, job_uid: str) -> None:
         """Closes a channel."""
-        line = self._lines.pop(job_uid, None)
-        if line is not None:
+        connection = self._connections.pop(job_uid, None)
+        if connection is not None:
             self._count()
-            await line.channel.close()
+            await connection.channel.close()
 
     async def close(self) -> None:
         """Closes every channel."""
-        for job_uid in list(self._lines):
+        for job_uid in list(self._connections):
             await self.forget(job_uid)

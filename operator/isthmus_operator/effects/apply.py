@@ -27,7 +27,7 @@ from ..planning.actions import (
     SaveJob,
     ShrinkPool,
 )
-from ..state.job_cache import JobMemory
+from ..state.job_cache import JobCache
 from ..state.job_store import JobStore
 from ..state.observed import Job, ProblemKind
 from ..state.pod_store import PodStore, belongs_to
@@ -90,19 +90,19 @@ class Effects:
         self._jobs.put(body)
         return self._jobs.get((job.namespace, job.name)) or job
 
-    async def emit(self, job: Job, memory: JobMemory, event: Emit, now: dt.datetime) -> None:
+    async def emit(self, job: Job, cache: JobCache, event: Emit, now: dt.datetime) -> None:
         """Write a Kubernetes event, or count one of the same words up; one that is lost is only logged."""
         EVENTS.labels(event.reason).inc()
         key = event.reason, event.message
-        if key in memory.said:
-            name, count = memory.said[key]
+        if key in cache.events:
+            name, count = cache.events[key]
             counted = {"count": count + 1, "lastTimestamp": timestamp(now)}
             try:
                 await self._kube.patch("Event", job.namespace, name, counted)
             except KubeError:
-                del memory.said[key]  # it is gone after an hour
+                del cache.events[key]  # it is gone after an hour
             else:
-                memory.said[key] = name, count + 1
+                cache.events[key] = name, count + 1
                 return
         body = {
             "apiVersion": "v1",
@@ -128,11 +128,11 @@ class Effects:
         except KubeError as error:
             log.warning("%s/%s: event %s is lost: %s", job.namespace, job.name, event.reason, error)
             return
-        memory.said[key] = str(made["metadata"]["name"]), 1
-        if len(memory.said) > _EVENTS_REMEMBERED:
-            del memory.said[next(iter(memory.said))]
+        cache.events[key] = str(made["metadata"]["name"]), 1
+        if len(cache.events) > _EVENTS_REMEMBERED:
+            del cache.events[next(iter(cache.events))]
 
-    async def perform(self, job: Job, memory: JobMemory, actions: Sequence[Action], now: dt.datetime) -> None:
+    async def perform(self, job: Job, cache: JobCache, actions: Sequence[Action], now: dt.datetime) -> None:
         """Carry out every action but SaveJob, and remember refusals for the next plan.
 
         Raises :class:`KubeError` for trouble with the API server as such: at once where it does not answer, or another
@@ -141,7 +141,7 @@ class Effects:
         failure: KubeError | None = None
         for step in _steps(job, actions):
             try:
-                await self._together(job, memory, step, now)
+                await self._perform_side_by_side(job, cache, step, now)
             except KubeError as error:
                 if error.definite or not error.answered:
                     raise
@@ -149,47 +149,47 @@ class Effects:
         if failure is not None:
             raise failure
 
-    async def _together(self, job: Job, memory: JobMemory, group: Sequence[Action], now: dt.datetime) -> None:
+    async def _perform_side_by_side(self, job: Job, cache: JobCache, group: Sequence[Action], now: dt.datetime) -> None:
         results = await asyncio.gather(
-            *(self._one(job, memory, action, now) for action in group), return_exceptions=True
+            *(self._perform_one(job, cache, action, now) for action in group), return_exceptions=True
         )
         for result in results:
             if isinstance(result, BaseException):
                 raise result
 
-    async def _one(self, job: Job, memory: JobMemory, action: Action, now: dt.datetime) -> None:
+    async def _perform_one(self, job: Job, cache: JobCache, action: Action, now: dt.datetime) -> None:
         ACTIONS.labels(type(action).__name__).inc()
         match action:
             case Apply():
-                await self._make(memory, f"{action.kind}/{action.name}", action.body, now)
+                await self._apply(cache, f"{action.kind}/{action.name}", action.body, now)
             case CopyCode():
                 source = await self._kube.get("ConfigMap", job.namespace, action.source)
                 copied = code.copy(job, action.source, source)
                 if isinstance(copied, str):
-                    memory.refuse(f"ConfigMap/{action.name}", copied, now)
+                    cache.record_refusal(f"ConfigMap/{action.name}", copied, now)
                 else:
-                    await self._make(memory, f"ConfigMap/{action.name}", copied, now)
+                    await self._apply(cache, f"ConfigMap/{action.name}", copied, now)
             case CreateAuthority():
                 body = certificates.authority_secret(job, action.secret, action.days, now)
-                await self._make(memory, f"Secret/{action.secret}", body, now)
+                await self._apply(cache, f"Secret/{action.secret}", body, now)
             case RenewAuthority():
-                known = memory.dependents
+                known = cache.dependents
                 if known is not None and known.authority is not None:
                     body = certificates.renewed_authority_secret(
                         job, action.secret, known.authority, known.fingerprint, action.days, now
                     )
-                    await self._make(memory, f"Secret/{action.secret}", body, now)
+                    await self._apply(cache, f"Secret/{action.secret}", body, now)
             case IssueCertificate():
-                authority = memory.dependents.authority if memory.dependents else None
+                authority = cache.dependents.authority if cache.dependents else None
                 if authority is not None:
                     body = await asyncio.to_thread(certificates.leaf_secret, job, authority, action, now)
-                    await self._make(memory, f"Secret/{action.secret}", body, now)
+                    await self._apply(cache, f"Secret/{action.secret}", body, now)
             case CreatePod():
-                await self._create_pod(job, memory, action, now)
+                await self._create_pod(job, cache, action, now)
             case DeletePod():
                 await self._delete_pod(job, action)
             case EnsurePool() | RenewCredentials() | CancelPool() | ShrinkPool():
-                await self._ask_site(job, memory, action, now)
+                await self._call_site(job, cache, action, now)
             case RecordOrphan():
                 orphan = {"namespace": job.namespace, "job": job.name, "pool": action.pool, "since": timestamp(now)}
                 body = {"status": {"orphans": {action.key: orphan}}}
@@ -206,21 +206,21 @@ class Effects:
             case SaveJob():
                 raise AssertionError("SaveJob comes before all others")
 
-    async def _make(self, memory: JobMemory, key: str, body: Mapping[str, Any], now: dt.datetime) -> None:
+    async def _apply(self, cache: JobCache, key: str, body: Mapping[str, Any], now: dt.datetime) -> None:
         try:
             await self._kube.apply(body)
         except KubeError as error:
             if not error.answered:
                 raise
-            memory.refuse(key, one_line(str(error)), now)
+            cache.record_refusal(key, one_line(str(error)), now)
             log.warning("%s is refused: %s", key, error)
         else:
-            memory.made(key)
+            cache.made(key)
         # What is there is read anew before pods are made from it.
-        if memory.dependents is not None:
-            memory.dependents.loaded = -math.inf
+        if cache.dependents is not None:
+            cache.dependents.loaded = -math.inf
 
-    async def _create_pod(self, job: Job, memory: JobMemory, action: CreatePod, now: dt.datetime) -> None:
+    async def _create_pod(self, job: Job, cache: JobCache, action: CreatePod, now: dt.datetime) -> None:
         key = f"Pod/{action.name}"
         try:
             body = await self._kube.create(action.body)
@@ -228,16 +228,16 @@ class Effects:
             if error.code != 409:
                 if not error.answered:
                     raise
-                memory.refuse(key, one_line(str(error)), now)
+                cache.record_refusal(key, one_line(str(error)), now)
                 log.warning("%s is refused: %s", key, error)
                 return
             known = await self._kube.get("Pod", job.namespace, action.name)
             if known is None or not belongs_to(known, job.uid):
                 # Of another job, or of an earlier one of this name that is still going.
-                memory.refuse(key, "a pod of that name exists and is not this job's", now)
+                cache.record_refusal(key, "a pod of that name exists and is not this job's", now)
                 return
             body = known
-        memory.made(key)
+        cache.made(key)
         self._pods.put(body)
 
     async def _delete_pod(self, job: Job, action: DeletePod) -> None:
@@ -257,10 +257,10 @@ class Effects:
             raise BridgeError(ProblemKind.UNREACHABLE, f"ConfigMap {action.code} is missing")
         return found
 
-    async def _ask_site(
+    async def _call_site(
         self,
         job: Job,
-        memory: JobMemory,
+        cache: JobCache,
         action: EnsurePool | RenewCredentials | CancelPool | ShrinkPool,
         now: dt.datetime,
     ) -> None:
@@ -279,15 +279,15 @@ class Effects:
                 else:
                     files = code.files_of(await self._code(job, action))
                     await self._bridges.ensure(action.site, action.key, action.spec, credentials, files)
-                memory.delivered[action.key] = certificates.version(secret)
+                cache.delivered[action.key] = certificates.version(secret)
         except BridgeError as error:
             # That it does not shrink, or takes no certificate, says nothing against the pool itself.
             lesser = isinstance(action, ShrinkPool | RenewCredentials)
             kind = ProblemKind.UNREACHABLE if lesser else error.kind
-            memory.trouble(action.pool, kind, str(error), now)
+            cache.record_problem(action.pool, kind, str(error), now)
             log.warning("%s/%s: pool %s at %s: %s", job.namespace, job.name, action.pool, action.site, error)
         else:
-            memory.answered(action.pool)
+            cache.answered(action.pool)
 
 
 def _steps(job: Job, actions: Sequence[Action]) -> list[list[Action]]:

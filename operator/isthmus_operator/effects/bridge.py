@@ -14,14 +14,14 @@ from grpc import aio
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.wire.pki import Credentials
 
+from ..fair_semaphore import slot_released
 from ..metrics import BRIDGE_CALLS, BRIDGE_SECONDS, CIRCUIT_OPEN
 from ..state.clock import Clock
 from ..state.job_record import LAST_SECOND
 from ..state.observed import PoolPhase, PoolView, ProblemKind
 from ..text import last_lines, one_line
-from ..turns import outside
-from .bridge_channels import CALL_SECONDS, BridgeError, Lines
-from .circuit_breaker import Breaker
+from .bridge_channels import CALL_SECONDS, BridgeChannels, BridgeError
+from .circuit_breaker import CircuitBreaker
 
 if TYPE_CHECKING:
     from isthmus_contracts.pb.bridge_pb2_grpc import BridgeAsyncStub
@@ -50,10 +50,10 @@ _FORGIVEN_AFTER = 60.0
 
 
 @dataclass(eq=False)
-class _Door:
+class _SiteState:
     """What stands before one site."""
 
-    breaker: Breaker = field(default_factory=Breaker)
+    breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
     calls: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_CALLS_PER_SITE))
     silent: bool = False  # it did not even describe itself
 
@@ -61,10 +61,10 @@ class _Door:
 class Bridges:
     """Every site's bridge. None of them holds a worker: a look that waits for one gives its turn up."""
 
-    def __init__(self, lines: Lines, clock: Clock) -> None:
-        self._lines = lines
+    def __init__(self, channels: BridgeChannels, clock: Clock) -> None:
+        self._channels = channels
         self._clock = clock
-        self._doors: dict[str, _Door] = {}
+        self._states: dict[str, _SiteState] = {}
 
     async def ensure(
         self, site: str, key: str, spec: pb.PoolSpec, credentials: Credentials, code: Mapping[str, bytes]
@@ -122,93 +122,93 @@ class Bridges:
 
     async def describe(self, site: str) -> pb.Site:
         """Asks the site about itself, whatever its breaker says. Raises also where it answers nothing else."""
-        door = self._door(site)
+        state = self._state(site)
         try:
-            async with outside():
-                answer = await self._asked(
+            async with slot_released():
+                answer = await self._invoke(
                     site, "DescribeSite", lambda stub: stub.DescribeSite(pb.DescribeSiteRequest(), timeout=CALL_SECONDS)
                 )
         except BridgeError as error:
             if isinstance(error, _SilentError):
-                door.silent = True
-                self._failed(site, door, str(error))
+                state.silent = True
+                self._failed(site, state, str(error))
             raise
-        if door.silent or door.breaker.overdue > _FORGIVEN_AFTER:
-            door.silent = False
-            self._succeeded(site, door)
-        if door.breaker.is_open:
-            message = f"{site} describes itself, but did not answer its last calls ({door.breaker.words})"
+        if state.silent or state.breaker.overdue > _FORGIVEN_AFTER:
+            state.silent = False
+            self._succeeded(site, state)
+        if state.breaker.is_open:
+            message = f"{site} describes itself, but did not answer its last calls ({state.breaker.last_error})"
             raise BridgeError(ProblemKind.UNREACHABLE, message)
         return answer
 
     async def close(self) -> None:
         """Closes every channel."""
-        await self._lines.close()
+        await self._channels.close()
 
     async def forget(self, site: str) -> None:
         """The site is gone."""
-        self._doors.pop(site, None)
+        self._states.pop(site, None)
         with suppress(KeyError):
             CIRCUIT_OPEN.remove(site)
-        await self._lines.forget(site)
+        await self._channels.forget(site)
 
-    def _door(self, site: str) -> _Door:
-        return self._doors.setdefault(site, _Door())
+    def _state(self, site: str) -> _SiteState:
+        return self._states.setdefault(site, _SiteState())
 
     async def _call(self, site: str, method: str, call: "Callable[[BridgeAsyncStub], Awaitable[Answer]]") -> Answer:
-        door = self._door(site)
-        async with outside(), self._admitted(site, door):
+        state = self._state(site)
+        async with slot_released(), self._admitted(site, state):
             try:
-                answer = await self._asked(site, method, call)
+                answer = await self._invoke(site, method, call)
             except BridgeError as error:
                 if isinstance(error, _SilentError):
-                    self._failed(site, door, f"{method}: {error}")
+                    self._failed(site, state, f"{method}: {error}")
                 elif isinstance(error, _AnsweredError) or error.kind is not ProblemKind.UNREACHABLE:
-                    self._succeeded(site, door)
+                    self._succeeded(site, state)
                 raise
-            self._succeeded(site, door)
+            self._succeeded(site, state)
             return answer
 
     @asynccontextmanager
-    async def _admitted(self, site: str, door: _Door) -> AsyncIterator[None]:
+    async def _admitted(self, site: str, state: _SiteState) -> AsyncIterator[None]:
         """A place among the calls to the site. Raises :class:`BridgeError` at once where its breaker is open."""
-        self._check(site, door)
+        self._check(site, state)
         try:
             async with asyncio.timeout(CALL_SECONDS):
-                await door.calls.acquire()
+                await state.calls.acquire()
         except TimeoutError:
             message = f"{site} is slow: {_CALLS_PER_SITE} calls to it are under way"
             raise BridgeError(ProblemKind.UNREACHABLE, message) from None
         try:
-            probe = door.breaker.is_open
-            if not door.breaker.admits():
-                raise _open(site, door.breaker)
+            probe = state.breaker.is_open
+            if not state.breaker.admits():
+                raise _open(site, state.breaker)
             try:
                 yield
             finally:
                 if probe:
-                    door.breaker.broke_off()
+                    state.breaker.abandoned()
         finally:
-            door.calls.release()
+            state.calls.release()
 
-    def _check(self, site: str, door: _Door) -> None:
-        if door.breaker.is_open and (door.breaker.left() or door.calls.locked()):
-            raise _open(site, door.breaker)
+    def _check(self, site: str, state: _SiteState) -> None:
+        if state.breaker.is_open and (state.breaker.seconds_left() or state.calls.locked()):
+            raise _open(site, state.breaker)
 
-    def _failed(self, site: str, door: _Door, words: str) -> None:
-        if door.breaker.failed(words):
+    def _failed(self, site: str, state: _SiteState, words: str) -> None:
+        if state.breaker.failed(words):
             CIRCUIT_OPEN.labels(site).set(1)
             log.warning("site %s is left alone for a while: it did not answer several times (%s)", site, words)
 
-    def _succeeded(self, site: str, door: _Door) -> None:
-        if door.breaker.succeeded():
+    def _succeeded(self, site: str, state: _SiteState) -> None:
+        if state.breaker.succeeded():
             log.info("site %s answers again", site)
         CIRCUIT_OPEN.labels(site).set(0)
 
-    async def _asked(self, site: str, method: str, call: "Callable[[BridgeAsyncStub], Awaitable[Answer]]") -> Answer:
+    async def _invoke(self, site: str, method: str, call: "Callable[[BridgeAsyncStub], Awaitable[Answer]]") -> Answer:
         started, code = time.monotonic(), "OK"
         try:
-            stub = await self._lines.stub(site)
+            stub = await self._channels.stub(site)
             return await call(stub)
         except BridgeError:
             code = "NO_CREDENTIALS"
@@ -303,6 +303,6 @@ def _translated(error: aio.AioRpcError, seconds: float) -> BridgeError:
     return (_SilentError if silent else BridgeError)(ProblemKind.UNREACHABLE, message)
 
 
-def _open(site: str, breaker: Breaker) -> CircuitOpenError:
-    message = f"{site} did not answer its last calls ({breaker.words}); one call tries it now and then"
+def _open(site: str, breaker: CircuitBreaker) -> CircuitOpenError:
+    message = f"{site} did not answer its last calls ({breaker.last_error}); one call tries it now and then"
     return CircuitOpenError(ProblemKind.UNREACHABLE, message)

@@ -44,7 +44,7 @@ class NotConnectedError(BridgeError):
 
 
 @dataclass
-class _Line:
+class _Channel:
     """An open channel to one bridge."""
 
     identity: str  # of place, Secret and credentials
@@ -53,7 +53,7 @@ class _Line:
     stub: "BridgeAsyncStub"
 
 
-class Lines:
+class BridgeChannels:
     """One channel per site, kept open."""
 
     def __init__(self, kube: Kube, sites: SiteStore, tunnels: Mapping[str, str] | None) -> None:
@@ -61,7 +61,7 @@ class Lines:
         self._kube = kube
         self._sites = sites
         self._tunnels = tunnels
-        self._lines: dict[str, _Line] = {}
+        self._channels: dict[str, _Channel] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._retiring: set[asyncio.Task[None]] = set()
 
@@ -72,22 +72,22 @@ class Lines:
             if spec is None:
                 raise BridgeError(ProblemKind.UNREACHABLE, f"there is no HPCSite {site}")
             place = self._place(site, spec)
-            line = self._lines.get(site)
-            same = line is not None and line.identity.startswith(_label(place, spec))
-            if line is not None and same and time.monotonic() - line.checked < _CREDENTIALS_SECONDS:
-                return line.stub
+            open_channel = self._channels.get(site)
+            same = open_channel is not None and open_channel.identity.startswith(_label(place, spec))
+            if open_channel is not None and same and time.monotonic() - open_channel.checked < _CREDENTIALS_SECONDS:
+                return open_channel.stub
             credentials = await self._credentials(spec)
             identity = _label(place, spec) + hashlib.sha256(b"".join(credentials.files().values())).hexdigest()
-            if line is None or line.identity != identity:
-                if line is not None:
-                    self._retire(line)
+            if open_channel is None or open_channel.identity != identity:
+                if open_channel is not None:
+                    self._retire(open_channel)
                 channel = aio_channel(place, credentials, spec.bridge_name(site))
                 with suppress(ValueError):  # no certificate at all: the call will say so
                     SITE_CERTIFICATE_EXPIRY.labels(site).set(expiry(credentials.certificate).timestamp())
                 stub: Any = BridgeStub(channel)
-                line = self._lines[site] = _Line(identity, 0.0, channel, stub)
-            line.checked = time.monotonic()
-            return line.stub
+                open_channel = self._channels[site] = _Channel(identity, 0.0, channel, stub)
+            open_channel.checked = time.monotonic()
+            return open_channel.stub
 
     async def prove(self, site: str, address: str) -> None:
         """Makes sure that the site's own bridge is behind an address, by TLS with it. Raises :class:`BridgeError`."""
@@ -116,22 +116,22 @@ class Lines:
         """The site is gone."""
         with suppress(KeyError):  # it was never called
             SITE_CERTIFICATE_EXPIRY.remove(site)
-        line = self._lines.pop(site, None)
-        if line is not None:
-            self._retire(line)
+        open_channel = self._channels.pop(site, None)
+        if open_channel is not None:
+            self._retire(open_channel)
 
-    def _retire(self, line: _Line) -> None:
+    def _retire(self, open_channel: _Channel) -> None:
         """Closes a channel once the calls have ended that other jobs have under way in it: cancelled ones would look as
         if the operator itself were ending."""
-        task = asyncio.create_task(line.channel.close(CALL_SECONDS))
+        task = asyncio.create_task(open_channel.channel.close(CALL_SECONDS))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
     async def close(self) -> None:
         """Closes every channel."""
-        for line in list(self._lines.values()):
-            await line.channel.close()
-        self._lines.clear()
+        for open_channel in list(self._channels.values()):
+            await open_channel.channel.close()
+        self._channels.clear()
 
     def _place(self, site: str, spec: HpcSiteSpec) -> str:
         if spec.endpoint is not None:

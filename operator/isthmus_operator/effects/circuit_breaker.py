@@ -12,7 +12,7 @@ FIRST_PAUSE = 5.0
 LONGEST_PAUSE = 60.0
 
 
-class Breaker:
+class CircuitBreaker:
     """One party's. Closed: calls go through. Open: none does. Half-open, once its pause is over: one does."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -21,7 +21,7 @@ class Breaker:
         self._pause = FIRST_PAUSE
         self._retry_at = 0.0
         self._probing = False
-        self.words = ""
+        self.last_error = ""
         """What the newest failure was."""
 
     @property
@@ -46,28 +46,24 @@ class Breaker:
     def succeeded(self) -> bool:
         """It answered. Returns whether that closed the breaker."""
         closed = self.is_open
-        self._failures, self._pause, self._retry_at, self._probing, self.words = 0, FIRST_PAUSE, 0.0, False, ""
+        self._failures, self._pause, self._retry_at, self._probing, self.last_error = 0, FIRST_PAUSE, 0.0, False, ""
         return closed
 
     def failed(self, words: str) -> bool:
         """It did not answer. Returns whether that opened the breaker."""
         before, now = self.is_open, self._clock()
         self._failures += 1
-        self.words = words
+        self.last_error = words
         if self.is_open and (not before or self._probing):
             self._retry_at = now + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
         self._probing = False
         return self.is_open and not before
 
-    def broke_off(self) -> None:
+    def abandoned(self) -> None:
         """The call ended without telling anything of the party."""
         self._probing = False
 
-    def allow(self) -> None:
-        """Ends the pause: something else answered, so that a call may try it now."""
-        self._retry_at = 0.0
-
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds until a call may try it."""
         return max(0.0, self._retry_at - self._clock())

@@ -34,8 +34,8 @@ async def load(kube: Kube, job: Job, now: dt.datetime, network_policies: bool, r
     if spec is not None and not (resting and accepted is not None):
         objects |= await _get(kube, job, _expected(job, spec, network_policies))
     ours = {key: body for key, body in objects.items() if job_uid_of(body) == job.uid}
-    foreign = tuple(sorted(_whose(key, objects[key]) for key in set(objects) - set(ours)))
-    result = Dependents(began, accepted, frozenset(ours), _rendered(ours), foreign)
+    conflicting = tuple(sorted(_whose(key, objects[key]) for key in set(objects) - set(ours)))
+    result = Dependents(began, accepted, frozenset(ours), _rendered(ours), conflicting)
     service = ours.get(f"Service/{names.aggregator(job.name)}")
     if service is not None:
         result.service = service_view(service)
@@ -60,7 +60,9 @@ async def load(kube: Kube, job: Job, now: dt.datetime, network_policies: bool, r
     return result
 
 
-async def unnameable(kube: Kube, job: Job, accepted: FederatedJobSpec | None, sites: SiteStore) -> tuple[str, ...]:
+async def forbidden_references(
+    kube: Kube, job: Job, accepted: FederatedJobSpec | None, sites: SiteStore
+) -> tuple[str, ...]:
     """What the job's templates name and may not: other jobs' Secrets, ConfigMaps and claims, and sites' credentials."""
     spec = accepted or _spec(job)
     if spec is None:

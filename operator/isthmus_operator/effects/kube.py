@@ -19,9 +19,9 @@ from urllib3.exceptions import HTTPError
 
 from isthmus_contracts import identities as ids
 
+from ..fair_semaphore import OVERFLOW, FairSemaphore
 from ..metrics import API_REQUESTS
 from ..state.clock import Clock
-from ..turns import MOST, Turns
 
 FIELD_MANAGER = ids.MANAGED_BY
 _MERGE_PATCH = "application/merge-patch+json"
@@ -94,11 +94,11 @@ class Kube:
         self.clock = clock
         self._configuration = configuration
         self._reload = reload
-        self._turns = Turns(concurrency)
-        self._pool = connections(configuration, MOST * concurrency)
+        self._slots = FairSemaphore(concurrency)
+        self._pool = connections(configuration, OVERFLOW * concurrency)
         self._timeout = timeout
         self._policy = _GROUPS["PodDisruptionBudget"]
-        self._threads = ThreadPoolExecutor(MOST * concurrency, thread_name_prefix="kube")
+        self._threads = ThreadPoolExecutor(OVERFLOW * concurrency, thread_name_prefix="kube")
 
     @classmethod
     def connect(cls, concurrency: int, timeout: float, clock: Clock) -> "Kube":
@@ -189,7 +189,7 @@ class Kube:
         # By namespace: one whose admission webhooks are slow does not keep the others waiting.
         loop, group, attempt = asyncio.get_running_loop(), _namespace(where), 0
         while True:
-            await self._turns.acquire(group)
+            await self._slots.acquire(group)
             try:
                 return await loop.run_in_executor(self._threads, self._send, method, where, body, query, content_type)
             except KubeError as error:
@@ -198,7 +198,7 @@ class Kube:
                     raise
                 pause = error.retry_after * 1.5**attempt
             finally:
-                self._turns.release(group)
+                self._slots.release(group)
             await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - so that not all come at once
             attempt += 1
 
@@ -226,7 +226,7 @@ class Kube:
             API_REQUESTS.labels(method, "none").inc()
             raise KubeError(0, f"no answer from the API server: {error}") from error
         API_REQUESTS.labels(method, str(answer.status)).inc()
-        self.clock.heard(answer.headers.get("Date"), sent)
+        self.clock.observe_date(answer.headers.get("Date"), sent)
         if answer.status == 401 and self._reload is not None:
             # The library reads a rotating token every minute by the wall clock, which somebody may have put back.
             self._configuration = self._reload()

@@ -12,11 +12,11 @@ from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.api.federated_job_status import ConditionType
 
 from .. import names
-from ..planning.context import Limits
+from ..planning.context import PlanOptions
 from ..planning.plan import load_record
 from ..planning.status import finished, is_true
 from ..render import hpc as render_hpc
-from ..state.job_cache import Dependents, JobMemory
+from ..state.job_cache import Dependents, JobCache
 from ..state.job_record import HpcRecord
 from ..state.job_store import SiteStore
 from ..state.observed import FederationView, Job, Observed, PodView, PoolView, ServiceView
@@ -43,62 +43,62 @@ class Observer:
         sites: SiteStore,
         bridges: Bridges,
         aggregators: Aggregators,
-        limits: Limits,
+        options: PlanOptions,
     ) -> None:
         self._kube = kube
         self._pods = pods
         self._sites = sites
         self._bridges = bridges
         self._aggregators = aggregators
-        self._cluster = limits.cluster
-        self._policies = limits.network_policies
-        self._dependents_age = _DEPENDENTS_RESYNCS * limits.resync
+        self._cluster = options.cluster
+        self._policies = options.network_policies
+        self._dependents_age = _DEPENDENTS_RESYNCS * options.resync
 
-    async def observe(self, job: Job, memory: JobMemory, now: dt.datetime) -> Observed:
+    async def observe(self, job: Job, cache: JobCache, now: dt.datetime) -> Observed:
         """Looks around. The aggregator is asked last: see ``Observed.federation``."""
         idle = job.deleted is not None or finished(job.status) is not None
         if not idle:
-            await self._list_pods(job, memory)
+            await self._list_pods(job, cache)
         pools, base = await asyncio.gather(
-            self._ask_sites(job, memory, now), self._look_at_dependents(job, memory, now, idle)
+            self._poll_sites(job, cache, now), self._load_dependents(job, cache, now, idle)
         )
         pods = self._pods.of(job.namespace, job.uid)
         aggregator = next((pod for pod in pods if pod.name == names.aggregator(job.name)), None)
-        federation, error = await self._ask_aggregator(job, base, aggregator)
+        federation, error = await self._poll_aggregator(job, base, aggregator)
         return Observed(
             pods=pods,
             accepted=base.accepted,
             present=base.present,
             rendered=base.rendered,
-            foreign=base.foreign,
+            conflicting=base.conflicting,
             code=base.code,
-            unnameable=base.unnameable,
+            forbidden_references=base.forbidden_references,
             authority=base.fingerprint,
             authority_ends=base.authority_ends,
             certificates=base.certificates,
-            delivered=dict(memory.delivered),
+            delivered=dict(cache.delivered),
             service=base.service,
-            node_address=await self._node_address(base.accepted, base.service, memory, aggregator),
+            node_address=await self._node_address(base.accepted, base.service, cache, aggregator),
             sites=dict(self._sites.specs),
             pools=pools,
-            problems=dict(memory.problems),
-            refusals=dict(memory.refusals),
+            problems=dict(cache.problems),
+            refusals=dict(cache.refusals),
             federation=federation,
             federation_error=error,
         )
 
-    async def _list_pods(self, job: Job, memory: JobMemory) -> None:
-        doubted, began = self._pods.doubted(job.uid), time.monotonic()
-        if not doubted and began - memory.pods_listed < _PODS_AGE:
+    async def _list_pods(self, job: Job, cache: JobCache) -> None:
+        take_stale, began = self._pods.take_stale(job.uid), time.monotonic()
+        if not take_stale and began - cache.pods_listed < _PODS_AGE:
             return
-        memory.pods_listed = -math.inf  # should the list fail, it is made at the next look
+        cache.pods_listed = -math.inf  # should the list fail, it is made at the next look
         known = [pod.uid for pod in self._pods.of(job.namespace, job.uid)]
         listed = await self._kube.list("Pod", job.namespace, f"{ids.LABEL_JOB_UID}={job.uid}")
         self._pods.replace(job.namespace, job.uid, listed.get("items") or (), known)
-        memory.pods_listed = began
+        cache.pods_listed = began
 
-    async def _look_at_dependents(self, job: Job, memory: JobMemory, now: dt.datetime, idle: bool) -> Dependents:
-        known = memory.dependents
+    async def _load_dependents(self, job: Job, cache: JobCache, now: dt.datetime, idle: bool) -> Dependents:
+        known = cache.dependents
         if known is None and idle:
             # Nothing is made for it any more.
             return Dependents(-math.inf)
@@ -107,32 +107,34 @@ class Observer:
         lacks = known is not None and (known.accepted is None if resting else _incomplete(known))
         old = known is None or time.monotonic() - known.loaded > self._dependents_age
         if known is None or (not idle and (old or lacks)):
-            known = memory.dependents = await dependents.load(self._kube, job, now, self._policies, resting)
-            known.unnameable = await dependents.unnameable(self._kube, job, known.accepted, self._sites)
+            known = cache.dependents = await dependents.load(self._kube, job, now, self._policies, resting)
+            known.forbidden_references = await dependents.forbidden_references(
+                self._kube, job, known.accepted, self._sites
+            )
         return known
 
-    async def _ask_sites(self, job: Job, memory: JobMemory, now: dt.datetime) -> dict[str, PoolView]:
+    async def _poll_sites(self, job: Job, cache: JobCache, now: dt.datetime) -> dict[str, PoolView]:
         record = load_record(job)
         pending = {name: pool for name, pool in record.hpc.items() if not pool.ended and (pool.authority or pool.seen)}
-        views = await asyncio.gather(*(self._ask_site(job, memory, now, *item) for item in pending.items()))
+        views = await asyncio.gather(*(self._poll_site(job, cache, now, *item) for item in pending.items()))
         return {name: view for name, view in zip(pending, views, strict=True) if view is not None}
 
-    async def _ask_site(
-        self, job: Job, memory: JobMemory, now: dt.datetime, name: str, record: HpcRecord
+    async def _poll_site(
+        self, job: Job, cache: JobCache, now: dt.datetime, name: str, record: HpcRecord
     ) -> PoolView | None:
-        problem = memory.problems.get(name)
+        problem = cache.problems.get(name)
         if problem is not None and not problem.due(now):
             return None
         key = render_hpc.key(self._cluster, job, name, record.attempt)
         try:
             view = await self._bridges.get(record.site, key, record.attempt, record.first)
         except BridgeError as error:
-            memory.trouble(name, error.kind, str(error), now)
+            cache.record_problem(name, error.kind, str(error), now)
             return None
-        memory.answered(name)
+        cache.answered(name)
         return view
 
-    async def _ask_aggregator(
+    async def _poll_aggregator(
         self, job: Job, base: Dependents, pod: PodView | None
     ) -> tuple[FederationView | None, str]:
         if pod is None or pod.phase != "Running" or not pod.ip or base.observer is None:
@@ -142,12 +144,12 @@ class Observer:
         return (None, answer) if isinstance(answer, str) else (answer, "")
 
     async def _node_address(
-        self, spec: FederatedJobSpec | None, service: ServiceView | None, memory: JobMemory, pod: PodView | None
+        self, spec: FederatedJobSpec | None, service: ServiceView | None, cache: JobCache, pod: PodView | None
     ) -> str:
         """The address of the aggregator's node: what a NodePort needs."""
         if pod is None or not pod.node or spec is None or spec.aggregator.expose.type != "NodePort":
             return ""
-        if pod.node not in memory.node_addresses:
+        if pod.node not in cache.node_addresses:
             try:
                 node = await self._kube.get("Node", "", pod.node)
             except KubeError:
@@ -157,8 +159,8 @@ class Observer:
             address = node_address(addresses, service.cluster_ip if service is not None else "") or pod.host_ip
             if not address:
                 return ""
-            memory.node_addresses[pod.node] = address
-        return memory.node_addresses[pod.node]
+            cache.node_addresses[pod.node] = address
+        return cache.node_addresses[pod.node]
 
 
 def node_address(addresses: Iterable[Mapping[str, Any]], cluster_ip: str) -> str:
@@ -175,6 +177,12 @@ def node_address(addresses: Iterable[Mapping[str, Any]], cluster_ip: str) -> str
 def _incomplete(known: Dependents) -> bool:
     """Whether something is still missing that may have come since: then the objects are looked at each time."""
     service, accepted = known.service, known.accepted
-    if accepted is None or known.foreign or known.unnameable or known.authority is None or service is None:
+    if (
+        accepted is None
+        or known.conflicting
+        or known.forbidden_references
+        or known.authority is None
+        or service is None
+    ):
         return True
     return accepted.aggregator.expose.type == "LoadBalancer" and not service.ingress

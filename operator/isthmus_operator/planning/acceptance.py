@@ -52,12 +52,12 @@ def examine(
     """
     if observed.accepted is not None:
         # Its record is an object that the namespace's users can write: it is not believed in what matters.
-        if forbidden := [*_forbidden(job, observed.accepted, allowed, defaults), *observed.unnameable]:
+        if forbidden := [*_forbidden(job, observed.accepted, allowed, defaults), *observed.forbidden_references]:
             return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(forbidden), waits=True)
         try:
-            return _live(observed.accepted, parse_spec(job.spec))
+            return _apply_live_changes(observed.accepted, parse_spec(job.spec))
         except ManifestError as error:
-            spec = _live(observed.accepted, _still_valid(observed.accepted, job.spec)).spec
+            spec = _apply_live_changes(observed.accepted, _apply_valid_changes(observed.accepted, job.spec)).spec
             return Acceptance(spec, f"the changed manifest is invalid and is {IGNORED}: {error}")
     try:
         wanted = _valid_spec(job, defaults)
@@ -65,8 +65,8 @@ def examine(
         return Rejection(Reason.INVALID_SPEC, str(error))
     if forbidden := _forbidden(job, wanted, allowed, defaults):
         return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(forbidden))
-    if observed.unnameable:
-        return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(observed.unnameable), waits=True)
+    if observed.forbidden_references:
+        return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(observed.forbidden_references), waits=True)
     for number, pool in enumerate(wanted.pools):
         if pool.hpc is None:
             continue
@@ -86,7 +86,7 @@ def _valid_spec(job: Job, defaults: JobDefaults) -> FederatedJobSpec:
     if problems:
         raise ManifestError(problems)
     spec = parse_spec(job.spec)
-    problems = _judge_templates(job, spec, frozenset(), defaults)[0]
+    problems = _check_templates(job, spec, frozenset(), defaults)[0]
     if problems:
         raise ManifestError(problems)
     return spec
@@ -94,24 +94,24 @@ def _valid_spec(job: Job, defaults: JobDefaults) -> FederatedJobSpec:
 
 def _forbidden(job: Job, spec: FederatedJobSpec, allowed: frozenset[str], defaults: JobDefaults) -> list[str]:
     """What templates ask for that the admin has not allowed."""
-    invalid, forbidden = _judge_templates(job, spec, allowed, defaults)
+    invalid, forbidden = _check_templates(job, spec, allowed, defaults)
     templates = [("spec.aggregator.template", spec.aggregator.template)]
     templates += [
         (f"spec.pools[{number}].cloud.template", pool.cloud.template)
         for number, pool in enumerate(spec.pools)
         if pool.cloud is not None
     ]
-    unlisted = [
-        f"{path}.{problem}" for path, template in templates for problem in references.unlisted(template, allowed)
+    not_allowed = [
+        f"{path}.{problem}" for path, template in templates for problem in references.not_allowed(template, allowed)
     ]
     if spec.task.code is not None:
         # The operator copies it, whoever may read it.
         named = {"configMapRef": {"name": spec.task.code.config_map_ref.name}}
-        unlisted += [f"spec.task.code.{problem}" for problem in references.unlisted(named, allowed)]
-    return [*invalid, *forbidden, *unlisted]
+        not_allowed += [f"spec.task.code.{problem}" for problem in references.not_allowed(named, allowed)]
+    return [*invalid, *forbidden, *not_allowed]
 
 
-def _judge_templates(
+def _check_templates(
     job: Job, spec: FederatedJobSpec, allowed: frozenset[str], defaults: JobDefaults
 ) -> tuple[list[str], list[str]]:
     """Why templates make no pod, and what they ask for that the admin has not allowed."""
@@ -145,7 +145,7 @@ def _client(job: Job, spec: FederatedJobSpec, pool: Pool, defaults: JobDefaults)
     return ClientPods(job, spec, pool, "", (), defaults).pod(0, 0)
 
 
-def _live(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> Acceptance:
+def _apply_live_changes(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> Acceptance:
     spec = accepted.model_copy(update={name: getattr(wanted, name) for name in LIVE_FIELDS})
     pools, problems = _resized_pools(accepted, wanted)
     compared = spec.model_copy(update={"pools": pools})
@@ -153,7 +153,7 @@ def _live(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> Acceptance:
     sized = [_of_size(new, old.size) for new, old in zip(pools, accepted.pools, strict=True)]
     selection = accepted.selection.model_copy(update={"min_clients": accepted.min_clients})
     spec = spec.model_copy(update={"pools": sized, "selection": selection})
-    compared, wanted = _written_out(compared, accepted), _written_out(wanted, accepted)
+    compared, wanted = _with_accepted_defaults(compared, accepted), _with_accepted_defaults(wanted, accepted)
     changed = [
         f"spec.{info.alias or name}"
         for name, info in FederatedJobSpec.model_fields.items()
@@ -165,7 +165,7 @@ def _live(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> Acceptance:
     return Acceptance(spec, f"changes of {', '.join(changed)} are ignored: {why}")
 
 
-def _still_valid(accepted: FederatedJobSpec, manifest: Mapping[str, Any]) -> FederatedJobSpec:
+def _apply_valid_changes(accepted: FederatedJobSpec, manifest: Mapping[str, Any]) -> FederatedJobSpec:
     """The accepted spec with what may change as an invalid manifest has it, each where it is valid by itself: a mistake
     elsewhere starts no job that is suspended, and brings no clients back that were let go."""
     content = accepted.model_dump(mode="json", by_alias=True)
@@ -173,7 +173,7 @@ def _still_valid(accepted: FederatedJobSpec, manifest: Mapping[str, Any]) -> Fed
     for name in LIVE_FIELDS:
         field = FederatedJobSpec.model_fields[name]
         alias = field.alias or name
-        content, spec = _tried({**content, alias: manifest.get(alias, field.default)}, content, spec)
+        content, spec = _try_change({**content, alias: manifest.get(alias, field.default)}, content, spec)
     pools = manifest.get("pools")
     for given in pools if isinstance(pools, list) else ():
         wanted = given if isinstance(given, Mapping) else {}
@@ -183,11 +183,11 @@ def _still_valid(accepted: FederatedJobSpec, manifest: Mapping[str, Any]) -> Fed
             else pool
             for pool in content["pools"]
         ]
-        content, spec = _tried({**content, "pools": resized}, content, spec)
+        content, spec = _try_change({**content, "pools": resized}, content, spec)
     return spec
 
 
-def _tried(
+def _try_change(
     changed: dict[str, Any], before: dict[str, Any], spec: FederatedJobSpec
 ) -> tuple[dict[str, Any], FederatedJobSpec]:
     try:
@@ -196,7 +196,7 @@ def _tried(
         return before, spec
 
 
-def _written_out(spec: FederatedJobSpec, accepted: FederatedJobSpec) -> FederatedJobSpec:
+def _with_accepted_defaults(spec: FederatedJobSpec, accepted: FederatedJobSpec) -> FederatedJobSpec:
     """The spec with what it leaves open as it was accepted: the webhook wrote it down when the job was made, and the
     user's own manifest still leaves it open."""
     clients, updates = spec.selection.min_clients, spec.stragglers.min_updates

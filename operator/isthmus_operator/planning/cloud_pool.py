@@ -13,7 +13,7 @@ from ..state.observed import PodView
 from ..text import exited, killed, last_lines, plural
 from . import bursting
 from .actions import CreatePod, DeletePod
-from .context import Draft, PoolOutcome
+from .context import PlanContext, PoolOutcome
 from .start_problems import why_not_started
 
 _FIRST_DELAY = 5.0  # seconds before the first restart after a failure; doubled each time
@@ -29,9 +29,9 @@ def restart_delay(times: int) -> dt.timedelta:
     return dt.timedelta(seconds=min(_FIRST_DELAY * 2 ** min(max(times - 1, 0), 16), _LONGEST_DELAY))
 
 
-def plan_cloud_pool(draft: Draft, pool: Pool, ready_to_start: bool) -> PoolOutcome:
+def plan_cloud_pool(context: PlanContext, pool: Pool, ready_to_start: bool) -> PoolOutcome:
     """Plans the pods of one cloud pool of a job that shall run."""
-    return _CloudPool(draft, pool, ready_to_start).plan()
+    return _CloudPool(context, pool, ready_to_start).plan()
 
 
 def _words(pod: PodView) -> str:
@@ -42,12 +42,12 @@ def _words(pod: PodView) -> str:
 
 
 class _CloudPool:
-    def __init__(self, draft: Draft, pool: Pool, ready_to_start: bool) -> None:
-        self.draft = draft
+    def __init__(self, context: PlanContext, pool: Pool, ready_to_start: bool) -> None:
+        self.context = context
         self.pool = pool
         self.can_start = ready_to_start
-        self.record = draft.record.cloud.setdefault(pool.name, CloudRecord())
-        self.size = bursting.wanted(draft, pool, self.record)
+        self.record = context.record.cloud.setdefault(pool.name, CloudRecord())
+        self.size = bursting.wanted(context, pool, self.record)
         self.outcome = PoolOutcome(pool.name, desired=self.size, possible=max(self.size, pool.replicas))
         self._pods: ClientPods | None = None
         self._newest_failure: tuple[dt.datetime, str] | None = None
@@ -57,7 +57,7 @@ class _CloudPool:
 
     def plan(self) -> PoolOutcome:
         by_index: dict[int, list[PodView]] = {}
-        for pod in self.draft.observed.pods:
+        for pod in self.context.observed.pods:
             if pod.role == names.ROLE_CLIENT and pod.pool == self.pool.name:
                 by_index.setdefault(pod.index, []).append(pod)
         for index in range(self.size):
@@ -66,18 +66,18 @@ class _CloudPool:
         for surplus in by_index.values():
             self._delete(surplus)
         if self.record == CloudRecord():
-            del self.draft.record.cloud[self.pool.name]
+            del self.context.record.cloud[self.pool.name]
         outcome = self.outcome
         # What keeps clients from starting comes first; else the last failure stays visible.
         failure = (self._newest_failure or (None, ""))[1]
         outcome.reason = self._refused or self._waiting or failure or self._left
-        outcome.held = bool(outcome.reason) and outcome.reason != failure
+        outcome.warn = bool(outcome.reason) and outcome.reason != failure
         if outcome.possible < max(outcome.desired, self.pool.replicas):
             outcome.blocked = Reason.QUORUM_IMPOSSIBLE
         return outcome
 
     def _client(self, index: int, pods: Sequence[PodView]) -> None:
-        draft, entry = self.draft, self.record.client(index)
+        context, entry = self.context, self.record.client(index)
         newest = pods[-1] if pods else None
         self._delete_obsolete(pods)
         for pod in pods:
@@ -92,28 +92,28 @@ class _CloudPool:
         if newest is not None and newest.phase == "Failed" and not newest.deleting:
             self._count_failure(index, newest)
             entry = self.record.client(index)
-        if entry.failures > draft.spec.backoff_limit:
+        if entry.failures > context.spec.backoff_limit:
             self.outcome.possible -= 1
             self.outcome.failed += 1
             return
         if newest is None:
             fresh = index >= self.record.started
-            refused = f"Pod/{names.client(draft.job.name, self.pool.name, index, entry.attempt)}"
+            refused = f"Pod/{names.client(context.job.name, self.pool.name, index, entry.attempt)}"
             self.outcome.queued += 1
             # One that the API server refused was never there: its number is still free.
-            self._start(index, entry.attempt if fresh or refused in draft.observed.refusals else entry.attempt + 1)
+            self._start(index, entry.attempt if fresh or refused in context.observed.refusals else entry.attempt + 1)
         elif newest.deleting:
             self.outcome.queued += 1
             self._start(index, newest.attempt + 1)
         elif newest.ended:
             self._restart(index, newest, entry)
         else:
-            if draft.observed.authority and newest.authority != draft.observed.authority:
+            if context.observed.authority and newest.authority != context.observed.authority:
                 # Its certificate is of another CA: it cannot join, and this is none of its doing.
-                draft.actions.append(DeletePod(newest.name, newest.uid))
+                context.actions.append(DeletePod(newest.name, newest.uid))
             if newest.phase == "Pending":
                 self.outcome.queued += 1
-                self._waiting = self._waiting or why_not_started(draft, newest)
+                self._waiting = self._waiting or why_not_started(context, newest)
 
     def _delete_obsolete(self, pods: Sequence[PodView]) -> None:
         """Keeps the newest pod of a client and, for its log, the last that ended; fenced and older ones go, and one
@@ -125,7 +125,7 @@ class _CloudPool:
         self._delete([pod for pod in pods if pod.uid not in kept])
 
     def _note_failure(self, pod: PodView) -> None:
-        moment = pod.ended_at(self.draft.now)
+        moment = pod.ended_at(self.context.now)
         if pod.phase == "Failed" and (self._newest_failure is None or moment > self._newest_failure[0]):
             self._newest_failure = (moment, f"{pod.name}: {_words(pod)}")
 
@@ -135,9 +135,9 @@ class _CloudPool:
         entry = self._entry(index)
         entry.counted = pod.attempt
         entry.failures += 1
-        left = self.draft.spec.backoff_limit - entry.failures + 1
+        left = self.context.spec.backoff_limit - entry.failures + 1
         then = f"{plural(left, 'restart')} left" if left > 0 else "it is out of restarts"
-        self.draft.emit("Warning", Reason.CLIENT_FAILED, f"{pod.name} failed; {then}: {_words(pod)}")
+        self.context.emit("Warning", Reason.CLIENT_FAILED, f"{pod.name} failed; {then}: {_words(pod)}")
 
     def _restart(self, index: int, pod: PodView, entry: ClientRecord) -> None:
         """Starts a client that ended, after a while. The while also lets a job that just completed say so first."""
@@ -146,36 +146,38 @@ class _CloudPool:
             times = entry.failures if not pod.disrupted else 1
         else:
             times = pod.attempt + 1
-        if self.draft.rested(pod.ended_at(self.draft.now), restart_delay(times)):
+        if self.context.elapsed(pod.ended_at(self.context.now), restart_delay(times)):
             self._start(index, pod.attempt + 1)
 
     def _start(self, index: int, attempt: int) -> None:
-        draft = self.draft
+        context = self.context
         if not self.can_start:
             return
-        name = names.client(draft.job.name, self.pool.name, index, attempt)
-        refusal = draft.observed.refusals.get(f"Pod/{name}")
+        name = names.client(context.job.name, self.pool.name, index, attempt)
+        refusal = context.observed.refusals.get(f"Pod/{name}")
         if refusal is not None:
             self._refused = f"the API server refused {name}: {refusal.message}"
-        if draft.refused(f"Pod/{name}"):
+        if context.refused(f"Pod/{name}"):
             return
-        if draft.starts >= draft.limits.starts_per_pass:
+        if context.starts >= context.options.starts_per_pass:
             # The next pass goes on here; nothing with a higher index may be started before.
             self.can_start = False
-            draft.wake_in(0.1)
+            context.requeue_after(0.1)
             return
         if attempt > 0:
             self._entry(index).attempt = attempt
         if index >= self.record.started:
             self.record.started = index + 1
         if self._pods is None:
-            seen = draft.observed
-            self._pods = ClientPods(draft.job, draft.spec, self.pool, seen.authority, seen.code, draft.limits.defaults)
-        draft.starts += 1
-        draft.actions.append(CreatePod(self._pods.pod(index, attempt)))
+            seen = context.observed
+            self._pods = ClientPods(
+                context.job, context.spec, self.pool, seen.authority, seen.code, context.options.defaults
+            )
+        context.starts += 1
+        context.actions.append(CreatePod(self._pods.pod(index, attempt)))
 
     def _entry(self, index: int) -> ClientRecord:
         return self.record.clients.setdefault(index, ClientRecord())
 
     def _delete(self, pods: Sequence[PodView]) -> None:
-        self.draft.actions += [DeletePod(pod.name, pod.uid) for pod in pods if not pod.deleting]
+        self.context.actions += [DeletePod(pod.name, pod.uid) for pod in pods if not pod.deleting]

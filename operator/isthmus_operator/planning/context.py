@@ -17,7 +17,7 @@ MAX_EVENTS = 10
 
 
 @dataclass(frozen=True)
-class Limits:
+class PlanOptions:
     """What the operator's flags set."""
 
     cluster: str = "cluster"
@@ -35,7 +35,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class JobResult:
     """The job is over."""
 
     outcome: Literal["Complete", "Failed"]
@@ -52,7 +52,7 @@ class PoolOutcome:
     queued: int = 0
     failed: int = 0
     reason: str = ""
-    held: bool = False  # the reason keeps clients from starting, or from staying: worth an event
+    warn: bool = False  # the reason keeps clients from starting, or from staying: worth an event
     jobs: list[str] = field(default_factory=list)
     attempt: int = 0
     possible: int = 0  # clients that are there or may yet come
@@ -60,38 +60,38 @@ class PoolOutcome:
 
 
 @dataclass
-class Draft:
+class PlanContext:
     """One pass over one job."""
 
     job: Job
     observed: Observed
     now: dt.datetime
-    limits: Limits
+    options: PlanOptions
     spec: FederatedJobSpec
     record: Record
     actions: list[Action] = field(default_factory=list)
     events: list[Emit] = field(default_factory=list)
     requeue: float = 600.0
-    unsaid: int = 0
+    suppressed_events: int = 0
     volume_lost: bool = False  # with the rounds that were on it
     starts: int = 0  # client pods that this pass makes
 
-    def wake_in(self, seconds: float) -> None:
+    def requeue_after(self, seconds: float) -> None:
         """Looks again no later than that."""
         self.requeue = max(0.1, min(self.requeue, seconds))
 
-    def wake_at(self, moment: dt.datetime) -> None:
+    def requeue_at(self, moment: dt.datetime) -> None:
         """Looks again no later than then."""
-        self.wake_in((moment - self.now).total_seconds())
+        self.requeue_after((moment - self.now).total_seconds())
 
     def reached(self, moment: dt.datetime) -> bool:
         """Whether the moment has come; if not, looks again when it has."""
         if self.now >= moment:
             return True
-        self.wake_at(moment)
+        self.requeue_at(moment)
         return False
 
-    def rested(self, since: dt.datetime, pause: dt.timedelta) -> bool:
+    def elapsed(self, since: dt.datetime, pause: dt.timedelta) -> bool:
         """Whether a pause is over; if not, looks again when it is. One that has yet to begin was noted before a clock
         was put back, and is over."""
         return since > self.now or self.reached(since + pause)
@@ -101,14 +101,14 @@ class Draft:
         if len(self.events) < MAX_EVENTS:
             self.events.append(Emit(type_, reason, message))
         else:
-            self.unsaid += 1
+            self.suppressed_events += 1
 
     def refused(self, key: str) -> bool:
         """Whether the API server refused this object a moment ago; looks again when it may be tried anew."""
         refusal = self.observed.refusals.get(key)
         return refusal is not None and not self._due(refusal)
 
-    def may_ask(self, part: str) -> bool:
+    def may_call_site(self, part: str) -> bool:
         """Whether a pool's site may be asked for something; looks again when it may."""
         problem = self.observed.problems.get(part)
         return problem is None or self._due(problem)
@@ -116,5 +116,5 @@ class Draft:
     def _due(self, trouble: Refusal | PoolProblem) -> bool:
         if trouble.due(self.now):
             return True
-        self.wake_at(trouble.retry_at)
+        self.requeue_at(trouble.retry_at)
         return False

@@ -13,7 +13,7 @@ from ..render.hpc import pool_of
 from ..state.job_record import HpcRecord, Record
 from ..state.observed import PoolPhase, PoolView
 from .actions import ShrinkPool
-from .context import Draft
+from .context import PlanContext
 
 Part = tuple[str, HpcRecord]
 
@@ -40,46 +40,46 @@ def next_attempt(record: Record, pool: str) -> int:
     return 1 + max((max(entry.attempt, entry.newest) for _, entry in _all_of(record, pool)), default=-1)
 
 
-def current(draft: Draft, part: str) -> PoolView | None:
+def current(context: PlanContext, part: str) -> PoolView | None:
     """What the site says of the attempt that the part's record names."""
-    view, record = draft.observed.pools.get(part), draft.record.hpc.get(part)
+    view, record = context.observed.pools.get(part), context.record.hpc.get(part)
     return view if view is not None and record is not None and view.attempt == record.attempt else None
 
 
-def resize(draft: Draft, pool: Pool) -> None:
+def resize(context: PlanContext, pool: Pool) -> None:
     """Has the parts cover as many clients as the manifest wants now, without touching those that stay."""
-    main = draft.record.hpc.get(pool.name)
+    main = context.record.hpc.get(pool.name)
     if main is None:
         return
     if not main.size:
         # Of before pools could grow.
-        main.size = (draft.observed.accepted or draft.spec).pool(pool.name).replicas
-    _forget_ended(draft, pool.name, main)
-    parts = parts_of(draft.record, pool.name)
+        main.size = (context.observed.accepted or context.spec).pool(pool.name).replicas
+    _forget_ended(context, pool.name, main)
+    parts = parts_of(context.record, pool.name)
     if len(parts) == 1 and _restful(main):
         # Nothing of it is at the site: the next attempt simply has another size.
         main.size = pool.replicas
         return
-    for part, entry in _all_of(draft.record, pool.name):
+    for part, entry in _all_of(context.record, pool.name):
         if entry.first >= pool.replicas:
             entry.leaving = True
         else:
             entry.size = min(entry.size, pool.replicas - entry.first)
-            _shrink(draft, part, entry)
+            _shrink(context, part, entry)
     covered = max(entry.end for _, entry in parts)
     if covered < pool.replicas and not main.cancelling:
-        attempt = next_attempt(draft.record, pool.name)
+        attempt = next_attempt(context.record, pool.name)
         main.newest = attempt
         grown = HpcRecord(main.site, attempt=attempt, first=covered, size=pool.replicas - covered)
-        draft.record.hpc[f"{pool.name}/{attempt}"] = grown
+        context.record.hpc[f"{pool.name}/{attempt}"] = grown
 
 
-def succeed(draft: Draft, pool: str, part: str) -> None:
+def replace_array(context: PlanContext, pool: str, part: str) -> None:
     """Puts the next attempt into a part's place; the present one stays until it ends by itself."""
-    old = draft.record.hpc[part]
-    attempt = next_attempt(draft.record, pool)
-    draft.record.hpc[f"{pool}/until-{old.attempt}"] = replace(old, leaving=True, newest=0)
-    draft.record.hpc[part] = HpcRecord(
+    old = context.record.hpc[part]
+    attempt = next_attempt(context.record, pool)
+    context.record.hpc[f"{pool}/until-{old.attempt}"] = replace(old, leaving=True, newest=0)
+    context.record.hpc[part] = HpcRecord(
         old.site, attempt=attempt, failures=old.failures, first=old.first, size=old.size, newest=old.newest
     )
 
@@ -92,23 +92,23 @@ def _restful(entry: HpcRecord) -> bool:
     return entry.ended or (not entry.authority and not entry.seen and not entry.cancelling)
 
 
-def _forget_ended(draft: Draft, pool: str, main: HpcRecord) -> None:
+def _forget_ended(context: PlanContext, pool: str, main: HpcRecord) -> None:
     """Drops parts of which nothing is left: those that leave; after a suspension all but the first."""
-    for part, entry in _all_of(draft.record, pool):
+    for part, entry in _all_of(context.record, pool):
         if part == pool or not (entry.leaving or (main.ended and not main.over)):
             continue
-        view = current(draft, part)
+        view = current(context, part)
         gone = entry.ended or (view is not None and (view.ended or (view.phase is PoolPhase.ABSENT and entry.seen)))
         if gone or (not entry.authority and not entry.seen):
             main.newest = max(main.newest, entry.attempt)
-            del draft.record.hpc[part]
+            del context.record.hpc[part]
 
 
-def _shrink(draft: Draft, part: str, entry: HpcRecord) -> None:
-    view = current(draft, part)
+def _shrink(context: PlanContext, part: str, entry: HpcRecord) -> None:
+    view = current(context, part)
     if view is None or view.ended or view.phase is PoolPhase.ABSENT or entry.cancelling or view.desired <= entry.size:
         return
-    draft.wake_in(draft.limits.resync)
-    if draft.may_ask(part):
-        key = render.key(draft.limits.cluster, draft.job, part, entry.attempt)
-        draft.actions.append(ShrinkPool(part, entry.site, key, entry.size))
+    context.requeue_after(context.options.resync)
+    if context.may_call_site(part):
+        key = render.key(context.options.cluster, context.job, part, entry.attempt)
+        context.actions.append(ShrinkPool(part, entry.site, key, entry.size))

@@ -14,8 +14,8 @@ from ..state.job_record import HpcRecord
 from ..state.observed import PoolPhase, PoolView, ProblemKind
 from ..text import last_lines, one_line
 from .actions import CancelPool, EnsurePool, RenewCredentials
-from .context import Draft, PoolOutcome
-from .hpc_arrays import current, leaving_parts_of, next_attempt, parts_of, resize, succeed
+from .context import PlanContext, PoolOutcome
+from .hpc_arrays import current, leaving_parts_of, next_attempt, parts_of, replace_array, resize
 
 _FIRST_DELAY = 10  # seconds before an array is submitted anew; doubled each time
 _LONGEST_DELAY = 300
@@ -41,78 +41,78 @@ _QUEUE_MARGIN = 1.5
 _SHORTEST_LEAD = 120.0
 
 
-def plan_hpc_pool(draft: Draft, pool: Pool, ready_to_start: bool) -> PoolOutcome:
+def plan_hpc_pool(context: PlanContext, pool: Pool, ready_to_start: bool) -> PoolOutcome:
     """Plans one HPC pool of a job that shall run."""
-    resize(draft, pool)
-    for part, entry in parts_of(draft.record, pool.name):
-        if ready_to_start and _ends_soon(draft, pool, entry, current(draft, part)):
-            succeed(draft, pool.name, part)
-    for part, entry in leaving_parts_of(draft.record, pool.name):
-        _leave(draft, pool, part, entry)
-    parts = [part for part, _ in parts_of(draft.record, pool.name)] or [pool.name]
-    return _together(draft, pool, [_plan_part(draft, pool, part, ready_to_start) for part in parts])
+    resize(context, pool)
+    for part, entry in parts_of(context.record, pool.name):
+        if ready_to_start and _ends_soon(context, pool, entry, current(context, part)):
+            replace_array(context, pool.name, part)
+    for part, entry in leaving_parts_of(context.record, pool.name):
+        _leave(context, pool, part, entry)
+    parts = [part for part, _ in parts_of(context.record, pool.name)] or [pool.name]
+    return _combine(context, pool, [_plan_part(context, pool, part, ready_to_start) for part in parts])
 
 
-def _plan_part(draft: Draft, pool: Pool, part: str, ready_to_start: bool) -> PoolOutcome:
-    record, view = draft.record.hpc.get(part), current(draft, part)
+def _plan_part(context: PlanContext, pool: Pool, part: str, ready_to_start: bool) -> PoolOutcome:
+    record, view = context.record.hpc.get(part), current(context, part)
     if record is not None and view is not None:
-        _note(draft, pool, record, view)
+        _note(context, pool, record, view)
     if record is not None and not record.over:
-        _advance(draft, pool, part, record, view)
-        view = current(draft, part)
+        _advance(context, pool, part, record, view)
+        view = current(context, part)
     if record is not None:
-        _renew(draft, pool, part, record)
+        _renew(context, pool, part, record)
     if record is not None and record.over:
-        _settle(draft, part, record, record.message)
+        _settle(context, part, record, record.message)
     elif ready_to_start:
-        record = _ensure(draft, pool, part, record, view)
-    return _outcome(draft, pool, part, record, view)
+        record = _ensure(context, pool, part, record, view)
+    return _outcome(context, pool, part, record, view)
 
 
-def _ends_soon(draft: Draft, pool: Pool, record: HpcRecord, view: PoolView | None) -> bool:
+def _ends_soon(context: PlanContext, pool: Pool, record: HpcRecord, view: PoolView | None) -> bool:
     """Return whether to queue for the next array: as long before the end as the queue took, and some more."""
     assert pool.hpc is not None
     if view is None or view.phase is not PoolPhase.RUNNING or not view.ends_at or record.cancelling or record.over:
         return False
-    said = draft.observed.federation
+    said = context.observed.federation
     if said is not None and said.total_rounds and said.completed_rounds >= said.total_rounds:
         return False
     limit = pool.hpc.time_limit_seconds
     waited = max(0.0, view.ends_at - limit - view.submitted_at)
     lead = min(waited * _QUEUE_MARGIN + _SHORTEST_LEAD, limit / 2)
-    return draft.reached(dt.datetime.fromtimestamp(view.ends_at - lead, dt.UTC))
+    return context.reached(dt.datetime.fromtimestamp(view.ends_at - lead, dt.UTC))
 
 
-def _leave(draft: Draft, pool: Pool, part: str, record: HpcRecord) -> None:
+def _leave(context: PlanContext, pool: Pool, part: str, record: HpcRecord) -> None:
     """Looks after a part that is not started again: what the manifest no longer wants is ended, the rest ends."""
-    draft.wake_in(draft.limits.resync)
+    context.requeue_after(context.options.resync)
     if record.first >= pool.replicas:
-        _settle(draft, part, record, "the pool was shrunk")
+        _settle(context, part, record, "the pool was shrunk")
     elif record.cancelling:
-        _settle(draft, part, record, "the job was suspended")
+        _settle(context, part, record, "the job was suspended")
     else:
-        _renew(draft, pool, part, record)
+        _renew(context, pool, part, record)
 
 
-def _renew(draft: Draft, pool: Pool, part: str, record: HpcRecord) -> None:
+def _renew(context: PlanContext, pool: Pool, part: str, record: HpcRecord) -> None:
     """Has what waits or runs at the site get its pool's certificate when that is renewed."""
-    secret = names.pool_tls(draft.job.name, pool.name)
-    wanted, view = draft.observed.certificates.get(secret, ""), current(draft, part)
-    key = render.key(draft.limits.cluster, draft.job, part, record.attempt)
-    record.certificate = draft.observed.delivered.get(key, record.certificate)
+    secret = names.pool_tls(context.job.name, pool.name)
+    wanted, view = context.observed.certificates.get(secret, ""), current(context, part)
+    key = render.key(context.options.cluster, context.job, part, record.attempt)
+    record.certificate = context.observed.delivered.get(key, record.certificate)
     if not wanted or wanted == record.certificate or record.cancelling or record.over or record.ended:
         return
     if view is None or view.ended or view.phase is PoolPhase.ABSENT:
         return
-    draft.wake_in(draft.limits.resync)
-    if draft.may_ask(part):
-        draft.actions.append(RenewCredentials(part, record.site, key, secret))
+    context.requeue_after(context.options.resync)
+    if context.may_call_site(part):
+        context.actions.append(RenewCredentials(part, record.site, key, secret))
 
 
-def _together(draft: Draft, pool: Pool, outcomes: list[PoolOutcome]) -> PoolOutcome:
+def _combine(context: PlanContext, pool: Pool, outcomes: list[PoolOutcome]) -> PoolOutcome:
     """Return what the parts come to."""
-    leaving = leaving_parts_of(draft.record, pool.name)
-    views = [view for part, _ in leaving if (view := current(draft, part)) is not None and not view.ended]
+    leaving = leaving_parts_of(context.record, pool.name)
+    views = [view for part, _ in leaving if (view := current(context, part)) is not None and not view.ended]
     if len(outcomes) == 1 and not views:
         return outcomes[0]
     whole = PoolOutcome(pool.name, desired=pool.replicas)
@@ -130,23 +130,23 @@ def _together(draft: Draft, pool: Pool, outcomes: list[PoolOutcome]) -> PoolOutc
     return whole
 
 
-def plan_cancel(draft: Draft, reason: str) -> bool:
+def plan_cancel(context: PlanContext, reason: str) -> bool:
     """Ends every pool of the job, also those that its spec no longer names. Returns whether nothing is left of any."""
-    settled = [_settle(draft, name, record, reason) for name, record in draft.record.hpc.items()]
+    settled = [_settle(context, name, record, reason) for name, record in context.record.hpc.items()]
     return all(settled)
 
 
-def wants_site(draft: Draft, pool: HpcPool) -> Reason | None:
+def wants_site(context: PlanContext, pool: HpcPool) -> Reason | None:
     """Return why the pool's site cannot be used, if so."""
-    site = draft.observed.sites.get(pool.site_ref.name)
+    site = context.observed.sites.get(pool.site_ref.name)
     if site is None:
         return Reason.SITE_NOT_FOUND
-    if not site.allows(draft.job.namespace):
+    if not site.allows(context.job.namespace):
         return Reason.SITE_NOT_ALLOWED
     return None
 
 
-def _note(draft: Draft, pool: Pool, record: HpcRecord, view: PoolView) -> None:
+def _note(context: PlanContext, pool: Pool, record: HpcRecord, view: PoolView) -> None:
     """Remembers what later passes need to know of this attempt."""
     if view.phase is not PoolPhase.ABSENT:
         record.seen = True
@@ -159,102 +159,106 @@ def _note(draft: Draft, pool: Pool, record: HpcRecord, view: PoolView) -> None:
         limit = pool.hpc.max_queue_seconds
         if view.phase is PoolPhase.PENDING and view.reason in _NEVER:
             limit = min(limit, _LONGEST_STUCK)
-        if draft.reached(dt.datetime.fromtimestamp(since, dt.UTC) + dt.timedelta(seconds=limit)):
+        if context.reached(dt.datetime.fromtimestamp(since, dt.UTC) + dt.timedelta(seconds=limit)):
             record.over = Reason.QUEUE_TIMEOUT
             why = _queue_reason(view)
             record.message = f"waited in the queue for more than {limit} s" + (f" ({why})" if why else "")
-            draft.emit("Warning", Reason.QUEUE_TIMEOUT, f"pool {pool.name} {record.message}")
+            context.emit("Warning", Reason.QUEUE_TIMEOUT, f"pool {pool.name} {record.message}")
 
 
-def _advance(draft: Draft, pool: Pool, part: str, record: HpcRecord, view: PoolView | None) -> None:
+def _advance(context: PlanContext, pool: Pool, part: str, record: HpcRecord, view: PoolView | None) -> None:
     """Goes on to the next attempt once this one is over."""
-    authority = draft.observed.authority
+    authority = context.observed.authority
     if authority and record.authority and record.authority != authority and not record.ended:
         # Its tasks hold certificates of a CA that is gone: none can join.
-        _settle(draft, part, record, "the job's certificates were made anew")
+        _settle(context, part, record, "the job's certificates were made anew")
     elif record.cancelling and not record.ended:
         # Asked to end (by a suspension that is over by now): it does, and the next attempt follows.
-        _settle(draft, part, record, "the job was suspended")
+        _settle(context, part, record, "the job was suspended")
     if not record.ended and (view is None or not view.ended):
         return
     if not record.cancelling and view is not None and view.timed_out:
         # No failure of its own: training takes longer than one allocation.
-        draft.emit("Normal", Reason.TIME_LIMIT_REACHED, f"pool {pool.name} is submitted anew: its time limit ended it")
+        context.emit(
+            "Normal", Reason.TIME_LIMIT_REACHED, f"pool {pool.name} is submitted anew: its time limit ended it"
+        )
     elif not record.cancelling and view is not None and view.displaced:
         # As an evicted pod: the site took the nodes, and the client did nothing wrong.
-        record.retry_at = int(draft.now.timestamp()) + _AFTER_DISPLACEMENT
+        record.retry_at = int(context.now.timestamp()) + _AFTER_DISPLACEMENT
         record.message = words = one_line(view.message) or "the site took its nodes"
-        draft.emit(
+        context.emit(
             "Warning", Reason.PREEMPTED, f"pool {pool.name} is submitted again in {_AFTER_DISPLACEMENT} s: {words}"
         )
     elif not record.cancelling and view is not None:
         record.failures += 1
         words = _failure(view) or f"its tasks ended ({view.phase.lower()}) before the training was complete"
-        if record.failures > draft.spec.backoff_limit:
+        if record.failures > context.spec.backoff_limit:
             record.over, record.message = Reason.CLIENT_FAILED, f"out of restarts: {words}"
-            draft.emit("Warning", Reason.CLIENT_FAILED, f"pool {pool.name} is {record.message}")
+            context.emit("Warning", Reason.CLIENT_FAILED, f"pool {pool.name} is {record.message}")
             return
         delay = min(_FIRST_DELAY * 2 ** min(record.failures - 1, 16), _LONGEST_DELAY)
-        record.retry_at = int(draft.now.timestamp()) + delay
+        record.retry_at = int(context.now.timestamp()) + delay
         record.message = one_line(words)
-        draft.emit("Warning", Reason.CLIENT_FAILED, f"pool {pool.name} is submitted anew in {delay} s: {words}")
-    record.attempt = next_attempt(draft.record, pool.name)
+        context.emit("Warning", Reason.CLIENT_FAILED, f"pool {pool.name} is submitted anew in {delay} s: {words}")
+    record.attempt = next_attempt(context.record, pool.name)
     record.seen = record.ran = record.cancelling = record.ended = False
     record.authority, record.asked_at = "", 0
 
 
-def _ensure(draft: Draft, pool: Pool, part: str, record: HpcRecord | None, view: PoolView | None) -> HpcRecord | None:
-    hpc, problem = pool.hpc, draft.observed.problems.get(part)
+def _ensure(
+    context: PlanContext, pool: Pool, part: str, record: HpcRecord | None, view: PoolView | None
+) -> HpcRecord | None:
+    hpc, problem = pool.hpc, context.observed.problems.get(part)
     assert hpc is not None
     if view is not None and view.phase is not PoolPhase.ABSENT:
-        draft.wake_in(draft.limits.resync)
+        context.requeue_after(context.options.resync)
         return record
     if record is not None and record.cancelling:
         return record
     # An attempt that was asked for and has not been looked up since is looked up first.
     unknown = record is not None and record.authority != "" and view is None
     if unknown and (problem is None or problem.kind is ProblemKind.UNREACHABLE):
-        draft.wake_in(draft.limits.resync)
+        context.requeue_after(context.options.resync)
         return record
-    address = render.endpoint(draft.spec, draft.observed)
-    if wants_site(draft, hpc) is not None or not address:
-        draft.wake_in(draft.limits.resync)
+    address = render.endpoint(context.spec, context.observed)
+    if wants_site(context, hpc) is not None or not address:
+        context.requeue_after(context.options.resync)
         return record
-    if not draft.may_ask(part) or (record is not None and not _paused_enough(draft, record)):
+    if not context.may_call_site(part) or (record is not None and not _paused_enough(context, record)):
         return record
     if record is None:
-        record = draft.record.hpc[part] = HpcRecord(hpc.site_ref.name, size=pool.replicas)
-    record.authority = draft.observed.authority
-    record.asked_at = record.asked_at or int(draft.now.timestamp())
-    record.certificate = draft.observed.certificates.get(names.pool_tls(draft.job.name, pool.name), "")
-    draft.actions.append(
+        record = context.record.hpc[part] = HpcRecord(hpc.site_ref.name, size=pool.replicas)
+    record.authority = context.observed.authority
+    record.asked_at = record.asked_at or int(context.now.timestamp())
+    record.certificate = context.observed.certificates.get(names.pool_tls(context.job.name, pool.name), "")
+    context.actions.append(
         EnsurePool(
             pool=part,
             site=record.site,
-            key=render.key(draft.limits.cluster, draft.job, part, record.attempt),
-            secret=names.pool_tls(draft.job.name, pool.name),
-            spec=render.pool_spec(draft.job, draft.spec, pool, record, address, _via_bridge(draft, hpc)),
-            code=names.code(draft.job.name) if draft.spec.task.code is not None else "",
+            key=render.key(context.options.cluster, context.job, part, record.attempt),
+            secret=names.pool_tls(context.job.name, pool.name),
+            spec=render.pool_spec(context.job, context.spec, pool, record, address, _via_bridge(context, hpc)),
+            code=names.code(context.job.name) if context.spec.task.code is not None else "",
         )
     )
-    draft.wake_in(draft.limits.resync)
+    context.requeue_after(context.options.resync)
     return record
 
 
-def _paused_enough(draft: Draft, record: HpcRecord) -> bool:
+def _paused_enough(context: PlanContext, record: HpcRecord) -> bool:
     # A moment further away than any pause is long was noted before a clock was put back.
-    too_far = record.retry_at > draft.now.timestamp() + _LONGEST_DELAY
-    return too_far or draft.reached(dt.datetime.fromtimestamp(record.retry_at, dt.UTC))
+    too_far = record.retry_at > context.now.timestamp() + _LONGEST_DELAY
+    return too_far or context.reached(dt.datetime.fromtimestamp(record.retry_at, dt.UTC))
 
 
-def _via_bridge(draft: Draft, hpc: HpcPool) -> bool:
-    site = draft.observed.sites.get(hpc.site_ref.name)
+def _via_bridge(context: PlanContext, hpc: HpcPool) -> bool:
+    site = context.observed.sites.get(hpc.site_ref.name)
     return site is not None and site.aggregator_access == "ViaBridge"
 
 
-def _settle(draft: Draft, name: str, record: HpcRecord, reason: str) -> bool:
+def _settle(context: PlanContext, name: str, record: HpcRecord, reason: str) -> bool:
     """Has the site end this attempt. Returns whether nothing of it is left."""
-    view, problem = current(draft, name), draft.observed.problems.get(name)
+    view, problem = current(context, name), context.observed.problems.get(name)
     if record.ended:
         return True
     there = view is not None and view.phase is not PoolPhase.ABSENT
@@ -270,33 +274,35 @@ def _settle(draft: Draft, name: str, record: HpcRecord, reason: str) -> bool:
         record.ended = True
         return True
     record.cancelling = True
-    draft.wake_in(draft.limits.resync)
-    if draft.may_ask(name):
-        key = render.key(draft.limits.cluster, draft.job, name, record.attempt)
-        draft.actions.append(CancelPool(name, record.site, key, one_line(reason)))
+    context.requeue_after(context.options.resync)
+    if context.may_call_site(name):
+        key = render.key(context.options.cluster, context.job, name, record.attempt)
+        context.actions.append(CancelPool(name, record.site, key, one_line(reason)))
     return False
 
 
-def _outcome(draft: Draft, pool: Pool, part: str, record: HpcRecord | None, view: PoolView | None) -> PoolOutcome:
+def _outcome(
+    context: PlanContext, pool: Pool, part: str, record: HpcRecord | None, view: PoolView | None
+) -> PoolOutcome:
     assert pool.hpc is not None
     size = record.size if record is not None else pool.replicas
     outcome = PoolOutcome(pool.name, desired=size, possible=size)
     outcome.attempt = record.attempt if record is not None else 0
-    problem = draft.observed.problems.get(part)
+    problem = context.observed.problems.get(part)
     if view is not None:
         outcome.queued, outcome.failed = view.queued, view.failed
         outcome.jobs = [view.job_id] if view.job_id else []
         outcome.reason = _failure(view) or _queue_reason(view)
     else:
         # Out of sight is not gone: show what was last seen.
-        shown: Iterable[Mapping[str, Any]] = draft.job.status.get("pools") or ()
+        shown: Iterable[Mapping[str, Any]] = context.job.status.get("pools") or ()
         before: Mapping[str, Any] = next((item for item in shown if item.get("name") == pool.name), {})
         outcome.jobs = list(before.get("jobs", ()))
         shown_queued = int(before.get("queued", 0)) if record is not None and not record.ended else 0
         outcome.queued = min(shown_queued, size)
         # Why the attempt before this one ended, until there is news of this one.
         outcome.reason = record.message if record is not None else ""
-    site_problem = wants_site(draft, pool.hpc)
+    site_problem = wants_site(context, pool.hpc)
     if record is not None and record.over:
         outcome.possible, outcome.blocked = 0, Reason(record.over)
         outcome.reason = f"{record.over}: {record.message}"
@@ -312,9 +318,9 @@ def _outcome(draft: Draft, pool: Pool, part: str, record: HpcRecord | None, view
         outcome.reason = f"{Reason.POLICY_DENIED if not_now else Reason.SITE_UNREACHABLE}: {problem.message}"
     elif site_problem is not None:
         outcome.reason = f"{site_problem}: HPCSite {pool.hpc.site_ref.name}"
-    elif record is None and not render.endpoint(draft.spec, draft.observed):
+    elif record is None and not render.endpoint(context.spec, context.observed):
         outcome.reason = "waits for the address at which the aggregator can be reached"
-    last_attempt = record is not None and record.failures >= draft.spec.backoff_limit
+    last_attempt = record is not None and record.failures >= context.spec.backoff_limit
     if last_attempt and view is not None and view.phase in (PoolPhase.PENDING, PoolPhase.RUNNING):
         # A task that is lost now stays lost.
         outcome.possible = min(outcome.possible, view.queued + view.running)

@@ -22,7 +22,7 @@ from .actions import DeleteJob, DeletePod, Emit, Plan, RecordOrphan, SaveJob
 from .aggregator import AggregatorOutcome, plan_aggregator
 from .base import plan_base
 from .cloud_pool import plan_cloud_pool
-from .context import Draft, Limits, PoolOutcome, Verdict
+from .context import JobResult, PlanContext, PlanOptions, PoolOutcome
 from .events import transition_events
 from .hpc_pool import plan_cancel, plan_hpc_pool
 from .readiness import assess_job
@@ -30,21 +30,21 @@ from .start_problems import warn_once
 from .status import StatusDraft, condition, finished, is_true
 
 
-def plan(job: Job, observed: Observed, now: dt.datetime, limits: Limits) -> Plan:
+def plan(job: Job, observed: Observed, now: dt.datetime, options: PlanOptions) -> Plan:
     """What to do about a job. Never raises for what users write or the cluster shows."""
     record = load_record(job)
     if job.deleted is not None:
-        return _plan_deletion(Draft(job, observed, now, limits, _any_spec(job, observed), record))
-    verdict = examine(job, observed, limits.allowed, limits.defaults)
+        return _plan_deletion(PlanContext(job, observed, now, options, _fallback_spec(job, observed), record))
+    verdict = examine(job, observed, options.allowed, options.defaults)
     if finished(job.status):
-        spec = _any_spec(job, observed) if isinstance(verdict, Rejection) else verdict.spec
-        return _plan_finished(Draft(job, observed, now, limits, spec, record, requeue=limits.idle))
+        spec = _fallback_spec(job, observed) if isinstance(verdict, Rejection) else verdict.spec
+        return _plan_finished(PlanContext(job, observed, now, options, spec, record, requeue=options.idle))
     if isinstance(verdict, Rejection):
-        return _rejected(job, now, limits, verdict)
-    draft = Draft(job, observed, now, limits, verdict.spec, record, requeue=limits.idle)
+        return _rejected(job, now, options, verdict)
+    context = PlanContext(job, observed, now, options, verdict.spec, record, requeue=options.idle)
     if verdict.spec.suspend:
-        return _plan_suspended(draft, verdict)
-    return _plan_running(draft, verdict)
+        return _plan_suspended(context, verdict)
+    return _plan_running(context, verdict)
 
 
 def load_record(job: Job) -> Record:
@@ -66,34 +66,34 @@ def load_record(job: Job) -> Record:
         return record
 
 
-def _plan_running(draft: Draft, verdict: Acceptance) -> Plan:
-    spec, status = draft.spec, StatusDraft(draft.job, draft.now)
+def _plan_running(context: PlanContext, verdict: Acceptance) -> Plan:
+    spec, status = context.spec, StatusDraft(context.job, context.now)
     started = status.started()
-    if draft.observed.foreign:
+    if context.observed.conflicting:
         base = False
-        draft.wake_in(draft.limits.resync)
+        context.requeue_after(context.options.resync)
     else:
-        base = plan_base(draft)
-    aggregator = plan_aggregator(draft, base)
+        base = plan_base(context)
+    aggregator = plan_aggregator(context, base)
     pools = [
-        plan_cloud_pool(draft, pool, base) if pool.cloud is not None else plan_hpc_pool(draft, pool, base)
+        plan_cloud_pool(context, pool, base) if pool.cloud is not None else plan_hpc_pool(context, pool, base)
         for pool in spec.pools
     ]
     federation = aggregator.federation
-    asked = draft.observed.federation is not None
+    asked = context.observed.federation is not None
     alive = aggregator.status == "True"
     # While an aggregator that runs does not answer, what it last said stands.
     ready = federation.connected if federation is not None and asked else ({} if not alive else None)
     _common_conditions(status, verdict)
-    _warn_of_pools(draft, pools)
-    if draft.volume_lost:
+    _warn_of_pools(context, pools)
+    if context.volume_lost:
         status.forget_rounds()
     status.federation(spec, federation)
     status.pools(pools, ready)
-    message = _aggregator_condition(draft, status, aggregator)
+    message = _aggregator_condition(context, status, aggregator)
     if ready is not None:
         _quorum_condition(status, spec, sum(ready.get(name, 0) for name in _trainers(spec)))
-    end = aggregator.verdict or _impossible(draft, aggregator, pools) or _deadline(draft, started)
+    end = aggregator.verdict or _quorum_impossible(context, aggregator, pools) or _deadline(context, started)
     if end is not None:
         status.set(ConditionType(end.outcome), True, end.reason, end.message)
         if end.outcome == "Failed":
@@ -102,19 +102,19 @@ def _plan_running(draft: Draft, verdict: Acceptance) -> Plan:
         status.completed()
         status.phase(end.outcome, end.message)
         # The verdict is written first; the clean-up follows from it, whoever does it.
-        draft.actions.clear()
-        draft.wake_in(0.1)
-        return _close(draft, status)
+        context.actions.clear()
+        context.requeue_after(0.1)
+        return _finish(context, status)
     quorum = is_true(status.content, ConditionType.QUORUM_REACHED)
     training = alive and federation is not None and (quorum or federation.current_round > 0)
     if not message and not quorum:
         message = str((condition(status.content, ConditionType.QUORUM_REACHED) or {}).get("message", ""))
     if not message and federation is not None:
         message = one_line(federation.message)
-    stays = alive and federation is None and draft.job.status.get("phase") == "Running"
+    stays = alive and federation is None and context.job.status.get("phase") == "Running"
     status.phase("Running" if training or stays else "Starting", message)
-    draft.wake_in(draft.limits.resync)
-    return _close(draft, status)
+    context.requeue_after(context.options.resync)
+    return _finish(context, status)
 
 
 def _common_conditions(status: StatusDraft, verdict: Acceptance) -> None:
@@ -122,26 +122,26 @@ def _common_conditions(status: StatusDraft, verdict: Acceptance) -> None:
     status.set(ConditionType.SUSPENDED, False, Reason.NOT_SUSPENDED)
 
 
-def _warn_of_pools(draft: Draft, pools: list[PoolOutcome]) -> None:
-    before = {pool.get("name"): str(pool.get("reason") or "") for pool in draft.job.status.get("pools") or ()}
+def _warn_of_pools(context: PlanContext, pools: list[PoolOutcome]) -> None:
+    before = {pool.get("name"): str(pool.get("reason") or "") for pool in context.job.status.get("pools") or ()}
     for pool in pools:
-        if pool.held:
-            warn_once(draft, Reason.CLIENTS_NOT_RUNNING, f"pool {pool.name}", before.get(pool.name, ""), pool.reason)
+        if pool.warn:
+            warn_once(context, Reason.CLIENTS_NOT_RUNNING, f"pool {pool.name}", before.get(pool.name, ""), pool.reason)
 
 
-def _aggregator_condition(draft: Draft, status: StatusDraft, aggregator: AggregatorOutcome) -> str:
+def _aggregator_condition(context: PlanContext, status: StatusDraft, aggregator: AggregatorOutcome) -> str:
     """Sets AggregatorReady, and returns what a person should know of it."""
     message = aggregator.message
-    if draft.observed.foreign:
-        taken = ", ".join(draft.observed.foreign)
+    if context.observed.conflicting:
+        taken = ", ".join(context.observed.conflicting)
         message = f"waits for names that belong to something else: {taken}"
-    elif aggregator.status == "True" and draft.observed.federation_error:
-        message = f"it does not answer the operator: {draft.observed.federation_error}"
-    if aggregator.held or draft.observed.foreign:
-        before = condition(draft.job.status, ConditionType.AGGREGATOR_READY) or {}
+    elif aggregator.status == "True" and context.observed.federation_error:
+        message = f"it does not answer the operator: {context.observed.federation_error}"
+    if aggregator.warn or context.observed.conflicting:
+        before = condition(context.job.status, ConditionType.AGGREGATOR_READY) or {}
         # The transition to AggregatorLost bears an event itself.
         if aggregator.reason is not Reason.AGGREGATOR_LOST or before.get("reason") == Reason.AGGREGATOR_LOST:
-            warn_once(draft, aggregator.reason, "aggregator", str(before.get("message") or ""), message)
+            warn_once(context, aggregator.reason, "aggregator", str(before.get("message") or ""), message)
     status.set(ConditionType.AGGREGATOR_READY, aggregator.status == "True", aggregator.reason, message)
     return f"aggregator: {message}" if message else ""
 
@@ -165,17 +165,19 @@ def _counted(spec: FederatedJobSpec) -> str:
     return "client" if len(_trainers(spec)) == len(spec.pools) else "training client"
 
 
-def _impossible(draft: Draft, aggregator: AggregatorOutcome, outcomes: list[PoolOutcome]) -> Verdict | None:
+def _quorum_impossible(
+    context: PlanContext, aggregator: AggregatorOutcome, outcomes: list[PoolOutcome]
+) -> JobResult | None:
     """Whether too few clients can ever be there."""
-    needed = max(draft.spec.min_clients, draft.spec.min_updates)
-    training = _trainers(draft.spec)
+    needed = max(context.spec.min_clients, context.spec.min_updates)
+    training = _trainers(context.spec)
     pools = [outcome for outcome in outcomes if outcome.name in training]
     possible = sum(pool.possible for pool in pools)
     if possible >= needed:
         return None
-    if aggregator.status == "True" and draft.observed.federation is None:
+    if aggregator.status == "True" and context.observed.federation is None:
         # It may be complete, and its clients gone for that reason: ask first.
-        draft.wake_in(draft.limits.resync)
+        context.requeue_after(context.options.resync)
         return None
     lost = [pool for pool in pools if pool.blocked is not None]
     causes = {pool.blocked for pool in lost}
@@ -185,156 +187,158 @@ def _impossible(draft: Draft, aggregator: AggregatorOutcome, outcomes: list[Pool
     else:
         reason = Reason.QUORUM_IMPOSSIBLE
     why = "; ".join(f"pool {pool.name}: {one_line(pool.reason)}" for pool in lost if pool.reason)
-    message = f"{plural(possible, _counted(draft.spec))} can still take part, {needed} are needed"
-    return Verdict("Failed", reason, f"{message}; {why}" if why else message)
+    message = f"{plural(possible, _counted(context.spec))} can still take part, {needed} are needed"
+    return JobResult("Failed", reason, f"{message}; {why}" if why else message)
 
 
-def _deadline(draft: Draft, started: dt.datetime) -> Verdict | None:
-    seconds = draft.spec.active_deadline_seconds
-    if seconds is None or not draft.reached(started + dt.timedelta(seconds=seconds)):
+def _deadline(context: PlanContext, started: dt.datetime) -> JobResult | None:
+    seconds = context.spec.active_deadline_seconds
+    if seconds is None or not context.reached(started + dt.timedelta(seconds=seconds)):
         return None
-    return Verdict("Failed", Reason.DEADLINE_EXCEEDED, f"not complete {seconds} s after it began")
+    return JobResult("Failed", Reason.DEADLINE_EXCEEDED, f"not complete {seconds} s after it began")
 
 
-def _plan_suspended(draft: Draft, verdict: Acceptance) -> Plan:
-    status = StatusDraft(draft.job, draft.now)
-    if draft.observed.accepted is None and not draft.observed.foreign:
-        plan_base(draft)
+def _plan_suspended(context: PlanContext, verdict: Acceptance) -> Plan:
+    status = StatusDraft(context.job, context.now)
+    if context.observed.accepted is None and not context.observed.conflicting:
+        plan_base(context)
     # It is not lost but stopped, and crashes of the past do not count against it when it comes back.
-    draft.record.aggregator = AggregatorRecord()
-    stopped = _stop_pods(draft)
-    settled = plan_cancel(draft, "the job is suspended")
+    context.record.aggregator = AggregatorRecord()
+    stopped = _stop_pods(context)
+    settled = plan_cancel(context, "the job is suspended")
     status.set(ConditionType.ACCEPTED, True, Reason.VALID, verdict.message)
     status.set(ConditionType.SUSPENDED, True, Reason.SUSPENDED)
     status.set(ConditionType.AGGREGATOR_READY, False, Reason.SUSPENDED)
     status.set(ConditionType.QUORUM_REACHED, False, Reason.SUSPENDED)
-    status.federation(draft.spec, None)
+    status.federation(context.spec, None)
     status.reset_start()
     status.idle_pools()
-    status.phase("Suspended", "" if stopped and settled else _stopping(draft, settled))
-    return _close(draft, status)
+    status.phase("Suspended", "" if stopped and settled else _stopping(context, settled))
+    return _finish(context, status)
 
 
-def _plan_finished(draft: Draft) -> Plan:
+def _plan_finished(context: PlanContext) -> Plan:
     """Cleans up after the end. Pods that ended by themselves stay for their logs, the volume for the model."""
-    status = StatusDraft(draft.job, draft.now)
-    ended = parse_timestamp(draft.job.status.get("completionTime")) or draft.now
-    complete = finished(draft.job.status) is ConditionType.COMPLETE
-    if not complete or draft.rested(ended, dt.timedelta(seconds=draft.limits.grace)):
-        _stop_pods(draft)
-        plan_cancel(draft, "the job is complete" if complete else "the job failed")
-    elif any(not record.ended for record in draft.record.hpc.values()):
-        _note_ended_pools(draft)
-    if not any(pod.active for pod in draft.observed.pods):
+    status = StatusDraft(context.job, context.now)
+    ended = parse_timestamp(context.job.status.get("completionTime")) or context.now
+    complete = finished(context.job.status) is ConditionType.COMPLETE
+    if not complete or context.elapsed(ended, dt.timedelta(seconds=context.options.grace)):
+        _stop_pods(context)
+        plan_cancel(context, "the job is complete" if complete else "the job failed")
+    elif any(not record.ended for record in context.record.hpc.values()):
+        _note_ended_pools(context)
+    if not any(pod.active for pod in context.observed.pods):
         status.idle_pools()
-    ttl = draft.spec.ttl_seconds_after_finished
-    if ttl is not None and draft.reached(ended + dt.timedelta(seconds=ttl)):
-        draft.actions.append(DeleteJob())
-    return _close(draft, status)
+    ttl = context.spec.ttl_seconds_after_finished
+    if ttl is not None and context.reached(ended + dt.timedelta(seconds=ttl)):
+        context.actions.append(DeleteJob())
+    return _finish(context, status)
 
 
-def _note_ended_pools(draft: Draft) -> None:
+def _note_ended_pools(context: PlanContext) -> None:
     """Notes which pools ended by themselves while they may."""
-    for name, record in draft.record.hpc.items():
-        view = draft.observed.pools.get(name)
+    for name, record in context.record.hpc.items():
+        view = context.observed.pools.get(name)
         if view is not None and view.attempt == record.attempt and view.ended:
             record.ended = True
-    if any(not record.ended for record in draft.record.hpc.values()):
-        draft.wake_in(draft.limits.resync)
+    if any(not record.ended for record in context.record.hpc.values()):
+        context.requeue_after(context.options.resync)
 
 
-def _plan_deletion(draft: Draft) -> Plan:
-    job, status = draft.job, StatusDraft(draft.job, draft.now)
+def _plan_deletion(context: PlanContext) -> Plan:
+    job, status = context.job, StatusDraft(context.job, context.now)
     if FINALIZER not in job.finalizers:
-        return Plan(status=job.status, requeue=draft.limits.idle)
+        return Plan(status=job.status, requeue=context.options.idle)
     assert job.deleted is not None
-    _stop_pods(draft)
+    _stop_pods(context)
     others = tuple(name for name in job.finalizers if name != FINALIZER)
-    if plan_cancel(draft, "the job is deleted"):
-        draft.actions.append(SaveJob(finalizers=others))
-        return Plan(tuple(draft.actions), job.status)
-    give_up = job.deleted + dt.timedelta(seconds=draft.limits.site_give_up)
-    if draft.reached(give_up):
-        draft.emit("Warning", Reason.SITE_UNREACHABLE, _given_up(draft))
-        draft.actions = [
-            RecordOrphan(pool_of(name), record.site, hpc_key(draft.limits.cluster, job, name, record.attempt))
-            for name, record in draft.record.hpc.items()
+    if plan_cancel(context, "the job is deleted"):
+        context.actions.append(SaveJob(finalizers=others))
+        return Plan(tuple(context.actions), job.status)
+    give_up = job.deleted + dt.timedelta(seconds=context.options.site_give_up)
+    if context.reached(give_up):
+        context.emit("Warning", Reason.SITE_UNREACHABLE, _give_up_message(context))
+        context.actions = [
+            RecordOrphan(pool_of(name), record.site, hpc_key(context.options.cluster, job, name, record.attempt))
+            for name, record in context.record.hpc.items()
             if not record.ended
         ]
-        draft.actions.append(SaveJob(finalizers=others))
-        return Plan(tuple(draft.actions), job.status, tuple(draft.events))
-    status.content["message"] = _stopping(draft, False)
-    return _close(draft, status)
+        context.actions.append(SaveJob(finalizers=others))
+        return Plan(tuple(context.actions), job.status, tuple(context.events))
+    status.content["message"] = _stopping(context, False)
+    return _finish(context, status)
 
 
-def _given_up(draft: Draft) -> str:
+def _give_up_message(context: PlanContext) -> str:
     """What may still run at sites, and who cancels it: where the HPCSite is gone, nobody but the site's own people."""
-    left = {name: record for name, record in draft.record.hpc.items() if not record.ended}
+    left = {name: record for name, record in context.record.hpc.items() if not record.ended}
     pools = ", ".join(f"{name} at {record.site}" for name, record in left.items())
-    message = f"gave up cancelling after {draft.limits.site_give_up:g} s; it may still run: pool {pools}"
-    gone = {name: record for name, record in left.items() if record.site not in draft.observed.sites}
+    message = f"gave up cancelling after {context.options.site_give_up:g} s; it may still run: pool {pools}"
+    gone = {name: record for name, record in left.items() if record.site not in context.observed.sites}
     if not gone:
         return f"{message}; it is cancelled once the site answers"
-    cluster, job = draft.limits.cluster, draft.job
+    cluster, job = context.options.cluster, context.job
     keys = ", ".join(f"isthmus-{hpc_key(cluster, job, name, record.attempt)}" for name, record in gone.items())
     sites = ", ".join(sorted({record.site for record in gone.values()}))
     return f"{message}; there is no HPCSite {sites} any more: cancel by hand at the site what is named {keys}"
 
 
-def _stop_pods(draft: Draft) -> bool:
+def _stop_pods(context: PlanContext) -> bool:
     """Deletes every pod that has not ended. Returns whether there is none."""
-    running = [pod for pod in draft.observed.pods if pod.active]
-    draft.actions += [DeletePod(pod.name, pod.uid) for pod in running]
+    running = [pod for pod in context.observed.pods if pod.active]
+    context.actions += [DeletePod(pod.name, pod.uid) for pod in running]
     return not running
 
 
-def _stopping(draft: Draft, settled: bool) -> str:
+def _stopping(context: PlanContext, settled: bool) -> str:
     if settled:
         return "stopping its pods"
     waits = []
-    for name, record in draft.record.hpc.items():
-        problem = draft.observed.problems.get(name)
+    for name, record in context.record.hpc.items():
+        problem = context.observed.problems.get(name)
         if not record.ended:
             waits.append(f"{name} at {record.site}" + (f" ({one_line(problem.message, 100)})" if problem else ""))
     return f"cancelling pool {', '.join(waits)}"
 
 
-def _rejected(job: Job, now: dt.datetime, limits: Limits, rejection: Rejection) -> Plan:
+def _rejected(job: Job, now: dt.datetime, options: PlanOptions, rejection: Rejection) -> Plan:
     status = StatusDraft(job, now)
     status.set(ConditionType.ACCEPTED, False, rejection.reason, rejection.message)
     status.phase("Rejected", rejection.message)
     assess_job(status)
     events = transition_events(job.status, status.content)
     # A site that appears wakes its jobs; the look now and then is for a wake-up that was lost.
-    requeue = min(limits.idle, 60.0) if rejection.waits else limits.idle
+    requeue = min(options.idle, 60.0) if rejection.waits else options.idle
     return Plan(status=status.content, events=events, requeue=requeue)
 
 
-def _close(draft: Draft, status: StatusDraft) -> Plan:
+def _finish(context: PlanContext, status: StatusDraft) -> Plan:
     """Puts the plan together: what must be remembered is written before anything is done."""
-    job = draft.job
+    job = context.job
     if job.deleted is None:
         assess_job(status)
-    record = draft.record.dump(job.uid)
-    save = record != job.record and _differs(draft.record, job)
-    finalizers, outside = None, _outside(draft)
-    if job.deleted is None and FINALIZER not in job.finalizers and outside and draft.actions:
+    record = context.record.dump(job.uid)
+    save = record != job.record and _differs(context.record, job)
+    finalizers, outside = None, _has_external_resources(context)
+    if job.deleted is None and FINALIZER not in job.finalizers and outside and context.actions:
         finalizers = (*job.finalizers, FINALIZER)
     elif job.deleted is None and FINALIZER in job.finalizers and not outside:
         finalizers = tuple(name for name in job.finalizers if name != FINALIZER)  # of an earlier operator
     if save or finalizers is not None:
-        draft.actions.insert(0, SaveJob(record if save else None, finalizers))
-    if draft.unsaid:
-        last = draft.events[-1]
-        draft.events[-1] = Emit(last.type, last.reason, f"{last.message} (and {draft.unsaid} more such events)")
-    events = (*transition_events(job.status, status.content), *draft.events)
-    return Plan(tuple(draft.actions), status.content, events, draft.requeue)
+        context.actions.insert(0, SaveJob(record if save else None, finalizers))
+    if context.suppressed_events:
+        last = context.events[-1]
+        context.events[-1] = Emit(
+            last.type, last.reason, f"{last.message} (and {context.suppressed_events} more such events)"
+        )
+    events = (*transition_events(job.status, status.content), *context.events)
+    return Plan(tuple(context.actions), status.content, events, context.requeue)
 
 
-def _outside(draft: Draft) -> bool:
+def _has_external_resources(context: PlanContext) -> bool:
     """Whether anything of the job is outside of the cluster, or may come to be: what is inside goes with the job by its
     owner references, and a finalizer would only keep a namespace from going whose roles went first."""
-    return bool(draft.record.hpc) or any(pool.hpc is not None for pool in draft.spec.pools)
+    return bool(context.record.hpc) or any(pool.hpc is not None for pool in context.spec.pools)
 
 
 def _differs(record: Record, job: Job) -> bool:
@@ -345,7 +349,7 @@ def _differs(record: Record, job: Job) -> bool:
         return True
 
 
-def _any_spec(job: Job, observed: Observed) -> FederatedJobSpec:
+def _fallback_spec(job: Job, observed: Observed) -> FederatedJobSpec:
     """A spec for a job that is going: its content hardly matters any more."""
     if observed.accepted is not None:
         return observed.accepted

@@ -6,26 +6,26 @@ from isthmus_contracts.api.federated_job_status import Reason
 
 from ..state.observed import PodView
 from ..text import headline
-from .context import Draft
+from .context import PlanContext
 
 # Kubernetes tells why a volume cannot be mounted in events only. Until then a pod may well be pulling its image.
 _PATIENCE = dt.timedelta(seconds=60)
 
 
-def why_not_started(draft: Draft, pod: PodView) -> str:
+def why_not_started(context: PlanContext, pod: PodView) -> str:
     """Return what keeps a pod from starting; empty where it is merely on its way."""
     if pod.waiting:
         return pod.waiting
-    if pod.phase != "Pending" or pod.placed is None or not draft.reached(pod.placed + _PATIENCE):
+    if pod.phase != "Pending" or pod.placed is None or not context.reached(pod.placed + _PATIENCE):
         return ""
     mounts = f" ({', '.join(pod.mounts)})" if pod.mounts else ""
     return (
         "ContainerCreating: for more than a minute; its image is still being pulled, or a volume cannot be mounted"
-        f"{mounts}: `kubectl describe pod {pod.name} --namespace {draft.job.namespace}` shows which"
+        f"{mounts}: `kubectl describe pod {pod.name} --namespace {context.job.namespace}` shows which"
     )
 
 
-def warn_once(draft: Draft, reason: Reason, subject: str, before: str, now: str) -> None:
+def warn_once(context: PlanContext, reason: Reason, subject: str, before: str, now: str) -> None:
     """Emit a Warning for what keeps pods from starting, unless the status says the same already."""
     if headline(now) != headline(before):
-        draft.emit("Warning", reason, f"{subject}: {now}")
+        context.emit("Warning", reason, f"{subject}: {now}")

@@ -48,7 +48,7 @@ def references(template: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
             yield from references(item, f"{path}[{number}]")
 
 
-def unlisted(template: Any, allowed: frozenset[str]) -> Iterator[str]:
+def not_allowed(template: Any, allowed: frozenset[str]) -> Iterator[str]:
     """What a template names and the admin's lists do not."""
     for path, kind, name in references(template):
         option = _OPTIONS.get(kind, "")

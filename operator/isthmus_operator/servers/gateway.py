@@ -75,7 +75,7 @@ class Gateway(rpc.GatewayServicer):
         self._prove: Prove | None = None
         self._tunnels: dict[str, _Tunnel] = {}
         # The oldest first.
-        self._unproven: dict[_Tunnel, None] = {}
+        self._exited_without_proof: dict[_Tunnel, None] = {}
         self._serial = 0
         self._directory = Path()
         self.port = 0
@@ -134,15 +134,15 @@ class Gateway(rpc.GatewayServicer):
             log.warning("gateway: %s from %s refused: %s", tunnel.site, context.peer(), error)
             await context.abort(error.code, str(error))
         finally:
-            self._unproven.pop(tunnel, None)
+            self._exited_without_proof.pop(tunnel, None)
 
     def _take_place(self, tunnel: _Tunnel) -> None:
         """Counts a caller that has proven nothing yet, in the oldest one's place if there are too many."""
-        if len(self._unproven) >= _MAX_UNPROVEN:
-            oldest = next(iter(self._unproven))
-            del self._unproven[oldest]
+        if len(self._exited_without_proof) >= _MAX_UNPROVEN:
+            oldest = next(iter(self._exited_without_proof))
+            del self._exited_without_proof[oldest]
             oldest.end("too many bridges are connecting; come back")
-        self._unproven[tunnel] = None
+        self._exited_without_proof[tunnel] = None
 
     async def _hello(self, tunnel: _Tunnel, frames: AsyncIterator[pb.Frame]) -> str:
         reading = asyncio.ensure_future(anext(aiter(frames), None))
@@ -200,7 +200,7 @@ class Gateway(rpc.GatewayServicer):
             raise _RefusedError(code, str(error)) from None
         finally:
             proof.cancel()
-            self._unproven.pop(tunnel, None)
+            self._exited_without_proof.pop(tunnel, None)
 
     def _put(self, tunnel: _Tunnel) -> None:
         older = self._tunnels.get(tunnel.site)

@@ -17,7 +17,7 @@ from ..metrics import LOOP_LAG
 _BEAT = 1.0
 # Older than this, the loop hangs; a look that takes longer than this is stuck.
 MAX_BEAT_AGE = 30.0
-MAX_LOOK = 900.0
+MAX_RECONCILE = 900.0
 
 
 class Health:
@@ -49,7 +49,10 @@ class Health:
         resynced = self._resync.age()
         return {
             # An API server that is away for long is no reason to be restarted; a list that never ends is one.
-            "alive": not self.broken and age < MAX_BEAT_AGE and look < MAX_LOOK and self._resync.idle() < MAX_LOOK,
+            "alive": not self.broken
+            and age < MAX_BEAT_AGE
+            and look < MAX_RECONCILE
+            and self._resync.idle() < MAX_RECONCILE,
             # Where some namespaces are refused, the others are served.
             "ready": self.ready.is_set() and resynced < MAX_AGE and self._resync.serves(),
             "refused": dict(self._resync.refused),

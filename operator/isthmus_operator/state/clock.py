@@ -38,7 +38,7 @@ class Clock:
         seconds = self._wall() if offset is None else self._steady() + offset
         return dt.datetime.fromtimestamp(seconds, dt.UTC)
 
-    def heard(self, date: str | None, sent: float) -> None:
+    def observe_date(self, date: str | None, sent: float) -> None:
         """Takes in an answer's Date header. ``sent``: the steady time at which it was asked for."""
         received = self._steady()
         if date is None or received - sent > _LONGEST_WAY:

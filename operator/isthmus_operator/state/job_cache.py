@@ -21,7 +21,7 @@ class Dependents:
     accepted: FederatedJobSpec | None = None
     present: frozenset[str] = frozenset()
     rendered: Mapping[str, str] = field(default_factory=dict)
-    foreign: tuple[str, ...] = ()
+    conflicting: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
     authority: Authority | None = None
     fingerprint: str = ""  # of the authority
@@ -29,11 +29,11 @@ class Dependents:
     certificates: Mapping[str, str] = field(default_factory=dict)
     observer: Credentials | None = None
     service: ServiceView | None = None
-    unnameable: tuple[str, ...] = ()  # what templates name and may not
+    forbidden_references: tuple[str, ...] = ()  # what templates name and may not
 
 
 @dataclass
-class JobMemory:
+class JobCache:
     """One job."""
 
     uid: str
@@ -46,11 +46,11 @@ class JobMemory:
     delivered: dict[str, str] = field(default_factory=dict)  # by key: the certificate that the pool's site has
     log_answered: str = ""  # the request that was answered last
     other: str = ""  # the operator that serves it instead of this one
-    said: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)  # events by reason and message
+    events: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)  # events by reason and message
     status_written: float = -math.inf  # likewise
     node_addresses: dict[str, str] = field(default_factory=dict)
 
-    def refuse(self, key: str, message: str, now: dt.datetime) -> None:
+    def record_refusal(self, key: str, message: str, now: dt.datetime) -> None:
         """Remembers that an object could not be made."""
         times = self.refused_times[key] = self.refused_times.get(key, 0) + 1
         self.refusals[key] = Refusal(message, now + _delay(times))
@@ -60,7 +60,7 @@ class JobMemory:
         self.refusals.pop(key, None)
         self.refused_times.pop(key, None)
 
-    def trouble(self, pool: str, kind: ProblemKind, message: str, now: dt.datetime) -> None:
+    def record_problem(self, pool: str, kind: ProblemKind, message: str, now: dt.datetime) -> None:
         """Remembers that a site did not do as it was asked."""
         times = self.problem_times[pool] = self.problem_times.get(pool, 0) + 1
         delay = _delay(times) if kind is ProblemKind.UNREACHABLE else dt.timedelta(seconds=LONGEST_RETRY)

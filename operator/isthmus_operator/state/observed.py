@@ -227,8 +227,8 @@ class Observed:
     present: frozenset[str] = frozenset()  # names of other objects that exist and are this job's: Kind/name
     rendered: Mapping[str, str] = field(default_factory=dict)  # by Kind/name: which NetworkPolicy we wrote there
     code: tuple[str, ...] = ()  # names of the files of task.code
-    unnameable: tuple[str, ...] = ()  # what templates name and may not, with the reasons
-    foreign: tuple[str, ...] = ()  # Kind/name of objects that bear our names and are not this job's
+    forbidden_references: tuple[str, ...] = ()  # what templates name and may not, with the reasons
+    conflicting: tuple[str, ...] = ()  # Kind/name of objects that bear our names and are not this job's
     authority: str = ""  # fingerprint of the job's CA; empty: there is none
     authority_ends: bool = False  # soon
     certificates: Mapping[str, str] = field(default_factory=dict)  # by Secret: those that are good for a while

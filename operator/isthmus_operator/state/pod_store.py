@@ -41,21 +41,21 @@ class PodStore:
         self._now = now
         self._pods: dict[_JobKey, dict[str, PodView]] = {}
         self._gone: dict[str, None] = {}  # uids, oldest first: what arrives late must not bring them back
-        self._doubted: set[str] = set()
+        self._stale: set[str] = set()
 
     def knows(self, body: Mapping[str, Any]) -> bool:
         """Whether this very pod is known."""
         known = self._pods.get(_key_of(body), {}).get(str(body["metadata"]["name"]))
         return known is not None and known.uid == body["metadata"]["uid"]
 
-    def doubt(self, job_uid: str) -> None:
+    def mark_stale(self, job_uid: str) -> None:
         """The watch may have missed what became of a job's pods."""
-        self._doubted.add(job_uid)
+        self._stale.add(job_uid)
 
-    def doubted(self, job_uid: str) -> bool:
+    def take_stale(self, job_uid: str) -> bool:
         """Whether a list is due; who asks makes it."""
-        due = job_uid in self._doubted
-        self._doubted.discard(job_uid)
+        due = job_uid in self._stale
+        self._stale.discard(job_uid)
         return due
 
     def count(self) -> int:
@@ -109,7 +109,7 @@ class PodStore:
         first look lists its pods."""
         for key in [key for key in self._pods if key[1] not in job_uids]:
             del self._pods[key]
-        self._doubted.intersection_update(job_uids)
+        self._stale.intersection_update(job_uids)
 
     def _forget(self, key: _JobKey, name: str, uid: str) -> None:
         self._gone[uid] = None

@@ -10,7 +10,7 @@ from typing import Any
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.wire.pki import Authority
 from isthmus_operator.effects.bridge import Bridges
-from isthmus_operator.effects.bridge_channels import Lines
+from isthmus_operator.effects.bridge_channels import BridgeChannels
 from isthmus_operator.servers.gateway import Gateway
 from isthmus_operator.state.clock import Clock
 from isthmus_operator.state.job_store import SiteStore
@@ -53,9 +53,9 @@ class OperatorSide:
     def start(self) -> None:
         """(Re)starts as a new operator would: with nothing in memory."""
         self.gateway = Gateway(lambda site: None)
-        self.lines = Lines(self.kube, self.sites, self.gateway.addresses)  # type: ignore[arg-type]
-        self.bridges = Bridges(self.lines, Clock())
-        serving = self.gateway.serve(f"127.0.0.1:{self.port}", self._tls, self.lines.prove)
+        self.channels = BridgeChannels(self.kube, self.sites, self.gateway.addresses)  # type: ignore[arg-type]
+        self.bridges = Bridges(self.channels, Clock())
+        serving = self.gateway.serve(f"127.0.0.1:{self.port}", self._tls, self.channels.prove)
         self._task = asyncio.create_task(serving)
 
     async def stop(self) -> None:

@@ -117,7 +117,7 @@ async def test_every_call_goes_through_the_tunnel(operator: OperatorSide, site: 
     assert site.listens() == [], "a bridge that dials out listens nowhere"
     described = await operator.bridges.describe(SITE)
     assert (described.name, described.slurm_version, list(described.partitions)) == (SITE, "22.05.8", ["main", "debug"])
-    watcher = await operator.lines.stub(SITE)
+    watcher = await operator.channels.stub(SITE)
     stream: Any = watcher.WatchPools(pb.WatchPoolsRequest())
     assert (await ensure(operator)).job_id == "100"
     assert (await ensure(operator)).job_id == "100"
@@ -150,7 +150,7 @@ async def test_every_call_goes_through_the_tunnel(operator: OperatorSide, site: 
 async def test_either_side_may_be_killed_and_comes_back(operator: OperatorSide, site: BridgeProcess) -> None:
     await operator.connected()
     before = await ensure(operator)
-    stub = await operator.lines.stub(SITE)
+    stub = await operator.channels.stub(SITE)
     stream: Any = stub.WatchPools(pb.WatchPoolsRequest())
     assert (await asyncio.wait_for(stream.read(), 60)).key == KEY
     site.end(signal.SIGKILL)

@@ -170,21 +170,21 @@ async def test_one_caller_too_many_ends_the_oldest_that_has_proven_nothing(
     world.proof.clear()
     async with AsyncExitStack() as stack:
         silent = await stack.enter_async_context(world.dial())
-        await until(lambda: len(world.gateway._unproven) == 1)
+        await until(lambda: len(world.gateway._exited_without_proof) == 1)
         slow = await stack.enter_async_context(world.dial())
         await slow.write(hello("leonardo"))
-        await until(lambda: len(world.gateway._unproven) == 2)
+        await until(lambda: len(world.gateway._exited_without_proof) == 2)
         third = await stack.enter_async_context(world.dial())
         await third.write(hello("snellius"))
         assert (await end(silent))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
         honest = await stack.enter_async_context(world.dial())
         await honest.write(hello())
         assert (await end(slow))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert len(world.gateway._unproven) == 2
+        assert len(world.gateway._exited_without_proof) == 2
         world.proof.set()
         for call in (third, honest):
             assert (await asyncio.wait_for(call.read(), 60)).HasField("welcome")
-        await until(lambda: not world.gateway._unproven)
+        await until(lambda: not world.gateway._exited_without_proof)
 
 
 async def test_a_silent_stranger_is_let_go(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,10 @@ def test_certificates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_new_authority_takes_over_step_by_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At no step can one end not check the other; tests/integration/operator/test_lines.py does the same over TLS."""
+    """Each end can verify the other at every step.
+
+    tests/integration/operator/test_bridge_channels.py does the same over TLS.
+    """
     folder = tmp_path / "certs"
     server, operator = folder / "server", folder / "operator-prod"
 

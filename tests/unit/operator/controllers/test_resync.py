@@ -10,7 +10,7 @@ import pytest
 from isthmus_operator.controllers import resync as module
 from isthmus_operator.controllers.resync import MAX_AGE, Resync
 from isthmus_operator.effects.kube import KubeError
-from isthmus_operator.servers.health import MAX_LOOK, Health
+from isthmus_operator.servers.health import MAX_RECONCILE, Health
 from isthmus_operator.state.job_store import JobStore, SiteStore
 
 
@@ -119,7 +119,7 @@ async def test_a_list_that_fails_changes_nothing_and_is_tried_again(monkeypatch:
     try:
         async with asyncio.timeout(30):
             # Asked for by a watch that began anew.
-            cluster.resync.doubt()
+            cluster.resync.mark_stale()
             while cluster.lists < 3:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             assert [item.name for item in cluster.jobs.all()] == ["known"]
@@ -141,7 +141,7 @@ async def test_the_probes_tell_an_api_server_that_is_away_from_an_operator_that_
     cluster.resync._made -= MAX_AGE
     assert (health.report()["alive"], health.report()["ready"]) == (True, False)
     # Not even tried.
-    cluster.resync._tried -= MAX_LOOK
+    cluster.resync._try_change -= MAX_RECONCILE
     assert health.report()["alive"] is False
     await cluster.resync.once(cluster)  # type: ignore[arg-type]
     assert health.report()["ready"] is True

@@ -11,9 +11,9 @@ from isthmus_operator.effects.apply import Effects
 from isthmus_operator.effects.bridge import Bridges
 from isthmus_operator.effects.kube import Kube, KubeError
 from isthmus_operator.planning import actions as act
-from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.context import PlanOptions
 from isthmus_operator.planning.plan import plan
-from isthmus_operator.state.job_cache import JobMemory
+from isthmus_operator.state.job_cache import JobCache
 from isthmus_operator.state.job_store import JobStore
 from isthmus_operator.state.pod_store import PodStore
 from tests.support.fake_cluster import NOW, UID, aggregator, client, job, of_kind, standing
@@ -71,31 +71,31 @@ ACTIONS = (
 )
 
 
-async def perform(failures: Mapping[str, KubeError], *actions: act.Action) -> tuple[FakeKube, FakeBridges, JobMemory]:
-    kube, bridges, memory = FakeKube(failures), FakeBridges(), JobMemory(UID)
+async def perform(failures: Mapping[str, KubeError], *actions: act.Action) -> tuple[FakeKube, FakeBridges, JobCache]:
+    kube, bridges, cache = FakeKube(failures), FakeBridges(), JobCache(UID)
     effects = Effects(cast(Kube, kube), JobStore(), PodStore(), cast(Bridges, bridges))
     try:
-        await effects.perform(job(), memory, actions or ACTIONS, NOW)
+        await effects.perform(job(), cache, actions or ACTIONS, NOW)
     except KubeError as error:
         error.add_note(f"{kube.done} {bridges.cancelled}")
         raise
-    return kube, bridges, memory
+    return kube, bridges, cache
 
 
 @pytest.mark.parametrize(
     "error", [WEBHOOK_DOWN, KubeError(504, "context deadline exceeded"), KubeError(403, "exceeded quota", "Forbidden")]
 )
 async def test_a_failure_of_one_request_is_remembered_and_the_rest_is_done(error: KubeError) -> None:
-    kube, bridges, memory = await perform({"demo-aggregator": error, "demo-cloud-0-0": error})
+    kube, bridges, cache = await perform({"demo-aggregator": error, "demo-cloud-0-0": error})
     assert (kube.done, bridges.cancelled) == (["create demo-cloud-1-0"], ["key"])
-    refused = {key: refusal.message for key, refusal in memory.refusals.items()}
+    refused = {key: refusal.message for key, refusal in cache.refusals.items()}
     assert refused == {"Service/demo-aggregator": str(error), "Pod/demo-cloud-0-0": str(error)}
 
 
 async def test_what_is_remembered_reaches_the_status_and_an_event() -> None:
-    _, _, memory = await perform({"demo-cloud-0-0": WEBHOOK_DOWN})
-    observed = standing(pods=(aggregator(), client(1)), refusals=dict(memory.refusals))
-    decided = plan(job(), observed, NOW, Limits(cluster="c"))
+    _, _, cache = await perform({"demo-cloud-0-0": WEBHOOK_DOWN})
+    observed = standing(pods=(aggregator(), client(1)), refusals=dict(cache.refusals))
+    decided = plan(job(), observed, NOW, PlanOptions(cluster="c"))
     said = f"the API server refused demo-cloud-0-0: {WEBHOOK_DOWN}"
     assert decided.status["pools"][0]["reason"] == said
     assert [event.message for event in decided.events if event.type == "Warning"] == [f"pool cloud: {said}"]
@@ -104,12 +104,12 @@ async def test_what_is_remembered_reaches_the_status_and_an_event() -> None:
 async def test_the_same_for_the_aggregators_pod() -> None:
     (made,) = [
         item
-        for item in of_kind(plan(job(), standing(), NOW, Limits(cluster="c")), act.CreatePod)
+        for item in of_kind(plan(job(), standing(), NOW, PlanOptions(cluster="c")), act.CreatePod)
         if item.name == "demo-aggregator"
     ]
-    _, _, memory = await perform({"demo-aggregator": WEBHOOK_DOWN}, made)
-    observed = replace(standing(pods=(client(0), client(1))), refusals=dict(memory.refusals))
-    decided = plan(job(), observed, NOW, Limits(cluster="c"))
+    _, _, cache = await perform({"demo-aggregator": WEBHOOK_DOWN}, made)
+    observed = replace(standing(pods=(client(0), client(1))), refusals=dict(cache.refusals))
+    decided = plan(job(), observed, NOW, PlanOptions(cluster="c"))
     said = f"aggregator: the API server refused its pod: {WEBHOOK_DOWN}"
     assert decided.status["message"] == said
     assert [event.message for event in decided.events if event.type == "Warning"] == [said]
@@ -128,8 +128,8 @@ async def test_a_pod_that_a_going_namespace_does_not_let_be_deleted_keeps_no_poo
     effects = Effects(cast(Kube, kube), JobStore(), PodStore(), cast(Bridges, bridges))
     steps = (act.DeletePod("demo-cloud-0-0", "uid"), ACTIONS[3])
     with pytest.raises(KubeError):
-        await effects.perform(job(), JobMemory(UID), steps, NOW)
-    await effects.perform(job(deleted=NOW), JobMemory(UID), steps, NOW)
+        await effects.perform(job(), JobCache(UID), steps, NOW)
+    await effects.perform(job(deleted=NOW), JobCache(UID), steps, NOW)
     assert bridges.cancelled == ["key"]
 
 
@@ -165,16 +165,16 @@ class Recorder:
 
 
 async def test_events_of_the_same_words_are_counted_up() -> None:
-    kube, memory = Recorder(), JobMemory(UID)
+    kube, cache = Recorder(), JobCache(UID)
     effects = Effects(cast(Kube, kube), JobStore(), PodStore(), cast(Bridges, FakeBridges()))
     for _ in range(3):
-        await effects.emit(job(), memory, act.Emit("Normal", "Valid", "it is"), NOW)
-    await effects.emit(job(), memory, act.Emit("Normal", "Valid", "it is not"), NOW)
+        await effects.emit(job(), cache, act.Emit("Normal", "Valid", "it is"), NOW)
+    await effects.emit(job(), cache, act.Emit("Normal", "Valid", "it is not"), NOW)
     assert (kube.created, [(name, body["count"]) for name, body in kube.patched]) == (
         2, [("Event demo.1", 2), ("Event demo.1", 3)],
     )  # fmt: skip
     kube.gone = True
-    await effects.emit(job(), memory, act.Emit("Normal", "Valid", "it is"), NOW)
+    await effects.emit(job(), cache, act.Emit("Normal", "Valid", "it is"), NOW)
     assert kube.created == 3
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator.effects.code import copy, files_of
 from isthmus_operator.planning import actions as act
-from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.context import PlanOptions
 from isthmus_operator.planning.plan import plan
 from isthmus_operator.render import aggregator
 from isthmus_operator.render.client import ClientPods
@@ -53,7 +53,7 @@ def test_files_lie_in_the_working_directory_of_every_pod() -> None:
 def test_nothing_starts_without_the_files() -> None:
     base = standing(wanted())
     observed = standing(wanted(), present=base.present - {"ConfigMap/demo-code"})
-    decided = plan(job(wanted()), observed, NOW, Limits())
+    decided = plan(job(wanted()), observed, NOW, PlanOptions())
     assert of_kind(decided, act.CopyCode) == [act.CopyCode("mine", "demo-code")]
     assert not of_kind(decided, act.CreatePod)
     observed = standing(
@@ -65,7 +65,7 @@ def test_nothing_starts_without_the_files() -> None:
             )
         },
     )
-    decided = plan(job(wanted()), observed, NOW, Limits())
+    decided = plan(job(wanted()), observed, NOW, PlanOptions())
     assert decided.status["message"] == "aggregator: spec.task.code.configMapRef.name: there is no"
     assert not of_kind(decided, act.CopyCode)
 

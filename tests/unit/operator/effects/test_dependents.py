@@ -15,4 +15,4 @@ class Kube:
 
 async def test_whose_an_object_is_that_is_in_the_way_is_told() -> None:
     found = await dependents.load(Kube(), job(), NOW, network_policies=False, resting=False)  # type: ignore[arg-type]
-    assert found.foreign == ("Secret/demo-ca (of the job dem)", "Secret/demo-cloud-tls")
+    assert found.conflicting == ("Secret/demo-ca (of the job dem)", "Secret/demo-cloud-tls")

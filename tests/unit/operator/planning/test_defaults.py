@@ -10,7 +10,7 @@ import yaml
 from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator.__main__ import parse
 from isthmus_operator.planning import actions as act
-from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.context import PlanOptions
 from isthmus_operator.planning.plan import plan
 from isthmus_operator.render import aggregator
 from isthmus_operator.render.client import ClientPods
@@ -134,12 +134,12 @@ def test_the_service_and_the_claim() -> None:
 
 
 def test_the_plan_makes_objects_with_them() -> None:
-    limits = Limits(defaults=GIVEN)
-    begun = plan(job(), Observed(sites={"site": site()}), NOW, limits)
+    options = PlanOptions(defaults=GIVEN)
+    begun = plan(job(), Observed(sites={"site": site()}), NOW, options)
     bodies = {item.kind: item.body for item in of_kind(begun, act.Apply)}
     assert bodies["PersistentVolumeClaim"]["spec"]["storageClassName"] == "fast"
     assert bodies["Service"]["metadata"]["annotations"]["lb.example/internal"] == "true"
-    pods = [item.body for item in of_kind(plan(job(), standing(), NOW, limits), act.CreatePod)]
+    pods = [item.body for item in of_kind(plan(job(), standing(), NOW, options), act.CreatePod)]
     assert pods and {pod["spec"]["runtimeClassName"] for pod in pods} == {"gvisor"}
 
 

@@ -12,7 +12,7 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_operator.effects.bridge import Bridges, pool_view
 from isthmus_operator.effects.observe import node_address
 from isthmus_operator.planning import actions as act
-from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.context import PlanOptions
 from isthmus_operator.planning.plan import plan
 from isthmus_operator.render import hpc as render_hpc
 from isthmus_operator.state.clock import Clock
@@ -40,7 +40,7 @@ from tests.support.fake_cluster import (
     standing,
 )
 
-LIMITS = Limits(cluster="c", site_give_up=3600)
+OPTIONS = PlanOptions(cluster="c", site_give_up=3600)
 SPEC = spec(hpc=2)
 
 
@@ -67,10 +67,10 @@ def unreachable(seconds: float = 5) -> dict[str, PoolProblem]:
 
 
 def test_a_pool_is_asked_for_once_the_address_is_known() -> None:
-    decided = plan(job(SPEC), around(service=ServiceView("")), NOW, LIMITS)
+    decided = plan(job(SPEC), around(service=ServiceView("")), NOW, OPTIONS)
     assert not of_kind(decided, act.EnsurePool)
     assert pool_status(decided)["reason"] == "waits for the address at which the aggregator can be reached"
-    decided = plan(job(SPEC), around(), NOW, LIMITS)
+    decided = plan(job(SPEC), around(), NOW, OPTIONS)
     (ensure,) = of_kind(decided, act.EnsurePool)
     assert (ensure.site, ensure.secret) == ("site", "demo-lumi-tls")
     assert ensure.spec.federation.endpoint == "10.96.0.7:7443"
@@ -94,7 +94,7 @@ def test_where_hpc_clients_dial(expose: dict[str, Any], endpoint: str) -> None:
     wanted = spec(hpc=2, aggregator={"expose": expose})
     service = ServiceView("fd00::7", 31443, "lb.example")
     observed = around(wanted=wanted, service=service, node_address="192.0.2.7")
-    (ensure,) = of_kind(plan(job(wanted), observed, NOW, LIMITS), act.EnsurePool)
+    (ensure,) = of_kind(plan(job(wanted), observed, NOW, OPTIONS), act.EnsurePool)
     assert ensure.spec.federation.endpoint == endpoint
 
 
@@ -120,22 +120,22 @@ def test_a_node_of_two_families_is_dialled_in_the_services_own(cluster_ip: str, 
 @pytest.mark.parametrize(("access", "via_bridge"), [("Direct", False), ("ViaBridge", True)])
 def test_the_site_says_how_its_nodes_reach_the_aggregator(access: str, via_bridge: bool) -> None:
     sites = {"site": site().model_copy(update={"aggregator_access": access})}
-    (ensure,) = of_kind(plan(job(SPEC), around(sites=sites), NOW, LIMITS), act.EnsurePool)
+    (ensure,) = of_kind(plan(job(SPEC), around(sites=sites), NOW, OPTIONS), act.EnsurePool)
     assert ensure.spec.federation.via_bridge is via_bridge
     assert ensure.spec.federation.endpoint == "10.96.0.7:7443"
 
 
 def test_the_same_attempt_has_the_same_key_after_a_restart() -> None:
-    first = of_kind(plan(job(SPEC), around(), NOW, LIMITS), act.EnsurePool)[0]
+    first = of_kind(plan(job(SPEC), around(), NOW, OPTIONS), act.EnsurePool)[0]
     absent = around(PoolView(0, PoolPhase.ABSENT))
-    again = of_kind(plan(job(SPEC, record=record(seen=False)), absent, NOW, LIMITS), act.EnsurePool)[0]
+    again = of_kind(plan(job(SPEC, record=record(seen=False)), absent, NOW, OPTIONS), act.EnsurePool)[0]
     assert first.key == again.key
     assert first.spec == again.spec
 
 
 def test_a_time_limit_is_no_failure_and_costs_no_delay() -> None:
     view = PoolView(4, PoolPhase.FAILED, failed=2, failure="task 0 TIMEOUT", timed_out=True)
-    decided = plan(job(SPEC, record=record(attempt=4, failures=3)), around(view), NOW, LIMITS)
+    decided = plan(job(SPEC, record=record(attempt=4, failures=3)), around(view), NOW, OPTIONS)
     (ensure,) = of_kind(decided, act.EnsurePool)
     assert ensure.spec.attempt == 5
     saved = decided.actions[0]
@@ -154,7 +154,7 @@ def test_a_waiting_pool_shows_slurms_words() -> None:
         expected_start=moment,
         submitted_at=moment,
     )
-    decided = plan(job(SPEC, record=record()), around(view), NOW, LIMITS)
+    decided = plan(job(SPEC, record=record()), around(view), NOW, OPTIONS)
     status = pool_status(decided)
     assert status["reason"] == "Priority (expected start 2030-01-01T00:00Z)"
     assert (status["queued"], status["jobs"]) == (2, ["8123"])
@@ -181,7 +181,7 @@ def test_the_bridges_words_reach_the_user(phase: pb.Pool.Phase.ValueType, messag
     ended = phase == pb.Pool.FAILED
     pool = pb.Pool(key="x" * 8, phase=phase, message=message, desired=2, failed=2 * ended, queued=2 * (not ended),
                    tasks=tasks)  # fmt: skip
-    decided = plan(job(SPEC, record=record()), around(pool_view(pool, 0)), NOW, LIMITS)
+    decided = plan(job(SPEC, record=record()), around(pool_view(pool, 0)), NOW, OPTIONS)
     assert message in pool_status(decided)["reason"]
     if ended:
         assert any(message in event.message for event in decided.events if event.reason == "ClientFailed")
@@ -203,7 +203,7 @@ def test_what_the_site_took_away_is_no_failure_of_the_clients(states: list[str],
     pool = pb.Pool(key="x" * 8, phase=pb.Pool.FAILED, message="it ended", desired=2, failed=len(states), tasks=tasks)
     view = pool_view(pool, 4)
     assert view.displaced is displaced
-    decided = plan(job(SPEC, record=record(attempt=4, failures=1)), around(view), NOW, LIMITS)
+    decided = plan(job(SPEC, record=record(attempt=4, failures=1)), around(view), NOW, OPTIONS)
     saved = decided.actions[0]
     assert isinstance(saved, act.SaveJob)
     after = Record.load(saved.record or "").hpc["lumi"]
@@ -219,8 +219,8 @@ def test_a_pool_that_never_comes_into_the_queue_ends_in_time(phase: PoolPhase) -
     wanted["pools"][1]["hpc"]["maxQueueSeconds"] = 60
     view = PoolView(0, phase, queued=2, message="Slurm refused: the partition is drained")
     asked = record(asked_at=int(NOW.timestamp()))
-    assert not of_kind(plan(job(wanted, record=asked), around(view, wanted), NOW, LIMITS), act.CancelPool)
-    late = plan(job(wanted, record=asked), around(view, wanted), NOW + dt.timedelta(seconds=61), LIMITS)
+    assert not of_kind(plan(job(wanted, record=asked), around(view, wanted), NOW, OPTIONS), act.CancelPool)
+    late = plan(job(wanted, record=asked), around(view, wanted), NOW + dt.timedelta(seconds=61), OPTIONS)
     assert of_kind(late, act.CancelPool)
     assert "the partition is drained" in pool_status(late)["reason"]
 
@@ -228,19 +228,19 @@ def test_a_pool_that_never_comes_into_the_queue_ends_in_time(phase: PoolPhase) -
 def test_a_wait_that_does_not_end_by_itself_is_explained_and_bounded() -> None:
     moment = NOW.timestamp()
     view = PoolView(0, PoolPhase.PENDING, queued=2, reason="PartitionTimeLimit", submitted_at=moment)
-    status = pool_status(plan(job(SPEC, record=record()), around(view), NOW, LIMITS))
+    status = pool_status(plan(job(SPEC, record=record()), around(view), NOW, OPTIONS))
     assert status["reason"] == "PartitionTimeLimit: its time limit is above the partition's"
-    late = plan(job(SPEC, record=record()), around(view), NOW + dt.timedelta(seconds=3601), LIMITS)
+    late = plan(job(SPEC, record=record()), around(view), NOW + dt.timedelta(seconds=3601), OPTIONS)
     assert of_kind(late, act.CancelPool)
     ordinary = replace(view, reason="Priority")
-    late = plan(job(SPEC, record=record()), around(ordinary), NOW + dt.timedelta(seconds=3601), LIMITS)
+    late = plan(job(SPEC, record=record()), around(ordinary), NOW + dt.timedelta(seconds=3601), OPTIONS)
     assert not of_kind(late, act.CancelPool)
 
 
 def test_a_site_that_is_down_is_shown_and_forgets_nothing() -> None:
     view = PoolView(0, PoolPhase.PENDING, job_id="8123", queued=2)
-    before = plan(job(SPEC, record=record()), around(view), NOW, LIMITS).status
-    decided = plan(job(SPEC, record=record(), status=before), around(problems=unreachable()), NOW, LIMITS)
+    before = plan(job(SPEC, record=record()), around(view), NOW, OPTIONS).status
+    decided = plan(job(SPEC, record=record(), status=before), around(problems=unreachable()), NOW, OPTIONS)
     status = pool_status(decided)
     assert status["reason"] == "SiteUnreachable: no route"
     assert (status["queued"], status["jobs"]) == (2, ["8123"])
@@ -250,18 +250,21 @@ def test_a_site_that_is_down_is_shown_and_forgets_nothing() -> None:
 def test_a_site_that_takes_nothing_for_now_says_why_and_is_asked_again() -> None:
     words = "policy drain: this site takes no new jobs for now: maintenance on 3 June"
     problem = PoolProblem(ProblemKind.UNREACHABLE, words, NOW)
-    decided = plan(job(SPEC), around(problems={"lumi": problem}), NOW, LIMITS)
+    decided = plan(job(SPEC), around(problems={"lumi": problem}), NOW, OPTIONS)
     assert pool_status(decided)["reason"] == f"PolicyDenied: {words}"
     assert of_kind(decided, act.EnsurePool)
 
 
 def test_a_denied_pool_names_the_rule_and_the_job_goes_on_if_it_can() -> None:
     problem = PoolProblem(ProblemKind.DENIED, "rule partitions: gpu is not yours", NOW + dt.timedelta(seconds=60))
-    decided = plan(job(SPEC, record=record(seen=False)), around(problems={"lumi": problem}), NOW, LIMITS)
+    decided = plan(job(SPEC, record=record(seen=False)), around(problems={"lumi": problem}), NOW, OPTIONS)
     assert pool_status(decided)["reason"] == "PolicyDenied: rule partitions: gpu is not yours"
     assert "Failed" not in {item["type"] for item in decided.status["conditions"]}
     later = plan(
-        job(SPEC, record=record(seen=False)), around(problems={"lumi": problem}), NOW + dt.timedelta(seconds=61), LIMITS
+        job(SPEC, record=record(seen=False)),
+        around(problems={"lumi": problem}),
+        NOW + dt.timedelta(seconds=61),
+        OPTIONS,
     )
     assert of_kind(later, act.EnsurePool)
 
@@ -272,11 +275,11 @@ def test_a_pool_that_runs_is_not_lost_for_a_denied_question(kind: ProblemKind) -
     problem = PoolProblem(kind, "rule identities: unknown", NOW + dt.timedelta(seconds=60))
     said = FederationView("TRAINING", current_round=2, completed_rounds=1, connected={"lumi": 2})
     observed = standing(alone, pods=(aggregator(),), federation=said, problems={"lumi": problem})
-    decided = plan(job(alone, record=record(ran=True)), observed, NOW, LIMITS)
+    decided = plan(job(alone, record=record(ran=True)), observed, NOW, OPTIONS)
     assert decided.status["phase"] == "Running"
     assert pool_status(decided)["reason"] == "PolicyDenied: rule identities: unknown"
     # Of an attempt that the site has never taken on, nothing can come.
-    new = plan(job(alone, record=record(attempt=1, seen=False)), observed, NOW, LIMITS)
+    new = plan(job(alone, record=record(attempt=1, seen=False)), observed, NOW, OPTIONS)
     assert "Failed" in {item["type"] for item in new.status["conditions"]}
 
 
@@ -291,30 +294,30 @@ def test_a_denied_pool_that_is_needed_fails_the_job() -> None:
 def test_a_pool_that_ended_early_is_submitted_anew_within_limits() -> None:
     wanted = spec(hpc=2, backoffLimit=1)
     ended = PoolView(0, PoolPhase.FAILED, job_id="17", failed=2, failure="task 1 FAILED (exit code 1)\nValueError: x")
-    first = plan(job(wanted, record=record()), around(ended, wanted), NOW, LIMITS)
+    first = plan(job(wanted, record=record()), around(ended, wanted), NOW, OPTIONS)
     assert not of_kind(first, act.EnsurePool)
     assert "submitted anew in 10 s" in next(e.message for e in first.events if e.reason == "ClientFailed")
     saved = of_kind(first, act.SaveJob)[0].record
     entry = Record.load(saved).hpc["lumi"]
     assert (entry.attempt, entry.failures) == (1, 1)
-    second = plan(job(wanted, record=saved), around(None, wanted), NOW + dt.timedelta(seconds=11), LIMITS)
+    second = plan(job(wanted, record=saved), around(None, wanted), NOW + dt.timedelta(seconds=11), OPTIONS)
     (ensure,) = of_kind(second, act.EnsurePool)
     assert ensure.spec.attempt == 1
     again = record(attempt=1, failures=1)
-    over = plan(job(wanted, record=again), around(replace(ended, attempt=1), wanted), NOW, LIMITS)
+    over = plan(job(wanted, record=again), around(replace(ended, attempt=1), wanted), NOW, OPTIONS)
     assert Record.load(of_kind(over, act.SaveJob)[0].record).hpc["lumi"].over == "ClientFailed"
     assert "ValueError: x" in pool_status(over)["reason"]
 
 
 def test_a_renewed_certificate_is_handed_on_to_what_runs() -> None:
     running = PoolView(0, PoolPhase.RUNNING, running=2, submitted_at=NOW.timestamp())
-    settled = plan(job(SPEC, record=record(ran=True)), around(running), NOW, LIMITS)
+    settled = plan(job(SPEC, record=record(ran=True)), around(running), NOW, OPTIONS)
     assert not settled.actions
     seen = around(running)
     renewed = replace(seen, certificates={**seen.certificates, "demo-lumi-tls": "second"})
     key = render_hpc.key("c", job(SPEC), "lumi", 0)
     wanted = act.RenewCredentials("lumi", "site", key, "demo-lumi-tls")
-    assert plan(job(SPEC, record=record(ran=True)), renewed, NOW, LIMITS).actions == (wanted,)
+    assert plan(job(SPEC, record=record(ran=True)), renewed, NOW, OPTIONS).actions == (wanted,)
     # Nothing is asked of a site that does not answer, of a pool that is over, or while the Secret is being made.
     silent = PoolProblem(ProblemKind.UNREACHABLE, "no route", NOW + dt.timedelta(seconds=5))
     for changed in (
@@ -322,25 +325,27 @@ def test_a_renewed_certificate_is_handed_on_to_what_runs() -> None:
         replace(renewed, pools={"lumi": replace(running, phase=PoolPhase.SUCCEEDED, running=0, succeeded=2)}),
         replace(renewed, certificates={k: v for k, v in seen.certificates.items() if k != "demo-lumi-tls"}),
     ):
-        assert not of_kind(plan(job(SPEC, record=record(ran=True)), changed, NOW, LIMITS), act.RenewCredentials)
+        assert not of_kind(plan(job(SPEC, record=record(ran=True)), changed, NOW, OPTIONS), act.RenewCredentials)
     # Once the site has it, that is remembered, and nothing is left to do.
-    (save,) = plan(job(SPEC, record=record(ran=True)), replace(renewed, delivered={key: "second"}), NOW, LIMITS).actions
+    (save,) = plan(
+        job(SPEC, record=record(ran=True)), replace(renewed, delivered={key: "second"}), NOW, OPTIONS
+    ).actions
     assert save == act.SaveJob(record(ran=True, certificate="second"))
-    assert not plan(job(SPEC, record=record(ran=True, certificate="second")), renewed, NOW, LIMITS).actions
+    assert not plan(job(SPEC, record=record(ran=True, certificate="second")), renewed, NOW, OPTIONS).actions
 
 
 def test_a_pool_that_waits_too_long_is_given_up() -> None:
     wanted = spec(hpc=2)
     wanted["pools"][1]["hpc"]["maxQueueSeconds"] = 60
     view = PoolView(0, PoolPhase.PENDING, queued=2, reason="Resources", submitted_at=NOW.timestamp())
-    assert not plan(job(wanted, record=record()), around(view, wanted), NOW, LIMITS).actions
-    late = plan(job(wanted, record=record()), around(view, wanted), NOW + dt.timedelta(seconds=61), LIMITS)
+    assert not plan(job(wanted, record=record()), around(view, wanted), NOW, OPTIONS).actions
+    late = plan(job(wanted, record=record()), around(view, wanted), NOW + dt.timedelta(seconds=61), OPTIONS)
     assert of_kind(late, act.CancelPool)
     assert pool_status(late)["reason"].startswith("QueueTimeout: waited in the queue for more than 60 s")
     assert "QueueTimeout" in {event.reason for event in late.events}
     # One that has run and was requeued is not.
     assert not of_kind(
-        plan(job(wanted, record=record(ran=True)), around(view, wanted), NOW + dt.timedelta(seconds=61), LIMITS),
+        plan(job(wanted, record=record(ran=True)), around(view, wanted), NOW + dt.timedelta(seconds=61), OPTIONS),
         act.CancelPool,
     )
 
@@ -361,17 +366,17 @@ def test_the_last_attempts_tasks_that_ended_no_longer_count() -> None:
 
 def test_deletion_waits_for_the_site() -> None:
     going = job(SPEC, record=record(), deleted=NOW)
-    decided = plan(going, around(problems=unreachable(-1)), NOW, LIMITS)
+    decided = plan(going, around(problems=unreachable(-1)), NOW, OPTIONS)
     assert of_kind(decided, act.CancelPool)
     assert not [item for item in of_kind(decided, act.SaveJob) if item.finalizers is not None]
     assert decided.status["message"] == "cancelling pool lumi at site (no route)"
-    ended = plan(going, around(PoolView(0, PoolPhase.CANCELLED)), NOW, LIMITS)
+    ended = plan(going, around(PoolView(0, PoolPhase.CANCELLED)), NOW, OPTIONS)
     assert ended.actions[-1] == act.SaveJob(finalizers=())
 
 
 def test_deletion_gives_up_in_the_end_and_says_so() -> None:
     going = job(SPEC, record=record(), deleted=NOW, finalizers=("other", FINALIZER))
-    decided = plan(going, around(problems=unreachable()), NOW + dt.timedelta(hours=1, seconds=1), LIMITS)
+    decided = plan(going, around(problems=unreachable()), NOW + dt.timedelta(hours=1, seconds=1), OPTIONS)
     assert decided.actions[-1] == act.SaveJob(finalizers=("other",))
     assert [event.reason for event in decided.events] == ["SiteUnreachable"]
     assert "lumi at site" in decided.events[0].message
@@ -379,21 +384,21 @@ def test_deletion_gives_up_in_the_end_and_says_so() -> None:
 
 def test_an_unknown_key_is_cancelled_too_so_that_a_late_request_cannot_revive_it() -> None:
     going = job(SPEC, record=record(seen=False), deleted=NOW)
-    decided = plan(going, around(PoolView(0, PoolPhase.ABSENT)), NOW, LIMITS)
+    decided = plan(going, around(PoolView(0, PoolPhase.ABSENT)), NOW, OPTIONS)
     assert of_kind(decided, act.CancelPool)
 
 
 def test_a_job_whose_site_never_let_it_in_can_go() -> None:
     problem = PoolProblem(ProblemKind.DENIED, "who are you", NOW)
     going = job(SPEC, record=record(seen=False), deleted=NOW)
-    assert plan(going, around(problems={"lumi": problem}), NOW, LIMITS).actions[-1] == act.SaveJob(finalizers=())
+    assert plan(going, around(problems={"lumi": problem}), NOW, OPTIONS).actions[-1] == act.SaveJob(finalizers=())
 
 
 @pytest.mark.parametrize("accepted", [True, False])
 def test_a_pool_that_the_manifest_no_longer_names_is_cancelled_all_the_same(accepted: bool) -> None:
     going = job(spec(), record=record(), deleted=NOW)
     observed = around(PoolView(0, PoolPhase.RUNNING, running=2))
-    decided = plan(going, observed if accepted else replace(observed, accepted=None), NOW, LIMITS)
+    decided = plan(going, observed if accepted else replace(observed, accepted=None), NOW, OPTIONS)
     assert [item.site for item in of_kind(decided, act.CancelPool)] == ["site"]
 
 
@@ -405,7 +410,7 @@ def test_what_is_no_time_at_a_site_stops_no_job(odd: float) -> None:
         )
         for view in (pool_view(said, 0), Bridges(cast(Any, None), Clock())._view(said, 0)):
             assert (view.expected_start, view.submitted_at, view.ends_at) == (0.0, 0.0, 0.0)
-            decided = plan(job(SPEC, record=record()), around(view), NOW, LIMITS)
+            decided = plan(job(SPEC, record=record()), around(view), NOW, OPTIONS)
             assert decided.status["phase"] == "Starting"
 
 
@@ -413,7 +418,7 @@ def test_what_is_no_time_at_a_site_stops_no_job(odd: float) -> None:
 def test_who_cancels_what_was_given_up_is_told_as_it_is(known: bool) -> None:
     going = job(SPEC, record=record(), deleted=NOW - dt.timedelta(hours=2))
     observed = around(PoolView(0, PoolPhase.RUNNING, running=2))
-    (event,) = plan(going, observed if known else replace(observed, sites={}), NOW, LIMITS).events
+    (event,) = plan(going, observed if known else replace(observed, sites={}), NOW, OPTIONS).events
     assert ("it is cancelled once the site answers" in event.message) is known
     key = render_hpc.key("c", going, "lumi", 0)
     told = f"there is no HPCSite site any more: cancel by hand at the site what is named isthmus-{key}"

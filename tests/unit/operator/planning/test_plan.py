@@ -10,7 +10,7 @@ from isthmus_contracts.identities import FINALIZER
 from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator import names
 from isthmus_operator.planning import actions as act
-from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.context import PlanOptions
 from isthmus_operator.planning.plan import plan
 from isthmus_operator.state.job_record import ClientRecord, CloudRecord, HpcRecord, Record
 from isthmus_operator.state.observed import FederationView, Metric, ModelView, Observed, PodView, PrivacyView, Refusal
@@ -29,7 +29,7 @@ from tests.support.fake_cluster import (
     standing,
 )
 
-LIMITS = Limits(cluster="c")
+OPTIONS = PlanOptions(cluster="c")
 
 
 def kinds(decided: act.Plan) -> list[str]:
@@ -41,7 +41,7 @@ def conditions(decided: act.Plan) -> dict[str, str]:
 
 
 def test_a_new_job_gets_its_finalizer_before_anything_is_made() -> None:
-    decided = plan(job(spec(hpc=2), finalizers=()), Observed(sites={"site": site()}), NOW, LIMITS)
+    decided = plan(job(spec(hpc=2), finalizers=()), Observed(sites={"site": site()}), NOW, OPTIONS)
     assert kinds(decided) == [
         "SaveJob", "Apply ConfigMap", "Apply Service", "Apply PersistentVolumeClaim", "CreateAuthority",
     ]  # fmt: skip
@@ -52,18 +52,18 @@ def test_a_new_job_gets_its_finalizer_before_anything_is_made() -> None:
 
 def test_a_job_that_has_nothing_outside_of_the_cluster_gets_no_finalizer_and_loses_an_earlier_one() -> None:
     """Its namespace could not be deleted: the operator's rights in it go before the job does."""
-    decided = plan(job(finalizers=()), Observed(), NOW, LIMITS)
+    decided = plan(job(finalizers=()), Observed(), NOW, OPTIONS)
     assert kinds(decided) == ["Apply ConfigMap", "Apply Service", "Apply PersistentVolumeClaim", "CreateAuthority"]
-    old = plan(job(finalizers=("other", FINALIZER)), standing(), NOW, LIMITS)
+    old = plan(job(finalizers=("other", FINALIZER)), standing(), NOW, OPTIONS)
     assert of_kind(old, act.SaveJob)[0].finalizers == ("other",)
     # As long as something may be at a site, whatever the manifest says by now.
     there = Record(hpc={"lumi": HpcRecord("site", attempt=2, authority=AUTHORITY, seen=True, size=2)})
-    kept = plan(job(finalizers=(FINALIZER,), record=there.dump(UID)), standing(), NOW, LIMITS)
+    kept = plan(job(finalizers=(FINALIZER,), record=there.dump(UID)), standing(), NOW, OPTIONS)
     assert not [item for item in of_kind(kept, act.SaveJob) if item.finalizers is not None]
 
 
 def test_certificates_follow_their_authority() -> None:
-    decided = plan(job(), standing(certificates={}), NOW, LIMITS)
+    decided = plan(job(), standing(certificates={}), NOW, OPTIONS)
     issued = of_kind(decided, act.IssueCertificate)
     assert {item.secret: (item.hosts[:1], item.uris, dict(item.clients)) for item in issued} == {
         "demo-aggregator-tls": (("0f9a7c1e-0000-4000-8000-000000000001.aggregator.isthmus.dev",), (), {}),
@@ -82,11 +82,11 @@ def test_certificates_follow_their_authority() -> None:
 
 def test_no_claim_where_the_manifest_wants_none() -> None:
     wanted = spec(aggregator={"checkpoint": {"storage": "EmptyDir"}})
-    assert "Apply PersistentVolumeClaim" not in kinds(plan(job(wanted), Observed(), NOW, LIMITS))
+    assert "Apply PersistentVolumeClaim" not in kinds(plan(job(wanted), Observed(), NOW, OPTIONS))
 
 
 def test_pods_are_made_once_everything_else_is_there() -> None:
-    decided = plan(job(), standing(), NOW, LIMITS)
+    decided = plan(job(), standing(), NOW, OPTIONS)
     assert [item.name for item in of_kind(decided, act.CreatePod)] == [
         "demo-aggregator", "demo-cloud-0-0", "demo-cloud-1-0",
     ]  # fmt: skip
@@ -121,7 +121,7 @@ def test_what_the_aggregator_says_reaches_the_status() -> None:
         best_model=ModelView("models/round-2.safetensors", 2, "cd"),
     )
     pods = (aggregator(), client(0), client(1))
-    status = plan(job(), standing(pods=pods, federation=said), NOW, LIMITS).status
+    status = plan(job(), standing(pods=pods, federation=said), NOW, OPTIONS).status
     assert status["rounds"] == {"current": 4, "completed": 3, "total": 5}
     assert status["clients"] == {"ready": 2, "total": 2, "summary": "2/2"}
     assert status["metrics"] == [
@@ -138,8 +138,8 @@ def test_what_the_aggregator_says_reaches_the_status() -> None:
 def test_a_running_aggregator_that_does_not_answer_keeps_what_it_said() -> None:
     pods = (aggregator(), client(0), client(1))
     said = FederationView("TRAINING", current_round=4, completed_rounds=3, connected={"cloud": 2})
-    before = plan(job(), standing(pods=pods, federation=said), NOW, LIMITS).status
-    after = plan(job(status=before), standing(pods=pods, federation_error="DEADLINE_EXCEEDED: "), NOW, LIMITS).status
+    before = plan(job(), standing(pods=pods, federation=said), NOW, OPTIONS).status
+    after = plan(job(status=before), standing(pods=pods, federation_error="DEADLINE_EXCEEDED: "), NOW, OPTIONS).status
     assert after["clients"]["summary"] == "2/2"
     assert after["phase"] == "Running"
     assert "does not answer" in next(c["message"] for c in after["conditions"] if c["type"] == "AggregatorReady")
@@ -148,19 +148,19 @@ def test_a_running_aggregator_that_does_not_answer_keeps_what_it_said() -> None:
 def test_an_aggregator_on_a_lost_node_says_what_only_an_admin_can_do() -> None:
     pod = aggregator(deleting=True, overdue=NOW, node="n1")
     going = job(record='{"aggregator":{"pod":"uid-aggregator"}}')
-    at_first = plan(going, standing(pods=(pod,)), NOW, LIMITS)
+    at_first = plan(going, standing(pods=(pod,)), NOW, OPTIONS)
     said = next(c["message"] for c in at_first.status["conditions"] if c["type"] == "AggregatorReady")
     assert said == "its pod is being deleted on node n1; a new one follows"
     assert at_first.requeue <= 120
     later = NOW + dt.timedelta(minutes=2)
-    decided = plan(replace(going, status=at_first.status), standing(pods=(pod,)), later, LIMITS)
+    decided = plan(replace(going, status=at_first.status), standing(pods=(pod,)), later, OPTIONS)
     said = next(c["message"] for c in decided.status["conditions"] if c["type"] == "AggregatorReady")
     assert "a new one follows" not in said
     assert "kubectl taint node n1 node.kubernetes.io/out-of-service=nodeshutdown:NoExecute" in said
     (event,) = [item for item in decided.events if "out-of-service" in item.message]
     assert (event.type, event.reason) == ("Warning", "AggregatorLost")
     # Once: the words stay as they are.
-    again = plan(replace(going, status=decided.status), standing(pods=(pod,)), later + dt.timedelta(hours=1), LIMITS)
+    again = plan(replace(going, status=decided.status), standing(pods=(pod,)), later + dt.timedelta(hours=1), OPTIONS)
     assert again.events == ()
 
 
@@ -175,7 +175,7 @@ def test_an_aggregator_on_a_lost_node_says_what_only_an_admin_can_do() -> None:
 )
 def test_the_state_of_the_aggregator(pod: Any, reason: str) -> None:
     going = job(record='{"aggregator":{"pod":"uid-aggregator"}}')
-    decided = plan(going, standing(pods=(pod, client(0), client(1))), NOW, LIMITS)
+    decided = plan(going, standing(pods=(pod, client(0), client(1))), NOW, OPTIONS)
     assert conditions(decided)["AggregatorReady"].endswith(f"/{reason}")
     assert not of_kind(decided, act.CreatePod)
     assert not of_kind(decided, act.DeletePod)
@@ -184,19 +184,19 @@ def test_the_state_of_the_aggregator(pod: Any, reason: str) -> None:
 def test_what_keeps_the_aggregator_from_starting_is_told_once() -> None:
     waiting = aggregator("Pending", waiting="init container fetch: ImagePullBackOff: no such image")
     observed = standing(pods=(waiting, client(0), client(1)))
-    first = plan(job(), observed, NOW, LIMITS)
+    first = plan(job(), observed, NOW, OPTIONS)
     assert [event.message for event in first.events if event.type == "Warning"] == [
         "aggregator: init container fetch: ImagePullBackOff: no such image"
     ]
     assert first.status["message"] == "aggregator: init container fetch: ImagePullBackOff: no such image"
-    assert not plan(job(status=first.status), observed, NOW, LIMITS).events
+    assert not plan(job(status=first.status), observed, NOW, OPTIONS).events
 
 
 def test_an_evicted_aggregator_is_replaced_after_a_moment() -> None:
     pod = aggregator("Failed", reason="Evicted", disrupted=True, finished=NOW)
     observed = standing(pods=(pod, client(0), client(1)))
-    assert not of_kind(plan(job(), observed, NOW, LIMITS), act.DeletePod)
-    later = plan(job(), observed, NOW + dt.timedelta(seconds=6), LIMITS)
+    assert not of_kind(plan(job(), observed, NOW, OPTIONS), act.DeletePod)
+    later = plan(job(), observed, NOW + dt.timedelta(seconds=6), OPTIONS)
     assert [item.name for item in of_kind(later, act.DeletePod)] == ["demo-aggregator"]
 
 
@@ -218,7 +218,7 @@ FAILED = "Failed=True/AggregatorFailed"
     ],
 )
 def test_the_last_words_of_the_aggregator(pod: Any, condition: str) -> None:
-    decided = plan(job(), standing(pods=(pod, client(0), client(1))), NOW, LIMITS)
+    decided = plan(job(), standing(pods=(pod, client(0), client(1))), NOW, OPTIONS)
     ends = {type_: value for type_, value in conditions(decided).items() if type_ in ("Complete", "Failed")}
     assert ",".join(f"{type_}={value}" for type_, value in ends.items()) == condition
 
@@ -237,29 +237,29 @@ def test_an_exit_code_0_counts_only_with_every_round_and_the_last_model_reported
 ) -> None:
     known = {"rounds": {"completed": completed}, **({"model": model} if model else {})}
     pod = aggregator("Succeeded", exit_code=0, finished=NOW)
-    decided = plan(job(status=known), standing(pods=(pod, client(0), client(1))), NOW, LIMITS)
+    decided = plan(job(status=known), standing(pods=(pod, client(0), client(1))), NOW, OPTIONS)
     assert decided.status["phase"] == phase
 
 
 def test_an_aggregator_that_ends_with_0_and_no_proof_is_replaced_and_then_fails_the_job() -> None:
     going, now = job(), NOW
-    for number in range(1, LIMITS.aggregator_crashes + 1):
+    for number in range(1, OPTIONS.aggregator_crashes + 1):
         ended = aggregator("Succeeded", exit_code=0, uid=f"uid-{number}", finished=now)
         observed = standing(pods=(ended, client(0), client(1)))
-        decided = plan(going, observed, now, LIMITS)
+        decided = plan(going, observed, now, OPTIONS)
         record = next((item.record for item in of_kind(decided, act.SaveJob)), going.record)
         going = job(record=record, status=decided.status)
-        if number == LIMITS.aggregator_crashes:
+        if number == OPTIONS.aggregator_crashes:
             break
         assert conditions(decided)["AggregatorReady"] == "False/AggregatorLost"
         assert "spec.aggregator runs python -m isthmus.aggregator" in decided.status["message"]
         # Seen twice, it counts once; it rests before the next one, longer each time.
         assert Record.load(record or "").aggregator.crashes == number
         wait = dt.timedelta(seconds=min(5 * 2 ** (number - 1), 300))
-        assert not of_kind(plan(going, observed, now + wait / 2, LIMITS), act.SaveJob)
-        assert not of_kind(plan(going, observed, now + wait / 2, LIMITS), act.DeletePod)
+        assert not of_kind(plan(going, observed, now + wait / 2, OPTIONS), act.SaveJob)
+        assert not of_kind(plan(going, observed, now + wait / 2, OPTIONS), act.DeletePod)
         now += wait
-        assert [item.uid for item in of_kind(plan(going, observed, now, LIMITS), act.DeletePod)] == [f"uid-{number}"]
+        assert [item.uid for item in of_kind(plan(going, observed, now, OPTIONS), act.DeletePod)] == [f"uid-{number}"]
     assert conditions(decided)["Failed"] == "True/AggregatorFailed"
     assert decided.status["message"].startswith(
         "the aggregator ended 8 times without completing a round; it ended with exit code 0 and did not report"
@@ -269,7 +269,7 @@ def test_an_aggregator_that_ends_with_0_and_no_proof_is_replaced_and_then_fails_
 def test_a_target_that_is_reached_completes_the_job_early() -> None:
     wanted = spec(objective={"metric": "accuracy", "target": "0.9"})
     said = FederationView("COMPLETE", completed_rounds=2, current_round=2, total_rounds=5)
-    decided = plan(job(wanted), standing(wanted, pods=(aggregator(),), federation=said), NOW, Limits())
+    decided = plan(job(wanted), standing(wanted, pods=(aggregator(),), federation=said), NOW, PlanOptions())
     (complete,) = [item for item in decided.status["conditions"] if item["type"] == "Complete"]
     assert (complete["status"], complete["reason"]) == ("True", "TargetReached")
     assert decided.status["message"] == "accuracy reached 0.9 after 2 rounds"
@@ -291,7 +291,7 @@ def test_a_privacy_budget_that_is_spent_completes_the_job_early(
     wanted = spec(privacy={"differentialPrivacy": private})
     privacy = PrivacyView(epsilon=7.51201, delta=1e-5, rounds=completed, spent=spent)
     said = FederationView("COMPLETE", completed_rounds=completed, total_rounds=5, privacy=privacy)
-    decided = plan(job(wanted), standing(wanted, pods=(aggregator(),), federation=said), NOW, Limits())
+    decided = plan(job(wanted), standing(wanted, pods=(aggregator(),), federation=said), NOW, PlanOptions())
     (complete,) = [item for item in decided.status["conditions"] if item["type"] == "Complete"]
     assert (complete["status"], complete["reason"], decided.status["message"]) == ("True", reason, message)
     assert decided.status["privacy"] == {"epsilon": "7.513", "delta": "1e-05", "rounds": completed}
@@ -299,18 +299,18 @@ def test_a_privacy_budget_that_is_spent_completes_the_job_early(
 
 def test_an_aggregator_that_keeps_crashing_fails_the_job_unless_it_gets_on() -> None:
     crashed = aggregator(restarts=8, last_exit_code=139, last_message="Fatal Python error\nSegmentation fault")
-    decided = plan(job(), standing(pods=(crashed,)), NOW, LIMITS)
+    decided = plan(job(), standing(pods=(crashed,)), NOW, OPTIONS)
     assert conditions(decided)["Failed"] == "True/AggregatorFailed"
     assert "Segmentation fault" in decided.status["message"]
     # The same number of crashes, of which all but the last came before a round was completed.
     record = Record()
     record.aggregator.pod, record.aggregator.restarts, record.aggregator.crashes = "uid-aggregator", 7, 7
     going = job(record=record.dump(), status={"rounds": {"completed": 3}})
-    assert "Failed" not in conditions(plan(going, standing(pods=(crashed,)), NOW, LIMITS))
+    assert "Failed" not in conditions(plan(going, standing(pods=(crashed,)), NOW, OPTIONS))
 
 
 def test_an_invalid_manifest_is_rejected_and_nothing_made() -> None:
-    decided = plan(job(spec(rounds=0)), Observed(), NOW, LIMITS)
+    decided = plan(job(spec(rounds=0)), Observed(), NOW, OPTIONS)
     assert decided.actions == ()
     assert conditions(decided) == {
         "Accepted": "False/InvalidSpec",
@@ -337,13 +337,13 @@ def test_an_invalid_manifest_is_rejected_and_nothing_made() -> None:
     ],
 )  # fmt: skip
 def test_templates_are_checked_before_anything_is_made(wanted: dict[str, Any], message: str) -> None:
-    decided = plan(job(wanted), Observed(), NOW, LIMITS)
+    decided = plan(job(wanted), Observed(), NOW, OPTIONS)
     assert decided.actions == ()
     assert decided.status["message"] == message
 
 
 def test_a_name_that_is_too_long_is_rejected() -> None:
-    decided = plan(job(name="a" * 51), Observed(), NOW, LIMITS)
+    decided = plan(job(name="a" * 51), Observed(), NOW, OPTIONS)
     assert conditions(decided)["Accepted"] == "False/InvalidSpec"
 
 
@@ -351,16 +351,16 @@ def test_a_name_that_is_too_long_is_rejected() -> None:
     ("sites", "reason"), [({}, "SiteNotFound"), ({"site": site(namespaces=("others",))}, "SiteNotAllowed")]
 )
 def test_a_site_that_cannot_be_used_keeps_a_job_out(sites: dict[str, Any], reason: str) -> None:
-    decided = plan(job(spec(hpc=2)), Observed(sites=sites), NOW, LIMITS)
+    decided = plan(job(spec(hpc=2)), Observed(sites=sites), NOW, OPTIONS)
     assert decided.actions == ()
     assert conditions(decided)["Accepted"] == f"False/{reason}"
     # Once it may be used, the job goes on.
-    again = plan(job(spec(hpc=2), status=decided.status), Observed(sites={"site": site()}), NOW, LIMITS)
+    again = plan(job(spec(hpc=2), status=decided.status), Observed(sites={"site": site()}), NOW, OPTIONS)
     assert conditions(again)["Accepted"] == "True/Valid"
 
 
 def test_a_site_that_goes_later_does_not_end_the_job() -> None:
-    decided = plan(job(spec(hpc=2)), standing(spec(hpc=2), sites={}), NOW, LIMITS)
+    decided = plan(job(spec(hpc=2)), standing(spec(hpc=2), sites={}), NOW, OPTIONS)
     assert conditions(decided)["Accepted"] == "True/Valid"
     assert next(p["reason"] for p in decided.status["pools"] if p["name"] == "lumi") == "SiteNotFound: HPCSite site"
     assert not of_kind(decided, act.EnsurePool)
@@ -369,17 +369,17 @@ def test_a_site_that_goes_later_does_not_end_the_job() -> None:
 def test_changes_that_need_a_new_job_are_told_and_ignored() -> None:
     changed = job(spec(cloud=5, rounds=99, backoffLimit=0), generation=2)
     observed = standing(pods=(aggregator(), client(0), client(1)))
-    before = plan(job(), observed, NOW, LIMITS).status
-    decided = plan(replace(changed, status=before), observed, NOW, LIMITS)
+    before = plan(job(), observed, NOW, OPTIONS).status
+    decided = plan(replace(changed, status=before), observed, NOW, OPTIONS)
     assert not of_kind(decided, act.CreatePod)
     accepted = next(item for item in decided.status["conditions"] if item["type"] == "Accepted")
     assert accepted["message"] == "changes of spec.rounds, spec.pools are ignored: they need a new job"
     assert [event.message for event in decided.events] == [accepted["message"]]
-    assert not plan(replace(changed, status=decided.status), observed, NOW, LIMITS).events
+    assert not plan(replace(changed, status=decided.status), observed, NOW, OPTIONS).events
 
 
 def test_names_that_belong_to_something_else_are_left_alone() -> None:
-    decided = plan(job(), standing(present=frozenset(), foreign=("Secret/demo-ca",)), NOW, LIMITS)
+    decided = plan(job(), standing(present=frozenset(), conflicting=("Secret/demo-ca",)), NOW, OPTIONS)
     assert decided.actions == ()
     assert decided.status["message"] == "aggregator: waits for names that belong to something else: Secret/demo-ca"
 
@@ -388,18 +388,20 @@ def test_what_the_api_server_refuses_is_told_and_tried_again_later() -> None:
     refusals = {"Pod/demo-cloud-1-0": Refusal("exceeded quota: pods", NOW + dt.timedelta(seconds=10))}
     observed = standing(pods=(aggregator(), client(0)), refusals=refusals)
     record = Record.load('{"cloud":{"cloud":{"started":2,"clients":{}}}}')
-    decided = plan(job(record=record.dump()), observed, NOW, LIMITS)
+    decided = plan(job(record=record.dump()), observed, NOW, OPTIONS)
     assert not of_kind(decided, act.CreatePod)
     reason = decided.status["pools"][0]["reason"]
     assert reason == "the API server refused demo-cloud-1-0: exceeded quota: pods"
     # The same name again: it was never there.
-    later = plan(job(record=record.dump()), observed, NOW + dt.timedelta(seconds=11), LIMITS)
+    later = plan(job(record=record.dump()), observed, NOW + dt.timedelta(seconds=11), OPTIONS)
     assert [item.name for item in of_kind(later, act.CreatePod)] == ["demo-cloud-1-0"]
 
 
 def test_a_refused_volume_is_told_too() -> None:
     refusals = {"PersistentVolumeClaim/demo-checkpoints": Refusal("exceeded quota", NOW + dt.timedelta(seconds=10))}
-    decided = plan(job(), standing(present=present(parse_spec(spec())) - set(refusals), refusals=refusals), NOW, LIMITS)
+    decided = plan(
+        job(), standing(present=present(parse_spec(spec())) - set(refusals), refusals=refusals), NOW, OPTIONS
+    )
     assert decided.actions == ()
     assert "refused PersistentVolumeClaim/demo-checkpoints: exceeded quota" in decided.status["message"]
 
@@ -450,9 +452,9 @@ def test_a_complete_job_stops_what_lives_on_beside_its_programs() -> None:
         aggregator("Succeeded", exit_code=0, message=said, lingers=True),
         client(0, phase="Succeeded", lingers=True),
     )
-    first = plan(job(), standing(pods=pods), NOW, LIMITS)
+    first = plan(job(), standing(pods=pods), NOW, OPTIONS)
     assert conditions(first)["Complete"] == "True/RoundsCompleted"
-    later = plan(job(status=first.status), standing(pods=pods), NOW + dt.timedelta(seconds=60), LIMITS)
+    later = plan(job(status=first.status), standing(pods=pods), NOW + dt.timedelta(seconds=60), OPTIONS)
     assert [item.name for item in of_kind(later, act.DeletePod)] == ["demo-aggregator", "demo-cloud-0-0"]
 
 
@@ -462,15 +464,15 @@ def test_a_complete_job_keeps_the_pods_that_ended_and_stops_the_rest_after_a_gra
         "completionTime": "2030-01-01T00:00:00Z",
     }
     observed = standing(pods=(aggregator("Succeeded"), client(0, phase="Succeeded"), client(1)))
-    assert not plan(job(status=status), observed, NOW + dt.timedelta(seconds=5), LIMITS).actions
-    later = plan(job(status=status), observed, NOW + dt.timedelta(seconds=31), LIMITS)
+    assert not plan(job(status=status), observed, NOW + dt.timedelta(seconds=5), OPTIONS).actions
+    later = plan(job(status=status), observed, NOW + dt.timedelta(seconds=31), OPTIONS)
     assert [item.name for item in of_kind(later, act.DeletePod)] == ["demo-cloud-1-0"]
 
 
 def test_a_damaged_record_does_not_lose_the_pool_at_the_site() -> None:
     status = {"pools": [{"name": "lumi", "attempt": 3}]}
     broken = job(spec(hpc=2), record="{oops", status=status, deleted=NOW)
-    decided = plan(broken, standing(spec(hpc=2)), NOW, LIMITS)
+    decided = plan(broken, standing(spec(hpc=2)), NOW, OPTIONS)
     (cancel,) = of_kind(decided, act.CancelPool)
     assert cancel.site == "site"
     assert not [item for item in of_kind(decided, act.SaveJob) if item.finalizers is not None]
@@ -490,13 +492,13 @@ def test_clients_that_only_evaluate_make_no_quorum() -> None:
     wanted = with_evaluators(3)
     said = FederationView("WAITING", message="0 of 2 needed clients are connected", connected={"cloud": 0, "ev": 3})
     pods = (aggregator(), *(evaluator(index) for index in range(3)))
-    waits = plan(job(wanted), standing(wanted, pods=pods, federation=said), NOW, LIMITS)
+    waits = plan(job(wanted), standing(wanted, pods=pods, federation=said), NOW, OPTIONS)
     quorum = next(item for item in waits.status["conditions"] if item["type"] == "QuorumReached")
     assert (quorum["status"], quorum["message"]) == ("False", "0 training clients connected, 2 needed")
     assert waits.status["clients"]["summary"] == "3/5"
     # Nor do they keep a job alive whose trainers are out of restarts.
     lost = Record(cloud={"cloud": CloudRecord(2, {i: ClientRecord(0, 1, 0) for i in (0, 1)}), "ev": CloudRecord(3)})
-    ended = plan(job(wanted, record=lost.dump()), standing(wanted, pods=pods, federation=said), NOW, LIMITS)
+    ended = plan(job(wanted, record=lost.dump()), standing(wanted, pods=pods, federation=said), NOW, OPTIONS)
     assert conditions(ended)["Failed"] == "True/QuorumImpossible"
     assert ended.status["message"].startswith("0 training clients can still take part, 2 are needed")
 
@@ -506,25 +508,25 @@ OTHER_UID = "0f9a7c1e-0000-4000-8000-00000000ffff"
 
 def test_a_record_that_was_copied_with_a_manifest_tells_nothing_of_the_new_job() -> None:
     lost = Record(cloud={"cloud": CloudRecord(2, {i: ClientRecord(3, 4, 3) for i in (0, 1)})})
-    assert conditions(plan(job(record=lost.dump(UID)), standing(), NOW, LIMITS))["Failed"] == "True/QuorumImpossible"
+    assert conditions(plan(job(record=lost.dump(UID)), standing(), NOW, OPTIONS))["Failed"] == "True/QuorumImpossible"
     copied = job(record=lost.dump(OTHER_UID))
-    decided = plan(copied, standing(), NOW, LIMITS)
+    decided = plan(copied, standing(), NOW, OPTIONS)
     assert {item.name for item in of_kind(decided, act.CreatePod)} >= {"demo-cloud-0-0", "demo-cloud-1-0"}
     # What is written from now on is this job's; before there is anything to remember nothing is.
     saved = of_kind(decided, act.SaveJob)[0].record
     assert Record.load(saved, UID).cloud["cloud"].started == 2
-    assert not of_kind(plan(copied, standing(certificates={}), NOW, LIMITS), act.SaveJob)
+    assert not of_kind(plan(copied, standing(certificates={}), NOW, OPTIONS), act.SaveJob)
     # One of before records bore a uid is the job's own, and is not written anew for the uid alone.
     old = job(record=lost.dump())
-    assert "Failed" in conditions(plan(old, standing(), NOW, LIMITS))
+    assert "Failed" in conditions(plan(old, standing(), NOW, OPTIONS))
     assert not of_kind(
-        plan(job(record='{"aggregator":{"round":1}}'), standing(certificates={}), NOW, LIMITS), act.SaveJob
+        plan(job(record='{"aggregator":{"round":1}}'), standing(certificates={}), NOW, OPTIONS), act.SaveJob
     )
 
 
 def test_a_copied_record_cancels_nothing_when_the_new_job_goes() -> None:
     there = Record(hpc={"lumi": HpcRecord("site", attempt=2, authority="b" * 16, seen=True, size=2)})
-    decided = plan(job(spec(hpc=2), record=there.dump(OTHER_UID), deleted=NOW), standing(spec(hpc=2)), NOW, LIMITS)
+    decided = plan(job(spec(hpc=2), record=there.dump(OTHER_UID), deleted=NOW), standing(spec(hpc=2)), NOW, OPTIONS)
     assert decided.actions == (act.SaveJob(finalizers=()),)
 
 
@@ -532,11 +534,11 @@ def test_a_lost_volume_is_told_and_the_rounds_that_were_on_it_are_counted_no_mor
     before = {"rounds": {"current": 4, "completed": 3, "total": 5}, "model": {"uri": "x", "round": 3, "sha256": "a"}}
     parsed = parse_spec(spec())
     gone = standing(present=present(parsed) - {"PersistentVolumeClaim/demo-checkpoints"})
-    decided = plan(job(status=before), gone, NOW, LIMITS)
+    decided = plan(job(status=before), gone, NOW, OPTIONS)
     assert "Apply PersistentVolumeClaim" in kinds(decided)
     (said,) = [event.message for event in decided.events if event.type == "Warning"]
     assert said.startswith("the claim demo-checkpoints is gone, and 3 completed rounds with it")
     assert decided.status["rounds"]["completed"] == 0
     assert "model" not in decided.status
     # Of a new job it is not there yet.
-    assert not [event for event in plan(job(), gone, NOW, LIMITS).events if event.type == "Warning"]
+    assert not [event for event in plan(job(), gone, NOW, OPTIONS).events if event.type == "Warning"]

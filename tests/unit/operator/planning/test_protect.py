@@ -10,7 +10,7 @@ import pytest
 from isthmus_contracts.manifests.manifest import parse_site_spec
 from isthmus_operator.effects import dependents
 from isthmus_operator.planning import actions as act
-from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.context import PlanOptions
 from isthmus_operator.planning.plan import plan
 from isthmus_operator.servers.admission import review_job
 from isthmus_operator.state.observed import Observed, Refusal
@@ -19,9 +19,9 @@ from tests.support.fake_cluster import NOW, UID, job, of_kind, site, spec, stand
 SITE = {"endpoint": "h:1", "tls": {"secretRef": {"name": "a", "namespace": "b"}}, "allowedNamespaces": ["*"]}
 
 
-def made(wanted: dict[str, Any], sites: dict[str, Any] | None = None, **limits: Any) -> dict[str, dict[str, Any]]:
+def made(wanted: dict[str, Any], sites: dict[str, Any] | None = None, **options: Any) -> dict[str, dict[str, Any]]:
     observed = Observed(sites={"site": site()} if sites is None else sites)
-    decided = plan(job(wanted), observed, NOW, Limits(network_policies=True, **limits))
+    decided = plan(job(wanted), observed, NOW, PlanOptions(network_policies=True, **options))
     return {f"{item.kind}/{item.name}": dict(item.body) for item in of_kind(decided, act.Apply)}
 
 
@@ -90,7 +90,7 @@ def test_kubernetes_takes_them(version: str) -> None:
 
 
 def test_without_them_nothing_waits() -> None:
-    decided = plan(job(spec()), Observed(sites={}), NOW, Limits())
+    decided = plan(job(spec()), Observed(sites={}), NOW, PlanOptions())
     assert not [item for item in of_kind(decided, act.Apply) if item.kind == "NetworkPolicy"]
 
 
@@ -99,7 +99,7 @@ def narrow(*cidrs: str) -> dict[str, Any]:
 
 
 def test_another_range_of_a_sites_clients_reaches_the_policies_of_jobs_that_run() -> None:
-    wanted, limits = spec(hpc=2), Limits(network_policies=True)
+    wanted, options = spec(hpc=2), PlanOptions(network_policies=True)
     policies = {
         key: body for key, body in made(wanted, narrow("192.0.2.0/24"), namespace="x").items() if "Policy" in key
     }
@@ -111,7 +111,7 @@ def test_another_range_of_a_sites_clients_reaches_the_policies_of_jobs_that_run(
     )
 
     def applied(observed: Observed) -> list[str]:
-        decided = plan(job(wanted), observed, NOW, replace(limits, namespace="x"))
+        decided = plan(job(wanted), observed, NOW, replace(options, namespace="x"))
         # Nothing waits for it.
         assert of_kind(decided, act.CreatePod)
         return [f"{item.kind}/{item.name}" for item in of_kind(decided, act.Apply)]

@@ -10,7 +10,7 @@ from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.manifests.manifest import parse_site_spec
 from isthmus_operator.effects import code, dependents
 from isthmus_operator.planning.acceptance import Acceptance, Rejection, examine
-from isthmus_operator.render.references import references, unlisted
+from isthmus_operator.render.references import not_allowed, references
 from isthmus_operator.state.job_store import SiteStore
 from tests.support.fake_cluster import UID, job, spec, standing
 
@@ -57,7 +57,7 @@ def with_template(template: dict[str, Any]) -> dict[str, Any]:
 
 async def refused(kube: Kube, template: dict[str, Any], sites: SiteStore | None = None) -> tuple[str, ...]:
     wanted = with_template(template)
-    return await dependents.unnameable(kube, job(wanted), None, sites or SiteStore())  # type: ignore[arg-type]
+    return await dependents.forbidden_references(kube, job(wanted), None, sites or SiteStore())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("template", WAYS)
@@ -103,15 +103,18 @@ async def test_a_sites_credentials_and_the_operators_own_are_refused() -> None:
 
 def test_it_reaches_the_verdict_also_of_a_job_that_was_accepted() -> None:
     said = "spec.aggregator.template.x: the Secret 'victim-ca' is Isthmus' own: no template may name it"
-    for observed in (standing(unnameable=(said,)), replace(standing(unnameable=(said,)), accepted=None)):
+    for observed in (
+        standing(forbidden_references=(said,)),
+        replace(standing(forbidden_references=(said,)), accepted=None),
+    ):
         assert examine(job(), observed) == Rejection(Reason.TEMPLATE_NOT_ALLOWED, said, waits=True)
 
 
 def test_the_admin_says_which_may_be_named_at_all() -> None:
     template = pod(envFrom=[{"secretRef": {"name": "wandb"}}, {"configMapRef": {"name": "settings"}}])
-    assert not list(unlisted(template, frozenset({"host-path"})))
-    assert not list(unlisted(template, frozenset({"secret=wan*", "config-map=settings"})))
-    (said,) = unlisted(template, frozenset({"secret=other"}))
+    assert not list(not_allowed(template, frozenset({"host-path"})))
+    assert not list(not_allowed(template, frozenset({"secret=wan*", "config-map=settings"})))
+    (said,) = not_allowed(template, frozenset({"secret=other"}))
     assert said.endswith(
         "the Secret 'wandb' is not allowed here; the platform's admin can allow it (--secrets-in-templates)"
     )

@@ -9,16 +9,16 @@ import pytest
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_operator.effects.bridge import pool_view
 from isthmus_operator.planning import actions as act
-from isthmus_operator.planning.context import Limits
+from isthmus_operator.planning.context import PlanOptions
 from isthmus_operator.planning.plan import plan
 from isthmus_operator.state.clock import Clock
-from isthmus_operator.state.job_cache import JobMemory
+from isthmus_operator.state.job_cache import JobCache
 from isthmus_operator.state.job_record import AggregatorRecord, CloudRecord, HpcRecord, Record
 from isthmus_operator.state.observed import PodView, PoolPhase, PoolProblem, PoolView, ProblemKind, Refusal
 from isthmus_operator.state.pod_store import PodStore
 from tests.support.fake_cluster import AUTHORITY, NOW, UID, aggregator, client, job, of_kind, spec, standing
 
-from .test_podstore import pod
+from .test_pod_store import pod
 
 HOUR = dt.timedelta(hours=1)
 
@@ -39,7 +39,7 @@ class Clocks:
         sent = 5000.0 + self.passed
         self.passed += took
         said = moment or NOW + dt.timedelta(seconds=self.passed - took / 2)
-        self.clock.heard(format_datetime(said.astimezone(dt.UTC), usegmt=True), sent)
+        self.clock.observe_date(format_datetime(said.astimezone(dt.UTC), usegmt=True), sent)
 
     def off(self) -> float:
         """How wrong the operator's time is, seconds."""
@@ -69,8 +69,8 @@ def test_whole_seconds_and_slow_answers_move_nothing() -> None:
         assert abs(clocks.clock.now() - dt.timedelta(seconds=clocks.passed) - before) < dt.timedelta(milliseconds=1)
     # Too slow to say anything, and nonsense.
     clocks.answer(60.0, NOW + HOUR)
-    clocks.clock.heard("yesterday", 0.0)
-    clocks.clock.heard(None, 0.0)
+    clocks.clock.observe_date("yesterday", 0.0)
+    clocks.clock.observe_date(None, 0.0)
     assert abs(clocks.off()) < 1
 
 
@@ -107,10 +107,10 @@ def test_a_pause_begins_when_the_operator_sees_a_pod_end(node: dt.timedelta) -> 
 
 
 def test_what_failed_is_tried_again_after_the_clock_was_put_back() -> None:
-    memory = JobMemory(UID)
-    memory.refuse("Secret/x", "no", NOW)
-    memory.trouble("lumi", ProblemKind.DENIED, "no", NOW)
-    for trouble in (memory.refusals["Secret/x"], memory.problems["lumi"]):
+    cache = JobCache(UID)
+    cache.record_refusal("Secret/x", "no", NOW)
+    cache.record_problem("lumi", ProblemKind.DENIED, "no", NOW)
+    for trouble in (cache.refusals["Secret/x"], cache.problems["lumi"]):
         assert not trouble.due(NOW + dt.timedelta(seconds=1))
         assert trouble.due(NOW + dt.timedelta(seconds=61))
         assert trouble.due(NOW - HOUR)
@@ -123,14 +123,14 @@ def test_a_plan_does_not_wait_for_a_pause_noted_before_the_clock_was_put_back() 
     seen = standing(wanted, pods=(aggregator(), client(0), client(1)))
 
     def asked(now: dt.datetime) -> bool:
-        return bool(of_kind(plan(job(wanted, record=record.dump()), seen, now, Limits()), act.EnsurePool))
+        return bool(of_kind(plan(job(wanted, record=record.dump()), seen, now, PlanOptions()), act.EnsurePool))
 
     assert not asked(NOW)
     assert asked(NOW + dt.timedelta(seconds=41))
     assert asked(NOW - 2 * HOUR)
     refused = replace(seen, present=frozenset({"ConfigMap/demo-job"}), service=None, pods=())
     refused = replace(refused, refusals={"Service/demo-aggregator": Refusal("no", NOW + dt.timedelta(seconds=40))})
-    made = [of_kind(plan(job(wanted), refused, now, Limits()), act.Apply) for now in (NOW, NOW - 2 * HOUR)]
+    made = [of_kind(plan(job(wanted), refused, now, PlanOptions()), act.Apply) for now in (NOW, NOW - 2 * HOUR)]
     assert [any(item.kind == "Service" for item in items) for items in made] == [False, True]
     denied = PoolProblem(ProblemKind.DENIED, "rule", NOW + dt.timedelta(seconds=40))
     assert denied.due(NOW - 2 * HOUR)
@@ -143,7 +143,7 @@ def test_a_pod_that_seems_to_end_in_hours_is_replaced_at_once() -> None:
     record = Record({"cloud": CloudRecord(2)}, {}, AggregatorRecord("uid-aggregator"))
 
     def acts(now: dt.datetime) -> tuple[bool, bool]:
-        decided = plan(job(wanted, record=record.dump()), seen, now, Limits())
+        decided = plan(job(wanted, record=record.dump()), seen, now, PlanOptions())
         return bool(of_kind(decided, act.DeletePod)), bool(of_kind(decided, act.CreatePod))
 
     assert acts(NOW + dt.timedelta(seconds=1)) == (False, False)
@@ -167,6 +167,6 @@ def test_a_sites_moments_are_taken_as_ours(ahead: dt.timedelta) -> None:
     pools: dict[str, PoolView] = {"lumi": view}
     assert view.phase is PoolPhase.PENDING
     seen = standing(wanted, pods=(aggregator(), client(0), client(1)), pools=pools)
-    assert not of_kind(plan(job(wanted, record=record), seen, NOW, Limits()), act.CancelPool)
+    assert not of_kind(plan(job(wanted, record=record), seen, NOW, PlanOptions()), act.CancelPool)
     later = NOW + dt.timedelta(seconds=11)
-    assert of_kind(plan(job(wanted, record=record), seen, later, Limits()), act.CancelPool)
+    assert of_kind(plan(job(wanted, record=record), seen, later, PlanOptions()), act.CancelPool)

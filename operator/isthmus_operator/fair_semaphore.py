@@ -8,19 +8,19 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-MOST = 4
+OVERFLOW = 4
 """A group that has nothing under way gets a turn even when all are taken, up to so many times their number."""
 
 Waiting = deque[asyncio.Future[None]]
 
 
-class Turns:
+class FairSemaphore:
     """At most ``size`` at once. Groups that wait take turns, and one that has none under way need not wait for the
     others: however slow everything of one namespace is, another one's goes on."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._most = MOST * size
+        self._most = OVERFLOW * size
         self._taken: dict[Hashable, int] = {}
         self._total = 0
         self._waiting: OrderedDict[Hashable, Waiting] = OrderedDict()
@@ -85,53 +85,53 @@ class Turns:
 
 
 @dataclass(eq=False)
-class Turn:
+class Slot:
     """One turn of a look, which may be given up for a while."""
 
-    turns: Turns
+    semaphore: FairSemaphore
     group: Hashable
     held: bool = False
-    away: int = 0  # calls under way for which it is given up
+    suspensions: int = 0  # calls under way for which it is given up
 
-    async def take(self) -> None:
+    async def acquire(self) -> None:
         """Waits for it."""
-        await self.turns.acquire(self.group)
+        await self.semaphore.acquire(self.group)
         self.held = True
 
-    def give_up(self) -> None:
+    def release(self) -> None:
         """Lets others have it."""
         if self.held:
             self.held = False
-            self.turns.release(self.group)
+            self.semaphore.release(self.group)
 
 
-CURRENT: ContextVar[Turn | None] = ContextVar("turn", default=None)
+CURRENT_SLOT: ContextVar[Slot | None] = ContextVar("turn", default=None)
 """The turn of the look that is under way."""
 
 
 @asynccontextmanager
-async def outside() -> AsyncIterator[None]:
+async def slot_released() -> AsyncIterator[None]:
     """Gives the look's turn up while it waits for a remote party, which may never answer."""
-    turn = CURRENT.get()
-    if turn is None:
+    slot = CURRENT_SLOT.get()
+    if slot is None:
         yield
         return
-    turn.away += 1
-    turn.give_up()
+    slot.suspensions += 1
+    slot.release()
     try:
         yield
     except asyncio.CancelledError:
-        turn.away -= 1
+        slot.suspensions -= 1
         raise  # the look ends: no turn is needed any more
     except BaseException:
-        await _back(turn)
+        await _reacquire(slot)
         raise
     else:
-        await _back(turn)
+        await _reacquire(slot)
 
 
-async def _back(turn: Turn) -> None:
-    turn.away -= 1
+async def _reacquire(slot: Slot) -> None:
+    slot.suspensions -= 1
     # The last of several calls side by side takes it again.
-    if not turn.away and not turn.held:
-        await turn.take()
+    if not slot.suspensions and not slot.held:
+        await slot.acquire()

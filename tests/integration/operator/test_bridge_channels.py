@@ -19,7 +19,7 @@ from isthmus_contracts.wire.transport import renewed_server_credentials
 from isthmus_operator.effects import bridge
 from isthmus_operator.effects import bridge_channels as module
 from isthmus_operator.effects.bridge import Bridges, CircuitOpenError
-from isthmus_operator.effects.bridge_channels import BridgeError, Lines
+from isthmus_operator.effects.bridge_channels import BridgeChannels, BridgeError
 from isthmus_operator.effects.circuit_breaker import FAILURES
 from isthmus_operator.metrics import REGISTRY
 from isthmus_operator.state.clock import Clock
@@ -58,8 +58,8 @@ class Site:
         self.servicer = Slow()
         self.secret: dict[str, Any] = {}
         self.sites = SiteStore()
-        self.lines = Lines(self, self.sites, None)  # type: ignore[arg-type]
-        self.bridges = Bridges(self.lines, Clock())
+        self.channels = BridgeChannels(self, self.sites, None)  # type: ignore[arg-type]
+        self.bridges = Bridges(self.channels, Clock())
 
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
         return self.secret
@@ -160,7 +160,7 @@ async def test_a_silent_site_is_left_alone_and_says_so(impatient: Site) -> None:
         await impatient.bridges.describe("here")
     # One call tries it, and its answer opens the way for all.
     impatient.servicer.may.set()
-    impatient.bridges._door("here").breaker.allow()
+    impatient.bridges._state("here").breaker.allow()
     assert (await impatient.bridges.get("here", "key", 0)).running == 1
     assert (await impatient.bridges.describe("here")).name == "here"
     assert REGISTRY.get_sample_value("isthmus_operator_circuit_open", {"site": "here"}) == 0

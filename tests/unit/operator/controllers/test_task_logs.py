@@ -8,7 +8,7 @@ import pytest
 
 from isthmus_operator.controllers.task_logs import TaskLogs
 from isthmus_operator.effects.kube import KubeError
-from isthmus_operator.state.job_cache import JobMemory
+from isthmus_operator.state.job_cache import JobCache
 from isthmus_operator.state.job_record import HpcRecord, Record
 from isthmus_operator.state.observed import Job
 from tests.support.fake_cluster import AUTHORITY, UID, job, spec
@@ -55,15 +55,15 @@ def config_map(uid: str = "") -> dict[str, Any]:
 @pytest.mark.parametrize("there", [{}, {NAME: config_map(UID)}], ids=["absent", "ours"])
 async def test_a_log_is_handed_on(there: dict[str, Any]) -> None:
     cluster = Cluster(**there)
-    await cluster.logs().answer(asking(), JobMemory(UID))
+    await cluster.logs().answer(asking(), JobCache(UID))
     assert cluster.there[NAME]["data"] == {"id": "1", "attempt": "0", "log": "line"}
 
 
 @pytest.mark.parametrize("uid", ["", "another"])
 async def test_somebody_elses_config_map_is_left_alone(uid: str, caplog: pytest.LogCaptureFixture) -> None:
-    cluster, memory = Cluster(**{NAME: config_map(uid)}), JobMemory(UID)
+    cluster, cache = Cluster(**{NAME: config_map(uid)}), JobCache(UID)
     for _ in range(3):
-        await cluster.logs().answer(asking(), memory)
+        await cluster.logs().answer(asking(), cache)
     assert cluster.there[NAME] == config_map(uid)
     assert cluster.tails == 1, "it is not tried at each look"
     assert "the ConfigMap demo-log exists and is not this job's" in caplog.text
@@ -71,17 +71,17 @@ async def test_somebody_elses_config_map_is_left_alone(uid: str, caplog: pytest.
 
 @pytest.mark.parametrize(("code", "tries"), [(403, 1), (422, 1), (0, 3), (500, 3)])
 async def test_only_what_may_yet_succeed_is_tried_again(code: int, tries: int) -> None:
-    cluster, memory = Cluster(), JobMemory(UID)
+    cluster, cache = Cluster(), JobCache(UID)
     cluster.refusal = KubeError(code, "no")
     for _ in range(3):
-        await cluster.logs().answer(asking(), memory)
+        await cluster.logs().answer(asking(), cache)
     assert cluster.tails == tries
 
 
 @pytest.mark.parametrize("request_", ["{]", "5", '{"id":"1","pool":"lumi","index":1e999}', "[" * 100_000])
 async def test_a_malformed_request_is_logged_once(request_: str, caplog: pytest.LogCaptureFixture) -> None:
-    cluster, memory = Cluster(), JobMemory(UID)
-    await cluster.logs().answer(asking(request_), memory)
-    await cluster.logs().answer(asking(request_), memory)
+    cluster, cache = Cluster(), JobCache(UID)
+    await cluster.logs().answer(asking(request_), cache)
+    await cluster.logs().answer(asking(request_), cache)
     assert caplog.text.count("malformed log request") == 1
     assert not cluster.there

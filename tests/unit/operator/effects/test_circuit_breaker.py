@@ -1,6 +1,6 @@
 """The breaker before parties that do not answer."""
 
-from isthmus_operator.effects.circuit_breaker import FAILURES, FIRST_PAUSE, LONGEST_PAUSE, Breaker
+from isthmus_operator.effects.circuit_breaker import FAILURES, FIRST_PAUSE, LONGEST_PAUSE, CircuitBreaker
 
 
 class Clock:
@@ -11,8 +11,8 @@ class Clock:
         return self.now
 
 
-def tripped(clock: Clock) -> Breaker:
-    breaker = Breaker(clock)
+def tripped(clock: Clock) -> CircuitBreaker:
+    breaker = CircuitBreaker(clock)
     for _ in range(FAILURES):
         assert breaker.admits()
         breaker.failed("silence")
@@ -20,7 +20,7 @@ def tripped(clock: Clock) -> Breaker:
 
 
 def test_it_opens_after_failures_in_a_row_only() -> None:
-    breaker = Breaker(Clock())
+    breaker = CircuitBreaker(Clock())
     for _ in range(FAILURES - 1):
         assert not breaker.failed("silence")
     assert not breaker.succeeded()
@@ -61,5 +61,5 @@ def test_a_trial_that_broke_off_lets_the_next_one_try() -> None:
     breaker = tripped(clock)
     clock.now += FIRST_PAUSE
     assert breaker.admits()
-    breaker.broke_off()
+    breaker.abandoned()
     assert breaker.admits()

@@ -251,12 +251,12 @@ def test_a_doubt_asks_for_one_list() -> None:
     assert not store.knows(pod())
     store.put(pod())
     assert store.knows(pod())
-    assert not store.doubted(UID)
-    store.doubt(UID)
-    assert (store.doubted(UID), store.doubted(UID)) == (True, False)
-    store.doubt(UID)
+    assert not store.take_stale(UID)
+    store.mark_stale(UID)
+    assert (store.take_stale(UID), store.take_stale(UID)) == (True, False)
+    store.mark_stale(UID)
     store.forget_all_but({"another"})
-    assert not store.doubted(UID)
+    assert not store.take_stale(UID)
 
 
 def test_pods_of_jobs_that_are_gone_are_forgotten() -> None:
