@@ -10,7 +10,7 @@ from isthmus_contracts.api.federated_job_status import ConditionType, Reason
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from ..effects.bridge import Bridges
-from ..effects.bridge_channels import BridgeError, NotConnectedError
+from ..effects.bridge_channels import BridgeError
 from ..effects.kube import Kube, KubeError
 from ..planning.readiness import assess_site
 from ..planning.status import merge_patch, set_condition
@@ -45,7 +45,7 @@ class SiteReconciler:
             return None
         answer: pb.Site | BridgeError
         if error := self._sites.errors.get(name):
-            answer = BridgeError(ProblemKind.REFUSED, f"{Reason.INVALID_SPEC}: {error}")
+            answer = BridgeError(ProblemKind.REFUSED, f"{Reason.INVALID_SPEC}: {error}", Reason.INVALID_SPEC)
         else:
             try:
                 answer = await self._bridges.describe(name)
@@ -115,18 +115,7 @@ def site_status(body: Mapping[str, Any], answer: pb.Site | BridgeError, now: dt.
         }
         return status | {key: value for key, value in said.items() if value}
     message = one_line(str(answer))
-    reason = _reason(answer, message)
-    set_condition(status, ConditionType.REACHABLE, False, reason, message, generation, now)
+    set_condition(status, ConditionType.REACHABLE, False, answer.reason, message, generation, now)
     status["message"] = message
     assess_site(status, generation, now)
     return status
-
-
-def _reason(error: BridgeError, message: str) -> Reason:
-    if message.startswith(Reason.INVALID_SPEC):
-        return Reason.INVALID_SPEC
-    if isinstance(error, NotConnectedError):
-        return Reason.SITE_NOT_CONNECTED
-    if message.startswith("Secret "):
-        return Reason.CREDENTIALS_MISSING
-    return Reason.POLICY_DENIED if error.kind is ProblemKind.DENIED else Reason.SITE_UNREACHABLE

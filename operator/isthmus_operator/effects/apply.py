@@ -166,7 +166,7 @@ class Effects:
                 source = await self._kube.get("ConfigMap", job.namespace, action.source)
                 copied = code.copy(job, action.source, source)
                 if isinstance(copied, str):
-                    cache.record_refusal(f"ConfigMap/{action.name}", copied, now)
+                    cache.record_refusal(f"ConfigMap/{action.name}", copied, now, by_operator=True)
                 else:
                     await self._apply(cache, f"ConfigMap/{action.name}", copied, now)
             case CreateAuthority():
@@ -284,7 +284,7 @@ class Effects:
             # That it does not shrink, or takes no certificate, says nothing against the pool itself.
             lesser = isinstance(action, ShrinkPool | RenewCredentials)
             kind = ProblemKind.UNREACHABLE if lesser else error.kind
-            cache.record_problem(action.pool, kind, str(error), now)
+            cache.record_problem(action.pool, kind, str(error), now, error.reason)
             log.warning("%s/%s: pool %s at %s: %s", job.namespace, job.name, action.pool, action.site, error)
         else:
             cache.answered(action.pool)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 from grpc import aio
 
+from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.wire.pki import Credentials
 
@@ -39,6 +40,8 @@ _DISPLACED = frozenset({"PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED"})
 _DENIED = (grpc.StatusCode.PERMISSION_DENIED,)
 _NO_ANSWER = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT,)
+# Prefix of a bridge's message if its policy denies a request; see Denial in isthmus_bridge/policy/authorization.py.
+_POLICY = "policy "
 # A failure that took at least this long is silence; a quick one costs nobody anything.
 _SLOW_SECONDS = 1.0
 
@@ -294,8 +297,9 @@ def _translated(error: aio.AioRpcError, seconds: float) -> BridgeError:
     if error.code() in _REFUSED:
         return BridgeError(ProblemKind.REFUSED, details)
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        # The site's policy says: not now. It is asked again, as one that cannot be reached.
-        return _AnsweredError(ProblemKind.UNREACHABLE, details)
+        # Temporary: the call is repeated, as if the site could not be reached.
+        policy = details.startswith(_POLICY)
+        return _AnsweredError(ProblemKind.UNREACHABLE, details, Reason.POLICY_DENIED if policy else None)
     message = f"{error.code().name}: {details}"
     if error.code() not in _NO_ANSWER:
         return _AnsweredError(ProblemKind.UNREACHABLE, message)

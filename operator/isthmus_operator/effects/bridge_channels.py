@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc import aio
 
+from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.api.hpc_site import HpcSiteSpec
 from isthmus_contracts.pb.bridge_pb2_grpc import BridgeStub
 from isthmus_contracts.wire.pki import Credentials, expiry
@@ -32,15 +33,20 @@ CALL_SECONDS = 20.0
 
 
 class BridgeError(Exception):
-    """A site did not do as it was asked."""
+    """A call to a site failed. ``reason``: for a condition; by default it follows from ``kind``."""
 
-    def __init__(self, kind: ProblemKind, message: str) -> None:
+    def __init__(self, kind: ProblemKind, message: str, reason: Reason | None = None) -> None:
         super().__init__(message)
         self.kind = kind
+        denied = kind is ProblemKind.DENIED
+        self.reason = reason or (Reason.POLICY_DENIED if denied else Reason.SITE_UNREACHABLE)
 
 
 class NotConnectedError(BridgeError):
-    """The site dials out, and is not here."""
+    """The site's bridge dials out and has no tunnel to the gateway."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ProblemKind.UNREACHABLE, message, Reason.SITE_NOT_CONNECTED)
 
 
 @dataclass
@@ -140,10 +146,10 @@ class BridgeChannels:
             message = (
                 f"{site} dials out, and this operator runs no gateway: set --gateway (the chart's gateway.enabled)"
             )
-            raise NotConnectedError(ProblemKind.UNREACHABLE, message)
+            raise NotConnectedError(message)
         if site not in self._tunnels:
             message = f"{site} dials out, and no bridge of it is connected to the gateway"
-            raise NotConnectedError(ProblemKind.UNREACHABLE, message)
+            raise NotConnectedError(message)
         return self._tunnels[site]
 
     async def _credentials(self, spec: HpcSiteSpec) -> Credentials:
@@ -152,11 +158,12 @@ class BridgeChannels:
             secret = await self._kube.get("Secret", ref.namespace, ref.name)
         except KubeError as error:
             message = f"Secret {ref.namespace}/{ref.name} cannot be read: {error}"
-            raise BridgeError(ProblemKind.UNREACHABLE, message) from error
+            raise BridgeError(ProblemKind.UNREACHABLE, message, Reason.CREDENTIALS_MISSING) from error
         credentials = load_credentials(secret)
         if credentials is None:
             what = "is missing" if secret is None else "lacks ca.crt, tls.crt or tls.key"
-            raise BridgeError(ProblemKind.UNREACHABLE, f"Secret {ref.namespace}/{ref.name} {what}")
+            message = f"Secret {ref.namespace}/{ref.name} {what}"
+            raise BridgeError(ProblemKind.UNREACHABLE, message, Reason.CREDENTIALS_MISSING)
         return credentials
 
 

@@ -129,7 +129,7 @@ class Observer:
         try:
             view = await self._bridges.get(record.site, key, record.attempt, record.first)
         except BridgeError as error:
-            cache.record_problem(name, error.kind, str(error), now)
+            cache.record_problem(name, error.kind, str(error), now, error.reason)
             return None
         cache.answered(name)
         return view

@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 
 # What may change while a job lives. Everything else needs a new job.
 LIVE_FIELDS = ("suspend", "backoff_limit", "active_deadline_seconds", "ttl_seconds_after_finished")
-# What becomes of an invalid change that came in past the webhook.
-IGNORED = "ignored but for what may change"
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,39 @@ class Rejection:
 
 
 @dataclass(frozen=True)
+class IneffectiveChange:
+    """Changes of an accepted manifest that have no effect: the webhook refuses them, the reconciler ignores them."""
+
+    cause: str
+    fields: tuple[str, ...] = ()  # empty: the changed manifest as a whole is invalid
+
+    @property
+    def ignored(self) -> str:
+        """The message for a change that was stored, as without the webhook."""
+        outcome = "are ignored" if self.fields else "is ignored, except for fields that may change"
+        return f"{self._subject} {outcome}: {self.cause}"
+
+    @property
+    def refused(self) -> str:
+        """The message for a change that is not stored."""
+        return f"{self._subject} {'are' if self.fields else 'is'} refused: {self.cause}"
+
+    @property
+    def _subject(self) -> str:
+        return f"changes of {', '.join(self.fields)}" if self.fields else "the changed manifest is invalid and"
+
+
+@dataclass(frozen=True)
 class Acceptance:
     """The spec that is in force."""
 
     spec: FederatedJobSpec
-    message: str = ""  # about changes that do not count
+    ineffective: IneffectiveChange | None = None
+
+    @property
+    def message(self) -> str:
+        """The message of the condition Accepted; empty unless some changes are ignored."""
+        return self.ineffective.ignored if self.ineffective is not None else ""
 
 
 def examine(
@@ -58,7 +84,7 @@ def examine(
             return _apply_live_changes(observed.accepted, parse_spec(job.spec))
         except ManifestError as error:
             spec = _apply_live_changes(observed.accepted, _apply_valid_changes(observed.accepted, job.spec)).spec
-            return Acceptance(spec, f"the changed manifest is invalid and is {IGNORED}: {error}")
+            return Acceptance(spec, IneffectiveChange(str(error)))
     try:
         wanted = _valid_spec(job, defaults)
     except ManifestError as error:
@@ -154,15 +180,15 @@ def _apply_live_changes(accepted: FederatedJobSpec, wanted: FederatedJobSpec) ->
     selection = accepted.selection.model_copy(update={"min_clients": accepted.min_clients})
     spec = spec.model_copy(update={"pools": sized, "selection": selection})
     compared, wanted = _with_accepted_defaults(compared, accepted), _with_accepted_defaults(wanted, accepted)
-    changed = [
+    changed = tuple(
         f"spec.{info.alias or name}"
         for name, info in FederatedJobSpec.model_fields.items()
         if getattr(compared, name) != getattr(wanted, name)
-    ]
+    )
     if not changed:
         return Acceptance(spec)
     why = f"they need a new job ({'; '.join(problems)})" if problems else "they need a new job"
-    return Acceptance(spec, f"changes of {', '.join(changed)} are ignored: {why}")
+    return Acceptance(spec, IneffectiveChange(why, changed))
 
 
 def _apply_valid_changes(accepted: FederatedJobSpec, manifest: Mapping[str, Any]) -> FederatedJobSpec:

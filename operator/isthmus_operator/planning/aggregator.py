@@ -10,7 +10,7 @@ from isthmus_contracts.api.federated_job_status import Reason
 from .. import names
 from ..render import aggregator
 from ..state.aggregator_status import from_termination
-from ..state.observed import FederationView, PodView, PrivacyView
+from ..state.observed import FederationView, PodView, PrivacyView, Refusal
 from ..text import exited, killed, last_lines, one_line
 from .actions import CreatePod, DeletePod
 from .cloud_pool import restart_delay
@@ -47,7 +47,7 @@ def plan_aggregator(context: PlanContext, ready_to_start: bool) -> AggregatorOut
     if pod is None:
         if not ready_to_start:
             refused = [item for item in context.observed.refusals.items() if not item[0].startswith("Pod/")]
-            words = "; ".join(_refused(key, refusal.message) for key, refusal in refused)
+            words = "; ".join(_refused(key, refusal) for key, refusal in refused)
             message = words or "its Secrets, Service and volume are being made"
             return _not_ready(Reason.AGGREGATOR_STARTING, message, warn=bool(words))
         key = f"Pod/{names.aggregator(context.job.name)}"
@@ -156,9 +156,9 @@ def _count_crashes(context: PlanContext, pod: PodView) -> JobResult | None:
     return _failed(f"the aggregator crashed {record.crashes} times without completing a round: {_last_words(pod)}")
 
 
-def _refused(key: str, message: str) -> str:
-    # What the operator itself refuses names the manifest's field.
-    return message if message.startswith("spec.") else f"the API server refused {key}: {message}"
+def _refused(key: str, refusal: Refusal) -> str:
+    # A refusal by the operator itself names the manifest's field.
+    return refusal.message if refusal.by_operator else f"the API server refused {key}: {refusal.message}"
 
 
 def _last_words(pod: PodView) -> str:

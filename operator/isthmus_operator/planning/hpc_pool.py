@@ -34,8 +34,6 @@ _NEVER = {
     "launch failed requeued held": "its node could not start it (a failed prolog); the site's admin must release it",
 }
 _LONGEST_STUCK = 3600
-# How a bridge begins what its policy says; see Denial in isthmus_bridge/policy/authorization.py.
-_POLICY = "policy "
 # How long before a time limit the next attempt is asked for: so many times what the queue took, and so many seconds.
 _QUEUE_MARGIN = 1.5
 _SHORTEST_LEAD = 120.0
@@ -313,9 +311,7 @@ def _outcome(
         # Else only the question was denied: what the site has taken on goes on there.
         outcome.reason = f"{Reason.POLICY_DENIED}: {problem.message}"
     elif problem is not None:
-        # A policy that says "not now" (a drained site, a total that is reached) is asked again, too.
-        not_now = problem.message.startswith(_POLICY)
-        outcome.reason = f"{Reason.POLICY_DENIED if not_now else Reason.SITE_UNREACHABLE}: {problem.message}"
+        outcome.reason = f"{problem.reason}: {problem.message}"
     elif site_problem is not None:
         outcome.reason = f"{site_problem}: HPCSite {pool.hpc.site_ref.name}"
     elif record is None and not render.endpoint(context.spec, context.observed):

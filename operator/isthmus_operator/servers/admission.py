@@ -13,7 +13,7 @@ from isthmus_contracts.api.federated_job_status import ConditionType
 from isthmus_contracts.api.hpc_site import HpcSiteSpec
 from isthmus_contracts.manifests.manifest import ManifestError, parse_site_spec, parse_spec
 
-from ..planning.acceptance import IGNORED, Rejection, examine
+from ..planning.acceptance import Rejection, examine
 from ..planning.status import is_true
 from ..render.defaults import NONE, JobDefaults
 from ..state.observed import Job, Observed
@@ -50,9 +50,8 @@ def review_job(
             # The admin can still make the site; the job waits for that.
             return Answer(True, warnings=(f"{verdict.reason}: {verdict.message}; the job waits for it",))
         return Answer(False, f"{verdict.reason}: {verdict.message}")
-    if verdict.message:
-        refusal = verdict.message.replace(" are ignored:", " are refused:").replace(f"is {IGNORED}:", "is refused:")
-        return Answer(False, refusal)
+    if verdict.ineffective is not None:
+        return Answer(False, verdict.ineffective.refused)
     return Answer(True, warnings=_masked(verdict.spec, sites))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.wire.pki import Authority, Credentials
 
 from .observed import LONGEST_RETRY, PoolProblem, ProblemKind, Refusal, ServiceView
@@ -50,21 +51,23 @@ class JobCache:
     status_written: float = -math.inf  # likewise
     node_addresses: dict[str, str] = field(default_factory=dict)
 
-    def record_refusal(self, key: str, message: str, now: dt.datetime) -> None:
+    def record_refusal(self, key: str, message: str, now: dt.datetime, by_operator: bool = False) -> None:
         """Remembers that an object could not be made."""
         times = self.refused_times[key] = self.refused_times.get(key, 0) + 1
-        self.refusals[key] = Refusal(message, now + _delay(times))
+        self.refusals[key] = Refusal(message, now + _delay(times), by_operator)
 
     def made(self, key: str) -> None:
         """Forgets a refusal."""
         self.refusals.pop(key, None)
         self.refused_times.pop(key, None)
 
-    def record_problem(self, pool: str, kind: ProblemKind, message: str, now: dt.datetime) -> None:
+    def record_problem(
+        self, pool: str, kind: ProblemKind, message: str, now: dt.datetime, reason: Reason = Reason.SITE_UNREACHABLE
+    ) -> None:
         """Remembers that a site did not do as it was asked."""
         times = self.problem_times[pool] = self.problem_times.get(pool, 0) + 1
         delay = _delay(times) if kind is ProblemKind.UNREACHABLE else dt.timedelta(seconds=LONGEST_RETRY)
-        self.problems[pool] = PoolProblem(kind, message, now + delay)
+        self.problems[pool] = PoolProblem(kind, message, now + delay, reason)
 
     def answered(self, pool: str) -> None:
         """Forgets a trouble."""

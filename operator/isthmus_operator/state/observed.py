@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.api.hpc_site import HpcSiteSpec
 
 ENDED_PHASES = ("Succeeded", "Failed")
@@ -149,6 +150,8 @@ class PoolProblem:
     kind: ProblemKind
     message: str
     retry_at: dt.datetime
+    # PolicyDenied also for a temporary denial (a drained site, an exhausted total), which is retried like an outage.
+    reason: Reason = Reason.SITE_UNREACHABLE
 
     def due(self, now: dt.datetime) -> bool:
         """Return whether it may be tried again."""
@@ -157,10 +160,11 @@ class PoolProblem:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The API server did not make an object."""
+    """An object could not be made."""
 
     message: str
     retry_at: dt.datetime
+    by_operator: bool = False  # the operator refused it itself; else the API server did
 
     def due(self, now: dt.datetime) -> bool:
         """Return whether it may be tried again."""

@@ -11,6 +11,7 @@ import grpc
 import pytest
 from grpc import aio
 
+from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb.bridge_pb2_grpc import BridgeServicer, add_BridgeServicer_to_server
@@ -179,6 +180,7 @@ async def test_what_a_policy_does_not_take_now_is_said_in_its_own_words(site: Si
     with pytest.raises(BridgeError) as caught:
         await site.bridges.cancel("here", "key", 0, "gone")
     assert (str(caught.value), caught.value.kind) == ("policy drain: not now", ProblemKind.UNREACHABLE)
+    assert caught.value.reason is Reason.POLICY_DENIED
 
 
 async def test_a_refusal_is_an_answer(impatient: Site) -> None:

@@ -61,7 +61,7 @@ def test_nothing_starts_without_the_files() -> None:
         present=base.present - {"ConfigMap/demo-code"},
         refusals={
             "ConfigMap/demo-code": Refusal(
-                "spec.task.code.configMapRef.name: there is no", NOW + dt.timedelta(seconds=30)
+                "spec.task.code.configMapRef.name: there is no", NOW + dt.timedelta(seconds=30), by_operator=True
             )
         },
     )

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.manifests.crd import federated_job_crd, hpc_site_crd
 from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_contracts.pb import bridge_pb2 as pb
@@ -198,13 +199,21 @@ SITES: dict[str, tuple[pb.Site | BridgeError, str, str]] = {
     "reachable": (pb.Site(cluster="lumi"), "Current", "Healthy"),
     "unreachable": (BridgeError(ProblemKind.UNREACHABLE, "no route"), "InProgress", "Progressing"),
     "not connected": (
-        NotConnectedError(ProblemKind.UNREACHABLE, "no bridge is at the gateway"),
+        NotConnectedError("no bridge is at the gateway"),
         "InProgress",
         "Progressing",
     ),
     "denied": (BridgeError(ProblemKind.DENIED, "not you"), "Failed", "Degraded"),
-    "no credentials": (BridgeError(ProblemKind.REFUSED, "Secret isthmus/bridge is missing"), "Failed", "Degraded"),
-    "invalid": (BridgeError(ProblemKind.REFUSED, "InvalidSpec: endpoint"), "Failed", "Degraded"),
+    "no credentials": (
+        BridgeError(ProblemKind.UNREACHABLE, "Secret isthmus/bridge is missing", Reason.CREDENTIALS_MISSING),
+        "Failed",
+        "Degraded",
+    ),
+        BridgeError(ProblemKind.UNREACHABLE, "Secret isthmus/bridge is missing", Reason.CREDENTIALS_MISSING),
+        "Failed",
+        "Degraded",
+    ),
+    "invalid": (BridgeError(ProblemKind.REFUSED, "InvalidSpec: endpoint", Reason.INVALID_SPEC), "Failed", "Degraded"),
 }
 
 

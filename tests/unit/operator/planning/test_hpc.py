@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.identities import FINALIZER
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_operator.effects.bridge import Bridges, pool_view
@@ -249,7 +250,7 @@ def test_a_site_that_is_down_is_shown_and_forgets_nothing() -> None:
 
 def test_a_site_that_takes_nothing_for_now_says_why_and_is_asked_again() -> None:
     words = "policy drain: this site takes no new jobs for now: maintenance on 3 June"
-    problem = PoolProblem(ProblemKind.UNREACHABLE, words, NOW)
+    problem = PoolProblem(ProblemKind.UNREACHABLE, words, NOW, Reason.POLICY_DENIED)
     decided = plan(job(SPEC), around(problems={"lumi": problem}), NOW, OPTIONS)
     assert pool_status(decided)["reason"] == f"PolicyDenied: {words}"
     assert of_kind(decided, act.EnsurePool)
