@@ -161,7 +161,7 @@ async def test_a_silent_site_is_left_alone_and_says_so(impatient: Site) -> None:
         await impatient.bridges.describe("here")
     # One call tries it, and its answer opens the way for all.
     impatient.servicer.may.set()
-    impatient.bridges._state("here").breaker.allow()
+    impatient.bridges._state("here").breaker._retry_at = 0.0
     assert (await impatient.bridges.get("here", "key", 0)).running == 1
     assert (await impatient.bridges.describe("here")).name == "here"
     assert REGISTRY.get_sample_value("isthmus_operator_circuit_open", {"site": "here"}) == 0

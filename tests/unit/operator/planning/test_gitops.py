@@ -209,10 +209,6 @@ SITES: dict[str, tuple[pb.Site | BridgeError, str, str]] = {
         "Failed",
         "Degraded",
     ),
-        BridgeError(ProblemKind.UNREACHABLE, "Secret isthmus/bridge is missing", Reason.CREDENTIALS_MISSING),
-        "Failed",
-        "Degraded",
-    ),
     "invalid": (BridgeError(ProblemKind.REFUSED, "InvalidSpec: endpoint", Reason.INVALID_SPEC), "Failed", "Degraded"),
 }
 
