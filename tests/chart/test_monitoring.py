@@ -150,7 +150,7 @@ def test_every_alert_is_tested_in_both_directions_and_has_a_page() -> None:
         assert set(rule["annotations"]) == {"summary", "description"}
         page = (RUNBOOKS / f"{rule['alert']}.md").read_text()
         assert page.startswith(f"# {rule['alert']}: ")
-        assert all(f"**{part}**" in page for part in ("What it means.", "What it costs.", "Mend."))
+        assert all(f"**{part}**" in page for part in ("What it means.", "What it costs.", "Fix."))
 
 
 def test_the_schema_knows_the_alerts_that_can_be_disabled() -> None:
