@@ -61,10 +61,12 @@ test-fast: $(call with,test) ## the tests that need neither Kubernetes nor Slurm
 fuzz: $(call with,test) ## ten minutes of arbitrary and damaged messages to an aggregator
 	ISTHMUS_FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -n0 -s tests/integration/federation/test_protocol_fuzz.py
 
-lint: $(call with,lint) ## ruff and mypy
+lint: $(call with,lint) ## ruff, mypy, the layers of imports, folders and prose
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	.venv/bin/lint-imports --no-logo --cache-dir .mypy_cache/imports
+	$(PY) -m tools.checks
 
 generate: $(call with,generate) ## protobuf stubs, CRDs, the policy's schema, dashboards, the documentation's reference
 	cd contracts && PATH=$(CURDIR)/.venv/bin:$$PATH python -m grpc_tools.protoc -I . \

@@ -1,4 +1,4 @@
-"""The command line: `python -m lab VERB`."""
+"""Command line: `python -m lab VERB`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lab.machine.paths import DEFAULT_DIRECTORY
 
 
 def main() -> int:
-    """Run one verb; a LabError becomes one message and exit status 1."""
-    # Files are for other users too (Slurm's daemons, jobs), whatever the caller's habit.
+    """Run one verb; print a LabError as one message and return 1."""
+    # Other users (Slurm's daemons, jobs) must be able to read the files, whatever the caller's umask.
     os.umask(0o022)
     arguments = _parser().parse_args()
     lab = Lab(arguments.dir)
@@ -35,7 +35,7 @@ def _perform(arguments: argparse.Namespace, lab: Lab) -> int:
     match arguments.verb:
         case "install":
             lab.install(parts, companions=arguments.only is None)
-            if arguments.only != TOOLS:  # which may lack some, and has said which
+            if arguments.only != TOOLS:  # which prints what is missing
                 say("installed")
         case "up":
             lab.up(parts)
@@ -77,7 +77,7 @@ def _status(lab: Lab) -> int:
     for name, pid, memory in rows:
         print(f"  {name:<24} {f'pid {pid}' if pid else 'ENDED':<12} {memory:>5} MiB")
     print(f"directory: {lab.paths.root}   network namespace: {lab.netns}   node address: {lab.node_address}")
-    # As in init scripts: 3 says that it does not run.
+    # As in init scripts: 3 means that it does not run.
     return 0 if rows and all(pid for _, pid, _ in rows) else 3
 
 
@@ -89,12 +89,12 @@ def _words(command: list[str]) -> list[str]:
 
 
 def _handed_on() -> dict[str, str]:
-    """Return what tests in another root need of the caller's environment."""
+    """Return the caller's variables that tests in another root need."""
     return {name: value for name, value in os.environ.items() if name == "ISTHMUS_REQUIRE_ALL"}
 
 
 def _exec(lab: Lab, command: list[str], user: str | None) -> None:
-    """Become the command."""
+    """Replace this process with the command."""
     words = _words(command)
     lab.require_up()
     sys.stdout.flush()
@@ -110,18 +110,16 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text)
-        added.add_argument(
-            "--dir", help=f"the lab's directory (default {DEFAULT_DIRECTORY}); each has a lab of its own"
-        )
+        added.add_argument("--dir", help=f"the lab's directory (default {DEFAULT_DIRECTORY}); each has its own lab")
         return added
 
     for name, text, parts in (
         ("install", "install packages and build or fetch every program, without starting anything", (*PARTS, TOOLS)),
-        ("up", "start the lab; does nothing where it runs, clears up first where it crashed", PARTS),
+        ("up", "start the lab; a running one is left as it is, a crashed one is cleaned up first", PARTS),
     ):
         verb(name, text).add_argument("--only", choices=parts, help="only this part")
-    verb("down", "stop everything and remove every trace but the cache")
-    verb("status", "show the lab's daemons; exit status 3 when something does not run")
+    verb("down", "stop everything and remove all files but the cache")
+    verb("status", "show the lab's daemons; exit status 3 if one does not run")
     verb("env", "print the variables of commands in the lab, for a shell to eval")
     run = verb("exec", "run a command in the lab's network with its KUBECONFIG, SLURM_CONF and PATH")
     run.add_argument("--user", help="run it as this user, for instance isthmus (default: root)")
@@ -129,19 +127,21 @@ def _parser() -> argparse.ArgumentParser:
     verb("load-image", "import an image archive into the cluster").add_argument(
         "file", help="docker-archive or OCI tar"
     )
-    verb("check", "smoke-test what runs: pods, DNS, Services, storage, logs, exec; job arrays and accounting")
+    verb("check", "smoke-test the running parts: pods, DNS, Services, storage, logs, exec; job arrays and accounting")
     roots = verb("roots", "try `make demo` and tests on fresh machines: in bare roots of Debian suites")
     roots.add_argument("suites", nargs="*", metavar="SUITE", help="default: bookworm trixie forky")
     roots.add_argument("--user", choices=["newcomer", "root"], help="only as an ordinary user, or as root")
     roots.add_argument(
         "--layers",
         default="unit",
-        help="the layers of the tests to run (default: unit); with an empty word, only the demo",
+        help="the layers of the tests to run (default: unit); with an empty string, only the demo",
     )
     roots.add_argument(
         "--all", action="store_true", help="in Debian 12's root (bookworm), as root, every layer with nothing skipped"
     )
-    newer = verb("newer-slurm", "run a command in a lab of Debian forky's Slurm, with pyslurm; made once, in minutes")
+    newer = verb(
+        "newer-slurm", "run a command in a lab of Debian forky's Slurm, with pyslurm; built once, which takes minutes"
+    )
     newer.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …")
     verb("services", "serve DNS and volumes inside the lab (started by `up`)")
     return parser

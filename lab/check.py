@@ -1,4 +1,4 @@
-"""A smoke test of a running lab: everything that the project's own tests rely on, in about half a minute."""
+"""Smoke test of a running lab: all functions that the project's tests rely on, in about half a minute."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GREETING = "hello from the volume"
 
 
 def run(lab: Lab) -> None:
-    """Check the parts that run; a LabError names the first thing that does not work."""
+    """Check the running parts. Raises LabError with the first function that does not work."""
     lab.require_up()
     checks = {KUBERNETES: _kubernetes, SLURM: _slurm}
     parts = [part for part in checks if lab.running(part)]
@@ -72,7 +72,7 @@ _FETCH = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], 
 
 
 def _objects() -> list[dict[str, Any]]:
-    """A claim, a pod that serves a file which it wrote to it, two Services of that pod, and a client pod."""
+    """Return a claim, a pod that writes a file to it and serves it, two Services of that pod, and a client pod."""
     serve = f"echo '{GREETING}' > /data/index.html && echo serving && exec httpd -f -p 8080 -h /data"
     ports = [{"port": 8080, "targetPort": 8080}]
     return [
@@ -105,7 +105,7 @@ def _pod(name: str, script: str, extra: dict[str, Any]) -> dict[str, Any]:
         "image": BUSYBOX,
         "imagePullPolicy": "Never",
         "command": ["sh", "-c", script],
-        # An ordinary, unprivileged pod, as the project's own are.
+        # An unprivileged pod, like those of the project.
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         **extra,
     }
@@ -121,15 +121,15 @@ def _pod(name: str, script: str, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def _slurm(lab: Lab) -> None:
-    """A job array over both nodes, as the unprivileged user, and what accounting says of it."""
+    """Run a job array on both nodes as the unprivileged user, and check its accounting."""
     script = "#!/bin/sh\nsleep 5\necho $(id -un) $SLURM_ARRAY_TASK_ID $SLURMD_NODENAME\n"
-    # Together the tasks' cores exceed one node, so that both are used, if they run at one time.
+    # The tasks together need more cores than one node has, so that both nodes are used.
     name = f"lab-check-{secrets.token_hex(4)}"
     options = ["--parsable", "--array=0-1", "--cpus-per-task=3", f"--job-name={name}", "--output=lab-check-%a.out"]
     submitted = lab.run(["sbatch", *options], lab.user, input=script, text=True, cwd=lab.home, capture_output=True)
     if submitted.returncode:
         raise LabError(f"sbatch failed: {submitted.stderr.strip()}")
-    # Completion records hold each task's own job number, so that only the name finds all of an array.
+    # Completion records have each task's own job id, so that only the name finds all tasks of an array.
     accounting = ["sacct", "--completion", "--noheader", "--parsable2", "--format=JobID,JobName,State,NodeList"]
     states: list[str] = []
 
@@ -165,7 +165,7 @@ def _until(what: str, holds: Callable[[], bool], explain: Callable[[], str] = st
 
 
 def _expect_answer(lab: Lab, what: str, argv: list[str]) -> None:
-    """The greeting, as soon as DNS and kube-proxy know the Service."""
+    """Wait for the greeting: DNS and kube-proxy learn of a Service after a moment."""
     said: list[str] = [""]
 
     def answered() -> bool:

@@ -1,4 +1,4 @@
-"""A lab as a whole: bring it up and down, and run commands in it."""
+"""The whole lab: start and stop it, and run commands in it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from lab.software import cache, client_tools, debian, images, kubernetes_binarie
 Argv = Sequence[str | os.PathLike[str]]
 KUBERNETES, SLURM = "kubernetes", "slurm"
 PARTS = (KUBERNETES, SLURM)
-# No part of a lab: programs that tests outside it use.
+# Not a part of the lab: programs that other tests use.
 TOOLS = "tools"
 DAEMONS = {KUBERNETES: single_node.DAEMONS, SLURM: slurm.DAEMONS}
 
 
 class Lab:
-    """One lab, named by its directory. Making the object starts nothing."""
+    """One lab, identified by its directory. Creating the object starts nothing."""
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
         self.paths = Paths.of(directory)
@@ -38,16 +38,16 @@ class Lab:
         self._slurm = slurm.SlurmCluster(self.paths, self.network, self._supervisor)
         self._kubernetes = single_node.KubernetesCluster(self.paths, self.network, self._supervisor)
 
-    # What tests ask for.
+    # Used by tests.
 
     @property
     def netns(self) -> str:
-        """The network namespace's name, for `ip netns`."""
+        """Name of the network namespace, for `ip netns`."""
         return self.network.name
 
     @property
     def kubeconfig(self) -> Path:
-        """The administrator's kubeconfig."""
+        """Path of the administrator's kubeconfig."""
         return self.paths.kubeconfig
 
     @property
@@ -56,21 +56,21 @@ class Lab:
 
     @property
     def node_address(self) -> str:
-        """Where the API server, NodePorts and every process of the lab can be reached from pods and jobs."""
+        """Address at which pods and jobs reach the API server, NodePorts and every process of the lab."""
         return NODE_ADDRESS
 
     @property
     def user(self) -> str:
-        """The unprivileged user who runs the bridge and owns Slurm jobs."""
+        """Unprivileged user who runs the bridge and owns Slurm jobs."""
         return users.USER
 
     @property
     def home(self) -> Path:
-        """That user's home, which Slurm jobs can write to."""
+        """Home of that user, writable for Slurm jobs."""
         return self.paths.home
 
     def env(self, user: str | None = None) -> dict[str, str]:
-        """Return what a command in the lab needs in its environment, on top of the caller's."""
+        """Return the variables that a command in the lab needs in addition to the caller's environment."""
         state = self.paths.user_state
         variables = {
             "ISTHMUS_LAB": str(self.paths.root),
@@ -90,10 +90,10 @@ class Lab:
         return variables
 
     def command(self, argv: Argv, user: str | None = None) -> list[str]:
-        """The command line that runs argv inside the lab's network, as a user; to be given `env()` too."""
+        """Return the command line that runs argv in the lab's network as a user; it also needs `env()`."""
         words = [os.fspath(word) for word in argv]
         if user:
-            # setpriv still holds root's rights when it starts a program; through env, the program meets the user's own.
+            # setpriv still has root's rights when it starts a program; through env, the program has the user's.
             words = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--", "env", "--", *words]
         return self.network.enter(words)
 
@@ -105,37 +105,37 @@ class Lab:
         check: bool = False,
         **options: Any,
     ) -> subprocess.CompletedProcess[Any]:
-        """subprocess.run inside the lab; `env` adds variables."""
+        """Call subprocess.run in the lab; `env` adds variables."""
         self.require_up()
         environment = {**os.environ, **self.env(user), **(env or {})}
         return subprocess.run(self.command(argv, user), env=environment, check=check, **options)
 
     def user_python(self) -> Path:
-        """A Python with the caller's packages that the lab's user, and its jobs, can run."""
+        """Return a Python with the caller's packages that the lab's user and its jobs can run."""
         self.require_up()
         return user_python.provide(self.paths.user_python, lambda argv: self.command(argv, users.USER))
 
     def require_up(self) -> None:
-        """Raise where commands cannot run in this lab."""
+        """Raise LabError if commands cannot run in this lab."""
         debian.require_root("entering the lab")
         if not self.network.exists():
             raise LabError(f"no lab runs at {self.paths.root}; start it with `python -m lab up`")
 
     def running(self, part: str) -> bool:
-        """Return whether every daemon of a part runs."""
+        """Return True if every daemon of a part runs."""
         return all(self._supervisor.pid(name) is not None for name in DAEMONS[part])
 
     # The verbs.
 
     def install(self, parts: Iterable[str] = PARTS, companions: bool = True) -> None:
-        """Install packages and get every program that the parts need; quick when all is there.
+        """Install packages and all programs that the parts need; quick if nothing is missing.
 
-        Of the tools, an ordinary user, or another system than Debian, gets those that need no package.
+        Of the tools, an ordinary user and a system other than Debian get those that need no package.
         """
         if list(parts) == [TOOLS]:
             try:
                 debian.install_if_allowed(debian.TOOLS)
-            finally:  # each comes from a server of its own
+            finally:  # each comes from a different server
                 client_tools.find()
             return
         debian.require_debian(slurm_only=list(parts) == [SLURM])
@@ -153,7 +153,7 @@ class Lab:
             kubernetes_binaries.find()
 
     def up(self, parts: Iterable[str] = PARTS) -> None:
-        """Start the parts that do not run, on a clean ground."""
+        """Start the parts that do not run, after removing their remains."""
         debian.require_root("the lab")
         chosen = [part for part in PARTS if part in parts]
         self.install(chosen, companions=False)
@@ -177,7 +177,7 @@ class Lab:
         say(f"up at {self.paths.root} in {time.monotonic() - began:.0f} s")
 
     def down(self) -> None:
-        """Stop everything and remove every trace outside the cache."""
+        """Stop everything and remove all files outside the cache."""
         debian.require_root("the lab")
         with cache.exclusive(self.paths.name):
             if not self.paths.root.exists() and not self.network.exists():
@@ -187,29 +187,29 @@ class Lab:
         say(f"down; nothing is left of {self.paths.root}")
 
     def load_image(self, archive: Path) -> str:
-        """Import an image archive into the cluster's containerd; tells what it brought."""
+        """Import an image archive into the cluster's containerd; return the names of its images."""
         if not self.running(KUBERNETES):
             raise LabError("Kubernetes does not run; start it with `python -m lab up`")
         return self._kubernetes.load_image(archive)
 
     def stop_slurm_daemon(self, name: str, kill: bool = False) -> None:
-        """End one of Slurm's daemons, by its name in `daemons()`, or kill it as a crash would. Jobs go on."""
+        """Stop one of Slurm's daemons, by its name in `daemons()`, or kill it as a crash would. Jobs continue."""
         self._slurm.stop_daemon(name, kill)
 
     def start_slurm_daemon(self, name: str) -> None:
-        """Start it again; returns when the controller answers, where it is the controller."""
+        """Start it again; for the controller, wait until it answers."""
         self._slurm.start_daemon(name)
 
     def kill_daemon(self, name: str) -> None:
-        """End one of :meth:`daemons` as a crash would, for tests of what that does to others."""
+        """Kill one of :meth:`daemons` as a crash would, for tests of the effect on others."""
         self._supervisor.kill(name)
 
     def restart_api_server(self) -> None:
-        """Start the API server that was killed and wait until it is ready; raise LabError where it never is."""
+        """Start the killed API server and wait until it is ready. Raises LabError if it does not become ready."""
         self._kubernetes.restart_api_server()
 
     def daemons(self) -> list[tuple[str, int | None, int]]:
-        """Name, pid (None when it died) and resident MiB of everything that was started."""
+        """Return name, pid (None if it has died) and resident MiB of every daemon that was started."""
         rows = []
         for name in self._supervisor.names():
             pid = self._supervisor.pid(name)
@@ -225,7 +225,7 @@ class Lab:
         self._slurm.start()
 
     def _lay_ground(self) -> None:
-        """Make what the parts share: the directory, the namespace, the user."""
+        """Create the directory, the namespace and the user, which the parts share."""
         root = self.paths.root
         root.mkdir(parents=True, exist_ok=True)
         root.chmod(0o755)
@@ -236,7 +236,7 @@ class Lab:
         users.ensure(self.paths.home)
 
     def _provide(self, programs: Mapping[str, Path]) -> dict[str, Path]:
-        """Put programs where every user can run them: the cache may lie in root's closed home."""
+        """Copy programs to where every user can run them: the cache may be in root's home."""
         provided = {}
         for name, source in programs.items():
             if source.is_relative_to("/usr"):
@@ -252,14 +252,14 @@ class Lab:
         return provided
 
     def _clear_wreck(self) -> None:
-        """Remove what a crashed lab, or a reboot, left behind."""
+        """Remove the remains of a crashed lab or a reboot."""
         alive = any(pid for _, pid, _ in self.daemons())
         if not alive and (self.paths.root.exists() or self.network.exists()):
             say("clearing what an earlier lab left")
             self._remove()
 
     def _clear(self, part: str) -> None:
-        """Remove one part that runs in part or not at all."""
+        """Remove a part of which some or all daemons do not run."""
         if part == SLURM:
             self._slurm.stop()
             teardown.end_jobs(self.network)
@@ -286,7 +286,7 @@ class Lab:
 
 
 def _together(starters: Sequence[Callable[[], None]]) -> None:
-    """Run starters side by side; the first failure is raised when all have ended."""
+    """Run starters in parallel; raise the first failure when all have ended."""
     with ThreadPoolExecutor() as pool:
         for future in [pool.submit(starter) for starter in starters]:
             future.result()

@@ -18,28 +18,28 @@ from lab.machine.processes import Supervisor
 
 NODES = ("n1", "n2")
 NODE_CPUS = 4
-NODE_MEMORY_MIB = 8000  # overstated on a small machine: jobs are placed by it, nothing enforces it
-NODE_GPUS = 2  # devices that do nothing, so that requests for GPUs can be placed
+NODE_MEMORY_MIB = 8000  # more than a small machine has: used for scheduling, not enforced
+NODE_GPUS = 2  # fake devices, so that requests for GPUs can be scheduled
 FIRST_PORT = 17011
 SLURM_USER = "slurm"
 MUNGE, CONTROLLER, REST = "munged", "slurmctld", "slurmrestd"
-# The REST daemon refuses to run as root or as Slurm's own user.
+# slurmrestd refuses to run as root or as Slurm's own user.
 REST_USER, REST_GROUP = "nobody", "nogroup"
 REST_PORT = 6820
-# Of slurmrestd: all that do without the accounting database. Newer versions have one for all versions of the API.
+# Plugins of slurmrestd that need no accounting database. Newer versions have one for all versions of the API.
 OLD_REST_PLUGINS, REST_PLUGINS = "v0.0.36,v0.0.37,v0.0.38", "slurmctld"
 OLD = 22
 DAEMONS = (MUNGE, CONTROLLER, *(f"slurmd-{node}" for node in NODES), REST)
 
 
 def release() -> int:
-    """Return the year of the Slurm that is installed."""
+    """Return the year of the installed Slurm release."""
     told = subprocess.run(["/usr/sbin/slurmctld", "-V"], capture_output=True, text=True, check=True).stdout
     return int(told.split()[1].partition(".")[0])
 
 
 class SlurmCluster:
-    """The cluster of one lab."""
+    """Slurm cluster of one lab."""
 
     def __init__(self, paths: Paths, network: Network, supervisor: Supervisor) -> None:
         self._paths = paths
@@ -49,7 +49,7 @@ class SlurmCluster:
         self._socket = self._root / "munge" / "munge.sock"
 
     def start(self) -> None:
-        """Start everything; the lab's directory holds nothing of Slurm yet."""
+        """Start everything. The lab's directory must not contain Slurm files yet."""
         say("slurm: starting munged, slurmctld, slurmrestd and two slurmd")
         self._write_configuration()
         self.start_daemon(MUNGE)
@@ -60,7 +60,7 @@ class SlurmCluster:
         self._supervisor.wait("the Slurm nodes", self.ready, DAEMONS, timeout=180)
 
     def start_daemon(self, name: str) -> None:
-        """Start one of DAEMONS; munged, the controller and slurmrestd are waited for until they answer."""
+        """Start one of DAEMONS; wait until munged, the controller and slurmrestd answer."""
         conf = str(self._paths.slurm_conf)
         if name == MUNGE:
             munge = self._root / "munge"
@@ -80,7 +80,7 @@ class SlurmCluster:
             self._supervisor.wait("slurmctld", self._controller_answers, [CONTROLLER], timeout=120)
         elif name == REST:
             user = ("setpriv", f"--reuid={REST_USER}", f"--regid={REST_GROUP}", "--clear-groups", "--")
-            # It has no token of its own: each request brings one.
+            # It has no token: each request has its own.
             listen = (f"unix:{self._paths.slurmrestd_socket}", f"127.0.0.1:{REST_PORT}")
             self._paths.slurmrestd_socket.unlink(missing_ok=True)
             plugins = OLD_REST_PLUGINS if release() == OLD else REST_PLUGINS
@@ -91,7 +91,7 @@ class SlurmCluster:
             self._start(name, "/usr/sbin/slurmd", "-D", "-N", name.removeprefix("slurmd-"), "-f", conf)
 
     def stop_daemon(self, name: str, kill: bool = False) -> None:
-        """End one of DAEMONS, or kill it as a crash would. Jobs go on."""
+        """Stop one of DAEMONS, or kill it as a crash would. Jobs continue."""
         if kill:
             self._supervisor.kill(name)
         self._supervisor.stop([name])
@@ -100,7 +100,7 @@ class SlurmCluster:
         return self._client("scontrol", "ping").returncode == 0
 
     def ready(self) -> bool:
-        """Whether every node can take a job."""
+        """Return True if every node accepts jobs."""
         sinfo = self._client("sinfo", "--noheader", "--Node", "--format=%N %T")
         states = dict(line.split()[:2] for line in sinfo.stdout.splitlines() if line.strip())
         return sinfo.returncode == 0 and all(states.get(node) in ("idle", "mixed", "allocated") for node in NODES)
@@ -122,12 +122,12 @@ class SlurmCluster:
 
     def _client(self, *argv: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "SLURM_CONF": str(self._paths.slurm_conf)}
-        # A client waits long for a controller that is only starting; ask again instead.
+        # A client waits long for a controller that is starting; run a new client instead.
         command = self._network.enter(["timeout", "20", *argv])
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     def _start(self, name: str, *argv: str) -> None:
-        # Jobs inherit parts of slurmd's environment: give it a plain one.
+        # Jobs inherit parts of slurmd's environment: start it with a minimal one.
         environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
         if name == REST:
             environment |= {"SLURM_JWT": "daemon", "SLURM_BITSTR_LEN": "0"}
@@ -161,7 +161,7 @@ class SlurmCluster:
         self._paths.slurm_conf.write_text(self._slurm_conf(host))
         # Present, so that nothing is read from /etc.
         (self._root / "plugstack.conf").touch()
-        # 22.05 does not know the setting, and needs none.
+        # 22.05 does not know this setting and does not need it.
         cgroup = "" if release() == OLD else "CgroupPlugin=disabled\n"
         (self._root / "cgroup.conf").write_text(cgroup)
 
@@ -169,7 +169,7 @@ class SlurmCluster:
         devices = self._root / "dev"
         devices.mkdir()
         for number in range(NODE_GPUS):
-            # Slurm wants a device file; this one is another /dev/null.
+            # Slurm requires a device file; this one is a second /dev/null.
             os.mknod(devices / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         line = f"NodeName={','.join(NODES)} Name=gpu File={devices}/gpu[0-{NODE_GPUS - 1}]\n"
         (self._root / "gres.conf").write_text(line)
@@ -182,7 +182,7 @@ class SlurmCluster:
             f"SlurmUser={SLURM_USER}",
             "AuthType=auth/munge",
             "CredType=cred/munge",
-            # A requeued job waits until its old credential has expired: by default two minutes.
+            # A requeued job waits until its old credential expires (default: two minutes).
             f"AuthInfo=socket={self._socket},cred_expire=5",
             "AuthAltTypes=auth/jwt",
             f"AuthAltParameters=jwt_key={root}/jwt.key",
@@ -190,11 +190,11 @@ class SlurmCluster:
             "TaskPlugin=task/none",
             "SelectType=select/cons_tres",
             "SelectTypeParameters=CR_Core_Memory",
-            # Schedule at once: a lab's tests wait for every second of it.
+            # Schedule immediately: tests wait for it.
             "SchedulerParameters=sched_interval=2,bf_interval=3,batch_sched_delay=0,sched_min_interval=0",
             "MpiDefault=none",
             "ReturnToService=2",
-            # Jobs of `urgent` push those of the other partitions back into the queue.
+            # Jobs in `urgent` preempt those of other partitions, which are requeued.
             "PreemptType=preempt/partition_prio",
             "PreemptMode=REQUEUE",
             "SlurmdParameters=config_overrides",
@@ -210,7 +210,7 @@ class SlurmCluster:
             "MaxArraySize=10001",
             "JobAcctGatherType=jobacct_gather/linux",
             "AccountingStorageType=accounting_storage/none",
-            # What `sacct -c` reads: no database is needed.
+            # Read by `sacct -c`, which needs no database.
             "JobCompType=jobcomp/filetxt",
             f"JobCompLoc={root}/log/jobcomp.log",
             "DefMemPerCPU=100",

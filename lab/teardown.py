@@ -1,4 +1,4 @@
-"""Removing what a lab left: processes, mounts, cgroups, the namespace, the directory. Works on any wreck of a lab."""
+"""Removal of a lab, also of a crashed one: processes, mounts, cgroups, the namespace, the directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def end_containers(paths: Paths, network: Network) -> None:
 
 
 def end_jobs(network: Network) -> None:
-    """End what Slurm jobs left: a job's steps outlive their slurmd."""
+    """End the processes of Slurm jobs: a job's steps outlive their slurmd."""
 
     def of_a_job(pid: int) -> bool:
         return _read(pid, "cmdline").startswith(b"slurmstepd") or b"\0SLURM_JOB_ID=" in _read(pid, "environ")
@@ -33,7 +33,7 @@ def end_jobs(network: Network) -> None:
 
 
 def end_everything(paths: Paths, network: Network) -> None:
-    """End whatever runs in the lab's network or its pods, `lab exec` sessions included."""
+    """End all processes in the lab's network and its pods, including `lab exec` sessions."""
     deadline = time.monotonic() + 120
     # Repeated, since a process may start another one before it is ended.
     while pids := [*network.pids(), *cgroups.pids(paths.name)]:
@@ -43,7 +43,7 @@ def end_everything(paths: Paths, network: Network) -> None:
 
 
 def remove_cgroup(name: str) -> None:
-    """Remove the pods' cgroup; the kernel takes a moment to let go of ended processes."""
+    """Remove the pods' cgroup; the kernel needs a moment to release ended processes."""
     for attempt in range(600):
         try:
             cgroups.remove(name)
@@ -58,7 +58,7 @@ def unmount(root: Path) -> None:
     """Detach every mount under a directory in this mount namespace."""
     points = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        # Spaces and the like are written as octal escapes.
+        # Spaces and similar characters are octal escapes.
         point = Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), line.split()[4]))
         if point.is_relative_to(root):
             points.append(point)
@@ -67,7 +67,7 @@ def unmount(root: Path) -> None:
 
 
 def remove_directory(paths: Paths) -> None:
-    """Remove the lab's directory, if it is one."""
+    """Remove the directory if it is that of a lab."""
     if not paths.root.exists():
         return
     require_ours(paths)
@@ -76,7 +76,7 @@ def remove_directory(paths: Paths) -> None:
 
 
 def require_usable(paths: Paths) -> None:
-    """Refuse, before anything is made, a directory that a lab cannot live in."""
+    """Refuse an unusable directory before anything is created."""
     require_ours(paths)
     for covered in OVERLAID:
         if paths.root.is_relative_to(Path(covered).resolve()):
@@ -93,7 +93,7 @@ def require_outside(network: Network) -> None:
 
 
 def require_ours(paths: Paths) -> None:
-    """Refuse to work on a directory that holds something else."""
+    """Refuse a directory with other contents."""
     if paths.root.exists() and any(paths.root.iterdir()) and not paths.marker.exists():
         raise LabError(f"{paths.root} is not empty and not a lab's directory; give another one with --dir")
 

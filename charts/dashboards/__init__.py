@@ -1,1 +1,1 @@
-"""The Grafana dashboards: ``python -m charts.dashboards DIRECTORY`` writes their JSON, as ``make generate`` does."""
+"""Grafana dashboards: ``python -m charts.dashboards DIRECTORY`` writes their JSON, as ``make generate`` does."""

@@ -1,4 +1,4 @@
-"""Writes every dashboard as JSON: ``python -m charts.dashboards DIRECTORY``."""
+"""Command line that writes every dashboard as JSON: ``python -m charts.dashboards DIRECTORY``."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ DASHBOARDS = (fleet.DASHBOARD, job.DASHBOARD, site.DASHBOARD)
 
 
 def main(directory: Path) -> None:
-    """Replaces what is in the directory."""
+    """Write the dashboards and remove other files from the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     for old in directory.glob("*.json"):
         old.unlink()

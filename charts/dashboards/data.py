@@ -1,4 +1,4 @@
-"""What a dashboard shows: its queries, asked of a Prometheus as Grafana asks them."""
+"""Data of a dashboard: its queries, sent to a Prometheus as Grafana sends them."""
 
 import json
 import math
@@ -19,7 +19,7 @@ class QueryError(Exception):
 
 @dataclass(frozen=True)
 class Window:
-    """A span of time (Unix seconds), and how far apart its points are (seconds)."""
+    """Time range (Unix seconds) and distance of its points (seconds)."""
 
     start: float
     end: float
@@ -28,7 +28,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its name in the legend, and points (Unix seconds, value) without NaN."""
+    """One series: its name in the legend, and points (Unix seconds, value) without NaN."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -36,14 +36,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Shown:
-    """A panel with what each of its queries returned, in their order."""
+    """A panel with the results of its queries, in their order."""
 
     panel: Mapping[str, Any]
     results: tuple[tuple[Series, ...], ...]
 
     @property
     def empty(self) -> list[str]:
-        """The expressions that returned nothing."""
+        """Expressions without a result."""
         targets = self.panel["targets"]
         return [target["expr"] for target, found in zip(targets, self.results, strict=True) if not found]
 
@@ -51,9 +51,9 @@ class Shown:
 def evaluate(
     dashboard: Mapping[str, Any], address: str, variables: Mapping[str, str], window: Window
 ) -> tuple[Shown, ...]:
-    """Asks every query of a dashboard. ``variables`` holds those of the dashboard and ``__rate_interval``.
+    """Evaluate every query of a dashboard. ``variables`` has the dashboard's variables and ``__rate_interval``.
 
-    A stat is asked at the window's end. Raises :class:`QueryError`, ``OSError``.
+    Stats are evaluated at the end of the window. Raises :class:`QueryError`, ``OSError``.
     """
     return tuple(
         Shown(

@@ -1,4 +1,4 @@
-"""*Fleet*: all jobs and sites, and the operator itself."""
+"""Dashboard *Fleet*: all jobs and sites, and the operator itself."""
 
 from .grafana import Dashboard, Panel, Query
 

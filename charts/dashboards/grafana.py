@@ -1,4 +1,4 @@
-"""What our dashboards are made of: a small part of Grafana's dashboard model, schema version 41 (Grafana 12)."""
+"""The part of Grafana's dashboard model that the dashboards use: schema version 41 (Grafana 12)."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,7 +13,7 @@ Kind = Literal["timeseries", "stat"]
 
 @dataclass(frozen=True)
 class Query:
-    """A PromQL expression, and how its series are called (``{{label}}`` stands for a label's value)."""
+    """A PromQL expression and the legend of its series (``{{label}}`` stands for a label's value)."""
 
     expr: str
     legend: str = ""
@@ -39,13 +39,13 @@ class Panel:
 
     @property
     def height(self) -> int:
-        """In rows of the grid."""
+        """Height in rows of the grid."""
         return 4 if self.kind == "stat" else 8
 
 
 @dataclass(frozen=True)
 class Variable:
-    """A choice at the dashboard's head: the values of a label of a metric."""
+    """A selection at the top of the dashboard: the values of a label of a metric."""
 
     name: str
     label: str
@@ -54,7 +54,7 @@ class Variable:
 
 @dataclass(frozen=True)
 class Dashboard:
-    """A dashboard with panels in rows, from left to right."""
+    """A dashboard: rows of panels, from left to right."""
 
     uid: str
     title: str
@@ -64,7 +64,7 @@ class Dashboard:
     since: str = "now-3h"
 
     def json(self) -> Json:
-        """What Grafana imports."""
+        """Return the JSON that Grafana imports."""
         return {
             "uid": self.uid,
             "title": self.title,

@@ -1,4 +1,4 @@
-"""*Job*: how one FederatedJob trains, and where its time and bytes go."""
+"""Dashboard *Job*: training of one FederatedJob, its time and its traffic."""
 
 from .grafana import Dashboard, Panel, Query, Variable
 

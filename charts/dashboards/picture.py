@@ -1,4 +1,4 @@
-"""Draws a dashboard from a Prometheus' data, roughly as Grafana would, for where no Grafana is: documentation.
+"""Pictures of dashboards for the documentation, drawn from Prometheus' data roughly as Grafana draws them.
 
 python -m charts.dashboards.picture FILE.json --prometheus http://127.0.0.1:9090 --minutes 30 --set job=digits OUT.png
 """
@@ -22,7 +22,7 @@ from .data import QueryError, Series, Shown, Window, evaluate
 
 _COLUMN, _ROW = 0.58, 0.3  # inches of a cell of the grid
 _DPI = 72
-_COLOURS = 96  # of the file's palette
+_COLOURS = 96  # in the palette of the file
 _BACKGROUND, _PANEL, _TEXT, _GRID = "#111217", "#181b1f", "#ccccdc", "#2c2f36"
 _GOOD, _BAD = "#73bf69", "#f2495c"
 _LINES = ("#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#8ab8ff", "#96d98d", "#ffb357", "#ca95e5")
@@ -30,7 +30,7 @@ _MAX_NAMES = 9
 
 
 def draw(title: str, shown: Sequence[Shown], file: Path) -> None:
-    """Writes a PNG."""
+    """Write the dashboard to a PNG file."""
     mpl.rcParams.update({"font.size": 7, "text.color": _TEXT, "axes.edgecolor": _GRID, "axes.labelcolor": _TEXT})
     mpl.rcParams.update({"xtick.color": _TEXT, "ytick.color": _TEXT})
     rows = max(item.panel["gridPos"]["y"] + item.panel["gridPos"]["h"] for item in shown) + 1
@@ -113,7 +113,7 @@ def _line(axes: Axes, series: Series, colour: str, style: Any) -> None:
 
 
 def _aligned(lines: Sequence[Series]) -> tuple[list[float], list[list[float]]]:
-    """Every line's value at every time; nothing counts as 0."""
+    """Return the value of every series at every time; missing values are 0."""
     times = sorted({when for series in lines for when, _ in series.points})
     values = [dict(series.points) for series in lines]
     return times, [[known.get(when, 0.0) for when in times] for known in values]
@@ -140,7 +140,7 @@ def _number(value: float, unit: str) -> str:
 
 
 def _save(figure: Figure, file: Path) -> None:
-    """With a palette: a quarter of the size of full colour."""
+    """Save with a palette, at a quarter of the size of full colour."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=_BACKGROUND)
     with Image.open(buffer) as image:
@@ -148,7 +148,7 @@ def _save(figure: Figure, file: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0; 1 where a panel is empty or Prometheus does not answer."""
+    """Draw the picture. Return 0, or 1 if a panel is empty or Prometheus does not answer."""
     parser = argparse.ArgumentParser(prog="charts.dashboards.picture", description="Draw a dashboard as a PNG.")
     parser.add_argument("dashboard", type=Path, metavar="FILE.json")
     parser.add_argument("output", type=Path, metavar="OUT.png")

@@ -1,4 +1,4 @@
-"""*Site*: one HPC site, as its bridge and the operator see it."""
+"""Dashboard *Site*: one HPC site, from the metrics of its bridge and of the operator."""
 
 from .grafana import Dashboard, Panel, Query, Variable
 

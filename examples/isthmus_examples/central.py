@@ -1,4 +1,4 @@
-"""The digits model trained in one place, on everyone's data: the ceiling that a federated run is measured against.
+"""Central training of the digits model on all data: the upper bound for a federated run.
 
 ``python -m isthmus_examples.central`` trains for as many epochs as a client of examples/digits.yaml does in all.
 """
@@ -15,7 +15,7 @@ ROUNDS = 20
 
 
 def main() -> None:
-    """Trains and prints the accuracy on the held-out data."""
+    """Train and print the accuracy on the held-out data."""
     parser = argparse.ArgumentParser(description="Trains the digits model in one place.")
     parser.add_argument("--epochs", type=int, default=ROUNDS * DEFAULTS.epochs)
     parser.add_argument("--learning-rate", type=float, default=DEFAULTS.learning_rate)

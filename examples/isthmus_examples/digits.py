@@ -1,7 +1,7 @@
-"""Handwritten digits (8x8, scikit-learn's own, no download): a small network, trained where the data is.
+"""Handwritten digits (8x8, part of scikit-learn, no download) with a small network.
 
-Every client computes the same Dirichlet split and takes its own share, which makes the data of a real federation's
-clients out of one data set. ``DIRICHLET_ALPHA`` sets how much the shares differ.
+Every client computes the same Dirichlet split and takes its own share. This turns one data set into the unequal data
+sets of a real federation. ``DIRICHLET_ALPHA`` sets how much the shares differ.
 """
 
 import os
@@ -19,7 +19,7 @@ DEFAULTS = Settings(epochs=3, learning_rate=0.2, batch_size=16)
 
 
 def load() -> tuple[Examples, Examples]:
-    """The training and the held-out examples (a fifth, all classes alike)."""
+    """Return the training and the held-out examples (a fifth of each class)."""
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images / 16.0, labels, test_size=0.2, stratify=labels, random_state=0)
     inputs, held_out_inputs = (torch.tensor(part, dtype=torch.float32) for part in split[:2])
@@ -28,14 +28,14 @@ def load() -> tuple[Examples, Examples]:
 
 
 def build() -> nn.Module:
-    """The network, with the same initial weights everywhere."""
+    """Return the network, with the same initial weights in every client."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
 def main() -> None:
-    """Trains this client's share in every round."""
-    torch.set_num_threads(1)  # the network is too small for more to help
+    """Train on this client's share in every round."""
+    torch.set_num_threads(1)  # more threads do not help so small a network
     context = isthmus.context()
     everyones, held_out = load()
     alpha = float(os.environ.get("DIRICHLET_ALPHA", "0.3"))

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao et al. 2017; 28x28 pictures of clothes): a small convolutional network, trained at its data.
+"""Fashion-MNIST (Xiao et al. 2017; 28x28 pictures of clothes): with a small convolutional network.
 
 The four files come from ``ISTHMUS_DATA`` (a site's data set), ``FASHION_MNIST_DIR``, or where Debian's package
 dataset-fashion-mnist installs them. ``EXAMPLES`` takes a random part of the training data, for quick runs.
@@ -21,7 +21,7 @@ DEBIAN_DIRECTORY = "/usr/share/datasets/fashion-mnist"
 
 
 def load(directory: Path) -> tuple[Examples, Examples]:
-    """The training and the held-out examples. Exits with one line where a file is missing or damaged."""
+    """Return the training and the held-out examples. Exits with one line if a file is missing or damaged."""
     try:
         train_set, held_out = (
             (read_idx(directory / f"{part}-images-idx3-ubyte"), read_idx(directory / f"{part}-labels-idx1-ubyte"))
@@ -39,7 +39,7 @@ def _examples(images: np.ndarray, labels: np.ndarray) -> Examples:
 
 
 def build() -> nn.Module:
-    """The network, with the same initial weights everywhere."""
+    """Return the network, with the same initial weights in every client."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
@@ -49,7 +49,7 @@ def build() -> nn.Module:
 
 
 def main() -> None:
-    """Trains this client's share in every round."""
+    """Train on this client's share in every round."""
     context = isthmus.context()
     everyones, held_out = load(Path(context.data or os.environ.get("FASHION_MNIST_DIR", DEBIAN_DIRECTORY)))
     if limit := int(os.environ.get("EXAMPLES", "0")):

@@ -1,4 +1,4 @@
-"""Reads IDX files, the format of the MNIST family (Y. LeCun, http://yann.lecun.com/exdb/mnist/)."""
+"""Reader of IDX files, the format of the MNIST family (Y. LeCun, http://yann.lecun.com/exdb/mnist/)."""
 
 import gzip
 import math
@@ -17,7 +17,7 @@ class IdxError(ValueError):
 
 
 def read_idx(path: Path) -> npt.NDArray[np.uint8]:
-    """Reads a file of bytes, plain or gzipped: ``path`` as it stands or with .gz appended. Raises :class:`IdxError`.
+    """Read a file of bytes, plain or gzipped: ``path`` itself or with .gz appended. Raises :class:`IdxError`.
 
     The format: two zero bytes, the type, the number of dimensions; each dimension as four bytes, big-endian; the data,
     last dimension fastest.

@@ -1,11 +1,11 @@
-"""Splits a labelled data set over clients so that their label distributions differ, as those of real sites do."""
+"""Split of a labelled data set into clients with different label distributions, as at real sites."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-# From here on a draw from Dirichlet is one of equal shares: they differ by less than doubles can tell.
+# Above this, shares drawn from Dirichlet are equal within the precision of doubles.
 _IID = 1e32
 
 Indices = npt.NDArray[np.int64]
@@ -14,7 +14,7 @@ Indices = npt.NDArray[np.int64]
 def dirichlet_partition(
     labels: npt.NDArray[np.integer], clients: int, alpha: float, *, seed: int = 0, at_least: int = 8
 ) -> list[Indices]:
-    """Deals every example to exactly one client, each class by proportions drawn from Dirichlet(``alpha``).
+    """Assign every example to exactly one client, each class by proportions drawn from Dirichlet(``alpha``).
 
     The smaller ``alpha``, the fewer classes a client sees: at 0.1 mostly one or two, at 100 nearly all alike; with
     ``math.inf`` the shares are equal (IID). Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data
@@ -44,7 +44,7 @@ def dirichlet_partition(
 
 
 def _levelled(shares: Sequence[Indices], at_least: int) -> list[Indices]:
-    """The shares, those below ``at_least`` filled up from the largest; needs ``at_least * len(shares)`` examples."""
+    """Fill up shares below ``at_least`` from the largest ones; needs ``at_least * len(shares)`` examples."""
     result = list(shares)
     for client in range(len(result)):
         while (missing := at_least - len(result[client])) > 0:

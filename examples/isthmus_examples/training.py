@@ -1,4 +1,4 @@
-"""The training loop and the evaluation that the examples share: ordinary PyTorch, nothing federated in it."""
+"""Training loop and evaluation of the examples: ordinary PyTorch, without anything federated."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ class Examples:
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and how fast a client trains in one round."""
+    """Hyperparameters of one client in one round."""
 
     epochs: int
     learning_rate: float
     batch_size: int
 
     def updated(self, config: Mapping[str, str]) -> "Settings":
-        """These settings, but for those that ``task.config`` of the manifest gives."""
+        """Return these settings with the values of the manifest's ``task.config``."""
         return Settings(
             epochs=int(config.get("localEpochs", self.epochs)),
             learning_rate=float(config.get("learningRate", self.learning_rate)),
@@ -37,7 +37,7 @@ class Settings:
 
 
 def train(model: nn.Module, data: Examples, optimizer: torch.optim.Optimizer, settings: Settings, seed: int) -> float:
-    """Trains for some epochs in an order that ``seed`` alone decides; returns the last epoch's mean loss."""
+    """Train for some epochs, in an order that depends on ``seed`` only. Return the last epoch's mean loss."""
     generator = torch.Generator().manual_seed(seed)
     model.train()
     mean = 0.0
@@ -55,7 +55,7 @@ def train(model: nn.Module, data: Examples, optimizer: torch.optim.Optimizer, se
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Examples) -> dict[str, float]:
-    """Accuracy and mean loss on held-out data, and its size, by which they are weighted."""
+    """Return accuracy and mean loss on held-out data, and its size, which is their weight."""
     model.eval()
     scores = model(data.inputs)
     return {

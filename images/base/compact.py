@@ -1,6 +1,6 @@
-"""Makes an installed tree small and quick to start: removes test suites and headers, and compiles what remains.
+"""Reduction of an installed tree: removes test suites and headers, and compiles the rest for a quick start.
 
-Byte code is not checked at start (`unchecked-hash`) and holds no time stamp: equal sources give equal layers, and a
+Byte code is not checked at start (`unchecked-hash`) and contains no time: equal sources give equal layers, and a
 read-only root starts as fast as a writable one.
 """
 
@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-# Below site-packages. Tests and examples of libraries, and what only compilers of C++ extensions read.
+# Paths below site-packages: tests and examples of libraries, and headers for C++ extensions.
 # kubernetes/aio is a second client for asyncio, as large as the first.
 UNUSED = ("torch/include", "torch/share", "torch/test", "kubernetes/aio")
 TESTED = ("joblib", "networkx", "numpy", "scipy", "sklearn", "sympy")
@@ -29,7 +29,7 @@ def main() -> None:
         for library in TESTED:
             for tests in sorted((packages / library).rglob("tests")):
                 shutil.rmtree(tests, ignore_errors=True)
-        # torch looks for its manager of shared memory when it is imported; the rest of torch/bin are its own tests.
+        # torch needs its shared-memory manager at import; the rest of torch/bin is tests.
         for program in (*packages.glob("torch/bin/*"), *packages.glob("torch/lib/*.a")):
             if program.is_file() and program.name != "torch_shm_manager":
                 program.unlink()
@@ -40,7 +40,7 @@ def main() -> None:
         maxlevels=50,
         stripdir=arguments.tree,
         prependdir=arguments.installed_as or arguments.tree,
-        quiet=2,  # libraries carry templates that are no Python
+        quiet=2,  # some libraries contain templates that are not valid Python
         workers=0,
         invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
     )

@@ -1,4 +1,4 @@
-"""Prints the third-party requirements of the named project folders, one a line, for `pip install -r`."""
+"""Third-party requirements of the named project folders, printed one a line for `pip install -r`."""
 
 import os
 import re
@@ -10,7 +10,7 @@ BUILD = Path("/build")
 
 
 def torch_version() -> str:
-    """The version that constraints.txt pins."""
+    """Return the version of torch in constraints.txt."""
     pinned = re.search(r"^torch==(\S+)", (BUILD / "constraints.txt").read_text(), re.MULTILINE)
     if pinned is None:
         sys.exit("constraints.txt does not pin torch")

@@ -19,7 +19,7 @@ Object = dict[str, Any]
 
 
 class ApiError(Exception):
-    """An answer of the API server that is not a success."""
+    """An unsuccessful response of the API server."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"{status}: {message}")
@@ -50,7 +50,7 @@ class Api:
         return self._request("DELETE", path)
 
     def ready(self) -> bool:
-        """Whether the API server says that it is ready."""
+        """Return True if the API server reports that it is ready."""
         try:
             self._request("GET", "/readyz")
         except (OSError, http.client.HTTPException, ApiError):
@@ -58,7 +58,7 @@ class Api:
         return True
 
     def watch(self, path: str, version: str) -> Iterator[tuple[str, Object]]:
-        """Events since a resource version, until the server ends the stream."""
+        """Yield events since a resource version, until the server ends the stream."""
         connection = self._connect(timeout=330)
         try:
             connection.request("GET", f"{path}?watch=1&timeoutSeconds=300&resourceVersion={version}")

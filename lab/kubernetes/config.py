@@ -18,7 +18,7 @@ CNI_PROGRAMS = Path("/usr/lib/cni")
 
 
 def kubeconfig(authority: Path, certificate: Path, key: Path) -> str:
-    """A self-contained kubeconfig (JSON, which is YAML)."""
+    """Return a self-contained kubeconfig (JSON, which is valid YAML)."""
 
     def encoded(path: Path) -> str:
         return base64.b64encode(path.read_bytes()).decode()
@@ -39,7 +39,7 @@ def kubeconfig(authority: Path, certificate: Path, key: Path) -> str:
 
 
 def containerd(paths: Paths) -> str:
-    """containerd's config.toml: a root, a state and a socket of its own, and one way to make networks."""
+    """Return containerd's config.toml, with its own root, state and socket, and the lab's CNI configuration."""
     own = paths.kubernetes
     return f"""\
 version = 2
@@ -72,7 +72,7 @@ state = "{own}/containerd-state"
 
 
 def cni(paths: Paths) -> str:
-    """How pods get their network.
+    """Return the CNI configuration of the pods' network.
 
     Point-to-point links, not a bridge: traffic between pods then passes the node's rules both ways, as Services need.
     """
@@ -109,7 +109,7 @@ def kubelet(paths: Paths, authority: Path, certificate: Path, key: Path) -> str:
         "tlsCertFile": str(certificate),
         "tlsPrivateKeyFile": str(key),
         "cgroupDriver": "cgroupfs",
-        # A cgroup of the lab's own: `down` finds the pods' processes by it, and removes it.
+        # The lab has its own cgroup: `down` finds the pods' processes in it and removes it.
         "cgroupRoot": f"/{paths.name}",
         "clusterDNS": [NODE_ADDRESS],
         "clusterDomain": CLUSTER_DOMAIN,
@@ -130,5 +130,5 @@ def kubelet(paths: Paths, authority: Path, certificate: Path, key: Path) -> str:
 
 
 def resolv_conf(paths: Paths) -> Path:
-    """What pods with dnsPolicy Default get: an empty file, for the host's resolver cannot be reached."""
+    """Return the empty resolv.conf of pods with dnsPolicy Default: they cannot reach the host's resolver."""
     return paths.kubernetes / "resolv.conf"

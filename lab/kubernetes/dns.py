@@ -1,4 +1,4 @@
-"""The lab's DNS: Service names to addresses, from a watch on the API; every other name does not exist."""
+"""DNS of the lab: Service names from a watch on the API; other names do not exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PORT = 53
 
 
 class Zone:
-    """What Services and Endpoints say, as records by name."""
+    """DNS records by name, from Services and Endpoints."""
 
     def __init__(self) -> None:
         self._services: dict[tuple[str, str], Object] = {}
@@ -60,7 +60,7 @@ class Zone:
         self.addresses, self.aliases, self.ports = addresses, aliases, ports
 
     def _members(self, namespace: str, name: str, spec: Object) -> list[tuple[str, str]]:
-        """Hostname and address of the pods behind a headless Service."""
+        """Yield hostname and address of the pods behind a headless Service."""
         found = []
         for subset in self._endpoints.get((namespace, name), {}).get("subsets") or ():
             ready = subset.get("addresses") or []
@@ -70,7 +70,7 @@ class Zone:
 
 
 class Resolver(BaseResolver):  # type: ignore[misc]
-    """Answers from a zone."""
+    """Resolver that answers from a zone."""
 
     def __init__(self, zone: Zone) -> None:
         self._zone = zone
@@ -82,7 +82,7 @@ class Resolver(BaseResolver):  # type: ignore[misc]
         if name in self._zone.aliases:
             reply.add_answer(RR(request.q.qname, QTYPE.CNAME, rdata=CNAME(self._zone.aliases[name]), ttl=TTL))
         elif name in self._zone.addresses:
-            # A known name asked for another kind (AAAA, mostly) is an empty answer, not an unknown name.
+            # For a known name and another record type (mostly AAAA), the answer is empty; the name still exists.
             if kind in ("A", "ANY"):
                 for address in self._zone.addresses[name]:
                     reply.add_answer(RR(request.q.qname, QTYPE.A, rdata=A(address), ttl=TTL))
@@ -96,7 +96,7 @@ class Resolver(BaseResolver):  # type: ignore[misc]
 
 
 def serve(api: Api, address: str) -> None:
-    """Start answering and watching, in threads of their own."""
+    """Start the server and the watch in threads."""
     zone = Zone()
     for tcp in (False, True):
         quiet = DNSLogger(log="error", prefix=False)

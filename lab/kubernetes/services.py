@@ -1,4 +1,4 @@
-"""The process that stands in for a cluster's add-ons: DNS and the volume provisioner (`python -m lab services`)."""
+"""Process that replaces the cluster's add-ons: DNS and the volume provisioner (`python -m lab services`)."""
 
 from __future__ import annotations
 

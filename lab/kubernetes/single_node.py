@@ -1,4 +1,4 @@
-"""Real Kubernetes on one machine: starts its parts in order and waits until a pod can run."""
+"""Real Kubernetes on one machine: starts its daemons in order and waits until a pod can run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class KubernetesCluster:
         self._pki = paths.kubernetes / "pki"
 
     def start(self, programs: dict[str, Path], archives: Iterable[Path]) -> None:
-        """Start everything. Runs inside the lab's network; the directory holds nothing of Kubernetes yet."""
+        """Start everything. Runs inside the lab's network; the directory must not contain Kubernetes files yet."""
         self._paths.kubernetes.mkdir()
         self._paths.volumes.mkdir()
         self._mounts.create()
@@ -77,20 +77,21 @@ class KubernetesCluster:
             self.load_image(archive)
         self._start_node(programs)
         services: Argv = [sys.executable, "-m", "lab", "services", "--dir", self._paths.root]
-        # Our own Python may lie where the private mounts hide it; it needs the network only.
+        # The private mounts may hide this Python; the process needs only the network.
         command = self._network.enter(services)
         self._supervisor.start("services", command, {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
         api.post("/apis/storage.k8s.io/v1/storageclasses", STORAGE_CLASS)
         self._wait("the node", lambda: _node_ready(api), "containerd", "kubelet", "kube-apiserver")
-        # The first pod is refused until the controllers have made its service account.
+        # The API server rejects pods until the controllers have created their service account.
         account = "/api/v1/namespaces/default/serviceaccounts/default"
         self._wait("the service account", lambda: _exists(api, account), "kube-controller-manager")
 
     def restart_api_server(self) -> None:
-        """Start the API server with the command line that it had, and wait until it is ready.
+        """Start the API server with its previous command line and wait until it is ready.
 
-        On a busy machine it may exit while it starts: some of its hooks must be done within 30 s. It is started again
-        then, as systemd or a static pod's kubelet would. Raise LabError where it is not ready after five minutes.
+        On a busy machine it may exit while it starts: some of its hooks must finish within 30 s. Then it is
+        started again, as systemd or a static pod's kubelet would do. Raises LabError if it is not ready after five
+        minutes.
         """
         api = Api(self._paths.kubeconfig)
 
@@ -105,10 +106,10 @@ class KubernetesCluster:
         self._supervisor.stop(reversed(DAEMONS), grace=3)
 
     def load_image(self, archive: Path) -> str:
-        """Import an image archive; tells the names that it brought."""
+        """Import an image archive; return the names of its images."""
         if not archive.is_file():
             raise LabError(f"{archive} is not a file; give an image archive (docker-archive or OCI tar)")
-        # The default unpacks too, so that the first pod does not wait for it.
+        # Also unpack the image, so that the first pod does not wait for that.
         result = subprocess.run(
             ["ctr", "--address", self._paths.containerd_socket, "--namespace", "k8s.io", "images", "import", archive],
             capture_output=True,
@@ -159,7 +160,7 @@ class KubernetesCluster:
             f"--listen-client-urls={ETCD_URL}",
             f"--advertise-client-urls={ETCD_URL}",
             "--listen-peer-urls=http://127.0.0.1:2380",
-            # A lab's data need not survive a power cut.
+            # The lab's data does not have to survive a power failure.
             "--unsafe-no-fsync",
         ]
         self._start("etcd", argv)
@@ -196,7 +197,7 @@ class KubernetesCluster:
             "--bind-address=127.0.0.1",
             "--leader-elect=false",
             "--use-service-account-credentials=true",
-            # On a busy machine a node's heartbeat is late, and no node is ever lost.
+            # On a busy machine a node's heartbeat is late; do not treat the node as lost.
             "--node-monitor-grace-period=180s",
             f"--root-ca-file={pki}/ca.crt",
             f"--service-account-private-key-file={pki}/service-accounts.key",
@@ -234,7 +235,7 @@ class KubernetesCluster:
             f"--hostname-override={NODE_NAME}",
             "--proxy-mode=iptables",
             f"--cluster-cidr={POD_RANGE}",
-            # Connection tracking is tuned for the whole machine, which is not the lab's to change.
+            # Connection tracking is a setting of the whole machine; the lab must not change it.
             "--conntrack-max-per-core=0",
             "--conntrack-tcp-timeout-established=0",
             "--conntrack-tcp-timeout-close-wait=0",
@@ -264,7 +265,7 @@ def _exists(api: Api, path: str) -> bool:
 def _node_ready(api: Api) -> bool:
     for node in api.get("/api/v1/nodes")["items"]:
         conditions = {entry["type"]: entry["status"] for entry in node.get("status", {}).get("conditions", ())}
-        # The taint stays for a moment after the condition changes, and keeps pods away.
+        # The taint remains briefly after the condition changes and prevents scheduling.
         if conditions.get("Ready") == "True" and not node["spec"].get("taints"):
             return True
     return False

@@ -1,4 +1,4 @@
-"""The lab's storage: a directory on this machine behind every PersistentVolumeClaim of the class `lab`."""
+"""Storage of the lab: a directory on this machine for every PersistentVolumeClaim of the class `lab`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STORAGE_CLASS: Object = {
 
 
 class Provisioner:
-    """Makes a directory and a volume for each pending claim, and removes both when the claim is gone."""
+    """Provisioner of a directory and a volume for each pending claim; removes both with the claim."""
 
     def __init__(self, api: Api, directory: Path) -> None:
         self._api = api
@@ -47,11 +47,11 @@ class Provisioner:
 
     def _provide(self, claim: Object) -> None:
         metadata, spec = claim["metadata"], claim["spec"]
-        # The claim's uid names the volume, so that a repeated event finds it made.
+        # The volume is named after the claim's uid, so that a repeated event creates no second one.
         name = f"pvc-{metadata['uid']}"
         directory = self._directory / name
         directory.mkdir(parents=True, exist_ok=True)
-        # Any user in a pod may write: the kubelet does not chown hostPath volumes to fsGroup.
+        # Any user in a pod can write: the kubelet does not chown hostPath volumes to fsGroup.
         directory.chmod(0o777)
         volume = {
             "apiVersion": "v1",

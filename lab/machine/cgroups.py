@@ -1,4 +1,4 @@
-"""The cgroup under which all of a lab's pods live, in every hierarchy that this machine has."""
+"""The cgroup of all pods of a lab, in every hierarchy of this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def create(name: str) -> None:
-    """Make the cgroup that the kubelet is told to put its pods in: it insists on finding it."""
+    """Create the cgroup that the kubelet is configured to use for pods; the kubelet requires that it exists."""
     for hierarchy in _hierarchies():
         group = hierarchy / name
         group.mkdir(exist_ok=True)
@@ -22,7 +22,7 @@ def create(name: str) -> None:
 
 
 def pids(name: str) -> list[int]:
-    """All processes in the cgroup or below, which means all of the pods' processes."""
+    """Return all processes in the cgroup and below: those of the pods."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():

@@ -1,4 +1,4 @@
-"""The lab's one kind of failure, and its way of telling progress."""
+"""Error class and progress output of the lab."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 class LabError(Exception):
-    """Something the user can read in one line and mend."""
+    """A failure described in one line, with a way to fix it."""
 
 
 def say(message: str) -> None:

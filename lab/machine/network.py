@@ -1,4 +1,4 @@
-"""The lab's own network: one namespace with one address, no way out, and nothing in the host's namespace."""
+"""Network of the lab: one namespace with one address and no route out; the host's namespace is not changed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Network:
         return self.handle.exists()
 
     def enter(self, argv: Sequence[str | os.PathLike[str]]) -> list[str]:
-        """The command line that runs argv inside.
+        """Return the command line that runs argv in the namespace.
 
         Not `ip netns exec`: that replaces /sys, and with it the cgroup mounts that container runtimes need.
         """
@@ -39,7 +39,7 @@ class Network:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Put the calling thread, and what it starts, inside for a while."""
+        """Move the calling thread, and the processes it starts, into the namespace within this context."""
         with Path("/proc/thread-self/ns/net").open() as outside, self.handle.open() as inside:
             _setns(inside.fileno())
             try:
@@ -48,13 +48,13 @@ class Network:
                 _setns(outside.fileno())
 
     def create(self) -> None:
-        """Make the namespace, unless it is there."""
+        """Create the namespace if it does not exist."""
         if self.exists():
             return
         _ip("netns", "add", self.name)
         inside = ("-n", self.name)
         _ip(*inside, "link", "set", "lo", "up")
-        # The node's address must not be loopback; both ends of the pair stay inside, so that it leads nowhere.
+        # The node's address must not be loopback. Both ends of the pair stay inside, so there is no route out.
         _ip(*inside, "link", "add", "node0", "type", "veth", "peer", "name", "node1")
         _ip(*inside, "address", "add", f"{NODE_ADDRESS}/24", "dev", "node0")
         _ip(*inside, "link", "set", "node0", "up")
@@ -66,7 +66,7 @@ class Network:
         self._sysctl("net/ipv4/ip_forward", "1")
 
     def pids(self) -> list[int]:
-        """All processes inside, whoever started them."""
+        """Return all processes in the namespace, including those that the lab did not start."""
         if not self.exists():
             return []
         listed = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False)
@@ -75,19 +75,19 @@ class Network:
     def delete(self) -> None:
         if self.exists():
             _ip("netns", "delete", self.name)
-        # `ip netns add` mounted the directory for the first namespace; leave no empty mount behind the last.
+        # `ip netns add` mounted the directory for the first namespace; remove that mount with the last one.
         if NETNS_DIRECTORY.is_dir() and not any(NETNS_DIRECTORY.iterdir()):
             subprocess.run(["umount", NETNS_DIRECTORY], capture_output=True, check=False)
             NETNS_DIRECTORY.rmdir()
 
     def _sysctl(self, key: str, value: str) -> None:
-        # /proc/sys/net shows the namespace of whoever opens it.
+        # /proc/sys/net shows the namespace of the process that opens it.
         command = self.enter(["tee", f"/proc/sys/{key}"])
         subprocess.run(command, input=value, text=True, stdout=subprocess.DEVNULL, check=True)
 
 
 def _setns(descriptor: int) -> None:
-    # os.setns came with Python 3.12.
+    # os.setns requires Python 3.12.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(descriptor, CLONE_NEWNET):
         raise LabError(f"cannot enter the lab's network: {os.strerror(ctypes.get_errno())}; the lab needs root")

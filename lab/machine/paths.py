@@ -1,4 +1,4 @@
-"""Where everything of a lab lies. Nothing here touches the disk."""
+"""Paths of a lab. This module does not access the disk."""
 
 from __future__ import annotations
 
@@ -7,44 +7,44 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-# Not under a home: Slurm jobs run unprivileged and must be able to pass every folder above.
+# Not under a home: Slurm jobs are unprivileged and must be able to enter every parent directory.
 DEFAULT_DIRECTORY = Path("/var/tmp/isthmus-lab")  # noqa: S108
 DEFAULT_NAME = "isthmus-lab"
 
 
 def cache_directory() -> Path:
-    """Downloads and locks, shared by all labs of this user and kept by `down`."""
+    """Return the directory of downloads and locks, shared by all labs of this user and kept by `down`."""
     configured = os.environ.get("ISTHMUS_CACHE")
     return Path(configured) if configured else Path.home() / ".cache" / "isthmus"
 
 
 def builds_directory() -> Path:
-    """Results of builds that take many minutes: in the cache, unless ISTHMUS_BUILDS names another place."""
+    """Return the directory for results of long builds: the cache, or the directory in ISTHMUS_BUILDS."""
     configured = os.environ.get("ISTHMUS_BUILDS")
     return Path(configured) if configured else cache_directory()
 
 
 @dataclass(frozen=True)
 class Paths:
-    """The layout under one lab's directory."""
+    """Layout of a lab's directory."""
 
     root: Path
 
     @classmethod
     def of(cls, directory: str | os.PathLike[str] | None = None) -> Paths:
-        """The lab at a directory; by default the one that this process runs in (`lab exec`), else the usual one."""
+        """Return the lab at a directory; by default that of this process (`lab exec`), or else the default one."""
         return cls(Path(os.path.realpath(directory or os.environ.get("ISTHMUS_LAB") or DEFAULT_DIRECTORY)))
 
     @property
     def name(self) -> str:
-        """Names the namespace and the cgroup; distinct for each directory, so that labs live side by side."""
+        """Name of the namespace and the cgroup, unique for each directory, so that several labs can run."""
         if self.root == DEFAULT_DIRECTORY:
             return DEFAULT_NAME
         return f"{DEFAULT_NAME}-{hashlib.sha256(str(self.root).encode()).hexdigest()[:8]}"
 
     @property
     def marker(self) -> Path:
-        """Says that the directory is a lab's, and so may be removed by `down`."""
+        """Marker file of a lab's directory: `down` removes only directories that have one."""
         return self.root / ".isthmus-lab"
 
     @property
@@ -61,12 +61,12 @@ class Paths:
 
     @property
     def home(self) -> Path:
-        """The home of the lab's unprivileged user."""
+        """Home of the lab's unprivileged user."""
         return self.root / "home"
 
     @property
     def volumes(self) -> Path:
-        """The directories behind PersistentVolumes."""
+        """Directories of the PersistentVolumes."""
         return self.root / "volumes"
 
     @property
@@ -97,7 +97,7 @@ class Paths:
 
     @property
     def user_python(self) -> Path:
-        """A virtual environment for the lab's user, where the caller's own is closed to it."""
+        """Virtual environment for the lab's user if it cannot read that of the caller."""
         return self.root / "python"
 
     @property

@@ -1,8 +1,8 @@
-"""A mount namespace for Kubernetes' daemons, in which the paths that they insist on belong to the lab.
+"""Mount namespace for Kubernetes' daemons, in which the paths they require belong to the lab.
 
 containerd, the kubelet and CNI write to fixed places (/run, /var/lib/cni, /var/lib/kubelet, /var/log/pods) and the
-kubelet sets kernel parameters. Here all of these are the lab's own directories and files, and every mount that
-containers need stays invisible to the host and vanishes with the last process.
+kubelet sets kernel parameters. Here all of these are the lab's own directories and files, and the mounts of
+containers are invisible to the host and disappear with the last process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lab.machine.processes import Supervisor
 
 HOLDER = "mounts"
 OVERLAID = ("/run", "/var/lib", "/var/log")
-# The kubelet would set these for the whole machine; it is shown plain files that hold the wanted values already.
+# The kubelet would set these for the whole machine. It sees plain files that already have the required values.
 KERNEL_PARAMETERS = {
     "vm/overcommit_memory": "1",
     "vm/panic_on_oom": "0",
@@ -55,7 +55,7 @@ class PrivateMounts:
         self._supervisor.wait("the private mounts", ready.exists, [HOLDER], timeout=60)
 
     def enter(self, argv: Sequence[str | os.PathLike[str]]) -> list[str]:
-        """The command line that runs argv in the lab's network and these mounts."""
+        """Return the command line that runs argv in the lab's network and these mounts."""
         pid = self._supervisor.pid(HOLDER)
         if pid is None:
             raise LabError("the lab's mounts are gone; run `python -m lab up` again")

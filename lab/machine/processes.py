@@ -1,7 +1,7 @@
-"""Daemons that outlive the command that started them: started detached, found again by pid file, ended by pid.
+"""Daemons that outlive the command that started them, tracked with pid files.
 
-A pid alone is never trusted: the file also holds the process's start time, which no recycled pid shares. Signals go
-through a descriptor of the process, so that it cannot have gone between the look at its start time and the signal.
+A pid alone is not enough: the file also contains the process's start time, which differs for a recycled pid. Signals
+go through a descriptor of the process, so that it cannot change between the check of the start time and the signal.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from pathlib import Path
 
 from lab.machine.errors import LabError
 
-# A killed process may have gigabytes to give back first.
+# A killed process may first have to release gigabytes.
 _END_SECONDS = 60.0
 
 
 def start_time(pid: int) -> int | None:
-    """The kernel's start time of a live process; None where there is none (a zombie counts as none)."""
+    """Return the kernel's start time of a live process, or None if it does not exist or is a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The second field, the program's name, may hold spaces and parentheses: count from its end.
+    # The second field, the program's name, may contain spaces and parentheses: count from its end.
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])
 
 
 def resident_mib(pid: int) -> int:
-    """Resident memory of a process in MiB; 0 when it is gone."""
+    """Return the resident memory of a process in MiB, or 0 if it has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (FileNotFoundError, ProcessLookupError):
@@ -41,7 +41,7 @@ def resident_mib(pid: int) -> int:
 
 
 def _signal(pid: int, began: int, number: signal.Signals) -> None:
-    """Signal the process that started then; where it is gone, do nothing."""
+    """Signal the process with that start time; do nothing if it has ended."""
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -56,7 +56,7 @@ def _signal(pid: int, began: int, number: signal.Signals) -> None:
 
 
 def end(pids: Iterable[int], grace: float = 5.0) -> None:
-    """Terminate processes, and kill those that have not gone after the grace period."""
+    """Terminate processes and kill those that still run after the grace period."""
     known = {pid: began for pid in pids if (began := start_time(pid)) is not None}
 
     def remaining() -> list[int]:
@@ -74,7 +74,7 @@ def end(pids: Iterable[int], grace: float = 5.0) -> None:
 
 
 class Supervisor:
-    """Starts, finds and ends the daemons of one lab."""
+    """Supervisor that starts, finds and ends the daemons of one lab."""
 
     def __init__(self, run: Path, log: Path) -> None:
         self._run = run
@@ -94,11 +94,11 @@ class Supervisor:
             )
         record = {"pid": process.pid, "started": start_time(process.pid), "argv": process.args}
         self._record(name).write_text(json.dumps(record))
-        # The daemon is meant to outlive us: nobody will wait for it, and Popen need not warn of that.
+        # The daemon outlives this process, which never waits for it: suppress the warning of Popen.
         process.returncode = 0
 
     def pid(self, name: str) -> int | None:
-        """The pid of a daemon that runs and is still the one that was started."""
+        """Return the pid of a daemon if it still runs."""
         try:
             record = json.loads(self._record(name).read_text())
         except (FileNotFoundError, ValueError):
@@ -108,29 +108,29 @@ class Supervisor:
         return pid if began is not None and began == record["started"] else None
 
     def names(self) -> list[str]:
-        """The daemons that were started and not ended since, running or not."""
+        """Return the daemons that were started and not stopped, whether they run or not."""
         return sorted(path.stem for path in self._run.glob("*.pid"))
 
     def kill(self, name: str) -> None:
-        """End a daemon as a crash would; :meth:`again` brings it back."""
+        """Kill a daemon as a crash would; :meth:`again` restarts it."""
         pid = self.pid(name)
         began = start_time(pid) if pid is not None else None
         if pid is None or began is None:
             raise LabError(f"{name} does not run")
         _signal(pid, began, signal.SIGKILL)
         deadline = time.monotonic() + _END_SECONDS
-        while self.pid(name) is not None:  # else `again` would find it still there
+        while self.pid(name) is not None:  # else `again` would find it running
             if time.monotonic() > deadline:
                 raise LabError(f"{name} (pid {pid}) does not end")
             time.sleep(0.02)
 
     def again(self, name: str) -> None:
-        """Start a daemon that has ended, as it was started before."""
+        """Restart a daemon that has ended, with its previous command line."""
         if self.pid(name) is None:
             self.start(name, json.loads(self._record(name).read_text())["argv"])
 
     def stop(self, names: Iterable[str], grace: float = 5.0) -> None:
-        """End daemons and forget them."""
+        """Stop daemons and remove their pid files."""
         chosen = list(names)
         end([pid for name in chosen if (pid := self.pid(name)) is not None], grace)
         for name in chosen:

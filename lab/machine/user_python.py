@@ -1,4 +1,4 @@
-"""A Python with the caller's packages that the lab's unprivileged user can run.
+"""Python with the caller's packages that the lab's unprivileged user can run.
 
 The Python that runs the lab often lies where only root may look (a pyenv in /root). Then the system's Python of the
 same version borrows its packages.
@@ -18,7 +18,7 @@ SYSTEM_PYTHON = Path("/usr/bin/python3")
 
 
 def provide(folder: Path, as_user: Callable[[list[str]], list[str]]) -> Path:
-    """The interpreter; makes a virtual environment in `folder` if the caller's is closed to the user."""
+    """Return the interpreter; create a virtual environment in `folder` if the user cannot read the caller's."""
     borrowed, own = folder / "bin" / "python", Path(sys.executable)
     packages = sysconfig.get_path("purelib")
 
@@ -40,5 +40,7 @@ def provide(folder: Path, as_user: Callable[[list[str]], list[str]]) -> Path:
     hook = folder / "lib" / f"python{version}" / "site-packages" / "borrowed.pth"
     hook.write_text(f"import site; site.addsitedir({packages!r})\n")
     if not works(borrowed):
-        raise LabError(f"the lab's user cannot read {packages}; keep the checkout where every user may look")
+        raise LabError(
+            f"the lab's user cannot read {packages}; move the checkout to a directory that every user can read"
+        )
     return borrowed

@@ -1,4 +1,4 @@
-"""The unprivileged user who runs the bridge and owns the Slurm jobs."""
+"""Unprivileged user who runs the bridge and owns the Slurm jobs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lab.machine.network import NETNS_DIRECTORY
 from lab.machine.paths import DEFAULT_NAME
 
 USER = "isthmus"
-# Tells an account that a lab made from one that was there before.
+# Marks an account that a lab created, as opposed to an earlier one.
 COMMENT = "Isthmus lab"
 
 
 def ensure(home: Path) -> None:
-    """Make the user where it is missing, and this lab's home for it."""
+    """Create the user if it is missing, and its home in this lab."""
     account = _account()
     if account is None:
         _run("useradd", "--system", "--user-group", "--no-create-home", f"--home-dir={home}",
              "--shell=/bin/bash", f"--comment={COMMENT}", USER)  # fmt: skip
     elif account.pw_gecos == COMMENT and not Path(account.pw_dir).exists():
-        # Another lab made it, and has gone with its home. A third one may use it now: then that stays as it is, and
-        # only whoever asks for ~isthmus instead of $HOME misses it.
+        # Another lab created the user and was removed with its home. A third lab may use the user now: then keep its
+        # entry. Only programs that use ~isthmus instead of $HOME notice.
         _run("usermod", f"--home={home}", USER, may_fail="is currently used")
     home.mkdir(exist_ok=True)
     home.chmod(0o755)
@@ -32,7 +32,7 @@ def ensure(home: Path) -> None:
 
 
 def remove(lab_name: str) -> None:
-    """Remove the user if a lab made it and no other lab runs."""
+    """Remove the user if a lab created it and no other lab runs."""
     account = _account()
     if account is None or account.pw_gecos != COMMENT:
         return

@@ -1,7 +1,7 @@
-"""Bare roots of Debian suites, to try a fresh machine: their Python, their packages, nothing of this machine's.
+"""Bare roots of Debian suites, which stand for a fresh machine with the suite's own Python and packages.
 
-A root is a directory made by debootstrap, entered in namespaces of its own. What a command starts in it
-ends with the command. What pip and apt need to reach their servers is copied from this machine.
+A root is a directory made by debootstrap and entered in new namespaces. Processes that a command starts in it end
+with the command. The configuration with which pip and apt reach their servers is copied from this machine.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tools.image_builder.host import pip_settings
 from tools.image_builder.local_base import mirror
 
 SUITES = ("bookworm", "trixie", "forky")
-# What README.md asks of a machine; Debian counts python3-venv apart.
+# Packages that README.md requires; python3-venv is separate in Debian.
 PACKAGES = ("python3", "make", "ca-certificates")
-RECIPE = 1  # raise it with a change of the code below that changes a base
+RECIPE = 1  # increase when a change below affects a base
 SCRIPTS = Path("/usr/share/debootstrap/scripts")
 FORWARDED = ("OMP_NUM_THREADS", "DEBIAN_MIRROR", "ISTHMUS_BUILDS")
-# Enters a root: $1 (what is changed stays in memory, above $2, where that is given), then as many directories to show
-# as $3 says, then the command. The root becomes a mount and the
-# root of the namespace: a lab in it makes network namespaces, and Slurm's jobs user namespaces, which chroot forbids.
+# Arguments: the root $1, its lower directory $2 (if not empty, changes stay in memory), the number $3 of directories to
+# mount, those directories, the command. The root becomes a mount and the root of the namespace: a lab in it creates
+# network namespaces, and Slurm's jobs create user namespaces, which chroot forbids.
 ENTER = """
 set -e
 root=$1; lower=$2; shown=$3; shift 3
@@ -58,7 +58,7 @@ exec "$@"
 
 @dataclass(frozen=True)
 class Root:
-    """A root on disk."""
+    """Root file system on disk."""
 
     path: Path
     shown: tuple[Path, ...] = ()
@@ -67,13 +67,13 @@ class Root:
     """The root that is meant, where nothing may be changed in it; ``path`` is then an empty directory."""
 
     def run(self, argv: Sequence[str], user: str = "root", cwd: str = "/", env: dict[str, str] | None = None) -> int:
-        """Run a command in it and return its exit status; whatever the command started ends with it."""
+        """Run a command in the root and return its exit status. Processes that it started end with it."""
         home = "/root" if user == "root" else f"/home/{user}"
         variables = {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": home, "USER": user,
             "LOGNAME": user, "DEBIAN_FRONTEND": "noninteractive", **_network(), **(env or {}),
         }  # fmt: skip
-        # setpriv is in every root, since its package is essential; su would want a PAM session.
+        # setpriv is in every root, since its package is essential; su would need a PAM session.
         drop = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"] if user != "root" else []
         inner = [*drop, "env", "-i", f"--chdir={cwd}", *(f"{name}={value}" for name, value in variables.items()), *argv]
         outer = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--ipc"]
@@ -90,7 +90,7 @@ class Root:
 
 
 def base(suite: str, packages: Sequence[str] = PACKAGES) -> Path:
-    """Return the suite with these packages and nothing else, made by debootstrap once."""
+    """Return a root of the suite with only these packages, made once with debootstrap."""
     debian.require_root("making a root")
     debian.install(["debootstrap"])
 
@@ -110,7 +110,7 @@ def base(suite: str, packages: Sequence[str] = PACKAGES) -> Path:
 
 @contextmanager
 def fresh(suite: str, directory: Path) -> Iterator[Root]:
-    """A new copy of a suite's root in which pip and apt work, removed in the end."""
+    """Yield a new copy of a suite's root in which pip and apt work; remove it at the end."""
     path = directory / suite
     remove(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def fresh(suite: str, directory: Path) -> Iterator[Root]:
 
 
 def prepare(path: Path) -> Root:
-    """Copy to a root what pip, apt and the resolver need."""
+    """Copy the configuration of pip, apt and the resolver to a root."""
     path.chmod(0o755)
     for name in ("resolv.conf", "hosts"):
         shutil.copy(f"/etc/{name}", path / "etc" / name)
@@ -136,7 +136,7 @@ def prepare(path: Path) -> Root:
     lines = [f"{key} = {' '.join(value.split())}" for key, value in settings.items()]
     (path / "etc/pip.conf").write_text("[global]\n" + "".join(f"{line}\n" for line in lines))
     (path / "etc/pip.conf").chmod(0o644)
-    # Builds that take many minutes, where they are kept apart from the cache.
+    # Results of long builds, if they are kept outside the cache.
     shown = [Path(builds)] if (builds := os.environ.get("ISTHMUS_BUILDS")) else []
     certificates = [value for name, value in _network().items() if name.endswith(("_FILE", "_BUNDLE"))]
     for word in {word for value in (*settings.values(), *certificates) for word in value.split()}:
@@ -145,7 +145,7 @@ def prepare(path: Path) -> Root:
             (path / local.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(local, path / local.relative_to("/"))
         elif local.is_absolute() and local.is_dir():
-            # The pages of an index point to files beside them.
+            # The pages of an index link to files beside them.
             shown.append(local.parent if local.name == "simple" else local)
     return Root(path, tuple(sorted(shown)))
 

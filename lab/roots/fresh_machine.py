@@ -1,4 +1,4 @@
-"""README's promises on a fresh machine: `make demo` and the tests in bare roots of Debian suites."""
+"""Check of the README on fresh machines: `make demo` and the tests in bare roots of Debian suites."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEEDS = "isthmus: python3 cannot make virtual environments; as root: apt-get ins
 
 
 def try_all(suites: Sequence[str], users: Sequence[str], layers: Sequence[str], whole: bool) -> None:
-    """Try each suite, or all tests in the one that the lab is for; raise LabError at the first promise that fails."""
+    """Try each suite, or all tests in the suite of the lab. Raises LabError at the first failure."""
     if whole:
         with fresh("bookworm", DIRECTORY) as root:
             _as_root(root, "bookworm", LAYERS, {"ISTHMUS_REQUIRE_ALL": "1"})
@@ -43,7 +43,7 @@ def _as_user(root: Root, suite: str, layers: Sequence[str]) -> None:
     if not root.run(["sh", "-c", "make demo >/tmp/said 2>&1"], USER, checkout):
         raise LabError(f"{suite}: make demo succeeded without python3-venv")
     said = (root.path / "tmp/said").read_text().splitlines()
-    if said[0] != NEEDS or len(said) > 2:  # the other line is make's own
+    if said[0] != NEEDS or len(said) > 2:  # the other line is from make
         raise LabError(f"{suite}: make demo said: " + " / ".join(said))
     root.ensure(["sh", "-c", "apt-get -q update && apt-get -qy install --no-install-recommends python3-venv"])
     _demo_and_tests(root, suite, USER, checkout, layers, {})
@@ -60,7 +60,7 @@ def _demo_and_tests(
 
 
 def copy_checkout(target: Path) -> None:
-    """Copy the working tree: what git tracks or would add, as it is now."""
+    """Copy the files of the working tree that git tracks or would add."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=CHECKOUT, capture_output=True, check=True,

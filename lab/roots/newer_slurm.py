@@ -1,7 +1,7 @@
-"""A newer Slurm, with pyslurm: a root of Debian forky in which a lab of its own runs.
+"""Lab with a newer Slurm and pyslurm, in a root of Debian forky.
 
-Debian 12 has Slurm 22.05. forky has 26.05, and PyPI's pyslurm builds there. What a command changes in the root is gone
-with it: the cached root lies under a file system in memory.
+Debian 12 has Slurm 22.05. forky has 26.05, and PyPI's pyslurm builds there. Changes that a command
+makes in the root are lost afterwards: a file system in memory is mounted over the cached root.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from lab.roots.fresh_machine import CHECKOUT
 from lab.software import cache, debian
 
 SUITE = "forky"
-RECIPE = 1  # raise it with a change of what is built
+RECIPE = 1  # increase when a change affects the result
 PYSLURM = "25.11.2"
 PYTHON = "/opt/isthmus/bin/python"
-# What builds pyslurm, in the versions of the suite.
+# Build dependencies of pyslurm, in the versions of the suite.
 BUILD = (
     "python3-venv", "python3-dev", "gcc", "libc6-dev", "dpkg-dev", "libslurm-dev", "cython3", "python3-setuptools",
     "python3-wheel", "python3-packaging",
 )  # fmt: skip
-# The checkout's own.
+# Packages of the checkout.
 PACKAGES = ("contracts", "bridge")
 TESTS = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis")
 # pyslurm 25.11 wants the headers of 25.11: the version's number is put into a copy of those that are there, and three
@@ -47,7 +47,7 @@ rm -r /tmp/headers
 
 
 def find() -> Path:
-    """Return the root with Slurm, pyslurm and what the tests need, made once."""
+    """Return the root with Slurm, pyslurm and the tests' dependencies; build it on first use."""
 
     def make(target: Path) -> None:
         say(f"making a root of Debian {SUITE} with its Slurm and pyslurm {PYSLURM} (some minutes, once)")
@@ -55,7 +55,7 @@ def find() -> Path:
         root = prepare(target)
         root = replace(root, shown=(*root.shown, CHECKOUT))
         packages = [*debian.BASE, *debian.SLURM, *BUILD]
-        # Nothing starts the daemons that come along: there is no init.
+        # The packages start no daemons: there is no init.
         install = f"apt-get -qq update && apt-get -qqy install --no-install-recommends {' '.join(packages)}"
         root.ensure(["sh", "-c", f"({install}) >/tmp/apt.log 2>&1 || {{ tail /tmp/apt.log; exit 1; }}"])
         root.ensure(["python3", "-m", "venv", "--system-site-packages", str(Path(PYTHON).parents[1])])
@@ -67,11 +67,11 @@ def find() -> Path:
 
 
 def run(command: Sequence[str], env: dict[str, str]) -> int:
-    """Run a command in a lab of that Slurm, and return its exit status; what it started ends with it."""
+    """Run a command in a lab with that Slurm and return its exit status. Its processes end with it."""
     debian.require_root("a lab of another suite")
     lower = find()
     lab = f"{PYTHON} -m lab"
-    # In the root, the lab's usual directory is free.
+    # In the root, the lab's default directory is free.
     script = f"{lab} up --only slurm && {lab} exec -- {shlex.join(command)}; code=$?; {lab} down; exit $code"
     with ExitStack() as stack:
         scratch, installed = (
@@ -90,7 +90,7 @@ def run(command: Sequence[str], env: dict[str, str]) -> int:
 
 
 def _install(folder: Path) -> None:
-    """Say in a folder of Python's path that the checkout's packages are installed: they ask for their version."""
+    """Write metadata of the checkout's packages to a folder of Python's path: they read their version from it."""
     folder.chmod(0o755)
     version = (CHECKOUT / "VERSION").read_text().strip()
     for package in PACKAGES:
@@ -100,7 +100,7 @@ def _install(folder: Path) -> None:
 
 
 def _requirements() -> list[str]:
-    """Return what the contracts and the bridge depend on, but each other."""
+    """Return the third-party dependencies of contracts and bridge."""
     import tomllib
 
     found = set[str]()

@@ -1,4 +1,4 @@
-"""Build results and downloads that outlive a lab, each made once."""
+"""Cache of build results and downloads, which outlives a lab."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lab.machine.paths import builds_directory, cache_directory
 
 @contextmanager
 def exclusive(name: str, directory: Path | None = None) -> Iterator[None]:
-    """One holder of a name at a time on this machine (of those that share the cache, or the directory)."""
+    """Hold an exclusive lock of this name, among processes that share the cache or the directory."""
     locks = (directory or cache_directory()) / "locks"
     try:
         locks.mkdir(parents=True, exist_ok=True)
@@ -30,9 +30,9 @@ def exclusive(name: str, directory: Path | None = None) -> Iterator[None]:
 
 
 def folder(key: str, make: Callable[[Path], None]) -> Path:
-    """The cached folder of this name, made by `make(empty folder)` when it is not there.
+    """Return the cached folder of this name; if it is missing, create it with `make(empty folder)`.
 
-    It appears whole or not at all: an interrupted build leaves only scratch, which the next one removes.
+    The folder appears complete or not at all. The next build removes the scratch files of an interrupted one.
     """
     return _folder(cache_directory(), key, make)
 
@@ -46,7 +46,7 @@ def _folder(directory: Path, key: str, make: Callable[[Path], None]) -> Path:
     target = directory / key
     if target.is_dir():
         return target
-    # Two labs that start together must not build twice.
+    # Two labs that start at the same time must not both build.
     with exclusive(key, directory):
         if target.is_dir():
             return target

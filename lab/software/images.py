@@ -1,4 +1,4 @@
-"""Container images made by hand, without a registry or a base: the sandbox's pause image and a busybox."""
+"""Container images built without a registry or a base image: the sandbox's pause image and a busybox."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAUSE = f"{REGISTRY}/pause:1"
 BUSYBOX = f"{REGISTRY}/busybox:1"
 CACHE_KEY = "images-1"
 
-# Holds a pod's namespaces: waits for a signal, and reaps orphans where the pod shares its process namespace.
+# Process that holds a pod's namespaces: waits for a signal and reaps orphans if the pod shares its process namespace.
 PAUSE_SOURCE = """\
 #include <signal.h>
 #include <stdlib.h>
@@ -40,7 +40,7 @@ APPLETS = ("sh", "cat", "echo", "env", "httpd", "id", "ls", "mkdir", "nslookup",
 
 
 def find() -> dict[str, Path]:
-    """Archives (docker-archive) of the images that every lab holds, by reference."""
+    """Return the archives (docker-archive) of the images that every lab has, by reference."""
     folder = cache.folder(CACHE_KEY, _make)
     return {PAUSE: folder / "pause.tar", BUSYBOX: folder / "busybox.tar"}
 

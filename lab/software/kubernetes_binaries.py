@@ -25,9 +25,9 @@ SOURCES_LIST = (
 GO = Path("/usr/lib/go-1.19/bin")
 REFLECT2 = Path("/usr/share/gocode/src/github.com/modern-go/reflect2")
 
-# What hollow nodes lack, as file, old, new.
+# Changes that hollow nodes need, as (file, old, new).
 EDITS = (
-    # Each node's runtime listens at a path of its own (TMPDIR's): at a common one, the node that came last takes over
+    # Each node's runtime listens at its own path (in TMPDIR): at a common one, the last node takes over
     # the pods of all others, and kills them because it does not know them.
     ("pkg/kubelet/cri/remote/fake/endpoint.go", "package fake\n", 'package fake\n\nimport "os"\n'),
     (
@@ -51,7 +51,7 @@ EDITS = (
     ),
 )
 
-# The tree is no git checkout, so the build is told its version.
+# The tree is not a git checkout, so the build needs its version as a variable.
 VERSION_FILE = f"""\
 KUBE_GIT_COMMIT='v{VERSION}'
 KUBE_GIT_TREE_STATE='archive'
@@ -62,7 +62,7 @@ KUBE_GIT_MINOR='20'
 
 
 def find() -> dict[str, Path]:
-    """Every server program's path, etcd's too; builds what is neither in KUBEBUILDER_ASSETS nor in the cache."""
+    """Return the path of every server program and of etcd; build those missing in KUBEBUILDER_ASSETS and the cache."""
     programs = {"etcd": Path("/usr/bin/etcd"), **_assets()}
     lacking = [name for name in PROGRAMS if name not in programs]
     if lacking:
@@ -82,7 +82,7 @@ def _assets() -> dict[str, Path]:
 
 
 def kubemark() -> Path:
-    """The program of hollow nodes (real kubelets over a runtime that runs nothing); built when it is first needed."""
+    """Return the program of hollow nodes (real kubelets with a fake runtime); build it on first use."""
     return cache.build(f"kubemark-v{VERSION}-2", lambda target: _build(target, ("kubemark",))) / "kubemark"
 
 
@@ -126,7 +126,7 @@ def _fetch(work: Path) -> Path:
 def _patch(source: Path) -> None:
     """Replace the vendored reflect2 1.0.1, which crashes when built with Go 1.18 or later, by Debian's 1.0.2.
 
-    And have hollow nodes share a machine (`EDITS`).
+    Also apply `EDITS`, so that hollow nodes can share a machine.
     """
     vendored = source / "vendor/github.com/modern-go/reflect2"
     shutil.rmtree(vendored)
@@ -140,7 +140,7 @@ def _patch(source: Path) -> None:
 
 
 def _make(source: Path, programs: tuple[str, ...]) -> None:
-    """Run Kubernetes' own make: a plain `go build` would miss the generated files."""
+    """Run Kubernetes' make: a plain `go build` would lack the generated files."""
     (source / ".go/src/k8s.io").mkdir(parents=True, exist_ok=True)
     link = source / ".go/src/k8s.io/kubernetes"
     if not link.is_symlink():

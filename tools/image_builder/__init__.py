@@ -1,1 +1,1 @@
-"""Builds the container images: `images/build --help`."""
+"""Builder of the container images: `images/build --help`."""

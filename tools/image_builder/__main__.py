@@ -16,7 +16,7 @@ from tools.image_builder.host import Borrowed, borrow
 from tools.image_builder.inputs import IMAGES, Image, digest, version
 
 DEFAULT_BASE = "docker.io/library/python:3.11-slim-bookworm"
-# What a container runtime that sets up no mounts itself expects in a plain directory.
+# Mount points that must exist in a plain directory for runtimes that create none themselves.
 MOUNT_POINTS = ("dev", "proc", "sys", "run", "tmp", "mnt", "home", "ch")
 MOUNT_FILES = ("etc/hosts", "etc/resolv.conf")
 ENVIRONMENT = "PATH=/opt/isthmus/bin:/usr/local/bin:/usr/bin:/bin\nPYTHONUNBUFFERED=1\nPYTHONDONTWRITEBYTECODE=1\n"
@@ -84,13 +84,13 @@ def build(options: argparse.Namespace, scratch: Path) -> None:
 
 
 def base_image(engine: engines.Engine, options: argparse.Namespace) -> str:
-    """The base to build from; a registry out of reach is no obstacle where debootstrap works."""
+    """Return the base image; if the registry is unreachable, make one with debootstrap."""
     if options.base_image:
         return str(options.base_image)
     if not options.local_base:
         if engine.has(DEFAULT_BASE):
             return DEFAULT_BASE
-        # Fallen back once, it stays so: a warm build must not wait for a registry.
+        # After the first fallback, keep the local base: a warm build must not wait for a registry.
         if not engine.has(local_base.reference()):
             say(f"pulling {DEFAULT_BASE}")
             if engine.pull(DEFAULT_BASE):
@@ -114,7 +114,7 @@ def build_one(
     started = time.monotonic()
     final, stages = {**build_arguments, "INPUTS": inputs}, {}
     if engine.rereads_stages:
-        # The dependencies, a gigabyte in the runtime, become an image of their own, named by what they are made from.
+        # The dependencies (a gigabyte in the runtime) are a separate image, tagged with the digest of their inputs.
         packages = f"localhost/isthmus-{image.name}-packages:{digest(image.package_files(), build_arguments)[:16]}"
         if not engine.has(packages):
             say(f"building the dependencies of {reference} with {engine.name}")
@@ -142,7 +142,7 @@ def save(engine: engines.Engine, reference: str, inputs: str, archive: Path) -> 
 
 
 def unpack(engine: engines.Engine, reference: str, inputs: str, directory: Path) -> None:
-    """A plain directory with the image's files, which every user can read and run."""
+    """Unpack the image into a plain directory that every user can read and run."""
     directory = directory.absolute()
     stamp, state = directory / "ch" / "inputs", f"{reference} {inputs}\n"
     if stamp.is_file() and stamp.read_text() == state:

@@ -1,4 +1,4 @@
-"""What every step uses: progress, errors, subprocesses, and where results are kept."""
+"""Progress, errors, subprocesses and the cache, shared by all steps of a build."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Command = Sequence[str | Path]
 
 
 class BuildError(Exception):
-    """A message for whoever runs the build; no traceback."""
+    """Failure of a build, printed as one message without a traceback."""
 
 
 def say(message: str) -> None:
@@ -22,7 +22,7 @@ def say(message: str) -> None:
 
 
 def cache_directory() -> Path:
-    """Kept between builds, and safe to delete."""
+    """Return the cache directory: kept between builds, safe to delete."""
     configured = os.environ.get("ISTHMUS_CACHE")
     directory = (Path(configured) if configured else Path.home() / ".cache" / "isthmus") / "images"
     directory.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def cache_directory() -> Path:
 
 
 def output_of(command: Command, timeout: float | None = None) -> str | None:
-    """The standard output, or None where the command fails, hangs or is not there."""
+    """Return the standard output, or None if the command fails, times out or is missing."""
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=timeout
@@ -41,7 +41,7 @@ def output_of(command: Command, timeout: float | None = None) -> str | None:
 
 
 def run(command: Command, what: str) -> str:
-    """Run to success, else raise with the command's last words."""
+    """Run the command and return its output. Raises BuildError with the end of the output if it fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     except OSError as error:
@@ -53,7 +53,7 @@ def run(command: Command, what: str) -> str:
 
 
 def run_logged(command: Command, log: Path, what: str, interesting: Callable[[str], str | None]) -> None:
-    """Run to success; the whole output goes to `log`, and what `interesting` makes of a line is shown."""
+    """Run the command with its output in `log`; show the lines for which `interesting` returns a text."""
     started = time.monotonic()
     with log.open("w") as file:
         try:

@@ -1,4 +1,4 @@
-"""docker, podman and buildah behind one small interface."""
+"""One small interface to docker, podman and buildah."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools.image_builder.common import BuildError, output_of, run, run_logged
 from tools.image_builder.host import Borrowed
 
 INPUTS_LABEL = "dev.isthmus.inputs"
-# File times in layers, unless SOURCE_DATE_EPOCH says otherwise: equal inputs give equal layers (2024-01-01).
+# Time of files in layers if SOURCE_DATE_EPOCH is not set, so that equal inputs give equal layers (2024-01-01).
 EPOCH = "1704067200"
 PULL_TIMEOUT = 300.0
 _STEP = re.compile(r"(?:^|\s)STEP (\d+/\d+): (.*)|^#\d+ (\[.*)")
@@ -21,7 +21,7 @@ _STEP = re.compile(r"(?:^|\s)STEP (\d+/\d+): (.*)|^#\d+ (\[.*)")
 
 @dataclass
 class Engine:
-    """One of the programs; they agree on most of `build`."""
+    """A container engine. The options of `build` are mostly the same for all."""
 
     name: str
     probe: tuple[str, ...]
@@ -31,14 +31,14 @@ class Engine:
 
     @property
     def rereads_stages(self) -> bool:
-        """Whether a copy from a stage is looked up in the cache by reading all of it, as buildah's code does."""
+        """True if the engine reads all files of a stage to look up a copy from it in the cache, as buildah does."""
         return self.name != "docker"
 
     def runs(self) -> bool:
         return shutil.which(self.name) is not None and output_of(self.probe, timeout=20) is not None
 
     def inputs_of(self, reference: str) -> str | None:
-        """The inputs' digest that an image was built from; None where there is no such image."""
+        """Return the digest of the inputs that an image was built from, or None if the image does not exist."""
         kind = ["inspect", "--type", "image"] if self.name == "buildah" else ["image", "inspect"]
         return output_of([self.name, *kind, "--format", self.label_format, reference])
 
@@ -59,7 +59,7 @@ class Engine:
         target: str | None = None,
         stages: Mapping[str, str] | None = None,
     ) -> None:
-        """Build up to `target`; `stages` names images that take the place of stages."""
+        """Build up to `target`; `stages` maps stages to images that replace them."""
         command: list[str | Path] = [*self.build_verb, *self.options, "--file", dockerfile, "--tag", reference]
         epoch = os.environ.get("SOURCE_DATE_EPOCH", EPOCH)
         if self.name == "docker":
@@ -80,7 +80,7 @@ class Engine:
         run_logged([*command, context], log, f"building {reference}", _step)
 
     def save(self, reference: str, archive: Path) -> None:
-        """Write a docker-archive, its layers uncompressed."""
+        """Write a docker-archive with uncompressed layers."""
         if self.name == "buildah":
             command: list[str | Path] = [
                 "buildah",
@@ -100,7 +100,7 @@ class Engine:
         if self.name == "buildah":
             self._unpack_mounted(reference, directory)
             return
-        # A container that never runs, for its file system; the command is a formality.
+        # The container only provides its file system and never runs; the command is required by the engine.
         container = run([self.name, "create", reference, "true"], "creating a container")
         archive = directory.with_name(f"{directory.name}.tar.partial")
         try:
@@ -113,12 +113,12 @@ class Engine:
             output_of([self.name, "rm", container])
 
     def _unpack_mounted(self, reference: str, directory: Path) -> None:
-        """Copy only what differs: after a change of code, that is a few files."""
+        """Copy only changed files: after a change of code these are few."""
         container = run(["buildah", "from", "--pull-never", reference], "creating a container")
         try:
             mounted = run(["buildah", "mount", container], "mounting the image (buildah needs root for it)")
             if shutil.which("rsync"):
-                # Contents, not times: the layers' times are all alike.
+                # Compare contents: all files in the layers have the same time.
                 command: list[str | Path] = ["rsync", "-aH", "--numeric-ids", "--checksum", "--delete", "--exclude=/ch"]
                 directory.mkdir(parents=True, exist_ok=True)
                 run([*command, f"{mounted}/", f"{directory}/"], "copying the file system")
@@ -136,11 +136,11 @@ def _step(line: str) -> str | None:
         return None
     if match[3]:
         return match[3][:100]
-    # The mounts of a RUN say less than its command.
+    # Show the command of a RUN without its mounts.
     return f"[{match[1]}] " + re.sub(r"--mount=\S+\s+", "", match[2])[:100]
 
 
-# In the order of preference.
+# In order of preference.
 ENGINES = {
     engine.name: engine
     for engine in (
@@ -165,7 +165,7 @@ ENGINES = {
 
 
 def choose(wanted: str | None) -> Engine:
-    """The engine of that name, else the first that runs here."""
+    """Return the named engine, or the first one that works on this machine."""
     if wanted is not None:
         if not ENGINES[wanted].runs():
             raise BuildError(f"{wanted} does not run here (tried `{' '.join(ENGINES[wanted].probe)}`)")

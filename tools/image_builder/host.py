@@ -1,4 +1,4 @@
-"""What a build borrows from its machine, read-only and never kept: certificates, pip's configuration, wheels."""
+"""Files of the host that a build uses read-only and does not keep: certificates, pip's configuration, wheels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from tools.image_builder.common import output_of, say
 
 CA_VARIABLES = ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-# What the image's own pip shall hear of; the rest of a configuration is about the machine it stands on.
+# Settings passed to the image's pip; the others concern the host.
 FORWARDED = (
     "index-url",
     "extra-index-url",
@@ -26,7 +26,7 @@ FORWARDED = (
 
 @dataclass(frozen=True)
 class Borrowed:
-    """Files and a folder to show to the build."""
+    """Files and a folder that are mounted into the build."""
 
     pip_conf: Path | None = None
     ca_bundle: Path | None = None
@@ -53,14 +53,14 @@ def borrow(scratch: Path) -> Borrowed:
     if forwarded:
         pip_conf = scratch / "pip.conf"
         pip_conf.write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in forwarded.items()))
-        pip_conf.chmod(0o600)  # an index may be named with its password
+        pip_conf.chmod(0o600)  # the URL of an index may contain a password
     if len(directories) > 1:
         say(f"pip is configured with {len(directories)} wheel directories; the build sees the first, {directories[0]}")
     return Borrowed(pip_conf, _ca_bundle(settings.get("cert")), directories[0] if directories else None)
 
 
 def pip_settings() -> dict[str, str]:
-    """Settings of `pip install` by name; later sources win, as in pip."""
+    """Return the settings of `pip install` by name; later sources override earlier ones, as in pip."""
     listed = output_of([sys.executable, "-m", "pip", "config", "list"])
     settings: dict[str, str] = {}
     if listed is not None:
@@ -69,7 +69,7 @@ def pip_settings() -> dict[str, str]:
             if name.startswith(("global.", "install.", ":env:.")):
                 settings[name.rpartition(".")[2]] = value.strip("'\"").replace("\\n", " ")
         return settings
-    # A python without pip: its files can still be read.
+    # Without pip in this Python, read the files directly.
     parser = configparser.ConfigParser(interpolation=None)
     parser.read([os.environ.get("PIP_CONFIG_FILE", ""), "/etc/pip.conf", Path.home() / ".config/pip/pip.conf"])
     for section in ("global", "install"):
@@ -82,7 +82,7 @@ def pip_settings() -> dict[str, str]:
 
 
 def _ca_bundle(configured: str | None) -> Path | None:
-    """The bundle that somebody chose for this machine; a default one is the base image's own business."""
+    """Return the bundle configured on this machine; without one, the base image uses its own."""
     for name in (configured, *(os.environ.get(variable) for variable in CA_VARIABLES)):
         if name and Path(name).is_file():
             return Path(name)

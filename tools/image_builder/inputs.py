@@ -1,4 +1,4 @@
-"""What an image is made from, and the hash that says whether it is still up to date."""
+"""Inputs of an image and their digest, which shows if the image is up to date."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Image:
         return ROOT / "images" / self.name / "Dockerfile"
 
     def package_files(self) -> list[Path]:
-        """What the stage `packages` of the Dockerfile reads."""
+        """Yield the files that the stage `packages` of the Dockerfile reads."""
         projects = [ROOT / project / "pyproject.toml" for project in self.projects]
         return sorted([self.dockerfile, ROOT / "constraints.txt", *_files(ROOT / "images" / "base"), *projects])
 
     def files(self) -> list[Path]:
-        """Every file that the Dockerfile reads; .dockerignore lets no other pass."""
+        """Yield every file that the Dockerfile reads; .dockerignore excludes all others."""
         code = [path for project in self.projects for path in _files(ROOT / project)]
         return sorted({*self.package_files(), ROOT / ".dockerignore", *code})
 
 
 def digest(files: Iterable[Path], arguments: Mapping[str, str]) -> str:
-    """Equal digests give equal images: paths, contents, modes and build arguments."""
+    """Return the digest of paths, contents, modes and build arguments. Equal digests give equal images."""
     state = hashlib.sha256()
     for name, value in sorted(arguments.items()):
         state.update(f"{name}={value}\0".encode())
@@ -70,7 +70,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def version() -> str:
-    """The project's version: all packages carry the same one."""
+    """Return the project's version, which all packages share."""
     found = {
         folder: tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"]["version"]
         for folder in ("contracts", "runtime", "bridge", "operator", "examples")

@@ -1,4 +1,4 @@
-"""A base image made by debootstrap, for machines that reach a Debian mirror but no image registry."""
+"""Base image made with debootstrap, for machines that reach a Debian mirror but no image registry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tools.image_builder.engines import EPOCH, Engine
 from tools.image_builder.host import Borrowed
 
 SUITE = "bookworm"
-RECIPE = 1  # raise it with a change of the code below that changes the result
+RECIPE = 1  # increase when a change below affects the result
 PACKAGES = ("python3", "python3-venv", "ca-certificates")
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
 SOURCES = f"""\
@@ -24,9 +24,9 @@ deb http://deb.debian.org/debian {SUITE}-updates main
 deb http://deb.debian.org/debian-security {SUITE}-security main
 """
 DOCKERFILE = 'FROM scratch\nADD base.tar /\nCMD ["/bin/sh"]\n'
-# Directories that are emptied: caches, logs, and documentation except for the licences that must go along.
+# Directories to empty: caches, logs, and documentation except the licences, which must be distributed.
 EMPTIED = ("var/cache/apt", "var/lib/apt/lists", "var/log", "usr/share/man", "usr/share/info", "usr/share/locale")
-# Files that debootstrap copies from the machine, or draws by lot.
+# Files that debootstrap copies from the machine or generates randomly.
 NEUTRAL = {
     "etc/resolv.conf": "",
     "etc/hostname": "localhost\n",
@@ -37,13 +37,13 @@ NEUTRAL = {
 
 
 def reference() -> str:
-    """Names the recipe: a change of it makes another image."""
+    """Return the tag, which contains a hash of the recipe: a changed recipe gives a new image."""
     recipe = repr((RECIPE, SUITE, PACKAGES, SOURCES, DOCKERFILE, EMPTIED, NEUTRAL))
     return f"localhost/isthmus-base:{SUITE}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
 def ensure(engine: Engine) -> str:
-    """The reference of the base, made and loaded where it is missing."""
+    """Return the reference of the base image; build and load it if it is missing."""
     name = reference()
     if engine.has(name):
         return name
@@ -57,7 +57,7 @@ def ensure(engine: Engine) -> str:
 
 
 def mirror() -> str:
-    """Where this machine's apt gets the suite from."""
+    """Return the mirror from which this machine's apt gets the suite."""
     configured = os.environ.get("DEBIAN_MIRROR")
     if configured:
         return configured
@@ -103,7 +103,7 @@ def _stage(line: str) -> str | None:
 
 
 def _upgrade(root: Path) -> None:
-    """Take in security updates, where the mirror carries them."""
+    """Install security updates if the mirror has them."""
     (root / "etc/apt/sources.list").write_text(SOURCES)
     upgrade = "apt-get -q update && apt-get -q --yes upgrade"
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive"}
@@ -136,7 +136,7 @@ def _neutralise(root: Path) -> None:
 
 
 def _pack(root: Path, archive: Path) -> None:
-    """A tar in sorted order without device nodes and times: engines provide /dev."""
+    """Write a sorted tar without times and device nodes; engines provide /dev."""
 
     def normal(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
         if entry.ischr() or entry.isblk() or entry.isfifo():

@@ -1,1 +1,1 @@
-"""The generated pages of the documentation: ``python -m tools.reference docs/reference``, as ``make generate`` does."""
+"""Generator of the reference pages: ``python -m tools.reference docs/reference``, as ``make generate`` does."""

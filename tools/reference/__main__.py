@@ -1,4 +1,4 @@
-"""Writes the generated pages: ``python -m tools.reference DIRECTORY``."""
+"""Command line of the generator: ``python -m tools.reference DIRECTORY``."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from . import commands, metrics, resources, values
 
 
 def main(directory: Path) -> None:
-    """Writes every page."""
+    """Write every page."""
     directory.mkdir(parents=True, exist_ok=True)
     pages = {"commands.md": commands.page(), "metrics.md": metrics.page(), "values.md": values.page()}
     for name, text in {**resources.pages(), **pages}.items():

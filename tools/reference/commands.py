@@ -1,4 +1,4 @@
-"""A page about the command lines, from their own help."""
+"""Page of the command lines, from their own help."""
 
 import contextlib
 import importlib
@@ -24,13 +24,13 @@ Every command takes `--help`, and answers bad input with one line and exit statu
 
 
 def page() -> str:
-    """The page's content."""
+    """Return the page's content."""
     sections = (section for program in _PROGRAMS for section in _sections(program, []))
     return _HEAD + "".join(f"\n## {command}\n\n```text\n{text}\n```\n" for command, text in sections)
 
 
 def _sections(program: str, words: list[str]) -> Iterator[tuple[str, str]]:
-    """A command and its help, and those of the commands below it."""
+    """Yield the sections of a command and its subcommands."""
     text = _help(program, words)
     yield " ".join([program, *words]), text
     below = re.search(r"^positional arguments:\n  \S+\n((?:    .*\n)+)", text, re.MULTILINE)
@@ -39,7 +39,7 @@ def _sections(program: str, words: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _help(program: str, words: list[str]) -> str:
-    # Nothing of this machine's settings may show as a default.
+    # Settings of this machine must not appear as defaults.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ISTHMUS_")}
     environment |= {"COLUMNS": _WIDTH, "NO_COLOR": "1"}
     said = io.StringIO()

@@ -1,4 +1,4 @@
-"""A page with every metric of the three services, from their live registries."""
+"""Page of all metrics of the three services, from their registries."""
 
 import re
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ A histogram `x` is stored as `x_bucket`, `x_sum` and `x_count`.
 | Metric | Service | Type | Labels | Unit | Meaning |
 |---|---|---|---|---|---|
 """
-# A job that shows every label of the families that the operator makes anew for each scrape.
+# A job with every label of the families that the operator builds for each scrape.
 _STATUS = {"pools": [{"name": "p"}], "conditions": [{"type": "Accepted", "status": "True"}]}
 
 
 def page() -> str:
-    """The page's content."""
+    """Return the page's content."""
     rows = (
         *_registered("aggregator", AggregatorMetrics("namespace", "job").registry, ()),
         *_registered("operator", REGISTRY, ()),

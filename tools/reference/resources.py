@@ -1,4 +1,4 @@
-"""A page about a custom resource, from the schema that the API server gets."""
+"""Page of a custom resource, from the schema of its CRD."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ _INTRODUCTION = """\
 
 
 def pages() -> dict[str, str]:
-    """File name to content."""
+    """Return the content of each page by file name."""
     return {f"{crd['spec']['names']['singular']}.md": _page(crd) for crd in (explained_job_crd(), hpc_site_crd())}
 
 
@@ -46,7 +46,7 @@ def _page(crd: Schema) -> str:
 
 
 def _fields(schema: Schema, path: str) -> Iterator[tuple[str, Schema, bool]]:
-    """Every field below, with its path and whether it must be there."""
+    """Yield every field below, with its path and True if it is required."""
     required = schema.get("required", ())
     for name, field in schema.get("properties", {}).items():
         here = f"{path}.{name}"
@@ -80,5 +80,5 @@ def _short(default: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    # A pipe would end the cell, and an angle bracket begin a tag.
+    # A pipe ends a cell of a table and an angle bracket begins a tag.
     return text.replace("|", "\\|").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""The page about the chart's values: from the comments of values.yaml, which are above or beside each key."""
+"""Page of the chart's values, from the comments above or beside each key of values.yaml."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _INTRODUCTION = """\
 
 
 def page() -> str:
-    """Every value with its default and meaning."""
+    """Return the page: every value with its default and meaning."""
     text = VALUES.read_text(encoding="utf-8")
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     assert isinstance(root, yaml.MappingNode)
@@ -43,14 +43,14 @@ def _rows(node: yaml.MappingNode, lines: list[str], prefix: str) -> Iterator[tup
 
 
 def _comment(lines: list[str], line: int, value: yaml.Node) -> str:
-    """The comment above a key, and the one behind its value."""
+    """Return the comment above a key, joined with the one after its value."""
     above: list[str] = []
     number = line - 1
     while number >= 0 and lines[number].lstrip().startswith("#"):
         above.insert(0, lines[number].lstrip().lstrip("# "))
         number -= 1
     if number < 0:
-        # The file's own.
+        # The comment of the file itself.
         above = []
     end = value.end_mark
     rest = lines[line][end.column :] if end.line == line else ""

@@ -1,1 +1,1 @@
-"""Makes releases: ``python -m tools.release --help``."""
+"""Release tooling: ``python -m tools.release --help``."""

@@ -1,4 +1,4 @@
-"""The command line: ``python -m tools.release version | dist | check | publish``."""
+"""Command line: ``python -m tools.release version | dist | check | publish``."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from . import dist, version
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command and return the exit code."""
     options = _parser().parse_args(argv)
     try:
         options.command(options)

@@ -1,4 +1,4 @@
-"""What a release holds, made into one directory; docs/development/releases.md describes it."""
+"""Contents of a release, built into one directory; docs/development/releases.md describes them."""
 
 import hashlib
 import os
@@ -14,18 +14,18 @@ from pathlib import Path
 from . import sbom
 from .version import PACKAGES, ROOT, ReleaseError, current
 
-# The packages that bring a command, of the same name, whose --version must agree.
+# Packages with a command of the same name, whose --version must match.
 COMMANDS = ("isthmus-bridge", "isthmus-operator", "isthmus")
 
 
 def say(text: str) -> None:
-    """Progress."""
+    """Print a line of progress."""
     print(f"release: {text}", file=sys.stderr, flush=True)
 
 
 def run(command: Sequence[str | Path], what: str) -> str:
-    """Runs to success; the output. Raises :class:`ReleaseError` with the command's last words."""
-    # The same commit gives the same wheels and the same chart.
+    """Run the command and return its output. Raises :class:`ReleaseError` with the end of the output."""
+    # With this, the same commit gives the same wheels and the same chart.
     environment = {"SOURCE_DATE_EPOCH": _commit_time(), **os.environ}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -35,10 +35,10 @@ def run(command: Sequence[str | Path], what: str) -> str:
 
 
 def wheels(target: Path) -> None:
-    """Each package's wheel."""
+    """Build the wheel of each package."""
     for package in PACKAGES:
         with tempfile.TemporaryDirectory() as scratch:
-            # A copy: setuptools would take what an earlier build left in build/ into the wheel.
+            # Build from a copy: setuptools would include files that an earlier build left in build/.
             copy = Path(scratch) / package
             shutil.copytree(ROOT / package, copy, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
             run(
@@ -48,12 +48,12 @@ def wheels(target: Path) -> None:
 
 
 def chart(target: Path) -> None:
-    """The chart's package."""
+    """Package the chart."""
     run([_helm(), "package", ROOT / "charts" / "isthmus", "--destination", target], "helm package")
 
 
 def publish(output: Path, registry: str, plain_http: bool = False) -> str:
-    """Pushes the packaged chart to an OCI registry; where it is then. Raises :class:`ReleaseError`."""
+    """Push the packaged chart to an OCI registry and return its reference. Raises :class:`ReleaseError`."""
     if not registry.startswith("oci://"):
         raise ReleaseError(f"{registry!r} is no OCI registry; give one such as oci://registry.example/charts")
     package = output / "charts" / f"isthmus-{current()}.tgz"
@@ -64,14 +64,14 @@ def publish(output: Path, registry: str, plain_http: bool = False) -> str:
 
 
 def images(target: Path) -> None:
-    """The images' archives."""
+    """Build the archives of the images."""
     run([ROOT / "images" / "build", "--output", target], "images/build")
     for leftover in target.glob("*.inputs"):
         leftover.unlink()
 
 
 def sboms(target: Path) -> None:
-    """A document for each image."""
+    """Write one SBOM per image."""
     for image in sbom.IMAGES:
         count = sbom.write(image, target / f"isthmus-{image}.cdx.json")
         say(f"the SBOM of {image} names {count} distributions")
@@ -86,7 +86,7 @@ PARTS: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 
 def make(parts: Sequence[str], output: Path) -> None:
-    """Makes the parts, their checksums and the bundle. Raises :class:`ReleaseError`."""
+    """Build the parts, their checksums and the bundle. Raises :class:`ReleaseError`."""
     output = output.absolute()
     for part in parts:
         folder, maker = PARTS[part]
@@ -109,15 +109,15 @@ def make(parts: Sequence[str], output: Path) -> None:
 
 
 def check(output: Path) -> None:
-    """Installs each command's wheel into a clean virtual environment and asks its version.
+    """Install the wheel of each command into a clean virtual environment and compare its version.
 
-    Needs a package index for what they need. Raises :class:`ReleaseError`.
+    Needs a package index for their dependencies. Raises :class:`ReleaseError`.
     """
     for package in COMMANDS:
         with tempfile.TemporaryDirectory() as scratch:
             venv.create(scratch, with_pip=True)
             python = Path(scratch) / "bin" / "python"
-            # By file: an index may hold packages of our names that are not ours.
+            # Install from the file: an index may have other packages of these names.
             ours = [_wheel(output, name) for name in ("isthmus-contracts", package)]
             pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             run([*pip, "--constraint", output / "constraints.txt", *ours], f"pip install {package}")
@@ -145,7 +145,7 @@ def _helm() -> Path:
 
 
 def _commit_time() -> str:
-    """Return the last commit's time in Unix seconds, or a fixed one where git or its history is not there."""
+    """Return the last commit's time in Unix seconds, or a fixed time without git or its history."""
     command = ["git", "log", "-1", "--format=%ct"]
     try:
         said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

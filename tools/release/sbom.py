@@ -1,4 +1,4 @@
-"""What a package brings along: a CycloneDX document of its distributions, at the versions of constraints.txt."""
+"""CycloneDX documents of the distributions that a package installs, in the versions of constraints.txt."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from .version import ROOT, ReleaseError, current
 
-# What each image installs, beside what these need.
+# Packages that each image installs; their dependencies come in addition.
 IMAGES = {
     "operator": ("isthmus-operator",),
     "bridge": ("isthmus-bridge",),
@@ -23,7 +23,7 @@ IMAGES = {
 
 
 def write(image: str, file: Path) -> int:
-    """Writes the document of an image's Python; how many distributions it names. Raises :class:`ReleaseError`."""
+    """Write the document of an image's Python and return its number of distributions. Raises :class:`ReleaseError`."""
     pins = _pins()
     bom = Bom()
     bom.metadata.component = Component(name=f"isthmus-{image}", version=current(), type=ComponentType.CONTAINER)
@@ -38,7 +38,7 @@ def write(image: str, file: Path) -> int:
 
 
 def _closure(roots: tuple[str, ...]) -> dict[str, set[str]]:
-    """Every distribution that the roots need, with what it needs itself. No extras: the images install none."""
+    """Return each distribution that the roots need, with its own dependencies. The images install no extras."""
     found: dict[str, set[str]] = {}
     waiting = [_normal(root) for root in roots]
     while waiting:
@@ -58,7 +58,7 @@ def _closure(roots: tuple[str, ...]) -> dict[str, set[str]]:
 def _component(name: str, pins: Mapping[str, str]) -> Component:
     about = metadata.distribution(name).metadata
     version = current() if name.startswith("isthmus") else pins.get(name, about["Version"])
-    # Only what looks like an SPDX expression: some put a whole licence's text there.
+    # Use only SPDX expressions: some distributions have the whole text of the licence there.
     licence = next((about[key] for key in ("License-Expression", "License") if key in about), "")
     licences = [LicenseFactory().make_from_string(licence)] if re.fullmatch(r"[\w .()+-]{1,80}", licence) else []
     return Component(

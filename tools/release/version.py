@@ -1,4 +1,4 @@
-"""The version: written in VERSION, and repeated in the files that need it."""
+"""Version of the project: kept in VERSION and repeated in the files that need it."""
 
 import re
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ _PLACES: dict[str, tuple[re.Pattern[str], ...]] = {
 
 
 class ReleaseError(Exception):
-    """A message for whoever makes the release; no traceback."""
+    """Failure of a release, printed as one message without a traceback."""
 
 
 def current() -> str:
-    """What VERSION says. Raises :class:`ReleaseError`."""
+    """Return the version in VERSION. Raises :class:`ReleaseError`."""
     text = SOURCE.read_text().strip()
     if not FORM.fullmatch(text):
         raise ReleaseError(f"VERSION: {text!r} is no version; write one such as 0.2.0 or 0.2.0rc1")
@@ -37,18 +37,20 @@ def current() -> str:
 
 
 def stated() -> Iterator[tuple[str, str]]:
-    """Every place that repeats the version, and what it says. Raises :class:`ReleaseError` where one says nothing."""
+    """Yield each file that repeats the version, with that version. Raises :class:`ReleaseError` if one has none."""
     for name, patterns in _PLACES.items():
         text = (ROOT / name).read_text()
         for pattern in patterns:
             found = pattern.findall(text)
             if not found:
-                raise ReleaseError(f"{name} no longer states the version: mend it, or tools/release/version.py")
+                raise ReleaseError(
+                    f"{name} no longer contains the version: fix that file, or its pattern in tools/release/version.py"
+                )
             yield from ((name, version) for version in found)
 
 
 def write(version: str) -> list[str]:
-    """Writes a version everywhere; the files that changed. Raises :class:`ReleaseError`."""
+    """Write a version to every file and return the changed files. Raises :class:`ReleaseError`."""
     if not FORM.fullmatch(version):
         raise ReleaseError(f"{version!r} is no version; give one such as 0.2.0 or 0.2.0rc1")
     list(stated())

@@ -1,5 +1,6 @@
 """What is generated is in step with its source, and fit for an API server."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +24,19 @@ def test_the_crds_are_in_step(tmp_path: Path) -> None:
 
 def test_the_stubs_are_in_step(tmp_path: Path) -> None:
     pytest.importorskip("grpc_tools")
-    folder = "isthmus_contracts/pb"
+    pytest.importorskip("mypy_protobuf")
+    folder = Path("isthmus_contracts/pb")
+    protocols = sorted(path.relative_to(CONTRACTS) for path in (CONTRACTS / folder).glob("*.proto"))
+    assert {path.stem for path in protocols} >= {"bridge", "federation", "gateway"}
+    outputs = [f"--{name}={tmp_path}" for name in ("python_out", "grpc_python_out")]
+    outputs += [f"--{name}=quiet:{tmp_path}" for name in ("mypy_out", "mypy_grpc_out")]
     subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", "-I", ".", f"--python_out={tmp_path}",
-         f"--grpc_python_out={tmp_path}", *(f"{folder}/{path.name}" for path in (CONTRACTS / folder).glob("*.proto"))],
-        check=True, cwd=CONTRACTS,
+        [sys.executable, "-m", "grpc_tools.protoc", "-I", ".", *outputs, *protocols],
+        check=True, cwd=CONTRACTS, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
     )  # fmt: skip
-    for path in (tmp_path / folder).iterdir():
-        assert path.read_text() == (CONTRACTS / folder / path.name).read_text(), f"{path.name}: run `make generate`"
+    made = {path.name: path.read_text() for path in (tmp_path / folder).iterdir()}
+    stubs = [path for pattern in ("*_pb2*.py", "*_pb2*.pyi") for path in (CONTRACTS / folder).glob(pattern)]
+    assert made == {path.name: path.read_text() for path in stubs}, "run `make generate`"
 
 
 def nodes(schema: dict[str, Any], path: str = "") -> list[tuple[str, dict[str, Any]]]:
