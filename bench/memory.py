@@ -20,8 +20,8 @@ import torch
 import xxhash
 
 from isthmus.client.context import Context
-from isthmus.client.loop.client_loop import Participation
-from isthmus.client.loop.ranks import Replicas
+from isthmus.client.loop.client_loop import ClientLoop
+from isthmus.client.loop.ranks import Ranks
 from isthmus.tensors import chunk_bytes, specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
@@ -161,7 +161,7 @@ def participate(parameters: int, *, federated: bool) -> None:
     for tensor in model.tensors.values():
         tensor.fill_(0.5)
     if federated:
-        part = Participation(model, None, None, Context(POOL, 0, 1, 0, 1), Replicas(), threading.Event())
+        part = ClientLoop(model, None, None, Context(POOL, 0, 1, 0, 1), Ranks(), threading.Event())
         for rnd in part.rounds():
             for tensor in model.tensors.values():
                 tensor.add_(0.001)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from isthmus.client.context import Context
-from isthmus.client.session.compression import Compression
+from isthmus.client.session.compression import ClientCompression
 from isthmus.client.session.session import Session
 from isthmus.client.session.transfer import FinishedUpdate, pull, push
 from isthmus.tensors import State, snapshot
@@ -100,7 +100,7 @@ class OneClient:
 
     def __init__(self, session: Session, parameters: int) -> None:
         self.session = session
-        self._compression = Compression(session)
+        self._compression = ClientCompression(session)
         self._model = Weights(parameters)
         self._update: State = {}
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 
 from isthmus.client.context import Context
-from isthmus.client.loop.client_loop import Participation
-from isthmus.client.loop.ranks import Replicas
+from isthmus.client.loop.client_loop import ClientLoop
+from isthmus.client.loop.ranks import Ranks
 
 from .aggregator_process import POOL, connections_of_their_own
 from .barrier import Barrier
@@ -35,7 +35,7 @@ class Weights:
 
 def participate(index: int, clients: int, parameters: int, barrier: Barrier) -> None:
     context = Context(pool=POOL, index=index, pool_size=clients, client=index, clients=clients)
-    part = Participation(Weights(parameters), None, None, context, Replicas(), threading.Event())
+    part = ClientLoop(Weights(parameters), None, None, context, Ranks(), threading.Event())
     for rnd in part.rounds():
         barrier.wait(index)
         rnd.submit(num_examples=1)

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from isthmus.aggregator.updates.base_models import rebase
-from isthmus.client.corrections.factory import Ingredients, correction_of
-from isthmus.client.state.parameter_names import Names
+from isthmus.client.corrections.factory import CorrectionInputs, make_correction
+from isthmus.client.state.parameter_names import ParameterNames
 from isthmus.strategies import Strategy, Update, make_strategy
 from isthmus.tensors import State, snapshot
 from isthmus_contracts.api.participation import Stragglers
@@ -44,14 +44,14 @@ class Client:
         """Trains the model for one round, as the client library would have it of an offer."""
         parameters = {name: repr(value) for name, value in spec.values.items()}
         offer = pb.Offer(kind=pb.Offer.TRAIN, algorithm=spec.algorithm, parameters=parameters)
-        names = Names.of(model, model.state_dict())
+        names = ParameterNames.of(model, model.state_dict())
         measured = evaluate(model, self._data) if spec.algorithm == "QFedAvg" else {}
-        correction = correction_of(offer, names, measured, Ingredients(self._memory, companion))
+        correction = make_correction(offer, names, measured, CorrectionInputs(self._memory, companion))
         optimizer = torch.optim.SGD(model.parameters(), lr=self._settings.learning_rate)
         correction.attach(optimizer)
         train(model, self._data, optimizer, self._settings, seed * 1000 + self._index)
         scalars = correction.scalars({})
-        self._memory = correction.outcome() or {}
+        self._memory = correction.updated_state() or {}
         correction.close()
         return Update(self.name, len(self._data), snapshot(model.state_dict()), scalars=scalars)
 

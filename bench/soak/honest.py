@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from isthmus.client.context import Context
-from isthmus.client.loop.client_loop import Participation
-from isthmus.client.loop.ranks import Replicas
+from isthmus.client.loop.client_loop import ClientLoop
+from isthmus.client.loop.ranks import Ranks
 from isthmus_contracts import identities
 
 from ..harness.aggregator_process import POOL
@@ -41,7 +41,7 @@ def participate(index: int, clients: int, tls: Path, barrier: Barrier) -> None:
             return {"accuracy": 1 / (1 + float(loss())) - 1, "num_examples": len(inputs)}
 
     context = Context(pool=POOL, index=index, pool_size=clients, client=index, clients=clients)
-    part = Participation(model, evaluate, None, context, Replicas(), threading.Event())
+    part = ClientLoop(model, evaluate, None, context, Ranks(), threading.Event())
     for rnd in part.rounds():
         barrier.wait(index)
         optimizer = rnd.wrap(torch.optim.SGD(model.parameters(), lr=0.01))

@@ -1,4 +1,4 @@
-"""Isthmus for training scripts.
+"""Isthmus: the API for training scripts.
 
 import isthmus
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __version__ = version("isthmus")
 __all__ = ["Context", "FederationError", "Round", "ScriptError", "context", "rounds"]
 
-# torch takes seconds to import: the command line and the aggregator's start-up wait for it only where they need it.
-_HOMES = {
+# torch takes seconds to import, so these modules are imported on first use: the command line needs few of them.
+_MODULES = {
     "Context": ".client.context",
     "context": ".client.context",
     "FederationError": ".client.errors",
@@ -32,8 +32,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'isthmus' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name], __name__), name)
+    value = getattr(import_module(_MODULES[name], __name__), name)
     globals()[name] = value
     return value

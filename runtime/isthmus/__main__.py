@@ -1,4 +1,4 @@
-"""``python -m isthmus`` is the ``isthmus`` command."""
+"""Entry point of ``python -m isthmus``, the ``isthmus`` command."""
 
 from .cli import main
 

@@ -1,7 +1,7 @@
-"""Streams of tensors as messages: a header, data, and the trailer with the last of them.
+"""Messages of a stream of tensors: a header, data, and a trailer in the last message.
 
-A small model is one message, which is what a round of it costs. Of a large one nearly all messages hold data alone:
-these are made and read here, byte by byte as protobuf would, since its own objects copy the data twice on either side.
+A small model is a single message. Of a large model nearly all messages hold only data: these are encoded and decoded
+here, exactly as protobuf would, since its own objects copy the data twice on either side.
 """
 
 import asyncio
@@ -17,43 +17,43 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from .codecs import Decoder
 from .tensors import Data, Reception, State, TransferError, TruncatedError
 
-# The calls whose messages this module makes and reads itself, for what protobuf's generated stubs have in their place.
+# The methods whose messages this module encodes and decodes itself, in place of protobuf's generated stubs.
 SERVICE = pb.DESCRIPTOR.services_by_name["Federation"].full_name
 PULL, PUSH = f"/{SERVICE}/Pull", f"/{SERVICE}/Push"
 
 Message = TypeVar("Message", pb.TensorChunk, pb.UpdateChunk)
 Header = TypeVar("Header", pb.ModelHeader, pb.UpdateHeader)
 
-# Floats count exactly up to here. A negative number of a client in another language arrives as one far above.
+# The largest integer up to which doubles are exact. A negative number from a client in another language is far above.
 MOST_EXAMPLES = 2**53
-# More encoded bytes than this are decoded in a thread, fewer are not worth its errand.
+# Larger encoded payloads are decoded in a thread; for smaller ones the switch costs more than it saves. Bytes.
 _DECODED_AT_ONCE = 1 << 15
-# Field 2 of either message, data, with its length before it.
+# The tag of field 2 (data) of both messages, with wire type 2 (length-delimited).
 _DATA_TAG = 0x12
 
 
 @dataclass(frozen=True)
 class Frame(Generic[Header]):
-    """What one message of a stream holds."""
+    """Content of one message of a stream."""
 
     header: Header | None
     data: Data
     checksum: str | None
-    """The trailer's."""
+    """Checksum in the trailer, in the last message."""
 
 
 def model_messages(header: pb.ModelHeader, data: Iterable[Data], checksum: str) -> Iterator[tuple[bytes, int]]:
-    """The messages of a Pull, serialized, and how many bytes of data are in each."""
+    """Yield the serialized messages of a Pull, each with its number of data bytes."""
     return _framed(pb.TensorChunk, pb.TensorChunk(header=header), data, checksum)
 
 
 def update_messages(header: pb.UpdateHeader, data: Iterable[Data], checksum: str = "") -> Iterator[bytes]:
-    """The messages of a Push, serialized. A checksum that is not given is taken of the data as they go by."""
+    """Return the serialized messages of a Push. Without a checksum it is computed from the data."""
     return (message for message, _ in _framed(pb.UpdateChunk, pb.UpdateChunk(header=header), data, checksum))
 
 
 def model_message(header: pb.ModelHeader | None, data: Data, checksum: str) -> bytes:
-    """One message of a Pull, serialized: the first has the header, the last has the checksum, each may have data."""
+    """Serialize one message of a Pull: the first has the header, the last has the checksum, and each may have data."""
     head = pb.TensorChunk(header=header).SerializeToString() if header is not None else b""
     trailer = pb.TensorChunk(trailer=pb.Trailer(checksum=checksum)).SerializeToString() if checksum else b""
     return b"".join((head, *_data_field(data), trailer))
@@ -61,23 +61,23 @@ def model_message(header: pb.ModelHeader | None, data: Data, checksum: str) -> b
 
 def _framed(kind: type[Message], first: Message, data: Iterable[Data], checksum: str) -> Iterator[tuple[bytes, int]]:
     head = first.SerializeToString()
-    held: Data = b""
+    pending: Data = b""
     digest = xxhash.xxh3_128()
     for chunk in data:
         if not checksum:
             digest.update(chunk)
-        if held and head:
+        if pending and head:
             yield head, 0
             head = b""
-        if held:
-            yield b"".join(_data_field(held)), len(held)
-        held = chunk
+        if pending:
+            yield b"".join(_data_field(pending)), len(pending)
+        pending = chunk
     trailer = kind(trailer=pb.Trailer(checksum=checksum or digest.hexdigest())).SerializeToString()
-    yield b"".join((head, *_data_field(held), trailer)), len(held)
+    yield b"".join((head, *_data_field(pending), trailer)), len(pending)
 
 
 def _data_field(data: Data) -> tuple[Data, ...]:
-    """The field of a message; fields follow each other, so that messages may be joined from parts."""
+    """Encode the data field of a message. Encoded fields can be concatenated to a message."""
     return (bytes([_DATA_TAG]), _varint(len(data)), data) if data else ()
 
 
@@ -91,7 +91,7 @@ def _varint(number: int) -> bytes:
 
 
 def model_frame(message: bytes) -> Frame[pb.ModelHeader]:
-    """One message of a Pull. Raises :class:`TransferError`."""
+    """Parse one message of a Pull. Raises :class:`TransferError`."""
     if (data := _data_alone(message)) is not None:
         return Frame(None, data, None)
     chunk = _parsed(pb.TensorChunk, message)
@@ -99,7 +99,7 @@ def model_frame(message: bytes) -> Frame[pb.ModelHeader]:
 
 
 def update_frame(message: bytes) -> Frame[pb.UpdateHeader]:
-    """One message of a Push. Raises :class:`TransferError`."""
+    """Parse one message of a Push. Raises :class:`TransferError`."""
     if (data := _data_alone(message)) is not None:
         return Frame(None, data, None)
     chunk = _parsed(pb.UpdateChunk, message)
@@ -107,7 +107,7 @@ def update_frame(message: bytes) -> Frame[pb.UpdateHeader]:
 
 
 def _data_alone(message: bytes) -> memoryview | None:
-    """The data of a message that holds nothing else; they are not copied."""
+    """Return the data of a message that holds nothing else, without a copy, or ``None``."""
     if not message or message[0] != _DATA_TAG:
         return None
     length = 0
@@ -123,7 +123,7 @@ def _parsed(kind: type[Message], message: bytes) -> Message:
     try:
         return kind.FromString(message)
     except DecodeError as error:
-        raise TransferError(f"a message that cannot be read ({error})") from None
+        raise TransferError(f"a message cannot be parsed ({error})") from None
 
 
 def _checksum(chunk: pb.TensorChunk | pb.UpdateChunk) -> str | None:
@@ -131,7 +131,10 @@ def _checksum(chunk: pb.TensorChunk | pb.UpdateChunk) -> str | None:
 
 
 def receive_model(messages: Iterable[bytes], reception_of: Callable[[pb.ModelHeader], Reception | Decoder]) -> State:
-    """The tensors of a Pull. Raises :class:`TransferError`."""
+    """Receive the tensors of a Pull. Raises :class:`TransferError`.
+
+    ``reception_of`` makes the receiver for a header.
+    """
     reception: Reception | Decoder | None = None
     rest = iter(messages)
     for message in rest:
@@ -144,7 +147,7 @@ def receive_model(messages: Iterable[bytes], reception_of: Callable[[pb.ModelHea
             reception.write(frame.data)
         if frame.checksum is not None:
             tensors = reception.finish(frame.checksum)
-            # Read to its end a call is over; left there it would have to be cancelled.
+            # A call that is read to its end is over; otherwise it would have to be cancelled.
             if next(rest, None) is not None:
                 raise TransferError("data after the trailer")
             return tensors
@@ -157,9 +160,9 @@ async def receive_update(
     reception: Reception | Decoder,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[State, int]:
-    """The tensors of a Push and their bytes on the wire, given its first message. Raises :class:`TransferError`.
+    """Receive the tensors of a Push, given its first message; return them and their size on the wire in bytes.
 
-    ``check`` is called with every message, and may raise.
+    ``check`` is called for every message, and may raise. Raises :class:`TransferError`.
     """
     frame = first
     while True:

@@ -1,11 +1,11 @@
-"""The C library's own functions, which Python has no name for."""
+"""Functions of the C library that Python's standard library does not expose."""
 
 import ctypes
 from typing import Any
 
 
 def c_function(name: str) -> Any | None:
-    """One of them, for ctypes; ``None`` where the system has no such function."""
+    """Return a function of the C library, for ctypes, or ``None`` if the platform lacks it."""
     try:
         return getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError, TypeError):

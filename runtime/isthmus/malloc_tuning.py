@@ -1,5 +1,8 @@
-"""How much of what is freed the C library keeps: enough that the chunks of streams lie in memory that is there already,
-and so little that memory is as flat after a thousand rounds."""
+"""Tuning of glibc's malloc: how much freed memory it keeps.
+
+It should keep enough that the chunks of streams reuse mapped memory, and so little that memory use stays flat over
+thousands of rounds.
+"""
 
 import os
 
@@ -9,16 +12,18 @@ from .libc import c_function
 
 # malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-# gRPC's threads come and go, and what one of them has read is freed by another: with an arena for each, as is glibc's
-# habit, the holes add up to more than a hundred megabytes within a hundred rounds. Two are as fast as eight per core.
+# gRPC's threads are short-lived, and one frees memory that another has allocated. With an arena for each, which is the
+# default, fragmentation exceeds 100 MB within a hundred rounds. Two arenas are as fast as eight per core.
 _ARENAS = 2
-# Chunks of streams, of at most a megabyte, are used again and again; what is larger, or more than this, is given back.
+# Chunks of streams, of at most 1 MiB, are reused all the time. Larger blocks, and memory beyond this, are released.
 _KEPT_BYTES = 4 << 20
 
 
 def keep_memory_flat() -> None:
-    """For a process of ours, to be called before threads begin. Who has set ``MALLOC_ARENA_MAX``, or has no glibc, is
-    left alone."""
+    """Tune malloc in a process of Isthmus; must be called before threads are started.
+
+    Does nothing if ``MALLOC_ARENA_MAX`` is set, or without glibc.
+    """
     if "MALLOC_ARENA_MAX" in os.environ:
         return
     if (mallopt := c_function("mallopt")) is None:
@@ -32,13 +37,16 @@ def keep_memory_flat() -> None:
 
 
 def give_back() -> None:
-    """Return to the system what is free, wherever it lies. It takes a while: not for a loop. Source: malloc_trim(3)."""
+    """Return all free memory to the system. Slow: not for the event loop. Source: malloc_trim(3)."""
     if (malloc_trim := c_function("malloc_trim")) is not None:
         malloc_trim(0)
 
 
 def keep_chunks() -> None:
-    """For a process of the user's, whose settings stay: glibc keeps twice as much as the largest block that was freed,
-    up to 64 MB, so that a script that has freed a tensor of a few megabytes has this already. Without it every chunk
-    is read into fresh pages, which costs more than to copy it. Source: mallopt(3), ``M_MMAP_THRESHOLD``."""
-    torch.empty(_KEPT_BYTES, dtype=torch.uint8, device="cpu")  # freed at once, and never touched, so it takes no memory
+    """Tune malloc in the user's own process, without overriding the user's settings.
+
+    glibc keeps twice the size of the largest block that was freed, up to 64 MB, so freeing one of a few megabytes is
+    enough. Without it every chunk is read into fresh pages, which costs more than copying it. Source: mallopt(3),
+    ``M_MMAP_THRESHOLD``.
+    """
+    torch.empty(_KEPT_BYTES, dtype=torch.uint8, device="cpu")  # freed immediately, and takes no memory: untouched

@@ -1,7 +1,7 @@
-"""Names of metrics: how many a client may report, and what they may look like.
+"""Limits on the number and the names of the metrics that a client may report.
 
-They become labels in Prometheus, entries of the job's status and of the checkpoints' headers. The client library checks
-them where the script hands them over, and the aggregator where they come in.
+Names become labels in Prometheus, and entries of the job's status and of the checkpoints' headers. The client library
+checks them when the script passes them, and the aggregator when it receives them.
 """
 
 from collections.abc import Collection
@@ -9,13 +9,13 @@ from collections.abc import Collection
 from isthmus_contracts.text import one_line
 
 MOST_METRICS = 256
-"""In one report."""
+"""Maximum number of metrics in one report."""
 LONGEST_NAME = 128
-"""Characters."""
+"""Maximum length of a name in characters."""
 
 
 def problem_with(names: Collection[str]) -> str | None:
-    """Return what is wrong with a report's names, in one line; ``None`` if nothing is."""
+    """Return the problem with a report's names, in one line, or ``None``."""
     if len(names) > MOST_METRICS:
         return f"{len(names)} metrics are too many: at most {MOST_METRICS} can be reported at a time"
     for name in names:

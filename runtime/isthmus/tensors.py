@@ -1,7 +1,7 @@
-"""Tensors on the wire: what a state dict looks like as a stream of chunks, and back.
+"""Conversion of state dicts to streams of chunks, and back.
 
-A stream is the little-endian, contiguous bytes of the tensors in the order of their specs, cut into chunks without
-regard to tensor borders, and an xxh3-128 checksum of all of it.
+A stream consists of the little-endian, contiguous bytes of the tensors in the order of their specs, cut into chunks
+regardless of tensor boundaries, and an xxh3-128 checksum of all bytes.
 """
 
 import math
@@ -20,15 +20,15 @@ from isthmus_contracts.text import one_line
 State = dict[str, torch.Tensor]
 Data = bytes | memoryview
 
-# Far below gRPC's default limit of 4 MiB a message, and large enough that the per-message cost does not show.
+# Far below gRPC's default limit of 4 MiB per message, and large enough to make the cost per message negligible.
 CHUNK_BYTES = 1 << 20
 _SMALLEST_CHUNK_BYTES = 1 << 16
-# Of a tensor: PyTorch's own bound for most of its functions.
+# PyTorch's own limit for most of its functions.
 MOST_DIMENSIONS = 64
 # Tensors' sizes and offsets are signed 64-bit numbers.
 _MOST_BYTES = 2**63 - 1
-# What an aggregator's gRPC may hold of chunks, over all clients: of each one's it keeps a few copies on the way out,
-# and on the way in the room for the next one.
+# Memory for chunks in an aggregator's gRPC, over all clients: for each it holds a few copies when sending, and a buffer
+# for the next chunk when receiving.
 _ALL_CHUNKS_BYTES = 16 << 20
 
 _DTYPES = {
@@ -42,24 +42,24 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-}  # safetensors' names
+}  # names as in safetensors
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class TransferError(ValueError):
-    """A stream of tensors is not what it should be. ``str()`` says how."""
+    """A stream of tensors is invalid. ``str()`` gives the reason."""
 
 
 class TruncatedError(TransferError):
-    """It ended before everything was there."""
+    """The stream ended early."""
 
 
 class ChecksumError(TransferError):
-    """Everything is there, but something was damaged on the way."""
+    """The stream is complete, but its checksum does not match."""
 
 
 def snapshot(state: Mapping[str, torch.Tensor], room: State | None = None) -> State:
-    """A contiguous copy in main memory, safe from later training steps; in ``room`` (see :func:`allocate`).
+    """Return a contiguous copy in main memory, independent of later training steps. ``room``: see :func:`allocate`.
 
     Raises :class:`TransferError`.
     """
@@ -70,16 +70,16 @@ def snapshot(state: Mapping[str, torch.Tensor], room: State | None = None) -> St
 
 
 def checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, if it can travel. Raises :class:`TransferError`."""
+    """Return the tensor if it can be sent. Raises :class:`TransferError`."""
     if (problem := impediment(tensor)) is not None:
         raise TransferError(f"{name} {problem}")
     if tensor.dtype not in _NAMES:
-        raise TransferError(f"{name} has dtype {tensor.dtype}, which cannot travel")
+        raise TransferError(f"{name} has dtype {tensor.dtype}, which cannot be sent")
     return tensor
 
 
 def impediment(value: object) -> str | None:
-    """Say why a value has no numbers in one piece of memory that could travel; ``None`` where it has."""
+    """Return why a value cannot be sent as one piece of memory, or ``None`` if it can."""
     if not isinstance(value, torch.Tensor):
         return f"is a {type(value).__name__}, not a tensor"
     if torch.nn.parameter.is_lazy(value):
@@ -98,7 +98,7 @@ def impediment(value: object) -> str | None:
 
 
 def specs_of(state: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
-    """Return what goes into a stream's header."""
+    """Return the specs of tensors, for a stream's header."""
     return [
         TensorSpec(
             name=name, dtype=_NAMES[tensor.dtype], shape=tensor.shape, size=tensor.numel() * tensor.element_size()
@@ -108,12 +108,12 @@ def specs_of(state: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
 
 
 def chunk_bytes(clients: int) -> int:
-    """Return how large chunks are where so many clients pull from one aggregator, and push to it."""
+    """Return the chunk size for an aggregator with this number of clients. Bytes."""
     return min(max(_ALL_CHUNKS_BYTES // max(clients, 1), _SMALLEST_CHUNK_BYTES), CHUNK_BYTES)
 
 
 def chunks_of(state: Mapping[str, torch.Tensor], size: int = CHUNK_BYTES) -> Iterator[Data]:
-    """The stream's bytes, at most ``size`` at a time. Small tensors share a chunk, large ones are views."""
+    """Yield the stream's chunks of at most ``size`` bytes. Small tensors share a chunk; large ones are views."""
     gathered = bytearray()
     for tensor in state.values():
         view = bytes_view(tensor)
@@ -133,7 +133,7 @@ def chunks_of(state: Mapping[str, torch.Tensor], size: int = CHUNK_BYTES) -> Ite
 
 
 def checksum_of(state: Mapping[str, torch.Tensor]) -> str:
-    """The checksum of the stream's bytes."""
+    """Return the checksum of the stream's bytes, in hexadecimal."""
     digest = xxhash.xxh3_128()
     for tensor in state.values():
         digest.update(bytes_view(tensor))
@@ -141,7 +141,7 @@ def checksum_of(state: Mapping[str, torch.Tensor]) -> str:
 
 
 class Reception:
-    """Takes a stream's chunks and makes tensors of them; allocates what the specs announce, and no more."""
+    """Receiver of a raw stream, which allocates exactly the tensors that the specs announce."""
 
     def __init__(self, specs: Iterable[TensorSpec], room: State | None = None) -> None:
         """``room``: see :func:`allocate`."""
@@ -155,12 +155,12 @@ class Reception:
             self._tensors[spec.name] = tensor
             self._views.append(bytes_view(tensor))
         self._digest = xxhash.xxh3_128()
-        self._current = 0  # which view is being filled
-        self._filled = 0  # how far
+        self._current = 0  # index of the view being filled
+        self._filled = 0  # bytes filled of it
         self.received = 0  # bytes
 
     def write(self, data: Data) -> None:
-        """Takes one chunk. Raises :class:`TransferError` where there is more than announced."""
+        """Receive one chunk. Raises :class:`TransferError` if there is more data than announced."""
         self._digest.update(data)
         self.received += len(data)
         source = memoryview(data)
@@ -176,19 +176,19 @@ class Reception:
                 self._current, self._filled = self._current + 1, 0
 
     def finish(self, checksum: str) -> State:
-        """The tensors, once everything is there and the checksum fits. Raises :class:`TransferError`."""
+        """Return the tensors of a complete stream. Raises :class:`TransferError` if it is incomplete or damaged."""
         while self._current < len(self._views) and not len(self._views[self._current]):
             self._current += 1
         if self._current < len(self._views):
             raise TruncatedError(f"the stream ended early, after {self.received} bytes")
         if self._digest.hexdigest() != checksum:
-            raise ChecksumError("the checksum does not fit the data")
+            raise ChecksumError("the checksum does not match the data")
         return self._tensors
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """What is wrong with specs, in a word and in a line."""
+    """Problem with specs, as a keyword and as a line of text."""
 
     aspect: Literal["missing_tensor", "unknown_tensor", "dtype", "shape", "size", "duplicate"]
     message: str
@@ -198,7 +198,7 @@ class Mismatch:
 
 
 def misannounced(specs: Iterable[TensorSpec]) -> Mismatch | None:
-    """Return why the specs of a raw stream cannot be right, whatever the model is."""
+    """Return why the specs of a raw stream are invalid for any model, or ``None``."""
     seen = set()
     for spec in specs:
         if spec.name in seen:
@@ -207,7 +207,7 @@ def misannounced(specs: Iterable[TensorSpec]) -> Mismatch | None:
         if spec.dtype not in _DTYPES:
             return Mismatch("dtype", f"{one_line(spec.name, 100)} has the unknown dtype {one_line(spec.dtype, 30)!r}")
         if not _is_possible(spec.shape, itemsize := dtype_of(spec).itemsize):
-            return Mismatch("shape", f"{spec.name} has a shape that no tensor has: {_shown(spec.shape)}")
+            return Mismatch("shape", f"{spec.name} has an impossible shape: {_shown(spec.shape)}")
         if math.prod(spec.shape) * itemsize != spec.size:
             shape = _shown(spec.shape)
             return Mismatch("size", f"{spec.name}: {spec.size} bytes do not fit {spec.dtype} of shape {shape}")
@@ -215,8 +215,10 @@ def misannounced(specs: Iterable[TensorSpec]) -> Mismatch | None:
 
 
 def _is_possible(shape: Sequence[int], itemsize: int) -> bool:
-    """Whether a tensor may have that shape. An empty dimension does not make up for the others: strides, and readers
-    of safetensors, multiply them one by one."""
+    """Return whether a tensor can have this shape.
+
+    An empty dimension does not excuse large ones: strides, and readers of safetensors, multiply them one by one.
+    """
     return len(shape) <= MOST_DIMENSIONS and math.prod(max(size, 1) for size in shape) * itemsize <= _MOST_BYTES
 
 
@@ -225,7 +227,7 @@ def _shown(shape: Sequence[int]) -> str:
 
 
 def mismatch(expected: Sequence[TensorSpec], offered: Sequence[TensorSpec]) -> Mismatch | None:
-    """In what the offered specs differ from the expected ones; ``None`` where they agree."""
+    """Return how the offered specs differ from the expected ones, or ``None``."""
     wanted = {spec.name: spec for spec in expected}
     given = {spec.name: spec for spec in offered}
     if missing := [name for name in wanted if name not in given]:
@@ -247,16 +249,16 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def non_finite(state: Mapping[str, torch.Tensor]) -> str | None:
-    """The first tensor that holds NaN or infinity, if any."""
+    """Return the name of the first tensor that holds NaN or infinity, if any."""
     found = beyond(sys.float_info.max, state)
     return found[0] if found is not None else None
 
 
 def beyond(limit: float, state: Mapping[str, torch.Tensor]) -> tuple[str, float] | None:
-    """The first tensor of floating-point numbers that holds one of a larger magnitude, or NaN, and that number."""
+    """Return the first floating-point tensor with a value of larger magnitude, or NaN, and that value."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and tensor.numel():
-            # In one pass without a copy: infinite where a value is, NaN where one is.
+            # One pass without a copy; the extremes are infinite or NaN if any value is.
             for extreme in map(float, torch.aminmax(tensor)):
                 if not abs(extreme) <= limit:
                     return name, extreme
@@ -264,38 +266,38 @@ def beyond(limit: float, state: Mapping[str, torch.Tensor]) -> tuple[str, float]
 
 
 def group(name: str, state: State) -> State:
-    """The tensors under names that say whose they are, to be kept with those of others."""
+    """Prefix the tensors' names, so that they can be stored with other groups."""
     return {f"{name}/{key}": tensor for key, tensor in state.items()}
 
 
 def ungroup(name: str, state: State) -> State:
-    """The tensors that :func:`group` named so."""
+    """Return the tensors that :func:`group` prefixed with this name."""
     prefix = f"{name}/"
     return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
 
 def dtype_of(spec: TensorSpec) -> torch.dtype:
-    """Return what a spec announces. Raises :class:`TransferError`."""
+    """Return the dtype of a spec. Raises :class:`TransferError` if it is unknown."""
     if spec.dtype not in _DTYPES:
         raise TransferError(f"{one_line(spec.name, 100)} has the unknown dtype {one_line(spec.dtype, 30)!r}")
     return _DTYPES[spec.dtype]
 
 
 def allocate(spec: TensorSpec, room: State | None = None) -> torch.Tensor:
-    """Memory for what a spec announces. Raises :class:`TransferError`.
+    """Allocate the tensor that a spec announces. Raises :class:`TransferError` if there is no memory for it.
 
-    ``room``: tensors that nobody needs any more; where one fits it is used again, since to touch fresh memory takes
-    several times as long as to fill it.
+    ``room``: tensors that are no longer needed. One that fits is reused, since touching fresh memory takes several
+    times as long as filling it.
     """
     try:
         return roomy(spec.name, tuple(spec.shape), dtype_of(spec), room)
-    except (RuntimeError, TypeError):  # of PyTorch's allocator; TypeError: a dimension beyond 2**63 - 1
+    except (RuntimeError, TypeError):  # RuntimeError: from PyTorch's allocator; TypeError: a dimension above 2**63 - 1
         name = one_line(spec.name, 100)
         raise TransferError(f"{name} announces {spec.size} bytes, for which there is no memory") from None
 
 
 def roomy(name: str, shape: Sequence[int], dtype: torch.dtype, room: State | None) -> torch.Tensor:
-    """The spare tensor of that name, where it fits, or a new one. Its contents are undefined."""
+    """Return the spare tensor of this name if it fits, or a new one. Its content is undefined."""
     spare = (room or {}).get(name)
     if spare is not None and (spare.dtype, tuple(spare.shape)) == (dtype, tuple(shape)) and spare.is_contiguous():
         return spare
@@ -303,7 +305,7 @@ def roomy(name: str, shape: Sequence[int], dtype: torch.dtype, room: State | Non
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's values in one dimension with a stride of 1: a view of a contiguous tensor, a copy of any other.
+    """Return a tensor's values in one dimension with a stride of 1: a view of a contiguous tensor, or else a copy.
 
     A tensor of one element counts as contiguous whatever its stride. ``reshape(-1)`` keeps that stride, and
     ``view(dtype)`` then fails.
@@ -313,5 +315,5 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def bytes_view(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor, as bytes."""
+    """Return the memory of a contiguous tensor, as bytes."""
     return flat(tensor).view(torch.uint8).numpy().data

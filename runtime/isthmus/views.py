@@ -1,4 +1,4 @@
-"""Names that share memory with another tensor (tied weights, a transposed decoder): one tensor travels for all."""
+"""Names that share memory with another tensor (tied weights, a transposed decoder), of which only one is sent."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from .tensors import MOST_DIMENSIONS, State, flat
 
 @dataclass(frozen=True)
 class View:
-    """A name whose values are some, or all, of another tensor's.
+    """Name whose values are some, or all, of another tensor's.
 
     Offset and strides are those of the view in that tensor's contiguous form, counted in elements.
     """
@@ -27,7 +27,7 @@ class View:
     stride: tuple[int, ...]
 
     def within(self, whole: torch.Tensor) -> torch.Tensor:
-        """The view's values, given those of the other tensor: in its memory, where that is contiguous."""
+        """Return the view's values from those of the whole tensor, in its memory if that is contiguous."""
         values = flat(whole)
         return values.as_strided(self.shape, self.stride, values.storage_offset() + self.offset)
 
@@ -40,29 +40,29 @@ class View:
 
 
 def views_of(messages: Iterable[pb.View]) -> tuple[View, ...]:
-    """The views that a header names."""
+    """Return the views in a header."""
     return tuple(map(View.of_message, messages))
 
 
 def expanded(state: Mapping[str, torch.Tensor], views: Iterable[View]) -> State:
-    """A state with all names: views share the memory of what they are views of."""
+    """Return a state with all names: views share the memory of the tensors that they are views of."""
     return {**state, **{view.name: view.within(state[view.of]) for view in views}}
 
 
 def to_text(views: Iterable[View]) -> str:
-    """As it is kept beside a checkpoint."""
+    """Serialize views for a checkpoint's metadata."""
     return json.dumps([[view.name, view.of, view.offset, view.shape, view.stride] for view in views])
 
 
 def of_text(text: str) -> tuple[View, ...]:
-    """Return what :func:`to_text` wrote."""
+    """Parse the output of :func:`to_text`."""
     return tuple(
         View(name, of, offset, tuple(shape), tuple(stride)) for name, of, offset, shape, stride in json.loads(text)
     )
 
 
 def misplaced(views: Iterable[View], specs: Sequence[pb.TensorSpec]) -> str | None:
-    """Return why no tensors with these specs have such views."""
+    """Return why tensors with these specs cannot have these views, or ``None``."""
     sizes = {spec.name: math.prod(spec.shape) for spec in specs}
     seen = set(sizes)
     for view in views:
@@ -70,21 +70,21 @@ def misplaced(views: Iterable[View], specs: Sequence[pb.TensorSpec]) -> str | No
             return f"{view.name} is announced twice"
         seen.add(view.name)
         if view.of not in sizes:
-            return f"{view.name} is said to be a view of {view.of}, which is not there"
+            return f"{view.name} is announced as a view of {view.of}, which does not exist"
         if len(view.shape) != len(view.stride) or not 0 < math.prod(view.shape) <= sizes[view.of]:
-            return f"{view.name} is said to be a view of {view.of}, which does not fit its shape"
+            return f"{view.name} is announced as a view of {view.of}, which does not fit its shape"
         if len(view.shape) > MOST_DIMENSIONS or any(
             stride != 1 for size, stride in zip(view.shape, view.stride, strict=True) if size == 1
         ):
-            return f"{view.name} is said to be a view of {view.of}, with strides that no tensor has"
+            return f"{view.name} is announced as a view of {view.of}, with impossible strides"
         last = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride, strict=True))
         if view.offset + last >= sizes[view.of]:
-            return f"{view.name} is said to be a view of {view.of}, but does not lie within it"
+            return f"{view.name} is announced as a view of {view.of}, but does not lie within it"
     return None
 
 
 def difference(expected: Iterable[View], offered: Iterable[View]) -> str | None:
-    """In what a client's sharing of memory differs from the global model's, in one line, if in anything."""
+    """Return how a client's sharing of memory differs from the global model's, in one line, or ``None``."""
     wanted, given = ({view.name: view for view in views} for views in (expected, offered))
     for name in sorted(wanted.keys() | given.keys()):
         theirs, own = wanted.get(name), given.get(name)
@@ -99,6 +99,6 @@ def difference(expected: Iterable[View], offered: Iterable[View]) -> str | None:
         here, there = ("does", "does not") if theirs is None else ("does not", "does")
         return (
             f"{name} {here} share memory with {view.of} (tied weights) at this client, and {there} in the global model:"
-            " build the model alike at all clients"
+            " build the model in the same way at all clients"
         )
     return None

@@ -1,1 +1,1 @@
-"""The client's side of a federation: what a training script uses."""
+"""Client side of a federation: the library that a training script uses."""

@@ -1,4 +1,4 @@
-"""Which client this process is."""
+"""Identity of the client that this process is."""
 
 import os
 from dataclasses import dataclass
@@ -8,29 +8,32 @@ from isthmus_contracts import identities
 
 @dataclass(frozen=True)
 class Context:
-    """This client's place in the federation. Outside of one: the only client of a nameless pool."""
+    """This client's position in the federation. Outside a federation: the only client of an unnamed pool."""
 
     pool: str = ""
     index: int = 0
-    """Within the pool, from 0."""
+    """Index within the pool, from 0."""
     pool_size: int = 1
     client: int = 0
-    """Within the whole job, from 0: what a partition of the data goes by. Clients that only evaluate count apart."""
+    """Index within the whole job, from 0, by which to partition data. Clients that only evaluate are counted apart."""
     clients: int = 1
-    """Of the whole job: those that train, or at a client that only evaluates, those that do so too."""
+    """Number of the job's clients that train, or, at a client that only evaluates, of those that only evaluate."""
     attempt: int = 0
-    """How often the scheduler has started this client before."""
+    """Number of earlier starts of this client."""
     data: str = ""
-    """Path of the pool's data set, where the site names one."""
+    """Path of the pool's data set, if the site configures one."""
 
     @property
     def federated(self) -> bool:
-        """True if there is a federation at all."""
+        """True if this process is part of a federation."""
         return bool(self.pool)
 
 
 def context() -> Context:
-    """The context of this process, from its environment. Raises ``ValueError`` for an environment that is not ours."""
+    """Return the context of this process, from its environment.
+
+    Raises ``ValueError`` if a variable that must hold a number does not.
+    """
     environ = os.environ
     data = environ.get(identities.ENV_DATA, "")
     if not environ.get(identities.ENV_ENDPOINT):

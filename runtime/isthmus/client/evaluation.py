@@ -1,4 +1,4 @@
-"""What a script's evaluation function says of a global model."""
+"""Evaluation of a global model by the script's function."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ Evaluate = Callable[[], Mapping[str, float]]
 
 
 def numbers_of(evaluate: Evaluate) -> dict[str, float]:
-    """Return what the function returns. Raises :class:`FederationError` where that is not named numbers."""
+    """Call the function and return its metrics. Raises :class:`FederationError` if they are not named numbers."""
     returned = evaluate()
     if not isinstance(returned, Mapping):
         raise FederationError(
@@ -34,9 +34,9 @@ def numbers_of(evaluate: Evaluate) -> dict[str, float]:
 
 
 def measure(evaluate: Evaluate, offer: pb.Offer) -> pb.Evaluation:
-    """Measure the model that an offer names, which the script's model holds. Raises as :func:`numbers_of` does.
+    """Evaluate an offer's model, which is loaded into the script's. Raises as :func:`numbers_of` does.
 
-    What is not finite travels as well: a client whose metric is NaN has measured the model, and found it bad.
+    Values that are not finite are sent too: a client whose metric is NaN did evaluate the model, and found it bad.
     """
     metrics = numbers_of(evaluate)
     weight = metrics.pop(_WEIGHT, 1.0)

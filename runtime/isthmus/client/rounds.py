@@ -1,4 +1,4 @@
-"""``isthmus.rounds``: the loop that a training script writes."""
+"""``isthmus.rounds``: the iterator over rounds that a training script loops over."""
 
 import logging
 import os
@@ -11,10 +11,10 @@ from .context import context
 from .errors import FederationError, ScriptError
 from .evaluation import Evaluate, numbers_of
 from .loop.child_processes import refuse_children
-from .loop.client_loop import Participation
-from .loop.process import end_without_trace
-from .loop.rank_follower import Follower
-from .loop.ranks import Group, Replicas, replicas_here
+from .loop.client_loop import ClientLoop
+from .loop.process import hide_federation_tracebacks
+from .loop.rank_follower import RankFollower
+from .loop.ranks import RankGroup, Ranks, find_ranks
 from .round import Round
 from .script_values import shown
 from .state.shared_state import Model, Parameters, SharedState
@@ -23,24 +23,23 @@ log = logging.getLogger("isthmus")
 
 
 def rounds(model: Model, evaluate: Evaluate | None = None, parameters: Parameters = None) -> Iterator[Round]:
-    """The rounds of the federation, the global weights loaded into ``model`` at the start of each.
+    """Iterate over the rounds of the federation; the global weights are loaded into ``model`` at the start of each.
 
-    ``evaluate`` measures the global model whenever a new one is there, the final one included: it is called without
-    arguments, its weights loaded into ``model``, and returns named numbers. An entry ``num_examples`` is their weight.
-    ``parameters`` chooses the tensors that travel, all of them if it is not given: ``"trainable"``, those parameters
-    that require a gradient; a list of patterns such as ``"*.lora_*"``; or a function from a name to a bool.
-    Outside a federation there is one round. Raises :class:`FederationError` where the federation ends badly, or
-    ``evaluate`` returns something else, :class:`ScriptError` (which is a ``ValueError`` too) for a model that cannot
-    travel and ``parameters`` that choose nothing, and ``SystemExit`` (143) where the process is told to stop while it
-    waits.
+    ``evaluate`` measures each new global model, including the final one: it is called without arguments, with the
+    weights loaded into ``model``, and returns named numbers. An entry ``num_examples`` is their weight.
+    ``parameters`` chooses the tensors that are sent and received, by default all of them: ``"trainable"`` for the
+    parameters that require a gradient, a list of patterns such as ``"*.lora_*"``, or a function from a name to a bool.
+    Outside a federation there is one round. Raises :class:`FederationError` if the federation ends with an error or
+    ``evaluate`` returns anything else, :class:`ScriptError` (also a ``ValueError``) for a model that cannot be sent
+    and ``parameters`` that choose nothing, and ``SystemExit`` (143) if the process is told to stop while it waits.
 
-    In an initialised torch.distributed process group every rank loops through the same rounds; rank 0 alone is
+    In an initialised torch.distributed process group every rank loops through the same rounds; only rank 0 is
     connected, and its numbers count.
     """
     try:
         yield from _rounds(model, evaluate, parameters)
     except FederationError:
-        end_without_trace()
+        hide_federation_tracebacks()
         raise
 
 
@@ -51,35 +50,35 @@ def _rounds(model: Model, evaluate: Evaluate | None, parameters: Parameters) -> 
             "evaluate must be a function without arguments that returns named numbers, not"
             f" {shown(evaluate)}: pass the function itself, not what it returns"
         )
-    replicas = replicas_here(stopping := threading.Event())
-    if isinstance(replicas, Group) and replicas.rank:
-        if replicas.join():
-            yield from Follower(model, evaluate, parameters, replicas).rounds()
+    ranks = find_ranks(stopping := threading.Event())
+    if isinstance(ranks, RankGroup) and ranks.rank:
+        if ranks.join():
+            yield from RankFollower(model, evaluate, parameters, ranks).rounds()
         else:
-            replicas.close(0.0)
+            ranks.close(0.0)
             yield from _alone(model, evaluate, parameters, prints=False)
         return
     try:
-        place = context()
-        if place.federated:
+        here = context()
+        if here.federated:
             _show_log()
-            _require_group(replicas)
-            participation = Participation(model, evaluate, parameters, place, replicas, stopping)
+            _require_group(ranks)
+            loop = ClientLoop(model, evaluate, parameters, here, ranks, stopping)
     except Exception as error:
-        replicas.fail(error)
-        replicas.close(patience=5.0)
+        ranks.fail(error)
+        ranks.close(timeout=5.0)
         raise
-    if place.federated:
-        replicas.say("federated")
-        yield from participation.rounds()
+    if here.federated:
+        ranks.send_command("federated")
+        yield from loop.rounds()
     else:
-        replicas.say("alone")
-        replicas.close(patience=60.0)
+        ranks.send_command("alone")
+        ranks.close(timeout=60.0)
         yield from _alone(model, evaluate, parameters, prints=True)
 
 
 def _alone(model: Model, evaluate: Evaluate | None, parameters: Parameters, *, prints: bool) -> Iterator[Round]:
-    """The one round of a script outside a federation, where nothing travels."""
+    """Yield the only round of a script outside a federation, in which nothing is sent."""
     SharedState(model, parameters)
     yield Round(number=1, config={})
     if evaluate is not None:
@@ -88,14 +87,14 @@ def _alone(model: Model, evaluate: Evaluate | None, parameters: Parameters, *, p
             print("  ".join(f"{name}={value:.4f}" for name, value in measured.items()))
 
 
-def _require_group(replicas: Replicas) -> None:
-    """Raise :class:`FederationError` for one of a launcher's processes that would speak as if it were the only one."""
-    if isinstance(replicas, Group):
+def _require_group(ranks: Ranks) -> None:
+    """Raise :class:`FederationError` if a launcher started several processes that are not in one process group."""
+    if isinstance(ranks, RankGroup):
         return
     environ = os.environ
     sizes = ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]
     if ENV_STEP in environ and environ[ENV_STEP] != environ.get("SLURM_STEP_ID", ""):
-        # An srun within the client: in the step that holds several clients, each task is one of them.
+        # This is an srun within the client. In the step that holds several clients, each task is a client.
         sizes.append("SLURM_STEP_NUM_TASKS")
     for name in sizes:
         if int(environ.get(name) or 1) > 1:
@@ -106,7 +105,7 @@ def _require_group(replicas: Replicas) -> None:
 
 
 def _show_log() -> None:
-    """Our few lines belong into the client's log, unless the script has set up logging of its own."""
+    """Write the library's few log lines to stderr, unless the script has configured logging."""
     if not log.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s isthmus: %(message)s"))

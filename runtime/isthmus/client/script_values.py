@@ -1,4 +1,4 @@
-"""Numbers that a script hands over, whatever kind of object they are."""
+"""Conversion of numbers that a script passes, of any type."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from .errors import ScriptError
 
 
 def as_number(name: str, value: Any) -> float:
-    """A number, a tensor or an array of one element. Raises ``ValueError``, which names it, for anything else."""
+    """Convert a number, or a tensor or an array of one element. Raises ``ValueError``, with ``name``, for others."""
     try:
         if not isinstance(value, torch.Tensor) and hasattr(value, "item"):
-            value = value.item()  # numpy converts no array of one element that has a dimension
+            value = value.item()  # float() rejects numpy arrays that have a dimension
         if isinstance(value, str | bytes):
             raise TypeError
         return float(value.detach() if isinstance(value, torch.Tensor) else value)
@@ -21,7 +21,7 @@ def as_number(name: str, value: Any) -> float:
 
 
 def as_count(name: str, value: Any) -> int:
-    """The same for a whole number of at least 1."""
+    """Convert a whole number of at least 1 and at most 2**53. Raises ``ValueError``, with ``name``, for others."""
     try:
         number = as_number(name, value)
     except ValueError:
@@ -32,7 +32,7 @@ def as_count(name: str, value: Any) -> int:
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: on one line, and not all of a large one."""
+    """Format a value for a message: on one line, of at most 60 characters."""
     try:
         text = " ".join(repr(value).split())
     except Exception:

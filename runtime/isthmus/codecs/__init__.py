@@ -1,4 +1,4 @@
-"""Codecs: what becomes of tensors before they travel, and back. docs/training/compression.md tells users about them."""
+"""Codecs: encoding of tensors before they are sent, and decoding. See docs/training/compression.md."""
 
 from .base import CodecError, NonFiniteError, SegmentCodec, download_seed, upload_seed
 from .chain import KNOWN, Chain, parse_chain

@@ -1,4 +1,4 @@
-"""Chains: the codecs that a header names, in the sender's order, as one object."""
+"""Chains: the codecs in a header, in the sender's order, as one object."""
 
 import math
 from collections.abc import Iterable
@@ -16,20 +16,20 @@ from .quantization.int8 import Int8
 from .rotation import Rotation
 from .topk import TopK
 
-_QUANTISERS: dict[str, type[SegmentCodec]] = {codec.name: codec for codec in (Float16, BFloat16, Int8, Int4)}
+_QUANTIZERS: dict[str, type[SegmentCodec]] = {codec.name: codec for codec in (Float16, BFloat16, Int8, Int4)}
 _DELTA, _ZSTD = "Delta", "Zstd"
-KNOWN = (_DELTA, TopK.name, Rotation.name, *_QUANTISERS, _ZSTD)
-"""Every codec's name in the protocol; TopK's is followed by its fraction: ``TopK=0.01``."""
+KNOWN = (_DELTA, TopK.name, Rotation.name, *_QUANTIZERS, _ZSTD)
+"""Names of all codecs in the protocol; TopK's is followed by its fraction: ``TopK=0.01``."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A chain that was asked for."""
+    """Parsed chain of codecs."""
 
     names: tuple[str, ...]
     delta: bool
     codec: SegmentCodec | None
-    """What large floating-point tensors go through; ``None``: they stay as they are."""
+    """Lossy codec of large floating-point tensors; ``None``: they are sent raw."""
     zstd: bool
 
     def __str__(self) -> str:
@@ -37,17 +37,19 @@ class Chain:
 
     @property
     def sparse(self) -> bool:
-        """True if it leaves values out, so that it needs error feedback."""
+        """True if the chain leaves values out, so that it needs error feedback."""
         return isinstance(self.codec, TopK)
 
     @property
     def bytes_per_parameter(self) -> float:
-        """Of a large float32 tensor. Zstd can only be measured: it takes at most a thousandth more."""
+        """Bytes per parameter of a large float32 tensor, before Zstd, which adds at most 0.1 %."""
         return self.codec.bytes_per_value if self.codec is not None else BYTES_RAW
 
     def takes(self, spec: TensorSpec) -> bool:
-        """Whether a tensor goes through the chain's lossy codecs: floating point, not tiny, smaller afterwards, and not
-        marked by its sender to travel raw."""
+        """Return whether a tensor goes through the chain's lossy codecs.
+
+        It does if it is of floating point, not tiny, smaller when encoded, and not marked as raw by its sender.
+        """
         count = math.prod(spec.shape)
         if self.codec is None or count < RAW_BELOW or spec.raw:
             return False
@@ -55,7 +57,7 @@ class Chain:
         return dtype.is_floating_point and self._encoded_size(count) < count * dtype.itemsize
 
     def size(self, spec: TensorSpec) -> int:
-        """Bytes of a tensor in the stream, before Zstd. Raises :class:`TransferError` for an unknown dtype."""
+        """Return a tensor's size in the stream, in bytes, before Zstd. Raises :class:`TransferError`."""
         count = math.prod(spec.shape)
         return self._encoded_size(count) if self.takes(spec) else count * dtype_of(spec).itemsize
 
@@ -66,7 +68,7 @@ class Chain:
 
 
 def parse_chain(names: Iterable[str]) -> Chain:
-    """The chain that a header or an offer names. Raises :class:`CodecError` for one that this version lacks."""
+    """Parse the chain in a header or an offer. Raises :class:`CodecError` if it is unknown or invalid."""
     names = tuple(names)
     if unknown := [name for name in names if name.split("=")[0] not in KNOWN]:
         raise CodecError(f"unknown codecs: {', '.join(unknown)}")
@@ -75,15 +77,15 @@ def parse_chain(names: Iterable[str]) -> Chain:
     zstd = rest[-1:] == [_ZSTD]
     rest = rest[delta : len(rest) - zstd]
     codec: SegmentCodec | None = None
-    if rest and rest[-1] in _QUANTISERS:
-        codec = _QUANTISERS[rest.pop()]()
+    if rest and rest[-1] in _QUANTIZERS:
+        codec = _QUANTIZERS[rest.pop()]()
     if rest and rest[-1].startswith(TopK.name):
         codec = TopK(_fraction(rest.pop()), codec or Plain())
     elif rest == [Rotation.name] and codec is not None:
         codec = Rotation(codec)
         rest.clear()
     if rest or (delta and codec is None):
-        raise CodecError(f"the codecs {', '.join(names)} make no chain")
+        raise CodecError(f"the codecs {', '.join(names)} are no valid chain")
     return Chain(names, delta, codec, zstd)
 
 
@@ -93,5 +95,5 @@ def _fraction(name: str) -> float:
     except ValueError:
         fraction = math.nan
     if not 0 < fraction <= 1:
-        raise CodecError(f"{name} names no fraction")
+        raise CodecError(f"{name} has no valid fraction")
     return fraction

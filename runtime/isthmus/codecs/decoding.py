@@ -1,4 +1,4 @@
-"""The bytes that travelled, back into tensors, as they come in."""
+"""Decoding of received bytes to tensors, as they arrive."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -13,12 +13,12 @@ from .chain import Chain
 from .delta import applied
 from .zstd import Unpacker
 
-# Bytes that the next unit of the stream takes, and what becomes of them.
+# The size of a unit of the stream in bytes, and the function that consumes it.
 _Unit = tuple[int, Callable[[memoryview], None]]
 
 
 class Decoder:
-    """Takes an encoded stream's chunks and makes tensors of them. Beside these it holds less than two chunks."""
+    """Receiver of an encoded stream. Beside the decoded tensors it holds less than two chunks."""
 
     def __init__(
         self,
@@ -28,9 +28,9 @@ class Decoder:
         base: State | None = None,
         room: State | None = None,
     ) -> None:
-        """Allocates the decoded tensors, in ``room`` where it fits (see :func:`allocate`).
+        """Allocate the decoded tensors, in ``room`` where it fits (see :func:`allocate`).
 
-        Raises :class:`TransferError` for specs that cannot be.
+        Raises :class:`TransferError` for invalid specs.
         """
         self._chain = chain
         self._seed = seed
@@ -41,7 +41,7 @@ class Decoder:
             if spec.name in self._tensors:
                 raise CodecError(f"{spec.name} is announced twice")
             if spec.size != (size := chain.size(spec)):
-                raise CodecError(f"{spec.name}: {spec.size} bytes announced, but {chain} makes {size} of it")
+                raise CodecError(f"{spec.name}: {spec.size} bytes announced, but {chain} encodes it as {size}")
             self._tensors[spec.name] = allocate(spec, room)
         self._units = self._all_units(specs)
         self._unit = next(self._units, None)
@@ -49,21 +49,21 @@ class Decoder:
         self._buffer = bytearray()
         self._digest = xxhash.xxh3_128()
         self.received = 0
-        """Bytes of the stream, encoded."""
+        """Encoded bytes received so far."""
 
     def write(self, data: Data) -> None:
-        """Takes one chunk. Raises :class:`TransferError` where there is more than announced, or no codec made it."""
+        """Receive one chunk. Raises :class:`TransferError` if there is more data than announced, or it is invalid."""
         self._digest.update(data)
         self.received += len(data)
         for plain in self._unpacker.unpack(data) if self._unpacker is not None else (data,):
             self._take(plain)
 
     def finish(self, checksum: str) -> State:
-        """The tensors, once everything is there and the checksum fits. Raises :class:`TransferError`."""
+        """Return the tensors of a complete stream. Raises :class:`TransferError` if it is incomplete or damaged."""
         if self._unit is not None or (self._unpacker is not None and not self._unpacker.empty):
             raise TruncatedError(f"the stream ended early, after {self.received} bytes")
         if self._digest.hexdigest() != checksum:
-            raise ChecksumError("the checksum does not fit the data")
+            raise ChecksumError("the checksum does not match the data")
         return self._tensors
 
     def _take(self, data: Data) -> None:

@@ -1,4 +1,4 @@
-"""State dicts through a chain, into the bytes that travel."""
+"""Encoding of state dicts with a chain of codecs."""
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
@@ -19,18 +19,18 @@ from .residual import Residual
 
 @dataclass
 class Encoded:
-    """An encoded state dict: what a header says of it, and its data, which may be sent any number of times."""
+    """Encoded state dict: the specs for its header, and its data, which may be sent any number of times."""
 
     chain: Chain
     specs: list[TensorSpec] = field(default_factory=list)
     chunks: list[bytes] = field(default_factory=list)
     checksum: str = ""
     residual: Residual | None = None
-    """What a sparse chain left out: the sender's next update makes up for it, once this one is accepted."""
+    """Values that a sparse chain left out. The sender adds them to its next update, once this one is accepted."""
 
     @property
     def size(self) -> int:
-        """Bytes on the wire."""
+        """Size of the data in bytes."""
         return sum(map(len, self.chunks))
 
 
@@ -45,16 +45,16 @@ def encode(
     frozen: Collection[str] = (),
     keep_base: bool = True,
 ) -> Encoded:
-    """Encodes tensor by tensor, on whatever device they are. Raises :class:`TransferError` for what cannot travel.
+    """Encode tensors one by one, on any device. Raises :class:`TransferError` for values that cannot be sent.
 
-    ``base`` is what a Delta is taken from, ``residual`` what earlier updates left out, ``seed`` names the round
-    and the sender. Without ``keep_base`` each of its tensors is taken out once it has been used: the new residual
-    of a sparse chain then never stands beside all of it.
+    ``base`` is the model from which a Delta is computed, ``residual`` holds the values that earlier updates left out,
+    and ``seed`` identifies the round and the sender. Without ``keep_base`` each tensor of the base is released after
+    use, so that the new residual of a sparse chain and the whole base are never in memory together.
 
-    Lossy codecs and error feedback suit changes that add up, as the steps of gradient descent do. The statistics of a
-    batch-norm layer, say, are no sum of changes: half a change may carry a variance below zero, and one that is made up
-    for later comes a second time. So tensors named in ``raw`` pass the lossy codecs by, as do those named in ``frozen``
-    (no gradient trains them) that differ from the base all the same.
+    Lossy codecs and error feedback suit changes that add up, such as steps of gradient descent. The statistics of a
+    batch-norm layer, for example, are not a sum of changes: half a change may make a variance negative, and a change
+    that is sent later is applied twice. So tensors named in ``raw`` bypass the lossy codecs, as do tensors named in
+    ``frozen`` (which have no gradient) that nevertheless differ from the base.
     """
     encoded = Encoded(chain, residual=Residual() if chain.sparse else None)
     base = dict(base or {}) if keep_base else base or {}
@@ -69,7 +69,7 @@ def encode(
 
 
 class _Run:
-    """One encoding."""
+    """State of one call of :func:`encode`."""
 
     def __init__(
         self, chain: Chain, seed: str, base: State, residual: Residual, raw: frozenset[str], frozen: frozenset[str],
@@ -83,7 +83,7 @@ class _Run:
         self._encoded = encoded
 
     def pieces(self, name: str, tensor: torch.Tensor) -> Iterator[bytes]:
-        """One tensor's bytes."""
+        """Yield one tensor's bytes."""
         tensor = tensor.detach().to("cpu").resolve_neg().contiguous()
         base = self._base.get(name)
         if base is not None and base.shape != tensor.shape:
@@ -115,9 +115,9 @@ class _Run:
                 continue
             if (before := self._residual.read(name, tensor.shape, start, len(change))) is not None:
                 change += before
-            # What the receiver's precision rounds away is for later too, and takes up no place among the largest.
+            # Values that the receiver's precision rounds away stay in the residual, and are not among TopK's largest.
             data = codec.encode(landed(change, old, tensor.dtype), seed)
-            # Whoever gets NaN or infinity refuses it, and with it this residual.
+            # The receiver refuses NaN and infinity, so this residual will not be used.
             with contextlib.suppress(NonFiniteError):
                 change -= landed(codec.decode(memoryview(data), len(change), seed), old, tensor.dtype)
             after.write(name, start, change)
@@ -125,7 +125,7 @@ class _Run:
 
 
 def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The pieces, small ones joined, none above a chunk's size."""
+    """Join small pieces to chunks of at most the maximum size."""
     gathered: list[bytes] = []
     size = 0
     for piece in pieces:

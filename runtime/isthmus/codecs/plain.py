@@ -1,4 +1,4 @@
-"""Float32 as it is: what a chain without a quantiser ends in."""
+"""Uncompressed float32, the last codec of a chain without a quantizer."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from .base import BYTES_RAW, SegmentCodec, bytes_of, read
 
 
 class Plain(SegmentCodec):
-    """Four bytes a value, no error."""
+    """Four bytes per value, no error."""
 
     name = "Float32"
     bytes_per_value = BYTES_RAW

@@ -1,4 +1,4 @@
-"""Random rotation before quantisation."""
+"""Rotation: a random rotation before quantization."""
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +13,13 @@ _Floats = npt.NDArray[np.float32]
 
 
 class Rotation(SegmentCodec):
-    """Rotates blocks of 1,024 values by a randomised Hadamard transform, so that no single large value spoils the
-    scale of its block, and undoes it after decoding.
+    """Randomised Hadamard transform of blocks of 1,024 values, so that no large value determines its block's scale.
+
+    It is undone after decoding.
 
     Suresh et al., "Distributed Mean Estimation with Limited Communication" (2017), section 3: random signs, then
-    Walsh-Hadamard. The rotation is orthogonal, so lengths, and the unbiasedness of what follows, stay. Its signs come
-    from the seed, which both sides know. The last values of a tensor are filled up to a whole block.
+    Walsh-Hadamard. The rotation is orthogonal, so it preserves lengths and the inner codec's unbiasedness. The signs
+    are derived from the seed, which both sides know. The last values of a tensor are padded to a whole block.
     """
 
     name = "Rotation"
@@ -47,16 +48,16 @@ def _padded(count: int) -> int:
 
 
 def _signs(seed: int, count: int) -> torch.Tensor:
-    """``count`` (a multiple of 64) random signs. Philox's stream is fixed by its paper, so that all versions agree."""
+    """Return ``count`` (a multiple of 64) random signs, the same in all versions: Philox is specified by its paper."""
     drawn = np.random.Philox(key=seed).random_raw(count // 64).astype("<u8").view(np.uint8)
     return torch.from_numpy(np.unpackbits(drawn)).float().mul_(2).sub_(1)
 
 
 def _transform(values: torch.Tensor) -> torch.Tensor:
-    """The orthonormal Walsh-Hadamard transform of each block: its own inverse.
+    """Apply the orthonormal Walsh-Hadamard transform, which is its own inverse, to each block.
 
-    By sums and differences alone, in a fixed order, so that every machine computes the same bits; a matrix product
-    would depend on its library's kernels.
+    It consists of sums and differences in a fixed order, so that every machine computes the same bits; a matrix product
+    would depend on the library's kernels.
     """
     blocks = values.numpy().reshape(-1, _SIDE, _SIDE)
     # H of size 32 * 32 is the Kronecker product of two of size 32: along the one side, then along the other.
@@ -67,7 +68,7 @@ def _transform(values: torch.Tensor) -> torch.Tensor:
 
 
 def _along_rows(blocks: _Floats) -> _Floats:
-    """The unscaled transform over the middle axis."""
+    """Apply the unscaled transform along the middle axis."""
     source, half = blocks, 1
     while half < _SIDE:
         pairs = source.reshape(-1, 2, half * _SIDE)

@@ -1,4 +1,4 @@
-"""The largest few values of each segment."""
+"""TopK: the largest values of each segment."""
 
 import math
 
@@ -9,12 +9,13 @@ from .base import CodecError, SegmentCodec
 
 
 class TopK(SegmentCodec):
-    """Keeps the given share of the values, those of largest magnitude, each with its position in 16 bits.
+    """Codec that keeps the given share of values, those of largest magnitude, each with a 16-bit position.
 
     Stich et al., "Sparsified SGD with Memory" (2018): a k-contraction, ||x - TopK(x)||^2 <= (1 - k/d) ||x||^2, which
-    holds for a tensor because it holds for each of its segments. Biased on its own: the client adds what it left out to
+    holds for a tensor because it holds for each of its segments. It is biased: the client adds the values left out to
     its next update (error feedback; Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression
-    Schemes", 2019), which the client keeps. What it keeps goes on to ``inner``.
+    Schemes", 2019), see ``client/session/error_feedback.py``. The
+    kept values are encoded by ``inner``.
     """
 
     name = "TopK"
@@ -28,7 +29,7 @@ class TopK(SegmentCodec):
         return self.fraction * (2 + self._inner.bytes_per_value)
 
     def kept(self, count: int) -> int:
-        """Return how many of ``count`` values are kept: at least one."""
+        """Return the number of values kept of ``count``, at least one."""
         return min(count, max(1, math.ceil(self.fraction * count)))
 
     def size(self, count: int) -> int:
@@ -43,7 +44,7 @@ class TopK(SegmentCodec):
         kept = self.kept(count)
         positions = torch.from_numpy(np.frombuffer(data, np.uint16, kept).astype(np.int64))
         if (positions.diff() <= 0).any() or int(positions[-1]) >= count:
-            raise CodecError("positions that do not rise or lie outside of it")
+            raise CodecError("positions that are not ascending or are out of range")
         values = torch.zeros(count, dtype=torch.float32, device="cpu")
         values[positions] = self._inner.decode(data[2 * kept :], kept, seed)
         return values

@@ -1,9 +1,9 @@
 """Lossless compression of the whole stream: Zstandard (RFC 8878), in independent blocks.
 
-Each block is the 32-bit little-endian length of a Zstandard frame, and the frame, which holds at most
-:data:`BLOCK_BYTES` and says so in its header. So a receiver decodes as data come in, and what it unpacks at a time is
-bounded whatever the sender claims. Quantised values are close to random: expect a few per cent on Int8, more where many
-values are zero.
+Each block is the 32-bit little-endian length of a Zstandard frame, followed by the frame, which holds at most
+:data:`BLOCK_BYTES` of content and states the size in its header. So a receiver can decode data as they arrive, and the
+memory that it uses is bounded whatever the sender claims. Quantized values are close to random: expect savings of a few
+per cent on Int8, and more if many values are zero.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,14 +15,14 @@ from .base import CodecError
 
 BLOCK_BYTES = 1 << 20
 _LENGTH_BYTES = 4
-# The worst case of ZSTD_compressBound for a block.
+# ZSTD_compressBound for a block.
 _LARGEST_FRAME = BLOCK_BYTES + (BLOCK_BYTES >> 8) + 64
-# Level 1 keeps up with the quantisers; higher levels gain next to nothing on their output.
+# Level 1 is as fast as the quantizers; higher levels compress their output hardly any better.
 _LEVEL = 1
 
 
 def compressed(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The stream's pieces, each of at most :data:`BLOCK_BYTES`, as blocks."""
+    """Compress pieces of at most :data:`BLOCK_BYTES` to blocks."""
     compressor = zstandard.ZstdCompressor(level=_LEVEL)
     for piece in filter(None, pieces):
         frame = compressor.compress(piece)
@@ -30,7 +30,7 @@ def compressed(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class Unpacker:
-    """Takes the compressed stream in any pieces, and gives what is in its blocks as they complete."""
+    """Decompressor of a stream that arrives in pieces of any size."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -38,11 +38,11 @@ class Unpacker:
 
     @property
     def empty(self) -> bool:
-        """True if no block is incomplete."""
+        """True unless a block is incomplete."""
         return not self._buffer
 
     def unpack(self, data: Data) -> Iterator[bytes]:
-        """The contents of the blocks that ``data`` completes. Raises :class:`CodecError`."""
+        """Yield the contents of the blocks that ``data`` completes. Raises :class:`CodecError`."""
         self._buffer += data
         start = 0
         while len(self._buffer) - start >= _LENGTH_BYTES:
@@ -59,8 +59,8 @@ class Unpacker:
     def _content(self, frame: bytes) -> bytes:
         try:
             size = zstandard.get_frame_parameters(frame).content_size
-            # An unknown size reads as the largest number of 64 bits.
-            if not size:  # a stream of these would never make progress
+            # An unknown size is reported as 2**64 - 1.
+            if not size:  # a stream of such blocks would never make progress
                 raise CodecError("a Zstd block without content")
             if size > BLOCK_BYTES:
                 raise CodecError("a Zstd block that would unpack to more than is allowed")

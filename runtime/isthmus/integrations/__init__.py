@@ -1,1 +1,1 @@
-"""Callbacks for the training loops of other libraries, each in a module that needs its library."""
+"""Callbacks for the training loops of other libraries. Each module imports its library."""

@@ -1,4 +1,4 @@
-"""For scripts that train with Lightning (``pip install isthmus[lightning]``).
+"""Callback for scripts that train with Lightning (``pip install isthmus[lightning]``).
 
 for rnd in isthmus.rounds(model):
     trainer = lightning.Trainer(max_epochs=1, callbacks=[FederatedCallback(rnd)])
@@ -23,11 +23,11 @@ from ..client.round import Round
 
 
 class FederatedCallback(Callback):  # type: ignore[misc]
-    """Takes part in a round with one ``trainer.fit``.
+    """Callback for one round with one call of ``trainer.fit``.
 
-    Wraps the optimizers, stops where the round is to stop, and submits when fitting has ended: the mean loss, and
-    ``num_examples``, by default the most that all ranks together have seen in an epoch.
-    Raises ``ValueError`` for batches whose size Lightning cannot tell, where ``num_examples`` is not given.
+    It wraps the optimizers, stops training if the round should stop, and submits after fitting, with the mean loss and
+    ``num_examples``, by default the largest number that all ranks together have seen in an epoch.
+    Raises ``ValueError`` if ``num_examples`` is not given and Lightning cannot determine a batch's size.
     """
 
     def __init__(self, rnd: Round, num_examples: int | None = None) -> None:
@@ -39,8 +39,8 @@ class FederatedCallback(Callback):  # type: ignore[misc]
         self._loss, self._batches = 0.0, 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        # Lightning's own handler, there since fit() began, would end the process without an update. fit() itself puts
-        # ours back when it ends.
+        # Lightning's own handler, set when fit() began, would end the process without an update. fit() restores ours
+        # when it ends.
         if self._on_sigterm is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_sigterm)
         for optimizer in trainer.optimizers:
@@ -57,7 +57,7 @@ class FederatedCallback(Callback):  # type: ignore[misc]
                 raise ValueError(f"pass num_examples to FederatedCallback: {error}") from None
             self._most = max(self._most, self._seen)
         if isinstance(outputs, dict) and isinstance(loss := outputs.get("loss"), torch.Tensor):
-            # Lightning has divided it by the number of batches that a step accumulates.
+            # Lightning has divided the loss by the number of accumulated batches.
             self._loss += loss.item() * trainer.accumulate_grad_batches
             self._batches += 1
         if self._round.should_stop:
@@ -69,6 +69,6 @@ class FederatedCallback(Callback):  # type: ignore[misc]
             self._most = float(trainer.strategy.reduce(seen, reduce_op="sum"))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        # Not before: other callbacks may change the weights when training ends.
+        # Not in on_train_end, where other callbacks may still change the weights.
         metrics = {"loss": self._loss / self._batches} if self._batches else {}
         self._round.submit(num_examples=int(self._most) if self._given is None else self._given, **metrics)

@@ -1,4 +1,4 @@
-"""For scripts that train with Hugging Face's Trainer (``pip install isthmus[transformers]``).
+"""Callback for scripts that train with Hugging Face's Trainer (``pip install isthmus[transformers]``).
 
 for rnd in isthmus.rounds(model):
     trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[FederatedCallback(rnd)])
@@ -19,11 +19,11 @@ from ..client.round import Round
 
 
 class FederatedCallback(TrainerCallback):  # type: ignore[misc]
-    """Takes part in a round with one ``trainer.train()``.
+    """Callback for one round with one call of ``trainer.train()``.
 
-    Wraps the optimizer, stops where the round is to stop, and submits when training has ended: the mean loss, and
-    ``num_examples``, by default the data set's size, or its part that was used where training went through less of it.
-    Raises ``ValueError`` for a data set without a length, where ``num_examples`` is not given.
+    It wraps the optimizer, stops training if the round should stop, and submits after training, with the mean loss and
+    ``num_examples``, by default the size of the data set, or of the part used if training ended within the first epoch.
+    Raises ``ValueError`` if ``num_examples`` is not given and the data set has no length.
     """
 
     def __init__(self, rnd: Round, num_examples: int | None = None) -> None:
@@ -41,7 +41,7 @@ class FederatedCallback(TrainerCallback):  # type: ignore[misc]
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "train_loss" in logs:  # of the whole training, when it has ended
+        if logs and "train_loss" in logs:  # the mean over the whole training, logged at its end
             self._metrics = {"loss": float(logs["train_loss"])}
 
     def on_train_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Differential privacy at the aggregator: bounded contributions, and noise once for each round."""
+"""Differential privacy at the aggregator: clipped contributions, and noise once per round."""
 
 from .mechanism import Private
 

@@ -1,4 +1,4 @@
-"""The Gaussian mechanism over the clients' changes of the model."""
+"""Gaussian mechanism over the clients' changes of the model."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,32 +9,32 @@ from ..strategies.base import Strategy, StrategyError, Update, wide
 from ..tensors import State
 from .noise import Normals, gaussian
 
-# What a clipped change is rounded to, as a share of the bound. A sum of 2^31 clients still fits 64 bits, and noise of a
-# hundred thousand bounds is a whole number that a double holds.
+# Steps per clipping bound to which a change is rounded. A sum over 2^31 clients still fits 64 bits, and noise of up to
+# 100,000 bounds is a whole number that a double can hold.
 _STEPS = 2**32
-# By how much less than the bound a change may be: more than all that doubles lose in scaling it.
+# Relative margin below the bound, larger than all rounding errors of doubles when a change is scaled.
 _SLACK = 1e-9
-# Values that are worked on at a time: 2 MiB of doubles.
+# Values processed at a time: 2 MiB of doubles.
 _BLOCK = 1 << 18
-# The statistics of batch and instance normalisation, by their last names.
+# Last components of the names of batch and instance normalisation statistics.
 _STATISTICS = frozenset({"running_mean", "running_var"})
 
 
 class Private(Strategy):
-    """Hands a rule the noisy mean of a round's clipped changes, as one update: DP-FedAvg with a fixed denominator.
+    """DP-FedAvg with a fixed denominator: a rule receives the noisy mean of the clipped changes as one update.
 
     McMahan et al., "Learning Differentially Private Recurrent Language Models" (2018), algorithm 1 and its estimator
-    f_f, with weights of 1 and flat clipping: each client's change, all floating-point tensors together, is scaled down
-    to ``clip_norm`` where it is longer; the sum of a round gets Gaussian noise of standard deviation
-    ``noise_multiplier * clip_norm`` and is divided by ``clients``, a number that does not depend on who took part. What
-    the rule makes of it, and every later round, is post-processing. Its number of examples does not count.
+    f_f, with weights of 1 and flat clipping: each client's change, over all floating-point tensors together, is scaled
+    down to ``clip_norm`` if its norm is larger; Gaussian noise of standard deviation ``noise_multiplier * clip_norm``
+    is added to the sum of a round, which is divided by ``clients``, a number independent of the participants.
+    The rule's computation, and every later round, is post-processing. Numbers of examples do not count.
 
     Doubles would break the proof twice: their sums depend on more than the summands (Casacuberta et al. 2022), and the
-    last bits of noise tell what it was added to (Mironov 2012). So changes are cut, towards zero, to whole steps of
-    ``clip_norm / 2^32``, summed as integers, and the noise is rounded to steps as well: that is the ideal mechanism,
-    rounded afterwards. An integer sum also depends on no order.
+    last bits of noise reveal the value that it was added to (Mironov 2012). So changes are rounded towards zero to whole
+    steps of ``clip_norm / 2^32`` and summed as integers, and the noise is rounded to steps, too: this is the ideal
+    mechanism, rounded afterwards. An integer sum also does not depend on the order.
 
-    Integers, booleans, and tensors that no optimizer trains stay as the model has them.
+    Integers, booleans, and tensors that no optimizer trains keep the model's values.
     """
 
     order_free = True
@@ -43,7 +43,7 @@ class Private(Strategy):
         self, rule: Strategy, clip_norm: float, noise_multiplier: float, clients: int,
         normals: Callable[[int], Normals] = gaussian,
     ) -> None:  # fmt: skip
-        """``normals``: so many independent standard normal numbers."""
+        """``normals``: returns a number of independent standard normal numbers."""
         self._rule = rule
         self._clip_norm = clip_norm
         self._noise = noise_multiplier * _STEPS
@@ -56,7 +56,7 @@ class Private(Strategy):
 
     @property
     def clipped_ratio(self) -> float:
-        """The share of the round's updates that were longer than the bound."""
+        """Share of the round's updates whose norm exceeded the bound."""
         return self._clipped / self._updates if self._updates else 0.0
 
     def begin(self, model: State) -> None:
@@ -65,7 +65,7 @@ class Private(Strategy):
             shown = ", ".join(statistics[:3]) + (", …" if len(statistics) > 3 else "")
             raise StrategyError(
                 f"spec.privacy.differentialPrivacy: the model holds statistics of its clients' data ({shown}), which"
-                " noise would make useless; normalise by GroupNorm or LayerNorm instead"
+                " noise would make useless; use GroupNorm or LayerNorm instead"
             )
         self._model = model
         trained = {name: tensor for name, tensor in model.items() if tensor.is_floating_point()}
@@ -84,10 +84,10 @@ class Private(Strategy):
         most = self._clip_norm * (1 - _SLACK)
         self._updates += 1
         self._clipped += not norm <= self._clip_norm
-        # Where one client alone names a tensor as trained, that tensor gets noise; where none does, nothing moved it.
+        # A tensor that at least one client reports as trained gets noise; one that none does has not been changed.
         self._still &= update.buffers
         if not math.isfinite(norm):
-            return  # so far away that doubles cannot tell the direction
+            return  # so large that doubles do not hold the direction
         steps = _STEPS / self._clip_norm * min(1.0, most / norm if norm else 1.0)
         for name in names:
             total = self._sums[name]
@@ -111,7 +111,7 @@ class Private(Strategy):
         self._rule.load_state(state)
 
     def _norm(self, update: Update, names: list[str]) -> float:
-        """The L2 norm of a client's change; not finite where a double does not hold it."""
+        """Return the L2 norm of a client's change, which is not finite if a double cannot hold it."""
         squares = 0.0
         for name in names:
             for _, change in self._changes(update, name):
@@ -119,16 +119,16 @@ class Private(Strategy):
         return math.sqrt(squares) if math.isfinite(squares) else math.inf
 
     def _changes(self, update: Update, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """A tensor's change, block by block: where the block begins, and its doubles."""
+        """Yield a tensor's change block by block, as doubles, each with the block's start."""
         new, old = update.tensors[name].reshape(-1), self._model[name].reshape(-1)
         for start in range(0, len(old), _BLOCK):
             block = slice(start, start + _BLOCK)
             yield start, new[block].to(torch.float64, copy=True).sub_(old[block])
 
     def _release(self, name: str) -> torch.Tensor:
-        """The model's tensor, moved by the noisy mean."""
+        """Return the model's tensor plus the noisy mean change."""
         total, old = self._sums[name], self._model[name].reshape(-1)
-        # In the sum's own memory, of which it takes at most as much as has been read.
+        # Written to the sum's own memory, never beyond the part that has been read.
         result = total.view(wide(old.dtype))[: len(old)]
         scale = self._clip_norm / _STEPS / self._clients
         for start in range(0, len(old), _BLOCK):

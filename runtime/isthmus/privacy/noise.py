@@ -1,4 +1,4 @@
-"""Gaussian noise that nobody can guess."""
+"""Gaussian noise from a cryptographic generator."""
 
 import math
 import os
@@ -12,11 +12,11 @@ Normals = npt.NDArray[np.float64]
 
 
 def gaussian(count: int, entropy: Entropy = os.urandom) -> Normals:
-    """``count`` standard normal numbers, by Box and Muller (1958) from the system's cryptographic generator.
+    """Return ``count`` standard normal numbers, by Box and Muller (1958) from the system's cryptographic generator.
 
-    A generator such as torch's or numpy's can be told from a few of its outputs, and a model gives away millions. With
-    64 bits for each radius the tails end at 9.4 standard deviations, which a normal number passes with a probability of
-    5e-21.
+    The state of a generator such as torch's or numpy's can be recovered from a few outputs, and a model reveals
+    millions. With 64 bits for each radius the tails end at 9.4 standard deviations, which a normal number exceeds with
+    a probability of 5e-21.
     """
     pairs = (count + 1) // 2
     bits = np.frombuffer(entropy(16 * pairs), dtype="<u8")

@@ -1,4 +1,4 @@
-"""Strategies: how the updates of a round become the next global model."""
+"""Strategies: rules that make the next global model from the updates of a round."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ from .server_optimizers.fedyogi import FedYogi
 
 __all__ = ["GREATEST_WEIGHT", "Setup", "Strategy", "StrategyError", "Update", "make_strategy"]
 
-# FedProx differs from FedAvg on the client's side alone.
+# FedProx differs from FedAvg on the client side only.
 _RULES: Mapping[str, Callable[[Setup], Strategy]] = {
     "FedAvg": FedAvg,
     "FedProx": FedAvg,
@@ -49,7 +49,7 @@ _RULES: Mapping[str, Callable[[Setup], Strategy]] = {
 
 
 def make_strategy(spec: StrategySpec, directory: Path | None = None, clients: int = 1) -> Strategy:
-    """The server's side of the manifest's algorithm. Raises :class:`ManifestError` for a class that will not load."""
+    """Return the server side of the manifest's algorithm. Raises :class:`ManifestError` if a class cannot be loaded."""
     setup = Setup(spec.values, directory, clients)
     rule = Custom(spec.class_, setup) if spec.class_ is not None else _RULES[spec.algorithm](setup)
     return Deterministic(rule, directory) if spec.deterministic and not rule.order_free else rule

@@ -1,4 +1,4 @@
-"""Strategies of a user's own, from the aggregator's image."""
+"""User-defined strategies, imported from the aggregator's image."""
 
 import errno
 from collections.abc import Callable, Mapping
@@ -14,15 +14,15 @@ from .base import GREATEST_WEIGHT, Setup, Strategy, StrategyError, Update
 
 T = TypeVar("T")
 
-# What passes once somebody makes room: the aggregator tries again.
+# Errors that end when space is freed: the aggregator retries.
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Custom(Strategy):
-    """Around a user's class: what it raises, or a result that no client could load, ends the job with a reason."""
+    """Wrapper of a user's class: an exception, or a result that no client can load, ends the job with a reason."""
 
     def __init__(self, reference: str, setup: Setup) -> None:
-        """``reference``: ``module:Class``. Raises :class:`ManifestError` where there is no such strategy."""
+        """``reference``: ``module:Class``. Raises :class:`ManifestError` if there is no such strategy."""
         self._reference = reference
         self._strategy = _make(reference, setup)
         self.rebases, self.order_free = self._strategy.rebases, self._strategy.order_free
@@ -55,7 +55,7 @@ class Custom(Strategy):
         self._call("load_state", lambda: self._strategy.load_state(state))
 
     def _call(self, method: str, call: Callable[[], T]) -> T:
-        """Return what a method of the class returns. A full disk alone passes as the ``OSError`` that it is."""
+        """Call a method of the class. Any error but that of a full disk is raised as :class:`StrategyError`."""
         try:
             return call()
         except Exception as error:
@@ -64,7 +64,7 @@ class Custom(Strategy):
             raise self._error(f"{method}() raised {_one_line(error)}") from error
 
     def _tensors(self, method: str, call: Callable[[], State], what: str) -> State:
-        """Return what a method returns, if it can be written and sent."""
+        """Call a method of the class that returns tensors, and check that they can be stored and sent."""
         returned = self._call(method, call)
         try:
             return _plain(returned)
@@ -76,7 +76,7 @@ class Custom(Strategy):
 
 
 def _plain(returned: object) -> State:
-    """Tensors in main memory, dense, and without a gradient. Raises :class:`TransferError`."""
+    """Return dense tensors in main memory, without gradients. Raises :class:`TransferError` for anything else."""
     if not isinstance(returned, Mapping):
         raise TransferError(f"it is a {type(returned).__name__}, not a dict of tensors")
     tensors: State = {}
@@ -90,7 +90,7 @@ def _plain(returned: object) -> State:
 
 
 def _bounded(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, within what updates may hold: clients could hand in nothing that follows from a model beyond."""
+    """Clamp a tensor to the bound on updates: every update from a larger model would be refused."""
     if beyond(GREATEST_WEIGHT, {"": tensor}) is None:
         return tensor
     return tensor.clamp(-GREATEST_WEIGHT, GREATEST_WEIGHT)
@@ -114,7 +114,7 @@ def _make(reference: str, setup: Setup) -> Strategy:
     except Exception as error:
         raise ManifestError([f"{where}: cannot be made: {_one_line(error)}"]) from error
     if made.scalars:
-        problem = f"its scalars are {made.scalars!r}, which clients tell under the built-in algorithms alone"
+        problem = f"its scalars are {made.scalars!r}, which clients report for the built-in algorithms only"
         raise ManifestError([f"{where}: {problem}; leave them empty"])
     return made
 

@@ -1,4 +1,4 @@
-"""The same updates make the same model, bit for bit, in whatever order they come."""
+"""Aggregation that is bit for bit independent of the order in which updates arrive."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,10 +10,10 @@ from .spill import Spill
 
 
 class Deterministic(Strategy):
-    """Around a rule that sums as updates come: floating-point sums depend on their order.
+    """Wrapper of a rule that sums updates as they arrive: floating-point sums depend on the order.
 
-    The updates wait on disk, and are handed to the rule at the end of the round, in the order of their clients' names.
-    That costs the disk's room and time for one model each, and the folding that would have been done meanwhile.
+    The updates are stored on disk, and passed to the rule at the end of the round, in the order of their clients'
+    names. This costs disk space and time for one model per update, and no folding is done during the round.
     """
 
     def __init__(self, rule: Strategy, directory: Path | None) -> None:

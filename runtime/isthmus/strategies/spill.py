@@ -1,4 +1,4 @@
-"""The updates of a round, kept on disk for rules that need all of them at once."""
+"""Storage of a round's updates on disk, for rules that need all of them at once."""
 
 import os
 import tempfile
@@ -11,15 +11,15 @@ import torch
 from ..tensors import State, bytes_view
 from .base import wide
 
-# What one block of all updates takes in memory, at most, before the arithmetic on it.
+# Maximum memory for one block of all updates, before the arithmetic on it.
 BLOCK_BYTES = 16 << 20
 
 
 class Spill:
-    """A file with one row per update, read back block by block: the same coordinates of every update.
+    """File with one row per update, which is read in blocks of the same coordinates of every update.
 
-    The file has no name from the beginning, so that however the process ends its space is given back. It is read with
-    ``pread`` into a block of bounded size: mapped pages would count as the aggregator's own memory.
+    The file never has a name, so its space is freed however the process ends. It is read with ``pread`` into blocks of
+    bounded size: mapped pages would count as the aggregator's memory.
     """
 
     def __init__(self, directory: Path | None, model: State) -> None:
@@ -37,7 +37,7 @@ class Spill:
         return len(self._clients)
 
     def add(self, client: str, tensors: State) -> None:
-        """Writes one update. Raises ``OSError``; then the update is not there, and may be tried again."""
+        """Write one update. If it raises ``OSError`` the update is not stored, and may be added again."""
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._directory, prefix="updates-")  # noqa: SIM115 - until close()
         row = len(self._clients) * self._row
@@ -50,17 +50,17 @@ class Spill:
         self._clients.append(client)
 
     def rows(self) -> list[int]:
-        """The rows in the order of the clients' names: results do not depend on who came first."""
+        """Return the rows in the order of the clients' names, so that results do not depend on the order of arrival."""
         return sorted(range(len(self._clients)), key=self._clients.__getitem__)
 
     def width(self, rows: int) -> int:
-        """Return how many coordinates of so many rows make a block."""
+        """Return the number of coordinates in a block of this number of rows."""
         return max(1, BLOCK_BYTES // (8 * rows))
 
     def read(self, name: str, start: int, count: int, rows: Sequence[int]) -> torch.Tensor:
-        """``count`` coordinates of a tensor from ``start`` on, of the given rows: a row of the result for each.
+        """Return ``count`` coordinates of a tensor, from ``start``, for the given rows: shape (rows, count).
 
-        Floating-point numbers come in the precision of sums, integers and booleans as int64.
+        Floating-point numbers are returned in the precision of sums, integers and booleans as int64.
         """
         dtype = self._model[name].dtype
         return self._raw(name, start, count, rows).to(wide(dtype) if dtype.is_floating_point else torch.int64)
@@ -75,18 +75,18 @@ class Spill:
             while view:
                 got = os.preadv(self._file.fileno(), [view], position)
                 if got == 0:
-                    raise OSError("the file of the round's updates is shorter than it was written")
+                    raise OSError("the file of the round's updates has been truncated")
                 view, position = view[got:], position + got
         return raw
 
     def update(self, row: int) -> State:
-        """All tensors of one update, as they were written."""
+        """Return all tensors of one update, as they were written."""
         return {
             name: self._raw(name, 0, tensor.numel(), [row]).view(tensor.shape) for name, tensor in self._model.items()
         }
 
     def close(self) -> None:
-        """Gives the file's space back."""
+        """Close the file, which frees its space."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -17,7 +17,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import isthmus
-from isthmus.client.loop import ranks as replicas
+from isthmus.client.loop import ranks
 
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("RANKS", "1"))
 ROWS = 24
@@ -38,7 +38,7 @@ def join_group() -> None:
         store = distributed.TCPStore("127.0.0.1", int(address.read_text()), RANKS, is_master=False)
     distributed.init_process_group("gloo", store=store, rank=RANK, world_size=RANKS)
     if "SILENCE" in os.environ:
-        replicas._SILENCE, replicas._BEAT_SECONDS = float(os.environ["SILENCE"]), 0.5
+        ranks._HEARTBEAT_TIMEOUT, ranks._HEARTBEAT_SECONDS = float(os.environ["SILENCE"]), 0.5
     if "TIMEOUT" in os.environ:
         distributed.barrier()
         timeout = dt.timedelta(seconds=float(os.environ["TIMEOUT"]))

@@ -77,8 +77,8 @@ def test_a_liar_does_not_move_the_median(federation: Callable[..., Federation], 
         ("rules:Missing", "spec.strategy.class: rules:Missing: rules has no Missing"),
         (
             "rules:Asks",
-            "spec.strategy.class: rules:Asks: its scalars are ('steps',), which clients tell under the built-in"
-            " algorithms alone; leave them empty",
+            "spec.strategy.class: rules:Asks: its scalars are ('steps',), which clients report for the built-in"
+            " algorithms only; leave them empty",
         ),
         ("rules:Raises", "spec.strategy.class: rules:Raises: accept() raised ValueError: not today"),
         (

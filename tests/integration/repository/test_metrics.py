@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
 from isthmus.aggregator.telemetry.stage_times import CLIENT_STAGES, SERVER_STAGES
 from isthmus.aggregator.updates.validation import Reason
-from isthmus.client.session.stage_times import TOLD
+from isthmus.client.session.stage_timer import REPORTED_STAGES
 from isthmus_bridge.metrics import Metrics
 from isthmus_operator.metrics import REGISTRY, JobsCollector
 
@@ -99,4 +99,4 @@ def test_every_reason_and_stage_is_explained(values: Iterable[str], title: str) 
 
 
 def test_clients_tell_what_the_aggregator_knows() -> None:
-    assert set(TOLD.values()) == set(CLIENT_STAGES)
+    assert set(REPORTED_STAGES.values()) == set(CLIENT_STAGES)

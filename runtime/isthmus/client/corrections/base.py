@@ -1,4 +1,4 @@
-"""What a strategy changes in a client's training, and what it wants to know of it."""
+"""Changes that a strategy makes to a client's training, and the numbers that it requires of it."""
 
 import logging
 from abc import abstractmethod
@@ -8,7 +8,7 @@ import torch
 
 from ...tensors import State
 from ..errors import ScriptError
-from ..state.parameter_names import Names
+from ..state.parameter_names import ParameterNames
 from .gradient_terms import GradientTerms
 from .optimizers import parameters_of
 from .step_meter import StepMeter
@@ -17,38 +17,38 @@ log = logging.getLogger("isthmus")
 
 
 class Correction:
-    """One round's. This one, for strategies that leave the clients alone, does nothing."""
+    """Correction of one round. This base class, for strategies without a client-side part, does nothing."""
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Hooks into an optimizer, before its first step of the round."""
+        """Hook into an optimizer, before its first step of the round."""
 
     def scalars(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Return what goes into the update's header after training. Raises ``ValueError`` where it is not known."""
+        """Return the numbers for the update's header after training. Raises ``ValueError`` if they are not known."""
         return {}
 
-    def outcome(self) -> State | None:
-        """Return what to remember if the update is accepted, or ``None``. Must be called before :meth:`close`."""
+    def updated_state(self) -> State | None:
+        """Return the state to keep if the update is accepted, or ``None``. Must be called before :meth:`close`."""
         return None
 
     def close(self) -> None:
-        """Ends it: the round is over."""
+        """Remove the correction at the end of the round."""
 
 
 class CountedSteps(Correction):
-    """FedNova: the number of steps."""
+    """FedNova: reports the number of steps."""
 
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: ParameterNames) -> None:
         self._meter = StepMeter(names)
 
     def scalars(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        return {"steps": _positive(self._meter.steps, "FedNova")}
+        return {"steps": positive(self._meter.steps, "FedNova")}
 
     def close(self) -> None:
         self._meter.close()
 
 
 class InitialLoss(Correction):
-    """q-FedAvg: the loss at the global model, as the script's metrics tell it, or else its evaluation function."""
+    """q-FedAvg: reports the loss at the global model, from the script's metrics or its evaluation function."""
 
     def __init__(self, evaluation: Mapping[str, float]) -> None:
         self._evaluation = evaluation
@@ -64,11 +64,11 @@ class InitialLoss(Correction):
 
 
 class GradientCorrection(Correction):
-    """A correction that adds terms to gradients before every optimizer step."""
+    """Correction that adds terms to gradients before every optimizer step."""
 
     name = ""
 
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: ParameterNames) -> None:
         self._names = names
         self._terms = GradientTerms(self._terms_of)
         self._meter = StepMeter(names, self._terms.corrects)
@@ -87,10 +87,10 @@ class GradientCorrection(Correction):
 
     @abstractmethod
     def _terms_of(self, parameter: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield what is to be added to a parameter's gradient now."""
+        """Yield the terms to add to a parameter's gradient in this step."""
 
     def _require_applied(self) -> None:
-        """Raise :class:`ScriptError` where a step of the round went without the correction."""
+        """Raise :class:`ScriptError` if a step of the round was not corrected."""
         if not self._attached:
             raise ScriptError(f"{self.name} needs rnd.wrap(optimizer) before the first step of the round")
         if self._meter.uncorrected:
@@ -101,9 +101,9 @@ class GradientCorrection(Correction):
 
 
 class DriftCorrection(GradientCorrection):
-    """Adds to each gradient, before every step, what keeps clients from drifting apart; remembers something of it."""
+    """Correction, with state, that adds terms to gradients which keep clients from drifting apart."""
 
-    def __init__(self, names: Names, memory: State) -> None:
+    def __init__(self, names: ParameterNames, memory: State) -> None:
         super().__init__(names)
         self._memory = dict(memory)
         self._tracked: dict[str, torch.Tensor] = {}
@@ -122,7 +122,7 @@ class DriftCorrection(GradientCorrection):
                 whole = self._names.whole(parameter)
                 self._tracked[name] = whole
                 if name in self._memory and self._memory[name].shape != whole.shape:
-                    log.warning("%s remembers %s in another shape: it begins anew", self.name, name)
+                    log.warning("%s: the stored state of %s has another shape; starting without it", self.name, name)
                     del self._memory[name]
                 self._anchors[name] = whole.detach().clone()
                 constant = self.constant(name)
@@ -132,17 +132,17 @@ class DriftCorrection(GradientCorrection):
 
     @abstractmethod
     def constant(self, name: str) -> torch.Tensor | None:
-        """Return what is added to the gradient of the tensor of that name in every step of the round."""
+        """Return the term to add to the named tensor's gradient in every step of the round."""
 
     def moving(self, parameter: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor | None:
-        """Return what is added besides and changes with each step. ``anchor``: the parameter when the round began."""
+        """Return a further term, which changes with each step. ``anchor``: the parameter at the start of the round."""
         return None
 
-    def remembered(self, name: str, change: torch.Tensor) -> torch.Tensor:
-        """Return what to remember of a parameter, given its change in the round; both in single precision or better."""
+    def next_state(self, name: str, change: torch.Tensor) -> torch.Tensor:
+        """Return the state of a parameter after a change of it in the round, both in single precision or better."""
         raise NotImplementedError
 
-    def outcome(self) -> State | None:
+    def updated_state(self) -> State | None:
         self._attached = bool(self._tracked)
         self._require_applied()
         result = dict(self._memory)
@@ -150,7 +150,7 @@ class DriftCorrection(GradientCorrection):
             for name, parameter in self._tracked.items():
                 wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
                 change = parameter.detach().to("cpu", wide) - self._anchors[name].to("cpu", wide)
-                result[name] = self.remembered(name, change)
+                result[name] = self.next_state(name, change)
         return result
 
     def close(self) -> None:
@@ -168,7 +168,7 @@ class DriftCorrection(GradientCorrection):
             yield term
 
 
-def _positive(value: float, algorithm: str) -> float:
+def positive(value: float, algorithm: str) -> float:
     if value <= 0:
         raise ScriptError(f"{algorithm} counts the steps of torch optimizers, and none of this model's took one")
     return value

@@ -1,21 +1,21 @@
-"""FedDyn on the client's side."""
+"""Client side of FedDyn."""
 
 import torch
 
 from ...tensors import State
-from ..state.parameter_names import Names
+from ..state.parameter_names import ParameterNames
 from .base import DriftCorrection
 
 
 class DynamicRegularizer(DriftCorrection):
-    """The local loss becomes L(w) - <g, w> + (alpha / 2) ||w - w_global||^2; then g becomes g - alpha change.
+    """Correction for the local loss L(w) - <g, w> + (alpha / 2) ||w - w_global||^2; then g becomes g - alpha change.
 
     Acar et al. (2021), algorithm 1; g approximates the gradient of the local loss where training ended.
     """
 
     name = "FedDyn"
 
-    def __init__(self, names: Names, memory: State, alpha: float) -> None:
+    def __init__(self, names: ParameterNames, memory: State, alpha: float) -> None:
         super().__init__(names, memory)
         self._alpha = alpha
 
@@ -25,6 +25,6 @@ class DynamicRegularizer(DriftCorrection):
     def moving(self, parameter: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor | None:
         return (parameter - anchor).mul_(self._alpha)
 
-    def remembered(self, name: str, change: torch.Tensor) -> torch.Tensor:
+    def next_state(self, name: str, change: torch.Tensor) -> torch.Tensor:
         own = change.mul(-self._alpha)
         return own.add_(self._memory[name].to(own.dtype)) if name in self._memory else own

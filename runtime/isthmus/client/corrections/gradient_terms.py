@@ -1,4 +1,4 @@
-"""Terms that a correction adds to gradients, just before an optimizer uses them."""
+"""Terms that a correction adds to gradients just before an optimizer uses them."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -17,11 +17,11 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class GradientTerms:
-    """Adds a parameter's terms to its gradient, in every step of the optimizers that were hooked, until ``close()``.
+    """Hooks that add terms to parameters' gradients in every step of the hooked optimizers, until ``close()``.
 
-    A step that is given a closure makes its gradients by calling it, once or (LBFGS) many times; what was there before
-    may be zeroed in it. So there the terms are added after each of these calls, and otherwise before the step.
-    Where an optimizer leaves steps to others inside of it, the terms are added in theirs: a wrapper may make the
+    A step with a closure computes its gradients by calling the closure, once or (LBFGS) many times, and the closure may
+    zero earlier ones. So the terms are added after each call of the closure, and otherwise before the step.
+    If an optimizer delegates steps to inner optimizers, the terms are added in their steps: a wrapper may compute the
     gradients within its own step (Opacus), or not call hooks (Accelerate, many copies of Lookahead).
     """
 
@@ -29,20 +29,20 @@ class GradientTerms:
         self._terms = terms
         self._handles: list[RemovableHandle] = []
         self._hooked: dict[int, torch.Tensor] = {}
-        self._before_it: dict[int, list[torch.Tensor]] = {}
-        # The optimizers that were hooked, and of each the ids of the parameters that it leaves to those inside of it.
-        self._left: WeakKeyDictionary[torch.optim.Optimizer, frozenset[int]] = WeakKeyDictionary()
+        self._larger: dict[int, list[torch.Tensor]] = {}
+        # By hooked optimizer: the ids of the parameters whose steps it delegates to inner optimizers.
+        self._delegated: WeakKeyDictionary[torch.optim.Optimizer, frozenset[int]] = WeakKeyDictionary()
 
     def hook(self, optimizer: torch.optim.Optimizer, corrected: Iterable[torch.Tensor]) -> None:
-        """Hooks into an optimizer; ``corrected``: those of its parameters that may have terms.
+        """Hook into an optimizer; ``corrected``: those of its parameters that may have terms.
 
-        Raises ``ValueError`` for an optimizer that could not use the gradients, or whose steps cannot be reached.
+        Raises ``ValueError`` for an optimizer that cannot use dense gradients, or whose steps call no hooks.
         """
         corrected = list(corrected)
         parts = [optimizer, *inner_optimizers(optimizer)]
         if corrected and any(isinstance(part, torch.optim.SparseAdam) for part in parts):
             raise ScriptError(
-                "SparseAdam takes only sparse gradients, and the job's strategy adds to them what is dense:"
+                "SparseAdam takes only sparse gradients, and the job's strategy adds dense terms to them:"
                 " use another optimizer (SGD, Adagrad, Adam), or a strategy that leaves gradients alone (FedAvg)"
             )
         self._hooked.update((id(parameter), parameter) for parameter in corrected)
@@ -57,43 +57,45 @@ class GradientTerms:
             )
 
     def corrects(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Tell whether a step was corrected that an optimizer has just taken without another inside of it."""
-        return optimizer in self._left and not self._left[optimizer]
+        """Return whether the step that an optimizer itself has just taken was corrected."""
+        return optimizer in self._delegated and not self._delegated[optimizer]
 
     def _hook(self, optimizer: Any) -> bool:
         if not calls_hooks(optimizer):
             return False
-        if optimizer not in self._left:
-            self._left[optimizer] = frozenset()
+        if optimizer not in self._delegated:
+            self._delegated[optimizer] = frozenset()
             self._handles.append(optimizer.register_step_pre_hook(self._before))
         return True
 
     def close(self) -> None:
-        """Ends it."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._hooked.clear()
-        self._before_it.clear()
+        self._larger.clear()
 
     def _order(self) -> None:
-        """Finds parameters that share values, as enc.weight and Parameter(enc.weight.t()) do.
+        """Find parameters that share values, as enc.weight and Parameter(enc.weight.t()) do.
 
-        Each of them moves the values by its own gradient, but a term is to move them once: with the largest parameter.
+        Each of them moves the values by its own gradient, but a term must move them only once: with the largest one.
         """
         hooked = list(self._hooked.values())
         for group in overlapping(hooked):
             ranked = sorted((hooked[index] for index in group), key=lambda parameter: -parameter.numel())
             for place, parameter in enumerate(ranked):
-                self._before_it[id(parameter)] = [other for other in ranked[:place] if overlap(parameter, other)]
+                self._larger[id(parameter)] = [other for other in ranked[:place] if overlap(parameter, other)]
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
         if _is_repeated(optimizer):
             return None
-        # Some make the optimizer inside of them again when parameters are added.
+        # Some wrappers create their inner optimizer again when parameters are added.
         inside = [part for part in inner_optimizers(optimizer) if self._hook(part)]
-        self._left[optimizer] = frozenset(id(parameter) for part in inside for parameter in parameters_of(part))
-        if self._left[optimizer] and all(id(each) in self._left[optimizer] for each in parameters_of(optimizer)):
+        self._delegated[optimizer] = frozenset(id(parameter) for part in inside for parameter in parameters_of(part))
+        if self._delegated[optimizer] and all(
+            id(each) in self._delegated[optimizer] for each in parameters_of(optimizer)
+        ):
             return None
         positional = len(args) > 1  # the optimizer itself is the first
         closure = args[1] if positional else kwargs.get("closure")
@@ -109,10 +111,10 @@ class GradientTerms:
         return ((args[0], corrected, *args[2:]), kwargs) if positional else (args, {**kwargs, "closure": corrected})
 
     def _add(self, optimizer: torch.optim.Optimizer) -> None:
-        scale, left = gradient_scale(optimizer), self._left[optimizer]
+        scale, delegated = gradient_scale(optimizer), self._delegated[optimizer]
         with torch.no_grad():
             for parameter in parameters_of(optimizer):
-                if parameter.grad is None or id(parameter) in left or self._has_moved(parameter):
+                if parameter.grad is None or id(parameter) in delegated or self._has_moved(parameter):
                     continue
                 for term in self._terms(parameter):
                     if parameter.grad.is_sparse:
@@ -120,14 +122,14 @@ class GradientTerms:
                     add_unscaled(parameter.grad, term, scale)
 
     def _has_moved(self, parameter: torch.Tensor) -> bool:
-        """Return whether another parameter's gradient brings the term to the same values."""
-        return any(other.grad is not None for other in self._before_it.get(id(parameter), ()))
+        """Return whether the term is added to the same values through another parameter's gradient."""
+        return any(other.grad is not None for other in self._larger.get(id(parameter), ()))
 
 
 def _is_repeated(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether a hook is called for a step within a step of the same optimizer.
+    """Return whether a hook is called for a step within a step of the same optimizer.
 
-    So it is where a class's ``step`` calls that of the class below it, and torch calls the hooks in each of them.
+    This happens if a class's ``step`` calls that of its base class: torch calls the hooks in each of them.
     """
     frame = sys._getframe(2)  # torch's function that calls the hooks
     code, above = frame.f_code, frame.f_back

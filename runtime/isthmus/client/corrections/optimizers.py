@@ -1,21 +1,21 @@
-"""Optimizers around other optimizers: those of Accelerate, Opacus and Lightning, Lookahead, SAM."""
+"""Optimizers that wrap other optimizers: those of Accelerate, Opacus and Lightning, Lookahead, SAM."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-# Of these an optimizer's own are no other optimizers, and large.
+# An optimizer's attributes of these names hold no other optimizers, and are large.
 _DATA = frozenset({"state", "param_groups", "defaults"})
 
 
 def is_optimizer(value: object) -> bool:
-    """Tell whether a value is an optimizer; some wrappers are not of torch's class."""
+    """Return whether a value is an optimizer. Some wrappers are not instances of torch's class."""
     return isinstance(value, torch.optim.Optimizer) or (hasattr(type(value), "step") and hasattr(value, "param_groups"))
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:
-    """Find the optimizers that an optimizer holds, at any depth, which may take its steps for it."""
+    """Return the optimizers that an optimizer holds, at any depth. They may take its steps for it."""
     found: list[Any] = []
     seen, waiting = {id(optimizer)}, [optimizer]
     while waiting:
@@ -40,7 +40,7 @@ def _held(optimizer: Any) -> Iterator[Any]:
 
 
 def calls_hooks(optimizer: Any) -> bool:
-    """Tell whether an optimizer's ``step()`` calls hooks.
+    """Return whether an optimizer's ``step()`` calls hooks.
 
     A wrapper that does not call ``Optimizer.__init__`` may have the hooks' dictionaries, but a ``step`` of its own.
     """

@@ -1,4 +1,4 @@
-"""Counts what a script's optimizers do in a round, without being told."""
+"""Measurement of the optimizer steps of a round, without the script's help."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..state.parameter_names import Names
+from ..state.parameter_names import ParameterNames
 from .gradscaler import step_is_void
 
 _Names = frozenset[str]
@@ -19,31 +19,31 @@ class _Followed:
     """An optimizer that is in use."""
 
     names: _Names
-    """Those of the model's parameters that it holds."""
+    """Names of the model's parameters that it holds."""
     size: int
-    """The number of all that it holds."""
+    """Number of all parameters that it holds."""
     before: int
-    """How many steps had been counted when its present one began."""
+    """Number of steps counted before its present one."""
     velocity: float | None = None
 
 
 class StepMeter:
-    """Measures the steps of every optimizer that holds parameters of a model, from its creation to ``close()``.
+    """Meter of the steps of all optimizers that hold a model's parameters, from its creation to ``close()``.
 
     ``steps``: the sum of the weights with which gradients entered the parameters, the norm of a_i in Wang et al.
     (2020), section 3: the number of steps, for plain SGD. ``travel``: the same, each step times its learning rate. Of
     SGD with momentum both are found by running its recursion for a gradient of 1; another optimizer's step counts
-    once. A parameter's steps are those of all optimizers that held it, one after the other, and the parameter that went
-    farthest counts; of an optimizer with several learning rates, its first.
+    once. A parameter's steps are those of all optimizers that held it, one after the other; the parameter with the
+    largest sum counts. For an optimizer with several learning rates, the first counts.
     """
 
-    def __init__(self, names: Names, corrects: Callable[[torch.optim.Optimizer], bool] | None = None) -> None:
-        """``corrects`` tells whether the step that an optimizer has just taken was corrected, where steps should be."""
+    def __init__(self, names: ParameterNames, corrects: Callable[[torch.optim.Optimizer], bool] | None = None) -> None:
+        """``corrects``, if steps must be corrected: returns whether an optimizer's latest step was."""
         self._names = names
         self._corrects = corrects
         self.uncorrected = ""
-        """The class of an optimizer that took a step without a correction; empty: none did."""
-        # Weakly: a script that makes a new one for every epoch wants the memory of the old one, and its id, back.
+        """Class of an optimizer that took an uncorrected step, or empty."""
+        # Weak references: a script may create one for every epoch, and the memory of the old one must be freed.
         self._followed: WeakKeyDictionary[torch.optim.Optimizer, _Followed] = WeakKeyDictionary()
         self._steps: dict[_Names, float] = {}
         self._travel: dict[_Names, float] = {}
@@ -55,14 +55,16 @@ class StepMeter:
 
     @property
     def steps(self) -> float:
-        return _farthest(self._steps)
+        """Number of steps, weighted as described above."""
+        return _largest_sum(self._steps)
 
     @property
     def travel(self) -> float:
-        return _farthest(self._travel)
+        """Sum of learning rates over the steps."""
+        return _largest_sum(self._travel)
 
     def close(self) -> None:
-        """Stops measuring."""
+        """Stop measuring."""
         for handle in self._handles:
             handle.remove()
 
@@ -74,7 +76,7 @@ class StepMeter:
         if not own.names or step_is_void(optimizer):
             return
         if own.before != self._counted:
-            return  # one inside of it, as in ZeroRedundancyOptimizer, took the step, and was counted
+            return  # an inner optimizer, as in ZeroRedundancyOptimizer, took the step and was counted
         self._counted += 1
         if self._corrects is not None and not self._corrects(optimizer):
             self.uncorrected = type(optimizer).__name__
@@ -87,7 +89,7 @@ class StepMeter:
         self._travel[own.names] = self._travel.get(own.names, 0.0) + weight * float(first["lr"])
 
     def _follow(self, optimizer: torch.optim.Optimizer) -> _Followed:
-        """Return what is known of an optimizer. Parameters may be added to it between two steps."""
+        """Return the record of an optimizer, updated if parameters were added to it since its last step."""
         size = sum(len(group["params"]) for group in optimizer.param_groups)
         known = self._followed.get(optimizer)
         if known is None or known.size != size:
@@ -98,8 +100,8 @@ class StepMeter:
         return known
 
 
-def _farthest(amounts: Mapping[_Names, float]) -> float:
-    """The most that came together at one name."""
+def _largest_sum(amounts: Mapping[_Names, float]) -> float:
+    """Return the largest sum over the optimizers that held one parameter."""
     totals: dict[str, float] = {}
     for names, amount in amounts.items():
         for name in names:

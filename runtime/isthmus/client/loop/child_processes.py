@@ -1,7 +1,7 @@
-"""Child processes of a client: they inherit its memory and its environment, and take no part in the federation.
+"""Child processes of a client: they inherit its memory and its environment, but are no clients themselves.
 
-A fork would otherwise keep the signal handler, the hooks and the connection of the process that it was made from; a
-process that is started afresh finds the same ``ISTHMUS_`` environment, and would take its parent's place.
+Without these measures a fork would keep the signal handler, the hooks and the connection of its parent, and a newly
+started process, which finds the same ``ISTHMUS_`` environment, would connect as the same client.
 """
 
 import multiprocessing
@@ -15,7 +15,7 @@ from isthmus_contracts import identities
 
 from ..errors import FederationError
 
-# Names the process whose client this environment describes, while that client takes part.
+# Holds the id of the process that is the client which this environment describes, while it is connected.
 _ENV_TAKEN_BY = "ISTHMUS_TAKEN_BY"
 _REFUSAL = (
     "this process is a child of the client's process, which takes part already: isthmus.rounds() must not be called"
@@ -28,26 +28,26 @@ _LAUNCH = (
 )
 
 
-class Place:
-    """A client's place in the federation, which this process takes until :meth:`release`.
+class ClientClaim:
+    """This process's claim to be the client that its environment describes, until :meth:`release`.
 
-    ``let_go`` is called in each fork of the process.
+    ``abandon`` is called in each fork of the process.
     """
 
-    def __init__(self, let_go: Callable[[], None]) -> None:
-        self.let_go = let_go
-        _taken.add(self)
+    def __init__(self, abandon: Callable[[], None]) -> None:
+        self.abandon = abandon
+        _claims.add(self)
         os.environ[_ENV_TAKEN_BY] = str(os.getpid())
 
     def release(self) -> None:
-        """Leave the place to another process. Calling it again changes nothing."""
-        if self in _taken:
-            _taken.discard(self)
-            if not _taken:
+        """Leave the client to another process. Calling it again has no effect."""
+        if self in _claims:
+            _claims.discard(self)
+            if not _claims:
                 os.environ.pop(_ENV_TAKEN_BY, None)
 
 
-_taken: WeakSet[Place] = WeakSet()
+_claims: WeakSet[ClientClaim] = WeakSet()
 
 
 class _Mask(threading.local):
@@ -60,14 +60,14 @@ _mask = _Mask()
 
 
 def _before_fork() -> None:
-    # Python forgets signals that a fork gets before it has set itself up. The kernel keeps those that are blocked.
-    if _taken:
+    # Python forgets signals that a fork receives before it has set itself up. The kernel keeps blocked ones pending.
+    if _claims:
         _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def _after_fork_in_child() -> None:
-    for place in list(_taken):
-        place.let_go()
+    for claim in list(_claims):
+        claim.abandon()
     _after_fork()
 
 
@@ -81,10 +81,10 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 
 def refuse_children() -> None:
-    """Raise :class:`FederationError` in a child of a process that takes part."""
+    """Raise :class:`FederationError` in a child of a process that is connected as a client."""
     parent = multiprocessing.parent_process()
     parents = {str(os.getppid()), str(parent.pid) if parent is not None else ""}
-    # While multiprocessing prepares a child it imports the script, for the functions in it.
+    # While multiprocessing prepares a child it imports the script, for its functions.
     is_prepared = getattr(multiprocessing.current_process(), "_inheriting", False)
     if os.environ.get(_ENV_TAKEN_BY) in parents or (is_prepared and os.environ.get(identities.ENV_ENDPOINT)):
         # Lightning's launcher starts the script again for each of the other ranks, and numbers them.

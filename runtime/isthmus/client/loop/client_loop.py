@@ -1,4 +1,4 @@
-"""One client's part in a federation, from hello to stop: what the process that holds the session does."""
+"""A client's main loop, from the first connection to the end of training, in the process that holds the session."""
 
 import base64
 import logging
@@ -11,164 +11,160 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from ...malloc_tuning import keep_chunks
 from ...tensors import snapshot
 from ..context import Context
-from ..corrections.factory import Corrections, correction_of
+from ..corrections.factory import CorrectionState, make_correction
 from ..errors import FederationError
 from ..evaluation import Evaluate, measure
-from ..round import Round
-from ..session.compression import Compression
-from ..session.pending_updates import HeldUpdates
+from ..round import Round, open_round
+from ..session.compression import ClientCompression
+from ..session.pending_updates import PendingUpdates
 from ..session.session import GIVE_UP_AFTER, Session
 from ..session.transfer import FinishedUpdate, OutdatedError, pull, push
 from ..state.shared_state import Model, Parameters, SharedState
-from ..state.unchanged_model import Untouched
-from .process import EXIT_TERMINATED, ProcessWatch, last_lines, one_line
-from .ranks import Replicas
+from ..state.unchanged_model import UnchangedModelCheck
+from .process_watch import EXIT_TERMINATED, ProcessWatch, error_line, traceback_tail
+from .ranks import Ranks
 
 log = logging.getLogger("isthmus")
 
-# How long other ranks may take to hear that a failure, or a signal, ends this one. Seconds.
-_PARTING_SECONDS = 5.0
-# A mask of -inf, or of the least float, among the buffers is no accident.
-_OF_BAD_VALUES = (
+# Time for the other ranks to learn that a failure or a signal ends this one. Seconds.
+_CLOSE_TIMEOUT = 5.0
+# A buffer that holds a mask of -inf, or of the smallest float, is deliberate.
+_INVALID_VALUES_ADVICE = (
     ": leave it out, with isthmus.rounds(..., parameters=...) or, where it is a buffer, by registering it with"
     " persistent=False"
 )
 
 
-class Participation:
-    """Does what the offers ask for, and leads the other ranks through it."""
+class ClientLoop:
+    """Carries out the aggregator's offers, and leads the other ranks of the client through them."""
 
     def __init__(
         self,
         model: Model,
         evaluate: Evaluate | None,
         parameters: Parameters,
-        place: Context,
-        replicas: Replicas,
+        context: Context,
+        ranks: Ranks,
         stopping: threading.Event,
     ) -> None:
         self._model = model
         self._parameters = parameters
         self._evaluate = evaluate
-        self._replicas = replicas
+        self._ranks = ranks
         self._evaluation = pb.Evaluation()  # the newest
         keep_chunks()
-        self._session = Session(place, evaluates=evaluate is not None, stopping=stopping)
+        self._session = Session(context, evaluates=evaluate is not None, stopping=stopping)
         self._stopping = stopping
-        self._compression = Compression(self._session)
-        self._held = HeldUpdates(lambda update: self._compression.dropped(update.tensors))
-        self._corrections = Corrections(self._session)
-        self._untouched = Untouched()
+        self._compression = ClientCompression(self._session)
+        self._pending = PendingUpdates(lambda update: self._compression.dropped(update.tensors))
+        self._corrections = CorrectionState(self._session)
+        self._unchanged = UnchangedModelCheck()
 
     def rounds(self) -> Iterator[Round]:
+        """Yield the rounds that the aggregator asks this client to train, until training is complete."""
         watch = ProcessWatch(self._stopping, self._report, self._close, self._abandon)
-        patience = _PARTING_SECONDS
+        timeout = _CLOSE_TIMEOUT
         try:
             self._shared = SharedState(self._model, self._parameters)
-            self._replicas.place(self._shared.live().values())
+            self._ranks.use_device_of(self._shared.live().values())
             while (offer := self._next_offer()) is not None:
                 match offer.kind:
                     case pb.Offer.INITIALIZE:
-                        self._hand_in_initial()
+                        self._submit_initial_weights()
                     case pb.Offer.EVALUATE:
                         self._load(offer)
                     case pb.Offer.TRAIN:
                         yield from self._train(offer)
             log.info("training is complete")
-            # The others may still be measuring the final model.
-            self._replicas.say("complete")
-            patience = GIVE_UP_AFTER
+            # The other ranks may still be evaluating the final model.
+            self._ranks.send_command("complete")
+            timeout = GIVE_UP_AFTER
         except GeneratorExit:
             watch.leave()
             raise
         except SystemExit:
-            self._end(watch, patience)
+            self._end(watch, timeout)
             raise
         except BaseException as error:
             if isinstance(error, Exception):
                 self._report(error)
             else:
-                self._replicas.fail(error)
-            self._end(watch, patience)
+                self._ranks.fail(error)
+            self._end(watch, timeout)
             raise
-        self._end(watch, patience)
+        self._end(watch, timeout)
 
-    def _end(self, watch: ProcessWatch, patience: float) -> None:
+    def _end(self, watch: ProcessWatch, timeout: float) -> None:
         watch.end()
         self._session.close()
-        self._replicas.close(patience)
+        self._ranks.close(timeout)
 
     def _train(self, offer: pb.Offer) -> Iterator[Round]:
         if self._evaluation.model_digest == offer.base_digest and offer.base_round:
-            # It may be an aggregator that restarted and asks again. What it has heard, it does not count twice.
+            # An aggregator that restarted may ask for it again. It does not count an evaluation twice.
             self._session.send(pb.ClientMessage(evaluation=self._evaluation))
-        for update in self._held.asked(offer):
-            # The aggregator restarted between our submit and its commit, or the update can count at last.
+        for update in self._pending.due(offer):
+            # Either the aggregator restarted between this client's submit and its commit, or the update can count now.
             self._push(update)
-        if self._held.answer(offer):
+        if self._pending.has_answer(offer):
             return
-        self._held.begin(offer)
+        self._pending.begin(offer)
         if not self._load(offer):
             return
         self._session.works_on(offer.round, offer.base_digest)
         self._session.stages.enter("pulling")
         try:
-            aids = self._corrections.gather(offer)
+            inputs = self._corrections.inputs(offer)
         except OutdatedError:
             return
-        self._replicas.say("train", offer=base64.b64encode(offer.SerializeToString()).decode())
-        self._replicas.share(aids.memory)
-        self._replicas.share(aids.companion)
-        measured = self._evaluation.metrics if self._evaluation.model_digest == offer.base_digest else {}
-        correction = correction_of(offer, self._shared.names(), measured, aids)
+        self._ranks.send_command("train", offer=base64.b64encode(offer.SerializeToString()).decode())
+        self._ranks.share(inputs.memory)
+        self._ranks.share(inputs.companion)
+        evaluation = self._evaluation.metrics if self._evaluation.model_digest == offer.base_digest else {}
+        correction = make_correction(offer, self._shared.names(), evaluation, inputs)
 
         def finish(num_examples: int, metrics: dict[str, float]) -> Callable[[], None]:
             self._session.require_own_process()
             self._session.stages.enter("encoding")
-            scalars, remembered = correction.scalars(metrics), correction.outcome()
+            scalars, updated_state = correction.scalars(metrics), correction.updated_state()
             live = self._shared.live()
-            self._untouched.compare(live, offer.round)
+            self._unchanged.compare(live, offer.round)
             buffers = self._shared.buffers(live)
             state = self._compression.finished(offer, live, buffers, self._shared.frozen(live))
             seconds = self._session.stages.take()
-            work = (offer.round, offer.base_digest, num_examples, metrics, state, buffers, scalars, remembered, seconds)
-            update = FinishedUpdate(*work, views=self._shared.views())
+            update = FinishedUpdate(
+                offer.round, offer.base_digest, num_examples, metrics, state, buffers, scalars, updated_state, seconds,
+                views=self._shared.views(),
+            )  # fmt: skip
             correction.close()
-            self._held.keep(update, folds_late=offer.folds_late)
-            return lambda: self._hand_in(update)
+            self._pending.keep(update, folds_late=offer.folds_late)
+            return lambda: self._submit(update)
 
-        self._untouched.begin(self._shared.live())
+        self._unchanged.begin(self._shared.live())
         self._session.stages.enter("training")
-        told = lambda: self._replicas.told_to_stop(self._stopping.is_set())  # noqa: E731
-        rnd = Round(offer.round, dict(offer.config), correction, finish, told)
-        try:
-            yield rnd
-        finally:
-            correction.close()
-        self._session.require_own_process()
-        if not rnd.submitted:
-            raise FederationError(f"round {rnd.number} ended without rnd.submit(num_examples=...)")
+        told_to_stop = lambda: self._ranks.told_to_stop(self._stopping.is_set())  # noqa: E731
+        yield from open_round(offer, correction, finish, told_to_stop, self._session.require_own_process)
 
-    def _hand_in(self, update: FinishedUpdate) -> None:
+    def _submit(self, update: FinishedUpdate) -> None:
         self._push(update)
-        self._replicas.say("submitted")
+        self._ranks.send_command("submitted")
 
-    def _hand_in_initial(self) -> None:
+    def _submit_initial_weights(self) -> None:
         live = self._shared.live()
         initial = snapshot(live)
         buffers, views = self._shared.buffers(live), self._shared.views()
         frozen = self._shared.frozen(live)
         reply = push(self._session, FinishedUpdate(0, "", 1, {}, initial, buffers, views=views, frozen=frozen))
         self._compression.dropped(initial)
-        if reply.verdict == pb.PushReply.INVALID:  # all other answers mean that another client's have been taken
-            advice = _OF_BAD_VALUES if reply.reason in ("non_finite", "range") else ""
+        if reply.verdict == pb.PushReply.INVALID:  # any other verdict: another client's weights have been taken
+            advice = _INVALID_VALUES_ADVICE if reply.reason in ("non_finite", "range") else ""
             raise FederationError(f"the initial weights were refused: {reply.message}{advice}")
 
     def _push(self, update: FinishedUpdate) -> None:
         self._session.stages.enter("pushing")
         reply = push(self._session, update)
         self._session.stages.enter("waiting")
-        self._held.answered(update, reply)
+        self._pending.answered(update, reply)
         if reply.verdict == pb.PushReply.ACCEPTED:
             self._compression.accepted(update.tensors, update.round)
             self._corrections.accepted(update)
@@ -177,22 +173,22 @@ class Participation:
         if reply.verdict == pb.PushReply.INVALID:
             log.error("round %d: update refused: %s", update.round, reply.message)
         else:
-            # An aggregator that has just restarted says this before it has begun the round again: it will offer it.
+            # A restarted aggregator replies so until it has started the round again; it then offers the round anew.
             log.warning("round %d: update not used: %s", update.round, reply.message)
 
     def _load(self, offer: pb.Offer) -> bool:
-        """Loads the offer's global weights and measures them; false where the aggregator has moved on."""
+        """Load the offer's global weights and evaluate them; return false if the aggregator has moved on."""
         self._session.stages.enter("pulling")
         try:
             state = pull(self._session, offer, self._compression, self._shared.require_fitting)
         except OutdatedError:
             return False
         self._shared.require(self._compression.views)
-        # Nobody wants to know how good untrained weights are, except a strategy that goes by the loss.
+        # The quality of untrained weights matters only to a strategy that uses the loss.
         wanted = self._evaluate is not None and bool(offer.base_round or offer.algorithm == "QFedAvg")
         measuring = wanted and self._evaluation.model_digest != offer.base_digest
-        self._replicas.say("model", measuring="yes" if measuring else "")
-        self._replicas.share(state)
+        self._ranks.send_command("model", measuring="yes" if measuring else "")
+        self._ranks.share(state)
         self._shared.load(state)
         self._compression.pulled(offer, state, self._shared.live)
         if measuring:
@@ -204,20 +200,20 @@ class Participation:
         return True
 
     def _next_offer(self) -> pb.Offer | None:
-        """Waits for work; ``None`` once training is complete."""
+        """Wait for an offer; return ``None`` once training is complete."""
         self._session.require_own_process()
         self._session.stages.enter("waiting")
         newest: pb.Offer | None = None
         while True:
-            self._replicas.check()
-            if self._replicas.others_told_to_stop():
+            self._ranks.check()
+            if self._ranks.others_told_to_stop():
                 self._stopping.set()
             if self._stopping.is_set():
                 self._session.send(pb.ClientMessage(leaving=pb.Leaving(reason="the process was told to stop")))
-                self._replicas.say("terminated")
+                self._ranks.send_command("terminated")
                 raise SystemExit(EXIT_TERMINATED)
             try:
-                # The time-out lets signals through; of several offers only the newest counts.
+                # The timeout lets signals be handled. Of several offers only the newest counts.
                 message = self._session.incoming.get(timeout=0.0 if newest else 0.5)
             except Empty:
                 if newest is not None:
@@ -228,32 +224,32 @@ class Participation:
             match message.WhichOneof("message"):
                 case "offer":
                     newest = message.offer
-                    # Where an offer follows at once, the commit of the model that it starts from is not told by itself.
-                    self._held.committed(newest.base_round, self._session.aggregator)
+                    # An offer that follows at once also announces the commit of its base model.
+                    self._pending.committed(newest.base_round, self._session.aggregator)
                 case "committed":
-                    self._held.committed(message.committed.round, self._session.aggregator)
+                    self._pending.committed(message.committed.round, self._session.aggregator)
                     if newest is not None and newest.kind == pb.Offer.TRAIN and newest.round <= message.committed.round:
-                        newest = None  # it is over: a newer one follows, or the end
+                        newest = None  # this round is over: a newer offer follows, or the end
                 case "stop":
                     if message.stop.reason == pb.Stop.COMPLETE:
                         return None
-                    raise FederationError(f"the aggregator ended our part: {message.stop.message}")
+                    raise FederationError(f"the aggregator ended this client's participation: {message.stop.message}")
 
     def _report(self, error: BaseException) -> None:
-        """Tells the aggregator, and the other ranks, what this client died of."""
+        """Report the error that ended this client to the aggregator and to the other ranks."""
         if not self._session.closed:
-            message = one_line(error)
-            self._session.send(pb.ClientMessage(failure=pb.Failure(message=message, traceback=last_lines(error))))
-            self._replicas.fail(error)
+            failure = pb.Failure(message=error_line(error), traceback=traceback_tail(error))
+            self._session.send(pb.ClientMessage(failure=failure))
+            self._ranks.fail(error)
 
     def _close(self) -> None:
-        """The script is not in its loop any more."""
+        """Close the connections after the script has left its loop."""
         if not self._session.closed:
-            self._replicas.fail(None)
+            self._ranks.fail(None)
             self._session.close()
-            self._replicas.close(_PARTING_SECONDS)
+            self._ranks.close(_CLOSE_TIMEOUT)
 
     def _abandon(self) -> None:
         """Give up the connections in a fork of this process."""
         self._session.abandon()
-        self._replicas.abandon()
+        self._ranks.abandon()

@@ -1,4 +1,4 @@
-"""What a client keeps between rounds so that less has to travel."""
+"""Decoding of global models and encoding of updates, with the state that a client keeps for it between rounds."""
 
 from collections.abc import Callable, Collection, Mapping
 
@@ -15,12 +15,12 @@ from .session import Session
 _DELTA = "Delta"
 
 
-class Compression:
-    """Decodes the global model, and encodes updates as the offers ask for.
+class ClientCompression:
+    """Decoder of global models and encoder of updates, with the codecs that the offers request.
 
-    Beside the script's own model it holds, at most: the memory of the global model as it was pulled (where an update
-    finds its place that travels raw), the finished update in its encoded form and, with TopK, the residual, which is
-    half a model, and the next one, until the update is accepted.
+    Beside the script's own model it holds at most: the memory of the global model as it was pulled (which an update
+    that is sent raw reuses), the encoded update and, with TopK, the residual (half a model) and the next residual,
+    until the update is accepted.
     """
 
     def __init__(self, session: Session) -> None:
@@ -31,10 +31,10 @@ class Compression:
         self._feedback: ErrorFeedback | None = None
         self._room: State = {}
         self.views: tuple[View, ...] = ()
-        """Of the newest global model."""
+        """Views in the newest global model."""
 
     def request(self, offer: pb.Offer) -> pb.PullRequest:
-        """Asks for an offer's model."""
+        """Return the request for an offer's model."""
         return pb.PullRequest(
             job_uid=self._session.job_uid,
             round=offer.base_round,
@@ -44,7 +44,7 @@ class Compression:
         )
 
     def reception(self, header: pb.ModelHeader) -> Reception | Decoder:
-        """Return what takes in a global model. Raises :class:`TransferError`."""
+        """Return the receiver of a global model. Raises :class:`TransferError`."""
         self.views = views_of(header.views)
         room, self._room = self._room, {}
         if not header.codecs:
@@ -52,14 +52,14 @@ class Compression:
         chain = parse_chain(header.codecs)
         return Decoder(header.tensors, chain, download_seed(header.round), self._base, room)
 
-    def distrust(self) -> None:
-        """The model could not be decoded: from now on it shall come raw."""
+    def request_uncompressed(self) -> None:
+        """Request models without codecs from now on, after one could not be decoded."""
         self._decodable, self._base, self._base_digest = (), {}, ""
 
     def pulled(self, offer: pb.Offer, state: State, live: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-        """Keeps an offer's model, which has been loaded into the script's, where the job takes differences from it."""
+        """Keep an offer's model, now loaded into the script's, if the job encodes differences from it."""
         self._base, self._base_digest = {}, ""
-        # A model may have adopted what it loaded instead of copying it; training would change it under our hands.
+        # A model may have adopted the loaded tensors instead of copying them; training would then change them.
         own = {tensor.data_ptr() for tensor in live().values() if isinstance(tensor, torch.Tensor)}
         if _DELTA not in (*offer.codecs[:1], *offer.model_codecs[:1]):
             self._room = {name: tensor for name, tensor in state.items() if tensor.data_ptr() not in own}
@@ -72,17 +72,17 @@ class Compression:
     def finished(
         self, offer: pb.Offer, live: Mapping[str, torch.Tensor], buffers: Collection[str], frozen: Collection[str]
     ) -> State | Encoded:
-        """The script's trained weights as they will travel, independent of what it does to them later.
+        """Return the script's trained weights as they will be sent, independent of later changes to them.
 
-        ``buffers``: names of what no optimizer trains; ``frozen``: of parameters that have no gradient.
+        ``buffers``: names of tensors that no optimizer trains; ``frozen``: of parameters that have no gradient.
         Raises :class:`TransferError`.
         """
         chain = parse_chain(offer.codecs)
         if not chain.names:
             room, self._room = self._room, {}
             return snapshot(live, room)
-        place = self._session.context
-        seed = upload_seed(offer.round, place.pool, place.index)
+        context = self._session.context
+        seed = upload_seed(offer.round, context.pool, context.index)
         wanted = _DELTA in offer.model_codecs
         keep_base = wanted or not chain.sparse
         residual = self._residual(chain)
@@ -90,18 +90,18 @@ class Compression:
             live, chain, seed, self._base, residual, raw=buffers, frozen=frozen, keep_base=keep_base
         )  # fmt: skip
         if not wanted:
-            # The next global model finds its place in what is left of this one.
+            # The next global model reuses the remaining memory of this one.
             self._room = self._room or self._base
             self._base, self._base_digest = {}, ""
         return encoded
 
     def dropped(self, update: State | Encoded) -> None:
-        """The update is not needed any more."""
+        """Reuse the memory of an update that is no longer needed."""
         if not isinstance(update, Encoded):
             self._room = update
 
     def accepted(self, update: State | Encoded, round_number: int) -> None:
-        """The update was accepted: what it left out is now the residual. Again: nothing happens."""
+        """Make the values that an accepted update left out the residual. Calling it again has no effect."""
         if isinstance(update, Encoded) and update.residual is not None:
             assert self._feedback is not None
             residual, update.residual = update.residual, None

@@ -1,4 +1,4 @@
-"""Finished updates that a client keeps until it hears that they are part of a committed model."""
+"""Finished updates that a client keeps until they are part of a committed model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,73 +7,76 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 from .transfer import FinishedUpdate
 
-# One that came late and one of the round in progress, where late ones count at all; their memory is a model's each.
-_AT_MOST = 2
+# A late one and one of the round in progress, where late updates count. Each takes the memory of a model.
+_MAX_KEPT = 2
 
 
 @dataclass(eq=False)
-class _Held:
+class _Pending:
     update: FinishedUpdate
     counts_in: int | None = None
-    """The round that it counts in, once the aggregator has said so."""
+    """The round in which it counts, once the aggregator has accepted it."""
     accepted_by: str = ""
-    """The aggregator's process that did."""
+    """Id of the aggregator's process that accepted it."""
     folds_late: bool = False
-    """Where it can also count after its own round."""
+    """True if it can also count after its own round."""
 
 
-class HeldUpdates:
-    """In the order in which they were made. An aggregator that was killed asks for them again.
+class PendingUpdates:
+    """Updates in the order in which they were made. A restarted aggregator asks for them again.
 
-    ``dropped`` is told of each that is not needed any more.
+    ``dropped`` is called with each update that is no longer needed.
     """
 
     def __init__(self, dropped: Callable[[FinishedUpdate], None]) -> None:
-        self._held: list[_Held] = []
+        self._pending: list[_Pending] = []
         self._dropped = dropped
 
     def keep(self, update: FinishedUpdate, *, folds_late: bool) -> None:
-        """Takes in a new one."""
-        self._held.append(_Held(update, folds_late=folds_late))
-        self._keep_only(self._held[-_AT_MOST:])
+        """Add a new update."""
+        self._pending.append(_Pending(update, folds_late=folds_late))
+        self._keep_only(self._pending[-_MAX_KEPT:])
 
-    def _keep_only(self, kept: list[_Held]) -> None:
-        gone = [held for held in self._held if held not in kept]
-        self._held = kept
-        for held in gone:
-            self._dropped(held.update)
+    def _keep_only(self, kept: list[_Pending]) -> None:
+        dropped = [pending for pending in self._pending if pending not in kept]
+        self._pending = kept
+        for pending in dropped:
+            self._dropped(pending.update)
 
     def answered(self, update: FinishedUpdate, reply: pb.PushReply) -> None:
-        """Heeds the aggregator's answer: what it will never count is not kept."""
-        for held in self._held:
-            if held.update is update and reply.verdict == pb.PushReply.ACCEPTED:
-                held.counts_in, held.accepted_by = reply.round or update.round, reply.instance
+        """Handle the aggregator's reply: an update that it will never count is dropped."""
+        for pending in self._pending:
+            if pending.update is update and reply.verdict == pb.PushReply.ACCEPTED:
+                pending.counts_in, pending.accepted_by = reply.round or update.round, reply.instance
         if reply.verdict in (pb.PushReply.INVALID, pb.PushReply.FENCED):
-            self._keep_only([held for held in self._held if held.update is not update])
+            self._keep_only([pending for pending in self._pending if pending.update is not update])
 
     def committed(self, round_number: int, instance: str) -> None:
-        """Lets go of what is part of a committed model, or can never be. ``instance``: the aggregator's process.
+        """Drop updates that are part of a committed model, or can never be part of one.
 
-        One that was killed may have accepted an update for a round that the next one committed without it.
+        ``instance``: id of the aggregator's process. A process that was killed may have accepted an update for a round
+        that the next process committed without it.
         """
 
-        def over(held: _Held) -> bool:
-            if held.counts_in is None or held.accepted_by != instance:
-                return not held.folds_late and held.update.round <= round_number
-            return held.counts_in <= round_number
+        def is_over(pending: _Pending) -> bool:
+            if pending.counts_in is None or pending.accepted_by != instance:
+                return not pending.folds_late and pending.update.round <= round_number
+            return pending.counts_in <= round_number
 
-        self._keep_only([held for held in self._held if not over(held)])
+        self._keep_only([pending for pending in self._pending if not is_over(pending)])
 
-    def asked(self, offer: pb.Offer) -> list[FinishedUpdate]:
-        """What to send, again or at last, before an offer is taken up."""
-        return [held.update for held in self._held if offer.folds_late or _answers(held.update, offer)]
+    def due(self, offer: pb.Offer) -> list[FinishedUpdate]:
+        """Return the updates to send, or to resend, before an offer is carried out."""
+        return [
+            pending.update for pending in self._pending if offer.folds_late or _answers(pending.update, offer)
+        ]  # fmt: skip
 
-    def answer(self, offer: pb.Offer) -> bool:
-        """Whether the work that an offer asks for is done."""
-        return any(_answers(held.update, offer) for held in self._held)
+    def has_answer(self, offer: pb.Offer) -> bool:
+        """Return whether the update that an offer asks for is already there."""
+        return any(_answers(pending.update, offer) for pending in self._pending)
 
     def begin(self, offer: pb.Offer) -> None:
-        """New work begins: where late updates do not count, older ones never will."""
+        """Begin a new round: if late updates do not count, drop the older ones."""
         if not offer.folds_late:
             self._keep_only([])
 

@@ -25,54 +25,54 @@ from isthmus_contracts.wire.transport import channel
 from ...framing import PULL, PUSH
 from ...tensors import CHUNK_BYTES, TransferError
 from ..context import Context
-from ..errors import IN_A_FORK, FederationError
-from .stage_times import Stages
+from ..errors import FORKED_PROCESS, FederationError
+from .stage_timer import StageTimer
 
 log = logging.getLogger("isthmus")
 
-# An aggregator that is away this long will not come back. Seconds.
+# An aggregator that is unreachable for this long is given up. Seconds.
 GIVE_UP_AFTER = 1800.0
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.2, 5.0
 _WARN_EVERY = 15.0
-# Whatever the aggregator asks for. Seconds.
+# Bounds of the interval that the aggregator asks for. Seconds.
 _SHORTEST_HEARTBEAT, _LONGEST_HEARTBEAT = 1.0, 300.0
-# Closing waits at most this long for what is on its way. Seconds.
-_FAREWELL_SECONDS = 5.0
+# Closing waits at most this long for queued messages, and as long for gRPC's threads. Seconds.
+_CLOSE_TIMEOUT = 5.0
 # cygrpc's ForkManagedThread runs a function of this name, and Python names threads after it.
 _GRPC_THREAD_NAME = "(_run)"
-# What no waiting mends: the aggregator is there and does not want this client.
+# Errors that a retry does not fix: the aggregator is reachable and rejects this client.
 _FATAL = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT)
 
 
 def too_large(what: str, error: grpc.RpcError) -> FederationError | None:
-    """Return what to raise where a call fails since a message is above a limit on its size: it would fail again.
+    """Return the error to raise if a call failed because a message exceeds a size limit: a retry would fail too.
 
-    Tensors are cut into small messages; what is said of them all is one, the first.
+    Tensors are cut into small messages, but the header that describes them all is a single one, the first.
     """
     details = one_line(error.details() or "")
     if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED or "larger than max" not in details:
         return None
     return FederationError(
-        f"{what}: so many tensors with such long names do not fit a message's header ({details}):"
-        " let fewer travel with isthmus.rounds(..., parameters=...), or shorten their names"
+        f"{what}: the names of all tensors do not fit a message's header ({details}):"
+        " send fewer tensors with isthmus.rounds(..., parameters=...), or shorten their names"
     )
 
 
-class _Line:
-    """A channel, and the calls that go through it."""
+class _Connection:
+    """A gRPC channel and the methods that are called through it."""
 
     def __init__(self, endpoint: str, credentials: Credentials, server_name: str | None) -> None:
         self.credentials = credentials
         self.channel = channel(endpoint, credentials, server_name)
         self.control = FederationStub(self.channel).Control
-        # The messages of the calls that hold tensors are framing's.
+        # The messages of the methods that transfer tensors are made and read by the framing module.
         self.pull: Callable[[pb.PullRequest], Iterator[bytes]] = self.channel.unary_stream(
             PULL, request_serializer=pb.PullRequest.SerializeToString
         )
         self.push: grpc.StreamUnaryMultiCallable[bytes, pb.PushReply] = self.channel.stream_unary(
             PUSH, response_deserializer=pb.PushReply.FromString
         )
-        # On the wire a stream of one message is a single message, and gRPC needs no thread to send it.
+        # A stream of one message is the same on the wire as a unary request, which gRPC sends without a thread.
         push_one: grpc.UnaryUnaryMultiCallable[bytes, pb.PushReply] = self.channel.unary_unary(
             PUSH, response_deserializer=pb.PushReply.FromString
         )
@@ -80,8 +80,11 @@ class _Line:
 
 
 class Incoming(queue.Queue["pb.ServerMessage | FederationError"]):
-    """What the aggregator has said and the script has not heard yet. Of offers, and of commits, only the newest counts:
-    those of the rounds that a slow client misses must not pile up, each with a model."""
+    """Messages of the aggregator that the script's thread has not read yet.
+
+    Of offers, and of commits, only the newest is kept: those of the rounds that a slow client misses, each with a
+    model, must not accumulate.
+    """
 
     def _put(self, item: "pb.ServerMessage | FederationError") -> None:
         kind = item.WhichOneof("message") if isinstance(item, pb.ServerMessage) else None
@@ -94,7 +97,10 @@ class Incoming(queue.Queue["pb.ServerMessage | FederationError"]):
 
 
 class Session:
-    """Keeps the control stream up, in threads of its own, and hands what the aggregator says to the script's thread."""
+    """Connection to the aggregator, with a control stream that background threads keep open.
+
+    Messages of the aggregator are queued for the script's thread in :attr:`incoming`.
+    """
 
     def __init__(self, context: Context, evaluates: bool, stopping: threading.Event) -> None:
         environ = os.environ
@@ -103,14 +109,14 @@ class Session:
         self.context = context
         self.instance = uuid.uuid4().hex
         self.incoming = Incoming()
-        """Offers, commits and stops, in the order of their arrival."""
+        """Offers, commits and stops, in order of arrival."""
         self.aggregator = ""
-        """The aggregator's process that has welcomed us."""
-        self.stages = Stages()
+        """Id of the aggregator's process to which the session is connected."""
+        self.stages = StageTimer()
         self.over = threading.Event()
-        """The aggregator has ended our part: it need not be there any more."""
+        """Set once the aggregator has ended this client's participation: it may be gone by now."""
         self.stopping = stopping
-        """The process was told to stop."""
+        """Set once the process was told to stop."""
         self._directory = Path(environ.get(identities.ENV_TLS_DIR, ""))
         self._server_name = environ.get(identities.ENV_SERVER_NAME)
         try:
@@ -121,8 +127,8 @@ class Session:
                 f" ({identities.ENV_TLS_DIR} must name a directory with ca.crt, tls.crt and tls.key)"
             ) from None
         self._earlier_threads = set(threading.enumerate())
-        self._line = _Line(self.endpoint, credentials, self._server_name)
-        self._earlier_lines: list[_Line] = []
+        self._connection = _Connection(self.endpoint, credentials, self._server_name)
+        self._earlier_connections: list[_Connection] = []
         self._hello = pb.Hello(
             job_uid=self.job_uid,
             pool=context.pool,
@@ -132,10 +138,10 @@ class Session:
             version=version("isthmus"),
             evaluates=evaluates,
         )
-        self._outgoing: queue.Queue[pb.ClientMessage | None] = queue.Queue()  # of the present stream
-        self._asking = threading.Lock()
-        self._takes_updates = False  # the present stream
-        self._asked: Future[pb.PushReply | None] | None = None  # by an update that is on it; None: there is no answer
+        self._outgoing: queue.Queue[pb.ClientMessage | None] = queue.Queue()  # of the current stream
+        self._reply_lock = threading.Lock()
+        self._takes_updates = False  # on the current stream
+        self._awaited: Future[pb.PushReply | None] | None = None  # the reply to an update on the stream; None: no reply
         self._heartbeat_seconds = 10.0
         self._closed = threading.Event()
         self._abandoned = False
@@ -143,37 +149,37 @@ class Session:
         self._thread.start()
 
     def pull(self, request: pb.PullRequest) -> Iterator[bytes]:
-        """The messages of a model."""
-        return self._line.pull(request)
+        """Request a model; return its serialized messages."""
+        return self._connection.pull(request)
 
     def push_one(self, message: bytes) -> pb.PushReply:
-        """Sends an update that is a single message: on the control stream, where the aggregator takes it there.
+        """Send an update that is a single message: on the control stream, if the aggregator accepts updates there.
 
-        Raises :class:`TransferError` where it should be sent again.
+        Raises :class:`TransferError` if it should be sent again.
         """
-        with self._asking:
-            aside = self._takes_updates and len(message) <= CHUNK_BYTES
-            asked = self._asked = Future() if aside else None
-            if asked is not None:
+        with self._reply_lock:
+            on_stream = self._takes_updates and len(message) <= CHUNK_BYTES
+            awaited = self._awaited = Future() if on_stream else None
+            if awaited is not None:
                 self._outgoing.put(pb.ClientMessage(update=message))
-        reply = asked.result() if asked is not None else None
-        if reply is None:  # the stream has broken, and maybe the connection: a call tells
-            reply = self._line.push_one(message)
+        reply = awaited.result() if awaited is not None else None
+        if reply is None:  # the stream has broken, and perhaps the connection: the call will show
+            reply = self._connection.push_one(message)
         if reply.verdict == pb.PushReply.RESEND:
             raise TransferError(reply.message)
         return reply
 
     def works_on(self, round_number: int, base_digest: str) -> None:
-        """Notes what is in hand, for the next hello: an aggregator that restarts shall not pass it over."""
+        """Include the round in the next hello, so that a restarted aggregator knows that this client trains it."""
         hello = pb.Hello()
         hello.CopyFrom(self._hello)
         hello.round, hello.base_digest = round_number, base_digest
         self._hello = hello
 
     def push(self, messages: Iterator[bytes]) -> pb.PushReply:
-        """Sends an update's messages: the first one, and the others when the aggregator has room for them.
+        """Send an update's messages: the first one, and the others once the aggregator has a buffer for them.
 
-        What it does not read yet would lie in its memory, megabytes for each client, as flow control lets it through.
+        Sent earlier, they would occupy the aggregator's memory: flow control admits megabytes for each client.
         """
         call: Future[Any] = Future()
 
@@ -182,31 +188,33 @@ class Session:
             call.result().initial_metadata()
             yield from messages
 
-        pushing: Any = self._line.push.future(in_turn())
+        pushing: Any = self._connection.push.future(in_turn())
         call.set_result(pushing)
         try:
             reply: pb.PushReply = pushing.result()
         except grpc.FutureCancelledError:
-            raise pushing from None  # the call itself is the error that tells why
+            raise pushing from None  # the call itself is the error that holds the reason
         return reply
 
     def send(self, message: pb.ClientMessage) -> None:
-        """Queues a message for the control stream. One that a breaking stream swallows is lost: what matters is asked
-        for again after the next hello."""
+        """Queue a message for the control stream.
+
+        It is lost if the stream breaks; the aggregator asks again after the next hello for anything that matters.
+        """
         self._outgoing.put(message)
 
     def close(self) -> None:
-        """Lets what is queued go out, and ends the stream."""
+        """Send the queued messages, and close the stream and its connections."""
         if not self._closed.is_set():
             self._closed.set()
             self._outgoing.put(None)
-            self._thread.join(timeout=_FAREWELL_SECONDS)
-            for line in (*self._earlier_lines, self._line):
-                line.channel.close()
+            self._thread.join(timeout=_CLOSE_TIMEOUT)
+            for connection in (*self._earlier_connections, self._connection):
+                connection.channel.close()
             self._join_grpc_threads()
 
     def abandon(self) -> None:
-        """Give the session up in a fork of its process, where it has no threads, and its locks may be held for ever."""
+        """Give the session up in a fork, which has none of its threads; its locks may never be released."""
         self._closed = threading.Event()
         self._closed.set()
         self._abandoned = True
@@ -214,27 +222,28 @@ class Session:
     def require_own_process(self) -> None:
         """Raise :class:`FederationError` in a fork of the session's process."""
         if self._abandoned:
-            raise FederationError(IN_A_FORK)
+            raise FederationError(FORKED_PROCESS)
 
     def _join_grpc_threads(self) -> None:
-        """Waits for gRPC's own threads: one that wakes while the interpreter shuts down aborts the process."""
-        until = time.monotonic() + _FAREWELL_SECONDS
+        """Wait for gRPC's own threads: one that runs while the interpreter shuts down aborts the process."""
+        deadline = time.monotonic() + _CLOSE_TIMEOUT
         for thread in threading.enumerate():
             if thread not in self._earlier_threads and thread.daemon and thread.name.endswith(_GRPC_THREAD_NAME):
-                thread.join(timeout=max(until - time.monotonic(), 0.0))
+                thread.join(timeout=max(deadline - time.monotonic(), 0.0))
 
     @property
     def closed(self) -> bool:
+        """True once the session is closed or abandoned."""
         return self._closed.is_set()
 
     def _run(self) -> None:
-        """Connects, listens, and connects again, until the session is closed or the aggregator says stop."""
+        """Keep the control stream open until the session is closed or the aggregator sends a stop."""
         backoff, last_contact, last_warning = _FIRST_BACKOFF, time.monotonic(), 0.0
         while not self._closed.is_set():
             try:
-                for message in self._line.control(self._new_stream()):
+                for message in self._connection.control(self._new_stream()):
                     backoff, last_contact = _FIRST_BACKOFF, time.monotonic()
-                    if self._take(message):
+                    if self._handle(message):
                         return
             except grpc.RpcError as error:
                 code, details = error.code(), one_line(error.details() or "")
@@ -244,7 +253,9 @@ class Session:
                     self.incoming.put(hopeless)
                     return
                 if code in _FATAL:
-                    self.incoming.put(FederationError(f"the aggregator at {self.endpoint} refuses us: {details}"))
+                    self.incoming.put(
+                        FederationError(f"the aggregator at {self.endpoint} refuses this client: {details}")
+                    )
                     return
                 now = time.monotonic()
                 if now - last_contact > GIVE_UP_AFTER:
@@ -259,26 +270,26 @@ class Session:
                     log.warning("aggregator %s: %s; trying again", self.endpoint, details or code.name)
             finally:
                 self._takes_updates = False
-                self._answer(None)  # after that: no later update asks
-            # A little randomness keeps a thousand clients from coming back at the same instant.
+                self._resolve(None)  # in this order: no later update waits for a reply
+            # Jitter keeps a thousand clients from reconnecting at the same instant.
             self._closed.wait(backoff * random.uniform(0.5, 1.0))  # noqa: S311
             backoff = min(backoff * 2, _LONGEST_BACKOFF)
             self._take_renewed()
 
     def _take_renewed(self) -> None:
-        """Takes up certificates that were renewed since: a connection keeps those that it was made with."""
+        """Reconnect with renewed certificates: a connection keeps those with which it was made."""
         try:
             found = Credentials.read(self._directory)
         except OSError:
-            return  # between two files, or gone: what we have still serves
-        if found != self._line.credentials:
+            return  # a renewal is in progress, or the files are gone: keep the present ones
+        if found != self._connection.credentials:
             log.info("the client's certificate was renewed")
-            # Calls that are under way through the earlier one may end there.
-            self._earlier_lines.append(self._line)
-            self._line = _Line(self.endpoint, found, self._server_name)
+            # Calls in progress on the earlier connection may finish there.
+            self._earlier_connections.append(self._connection)
+            self._connection = _Connection(self.endpoint, found, self._server_name)
 
     def _new_stream(self) -> Iterator[pb.ClientMessage]:
-        """A new stream's messages. It gets a queue of its own, since gRPC may still read the broken one's."""
+        """Return a new stream's messages, from a new queue, since gRPC may still read the broken stream's."""
         previous, self._outgoing = self._outgoing, queue.Queue()
         previous.put(None)
         if self._closed.is_set():
@@ -296,15 +307,15 @@ class Session:
                 return
             yield message
 
-    def _answer(self, reply: pb.PushReply | None) -> None:
-        """Ends the wait of an update on the stream, if there is one."""
-        with self._asking:
-            asked, self._asked = self._asked, None
-        if asked is not None:
-            asked.set_result(reply)
+    def _resolve(self, reply: pb.PushReply | None) -> None:
+        """Resolve the reply to the update on the stream, if one is awaited."""
+        with self._reply_lock:
+            awaited, self._awaited = self._awaited, None
+        if awaited is not None:
+            awaited.set_result(reply)
 
-    def _take(self, message: pb.ServerMessage) -> bool:
-        """Return whether this message was the last."""
+    def _handle(self, message: pb.ServerMessage) -> bool:
+        """Handle one message; return true if it ends the session."""
         match message.WhichOneof("message"):
             case "welcome":
                 if (seconds := message.welcome.heartbeat_seconds) > 0:
@@ -313,7 +324,7 @@ class Session:
                 self.aggregator = message.welcome.instance
                 log.info("connected to %s as %s/%d", self.endpoint, self.context.pool, self.context.index)
             case "reply":
-                self._answer(message.reply)
+                self._resolve(message.reply)
             case "stop" if message.stop.reason == pb.Stop.RESTARTING:
                 return False
             case "stop":

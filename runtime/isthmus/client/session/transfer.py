@@ -1,4 +1,4 @@
-"""Moving tensors between a client and its aggregator."""
+"""Transfer of models and updates between a client and its aggregator, with retries."""
 
 import logging
 import time
@@ -17,16 +17,16 @@ from ...framing import receive_model, update_messages
 from ...tensors import Reception, State, TransferError, chunk_bytes, chunks_of, specs_of
 from ...views import View
 from ..errors import FederationError
-from .compression import Compression
+from .compression import ClientCompression
 from .session import GIVE_UP_AFTER, Session, too_large
 
 log = logging.getLogger("isthmus")
 
 T = TypeVar("T")
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.2, 5.0
-# A process that was told to stop has a grace period, 30 s in Kubernetes: it must not use it up here.
-_PATIENCE_WHEN_STOPPING = 10.0
-# Worth another try: the aggregator restarts, the network hiccups, a stream was cut or damaged.
+# A process that was told to stop has a grace period, 30 s in Kubernetes, which retries must not use up. Seconds.
+_TIMEOUT_WHEN_STOPPING = 10.0
+# Errors to retry: the aggregator restarts, the network fails for a moment, a stream was cut or damaged.
 _TRANSIENT = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DATA_LOSS,
@@ -39,12 +39,12 @@ _TRANSIENT = (
 
 
 class OutdatedError(Exception):
-    """The aggregator has moved on: what was asked for is no longer wanted or no longer there."""
+    """The aggregator has moved on: the model or update is no longer available or no longer wanted."""
 
 
 @dataclass(frozen=True)
 class FinishedUpdate:
-    """A client's finished work. It is kept until the round is committed, so it never has to be done again."""
+    """A client's finished update. It is kept until the round commits, so that it can be resent without retraining."""
 
     round: int
     base_digest: str
@@ -52,28 +52,29 @@ class FinishedUpdate:
     metrics: dict[str, float]
     tensors: State | Encoded
     buffers: list[str] = field(default_factory=list)
-    """Names of those that no optimizer trains."""
+    """Names of the tensors that no optimizer trains."""
     scalars: dict[str, float] = field(default_factory=dict)
-    """What the strategy wants to know of the training."""
-    remembered: State | None = None
-    """What the correction keeps for the next round, once this update is accepted."""
+    """Numbers about the training that the strategy requires."""
+    updated_state: State | None = None
+    """The correction's state for the next round, to be kept once this update is accepted."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By stage: how long the work took."""
+    """Duration of each stage of the work. Seconds."""
     views: Sequence[View] = ()
-    """The names for which one of ``tensors`` travels."""
+    """Names that are views of one of ``tensors``, which is sent in their place."""
     frozen: Sequence[str] = ()
-    """Of the initial weights: names of parameters that require no gradient."""
+    """For initial weights: names of the parameters that require no gradient."""
 
 
 def pull(
     session: Session,
     offer: pb.Offer,
-    compression: Compression,
+    compression: ClientCompression,
     require_fitting: Callable[[Iterable[pb.TensorSpec]], None],
 ) -> State:
-    """The global model that an offer names, or carries. Raises :class:`OutdatedError` or :class:`FederationError`.
+    """Return the global model that an offer names or contains.
 
-    ``require_fitting`` raises for the specs of a model that the script's cannot load.
+    ``require_fitting`` is called with the model's specs, and raises if the script's model cannot load them.
+    Raises :class:`OutdatedError` or :class:`FederationError`.
     """
 
     def reception(header: pb.ModelHeader) -> Reception | Decoder:
@@ -84,30 +85,30 @@ def pull(
         try:
             return receive_model((offer.model,), reception)
         except TransferError as error:
-            log.warning("the model in an offer cannot be read (%s); pulling it", error)
+            log.warning("cannot read the model in an offer (%s); pulling it", error)
 
     def attempt() -> State:
         try:
             return receive_model(session.pull(compression.request(offer)), reception)
         except CodecError:
-            compression.distrust()
+            compression.request_uncompressed()
             raise
 
-    return _persistently(session, "pull", attempt)
+    return _retry(session, "pull", attempt)
 
 
 def pull_companion(session: Session, offer: pb.Offer) -> State:
-    """Return what the strategy sends along with an offer's model. Raises as :func:`pull` does."""
+    """Return the auxiliary tensors that the strategy sends with an offer's model. Raises as :func:`pull` does."""
     request = pb.PullRequest(
         job_uid=session.job_uid, round=offer.base_round, digest=offer.base_digest, companion=True
     )  # fmt: skip
-    return _persistently(
+    return _retry(
         session, "pull", lambda: receive_model(session.pull(request), lambda header: Reception(header.tensors))
     )
 
 
 def push(session: Session, update: FinishedUpdate) -> pb.PushReply:
-    """Hands an update in; sends it again until it is answered. Raises :class:`FederationError`."""
+    """Send an update, and resend it until the aggregator replies. Raises :class:`FederationError`."""
     tensors = update.tensors
     header = pb.UpdateHeader(
         job_uid=session.job_uid,
@@ -137,16 +138,16 @@ def push(session: Session, update: FinishedUpdate) -> pb.PushReply:
         return session.push_one(first) if second is None else session.push(chain((first, second), messages))
 
     try:
-        reply = _persistently(session, "push", attempt)
+        reply = _retry(session, "push", attempt)
         reply.message = one_line(reply.message)
         return reply
     except OutdatedError as error:
         return pb.PushReply(verdict=pb.PushReply.STALE, message=str(error))
 
 
-def _persistently(session: Session, what: str, attempt: Callable[[], T]) -> T:
-    """Tries until it works, with growing pauses, as long as the aggregator may come back."""
-    backoff, since, patience = _FIRST_BACKOFF, time.monotonic(), GIVE_UP_AFTER
+def _retry(session: Session, what: str, attempt: Callable[[], T]) -> T:
+    """Repeat an attempt, with exponential back-off, until it succeeds or the aggregator is given up."""
+    backoff, since, timeout = _FIRST_BACKOFF, time.monotonic(), GIVE_UP_AFTER
     while True:
         try:
             return attempt()
@@ -159,12 +160,14 @@ def _persistently(session: Session, what: str, attempt: Callable[[], T]) -> T:
             if (hopeless := too_large(what, error)) is not None:
                 raise hopeless from None
             if code not in _TRANSIENT:
-                raise FederationError(f"{what}: the aggregator at {session.endpoint} refuses us: {problem}") from None
+                raise FederationError(
+                    f"{what}: the aggregator at {session.endpoint} refuses this client: {problem}"
+                ) from None
         if session.over.is_set():
-            raise OutdatedError("the aggregator has ended our part")
-        if session.stopping.is_set() and patience == GIVE_UP_AFTER:
-            since, patience = time.monotonic(), _PATIENCE_WHEN_STOPPING
-        if time.monotonic() - since > patience:
+            raise OutdatedError("the aggregator has ended this client's participation")
+        if session.stopping.is_set() and timeout == GIVE_UP_AFTER:
+            since, timeout = time.monotonic(), _TIMEOUT_WHEN_STOPPING
+        if time.monotonic() - since > timeout:
             raise FederationError(f"{what}: the aggregator at {session.endpoint} does not answer: {problem}")
         log.warning("%s failed (%s); trying again", what, problem)
         time.sleep(backoff)

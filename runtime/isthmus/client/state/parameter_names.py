@@ -1,4 +1,4 @@
-"""Which tensors of a model's state an optimizer trains, and what they are called."""
+"""Names of the tensors in a model's state that optimizers train."""
 
 from collections.abc import Iterable, Mapping
 from typing import Self
@@ -12,19 +12,19 @@ from .wrappers import plain_names
 _Place = tuple[int, torch.Size, tuple[int, ...], torch.device]
 
 
-class Names:
-    """Finds the name, in the state that travels, of a parameter that an optimizer holds.
+class ParameterNames:
+    """Names, in the shared state, of the parameters that optimizers hold.
 
-    A module's parameters are known as objects: their values move, to a GPU say, after the round has begun. Of a model
-    that is no module only the place of the values is known.
+    A module's parameters are identified as objects, since their values may move (to a GPU, for example) during the
+    round. For a model that is not a module, only the address of the values is known.
     """
 
     def __init__(
         self, parameters: Mapping[str, torch.Tensor], places: Mapping[_Place, str] | None = None,
         views: Iterable[View] = (), wholes: Mapping[str, torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """``views``: of the parameters; ``wholes``: the tensors that they are views of."""
-        self._parameters = dict(parameters)  # holds them, so that no other object gets their ids
+        """``views``: views among the parameters; ``wholes``: the tensors that they are views of."""
+        self._parameters = dict(parameters)  # keeps them alive, so that their ids are not reused
         self._by_object = {id(parameter): name for name, parameter in reversed(self._parameters.items())}
         self._places = places
         self._views = {view.name: view for view in views}
@@ -32,7 +32,7 @@ class Names:
 
     @classmethod
     def of(cls, model: object, live: Mapping[str, torch.Tensor], views: Iterable[View] = ()) -> Self:
-        """Those of a model's trained parameters among ``live``, which has all their names; of tied ones, the first."""
+        """Return the names of a model's trained parameters in ``live``, which holds tied ones under all their names."""
         views = tuple(views)
         wholes = {view.of: live[view.of] for view in views}
         if isinstance(model, torch.nn.Module):
@@ -48,22 +48,22 @@ class Names:
         return cls({}, places, views, wholes)
 
     def find(self, parameter: torch.Tensor) -> str | None:
-        """The name of the tensor that travels for a parameter; ``None`` where none does, or it is not the model's."""
+        """Return the name of the tensor that is sent for a parameter; ``None`` if none is, or it is not the model's."""
         name = self._own_name(parameter)
         return self._views[name].of if name in self._views else name
 
     def whole(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The tensor that travels for a parameter: the parameter itself, unless it is a part of that."""
+        """Return the tensor that is sent for a parameter: itself, unless it is a view of another one."""
         view = self._views.get(self._own_name(parameter) or "")
         return parameter if view is None or self._is_all(view, parameter) else self._wholes[view.of]
 
     def part(self, parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Return what belongs to the parameter of values for all of the tensor that travels for it."""
+        """Return the parameter's part of values for the whole tensor that is sent for it."""
         view = self._views.get(self._own_name(parameter) or "")
         return values if view is None or self._is_all(view, parameter) else view.within(values)
 
     def leave_out(self, parameter: torch.Tensor) -> bool:
-        """Return whether it is certain that the parameter does not travel."""
+        """Return whether it is certain that the parameter is not sent."""
         return self._places is None and id(parameter) not in self._by_object
 
     def _own_name(self, parameter: torch.Tensor) -> str | None:
@@ -72,22 +72,23 @@ class Names:
         return self._by_object.get(id(parameter))
 
     def _is_all(self, view: View, parameter: torch.Tensor) -> bool:
-        """Return whether a view has all values, in the same shape."""
+        """Return whether a view holds all values of its tensor, in the same shape."""
         whole = self._wholes[view.of]
         return whole.shape == parameter.shape and whole.stride() == parameter.stride()
 
 
 def named_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return a module's parameters by the names that they have without wrappers: several where they are tied."""
+    """Return a module's parameters by their names without wrappers; tied ones have several."""
     named = dict(model.named_parameters(remove_duplicate=False))
     names = plain_names(model, list(named))
     return {names[name]: parameter for name, parameter in named.items()}
 
 
 def trained_of(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A module's parameters, by the names of their values in its state: several names where they are tied.
+    """Return a module's parameters by their names in its state; tied ones have several.
 
-    The names tell, also where ``state_dict()`` returns copies (on the CPU, say). Where it renames, the place does.
+    They are matched by name, which also works if ``state_dict()`` returns copies (on the CPU, for example), or, if it
+    renames them, by address.
     """
     named = named_parameters(model)
     placed = {_place(parameter): parameter for parameter in named.values() if has_place(parameter)}
@@ -102,9 +103,9 @@ def trained_of(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dic
 
 
 def buffers_of(model: object, state: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names in a model's state that are no parameters: batch-norm statistics, counters.
+    """Return the names in a model's state that are not parameters: batch-norm statistics, counters.
 
-    Of a model that is no ``torch.nn.Module``, and has no ``parameters()``, nothing is known: everything may be trained.
+    If the model is not a ``torch.nn.Module`` and has no ``parameters()``, every tensor may be trained.
     """
     if isinstance(model, torch.nn.Module):
         trained = trained_of(model, state)
@@ -117,9 +118,10 @@ def buffers_of(model: object, state: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def frozen_of(model: object, state: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names in a module's state of parameters that require no gradient, and have none.
+    """Return the names in a module's state of parameters that require no gradient, and have none.
 
-    Some scripts (of GANs, say) switch ``requires_grad`` off and on again; what they train has a gradient all the same.
+    Some scripts (of GANs, for example) switch ``requires_grad`` off and on; the parameters that they train have a
+    gradient nevertheless.
     """
     if not isinstance(model, torch.nn.Module):
         return []
@@ -128,13 +130,13 @@ def frozen_of(model: object, state: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def has_place(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor has values of its own in one piece of memory: lazy, sharded and sparse ones have not."""
+    """Return whether a tensor has its values in one piece of memory: lazy, sharded and sparse ones do not."""
     return impediment(tensor) is None and tensor.numel() > 0
 
 
 def _place(tensor: torch.Tensor) -> _Place:
-    """Return where a tensor's values are. A state dict's tensors are others than the model's, but in the same place.
+    """Return a key for the location of a tensor's values, which a state dict's tensors share with the model's.
 
-    A view is told from what it is a view of: a tied ``weight.t()`` begins where the weight does.
+    It includes the strides: a tied ``weight.t()`` begins at the same address as the weight.
     """
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device

@@ -1,4 +1,4 @@
-"""Tensors that a client keeps from round to round: a correction's, or what its updates left out."""
+"""Tensors that a client keeps from round to round: a correction's state, or an error-feedback residual."""
 
 import logging
 import os
@@ -15,23 +15,23 @@ from ..context import Context
 log = logging.getLogger("isthmus")
 
 
-class Memory:
-    """In memory, and where there is a scratch directory (``ISTHMUS_SCRATCH``) also there, for the client's restart.
+class PersistentTensors:
+    """Tensors in memory and, if there is a scratch directory (``ISTHMUS_SCRATCH``), in a file for the client's restart.
 
-    The file appears whole or not at all, and no error of it ends the client.
+    The file is replaced atomically. Errors of the file system are logged, and do not end the client.
     """
 
-    def __init__(self, name: str, job_uid: str, place: Context) -> None:
+    def __init__(self, name: str, job_uid: str, context: Context) -> None:
         self.tensors: State = {}
         self._name = name
         self._job_uid = job_uid
         scratch = os.environ.get(identities.ENV_SCRATCH)
-        self._path = Path(scratch) / f"{name.lower()}-{place.pool}-{place.index}.safetensors" if scratch else None
+        self._path = Path(scratch) / f"{name.lower()}-{context.pool}-{context.index}.safetensors" if scratch else None
         if self._path is not None and self._path.exists():
             self._load(self._path)
 
     def advance(self, tensors: State, round_number: int) -> None:
-        """Takes new tensors up, once the update of this round, which belongs to them, has been accepted."""
+        """Store new tensors, once the update of this round, to which they belong, has been accepted."""
         self.tensors = tensors
         if self._path is None:
             return
@@ -40,25 +40,25 @@ class Memory:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             try:
-                partial.touch(mode=0o600)  # it tells of the client's data, as the updates do
+                partial.touch(mode=0o600)  # it reveals as much about the client's data as the updates do
                 save_file(contiguous, partial, {"job_uid": self._job_uid, "round": str(round_number)})
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())
                 partial.replace(self._path)
             finally:
-                partial.unlink(missing_ok=True)  # on a full disk a part of it would take what room there is
+                partial.unlink(missing_ok=True)  # on a full disk a partial file would take the remaining space
         except Exception as error:
-            # The run goes on: only a restart would miss it.
-            log.warning("%s could not be kept in %s: %s", self._name, self._path.parent, error)
+            # Training goes on: only a restarted client misses the file.
+            log.warning("cannot store %s in %s: %s", self._name, self._path.parent, error)
 
     def _load(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("job_uid") != self._job_uid:
-                    return  # another job's: replaced at the first acceptance
+                    return  # of another job: replaced at the first acceptance
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:
-            log.warning("%s cannot be read (%s): it begins anew", path, error)
+            log.warning("%s is unreadable (%s); starting with empty state", path, error)
             return
-        log.info("%s of round %s found in %s", self._name, metadata.get("round", "?"), path.parent)
+        log.info("loaded %s of round %s from %s", self._name, metadata.get("round", "?"), path.parent)

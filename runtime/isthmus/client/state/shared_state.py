@@ -1,4 +1,4 @@
-"""The part of a script's model that travels."""
+"""The part of a script's model that is shared with the federation."""
 
 import logging
 from collections import OrderedDict
@@ -16,22 +16,22 @@ from ...tensors import State, TransferError, checked, mismatch, specs_of
 from ...views import View, difference, expanded
 from ..errors import FederationError, ScriptError
 from ..script_values import shown
-from .parameter_names import Names, buffers_of, frozen_of, named_parameters, trained_of
+from .parameter_names import ParameterNames, buffers_of, frozen_of, named_parameters, trained_of
 from .tied_tensors import views_in
 from .wrappers import plain_names, wrapped_in
 
 log = logging.getLogger("isthmus")
 
 Parameters = str | Iterable[str] | Callable[[str], bool] | None
-"""Which tensors travel: ``"trainable"``, patterns, a predicate on names; ``None``: all of them."""
+"""Choice of the tensors that are shared: ``"trainable"``, patterns, a predicate on names, or ``None`` for all."""
 
 _SHOWN_NAMES = 5
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
-_ADVICE = "isthmus.rounds(..., parameters=...) leaves out what is to stay at the client"
+_ADVICE = "use isthmus.rounds(..., parameters=...) to leave out tensors that stay at the client"
 
 
 class Model(Protocol):
-    """What can be trained: a ``torch.nn.Module``, or anything else with its two methods."""
+    """Model that can be trained: a ``torch.nn.Module``, or any object with these two methods."""
 
     def state_dict(self) -> Mapping[str, torch.Tensor]: ...
 
@@ -39,10 +39,10 @@ class Model(Protocol):
 
 
 class SharedState:
-    """A model's state as the federation sees it: without wrappers, and without what stays at this client.
+    """A model's state as the federation sees it: without wrappers, and without the tensors that stay at this client.
 
-    Raises :class:`ScriptError` where ``parameters`` choose nothing, or what cannot be chosen, for what cannot travel,
-    and for tensors that overlap.
+    Raises :class:`ScriptError` if ``parameters`` is invalid or chooses nothing, for values that cannot be sent, and for
+    tensors that overlap.
     """
 
     def __init__(self, model: Model, parameters: Parameters = None) -> None:
@@ -54,28 +54,28 @@ class SharedState:
             try:
                 checked(name, tensor)
             except TransferError as error:
-                raise ScriptError(f"the model's state cannot travel: {error}; {_ADVICE}") from None
+                raise ScriptError(f"the model's state cannot be sent: {error}; {_ADVICE}") from None
         if self._chosen is None:
             _warn_of_strange_names(self._model, named)
         self.views()
 
     def live(self) -> Mapping[str, torch.Tensor]:
-        """The tensors that travel, as the model holds them now: of those that share memory, one."""
+        """Return the shared tensors as the model holds them now; of tensors that share memory, only one."""
         state = self._named()
         views = {view.name for view in self._views_in(state)}
         return {name: tensor for name, tensor in state.items() if name not in views} if views else state
 
     def views(self) -> tuple[View, ...]:
-        """The names for which another tensor travels. Raises ``ValueError`` for tensors that overlap otherwise."""
+        """Return the names that are views of another shared tensor. Raises ``ValueError`` for other overlaps."""
         return self._views_in(self._named())
 
     def require(self, views: Iterable[View]) -> None:
-        """Raises :class:`FederationError` where the names of the global model share memory in another way than here."""
+        """Raise :class:`FederationError` if names of the global model share memory in another way than here."""
         if found := difference(views, self.views()):
             raise FederationError(f"the global model does not fit this script's model: {found}")
 
     def require_fitting(self, specs: Iterable[TensorSpec]) -> None:
-        """Refuse a global model that a module cannot load before memory is taken for it.
+        """Refuse a global model that a module cannot load, before memory is allocated for it.
 
         Raises :class:`FederationError`.
         """
@@ -91,7 +91,7 @@ class SharedState:
                 )
 
     def load(self, state: State) -> None:
-        """Loads the global weights; what does not travel stays as it is. Raises :class:`FederationError`."""
+        """Load the global weights; other tensors stay as they are. Raises :class:`FederationError`."""
         own = self._model.state_dict()
         actual = {plain: name for name, plain in plain_names(self._model, list(own)).items()}
         loaded: OrderedDict[str, Any] = OrderedDict()
@@ -99,7 +99,7 @@ class SharedState:
         if self._chosen is not None and not is_module:
             loaded.update(own)
         if (versions := getattr(own, "_metadata", None)) is not None:
-            loaded._metadata = versions  # type: ignore[attr-defined]  # where torch keeps the modules' versions
+            loaded._metadata = versions  # type: ignore[attr-defined]  # torch keeps the modules' versions here
         try:
             if self._chosen is not None and (unlike := mismatch(specs_of(state), specs_of(self.live()))):
                 raise RuntimeError(unlike)
@@ -113,34 +113,34 @@ class SharedState:
             raise FederationError(f"the global model does not fit this script's model: {error}") from None
 
     def buffers(self, live: Mapping[str, torch.Tensor]) -> list[str]:
-        """The names among ``live`` that no optimizer trains, by whatever name."""
+        """Return the names in ``live`` that no optimizer trains, under any of their names."""
         return self._all_in(live, buffers_of(self._model, self._named()))
 
     def frozen(self, live: Mapping[str, torch.Tensor]) -> list[str]:
-        """The names among ``live`` of parameters without a gradient: what moves them is not gradient descent."""
+        """Return the names in ``live`` of parameters without a gradient: gradient descent does not change them."""
         state = self._named()
         buffers = self.buffers(live)
         untrained = [*buffers_of(self._model, state), *frozen_of(self._model, state)]
         return [name for name in self._all_in(live, untrained) if name not in buffers]
 
-    def names(self) -> Names:
-        """Finds the names of the parameters that travel."""
+    def names(self) -> ParameterNames:
+        """Return the names of the shared parameters."""
         state = self._named()
-        return Names.of(self._model, state, self._views_in(state))
+        return ParameterNames.of(self._model, state, self._views_in(state))
 
     def _entries(self) -> dict[str, Any]:
-        """All entries of the model's state, by the names that they have without wrappers."""
+        """Return all entries of the model's state, by their names without wrappers."""
         state = self._model.state_dict()
         names = plain_names(self._model, list(state))
         return {names[name]: value for name, value in state.items()}
 
     def _named(self) -> Mapping[str, torch.Tensor]:
-        """The tensors that the federation is about, by all their names."""
+        """Return the shared tensors, by all their names."""
         state = self._entries()
         return state if self._chosen is None else {name: state[name] for name in self._chosen}
 
     def _views_in(self, state: Mapping[str, torch.Tensor]) -> tuple[View, ...]:
-        """Views, as the module's own tensors lie; ``state_dict()`` may return copies."""
+        """Return the views among the module's own tensors, since ``state_dict()`` may return copies."""
         if not isinstance(self._model, torch.nn.Module):
             return views_in(state)
         buffers = dict(self._model.named_buffers(remove_duplicate=False))
@@ -150,7 +150,7 @@ class SharedState:
         return views_in({name: t if _alike(t, state[name]) else state[name] for name, t in like.items()})
 
     def _all_in(self, live: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[str]:
-        """Return which of ``live`` are in ``names`` by every name that they have."""
+        """Return the names in ``live`` all of whose aliases are in ``names``."""
         names = set(names)
         others = {view.of for view in self.views() if view.name not in names}
         return [name for name in live if name in names and name not in others]
@@ -166,9 +166,9 @@ def _alike(tensor: torch.Tensor, other: object) -> bool:
 
 
 def unwrapped(model: Model) -> Model:
-    """Return the script's own model, without what is wrapped around it.
+    """Return the script's own model, without its wrappers.
 
-    Raises :class:`ScriptError` for a sharded one.
+    Raises :class:`ScriptError` for a sharded model.
     """
     for part in model.modules() if isinstance(model, torch.nn.Module) else (model,):
         if any(kind.__name__ in _SHARDED for kind in type(part).__mro__):
@@ -191,13 +191,13 @@ def _require_model(model: object) -> None:
 
 
 def _warn_of_strange_names(model: Model, live: Mapping[str, torch.Tensor]) -> None:
-    """Strategies tell what is trained from what is counted by the module's own parameters."""
+    """Warn if no name of the state is a parameter: strategies tell weights from statistics by the parameters."""
     if not isinstance(model, torch.nn.Module) or next(model.parameters(), None) is None:
         return
     if not trained_of(model, live):
         log.warning(
-            "none of the model's parameters is found in its state_dict(), which gives copies under other names:"
-            " its tensors are averaged as statistics are, and no strategy can correct or count its training"
+            "none of the model's parameters is found in its state_dict(), which returns copies under other names:"
+            " its tensors are averaged like statistics, and no strategy can correct or count its training"
         )
 
 
@@ -209,7 +209,7 @@ def _choose(
         if parameters != "trainable":
             raise ScriptError(
                 f'parameters must be "trainable", a list of patterns or a function, not {parameters!r}:'
-                f" for a single pattern say [{parameters!r}]"
+                f" for a single pattern pass [{parameters!r}]"
             )
         if not isinstance(model, torch.nn.Module):
             raise ScriptError(f'parameters="trainable" needs a torch.nn.Module, not a {type(model).__name__}')
@@ -233,7 +233,7 @@ def _choose(
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ScriptError(f"parameters: {pattern!r} matches none of the model's tensors: {_shown(names)}")
     if not patterns:
-        raise ScriptError("parameters is an empty list, so nothing would travel")
+        raise ScriptError("parameters is an empty list, so nothing would be sent")
     return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 

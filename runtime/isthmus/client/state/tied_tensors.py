@@ -1,4 +1,4 @@
-"""Finds tensors that share memory, wholly or in part, by where their values lie."""
+"""Detection of tensors that share memory, wholly or in part, by the addresses of their values."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,14 +9,14 @@ from torch.nn.parameter import is_lazy
 from ...views import View
 from ..errors import ScriptError
 
-# Of a dimension: stride in memory, size, stride in the contiguous form.
+# A dimension: stride in memory, size, stride in the contiguous form.
 _Dimension = tuple[int, int, int]
 
 
 def views_in(state: Mapping[str, Any]) -> tuple[View, ...]:
-    """Finds the names that are views of others: of the largest tensor, of several the first by name.
+    """Return the names that are views of other tensors: of the largest one, or of the first by name among equals.
 
-    Raises ``ValueError`` for tensors that share a part of their memory, neither being a view of the other.
+    Raises ``ValueError`` for tensors that share a part of their memory without one being a view of the other.
     """
     names = list(state)
     views = []
@@ -43,7 +43,7 @@ def _rank(name: str, tensor: torch.Tensor) -> tuple[int, bool, str]:
 
 
 def overlapping(tensors: Sequence[Any]) -> Iterator[list[int]]:
-    """Groups of tensors, by their indexes, whose memory may overlap: those of two and more."""
+    """Yield groups of two or more tensors, by index, whose memory may overlap."""
     spans = sorted((*span, index) for index, tensor in enumerate(tensors) if (span := _span(tensor)) is not None)
     group: list[int] = []
     place, reached = "", 0
@@ -69,7 +69,7 @@ def overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
     size = left.element_size()
     if left is right or right.element_size() != size or (begin - start) % size:
         return True
-    # One byte for each element of what they span.
+    # One byte for each element of their common span.
     first = min(start, begin)
     touched = torch.zeros((max(end, stop) - first) // size, dtype=torch.bool, device="cpu")
     touched.as_strided(left.shape, left.stride(), (start - first) // size).fill_(True)
@@ -77,21 +77,21 @@ def overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def _span(tensor: object) -> tuple[str, int, int] | None:
-    """On which device a tensor's values lie, and from where to where; ``None`` where it has none there."""
+    """Return the device of a tensor's values, and their start and end address; ``None`` if it has no such values."""
     if not isinstance(tensor, torch.Tensor) or is_lazy(tensor) or tensor.layout != torch.strided or not tensor.numel():
         return None
     try:
         start = tensor.data_ptr()
-    except RuntimeError:  # of tensors without memory of their own
+    except RuntimeError:  # for tensors without memory of their own
         start = 0
-    if not start:  # such as on XLA, where only the object tells
+    if not start:  # on XLA, for example, where only the object identifies the tensor
         return f"object {id(tensor)}", 0, 1
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return str(tensor.device), start, start + (last + 1) * tensor.element_size()
 
 
 def _view(name: str, tensor: torch.Tensor, root: str, whole: torch.Tensor) -> View | None:
-    """The tensor as a view of ``whole``, if it lies within it."""
+    """Return the tensor as a view of ``whole``, if it lies within it."""
     if tensor.dtype != whole.dtype:
         return None
     shape = tuple(tensor.shape)
@@ -128,7 +128,7 @@ def _contiguous(shape: Sequence[int]) -> list[int]:
 
 
 def _dimensions(tensor: torch.Tensor) -> list[_Dimension]:
-    """A tensor's dimensions, the largest strides first; those that are as one in memory and on the wire, as one."""
+    """Return a tensor's dimensions, largest stride first; those contiguous in memory and on the wire are merged."""
     dimensions = zip(tensor.stride(), tensor.shape, _contiguous(tensor.shape), strict=True)
     merged: list[_Dimension] = []
     for stride, size, travelled in sorted((each for each in dimensions if each[1] > 1), reverse=True):
@@ -140,7 +140,7 @@ def _dimensions(tensor: torch.Tensor) -> list[_Dimension]:
 
 
 def _steps(distance: int, dimensions: Iterable[_Dimension]) -> list[int] | None:
-    """A distance in memory, in steps along each dimension."""
+    """Convert a distance in memory to steps along each dimension; ``None`` if there is no such position."""
     steps = []
     for stride, size, _ in dimensions:
         step, distance = divmod(distance, stride) if stride else (0, distance)

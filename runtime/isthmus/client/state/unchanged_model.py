@@ -1,4 +1,4 @@
-"""Finds out that a script has trained something else than the model that it hands in, such as a copy of it."""
+"""Detection of scripts that train something other than the submitted model, such as a copy of it."""
 
 import logging
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ log = logging.getLogger("isthmus")
 _SAMPLED = 64
 
 
-class Untouched:
-    """Compares the weights that are handed in with those that the round began with, and warns once.
+class UnchangedModelCheck:
+    """Comparison of the submitted weights with those at the start of the round, with one warning if they are equal.
 
-    Keeps a few values of each tensor, and how often torch has changed it in place, rather than a copy of the model.
+    Instead of a copy of the model it keeps a few values of each tensor, and torch's count of in-place changes.
     """
 
     def __init__(self) -> None:
@@ -21,17 +21,17 @@ class Untouched:
         self._before: dict[str, tuple[int, torch.Tensor]] = {}
 
     def begin(self, live: Mapping[str, torch.Tensor]) -> None:
-        """Note the weights that a round begins with."""
+        """Record the weights at the start of a round."""
         self._before = {} if self._warned else {name: _mark(tensor) for name, tensor in live.items()}
 
     def compare(self, live: Mapping[str, torch.Tensor], round_number: int) -> None:
-        """Warn where none of the weights has changed since."""
+        """Warn if none of the weights has changed since."""
         before, self._before = self._before, {}
         if before and before.keys() == live.keys() and all(_same(before[name], live[name]) for name in before):
             self._warned = True
             log.warning(
-                "round %d: the update equals the global model: nothing has changed the model that was given to"
-                " isthmus.rounds(); if the script trained a copy of it, train the model itself, or load the result"
+                "round %d: the update equals the global model: the model passed to isthmus.rounds() has not changed;"
+                " if the script trained a copy of it, train the model itself, or load the result"
                 " into it before rnd.submit()",
                 round_number,
             )
@@ -45,7 +45,7 @@ def _mark(tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # which is not counted in inference mode
+    return 0 if tensor.is_inference() else tensor._version  # not counted in inference mode
 
 
 def _same(before: tuple[int, torch.Tensor], tensor: torch.Tensor) -> bool:

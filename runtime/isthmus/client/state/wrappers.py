@@ -1,6 +1,6 @@
-"""Modules that only wrap another: their traces in the names of a model's state.
+"""Modules that only wrap another one, and the prefixes that they add to the names of a model's state.
 
-A wrapper is known by its class, never by the name of its attribute: a model's own part may be called ``module`` too.
+A wrapper is recognised by its class, not by the name of its attribute: a model may have a submodule ``module`` too.
 """
 
 import sys
@@ -9,8 +9,8 @@ import torch
 
 _Kind = tuple[str, str, str]
 
-# Where each class is defined, its name, and the attribute that holds the module inside. A class whose module has not
-# been imported has no instances.
+# The module that defines each class, the class's name, and the attribute that holds the inner module. A class whose
+# module has not been imported has no instances.
 _WRAPPERS: tuple[_Kind, ...] = (
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
@@ -26,7 +26,7 @@ _WRAPPERS: tuple[_Kind, ...] = (
 
 
 def wrapped_in(module: object) -> tuple[str, torch.nn.Module] | None:
-    """Return the attribute that holds the module inside a wrapper, and that module; ``None`` for any other object."""
+    """Return a wrapper's attribute for its inner module, and that module; ``None`` if the object is no wrapper."""
     if not isinstance(module, torch.nn.Module):
         return None
     for home, name, attribute in _WRAPPERS:
@@ -38,7 +38,7 @@ def wrapped_in(module: object) -> tuple[str, torch.nn.Module] | None:
 
 
 def plain_names(model: object, names: list[str]) -> dict[str, str]:
-    """Map names in a model's state to what they are without wrappers, at any depth."""
+    """Map names in a model's state to their names without wrappers, at any depth."""
     if not isinstance(model, torch.nn.Module) or not any(wrapped_in(module) for module in model.modules()):
         return {name: name for name in names}
     return {name: _plain(model, name) for name in names}
@@ -51,7 +51,7 @@ def _plain(model: torch.nn.Module, name: str) -> str:
     while parts:
         while module is not None and (found := wrapped_in(module)) is not None:
             attribute, module = found
-            # Some wrappers take their trace out of the names by themselves.
+            # Some wrappers remove their prefix from the names themselves.
             if parts[0] == attribute:
                 parts.pop(0)
         if not parts:

@@ -1,4 +1,4 @@
-"""The upper half of float32."""
+"""BFloat16: the upper half of float32."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from ..base import SegmentCodec, bytes_of, read
 
 
 class BFloat16(SegmentCodec):
-    """Two bytes a value; relative error at most 2^-8, float32's range.
+    """Two bytes per value; relative error at most 2^-8, float32's range.
 
     Kalamkar et al., "A Study of BFLOAT16 for Deep Learning Training" (2019).
     """

@@ -1,4 +1,4 @@
-"""IEEE 754 half precision."""
+"""Float16: IEEE 754 half precision."""
 
 import numpy as np
 import torch
@@ -9,10 +9,10 @@ _LARGEST = 65504.0
 
 
 class Float16(SegmentCodec):
-    """Two bytes a value; relative error at most 2^-11 from 6.1e-5 up, absolute error at most 2^-25 below.
+    """Two bytes per value; relative error at most 2^-11 from 6.1e-5 up, absolute error at most 2^-25 below.
 
-    Micikevicius et al., "Mixed Precision Training" (2018). Finite values beyond half precision's range become its
-    largest; infinity becomes NaN, so that the receiver refuses it.
+    Micikevicius et al., "Mixed Precision Training" (2018). Finite values beyond the range of half precision are
+    clamped; infinity becomes NaN, so that the receiver refuses it.
     """
 
     name = "Float16"
@@ -22,7 +22,7 @@ class Float16(SegmentCodec):
         return 2 * count
 
     def encode(self, values: torch.Tensor, seed: int) -> bytes:
-        # The difference is 0 for finite values and NaN for the others, which the clamp alone would hide.
+        # values - values is 0 for finite values and NaN for others, which the clamp alone would hide.
         return bytes_of(values.clamp(-_LARGEST, _LARGEST).add_(values - values).to(torch.float16))
 
     def decode(self, data: memoryview, count: int, seed: int) -> torch.Tensor:

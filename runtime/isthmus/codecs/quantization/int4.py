@@ -1,10 +1,10 @@
-"""Four bits a value."""
+"""Int4: four bits per value."""
 
 import numpy as np
 import torch
 
 from ..base import SegmentCodec, bytes_of, read
-from .stochastic_rounding import dequantise, quantise, scales_from
+from .stochastic_rounding import dequantize, quantize, scales_from
 
 BLOCK, LEVELS = 128, 7
 
@@ -23,7 +23,7 @@ class Int4(SegmentCodec):
         return 4 * -(-count // BLOCK) + -(-count // 2)
 
     def encode(self, values: torch.Tensor, seed: int) -> bytes:
-        scales, codes = quantise(values, BLOCK, LEVELS, seed)
+        scales, codes = quantize(values, BLOCK, LEVELS, seed)
         pairs = codes.add_(LEVELS + 1).to(torch.uint8).view(-1, 2)
         packed = pairs[:, 0] | (pairs[:, 1] << 4)
         return bytes_of(scales) + bytes_of(packed[: -(-len(values) // 2)])
@@ -32,4 +32,4 @@ class Int4(SegmentCodec):
         scales = scales_from(data, -(-count // BLOCK))
         packed = read(data, np.uint8, -(-count // 2), scales.nbytes)
         codes = torch.stack((packed & 15, packed >> 4), 1).view(-1)[:count].float().sub_(LEVELS + 1)
-        return dequantise(codes, scales, BLOCK)
+        return dequantize(codes, scales, BLOCK)

@@ -1,10 +1,10 @@
-"""Eight bits a value."""
+"""Int8: eight bits per value."""
 
 import numpy as np
 import torch
 
 from ..base import SegmentCodec, bytes_of, read
-from .stochastic_rounding import dequantise, quantise, scales_from
+from .stochastic_rounding import dequantize, quantize, scales_from
 
 BLOCK, LEVELS = 256, 127
 
@@ -23,10 +23,10 @@ class Int8(SegmentCodec):
         return 4 * -(-count // BLOCK) + count
 
     def encode(self, values: torch.Tensor, seed: int) -> bytes:
-        scales, codes = quantise(values, BLOCK, LEVELS, seed)
+        scales, codes = quantize(values, BLOCK, LEVELS, seed)
         return bytes_of(scales) + bytes_of(codes[: len(values)].to(torch.int8))
 
     def decode(self, data: memoryview, count: int, seed: int) -> torch.Tensor:
         scales = scales_from(data, -(-count // BLOCK))
         codes = read(data, np.int8, count, scales.nbytes).float()
-        return dequantise(codes, scales, BLOCK)
+        return dequantize(codes, scales, BLOCK)

@@ -1,4 +1,4 @@
-"""Asynchronous aggregation, one update at a time."""
+"""FedAsync: asynchronous aggregation, one update at a time."""
 
 import torch
 
@@ -7,11 +7,11 @@ from ..base import Setup, Strategy, Update, change, narrow, wide
 
 
 class FedAsync(Strategy):
-    """Mixes each client's weights into the model: x = (1 - a) x + a w, with a = mixing times the staleness discount.
+    """Mixing of clients' weights into the model: x = (1 - a) x + a w, where a is mixing times the staleness discount.
 
-    Xie, Koyejo, Gupta, "Asynchronous Federated Optimization" (2019), algorithm 1. As in the paper, examples do not
-    count, and w is what the client trained, from whichever model it began. Where several updates meet in one round
-    they are mixed in one after the other.
+    Xie, Koyejo, Gupta, "Asynchronous Federated Optimization" (2019), algorithm 1. As in the paper, numbers of
+    examples do not count, and w are the client's weights, from whichever model it started. Several updates of one round
+    are mixed in one after the other.
     """
 
     rebases = False
@@ -25,7 +25,7 @@ class FedAsync(Strategy):
         self._model = model
         self._mixed = {
             name: tensor.to(wide(tensor.dtype), copy=True)
-            if tensor.is_floating_point() else torch.zeros_like(tensor, dtype=wide(tensor.dtype))  # of its change
+            if tensor.is_floating_point() else torch.zeros_like(tensor, dtype=wide(tensor.dtype))  # mixes changes
             for name, tensor in model.items()
         }  # fmt: skip
 
@@ -34,7 +34,7 @@ class FedAsync(Strategy):
         for name, mixed in self._mixed.items():
             new, old = update.tensors[name], self._model[name]
             new = new.to(mixed.dtype) if old.is_floating_point() else change(new, old, mixed.dtype)
-            # From the nearer end: all of an update is that update, and what is the same in both is itself.
+            # Computed from the nearer end: a share of 1 gives exactly the update, and equal values are preserved.
             if share > 0.5:
                 torch.sub(new, new - mixed, alpha=1 - share, out=mixed)
             else:

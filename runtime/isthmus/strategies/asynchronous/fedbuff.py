@@ -1,4 +1,4 @@
-"""Buffered asynchronous aggregation."""
+"""FedBuff: buffered asynchronous aggregation."""
 
 from ...tensors import State
 from ..averaging.changes import ChangeRule
@@ -6,11 +6,11 @@ from ..base import Setup, Update
 
 
 class FedBuff(ChangeRule):
-    """The model moves by learningRate times the mean of the buffered changes, each discounted by its staleness.
+    """Step of learningRate times the mean of the buffered changes, each discounted by its staleness.
 
     Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation" (2022), algorithm 1. The mean is weighted
-    by examples, which for clients of one size is the paper's. The discount is not made up for in the divisor: a buffer
-    of stale changes makes a small step. When the buffer is full is the round's business (``bufferSize``).
+    by examples, which equals the paper's for clients of equal size. The divisor does not include the discount, so a
+    buffer of stale changes makes a small step. The round ends when the buffer is full (``bufferSize``).
     """
 
     def __init__(self, setup: Setup) -> None:

@@ -1,4 +1,4 @@
-"""What the rules share that weight the clients' changes, rather than their weights."""
+"""Base class of rules that average the clients' changes instead of their weights."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,10 +10,10 @@ from .averages import Averaging, parts
 
 
 class ChangeRule(Averaging):
-    """Averages each client's change of the global model, with a weight of the rule's choice.
+    """Mean of the clients' changes of the global model, with a weight of the rule's choice.
 
-    A change is taken as a gradient is: the global weights minus the client's. What no optimizer trains (the statistics
-    of batch-norm layers, counters) is averaged as in FedAvg.
+    A change has the sign of a gradient: the global weights minus the client's. Tensors that no optimizer trains (the
+    statistics of batch-norm layers, counters) are averaged as in FedAvg.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -34,11 +34,11 @@ class ChangeRule(Averaging):
         self._updates += 1
 
     def fold(self, update: Update) -> None:
-        """Takes an update into the means: a change counts by its number of examples, unless a rule has it otherwise."""
+        """Add an update to the means. By default a change is weighted by its number of examples."""
         self.add(update, update.weight)
 
     def add(self, update: Update, weight: float) -> None:
-        """Takes an update into the means, what is trained with the given weight."""
+        """Add an update to the means, with the given weight for trained tensors."""
         for name, mean in self._means.items():
             mean.add(self.averaged(update, name), weight if self.is_trained(name) else update.weight)
 
@@ -46,20 +46,20 @@ class ChangeRule(Averaging):
         return self.gradients(update, name) if self.is_trained(name) else super().averaged(update, name)
 
     def gradients(self, update: Update, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
-        """How far an update moves a tensor, negated, in the precision of the means; part by part."""
+        """Yield the negated change of a tensor in an update, in the precision of the means, part by part."""
         new, old = update.tensors[name].reshape(-1), self._model[name].reshape(-1)
         dtype = wide(old.dtype)
         for part in parts(len(old)):
             yield part, old[part].to(dtype) - new[part].to(dtype)
 
     def is_trained(self, name: str) -> bool:
-        """Return whether the rule applies to a tensor, of the clients' kind since the round's first update."""
+        """Return whether the rule applies to a tensor, according to the buffers of the round's first update."""
         return name not in self._buffers and self._model[name].is_floating_point()
 
     def moved(self, step: Callable[[str, torch.Tensor], torch.Tensor]) -> State:
-        """The next model: from each trained tensor ``step(name, mean gradient)`` is taken, the others are averaged.
+        """Return the next model: trained tensors minus ``step(name, mean gradient)``, the others averaged.
 
-        The mean may be used up. Where nobody moved a weight its gradient is 0, and it comes back bit for bit.
+        ``step`` may overwrite the mean. A weight that no client moved has gradient 0, and is preserved bit for bit.
         """
         result: State = {}
         for name, old in self._model.items():
@@ -72,7 +72,7 @@ class ChangeRule(Averaging):
 
 
 def zeros_like(model: State) -> State:
-    """A tensor of zeros for every floating-point tensor of a model, in the precision of its means."""
+    """Return zeros for every tensor of a model, in the precision of its means."""
     return {
         name: torch.zeros_like(tensor, dtype=wide(tensor.dtype), memory_format=torch.contiguous_format)
         for name, tensor in model.items()

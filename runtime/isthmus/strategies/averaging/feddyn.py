@@ -1,4 +1,4 @@
-"""Dynamic regularisation, the server's part."""
+"""FedDyn: dynamic regularisation, server side."""
 
 from ...tensors import State, group, ungroup
 from ..base import Setup
@@ -6,10 +6,11 @@ from .changes import ChangeRule, zeros_like
 
 
 class FedDyn(ChangeRule):
-    """h = h - alpha (updates / clients) mean change; the model is the clients' mean minus h / alpha.
+    """Rule h = h - alpha (updates / clients) mean change; the model is the clients' mean minus h / alpha.
 
     Acar et al., "Federated Learning Based on Dynamic Regularization" (2021), algorithm 1. The mean is weighted by
-    examples, which for clients of one size is the paper's. The clients' part is in ``client/corrections/feddyn.py``.
+    examples, which equals the paper's for clients of equal size. For the client side see
+    ``client/corrections/feddyn.py``.
     """
 
     def __init__(self, setup: Setup) -> None:

@@ -1,4 +1,4 @@
-"""Normalised averaging, for clients that take different numbers of steps."""
+"""FedNova: normalised averaging, for clients that take different numbers of steps."""
 
 from ...tensors import State
 from ..base import Setup, Update
@@ -6,7 +6,7 @@ from .changes import ChangeRule
 
 
 class FedNova(ChangeRule):
-    """Divides each client's change by its number of local steps before averaging, then takes their mean number at once.
+    """Mean of each client's change divided by its number of local steps, times the effective number of steps.
 
     Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization" (2020), equation
     7: x + (sum_i p_i a_i) sum_i p_i change_i / a_i. a_i, the scalar ``steps`` of an update, is the paper's norm of the

@@ -1,4 +1,4 @@
-"""Fairer averaging: clients that the global model serves badly count for more."""
+"""q-FedAvg: clients for which the global model has a higher loss get more weight."""
 
 import math
 import sys
@@ -8,23 +8,23 @@ from ...tensors import State
 from ..base import Setup, Update
 from .changes import ChangeRule
 
-# A loss of exactly zero has no power below one.
+# Smallest loss in powers: 0 has no negative power.
 _SMALLEST_LOSS = 1e-10
-# How many doublings of the powers' scale a power may be above it before the weights are brought to another.
+# Maximum excess of a power over the scale of the powers, as a binary logarithm, before the scale is changed.
 _HEADROOM = 32
-# Takes changes to where their squares are within single precision. A power of two.
+# Scales changes so that their squares stay within single precision. A power of two.
 _SHRINK = 2.0**-20
 
 
 class QFedAvg(ChangeRule):
-    """Minimises sum_k p_k F_k^(q+1) / (q+1); q = 0 is FedAvg.
+    """Minimisation of sum_k p_k F_k^(q+1) / (q+1); q = 0 is FedAvg.
 
     Li et al., "Fair Resource Allocation in Federated Learning" (2020), algorithm 2, with L = 1 / learningRate. The
-    paper draws clients with probability p_k; here they are drawn evenly, and p_k (the share of examples) is a weight.
+    paper samples clients with probability p_k; here sampling is uniform, and p_k (the share of examples) is a weight.
     F_k, the scalar ``loss`` of an update, is the client's loss at the global model, before training.
 
     The numerator and the denominator of a step are sums of powers of losses, which may be too large or too small for
-    any precision. Their quotient is what counts: both are divided by a power that is about the largest so far.
+    any precision. Since only their quotient counts, both are divided by a power close to the largest so far.
     """
 
     scalars = ("loss",)
@@ -35,7 +35,7 @@ class QFedAvg(ChangeRule):
         self._q, self._smoothness = setup.parameters["q"], 1 / setup.parameters["learningRate"]
         self._shares = self._curvature = 0.0
         self._height = 0.0
-        """The binary logarithm of what the powers are divided by."""
+        """Binary logarithm of the divisor of the powers."""
 
     def begin(self, model: State) -> None:
         super().begin(model)
@@ -57,11 +57,11 @@ class QFedAvg(ChangeRule):
 
     def problem_with(self, scalars: Mapping[str, float]) -> str | None:
         if scalars.get("loss", 0.0) < 0:
-            return f"QFedAvg needs losses of at least 0, of which it takes powers, not {scalars['loss']}"
+            return f"QFedAvg takes powers of losses, which must be at least 0, not {scalars['loss']}"
         return super().problem_with(scalars)
 
     def _power(self, height: float) -> float:
-        """2 to the ``height``, on the scale of the weights."""
+        """Return 2 to the ``height``, on the scale of the weights."""
         if not self._updates:
             self._height = height
         elif height > self._height + _HEADROOM:

@@ -1,4 +1,4 @@
-"""Stochastic controlled averaging, the server's part."""
+"""SCAFFOLD: stochastic controlled averaging, server side."""
 
 from ...tensors import State, group, ungroup
 from ..base import Setup, Update
@@ -7,13 +7,13 @@ from .changes import ChangeRule, zeros_like
 
 
 class Scaffold(ChangeRule):
-    """Keeps the control variate c, which travels with the model; the model moves by learningRate times the mean change.
+    """Rule with a control variate c, sent with the model, which moves by learningRate times the mean change.
 
     Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning" (2020), algorithm 1 with
-    option II: a client's control variate changes by -c - change / (steps * learning rate). So the server works it out
+    option II: a client's control variate changes by -c - change / (steps * learning rate). So the server computes it
     from the update itself and one scalar, ``travel`` (the sum of the client's learning rates over its steps), and
-    nothing but the model's own tensors is uploaded. Means are weighted by examples, which for clients of one size is
-    the paper's. The clients' part is in ``client/corrections/scaffold.py``.
+    clients upload only the model's own tensors. Means are weighted by examples, which equals the paper's for clients of
+    equal size. The client side is in ``client/corrections/scaffold.py``.
     """
 
     scalars = ("travel",)

@@ -1,4 +1,4 @@
-"""What the rules share that withstand clients whose updates are arbitrarily wrong."""
+"""Base class of rules that withstand clients whose updates are arbitrarily wrong."""
 
 from abc import abstractmethod
 from collections import Counter
@@ -11,13 +11,13 @@ from ..base import Setup, Strategy, Update, change, narrow
 from ..spill import Spill
 
 Rule = Callable[[torch.Tensor], torch.Tensor]
-"""Makes one row of a block, which has a row for each update and a column for each coordinate."""
+"""Function that reduces a block of shape (updates, coordinates) to one row."""
 
 
 class RobustRule(Strategy):
-    """Needs all updates: they wait on disk for the end of the round, and memory stays at a block of them.
+    """Rule that needs all updates. They are stored on disk until the end of the round, and read block by block.
 
-    Every client has one voice, whatever number of examples it claims: a client that lies would lie about that too.
+    Every client has the same weight, whatever its number of examples: a malicious client could claim any number.
     """
 
     order_free = True
@@ -39,7 +39,7 @@ class RobustRule(Strategy):
 
     def finish(self) -> State:
         if not len(self._spill):
-            raise RuntimeError("no update of the round could be kept")
+            raise RuntimeError("no update of the round could be stored")
         try:
             return self.combine(self._spill.rows())
         finally:
@@ -47,13 +47,13 @@ class RobustRule(Strategy):
 
     @abstractmethod
     def combine(self, rows: list[int]) -> State:
-        """The next global model from the given rows of the file."""
+        """Return the next global model from the given rows of the file."""
 
     def joined(self, chosen: Sequence[int], rule: Rule, rows: Sequence[int]) -> State:
-        """A model of what ``rule`` makes of the chosen rows' trained weights; the rest is the median of all rows.
+        """Return a model: ``rule`` of the chosen rows for trained weights, the median of all rows for other tensors.
 
-        The rest, statistics and counters, has no say in distances: an update that is near to the others in its weights
-        may hold anything there.
+        Statistics and counters do not enter the distances: an update whose weights are near to the others' may hold any
+        values there.
         """
         trained = [name for name in self._model if self._is_trained(name, len(rows))]
         parts = self.blockwise(chosen, rule, trained)
@@ -61,9 +61,9 @@ class RobustRule(Strategy):
         return {name: parts[name] for name in self._model}
 
     def blockwise(self, rows: Sequence[int], rule: Rule, names: Sequence[str] | None = None) -> State:
-        """A model, or the tensors of it that are named, of what ``rule`` makes of each block of rows.
+        """Return a model, or only its named tensors, to whose blocks of rows ``rule`` was applied.
 
-        A block of integers or booleans is int64 and holds by how much they moved.
+        A block of integers or booleans holds their changes, as int64.
         """
         result: State = {}
         width = self._spill.width(len(rows))
@@ -80,10 +80,10 @@ class RobustRule(Strategy):
         return result
 
     def squared_distances(self, rows: Sequence[int]) -> torch.Tensor:
-        """Squared distances between every two updates, over what is trained: statistics are of another scale.
+        """Return squared distances between all pairs of updates, over trained tensors: shape (rows, rows).
 
-        Of the differences themselves, in double precision: however far one update is, the distances of the others, and
-        of those that are almost the same, are exact.
+        Statistics are left out since they have another scale. The differences themselves are squared, in double
+        precision, so that distances between similar updates are exact, however far away another update is.
         """
         distances = torch.zeros(len(rows), len(rows), dtype=torch.float64, device="cpu")
         one, other = torch.triu_indices(len(rows), len(rows), offset=1, device="cpu")
@@ -92,7 +92,7 @@ class RobustRule(Strategy):
         return distances + distances.T
 
     def products(self, rows: Sequence[int], origin: int) -> torch.Tensor:
-        """Inner products of the updates' differences from the one at index ``origin``, over what is trained."""
+        """Return inner products of the updates' differences from the one at index ``origin``, over trained tensors."""
         products = torch.zeros(len(rows), len(rows), dtype=torch.float64, device="cpu")
         for block in self._trained_blocks(rows):
             block.sub_(block[origin].clone())
@@ -100,7 +100,7 @@ class RobustRule(Strategy):
         return products
 
     def _trained_blocks(self, rows: Sequence[int]) -> Iterator[torch.Tensor]:
-        """The trained weights of some updates, in double precision, block by block."""
+        """Yield the trained weights of some updates, in double precision, block by block."""
         width = self._spill.width(len(rows))
         for name, old in self._model.items():
             if self._is_trained(name, len(rows)):
@@ -108,14 +108,14 @@ class RobustRule(Strategy):
                     yield self._spill.read(name, start, min(width, old.numel() - start), rows).double()
 
     def _is_trained(self, name: str, updates: int) -> bool:
-        """Return whether most clients train a tensor: one alone cannot make a parameter a buffer by calling it one."""
+        """Return whether at least half of the clients train a tensor: one alone cannot declare a parameter a buffer."""
         return self._model[name].is_floating_point() and 2 * self._called_buffer[name] <= updates
 
 
 def mean(block: torch.Tensor, shares: torch.Tensor | None = None, origin: int = 0) -> torch.Tensor:
-    """Mean of the rows; with ``shares``: from the row ``origin``, that share of the way to each row, all together.
+    """Return the mean of the rows, or, with ``shares``, row ``origin`` plus these shares of the differences from it.
 
-    By way of the differences from a row: what all rows share comes back bit for bit.
+    Computed from differences, so that values that all rows share are preserved bit for bit.
     """
     first = block[origin].double()
     away = first - block.double()
@@ -123,7 +123,7 @@ def mean(block: torch.Tensor, shares: torch.Tensor | None = None, origin: int = 
 
 
 def median(block: torch.Tensor) -> torch.Tensor:
-    """Median of each column; of an even number of rows, the mean of the middle two."""
+    """Return the median of each column; for an even number of rows, the mean of the middle two."""
     count = len(block)
     ordered, middle = block.sort(dim=0).values, (count - 1) // 2
     if count % 2:
@@ -133,6 +133,6 @@ def median(block: torch.Tensor) -> torch.Tensor:
 
 
 def _midpoint(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Midpoint of integers, a half rounded to the even number; by way of no sum, which need not fit."""
+    """Return the midpoint of integers, with halves rounded to even, without a sum that could overflow."""
     floor = (one & other) + ((one ^ other) >> 1)
     return floor + ((one ^ other) & floor & 1)

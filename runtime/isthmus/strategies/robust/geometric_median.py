@@ -1,4 +1,4 @@
-"""The point with the least sum of distances to all updates."""
+"""GeometricMedian: the point with the least sum of distances to all updates."""
 
 from functools import partial
 
@@ -9,22 +9,23 @@ from ..base import Setup
 from .base import RobustRule, mean
 
 _ITERATIONS = 1000
-# The point has come to rest when an iteration moves it by less, as a part of the spread of most updates.
+# The iterations have converged when one moves the point by less than this, relative to the spread of most updates.
 _SETTLED = 1e-9
-# How far an update may be, in the same measure, before it is brought nearer.
+# Maximum distance of an update, relative to the same spread; updates further away are moved to it.
 _FAR = 1e6
 
 
 class GeometricMedian(RobustRule):
-    """Smoothed Weiszfeld iterations: weights of 1 / max(smoothing, distance from the present point), and again.
+    """Smoothed Weiszfeld iterations with weights of 1 / max(smoothing, distance from the present point).
 
     Pillutla, Kakade and Harchaoui, "Robust Aggregation for Federated Learning" (2022), algorithm 2. The point is a mean
     of the updates with some weights, and its distances follow from these weights and the updates' inner products; so
-    the iterations, done until they settle, need not read the updates again.
+    the iterations, which run until they converge, need not read the updates again.
 
-    The origin is the update that has most of the others nearest, and how near is the unit of all that is to be small or
-    large: the scale of no outlier enters. An update pulls by its direction alone, so one that is beyond a million of
-    these units is brought to there: further out its square would take the digits of everybody else's distances.
+    The origin is the update whose nearer half of the others is nearest, and their distance is the unit for all
+    thresholds, so that outliers do not set the scale. An update's pull depends on its direction only, so an update more
+    than a million units away is moved to that distance: further out, its square would cost the others' distances their
+    precision.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -33,7 +34,8 @@ class GeometricMedian(RobustRule):
 
     def combine(self, rows: list[int]) -> State:
         between = self.squared_distances(rows)
-        reach = between.sort(dim=1).values[:, len(rows) // 2]  # of more than half of the updates, itself among them
+        # Squared distance within which more than half of the updates lie, including the update itself.
+        reach = between.sort(dim=1).values[:, len(rows) // 2]
         origin = int(reach.argmin())
         unit = max(float(reach[origin].sqrt()), self._smoothing)
         nearer = (_FAR * unit / between[origin].sqrt()).clamp_(max=1.0)
@@ -42,7 +44,7 @@ class GeometricMedian(RobustRule):
         return self.joined(rows, partial(mean, shares=weights * nearer, origin=origin), rows)
 
     def _weights(self, products: torch.Tensor, start: torch.Tensor, unit: float) -> torch.Tensor:
-        """The updates' weights, which sum to 1, in their geometric median. ``start``: weights to begin with."""
+        """Return the updates' weights, which sum to 1, in their geometric median. ``start``: initial weights."""
         weights = start / start.sum()
         squares = products.diagonal()
         for _ in range(_ITERATIONS):

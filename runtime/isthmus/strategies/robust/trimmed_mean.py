@@ -1,4 +1,4 @@
-"""The mean of each coordinate without its extremes."""
+"""TrimmedMean: the mean of each coordinate without its extremes."""
 
 import math
 
@@ -14,7 +14,7 @@ from .base import RobustRule, mean
 class TrimmedMean(RobustRule):
     """Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates" (2018), definition 2.
 
-    Of n updates, each coordinate's floor(trim n) smallest and as many of its largest values are left out.
+    Of n updates, each coordinate's floor(trim n) smallest and floor(trim n) largest values are left out.
     """
 
     def __init__(self, setup: Setup) -> None:

@@ -1,4 +1,4 @@
-"""What the rules share that let an optimizer on the server take the step from the global model to the clients' mean."""
+"""Base classes of rules with an optimizer on the server, which steps along the clients' mean change."""
 
 from abc import abstractmethod
 
@@ -10,15 +10,15 @@ from ..base import Setup, wide
 
 
 class ServerOptimizer(ChangeRule):
-    """Takes the mean change of a round, negated, for a gradient of the global model.
+    """Optimizer that uses the negated mean change of a round as the gradient of the global model.
 
-    Reddi et al., "Adaptive Federated Optimization" (2021), algorithm 1. What no optimizer trains at the clients (the
-    statistics of batch-norm layers, counters) is averaged as in FedAvg: an adaptive step would carry variances below
-    zero.
+    Reddi et al., "Adaptive Federated Optimization" (2021), algorithm 1. Tensors that no optimizer trains at
+    the clients (the statistics of batch-norm layers, counters) are averaged as in FedAvg: an adaptive step could make
+    variances negative.
     """
 
     slots: tuple[str, ...] = ()
-    """The optimizer's memory: so many tensors beside each trained one."""
+    """Names of the optimizer's state tensors, which it keeps for each trained tensor."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -30,10 +30,10 @@ class ServerOptimizer(ChangeRule):
 
     @abstractmethod
     def step(self, gradient: torch.Tensor, *memory: torch.Tensor) -> torch.Tensor:
-        """Return the step to subtract from a tensor. Updates the memory in place, and may reuse ``gradient``."""
+        """Return the step to subtract from a tensor. Updates ``memory`` in place, and may overwrite ``gradient``."""
 
     def first(self, slot: str) -> float:
-        """Return what a slot is filled with before the first round."""
+        """Return the initial value of a slot."""
         return 0.0
 
     def state(self) -> State:
@@ -53,10 +53,10 @@ class ServerOptimizer(ChangeRule):
 
 
 class AdaptiveOptimizer(ServerOptimizer):
-    """Reddi et al. (2021), algorithm 2, apart from the second moment, in which its three rules differ.
+    """Algorithm 2 of Reddi et al. (2021), without the second moment, in which its three rules differ.
 
     m = beta1 m + (1 - beta1) gradient; step = learningRate m / (sqrt(v) + tau); v begins as tau squared. As in the
-    paper there is no correction of the bias in the first rounds.
+    paper there is no bias correction in the first rounds.
     """
 
     slots = ("m", "v")
@@ -77,4 +77,4 @@ class AdaptiveOptimizer(ServerOptimizer):
 
     @abstractmethod
     def second_moment(self, v: torch.Tensor, square: torch.Tensor) -> None:
-        """Brings v up to date, in place, with the squared gradient (which may be reused)."""
+        """Update v in place with the squared gradient, which may be overwritten."""

@@ -1,4 +1,4 @@
-"""Adagrad on the server."""
+"""FedAdagrad: Adagrad on the server."""
 
 import torch
 
@@ -6,9 +6,9 @@ from .base import AdaptiveOptimizer
 
 
 class FedAdagrad(AdaptiveOptimizer):
-    """v = v + change squared. Reddi et al., "Adaptive Federated Optimization" (2021), algorithm 2.
+    """Second moment v = v + change squared. Reddi et al., "Adaptive Federated Optimization" (2021), algorithm 2.
 
-    The paper runs it with beta1 = 0, which is the default.
+    The paper uses beta1 = 0, which is the default.
     """
 
     def second_moment(self, v: torch.Tensor, square: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Adam on the server."""
+"""FedAdam: Adam on the server."""
 
 import torch
 
@@ -7,7 +7,10 @@ from .base import AdaptiveOptimizer
 
 
 class FedAdam(AdaptiveOptimizer):
-    """v = beta2 v + (1 - beta2) change squared. Reddi et al., "Adaptive Federated Optimization" (2021), algorithm 2."""
+    """Second moment v = beta2 v + (1 - beta2) change squared.
+
+    Reddi et al., "Adaptive Federated Optimization" (2021), algorithm 2.
+    """
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)

@@ -1,4 +1,4 @@
-"""FedAvg with momentum on the server."""
+"""FedAvgM: FedAvg with momentum on the server."""
 
 import torch
 
@@ -7,7 +7,7 @@ from .base import ServerOptimizer
 
 
 class FedAvgM(ServerOptimizer):
-    """v = momentum v + gradient; learningRate v is taken from the model.
+    """Momentum v = momentum v + gradient; learningRate v is subtracted from the model.
 
     Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification"
     (2019), section 4.3.

@@ -1,4 +1,4 @@
-"""Yogi on the server."""
+"""FedYogi: Yogi on the server."""
 
 import torch
 
@@ -7,7 +7,7 @@ from .base import AdaptiveOptimizer
 
 
 class FedYogi(AdaptiveOptimizer):
-    """v = v - (1 - beta2) change squared * sign(v - change squared): v moves by no more than the change's own size.
+    """Second moment v = v - (1 - beta2) change squared * sign(v - change squared), which changes v only gradually.
 
     Reddi et al., "Adaptive Federated Optimization" (2021), algorithm 2.
     """

@@ -113,7 +113,7 @@ def test_views_that_could_not_be_written_in_the_end(view: pb.View) -> None:
     """The final model is written with them when all training is done."""
     assert examine_initial(header(views=[pb.View(name="v", of="w", shape=[3], stride=[1])])) is None
     fault = examine_initial(header(views=[view]))
-    assert fault is not None and fault.message.startswith("v is said to be a view of w")
+    assert fault is not None and fault.message.startswith("v is announced as a view of w")
 
 
 def test_views_take_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from isthmus.aggregator.telemetry.stage_times import StageTimes, sound
-from isthmus.client.session.stage_times import Stages
+from isthmus.client.session.stage_timer import StageTimer
 
 
 class Clock:
@@ -18,7 +18,7 @@ class Clock:
 
 def test_a_client_tells_how_long_each_stage_took_since_its_last_update() -> None:
     clock = Clock()
-    stages = Stages(clock)
+    stages = StageTimer(clock)
     for stage, seconds in (("pulling", 3.0), ("evaluating", 1.0), ("training", 2.0), ("encoding", 8.0)):
         clock.now += seconds
         stages.enter(stage)

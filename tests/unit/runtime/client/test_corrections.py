@@ -17,8 +17,8 @@ from isthmus.client.corrections.proximal import ProximalTerm
 from isthmus.client.corrections.scaffold import ControlVariates
 from isthmus.client.corrections.step_meter import StepMeter
 from isthmus.client.round import Round
-from isthmus.client.state.parameter_names import Names
-from isthmus.client.state.persistent_tensors import Memory
+from isthmus.client.state.parameter_names import ParameterNames
+from isthmus.client.state.persistent_tensors import PersistentTensors
 
 SHARED = torch.ones(3)
 RATE = 0.1
@@ -35,7 +35,7 @@ def parameter() -> torch.nn.Parameter:
 )
 def test_travel_is_how_far_a_unit_gradient_goes(options: dict[str, float]) -> None:
     weight = parameter()
-    meter = StepMeter(Names({"w": weight}))
+    meter = StepMeter(ParameterNames({"w": weight}))
     optimizer = torch.optim.SGD([weight], lr=RATE, **options)  # type: ignore[arg-type]
     for _ in range(6):
         weight.grad = torch.ones(2)
@@ -49,7 +49,7 @@ def test_travel_is_how_far_a_unit_gradient_goes(options: dict[str, float]) -> No
 
 def test_other_optimizers_steps_count_once_and_other_models_not_at_all() -> None:
     weight, foreign = parameter(), parameter()
-    counted = CountedSteps(Names({"w": weight}))
+    counted = CountedSteps(ParameterNames({"w": weight}))
     with pytest.raises(ValueError, match="FedNova counts the steps of torch optimizers"):
         counted.scalars({})
     for optimizer in (torch.optim.Adam([weight]), torch.optim.SGD([foreign], lr=RATE)):
@@ -63,7 +63,7 @@ def test_other_optimizers_steps_count_once_and_other_models_not_at_all() -> None
 def test_the_steps_of_optimizers_that_follow_each_other_add_up() -> None:
     """A new one for every epoch, kept or not; with momentum each begins anew."""
     weight, kept = parameter(), []
-    meter = StepMeter(Names({"w": weight}))
+    meter = StepMeter(ParameterNames({"w": weight}))
     for epoch in range(4):
         optimizer = torch.optim.SGD([weight], lr=RATE, momentum=0.9)
         kept += [optimizer] if epoch % 2 else []
@@ -73,7 +73,7 @@ def test_the_steps_of_optimizers_that_follow_each_other_add_up() -> None:
     meter.close()
     assert meter.travel == pytest.approx(-weight[0].item(), rel=1e-4)
     assert meter.steps == pytest.approx(meter.travel / RATE)
-    counted = CountedSteps(Names({"w": weight}))
+    counted = CountedSteps(ParameterNames({"w": weight}))
     for _ in range(4):
         optimizer = torch.optim.SGD([weight], lr=RATE)
         for _ in range(10):
@@ -85,7 +85,7 @@ def test_the_steps_of_optimizers_that_follow_each_other_add_up() -> None:
 def test_of_optimizers_of_different_parameters_the_one_that_went_farthest_counts() -> None:
     """A generator's and a discriminator's; what both hold takes the steps of both."""
     weights = {name: parameter() for name in ("generator", "discriminator", "shared")}
-    counted = CountedSteps(Names(weights))
+    counted = CountedSteps(ParameterNames(weights))
     generator = torch.optim.SGD([weights["generator"]], lr=RATE)
     discriminator = torch.optim.Adam([weights["discriminator"]])
     for _ in range(3):
@@ -118,7 +118,7 @@ class Around(torch.optim.Optimizer):
 
 def test_a_step_that_an_optimizer_inside_takes_is_one_step() -> None:
     weight = parameter()
-    meter = StepMeter(Names({"w": weight}))
+    meter = StepMeter(ParameterNames({"w": weight}))
     optimizer = Around(torch.optim.SGD([weight], lr=RATE, momentum=0.9))
     for _ in range(5):
         weight.grad = torch.ones(2)
@@ -129,7 +129,7 @@ def test_a_step_that_an_optimizer_inside_takes_is_one_step() -> None:
 
 def test_a_meter_keeps_no_optimizer() -> None:
     weight = parameter()
-    rnd = Round(1, {}, CountedSteps(Names({"w": weight})))
+    rnd = Round(1, {}, CountedSteps(ParameterNames({"w": weight})))
     optimizer = rnd.wrap(torch.optim.SGD([weight], lr=RATE))
     optimizer.step()
     gone = weakref.ref(optimizer)
@@ -146,24 +146,26 @@ def test_where_the_initial_loss_comes_from() -> None:
         InitialLoss({}).scalars({"loss": 1.0})
 
 
-@pytest.mark.parametrize("correction", [ControlVariates(Names({}), {}, {}), DynamicRegularizer(Names({}), {}, 0.1)])
+@pytest.mark.parametrize(
+    "correction", [ControlVariates(ParameterNames({}), {}, {}), DynamicRegularizer(ParameterNames({}), {}, 0.1)]
+)
 def test_a_script_that_does_not_wrap_is_told(correction: Correction) -> None:
     with pytest.raises(RuntimeError, match=r"needs rnd.wrap\(optimizer\)"):
-        correction.outcome()
+        correction.updated_state()
     correction.close()
 
 
 def test_memory_survives_a_restart_where_there_is_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Context(pool="pool", index=3)
-    Memory("SCAFFOLD", "uid", place).advance({"w": torch.ones(2)}, 1)
-    assert Memory("SCAFFOLD", "uid", place).tensors == {}
+    PersistentTensors("SCAFFOLD", "uid", place).advance({"w": torch.ones(2)}, 1)
+    assert PersistentTensors("SCAFFOLD", "uid", place).tensors == {}
     monkeypatch.setenv("ISTHMUS_SCRATCH", str(tmp_path / "scratch"))
-    Memory("SCAFFOLD", "uid", place).advance({"w": torch.ones(2)}, 1)
-    assert Memory("SCAFFOLD", "uid", place).tensors["w"].tolist() == [1.0, 1.0]
-    assert Memory("SCAFFOLD", "another job", place).tensors == {}
-    assert Memory("FedDyn", "uid", place).tensors == {}
+    PersistentTensors("SCAFFOLD", "uid", place).advance({"w": torch.ones(2)}, 1)
+    assert PersistentTensors("SCAFFOLD", "uid", place).tensors["w"].tolist() == [1.0, 1.0]
+    assert PersistentTensors("SCAFFOLD", "another job", place).tensors == {}
+    assert PersistentTensors("FedDyn", "uid", place).tensors == {}
     next((tmp_path / "scratch").iterdir()).write_bytes(b"garbage")
-    assert Memory("SCAFFOLD", "uid", place).tensors == {}
+    assert PersistentTensors("SCAFFOLD", "uid", place).tensors == {}
 
 
 def test_weights_that_are_not_contiguous_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,17 +174,17 @@ def test_weights_that_are_not_contiguous_are_remembered(tmp_path: Path, monkeypa
     place = Context(pool="pool")
     model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     model.turned = torch.nn.Parameter(torch.randn(2, 3).t())
-    memory = Memory("FedDyn", "uid", place)
-    correction = DynamicRegularizer(Names.of(model, model.state_dict()), memory.tensors, 0.1)
+    memory = PersistentTensors("FedDyn", "uid", place)
+    correction = DynamicRegularizer(ParameterNames.of(model, model.state_dict()), memory.tensors, 0.1)
     optimizer = Round(1, {}, correction).wrap(torch.optim.SGD(model.parameters(), lr=RATE))
     (model(torch.ones(1, 3, 3, 3)).sum() + model.turned.sum()).backward()
     optimizer.step()
-    outcome = correction.outcome()
+    outcome = correction.updated_state()
     assert outcome is not None and not outcome["weight"].is_contiguous() and not outcome["turned"].is_contiguous()
     memory.advance(outcome, 1)
     (path,) = (tmp_path / "scratch").iterdir()
     assert path.stat().st_mode & 0o777 == 0o600
-    again = Memory("FedDyn", "uid", place)
+    again = PersistentTensors("FedDyn", "uid", place)
     assert set(again.tensors) == {"weight", "bias", "turned"}
     for name, tensor in again.tensors.items():
         torch.testing.assert_close(tensor, outcome[name], rtol=0, atol=0)
@@ -193,7 +195,7 @@ def test_what_cannot_be_kept_does_not_end_the_client(
     tensors: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("ISTHMUS_SCRATCH", str(tmp_path))
-    memory = Memory("SCAFFOLD", "uid", Context(pool="pool"))
+    memory = PersistentTensors("SCAFFOLD", "uid", Context(pool="pool"))
     memory.advance(tensors, 1)
     assert memory.tensors is tensors
     assert "SCAFFOLD could not be kept" in caplog.text
@@ -202,13 +204,13 @@ def test_what_cannot_be_kept_does_not_end_the_client(
 
 def test_a_memory_of_another_shape_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
     weight = parameter()
-    correction = DynamicRegularizer(Names({"w": weight}), {"w": torch.ones(5)}, 0.5)
+    correction = DynamicRegularizer(ParameterNames({"w": weight}), {"w": torch.ones(5)}, 0.5)
     optimizer = Round(1, {}, correction).wrap(torch.optim.SGD([weight], lr=RATE))
     weight.grad = torch.ones(2)
     optimizer.step()
-    torch.testing.assert_close(correction.outcome() or {}, {"w": torch.full((2,), RATE * 0.5)})
+    torch.testing.assert_close(correction.updated_state() or {}, {"w": torch.full((2,), RATE * 0.5)})
     correction.close()
-    assert "FedDyn remembers w in another shape" in caplog.text
+    assert "FedDyn: the stored state of w has another shape" in caplog.text
 
 
 def handing_in(correction: Correction, sent: list[int]) -> Round:
@@ -238,7 +240,7 @@ def test_submit_may_be_called_again_with_what_was_missing() -> None:
 
 def test_submit_may_be_called_again_after_wrap() -> None:
     weight = parameter()
-    correction = ProximalTerm(0.5, Names({"w": weight}))
+    correction = ProximalTerm(0.5, ParameterNames({"w": weight}))
     rnd = handing_in(correction, sent := [])
     with pytest.raises(isthmus.ScriptError, match=r"needs rnd\.wrap"):
         rnd.submit(num_examples=1)

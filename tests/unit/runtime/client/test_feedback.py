@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from isthmus.client.context import Context
-from isthmus.client.session.compression import Compression
+from isthmus.client.session.compression import ClientCompression
 from isthmus.client.session.error_feedback import ErrorFeedback
 from isthmus.codecs import Encoded, Residual
 from isthmus_contracts import identities
@@ -59,7 +59,7 @@ def test_a_file_with_something_else_begins_anew(scratch: Path, caplog: pytest.Lo
     scratch.mkdir()
     save_file({"w": torch.arange(5.0)}, scratch / FILE, {"job_uid": "uid"})
     assert ErrorFeedback("uid", PLACE).residual is None
-    assert "w is no part of a residual" in caplog.text
+    assert "w is not part of a residual" in caplog.text
 
 
 def test_a_directory_that_cannot_be_written_costs_only_the_file(scratch: Path) -> None:
@@ -96,12 +96,12 @@ class FakeSession:
 
 
 @pytest.fixture
-def compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compression:
+def compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClientCompression:
     monkeypatch.setenv(identities.ENV_SCRATCH, str(tmp_path))
-    return Compression(FakeSession())  # type: ignore[arg-type]
+    return ClientCompression(FakeSession())  # type: ignore[arg-type]
 
 
-def one_round(compression: Compression, number: int) -> Encoded:
+def one_round(compression: ClientCompression, number: int) -> Encoded:
     offer = pb.Offer(round=number, base_round=number - 1, base_digest=f"d{number}", codecs=["Delta", "TopK=0.1"])
     live = {"w": torch.zeros(1000)}
     compression.pulled(offer, {"w": torch.zeros(1000)}, lambda: live)
@@ -111,7 +111,7 @@ def one_round(compression: Compression, number: int) -> Encoded:
     return encoded
 
 
-def test_only_accepted_updates_advance_it(compression: Compression, tmp_path: Path) -> None:
+def test_only_accepted_updates_advance_it(compression: ClientCompression, tmp_path: Path) -> None:
     first = one_round(compression, 1)
     # Refused, or never answered: the next update is as if this one had not been.
     assert one_round(compression, 1).chunks == first.chunks
@@ -123,10 +123,10 @@ def test_only_accepted_updates_advance_it(compression: Compression, tmp_path: Pa
     compression.accepted(first, 1)
     assert one_round(compression, 2).chunks == second.chunks
     # A restart of the client goes on from the same residual.
-    assert one_round(Compression(FakeSession()), 2).chunks == second.chunks  # type: ignore[arg-type]
+    assert one_round(ClientCompression(FakeSession()), 2).chunks == second.chunks  # type: ignore[arg-type]
 
 
-def test_a_model_that_adopts_what_it_loads_does_not_change_the_base(compression: Compression) -> None:
+def test_a_model_that_adopts_what_it_loads_does_not_change_the_base(compression: ClientCompression) -> None:
     offer = pb.Offer(round=1, base_digest="d", codecs=["Delta", "Int8"])
     adopted = {"w": torch.zeros(1000)}
     compression.pulled(offer, adopted, lambda: adopted)
@@ -136,11 +136,11 @@ def test_a_model_that_adopts_what_it_loads_does_not_change_the_base(compression:
     assert any(encoded.chunks[0][16:])
 
 
-def test_a_base_is_named_only_while_it_is_held(compression: Compression) -> None:
+def test_a_base_is_named_only_while_it_is_held(compression: ClientCompression) -> None:
     offer = pb.Offer(round=1, base_digest="d", model_codecs=["Delta", "Int8"])
     compression.pulled(offer, {"w": torch.zeros(1000)}, dict)
     assert compression.request(pb.Offer(base_digest="e")).base_digest == "d"
-    compression.distrust()
+    compression.request_uncompressed()
     request = compression.request(pb.Offer(base_digest="e"))
     assert (request.base_digest, list(request.codecs)) == ("", [])
 
@@ -151,7 +151,7 @@ def test_a_second_run_of_a_job_rounds_alike(monkeypatch: pytest.MonkeyPatch) -> 
     def run(uid: str, index: int) -> list[bytes]:
         session = FakeSession()
         session.job_uid, session.context = uid, Context(pool="pool", index=index)
-        compression = Compression(session)  # type: ignore[arg-type]
+        compression = ClientCompression(session)  # type: ignore[arg-type]
         offer = pb.Offer(round=1, base_digest="d", codecs=["Delta", "Rotation", "Int8"])
         live = {"w": torch.arange(1000.0)}
         compression.pulled(offer, {"w": torch.zeros(1000)}, lambda: live)

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from isthmus.client.corrections.proximal import ProximalTerm
 from isthmus.client.round import Round
-from isthmus.client.state.parameter_names import Names
+from isthmus.client.state.parameter_names import ParameterNames
 
 handed_in: list[tuple[int, dict[str, float]]] = []
 
@@ -89,7 +89,7 @@ def test_lightning_trains_with_the_correction_that_a_plain_loop_has(
     results = {}
     for mu, loop in ((5.0, "lightning"), (5.0, "plain"), (0.0, "uncorrected")):
         model = Regression()
-        term = ProximalTerm(mu, Names.of(model, model.state_dict()))
+        term = ProximalTerm(mu, ParameterNames.of(model, model.state_dict()))
         if loop == "lightning":
             trainer = lightning.Trainer(
                 accelerator="cpu", precision=precision, max_epochs=5, accumulate_grad_batches=accumulate,

@@ -11,25 +11,25 @@ from isthmus.client.corrections.feddyn import DynamicRegularizer
 from isthmus.client.corrections.proximal import ProximalTerm
 from isthmus.client.corrections.scaffold import ControlVariates
 from isthmus.client.round import Round
-from isthmus.client.state.parameter_names import Names
+from isthmus.client.state.parameter_names import ParameterNames
 
 RATE, MU, SCALE = 0.25, 0.5, 1024.0
 CONTROL, OWN = torch.tensor([0.5, -1.0]), torch.tensor([0.25, 0.25])
 
 
-def proximal(names: Names) -> Correction:
+def proximal(names: ParameterNames) -> Correction:
     return ProximalTerm(MU, names)
 
 
-def scaffold(names: Names) -> Correction:
+def scaffold(names: ParameterNames) -> Correction:
     return ControlVariates(names, {"w": OWN}, {"w": CONTROL})
 
 
-def feddyn(names: Names) -> Correction:
+def feddyn(names: ParameterNames) -> Correction:
     return DynamicRegularizer(names, {"w": OWN}, MU)
 
 
-def expected_term(make: Callable[[Names], Correction], change: torch.Tensor) -> torch.Tensor:
+def expected_term(make: Callable[[ParameterNames], Correction], change: torch.Tensor) -> torch.Tensor:
     """What each of them adds to the gradient, by its paper."""
     if make is proximal:
         return MU * change
@@ -38,10 +38,10 @@ def expected_term(make: Callable[[Names], Correction], change: torch.Tensor) -> 
 
 @contextmanager
 def training(
-    make: Callable[[Names], Correction], fused: bool
+    make: Callable[[ParameterNames], Correction], fused: bool
 ) -> Iterator[tuple[torch.Tensor, torch.optim.SGD, Correction]]:
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    correction = make(Names({"w": weight}))
+    correction = make(ParameterNames({"w": weight}))
     optimizer = Round(1, {}, correction).wrap(torch.optim.SGD([weight], lr=RATE, fused=fused))
     yield weight, optimizer, correction
     correction.close()
@@ -55,7 +55,9 @@ either_optimizer = pytest.mark.parametrize("fused", [False, True], ids=["plain",
 @every_correction
 @either_optimizer
 @pytest.mark.parametrize("unscales", [False, True])
-def test_the_correction_is_not_scaled(make: Callable[[Names], Correction], fused: bool, unscales: bool) -> None:
+def test_the_correction_is_not_scaled(
+    make: Callable[[ParameterNames], Correction], fused: bool, unscales: bool
+) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     with training(make, fused) as (weight, optimizer, _):
         expected = start = weight.detach().clone()
@@ -75,7 +77,9 @@ def test_the_correction_is_not_scaled(make: Callable[[Names], Correction], fused
 
 @every_correction
 @either_optimizer
-def test_a_step_that_the_scaler_skips_leaves_no_trace(make: Callable[[Names], Correction], fused: bool) -> None:
+def test_a_step_that_the_scaler_skips_leaves_no_trace(
+    make: Callable[[ParameterNames], Correction], fused: bool
+) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     with training(make, fused) as (weight, optimizer, correction):
         expected = start = weight.detach().clone()
@@ -105,7 +109,7 @@ def test_skipped_steps_are_not_counted(fused: bool) -> None:
 
 
 @every_correction
-def test_accumulated_gradients_are_corrected_once(make: Callable[[Names], Correction]) -> None:
+def test_accumulated_gradients_are_corrected_once(make: Callable[[ParameterNames], Correction]) -> None:
     with training(make, fused=False) as (weight, optimizer, correction):
         expected = start = weight.detach().clone()
         for _ in range(3):
@@ -130,9 +134,11 @@ def test_accumulated_steps_are_counted_once() -> None:
 
 
 @every_correction
-def test_wrapping_twice_corrects_once_and_a_closed_round_corrects_no_more(make: Callable[[Names], Correction]) -> None:
+def test_wrapping_twice_corrects_once_and_a_closed_round_corrects_no_more(
+    make: Callable[[ParameterNames], Correction],
+) -> None:
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    correction = make(Names({"w": weight}))
+    correction = make(ParameterNames({"w": weight}))
     optimizer = torch.optim.SGD([weight], lr=RATE)
     rnd = Round(1, {}, correction)
     rnd.wrap(rnd.wrap(optimizer))
@@ -149,12 +155,12 @@ def test_wrapping_twice_corrects_once_and_a_closed_round_corrects_no_more(make: 
 
 def test_a_model_of_half_precision_keeps_its_dtype() -> None:
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
-    correction = scaffold(Names({"w": weight}))
+    correction = scaffold(ParameterNames({"w": weight}))
     optimizer = Round(1, {}, correction).wrap(torch.optim.SGD([weight], lr=RATE))
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert weight.detach().float().tolist() == [1 - RATE * 1.25, 2 - RATE * -0.25]
-    outcome = correction.outcome()
+    outcome = correction.updated_state()
     assert outcome is not None
     assert outcome["w"].dtype == torch.float32
     correction.close()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.client.state.parameter_names import Names, buffers_of
+from isthmus.client.state.parameter_names import ParameterNames, buffers_of
 from isthmus.client.state.shared_state import SharedState
 
 
@@ -23,7 +23,7 @@ def test_parameters_over_the_same_memory_have_names_of_their_own() -> None:
     model.turned = torch.nn.Parameter(model.grid.data.t())
     model.also = torch.nn.Parameter(model.flat.data)
     model.tied = model.flat
-    names = Names.of(model, model.state_dict())
+    names = ParameterNames.of(model, model.state_dict())
     assert {name: names.find(weight) for name, weight in model.named_parameters()} == {
         name: name for name in ("flat", "head", "grid", "turned", "also")
     }
@@ -41,7 +41,7 @@ def test_the_parameters_of_a_state_that_is_a_copy_are_known_by_name() -> None:
     model = Copies(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     state = model.state_dict()
     assert buffers_of(model, state) == ["1.running_mean", "1.running_var", "1.num_batches_tracked"]
-    names = Names.of(model, state)
+    names = ParameterNames.of(model, state)
     assert [names.find(weight) for weight in model.parameters()] == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 

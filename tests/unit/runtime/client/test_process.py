@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from isthmus.client.errors import FederationError
-from isthmus.client.loop.process import ProcessWatch, end_without_trace, last_lines, one_line
+from isthmus.client.loop.process_watch import ProcessWatch, error_line, hide_federation_tracebacks, traceback_tail
 from isthmus.client.loop.ranks import RankGoneError
 from isthmus_contracts.pb import federation_pb2 as pb
 
@@ -26,7 +26,7 @@ def test_an_error_of_the_federation_is_what_it_says(
     others: list[BaseException] = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: others.append(error))
     for _ in range(2):
-        end_without_trace()
+        hide_federation_tracebacks()
     assert (
         shown(MISFIT, capsys) == "isthmus.FederationError: the global model does not fit:\nsize mismatch for weight\n"
     )
@@ -51,11 +51,11 @@ def test_so_it_is_where_it_comes_from_submit(
 
 
 def test_what_is_reported() -> None:
-    assert last_lines(MISFIT) == "FederationError: the global model does not fit:\nsize mismatch for weight"
+    assert traceback_tail(MISFIT) == "FederationError: the global model does not fit:\nsize mismatch for weight"
     try:
         raise ValueError("no column")
     except ValueError as error:
-        assert last_lines(error).startswith("Traceback")
+        assert traceback_tail(error).startswith("Traceback")
 
 
 def test_a_fork_keeps_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,11 +92,11 @@ class Mute(Exception):
     ],
 )
 def test_every_failure_can_be_reported(error: Exception, line: str) -> None:
-    assert one_line(error).replace("FileNotFoundError", "OSError") == line
+    assert error_line(error).replace("FileNotFoundError", "OSError") == line
     try:
         raise error
     except Exception as raised:
-        trace = last_lines(raised)
-    failure = pb.Failure(message=one_line(error), traceback=trace)
+        trace = traceback_tail(raised)
+    failure = pb.Failure(message=error_line(error), traceback=trace)
     assert pb.Failure.FromString(failure.SerializeToString()) == failure
     assert max(map(len, trace.splitlines())) <= 1000

@@ -13,7 +13,7 @@ from isthmus.client.corrections.feddyn import DynamicRegularizer
 from isthmus.client.corrections.proximal import ProximalTerm
 from isthmus.client.corrections.scaffold import ControlVariates
 from isthmus.client.errors import FederationError
-from isthmus.client.state.parameter_names import Names
+from isthmus.client.state.parameter_names import ParameterNames
 from isthmus.client.state.shared_state import SharedState
 from isthmus.client.state.tied_tensors import overlap, views_in
 from isthmus.tensors import State, snapshot, specs_of
@@ -162,7 +162,7 @@ def test_a_client_that_shares_otherwise_is_told_so_in_one_line(here: bool, there
         own.require(other.views())
     assert str(caught.value) == (
         f"the global model does not fit this script's model: decode.weight {words[0]} share memory with copy (tied"
-        f" weights) at this client, and {words[1]} in the global model: build the model alike at all clients"
+        f" weights) at this client, and {words[1]} in the global model: build the model in the same way at all clients"
     )
 
 
@@ -175,11 +175,11 @@ def test_the_same_names_may_share_in_another_way() -> None:
     ("view", "problem"),
     [
         (View("w", "w", 0, (2,), (1,)), "w is announced twice"),
-        (View("v", "u", 0, (2,), (1,)), "v is said to be a view of u, which is not there"),
-        (View("v", "w", 199, (2,), (1,)), "v is said to be a view of w, but does not lie within it"),
-        (View("v", "w", 0, (201,), (0,)), "v is said to be a view of w, which does not fit its shape"),
-        (View("v", "w", 0, (2, 2), (1,)), "v is said to be a view of w, which does not fit its shape"),
-        (View("v", "w", 0, (2**40, 2**40), (0, 0)), "v is said to be a view of w, which does not fit its shape"),
+        (View("v", "u", 0, (2,), (1,)), "v is announced as a view of u, which does not exist"),
+        (View("v", "w", 199, (2,), (1,)), "v is announced as a view of w, but does not lie within it"),
+        (View("v", "w", 0, (201,), (0,)), "v is announced as a view of w, which does not fit its shape"),
+        (View("v", "w", 0, (2, 2), (1,)), "v is announced as a view of w, which does not fit its shape"),
+        (View("v", "w", 0, (2**40, 2**40), (0, 0)), "v is announced as a view of w, which does not fit its shape"),
     ],
 )
 def test_views_that_cannot_be(view: View, problem: str) -> None:
@@ -216,7 +216,7 @@ class Folded(nn.Module):
         return (decoder @ self.enc.sin()).square().sum()
 
 
-Make = Callable[[Names, State], Correction]
+Make = Callable[[ParameterNames, State], Correction]
 CORRECTIONS: dict[str, Make] = {
     "FedProx": lambda names, memory: ProximalTerm(0.5, names),
     "SCAFFOLD": lambda names, memory: ControlVariates(names, memory, {name: t * 0.3 for name, t in memory.items()}),
@@ -235,7 +235,7 @@ def trained(model: nn.Module, make: Make) -> list[torch.Tensor]:
             optimizer.zero_grad()
             model().backward()
             optimizer.step()
-        memory = correction.outcome() or {}
+        memory = correction.updated_state() or {}
         assert memory.keys() <= shared.live().keys()
         correction.close()
     return [parameter.detach().clone() for parameter in model.parameters()]

@@ -10,14 +10,14 @@ from isthmus.client.corrections.feddyn import DynamicRegularizer
 from isthmus.client.corrections.proximal import ProximalTerm
 from isthmus.client.corrections.scaffold import ControlVariates
 from isthmus.client.round import Round
-from isthmus.client.state.parameter_names import Names
+from isthmus.client.state.parameter_names import ParameterNames
 
 RATE, MU = 0.1, 0.5
 Make = Callable[[torch.nn.Module], Correction]
 
 
-def names(model: torch.nn.Module) -> Names:
-    return Names.of(model, model.state_dict())
+def names(model: torch.nn.Module) -> ParameterNames:
+    return ParameterNames.of(model, model.state_dict())
 
 
 def control(model: torch.nn.Module, scale: float) -> dict[str, torch.Tensor]:
@@ -141,7 +141,7 @@ def test_parameters_over_the_same_values_are_corrected_once(make: Make) -> None:
             output = code if model is tied else code @ single.weight
             (output - inputs).square().mean().backward()
             optimizer.step()
-        outcomes.append(correction.outcome() or {})
+        outcomes.append(correction.updated_state() or {})
         correction.close()
     torch.testing.assert_close(tied.enc.weight, single.weight)
     if outcomes[1]:

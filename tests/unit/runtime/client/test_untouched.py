@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from isthmus.client.state.unchanged_model import Untouched
+from isthmus.client.state.unchanged_model import UnchangedModelCheck
 
 
 def build() -> torch.nn.Module:
@@ -36,7 +36,7 @@ def counts_a_batch(model: torch.nn.Module) -> None:
 def test_what_has_changed_is_no_matter(
     train: Callable[[torch.nn.Module], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, untouched = build(), Untouched()
+    model, untouched = build(), UnchangedModelCheck()
     untouched.begin(model.state_dict())
     train(model)
     untouched.compare(model.state_dict(), 1)
@@ -44,7 +44,7 @@ def test_what_has_changed_is_no_matter(
 
 
 def test_a_copy_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    model, untouched = build(), Untouched()
+    model, untouched = build(), UnchangedModelCheck()
     for number in (1, 2):
         untouched.begin(model.state_dict())
         trains_a_copy(model)

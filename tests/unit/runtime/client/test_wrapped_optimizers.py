@@ -13,7 +13,7 @@ from isthmus.client.corrections.feddyn import DynamicRegularizer
 from isthmus.client.corrections.proximal import ProximalTerm
 from isthmus.client.corrections.scaffold import ControlVariates
 from isthmus.client.round import Round
-from isthmus.client.state.parameter_names import Names
+from isthmus.client.state.parameter_names import ParameterNames
 
 RATE, MU = 0.1, 0.5
 Make = Callable[[torch.nn.Module], GradientCorrection]
@@ -24,15 +24,15 @@ def control(model: torch.nn.Module, scale: float) -> dict[str, torch.Tensor]:
 
 
 def proximal(model: torch.nn.Module) -> GradientCorrection:
-    return ProximalTerm(MU, Names.of(model, model.state_dict()))
+    return ProximalTerm(MU, ParameterNames.of(model, model.state_dict()))
 
 
 def scaffold(model: torch.nn.Module) -> GradientCorrection:
-    return ControlVariates(Names.of(model, model.state_dict()), control(model, 0.25), control(model, 0.5))
+    return ControlVariates(ParameterNames.of(model, model.state_dict()), control(model, 0.25), control(model, 0.5))
 
 
 def feddyn(model: torch.nn.Module) -> GradientCorrection:
-    return DynamicRegularizer(Names.of(model, model.state_dict()), control(model, 0.75), MU)
+    return DynamicRegularizer(ParameterNames.of(model, model.state_dict()), control(model, 0.75), MU)
 
 
 every_correction = pytest.mark.parametrize("make", [proximal, scaffold, feddyn])
@@ -135,7 +135,7 @@ def trained(make: Make | None, around: Callable[[Any], Any], closures: bool = Fa
             closure()
             optimizer.step()
     correction.scalars({})
-    correction.outcome()
+    correction.updated_state()
     correction.close()
     return model
 

@@ -127,7 +127,7 @@ def with_buffer(tensor: torch.Tensor) -> torch.nn.Module:
         (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "odd is a nested tensor"),
         (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "odd is a quantized tensor"),
         (torch.ones(3, device="meta"), "odd is on the meta device"),
-        (torch.ones(3, dtype=torch.complex64), r"odd has dtype torch\.complex64, which cannot travel"),
+        (torch.ones(3, dtype=torch.complex64), r"odd has dtype torch\.complex64, which cannot be sent"),
     ],
 )
 def test_odd_tensors_are_named_and_stay_where_they_are_left_out(odd: torch.Tensor, message: str) -> None:

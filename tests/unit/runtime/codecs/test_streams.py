@@ -238,7 +238,7 @@ def test_bad_positions(positions: tuple[int, int]) -> None:
     encoded = encode({"w": torch.randn(1000)}, chain("TopK"), SEED, {"w": torch.zeros(1000)})
     data = bytearray(encoded.chunks[0])
     data[:4] = b"".join(position.to_bytes(2, "little") for position in positions)
-    with pytest.raises(CodecError, match="positions that do not rise"):
+    with pytest.raises(CodecError, match="positions that are not ascending"):
         decoded(forged(encoded, bytes(data)))
 
 

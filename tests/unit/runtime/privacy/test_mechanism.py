@@ -210,7 +210,7 @@ def test_batch_norm_is_refused_by_name() -> None:
         private().begin(state)
     assert str(error.value) == (
         "spec.privacy.differentialPrivacy: the model holds statistics of its clients' data (1.running_mean,"
-        " 1.running_var, 4.running_mean, …), which noise would make useless; normalise by GroupNorm or LayerNorm"
+        " 1.running_var, 4.running_mean, …), which noise would make useless; use GroupNorm or LayerNorm"
         " instead"
     )
 

@@ -147,7 +147,7 @@ def test_bad_scalars_are_refused(scalars: dict[str, float], problem: str | None)
 def test_qfedavg_wants_losses_from_zero_up(deterministic: bool) -> None:
     spec = Spec.model_validate({"algorithm": "QFedAvg", "deterministic": deterministic})
     strategy = make_strategy(spec)
-    negative = "QFedAvg needs losses of at least 0, of which it takes powers, not -0.5"
+    negative = "QFedAvg takes powers of losses, which must be at least 0, not -0.5"
     assert strategy.problem_with({"loss": -0.5}) == negative
     assert strategy.problem_with({}) == "QFedAvg needs loss from every client, and the update has none"
     assert "loss must be from 0 to " in (strategy.problem_with({"loss": float("nan")}) or "")

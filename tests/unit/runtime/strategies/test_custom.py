@@ -131,7 +131,7 @@ def test_the_documented_class_works(module: ModuleType) -> None:
         (
             "rules:Asking",
             {},
-            "its scalars are ('steps',), which clients tell under the built-in algorithms alone",
+            "its scalars are ('steps',), which clients report for the built-in algorithms only",
         ),
     ],
 )
@@ -195,7 +195,7 @@ def test_a_full_disk_alone_passes(module: ModuleType, method: str) -> None:
 def test_what_cannot_be_written_is_named(module: ModuleType, method: str) -> None:
     wrong: dict[str, object] = {
         "step is a int, not a tensor": {"step": 3},
-        "c has dtype torch.complex64, which cannot travel": {"c": torch.zeros(2, dtype=torch.complex64)},
+        "c has dtype torch.complex64, which cannot be sent": {"c": torch.zeros(2, dtype=torch.complex64)},
         "it is a NoneType, not a dict of tensors": None,
         "the name 3 is a int, not a string": {3: torch.zeros(1)},
         "m is on the meta device, where tensors have no values: load the model's weights first": {

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.client.corrections.proximal import ProximalTerm
-from isthmus.client.state.parameter_names import Names
+from isthmus.client.state.parameter_names import ParameterNames
 from isthmus.strategies import Update, make_strategy
 from isthmus.tensors import State
 from isthmus_contracts.api.strategy import Strategy as Spec
@@ -65,7 +65,7 @@ def test_the_proximal_term_is_the_gradient_of_its_penalty() -> None:
 
     wrapped = torch.nn.Parameter(start.clone())
     optimizer = torch.optim.SGD([wrapped], lr=rate, momentum=0.9)
-    ProximalTerm(mu, Names({"w": wrapped})).attach(optimizer)
+    ProximalTerm(mu, ParameterNames({"w": wrapped})).attach(optimizer)
     plain = torch.nn.Parameter(start.clone())
     reference = torch.optim.SGD([plain], lr=rate, momentum=0.9)
     for _ in range(steps):

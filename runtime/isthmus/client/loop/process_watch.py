@@ -1,4 +1,4 @@
-"""The process around a training script: its signals, its uncaught exceptions, its end."""
+"""Signals, uncaught exceptions and exit of the process that runs a training script."""
 
 import atexit
 import functools
@@ -12,7 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ..errors import FederationError
-from .child_processes import Place
+from .child_processes import ClientClaim
 
 log = logging.getLogger("isthmus")
 
@@ -21,17 +21,18 @@ _Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any
 EXIT_TERMINATED = 128 + signal.SIGTERM
 _TRACEBACK_LINES = 20
 _LONGEST_LINE = 1000  # characters
-# How long after the script has left its loop an uncaught exception may reach a hook. In a notebook the traceback is put
-# into colours first, which takes its time on a busy machine. Seconds.
+# Time for an uncaught exception to reach a hook after the script has left its loop. A notebook first renders the
+# traceback in colour, which is slow on a busy machine. Seconds.
 _HOOK_SECONDS, _NOTEBOOK_HOOK_SECONDS = 2.0, 20.0
 
 
 class ProcessWatch:
-    """From its creation to :meth:`end` SIGTERM sets ``stopping``, and an exception that nobody catches is reported.
+    """Handlers and hooks of the process, from creation to :meth:`end`.
 
-    Python's own hook tells of an exception in a script, that of ``threading`` of one in a thread, and IPython (which a
-    notebook's kernel is) at the end of a cell. ``close`` is called after a report, and when the process ends.
-    In a fork of the process none of this happens; there ``abandon`` is called instead, at once.
+    SIGTERM sets ``stopping``, and an uncaught exception is passed to ``report``: one in a script through
+    ``sys.excepthook``, one in a thread through ``threading.excepthook``, and one in a notebook through IPython's event
+    at the end of a cell. ``close`` is called after a report, and when the process exits.
+    In a fork of the process none of this happens; there ``abandon`` is called immediately.
     """
 
     def __init__(
@@ -51,24 +52,24 @@ class ProcessWatch:
         if self._events is not None:
             self._events.register("post_run_cell", self._cell_ended)
         self._previous_handler: Any = None
-        # Elsewhere Python allows no handlers: a notebook's server, say, ends its kernels by itself.
+        # Python allows signal handlers in the main thread only. A notebook's server ends its kernels by other means.
         self._handles_signals = self._thread is threading.main_thread()
         if self._handles_signals:
             self._previous_handler = signal.signal(signal.SIGTERM, self._stop)
         self._timer: threading.Timer | None = None
         atexit.register(self._at_exit)
         self._forked = False
-        self._place = Place(self._let_go)
+        self._claim = ClientClaim(self._abandon_in_fork)
 
     def end(self) -> None:
-        """The loop is over."""
+        """Stop watching: the loop is over."""
         self._end_signals()
         self._unhook()
         atexit.unregister(self._at_exit)
-        self._place.release()
+        self._claim.release()
 
     def leave(self) -> None:
-        """The script has left the loop: by a break, or by an exception, which reaches a hook in a moment."""
+        """Handle that the script has left the loop: by a break, or by an exception that is about to reach a hook."""
         if self._forked:
             return
         self._left = True
@@ -78,8 +79,8 @@ class ProcessWatch:
         self._timer.daemon = True
         self._timer.start()
 
-    def _let_go(self) -> None:
-        """Undo in a fork of the process what was set up here; its parent goes on with all of it."""
+    def _abandon_in_fork(self) -> None:
+        """Undo in a fork of the process what was set up here; it stays in place in the parent."""
         self._forked = True
         if self._handles_signals and signal.getsignal(signal.SIGTERM) == self._stop:
             self._end_signals()
@@ -91,7 +92,7 @@ class ProcessWatch:
     def _close(self) -> None:
         if not self._forked:
             self._close_connection()
-            self._place.release()
+            self._claim.release()
 
     def _end_signals(self) -> None:
         # A generator may be closed in any thread.
@@ -100,7 +101,7 @@ class ProcessWatch:
             signal.signal(signal.SIGTERM, self._previous_handler or signal.SIG_DFL)
 
     def _unhook(self) -> None:
-        # Whoever has put hooks over ours keeps them, and ours below.
+        # If other hooks have replaced these, they stay, and call these.
         if sys.excepthook == self._hook:
             sys.excepthook = self._previous_hook
         if threading.excepthook == self._thread_hook:
@@ -114,7 +115,7 @@ class ProcessWatch:
         self._stopping.set()
 
     def _at_exit(self) -> None:
-        if self._timer is not None:  # no thread of ours may be at work while the interpreter goes
+        if self._timer is not None:  # no thread of the library may run while the interpreter shuts down
             self._timer.cancel()
             self._timer.join()
         self._close()
@@ -134,44 +135,45 @@ class ProcessWatch:
         self._previous_thread_hook(args)
 
     def _cell_ended(self, result: Any = None) -> None:
-        # A loop over several cells, next(rounds) in each, goes on.
+        # A loop that spans several cells, with next(rounds) in each, is not over.
         if self._left:
             self._unhook()
             self._uncaught(getattr(result, "error_in_exec", None))
 
 
 def _notebook_events() -> Any:
-    """The events of IPython, where the script runs in one."""
+    """Return IPython's event manager if the script runs in IPython."""
     module = sys.modules.get("IPython")
     shell = module.get_ipython() if module is not None else None
     return None if shell is None else shell.events
 
 
-def end_without_trace() -> None:
-    """From now on a :class:`FederationError` that nobody catches ends the script with what it says, without a trace."""
+def hide_federation_tracebacks() -> None:
+    """Let an uncaught :class:`FederationError` end the script with its message alone, without a traceback."""
     if getattr(sys.excepthook, "func", None) is not _show:
         sys.excepthook = functools.partial(_show, sys.excepthook)
 
 
 def _show(previous: _Hook, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if isinstance(error, FederationError):
-        print(f"isthmus.{_said(error)}", file=sys.stderr)
+        print(f"isthmus.{_message(error)}", file=sys.stderr)
     else:
         previous(kind, error, trace)
 
 
-def last_lines(error: BaseException) -> str:
-    """The end of an exception's traceback; of a :class:`FederationError`, which has nothing to trace, what it says."""
-    said = _said(error) if isinstance(error, FederationError) else _sendable("".join(traceback.format_exception(error)))
-    return "\n".join(line[:_LONGEST_LINE] for line in said.splitlines()[-_TRACEBACK_LINES:])
+def traceback_tail(error: BaseException) -> str:
+    """Return the last lines of an exception's traceback; of a :class:`FederationError` only its message."""
+    is_plain = isinstance(error, FederationError)
+    text = _message(error) if is_plain else _sendable("".join(traceback.format_exception(error)))
+    return "\n".join(line[:_LONGEST_LINE] for line in text.splitlines()[-_TRACEBACK_LINES:])
 
 
-def one_line(error: BaseException) -> str:
-    """An exception's kind and what it says."""
-    return _said(error).splitlines()[0][:_LONGEST_LINE]
+def error_line(error: BaseException) -> str:
+    """Return an exception's type and message in one line."""
+    return _message(error).splitlines()[0][:_LONGEST_LINE]
 
 
-def _said(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     try:
         text = str(error)
     except Exception as second:
@@ -180,5 +182,5 @@ def _said(error: BaseException) -> str:
 
 
 def _sendable(text: str) -> str:
-    """Replace what is no Unicode: the name of a file may hold bytes that are none."""
+    """Escape lone surrogates: a file name may hold bytes that are not valid Unicode."""
     return text.encode(errors="backslashreplace").decode()

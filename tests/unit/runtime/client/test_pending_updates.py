@@ -2,7 +2,7 @@
 
 import pytest
 
-from isthmus.client.session.pending_updates import HeldUpdates
+from isthmus.client.session.pending_updates import PendingUpdates
 from isthmus.client.session.transfer import FinishedUpdate
 from isthmus_contracts.pb import federation_pb2 as pb
 
@@ -18,33 +18,33 @@ def accepted(round_number: int, instance: str) -> pb.PushReply:
 @pytest.mark.parametrize("folds_late", [True, False])
 def test_an_update_goes_with_the_commit_of_the_round_that_it_counts_in(folds_late: bool) -> None:
     gone: list[FinishedUpdate] = []
-    held, update = HeldUpdates(gone.append), finished(3)
-    held.keep(update, folds_late=folds_late)
-    held.answered(update, accepted(3, "first"))
-    held.committed(2, "first")
+    pending, update = PendingUpdates(gone.append), finished(3)
+    pending.keep(update, folds_late=folds_late)
+    pending.answered(update, accepted(3, "first"))
+    pending.committed(2, "first")
     assert not gone
-    held.committed(3, "first")
+    pending.committed(3, "first")
     assert gone == [update]
 
 
 def test_an_aggregator_that_did_not_accept_it_does_not_commit_it() -> None:
     gone: list[FinishedUpdate] = []
-    held, update = HeldUpdates(gone.append), finished(3)
-    held.keep(update, folds_late=True)
-    held.answered(update, accepted(4, "first"))
-    held.committed(4, "second")  # the first one was killed before it could
+    pending, update = PendingUpdates(gone.append), finished(3)
+    pending.keep(update, folds_late=True)
+    pending.answered(update, accepted(4, "first"))
+    pending.committed(4, "second")  # the first one was killed before it could
     assert not gone
     offer = pb.Offer(kind=pb.Offer.TRAIN, round=5, base_digest="model 4", folds_late=True)
-    assert held.asked(offer) == [update]
-    held.answered(update, accepted(5, "second"))
-    held.committed(5, "second")
+    assert pending.due(offer) == [update]
+    pending.answered(update, accepted(5, "second"))
+    pending.committed(5, "second")
     assert gone == [update]
 
 
 def test_where_late_updates_do_not_count_it_goes_all_the_same() -> None:
     gone: list[FinishedUpdate] = []
-    held, update = HeldUpdates(gone.append), finished(3)
-    held.keep(update, folds_late=False)
-    held.answered(update, accepted(3, "first"))
-    held.committed(3, "second")
+    pending, update = PendingUpdates(gone.append), finished(3)
+    pending.keep(update, folds_late=False)
+    pending.answered(update, accepted(3, "first"))
+    pending.committed(3, "second")
     assert gone == [update]
