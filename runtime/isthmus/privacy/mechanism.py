@@ -30,7 +30,7 @@ class Private(Strategy):
     The rule's computation, and every later round, is post-processing. Numbers of examples do not count.
 
     Doubles would break the proof twice: their sums depend on more than the summands (Casacuberta et al. 2022), and the
-    last bits of noise reveal the value that it was added to (Mironov 2012). So changes are rounded towards zero to whole
+    last bits of noise reveal the value that it was added to (Mironov 2012). So changes are truncated to whole
     steps of ``clip_norm / 2^32`` and summed as integers, and the noise is rounded to steps, too: this is the ideal
     mechanism, rounded afterwards. An integer sum also does not depend on the order.
 
