@@ -1,4 +1,4 @@
-"""The ``isthmus`` command. Each verb imports what it needs when it runs: ``--version`` waits for nothing."""
+"""The ``isthmus`` command. Each verb imports its modules when it runs, so that ``--version`` is fast."""
 
 import argparse
 import io
@@ -17,19 +17,19 @@ EXIT_BAD_INPUT = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the command line, carries it out, and exits."""
+    """Parse the command line, run the verb, and exit with its status."""
     _prepare_output()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # What follows `--` is a script's.
+    # Arguments after `--` belong to a script.
     end = words.index("--") if "--" in words else len(words)
     options = _parser().parse_args(words[:end])
     options.rest = words[end + 1 :]
     if getattr(options, "cluster", False):
         try:
-            from .cluster.commands import carry_out
+            from .cluster.commands import run_verb
         except ImportError:
-            _refuse("this verb needs what `pip install 'isthmus[cluster]'` installs")
-        sys.exit(carry_out(options))
+            _refuse("this command needs more packages: pip install 'isthmus[cluster]'")
+        sys.exit(run_verb(options))
     try:
         job = load_federated_job(options.manifest)
     except ManifestError as error:
@@ -45,10 +45,10 @@ def _seconds(text: str) -> float:
 
 
 def _prepare_output() -> None:
-    """Lets no character stop us, be the output in ASCII or a file's name no text, nor an output that was closed."""
+    """Make standard output and error accept every character, and replace them if they are closed."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is None:  # closed: some file that we open would get its number
+        if stream is None:  # closed: the next file to be opened would get its descriptor
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
             setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
         elif isinstance(stream, io.TextIOWrapper):
@@ -56,20 +56,20 @@ def _prepare_output() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    # Installed as kubectl-fj, it is kubectl's: `kubectl fj status`.
+    # Installed as kubectl-fj, it is a plugin of kubectl: `kubectl fj status`.
     name = "kubectl fj" if Path(sys.argv[0]).name == "kubectl-fj" else "isthmus"
     parser = argparse.ArgumentParser(prog=name, description="Federated training across Kubernetes and Slurm.")
     parser.add_argument("--version", action="version", version=f"isthmus {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = verbs.add_parser("run", help="run a FederatedJob on this machine, without any cluster")
+    run = verbs.add_parser("run", help="run a FederatedJob on this machine, without a cluster")
     run.add_argument("manifest", type=Path, metavar="JOB.yaml")
-    run.add_argument("--dir", type=Path, help="where checkpoints, logs and the model go (default: runs/NAME)")
-    earlier = run.add_mutually_exclusive_group()
-    earlier.add_argument("--resume", action="store_true", help="go on from the checkpoints of an earlier run")
-    earlier.add_argument("--overwrite", action="store_true", help="remove an earlier run, and start over")
+    run.add_argument("--dir", type=Path, help="directory for checkpoints, logs and the model (default: runs/NAME)")
+    existing = run.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue from the checkpoints of an earlier run")
+    existing.add_argument("--overwrite", action="store_true", help="remove an earlier run and start over")
     run.add_argument("--finish-seconds", type=_seconds, default=600.0, metavar="SECONDS",
-                     help="how long scripts may go on once training is complete (default: 600)")  # fmt: skip
+                     help="time for scripts to end once training is complete (default: 600)")  # fmt: skip
     run.set_defaults(verb=_run)
 
     validate = verbs.add_parser("validate", help="check a FederatedJob's manifest")

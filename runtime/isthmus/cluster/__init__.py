@@ -1,1 +1,1 @@
-"""The command line's verbs for a cluster. They need ``pip install 'isthmus[cluster]'``."""
+"""Verbs of the command line that use a cluster. They need ``pip install 'isthmus[cluster]'``."""

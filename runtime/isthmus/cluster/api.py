@@ -1,4 +1,4 @@
-"""The few requests to the API server that the command line makes, with the user's own rights."""
+"""Requests to the API server that the command line makes, with the user's own rights."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from isthmus_contracts import identities as ids
 
 
 class ClusterError(Exception):
-    """The cluster did not do as it was asked. ``str()`` is one line; ``code`` is the API server's, or 0."""
+    """A request to the cluster failed. ``str()`` is one line; ``code`` is the HTTP status, or 0."""
 
     def __init__(self, message: str, code: int = 0) -> None:
         super().__init__(message)
@@ -28,7 +28,7 @@ class Cluster:
     """One namespace of the cluster that the kubeconfig names."""
 
     def __init__(self, context: str | None, namespace: str | None) -> None:
-        load: Any = config  # the library's loaders carry no types
+        load: Any = config  # the library's loaders are untyped
         self._configuration: Any = client.Configuration()
         try:
             load.load_kube_config(context=context, client_configuration=self._configuration)
@@ -41,24 +41,24 @@ class Cluster:
         self._pool = _connections(self._configuration)
 
     def job(self, name: str) -> dict[str, Any]:
-        """A FederatedJob."""
+        """Return a FederatedJob."""
         return self.request("GET", f"{self._jobs()}/{name}")
 
     def jobs(self) -> list[dict[str, Any]]:
-        """The namespace's FederatedJobs."""
+        """Return the namespace's FederatedJobs."""
         return list(self.request("GET", self._jobs())["items"])
 
     def sites(self) -> list[dict[str, Any]]:
-        """The HPCSites."""
+        """Return all HPCSites."""
         return list(self.request("GET", f"/apis/{ids.API_VERSION}/hpcsites")["items"])
 
     def pods(self, job: str) -> list[dict[str, Any]]:
-        """A job's pods."""
+        """Return a job's pods."""
         query = {"labelSelector": f"{ids.LABEL_JOB}={job}"}
         return list(self.request("GET", f"{self._core()}/pods", query=query)["items"])
 
     def get(self, kind: str, name: str) -> dict[str, Any] | None:
-        """An object of core/v1 by its plural, or None."""
+        """Return an object of core/v1, or None. ``kind``: in the plural, in lower case."""
         try:
             return self.request("GET", f"{self._core()}/{kind}/{name}")
         except ClusterError as error:
@@ -67,44 +67,44 @@ class Cluster:
             raise
 
     def create(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Creates a FederatedJob, or an object of core/v1."""
+        """Create a FederatedJob or an object of core/v1; return it as stored."""
         kind = str(body["kind"])
         where = self._jobs() if kind == "FederatedJob" else f"{self._core()}/{kind.lower()}s"
         return self.request("POST", where, body)
 
     def annotate(self, job: str, annotations: Mapping[str, str]) -> None:
-        """Sets annotations of a FederatedJob."""
+        """Set annotations of a FederatedJob."""
         body = {"metadata": {"annotations": dict(annotations)}}
         self.request("PATCH", f"{self._jobs()}/{job}", body, content="application/merge-patch+json")
 
     def delete(self, kind: str, name: str) -> None:
-        """Deletes an object of core/v1, by its plural."""
+        """Delete an object of core/v1. ``kind``: in the plural, in lower case."""
         self.request("DELETE", f"{self._core()}/{kind}/{name}", {"gracePeriodSeconds": 0})
 
     def follow(self, pod: str, container: str, *, lines: int | None, follow: bool) -> Iterator[bytes]:
-        """A container's log, as it comes."""
+        """Yield a container's log as it arrives."""
         query: dict[str, Any] = {"container": container, "follow": str(follow).lower()}
         if lines is not None:
             query["tailLines"] = lines
-        answer = self._call("GET", f"{self._core()}/pods/{pod}/log", query=query, raw=True)
-        yield from answer.stream(8192)
+        response = self._call("GET", f"{self._core()}/pods/{pod}/log", query=query, raw=True)
+        yield from response.stream(8192)
 
     def read_file(self, pod: str, container: str, path: str) -> bytes:
-        """A file in a running container."""
+        """Return the content of a file in a running container."""
         api: Any = client.CoreV1Api(client.ApiClient(self._configuration))
         try:
-            answer = stream(
+            response = stream(
                 api.connect_get_namespaced_pod_exec, pod, self.namespace, container=container,
                 command=["cat", path], stdout=True, stderr=True, stdin=False, tty=False,
                 binary=True, _preload_content=False,
             )  # fmt: skip
-            answer.run_forever()
+            response.run_forever()
         except client.ApiException as error:
-            raise ClusterError(f"{pod} cannot be entered: {' '.join(str(error.reason).split())}") from None
-        if answer.returncode:
-            words = " ".join(bytes(answer.read_stderr() or b"").decode(errors="replace").split())
-            raise ClusterError(f"{path} cannot be read in {pod}: {words}")
-        return bytes(answer.read_stdout() or b"")
+            raise ClusterError(f"cannot run a command in pod {pod}: {' '.join(str(error.reason).split())}") from None
+        if response.returncode:
+            words = " ".join(bytes(response.read_stderr() or b"").decode(errors="replace").split())
+            raise ClusterError(f"cannot read {path} in pod {pod}: {words}")
+        return bytes(response.read_stdout() or b"")
 
     def request(
         self,
@@ -114,9 +114,9 @@ class Cluster:
         query: Mapping[str, Any] | None = None,
         content: str = "application/json",
     ) -> dict[str, Any]:
-        """One request; its JSON answer. Raises :class:`ClusterError`."""
-        answer = self._call(method, where, body, query, content)
-        return dict(json.loads(answer.data))
+        """Send a request and return its JSON response. Raises :class:`ClusterError`."""
+        response = self._call(method, where, body, query, content)
+        return dict(json.loads(response.data))
 
     def _call(
         self,
@@ -128,22 +128,22 @@ class Cluster:
         raw: bool = False,
     ) -> Any:
         headers = {"Accept": "*/*" if raw else "application/json", "Content-Type": content, "User-Agent": "isthmus"}
-        # Refreshes a token that rotates.
+        # This also refreshes a rotating token.
         token = self._configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
         if token:
             headers["Authorization"] = token
         url = self._configuration.host.rstrip("/") + where + (f"?{urlencode(query)}" if query else "")
         data = None if body is None else json.dumps(body).encode()
         try:
-            answer = self._pool.request(
+            response = self._pool.request(
                 method, url, body=data, headers=headers, timeout=Timeout(connect=10, read=None if raw else 30),
                 retries=False, preload_content=not raw,
             )  # fmt: skip
         except (HTTPError, OSError) as error:
-            raise ClusterError(f"the cluster does not answer: {' '.join(str(error).split())[:300]}") from None
-        if answer.status >= 400:
-            raise _refusal(answer.status, answer.data)
-        return answer
+            raise ClusterError(f"the cluster does not respond: {' '.join(str(error).split())[:300]}") from None
+        if response.status >= 400:
+            raise _refusal(response.status, response.data)
+        return response
 
     def _core(self) -> str:
         return f"/api/v1/namespaces/{self.namespace}"

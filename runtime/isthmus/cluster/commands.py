@@ -1,4 +1,4 @@
-"""Carries out the verbs of :mod:`.verbs`."""
+"""Implementation of the verbs of :mod:`.verbs`."""
 
 import argparse
 import sys
@@ -12,15 +12,15 @@ from isthmus_contracts.manifests.manifest import ManifestError
 from .api import Cluster, ClusterError
 from .logs import logs
 from .model import get_model
-from .submit import again, documents, dump
-from .tables import job_view, jobs_table, over, sites_table
+from .submit import documents, dump, next_step
+from .tables import has_ended, job_view, jobs_table, sites_table
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 _REFRESH_SECONDS = 1.0
 
 
-def carry_out(options: argparse.Namespace) -> int:
-    """Runs a verb; its exit code. Whatever goes wrong is one line."""
+def run_verb(options: argparse.Namespace) -> int:
+    """Run a verb and return its exit code. Errors are printed as one line."""
     try:
         return _VERBS[options.verb](options)
     except ManifestError as error:
@@ -47,15 +47,15 @@ def _submit(options: argparse.Namespace) -> int:
         return EXIT_OK
     cluster = _cluster(options)
     files, job = objects
-    made = cluster.create(job)
-    # The job first: a name that is taken leaves nothing behind. It waits for its files, and owns them.
-    owner = {"apiVersion": made["apiVersion"], "kind": made["kind"], "name": made["metadata"]["name"],
-             "uid": made["metadata"]["uid"]}  # fmt: skip
+    created = cluster.create(job)
+    # The job is created first, so that a name conflict leaves nothing behind. It waits for its files, and owns them.
+    owner = {"apiVersion": created["apiVersion"], "kind": created["kind"], "name": created["metadata"]["name"],
+             "uid": created["metadata"]["uid"]}  # fmt: skip
     try:
         cluster.create({**files, "metadata": {**files["metadata"], "ownerReferences": [owner]}})
     except ClusterError as error:
-        raise ClusterError(f"the job is there, but not its files: {error}") from None
-    print(again(options.script, job["metadata"]["name"]))
+        raise ClusterError(f"the job was created, but not its files: {error}") from None
+    print(next_step(options.script, job["metadata"]["name"]))
     return EXIT_OK
 
 
@@ -69,7 +69,7 @@ def _status(options: argparse.Namespace) -> int:
         console.print(job_view(job))
         return EXIT_OK
     with Live(job_view(job), console=console, refresh_per_second=4) as live:
-        while not over(job):
+        while not has_ended(job):
             time.sleep(_REFRESH_SECONDS)
             job = cluster.job(options.job)
             live.update(job_view(job))

@@ -1,4 +1,4 @@
-"""``isthmus model get``: fetches the newest or the best model of a job, from the aggregator's pod or its volume."""
+"""``isthmus model get``: download of a job's newest or best model, from the aggregator's pod or its volume."""
 
 import hashlib
 import time
@@ -17,13 +17,16 @@ USER = 65532
 def get_model(
     cluster: Cluster, job: str, target: Path | None, tell: Callable[[str], None], *, best: bool = False
 ) -> Path:
-    """Write the model's file, checked against the status' SHA-256. Raises :class:`ClusterError`, ``OSError``."""
+    """Download the model to a file, and return its path. The content is checked against the status' SHA-256.
+
+    Raises :class:`ClusterError` or ``OSError``.
+    """
     body = cluster.job(job)
     model = (body.get("status") or {}).get("bestModel" if best else "model")
     if not model and best:
         metric = ((body["spec"].get("objective") or {}).get("metric")) or "accuracy"
         raise ClusterError(
-            f"job {job} has no best model: most of its clients have yet to measure {metric}, its objective.metric"
+            f"job {job} has no best model: most of its clients have not reported {metric}, its objective.metric"
         )
     if not model:
         raise ClusterError(f"job {job} has no model yet; see isthmus status {job}")
@@ -33,7 +36,7 @@ def get_model(
     running = aggregator is not None and (aggregator.get("status") or {}).get("phase") == "Running"
     if kind == "pod":
         if not running:
-            raise ClusterError(f"the model went with the pod {where}: checkpoint.storage was EmptyDir")
+            raise ClusterError(f"the model was deleted with the pod {where}, since checkpoint.storage is EmptyDir")
         data = cluster.read_file(where, "aggregator", f"/{path}")
     elif running:
         data = cluster.read_file(f"{job}-aggregator", "aggregator", f"{STATE_DIR}/{path}")
@@ -41,7 +44,7 @@ def get_model(
         data = _from_volume(cluster, body, where, path, tell)
     if hashlib.sha256(data).hexdigest() != model["sha256"]:
         raise ClusterError(
-            "what was read is not what the status describes; a newer round may just have come: try again"
+            "the file does not match the SHA-256 in the job's status; a newer round may have been committed: try again"
         )
     target = target or Path(f"{job}-round-{model['round']}{Path(path).suffix}")
     target.write_bytes(data)
@@ -49,18 +52,18 @@ def get_model(
 
 
 def _from_volume(cluster: Cluster, job: dict[str, Any], claim: str, path: str, tell: Callable[[str], None]) -> bytes:
-    """By way of a short-lived pod that mounts the claim: the aggregator has ended."""
+    """Read a file from a claim, through a short-lived pod that mounts it, after the aggregator has ended."""
     name = f"{job['metadata']['name']}-reader-{uuid.uuid4().hex[:5]}"
     tell(f"reading the volume {claim} with a pod {name}")
     cluster.create(reader_pod(name, job, claim))
     try:
-        until = time.monotonic() + READY_SECONDS
+        deadline = time.monotonic() + READY_SECONDS
         while True:
             status = (cluster.get("pods", name) or {}).get("status") or {}
             if status.get("phase") == "Running":
                 break
-            if status.get("phase") == "Failed" or time.monotonic() > until:
-                raise ClusterError(f"the pod {name} does not run; see kubectl describe pod {name}")
+            if status.get("phase") == "Failed" or time.monotonic() > deadline:
+                raise ClusterError(f"the pod {name} does not start; see kubectl describe pod {name}")
             time.sleep(0.3)
         return cluster.read_file(name, "reader", f"/model/{path}")
     finally:
@@ -68,11 +71,11 @@ def _from_volume(cluster: Cluster, job: dict[str, Any], claim: str, path: str, t
 
 
 def reader_pod(name: str, job: dict[str, Any], claim: str) -> dict[str, Any]:
-    """A pod that meets the restricted Pod Security Standard, sees the claim read-only and ends by itself."""
+    """Return a pod that mounts the claim read-only, ends by itself, and meets the restricted Pod Security Standard."""
     spec = job["spec"]
     template = ((spec.get("aggregator") or {}).get("template") or {}).get("spec") or {}
     passed_on = {key: template[key] for key in ("nodeSelector", "tolerations", "imagePullSecrets") if key in template}
-    user = (template.get("securityContext") or {}).get("runAsUser", USER)  # the files are the aggregator's alone
+    user = (template.get("securityContext") or {}).get("runAsUser", USER)  # files are private to it
     return {
         "apiVersion": "v1",
         "kind": "Pod",

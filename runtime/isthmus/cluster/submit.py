@@ -1,4 +1,4 @@
-"""``isthmus submit``: a script on this machine becomes a FederatedJob, without an image of its own."""
+"""``isthmus submit``: creates a FederatedJob from a script on this machine, without building an image."""
 
 import re
 import shlex
@@ -31,10 +31,10 @@ def documents(
     config: Sequence[str],
     template: Path | None,
 ) -> list[dict[str, Any]]:
-    """The ConfigMap with the script and its files, and the FederatedJob that runs it.
+    """Return the ConfigMap with the script and its files, and the FederatedJob that runs it.
 
-    ``template``: a FederatedJob manifest whose spec everything not said here is taken from.
-    Raises :class:`ManifestError`, whose words name the flag or the field.
+    ``template``: a FederatedJob manifest whose spec provides all other settings.
+    Raises :class:`ManifestError`, which names the flag or the field.
     """
     name = name or re.sub(r"[^a-z0-9]+", "-", script.stem.lower()).strip("-")
     if problems := check_job_name(name):
@@ -45,7 +45,9 @@ def documents(
     task |= {"image": image or task.get("image"), "command": ["python", script.name, *arguments]}
     task["code"] = {"configMapRef": {"name": f"{name}-files"}}
     if task["image"] is None:
-        raise ManifestError(["--image: is missing: the image with Python, PyTorch and isthmus that runs the script"])
+        raise ManifestError(
+            ["--image: is missing; it names the image with Python, PyTorch and isthmus that runs the script"]
+        )
     if config:
         task["config"] = {**(task.get("config") or {}), **dict(_setting(item) for item in config)}
     spec["task"] = task
@@ -62,12 +64,12 @@ def documents(
 
 
 def dump(objects: Sequence[dict[str, Any]]) -> str:
-    """As YAML that ``kubectl apply`` and ``isthmus run`` take."""
+    """Format objects as YAML for ``kubectl apply`` and ``isthmus run``."""
     return dumped(objects)
 
 
-def again(script: Path, name: str) -> str:
-    """How to follow the job, for the user to read."""
+def next_step(script: Path, name: str) -> str:
+    """Return the message that tells the user how to follow the job."""
     return f"submitted {script} as FederatedJob {name}; follow it with: {shlex.join(['isthmus', 'status', name])}"
 
 
@@ -75,12 +77,12 @@ def _content(paths: Sequence[Path]) -> dict[str, str]:
     content: dict[str, str] = {}
     for path in paths:
         if path.name in content:
-            raise ManifestError([f"{path}: another file has this name; they are laid side by side"])
+            raise ManifestError([f"{path}: another file has the same name; all files are copied into one directory"])
         try:
             content[path.name] = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise ManifestError(
-                [f"{path}: is not UTF-8 text; data belongs into a volume or the site's data sets"]
+                [f"{path}: is not UTF-8 text; data belongs in a volume or the site's data sets"]
             ) from None
         except OSError as error:
             raise ManifestError([f"{path}: {error.strerror or error}"]) from None
@@ -98,7 +100,7 @@ def _template(path: Path) -> dict[str, Any]:
         raise ManifestError([f"{path}: not valid YAML: {' '.join(str(error).split())}"]) from None
     jobs = [item for item in found if item.get("kind") == "FederatedJob" and isinstance(item.get("spec"), dict)]
     if len(jobs) != 1:
-        raise ManifestError([f"{path}: holds {len(jobs)} FederatedJobs; one is needed"])
+        raise ManifestError([f"{path}: holds {len(jobs)} FederatedJobs instead of one"])
     return dict(jobs[0]["spec"])
 
 

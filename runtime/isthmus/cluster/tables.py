@@ -1,4 +1,4 @@
-"""What ``status`` and ``sites`` show. Pure: from objects to tables."""
+"""Tables of ``status`` and ``sites``, as pure functions of API objects."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,18 +12,18 @@ _COLOURS = {"Complete": "green", "Failed": "red", "Rejected": "red", "Running": 
 
 
 def condition(body: Body, type_: str) -> bool:
-    """Whether a condition of an object is True."""
+    """Return whether a condition of an object is True."""
     found = (body.get("status") or {}).get("conditions") or ()
     return any(item.get("type") == type_ and item.get("status") == "True" for item in found)
 
 
-def over(job: Body) -> bool:
-    """Whether nothing of a job will change any more."""
+def has_ended(job: Body) -> bool:
+    """Return whether a job has ended."""
     return condition(job, "Complete") or condition(job, "Failed")
 
 
 def job_view(job: Body) -> Group:
-    """One job: how far it is, how good, and each pool's clients and queue."""
+    """Render a job: rounds, metrics, and each pool's clients and queue."""
     status, spec = job.get("status") or {}, job.get("spec") or {}
     phase = str(status.get("phase") or "Pending")
     rounds = status.get("rounds") or {}
@@ -76,7 +76,7 @@ def job_view(job: Body) -> Group:
 
 
 def jobs_table(jobs: Sequence[Body]) -> Table:
-    """A namespace's jobs, one a line."""
+    """Render a namespace's jobs, one per line."""
     table = Table(box=None, pad_edge=False)
     for title in ("name", "phase", "round", "clients", "best"):
         table.add_column(title)
@@ -94,7 +94,7 @@ def jobs_table(jobs: Sequence[Body]) -> Table:
 
 
 def sites_table(sites: Sequence[Body], namespace: str) -> Table:
-    """The sites, and what a job of the namespace may name in a manifest."""
+    """Render the sites, with the names that a manifest in this namespace may use."""
     table = Table(box=None, pad_edge=False)
     for title in ("site", "reachable", "open to you", "environments", "partitions", "data sets"):
         table.add_column(title)

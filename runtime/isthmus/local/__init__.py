@@ -1,1 +1,1 @@
-"""The local runner: one FederatedJob on one machine, as processes, over the real protocol and without any cluster."""
+"""Local runner: runs one FederatedJob on one machine, as processes, with the real protocol and without a cluster."""

@@ -1,4 +1,4 @@
-"""The certificates of one local run: as the operator issues them for a job, but from a CA that ends with the run."""
+"""Certificates of a local run, as the operator issues them for a job, from a CA that is discarded after the run."""
 
 import datetime as dt
 from pathlib import Path
@@ -7,18 +7,18 @@ from isthmus_contracts import identities as ids
 from isthmus_contracts.manifests.manifest import FederatedJob
 from isthmus_contracts.wire.pki import Authority, Credentials
 
-# A local run is short; a resumed one gets new certificates.
+# Longer than any local run; a resumed run gets new certificates.
 _LIFETIME = dt.timedelta(days=90)
 AGGREGATOR = ".aggregator"  # no pool can have this name
 
 
 def client_directory(directory: Path, pool: str, index: int) -> Path:
-    """The directory of one client's certificate."""
+    """Return the directory of one client's certificate."""
     return directory / pool / str(index)
 
 
 def issue_certificates(job: FederatedJob, uid: str, directory: Path) -> Credentials:
-    """Write a directory for the aggregator and one for each client; return what the runner itself observes with."""
+    """Write certificates for the aggregator and for each client; return those with which the runner observes."""
     authority = Authority.create(f"isthmus {job.name}", _LIFETIME)
     server = authority.issue("aggregator", _LIFETIME, hosts=[ids.aggregator_server_name(uid)])
     server.write(directory / AGGREGATOR)

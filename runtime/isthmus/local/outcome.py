@@ -1,4 +1,4 @@
-"""How a local run, and a process of it, may end."""
+"""Outcomes of a local run and of its processes."""
 
 import signal
 
@@ -6,7 +6,7 @@ EXIT_COMPLETE, EXIT_FAILED = 0, 1
 
 
 class RunFailed(Exception):
-    """The run cannot go on. ``str()`` is one line."""
+    """The run cannot continue. ``str()`` is one line."""
 
 
 class Interrupted(Exception):
@@ -18,7 +18,7 @@ class Interrupted(Exception):
 
 
 def reason(code: int) -> str:
-    """An exit code in words; a negative one is a signal's number."""
+    """Describe an exit code; a negative one is the number of a signal."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     return f"exit code {code}"

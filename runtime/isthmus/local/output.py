@@ -1,4 +1,4 @@
-"""A standard stream that a run may outlive: its reader goes away, or the disk that it goes to fills up."""
+"""Standard stream that may fail during a run: its reader exits, or its disk is full."""
 
 import io
 import os
@@ -7,10 +7,10 @@ from typing import TextIO
 
 
 class Output(io.TextIOBase):
-    """Writes through to a stream; a write that fails is reported once, and what comes later is dropped.
+    """Wrapper of a stream. The first failed write is reported; later output is dropped.
 
-    A run that nobody watches any more trains on: its models and its logs are in files. So SIGPIPE, which would end a
-    filter, does not end a run.
+    A run continues without its terminal, since its models and logs are in files. So SIGPIPE, which ends a filter, does
+    not end a run.
     """
 
     def __init__(self, stream: TextIO, lost: Callable[[OSError], None]) -> None:
@@ -43,8 +43,8 @@ class Output(io.TextIOBase):
             work()
         except OSError as error:
             self._works = False
-            # What the stream still holds goes nowhere, or Python would fail in the same way when it flushes it at exit.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            # Redirect the buffered rest to /dev/null: Python would fail in the same way when it flushes at exit.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
             self._lost(error)

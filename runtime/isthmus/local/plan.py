@@ -1,4 +1,4 @@
-"""What a manifest means on one machine: which clients there are, their command lines and environments."""
+"""Translation of a manifest to one machine: clients, their command lines and environments."""
 
 import os
 import sys
@@ -10,34 +10,34 @@ from isthmus_contracts import identities as ids
 from isthmus_contracts.manifests.manifest import FederatedJob
 
 _THREADS = "OMP_NUM_THREADS"
-# What torchrun and mpirun tell a process of its place among others. Left in a shell, it is no client's place.
-_PLACES = frozenset({
+# Variables in which torchrun and mpirun pass a process its rank. Values left over in a shell are not for clients.
+_RANK_VARIABLES = frozenset({
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
     "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE",
 })  # fmt: skip
-_PLACE_PREFIX = "TORCHELASTIC_"
+_RANK_PREFIX = "TORCHELASTIC_"
 _BACKOFF_SECONDS = 1.0
 _BACKOFF_LIMIT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class LocalClient:
-    """One client of a pool, whichever world the manifest puts it in."""
+    """One client of a pool, of the cloud or of an HPC site."""
 
     pool: str
     index: int
     pool_size: int
     number: int
-    """Within the job, from 0; clients that only evaluate have numbers of their own."""
+    """Index within the job, from 0; clients that only evaluate are numbered apart."""
 
     @property
     def name(self) -> str:
-        """Unique within the job, and a file name."""
+        """Name that is unique within the job, and valid as a file name."""
         return f"{self.pool}-{self.index}"
 
 
 def local_clients(job: FederatedJob) -> list[LocalClient]:
-    """Every client of the job, pool by pool."""
+    """Return all clients of the job, pool by pool."""
     return [
         LocalClient(pool.name, index, pool.size, job.spec.first_client(pool.name) + index)
         for pool in job.spec.pools
@@ -46,7 +46,7 @@ def local_clients(job: FederatedJob) -> list[LocalClient]:
 
 
 def local_command(command: Sequence[str]) -> list[str]:
-    """The manifest's command with our own interpreter for ``python``: there is no image here."""
+    """Return the manifest's command, with the runner's own interpreter for ``python``, since there is no image."""
     if command[0] in ("python", "python3"):
         return [sys.executable, *command[1:]]
     return list(command)
@@ -62,10 +62,10 @@ def client_environment(
     tls: Path,
     scratch: Path,
 ) -> dict[str, str]:
-    """A client's environment: ours, the manifest's, then what Isthmus says."""
+    """Return a client's environment: the runner's, the manifest's, then the variables of Isthmus."""
     clients = job.spec.total_clients
     environment = inherited(base)
-    # With several processes on one machine each must not start a thread per core.
+    # Several processes share the machine, so none may start a thread per core.
     environment.setdefault(_THREADS, str(max(1, (os.cpu_count() or 1) // clients)))
     environment |= {variable.name: variable.value for variable in job.spec.task.env}
     environment |= {
@@ -86,24 +86,25 @@ def client_environment(
 
 
 def inherited(base: Mapping[str, str]) -> dict[str, str]:
-    """Our environment without the settings of other federations and process groups.
+    """Return an environment without the variables of other federations and process groups.
 
-    The data set that the user points at stays.
+    The path of the user's data set is kept.
     """
     environment = {name: value for name, value in base.items() if _passes(name)}
-    # What is installed beside our interpreter (torchrun, for one) is found first; output reaches the logs as it comes.
+    # Programs installed beside the interpreter (torchrun, for example) are found first. Output is written to logs
+    # immediately.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
     environment["PYTHONUNBUFFERED"] = "1"
     return environment
 
 
 def _passes(name: str) -> bool:
-    """Return whether a variable of our environment is for the processes of a run too."""
+    """Return whether a variable of the runner's environment is passed to the processes of a run."""
     if name.startswith(ids.RESERVED_ENV_PREFIX):
         return name == ids.ENV_DATA
-    return name not in _PLACES and not name.startswith(_PLACE_PREFIX)
+    return name not in _RANK_VARIABLES and not name.startswith(_RANK_PREFIX)
 
 
 def backoff(failures: int) -> float:
-    """Seconds to wait before the next start, after so many failures in a row (from 1): 1, 2, 4, ... 30."""
+    """Return the seconds to wait before the next start, after ``failures`` in a row (from 1): 1, 2, 4, ... 30."""
     return min(_BACKOFF_SECONDS * 2.0 ** (failures - 1), _BACKOFF_LIMIT_SECONDS)

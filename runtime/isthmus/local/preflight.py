@@ -1,4 +1,4 @@
-"""Looks at a job's command before any process starts: what cannot run is told once, not by every client."""
+"""Check of a job's command before any process starts, so that an error is reported once, not by every client."""
 
 import os
 import re
@@ -8,24 +8,24 @@ from pathlib import Path
 
 _PYTHON = re.compile(r"python(3(\.\d+)?)?")
 _PYTHON_OPTIONS_WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
-# These run the first of their arguments that is a script. Their own options are too many to tell apart from values.
+# Launchers run the first argument that is a script. They have too many options to parse.
 _LAUNCHERS = ("torchrun", "accelerate", "deepspeed")
-# Python looks beside the script before it looks among the installed packages.
-_HIDING = ("isthmus.py", "torch.py")
+# Python searches the script's directory before installed packages.
+_SHADOWING = ("isthmus.py", "torch.py")
 _RUNS_NO_SCRIPT = ("-m", "--module", "--no-python", "--no_python")
 
 
 class CommandError(Exception):
-    """The command cannot run here. ``str()`` is one line that says why, and what to do."""
+    """The command cannot run here. ``str()`` is one line with the reason and the remedy."""
 
 
 def check_command(
     command: Sequence[str], path: str, directory: Path, beside: Path, files: Collection[str] | None = None
 ) -> None:
-    """Raises :class:`CommandError` where the program or its Python script is not there, or a file hides a package.
+    """Raise :class:`CommandError` if the program or its Python script does not exist, or a file shadows a package.
 
-    ``path``: the clients' PATH. ``directory``: where they run. ``beside``: where the manifest lies. ``files``: the
-    names of those that will be laid into ``directory``, where the job brings files along.
+    ``path``: the clients' PATH. ``directory``: their working directory. ``beside``: the manifest's directory.
+    ``files``: names of the job's own files, if any, which will be copied into ``directory``.
     """
 
     def present(name: str) -> bool:
@@ -43,7 +43,7 @@ def check_command(
     if script is None:
         return
     if present(script):
-        for name in _HIDING:
+        for name in _SHADOWING:
             if present(hiding := str(Path(script).with_name(name))):
                 package = name.removesuffix(".py")
                 raise CommandError(f"task.command: {hiding} hides the package {package}: rename the file")
@@ -52,12 +52,12 @@ def check_command(
         raise CommandError(f"task.command: {script}: not among the files of task.code ({', '.join(sorted(files))})")
     hint = ""
     if not Path(script).is_absolute() and (beside / script).exists():
-        hint = f"; it lies beside the manifest: start isthmus run in {beside}"
+        hint = f"; it is beside the manifest: start isthmus run in {beside}"
     raise CommandError(f"task.command: {script}: no such file{_seen_from(directory, script)}{hint}")
 
 
 def script_of(command: Sequence[str]) -> str | None:
-    """The file that a command of Python or of a launcher runs, where there is one."""
+    """Return the script that a command of Python or of a launcher runs, if there is one."""
     program, arguments = Path(command[0]).name, list(command[1:])
     if _PYTHON.fullmatch(program):
         return _python_script(arguments)

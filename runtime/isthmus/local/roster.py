@@ -1,4 +1,4 @@
-"""Who is left of a run's clients, and when that is too few."""
+"""Remaining clients of a run, and whether they are enough."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,40 +10,40 @@ from .plan import LocalClient
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 client``, ``2 clients``, ``3 processes``"""
+    """Return a number with its noun: ``1 client``, ``2 clients``, ``3 processes``."""
     plural = noun + ("es" if noun.endswith("s") else "s")
     return f"{number} {noun if number == 1 else plural}"
 
 
 class Roster:
-    """The clients of a run, and what has become of each."""
+    """The clients of a run, with those that failed or ended."""
 
     def __init__(self, job: FederatedJob, clients: Sequence[LocalClient]) -> None:
         self._spec = job.spec
         self.clients = clients
         self.failed: set[LocalClient] = set()
-        """Given up."""
+        """Clients given up after too many failures."""
         self.left: set[LocalClient] = set()
-        """Ended without an error."""
+        """Clients that ended without an error."""
         self._first: dict[LocalClient, str] = {}
         self._newest = ""
 
     def note_failure(self, client: LocalClient, how: str) -> None:
-        """Notes how a client's process failed; ``how``: the last line that it wrote."""
+        """Record that a client's process failed; ``how``: the last line of its output."""
         self._first.setdefault(client, how)
         self._newest = f"{client.name}: {how}" if how else ""
 
     @property
     def expected(self) -> int:
-        """How many clients there are or may yet be; 0 where the manifest has said how many are enough."""
+        """Number of clients that may take part; 0 if the manifest sets selection.minClients."""
         if self._spec.selection.min_clients is not None:
             return 0
         return len(self.clients) - len(self.failed) - len(self.left)
 
     def advice(self, connected: int, first_round: int, logs: Path) -> list[str]:
-        """Return lines for a user who has waited long for the first round: for how many clients, and what to do.
+        """Return lines for a user whose first round has not started: the number of missing clients, and the remedy.
 
-        ``logs``: the directory of the clients' logs, as the user knows it.
+        ``logs``: the directory of the clients' logs, as shown to the user.
         """
         lines, least = [], self._spec.min_clients
         missing = len(self.clients) - len(self.failed) - len(self.left) - connected
@@ -58,12 +58,12 @@ class Roster:
 
     @property
     def common_failure(self) -> str:
-        """The line with which every client failed the first time; empty where they differ, or one has not failed."""
+        """The last line of every client's first failure; empty if they differ, or a client has not failed."""
         lines = set(self._first.values())
         return lines.pop() if len(self._first) == len(self.clients) and len(lines) == 1 else ""
 
     def shortage(self, phase: "pb.FederationStatus.Phase.ValueType") -> str:
-        """Return why the run can never end, since too few clients are left; empty while it can."""
+        """Return why the run cannot complete with the remaining clients; empty if it can."""
         if phase in (pb.FederationStatus.EVALUATING, pb.FederationStatus.COMPLETE):
             return ""
         spec, trainers = self._spec, [c for c in self.clients if self._spec.pool(c.pool).role == "Train"]

@@ -1,4 +1,4 @@
-"""The directory of a local run: the aggregator's state, the processes' logs, and who owns them."""
+"""Directory of a local run: the aggregator's state, logs, and the run's identity."""
 
 import fcntl
 import json
@@ -17,16 +17,18 @@ _CHECKPOINT = re.compile(r"round-(\d+)\.safetensors")
 
 
 class RunDirectoryError(Exception):
-    """The directory cannot be used. ``str()`` is one line that says why, and what to do."""
+    """The directory cannot be used. ``str()`` is one line with the reason and the remedy."""
 
 
 class RunDirectory:
-    """Checkpoints, rounds.jsonl and the final model (see the aggregator's CheckpointStore); job.json; logs/; tls/;
-    scratch/, which is the clients' own;
-    code/, the files of task.code."""
+    """Paths in a run's directory, and its life cycle.
+
+    It holds checkpoints, rounds.jsonl and the final model (see the aggregator's CheckpointStore), job.json, logs/,
+    tls/, scratch/ for the clients, and code/ with the files of task.code.
+    """
 
     def __init__(self, root: Path) -> None:
-        """All paths are absolute: they are handed to processes that may run, or go, elsewhere."""
+        """All paths are made absolute, since processes may have other working directories."""
         self._given, self.root = root, root.resolve()
         root = self.root
         self.job_file = root / "job.json"
@@ -41,9 +43,9 @@ class RunDirectory:
 
     @contextmanager
     def opened(self, job: FederatedJob, *, resume: bool, overwrite: bool) -> Iterator[str]:
-        """Prepares it for a run and holds it until the run is over; yields the job's uid.
+        """Prepare the directory and lock it until the run is over; yield the job's uid.
 
-        Raises :class:`RunDirectoryError` rather than touch what it should not.
+        Raises :class:`RunDirectoryError` if it holds other files or another run, which are left untouched.
         """
         try:
             created = not self.root.exists()
@@ -59,13 +61,13 @@ class RunDirectory:
             try:
                 uid = self._prepare(job, resume=resume, overwrite=overwrite)
             except RunDirectoryError:
-                if created:  # leave no trace of a typing error
+                if created:  # the user may have mistyped the path
                     shutil.rmtree(self.root)
                 raise
             try:
                 yield uid
             finally:
-                # The keys are worth nothing once the run is over.
+                # The keys are useless after the run.
                 shutil.rmtree(self.tls, ignore_errors=True)
                 self.ports_file.unlink(missing_ok=True)
         finally:
@@ -103,8 +105,8 @@ class RunDirectory:
         partial.replace(self.job_file)
         return uid
 
-    def lay_code(self, files: Mapping[str, bytes]) -> Path | None:
-        """Lays out the job's files; where its processes run, then."""
+    def write_code(self, files: Mapping[str, bytes]) -> Path | None:
+        """Write the job's files; return their directory, in which its processes run, or ``None`` without files."""
         if not files:
             return None
         shutil.rmtree(self.code, ignore_errors=True)
@@ -114,21 +116,21 @@ class RunDirectory:
         return self.code
 
     def shown(self, path: Path) -> Path:
-        """A path of the run as the user would write it, who may have given a relative one for its directory."""
+        """Return a path of the run as shown to the user: relative if the user gave a relative directory."""
         return self._given / path.relative_to(self.root)
 
     @property
     def committed(self) -> int:
-        """The newest round with a checkpoint; 0 where there is none."""
+        """The newest round with a checkpoint, or 0."""
         found = (_CHECKPOINT.fullmatch(path.name) for path in (self.root / "checkpoints").glob("*"))
         return max((int(match[1]) for match in found if match), default=0)
 
     def finished(self, rounds: int) -> bool:
-        """Return whether a run of so many rounds has nothing left to do."""
+        """Return whether a run of this number of rounds is complete."""
         return self.model.exists() and self.committed >= rounds
 
     def _previous(self) -> tuple[str, str] | None:
-        """Uid and name of the run that is here, if one is."""
+        """Return uid and name of the run in this directory, if any."""
         try:
             content = json.loads(self.job_file.read_text(encoding="utf-8"))
             return str(content["uid"]), str(content["name"])
@@ -140,7 +142,7 @@ class RunDirectory:
             ) from None
 
     def _clear(self) -> None:
-        """Removes what a run makes, and nothing else that may lie here. The job file goes last: it marks the rest."""
+        """Remove the files that a run creates, and no others. The job file is removed last, since it marks a run."""
         for directory in (
             self.root / "checkpoints",
             self.root / "tensorboard",

@@ -1,4 +1,4 @@
-"""What the user sees of a local run: live progress in a terminal, plain lines anywhere else."""
+"""Output of a local run: live progress in a terminal, plain lines otherwise."""
 
 import math
 import sys
@@ -16,7 +16,7 @@ from rich.text import Text
 from isthmus_contracts.text import one_line
 
 from .output import Output
-from .rounds import Round
+from .round_records import CommittedRound
 
 
 @dataclass(frozen=True)
@@ -25,56 +25,56 @@ class PoolView:
 
     name: str
     kind: str
-    """cloud or hpc: the world that the manifest puts it in."""
+    """``cloud`` or ``hpc``, as in the manifest."""
     size: int
     running: int
     connected: int
     failed: int
-    """Given up."""
+    """Number of clients given up."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment."""
+    """State of a run at one moment."""
 
     activity: str
-    """What it is doing, in a few words."""
+    """Present activity, in a few words."""
     completed: int
     total: int
     pools: list[PoolView] = field(default_factory=list)
 
 
 class View(Protocol):
-    """Shows a run. What is told stays; a shown snapshot replaces the one before."""
+    """Display of a run. Lines are kept; a snapshot replaces the previous one."""
 
-    def tell(self, line: str) -> None:
-        """Something happened."""
+    def info(self, line: str) -> None:
+        """Print a line."""
 
     def warn(self, line: str) -> None:
-        """Something went wrong."""
+        """Print a warning."""
 
-    def tell_round(self, done: Round) -> None:
-        """A round is over."""
+    def report_round(self, done: CommittedRound) -> None:
+        """Print the result of a round."""
 
     def show(self, snapshot: Snapshot) -> None:
-        """How things stand."""
+        """Show the present state."""
 
     def close(self) -> None:
-        """Shows no snapshot any more; what is told still appears."""
+        """End the display of snapshots; lines are still printed."""
 
 
 def make_view(total: int) -> View:
-    """The view that suits standard output."""
+    """Return the view that suits standard output."""
     err = Output(sys.stderr, lambda error: None)
-    out = Output(sys.stdout, lambda error: view.warn(f"standard output: {error.strerror}; the run goes on"))
+    out = Output(sys.stdout, lambda error: view.warn(f"standard output: {error.strerror}; the run continues"))
     console = Console(file=cast(TextIO, out), highlight=False)
     live = console.is_terminal and not console.is_dumb_terminal
     view: View = LiveView(console, total) if live else PlainView(total, out, err)
     return view
 
 
-def round_line(done: Round, total: int) -> str:
-    """``round 3/20: 4 updates, accuracy 0.9123, train_loss 0.3341, 0.52 s``"""
+def round_line(done: CommittedRound, total: int) -> str:
+    """Format a round: ``round 3/20: 4 updates, accuracy 0.9123, train_loss 0.3341, 0.52 s``."""
     parts = [f"{done.updates} update{'s' if done.updates != 1 else ''}"]
     parts += [f"{count} {what}" for count, what in ((done.late, "late"), (done.failed, "failed")) if count]
     parts += format_metrics(done.metrics)
@@ -82,17 +82,17 @@ def round_line(done: Round, total: int) -> str:
 
 
 def format_metrics(metrics: Mapping[str, float]) -> list[str]:
-    """``name value`` for each metric, by name, with about four digits that matter."""
+    """Return ``name value`` for each metric, sorted by name."""
     return [f"{one_line(name, 60)} {format_value(value)}" for name, value in sorted(metrics.items())]
 
 
 def format_value(value: float) -> str:
-    """Four decimals for ordinary sizes, four significant digits for the rest."""
+    """Format a value with four decimals, or, if it is very large or small, four significant digits."""
     return f"{value:.4f}" if value == 0 or 1e-3 <= math.fabs(value) < 1e4 else f"{value:.4g}"
 
 
 class PlainView:
-    """Lines for a pipe or a file: one per round, and what else happens once."""
+    """Lines for a pipe or a file: one per round, and one per change of activity."""
 
     def __init__(self, total: int, out: TextIOBase, err: TextIOBase) -> None:
         self._total = total
@@ -100,19 +100,19 @@ class PlainView:
         self._err = err
         self._activity = ""
 
-    def tell(self, line: str) -> None:
+    def info(self, line: str) -> None:
         print(line, file=self._out, flush=True)
 
     def warn(self, line: str) -> None:
         print(line, file=self._err, flush=True)
 
-    def tell_round(self, done: Round) -> None:
-        self.tell(round_line(done, self._total))
+    def report_round(self, done: CommittedRound) -> None:
+        self.info(round_line(done, self._total))
 
     def show(self, snapshot: Snapshot) -> None:
         if snapshot.activity != self._activity:
             self._activity = snapshot.activity
-            self.tell(snapshot.activity)
+            self.info(snapshot.activity)
 
     def close(self) -> None:
         self._out.flush()
@@ -124,7 +124,7 @@ class LiveView:
     def __init__(self, console: Console, total: int) -> None:
         self._console = console
         self._total = total
-        self._last: Round | None = None
+        self._last: CommittedRound | None = None
         self._snapshot = Snapshot("", 0, total)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("rounds,"),
@@ -134,19 +134,19 @@ class LiveView:
         self._live = Live(console=console, refresh_per_second=8, get_renderable=self._render, transient=True)
         self._live.start()
 
-    def tell(self, line: str) -> None:
+    def info(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)
 
     def warn(self, line: str) -> None:
         self._console.print(line, style="red", markup=False, soft_wrap=True)
 
-    def tell_round(self, done: Round) -> None:
+    def report_round(self, done: CommittedRound) -> None:
         self._last = done
-        self.tell(round_line(done, self._total))
+        self.info(round_line(done, self._total))
 
     def show(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
-        if not self._progress.task_ids:  # what an earlier run did must not count as this one's speed
+        if not self._progress.task_ids:  # rounds of an earlier run must not count towards the speed
             self._progress.add_task("", total=self._total, completed=snapshot.completed)
         self._progress.update(self._progress.task_ids[0], completed=snapshot.completed, description=snapshot.activity)
 
@@ -162,5 +162,7 @@ class LiveView:
         for pool in self._snapshot.pools:
             counts = (pool.size, pool.running, pool.connected, pool.failed)
             table.add_row(pool.name, pool.kind, *map(str, counts), style="red" if pool.failed else None)
-        newest = Text("   ".join(format_metrics(self._last.metrics)) if self._last else "")  # a str would be markup
+        newest = Text(
+            "   ".join(format_metrics(self._last.metrics)) if self._last else ""
+        )  # a str would be parsed as markup
         return Group("", table, newest, self._progress)

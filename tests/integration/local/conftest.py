@@ -80,7 +80,7 @@ class Run:
 
     def programs(self) -> dict[int, str]:
         """Its processes without their supervisors."""
-        return {pid: command for pid, command in self.processes().items() if "supervise.py" not in command}
+        return {pid: command for pid, command in self.processes().items() if "supervisor.py" not in command}
 
     def pid(self, word: str) -> int:
         """The program whose command line holds the word."""

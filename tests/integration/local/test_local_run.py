@@ -67,7 +67,7 @@ def test_an_interrupted_run_leaves_no_process_and_resumes_at_its_round(start: "S
     run.process.send_signal(signal.SIGINT)
     assert run.finish() == 130
     assert run.processes() == {}
-    stopped = re.search(r"stopped after round (\d+) of 100000; go on with: isthmus run .* --resume$", run.out.strip())
+    stopped = re.search(r"stopped after round (\d+) of 100000; resume with: isthmus run .* --resume$", run.out.strip())
     assert stopped, run.out
     done = int(stopped[1])
 
@@ -79,7 +79,7 @@ def test_an_interrupted_run_leaves_no_process_and_resumes_at_its_round(start: "S
 
     again = start({"rounds": done + 3}, "--resume")
     assert again.finish() == 0
-    assert f"all {done + 3} rounds were done before" in again.out
+    assert f"all {done + 3} rounds are already done" in again.out
 
 
 def test_a_run_that_is_told_to_end_while_it_starts_leaves_no_process(start: "Start") -> None:
@@ -105,7 +105,7 @@ def test_a_killed_client_and_a_killed_aggregator_come_back(start: "Start") -> No
     run.wait_for(lambda: "starts again in" in run.err, "the client's restart")
     run.wait_for(lambda: len(run.programs()) == 3, "three processes")
     os.kill(run.pid("isthmus.aggregator"), signal.SIGKILL)
-    run.wait_for(lambda: "starting it again from its last checkpoint" in run.err, "the aggregator's restart")
+    run.wait_for(lambda: "restarting it from its last checkpoint" in run.err, "the aggregator's restart")
     before = len(rounds_told(run.out))
     run.wait_for(lambda: len(rounds_told(run.out)) > before + 3, "more rounds")
     run.process.send_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.local.process import Child
+from isthmus.local.child_process import ChildProcess
 
 DEADLINE = 120.0
 # A family of the kinds that launchers make: a child in the group, one in a session of its own, and a grandchild whose
@@ -43,18 +43,18 @@ def members(directory: Path) -> list[int]:
     return [int((directory / name).read_text()) for name in MEMBERS]
 
 
-def run(directory: Path, work: Callable[[Child], Awaitable[None]], *argv: str) -> Child:
+def run(directory: Path, work: Callable[[ChildProcess], Awaitable[None]], *argv: str) -> ChildProcess:
     """Runs a program in the directory, and does some work with it."""
 
-    async def main() -> Child:
-        child = await Child.spawn(argv, dict(os.environ), directory / "log", directory)
+    async def main() -> ChildProcess:
+        child = await ChildProcess.spawn(argv, dict(os.environ), directory / "log", directory)
         await work(child)
         return child
 
     return asyncio.run(main())
 
 
-async def exit_code(child: Child, code: int) -> None:
+async def exit_code(child: ChildProcess, code: int) -> None:
     assert await child.wait() == code
 
 
@@ -90,7 +90,7 @@ def test_what_a_program_leaves_behind_ends_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trap", ["trap '' TERM", "trap 'exit 4' TERM"])
 def test_a_stopped_program_ends_with_all_that_it_started(tmp_path: Path, trap: str) -> None:
-    async def stop(child: Child) -> None:
+    async def stop(child: ChildProcess) -> None:
         await asyncio.to_thread(await_that, (tmp_path / "ready").exists, "the family is there")
         patient = "exit" in trap
         await child.stop(DEADLINE if patient else 0.2, asyncio.Event())
@@ -104,7 +104,7 @@ def test_a_script_finishes_though_the_shell_around_it_has_gone(tmp_path: Path) -
     """The signal ends the shell at once, and the script hands in what it has."""
     script = "trap 'sleep 1; echo handed in; exit 0' TERM; : > ready; while :; do sleep 0.05; done"
 
-    async def stop(child: Child) -> None:
+    async def stop(child: ChildProcess) -> None:
         await asyncio.to_thread(await_that, (tmp_path / "ready").exists, "it runs")
         await child.stop(DEADLINE, asyncio.Event())
 
@@ -116,10 +116,10 @@ def test_a_script_finishes_though_the_shell_around_it_has_gone(tmp_path: Path) -
 RUNNER = """
 import asyncio, os, sys
 from pathlib import Path
-from isthmus.local.process import Child
+from isthmus.local.child_process import ChildProcess
 
 async def main():
-    child = await Child.spawn(["sh", "-c", sys.argv[1]], dict(os.environ), Path("log"), None)
+    child = await ChildProcess.spawn(["sh", "-c", sys.argv[1]], dict(os.environ), Path("log"), None)
     print("started", flush=True)
     await child.wait()
 
@@ -155,7 +155,7 @@ def test_a_program_that_has_ended_is_never_signalled_again(tmp_path: Path, monke
     for name in ("kill", "killpg"):
         monkeypatch.setattr(os, name, lambda pid, number: signalled.append(pid))
 
-    async def stop_late(child: Child) -> None:
+    async def stop_late(child: ChildProcess) -> None:
         await child.wait()
         child.send(signal.SIGTERM)
         await child.stop(1.0, asyncio.Event())

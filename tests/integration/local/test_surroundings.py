@@ -63,7 +63,7 @@ def test_a_terminal_that_goes_away_ends_a_run_as_other_signals_do(start: "Start"
 def test_a_run_that_nobody_reads_any_more_trains_on(start: "Start") -> None:
     run = start({"rounds": 3}, under=["bash", "-o", "pipefail", "-c", '"$@" | head -n 1', "bash"])
     assert run.finish() == 0, run.err
-    assert run.err == "standard output: Broken pipe; the run goes on\n"
+    assert run.err == "standard output: Broken pipe; the run continues\n"
     assert len(run.out.splitlines()) == 1
     assert (run.directory / "model.pt").exists()
 

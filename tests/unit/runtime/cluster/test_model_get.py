@@ -47,5 +47,5 @@ def test_the_last_and_the_best(tmp_path: Path) -> None:
 
 def test_a_job_that_has_no_best_model_yet(tmp_path: Path) -> None:
     cluster = Fake(model=described("model.safetensors", 9))
-    with pytest.raises(ClusterError, match="job job has no best model: most of its clients have yet to measure f1"):
+    with pytest.raises(ClusterError, match="job job has no best model: most of its clients have not reported f1"):
         fetched(cluster, tmp_path / "a", best=True)

@@ -55,9 +55,7 @@ def test_a_script_that_is_not_there_is_named_with_where_it_is(tmp_path: Path) ->
     missing = f"task.command: train.py: no such file in {tmp_path}, where the command runs"
     assert problem(command, tmp_path, beside) == missing
     (beside / "train.py").touch()
-    assert (
-        problem(command, tmp_path, beside) == f"{missing}; it lies beside the manifest: start isthmus run in {beside}"
-    )
+    assert problem(command, tmp_path, beside) == f"{missing}; it is beside the manifest: start isthmus run in {beside}"
 
 
 def test_files_that_a_job_brings_count(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What became of each round, put together from what the aggregator says and what it writes down."""
+"""Results of committed rounds, from the aggregator's status and from its rounds.jsonl."""
 
 import json
 from dataclasses import dataclass, field
@@ -9,8 +9,8 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 
 @dataclass
-class Round:
-    """A committed round."""
+class CommittedRound:
+    """Result of a committed round."""
 
     number: int
     seconds: float
@@ -20,42 +20,42 @@ class Round:
     failed: int = 0
 
 
-class RoundBook:
-    """Tells each round once, in order, when all that there is to tell of it has come.
+class RoundRecords:
+    """Rounds in order, each returned once, when its result is complete.
 
-    The aggregator's status follows a run within a tenth of a second and may pass over a fast round; rounds.jsonl holds
-    every round, but the measurements of its model only once the next round ends. So both are read.
+    The aggregator's status is updated within a tenth of a second, but may skip a fast round. rounds.jsonl holds every
+    round, but the metrics of its model only once the next round ends. So both are read.
     """
 
-    def __init__(self, records: Path, objective: Objective, told: int) -> None:
-        """``told``: rounds of an earlier run, which told them."""
+    def __init__(self, records: Path, objective: Objective, reported: int) -> None:
+        """``reported``: number of rounds that an earlier run has reported."""
         self._records = records
         self._position = 0
         self._objective = objective
-        self._told = told
-        self._rounds: dict[int, Round] = {}
+        self._reported = reported
+        self._rounds: dict[int, CommittedRound] = {}
         self._measured: dict[int, dict[str, float]] = {}
 
-    def follow(self, status: pb.FederationStatus) -> list[Round]:
-        """Takes a status in; returns the rounds that can be told now."""
+    def follow(self, status: pb.FederationStatus) -> list[CommittedRound]:
+        """Process a status; return the rounds that are now complete."""
         for metric in status.metrics:
             self._measured.setdefault(metric.round, {})[metric.name] = metric.value
         self._read()
         ready = []
-        while (record := self._rounds.get(self._told + 1)) and record.number <= status.completed_rounds:
+        while (record := self._rounds.get(self._reported + 1)) and record.number <= status.completed_rounds:
             record.metrics |= self._measured.get(record.number, {})
             superseded = status.completed_rounds > record.number or status.phase == pb.FederationStatus.COMPLETE
             if not superseded and self._objective.metric not in record.metrics:
                 break
             ready.append(record)
-            self._told += 1
-        for book in (self._rounds, self._measured):
-            for number in [number for number in book if number <= self._told]:
-                del book[number]
+            self._reported += 1
+        for by_round in (self._rounds, self._measured):
+            for number in [number for number in by_round if number <= self._reported]:
+                del by_round[number]
         return ready
 
     def _read(self) -> None:
-        """Takes in what was added to rounds.jsonl; a line that is not finished yet waits for the next time."""
+        """Read the lines added to rounds.jsonl; an incomplete line is read the next time."""
         try:
             with self._records.open("rb") as file:
                 file.seek(self._position)
@@ -63,15 +63,15 @@ class RoundBook:
                     if not line.endswith(b"\n"):
                         break
                     self._position += len(line)
-                    self._take(line)
+                    self._add(line)
         except FileNotFoundError:
             return
 
-    def _take(self, line: bytes) -> None:
+    def _add(self, line: bytes) -> None:
         try:
             item = json.loads(line)
             missing = (item.get("late", 0), item.get("failed", 0))
-            record = Round(item["round"], item["seconds"], item["updates"], item["metrics"], *missing)
+            record = CommittedRound(item["round"], item["seconds"], item["updates"], item["metrics"], *missing)
         except (ValueError, TypeError, KeyError, AttributeError):
-            return  # torn by a crash
+            return  # damaged by a crash
         self._rounds[record.number] = record

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.local.rounds import RoundBook
+from isthmus.local.round_records import RoundRecords
 from isthmus_contracts.api.federated_job import Objective
 from isthmus_contracts.pb import federation_pb2 as pb
 
@@ -15,7 +15,7 @@ class Aggregator:
 
     def __init__(self, directory: Path, told: int = 0) -> None:
         self.file = directory / "rounds.jsonl"
-        self.book = RoundBook(self.file, Objective(), told)
+        self.book = RoundRecords(self.file, Objective(), told)
 
     def record(self, number: int, **metrics: float) -> None:
         item = {"round": number, "seconds": 0.5, "updates": 2, "examples": 10, "metrics": metrics}

@@ -1,14 +1,15 @@
-"""Runs the program on its command line, and ends all that it has started: ``supervise.py PROGRAM…``.
+"""Supervisor that runs a program and ends all processes that it has started: ``supervisor.py PROGRAM…``.
 
-Standard input is a pipe from the runner. Each byte that comes through it is the number of a signal for the program's
-process group. When the pipe ends, the runner wants everything ended, or is gone itself, whatever killed it.
+Standard input is a pipe from the runner. Each byte in it is the number of a signal for the program's process group. The
+pipe is closed if the runner wants everything to end, or if the runner itself has ended for any reason.
 
-On Linux the supervisor adopts the program's descendants, also those that have left its session, and kills whichever are
-left when the program ends. It signals processes that it has not reaped yet and no others, so the kernel cannot have
-given their numbers away. It then ends as the program did: with its exit code, or by its signal.
+On Linux the supervisor adopts the program's descendants, including those that have left its session, and kills the
+remaining ones when the program ends. It signals only processes that it has not reaped yet, whose ids the kernel cannot
+have reused. It then ends as the program did: with its exit code, or by its signal.
 
-Run by its path, in an interpreter of its own, so that the runner need not run Python code between fork and exec: it has
-threads (gRPC's among them), after whose fork only exec is safe. Imports nothing but the standard library.
+It is run by its path, in a separate interpreter, so that the runner need not run Python code between fork and exec: the
+runner has threads (those of gRPC among them), and after a fork of such a process only exec is safe. It imports only the
+standard library.
 """
 
 import ctypes
@@ -25,7 +26,7 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main() -> None:
-    """Starts the program, looks after it until it ends or has to, and ends likewise."""
+    """Run the program until it ends or must end, kill its remaining processes, and exit with its status."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     waking, waker = os.pipe()
     os.set_blocking(waking, False)
@@ -34,25 +35,25 @@ def main() -> None:
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     for number in (signal.SIGCHLD, *_FORWARDED):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda *_: None)  # its number comes through the pipe
-    status = _look_after(program, waking)
+            signal.signal(number, lambda *_: None)  # the number arrives through the pipe
+    status = _supervise(program, waking)
     swept = _sweep(program)
     _end_like(swept if status is None else status)
 
 
 def _start(argv: list[str]) -> int:
-    """The program's process, which leads a session and a process group of its own."""
+    """Start the program as the leader of a new session and process group; return its process id."""
     parent = os.getpid()
     if program := os.fork():
         return program
     try:
         os.setsid()
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # killed before the line above
+        if os.getppid() != parent:  # the supervisor was killed before the line above
             os._exit(1)
         os.dup2(os.open(os.devnull, os.O_RDONLY), _LIFELINE)
         os.dup2(_LOG, 1)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and the program would inherit that
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, which the program would inherit
             signal.signal(number, signal.SIG_DFL)
         os.execvp(argv[0], argv)  # noqa: S606 (an argument list, no shell)
     except OSError as error:
@@ -61,15 +62,15 @@ def _start(argv: list[str]) -> int:
         os._exit(EXIT_NOT_FOUND)
 
 
-def _look_after(program: int, waking: int) -> int | None:
-    """Passes signals on until the program ends; its wait status, or None where the runner wants its end."""
-    if (status := _reap(program)) is not None:  # before we listened
+def _supervise(program: int, waking: int) -> int | None:
+    """Forward signals until the program ends; return its wait status, or None if the runner wants it to end."""
+    if (status := _reap(program)) is not None:  # it ended before the handlers were set
         return status
-    told = False
+    forwarded = False
     while True:
         signals = _await_signals(waking)
-        if (status := _reap(program)) is not None:  # from here to the next look the group's number is its own
-            if told:
+        if (status := _reap(program)) is not None:  # until the next reaping, the group's id cannot be reused
+            if forwarded:
                 _await_group(program, waking)
             return status
         if signals is None:
@@ -77,37 +78,37 @@ def _look_after(program: int, waking: int) -> int | None:
             return None
         for number in signals:
             os.killpg(program, number)
-            told = True
+            forwarded = True
 
 
 def _await_group(program: int, waking: int) -> None:
-    """Waits until the rest of the program's group has ended, too, or the runner is out of patience.
+    """Wait until the rest of the program's group has ended, or the runner ends the wait.
 
-    A shell ends at once by the signal after which the script that it runs may still hand something in.
+    A shell ends immediately by a signal after which its script may still submit an update.
     """
-    with suppress(ChildProcessError):  # nobody is left
+    with suppress(ChildProcessError):  # no process is left
         while _reap(program) is None and any(group == program for _, group in _children()):
             if _await_signals(waking) is None:
                 return
 
 
 def _await_signals(waking: int) -> list[int] | None:
-    """Waits for something to happen; the signals that the group is to get, or None when the runner wants its end."""
+    """Wait for an event; return the signals to forward to the group, or None if the runner wants it to end."""
     poll = select.poll()
     poll.register(_LIFELINE, select.POLLIN)
     poll.register(waking, select.POLLIN)
     ready = [descriptor for descriptor, _ in poll.poll()]
     signals = [number for number in os.read(waking, 4096) if number in _FORWARDED] if waking in ready else []
     if _LIFELINE in ready:
-        theirs = os.read(_LIFELINE, 64)
-        if not theirs:
+        requested = os.read(_LIFELINE, 64)
+        if not requested:
             return None
-        signals += theirs
+        signals += requested
     return signals
 
 
 def _reap(program: int) -> int | None:
-    """Reaps what has ended, adopted processes included; the program's wait status, once it is among them."""
+    """Reap ended processes, including adopted ones; return the program's wait status if it is among them."""
     while True:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == program:
@@ -117,12 +118,12 @@ def _reap(program: int) -> int | None:
 
 
 def _sweep(program: int) -> int:
-    """Kills every process that is left, generation by generation; the program's wait status, if it is among them."""
+    """Kill all remaining processes, generation by generation; return the program's wait status if it is among them."""
     result = 0
     while True:
         killed = [pid for pid, _ in _children() if _kill(pid)]
         try:
-            # Where nothing could be killed, what is left has become another user's.
+            # If none could be killed, the remaining processes belong to another user.
             pid, status = os.waitpid(-1, 0 if killed else os.WNOHANG)
         except ChildProcessError:
             return result
@@ -141,14 +142,14 @@ def _kill(pid: int) -> bool:
 
 
 def _children() -> list[tuple[int, int]]:
-    """Our children and those that we have adopted, ended ones included until they are reaped, each with its group."""
-    found, us = [], os.getpid()
+    """Return the ids of own and adopted children, including ended ones that are not reaped, with their groups."""
+    found, own = [], os.getpid()
     try:
         with os.scandir("/proc") as entries:
             for entry in entries:
                 if entry.name.isdigit():
                     parent, group = _parent_and_group(entry.path)
-                    if parent == us:
+                    if parent == own:
                         found.append((int(entry.name), group))
     except OSError:  # not Linux
         return []
@@ -156,7 +157,7 @@ def _children() -> list[tuple[int, int]]:
 
 
 def _parent_and_group(process: str) -> tuple[int, int]:
-    """Of the process with this directory in /proc; zeros where it has just gone."""
+    """Return parent and group of a process, given its directory in /proc; zeros if it has just ended."""
     try:
         file = os.open(f"{process}/stat", os.O_RDONLY)
     except OSError:
@@ -172,10 +173,10 @@ def _parent_and_group(process: str) -> tuple[int, int]:
 
 
 def _end_like(status: int) -> None:
-    """Ends this process with the program's wait status."""
+    """End this process with the program's wait status."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        _prctl(_PR_SET_DUMPABLE, 0)  # the program may have left a core; ours is of no use
+        _prctl(_PR_SET_DUMPABLE, 0)  # a core of the supervisor would be useless
         with suppress(OSError):  # SIGKILL cannot be set
             signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
