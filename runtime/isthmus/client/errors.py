@@ -1,9 +1,9 @@
 """Errors that the client library raises in a training script."""
 
-# The error in a fork of the client's process that goes on as if it were the client.
+# The error message in a fork of the client's process that continues the loop.
 FORKED_PROCESS = (
-    "this process was forked from the client's, which takes part by itself: a fork must leave the loop of"
-    " isthmus.rounds() alone, and end with os._exit(), as those of multiprocessing do"
+    "this process was forked from the client's process: a fork must not continue the loop of isthmus.rounds(),"
+    " and must end with os._exit(), as those of multiprocessing do"
 )
 
 

@@ -15,7 +15,7 @@ USER = 65532
 
 
 def get_model(
-    cluster: Cluster, job: str, target: Path | None, tell: Callable[[str], None], *, best: bool = False
+    cluster: Cluster, job: str, target: Path | None, report: Callable[[str], None], *, best: bool = False
 ) -> Path:
     """Download the model to a file, and return its path. The content is checked against the status' SHA-256.
 
@@ -41,7 +41,7 @@ def get_model(
     elif running:
         data = cluster.read_file(f"{job}-aggregator", "aggregator", f"{STATE_DIR}/{path}")
     else:
-        data = _from_volume(cluster, body, where, path, tell)
+        data = _from_volume(cluster, body, where, path, report)
     if hashlib.sha256(data).hexdigest() != model["sha256"]:
         raise ClusterError(
             "the file does not match the SHA-256 in the job's status; a newer round may have been committed: try again"
@@ -51,10 +51,10 @@ def get_model(
     return target
 
 
-def _from_volume(cluster: Cluster, job: dict[str, Any], claim: str, path: str, tell: Callable[[str], None]) -> bytes:
+def _from_volume(cluster: Cluster, job: dict[str, Any], claim: str, path: str, report: Callable[[str], None]) -> bytes:
     """Read a file from a claim, through a short-lived pod that mounts it, after the aggregator has ended."""
     name = f"{job['metadata']['name']}-reader-{uuid.uuid4().hex[:5]}"
-    tell(f"reading the volume {claim} with a pod {name}")
+    report(f"reading the volume {claim} with a pod {name}")
     cluster.create(reader_pod(name, job, claim))
     try:
         deadline = time.monotonic() + READY_SECONDS

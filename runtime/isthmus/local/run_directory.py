@@ -93,7 +93,7 @@ class RunDirectory:
         else:
             finished = self.finished(job.spec.rounds)
             state = "a finished run" if finished else f"a run that ended after round {self.committed}"
-            choices = "--resume goes on with it, --overwrite starts over, --dir chooses another place"
+            choices = "--resume continues it, --overwrite starts over, --dir chooses another directory"
             raise RunDirectoryError(f"{self._given} holds {state}: {choices}")
         self.logs.mkdir(exist_ok=True)
         shutil.rmtree(self.tls, ignore_errors=True)

@@ -109,7 +109,7 @@ def _make(reference: str, setup: Setup) -> Strategy:
     if not (isinstance(found, type) and issubclass(found, Strategy)):
         raise ManifestError([f"{where}: is no subclass of isthmus.strategies.Strategy"])
     try:
-        make: Callable[[Setup], Strategy] = found  # the interface asks for such a constructor
+        make: Callable[[Setup], Strategy] = found  # the interface prescribes this constructor
         made = make(setup)
     except Exception as error:
         raise ManifestError([f"{where}: cannot be made: {_one_line(error)}"]) from error

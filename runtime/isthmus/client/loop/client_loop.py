@@ -173,7 +173,7 @@ class ClientLoop:
         if reply.verdict == pb.PushReply.INVALID:
             log.error("round %d: update refused: %s", update.round, reply.message)
         else:
-            # A restarted aggregator replies so until it has started the round again; it then offers the round anew.
+            # A restarted aggregator replies so until it has started the round again, and then repeats the offer.
             log.warning("round %d: update not used: %s", update.round, reply.message)
 
     def _load(self, offer: pb.Offer) -> bool:

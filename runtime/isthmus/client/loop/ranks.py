@@ -73,7 +73,7 @@ class Ranks:
         return False
 
     def fail(self, error: BaseException | None) -> None:
-        """Report that this rank cannot go on (``None``: it left its loop), so that no other waits for it.
+        """Report that this rank has failed (``None``: it left its loop), so that no other rank waits for it.
 
         Does not block.
         """

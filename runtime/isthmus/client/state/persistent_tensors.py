@@ -48,7 +48,7 @@ class PersistentTensors:
             finally:
                 partial.unlink(missing_ok=True)  # on a full disk a partial file would take the remaining space
         except Exception as error:
-            # Training goes on: only a restarted client misses the file.
+            # Training continues: only a restarted client misses the file.
             log.warning("cannot store %s in %s: %s", self._name, self._path.parent, error)
 
     def _load(self, path: Path) -> None:

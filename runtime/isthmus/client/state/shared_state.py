@@ -191,7 +191,7 @@ def _require_model(model: object) -> None:
 
 
 def _warn_of_strange_names(model: Model, live: Mapping[str, torch.Tensor]) -> None:
-    """Warn if no name of the state is a parameter: strategies tell weights from statistics by the parameters."""
+    """Warn if no tensor of the state is a parameter: strategies distinguish weights from statistics by parameters."""
     if not isinstance(model, torch.nn.Module) or next(model.parameters(), None) is None:
         return
     if not trained_of(model, live):

@@ -91,7 +91,7 @@ def _span(tensor: object) -> tuple[str, int, int] | None:
 
 
 def _view(name: str, tensor: torch.Tensor, root: str, whole: torch.Tensor) -> View | None:
-    """Return the tensor as a view of ``whole``, if it lies within it."""
+    """Return the tensor as a view of ``whole``, if it is one."""
     if tensor.dtype != whole.dtype:
         return None
     shape = tuple(tensor.shape)
