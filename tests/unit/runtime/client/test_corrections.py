@@ -198,7 +198,7 @@ def test_what_cannot_be_kept_does_not_end_the_client(
     memory = PersistentTensors("SCAFFOLD", "uid", Context(pool="pool"))
     memory.advance(tensors, 1)
     assert memory.tensors is tensors
-    assert "SCAFFOLD could not be kept" in caplog.text
+    assert "cannot store SCAFFOLD in" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 

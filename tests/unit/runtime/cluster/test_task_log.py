@@ -33,5 +33,5 @@ def test_the_operators_answer_is_shown() -> None:
 
 
 def test_a_config_map_of_somebody_else_is_told_of_at_once() -> None:
-    with pytest.raises(ClusterError, match="the ConfigMap demo-log exists and is not of this job"):
+    with pytest.raises(ClusterError, match="the ConfigMap demo-log exists and does not belong to this job"):
         ask(Cluster())
