@@ -12,7 +12,7 @@ from .errors import FederationError, ScriptError
 from .evaluation import Evaluate, numbers_of
 from .loop.child_processes import refuse_children
 from .loop.client_loop import ClientLoop
-from .loop.process import hide_federation_tracebacks
+from .loop.process_watch import hide_federation_tracebacks
 from .loop.rank_follower import RankFollower
 from .loop.ranks import RankGroup, Ranks, find_ranks
 from .round import Round
