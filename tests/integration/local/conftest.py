@@ -1,4 +1,4 @@
-"""Real ``isthmus run`` processes, watched from outside."""
+"""Fixtures for tests of real ``isthmus run`` processes."""
 
 import os
 import signal
@@ -16,14 +16,14 @@ DEADLINE = 240.0
 
 
 class Run:
-    """One ``isthmus run``."""
+    """A process of ``isthmus run``."""
 
     def __init__(self, manifest: Path, directory: Path, *options: str, under: Sequence[str] = ()) -> None:
-        """``under``: the beginning of a command line that the run's command line ends."""
+        """``under``: a command line to which the run's own is appended."""
         self.directory = directory
         self._files = [manifest.with_suffix(f".{time.monotonic_ns()}.{name}") for name in ("out", "err")]
         with self._files[0].open("w") as out, self._files[1].open("w") as err:
-            # The tests may run under nohup, or behind `&`: what they ignore, a program that they start ignores too.
+            # Under nohup or in the background the tests ignore signals, and so would the programs that they start.
             before = ["env", "--default-signal=HUP,INT,QUIT", *under]
             self.process = subprocess.Popen(
                 [*before, sys.executable, "-m", "isthmus", "run", str(manifest), "--dir", str(directory), *options],
@@ -42,7 +42,7 @@ class Run:
         return self._files[1].read_text()
 
     def wait_for_line(self, start: str) -> None:
-        """Waits for an output line that begins so; fails at once if the run ends without it."""
+        """Wait for an output line with this beginning; fail immediately if the run ends without it."""
 
         def seen() -> bool:
             ended = self.process.poll() is not None
@@ -53,18 +53,18 @@ class Run:
         self.wait_for(seen, f"{start!r} in {self.out}\n{self.err}")
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        """Waits until the condition holds; fails after the deadline."""
+        """Wait until the condition holds; fail after the deadline."""
         end = time.monotonic() + DEADLINE
         while not condition():
             assert time.monotonic() < end, f"not within {DEADLINE:.0f} s: {what}"
             time.sleep(0.05)
 
     def finish(self) -> int:
-        """Its exit code."""
+        """Wait for the end of the run; return its exit code."""
         return self.process.wait(DEADLINE)
 
     def processes(self) -> dict[int, str]:
-        """Every live process of this run, by id: the environment or the command line names its directory."""
+        """Return all live processes of this run by id: their environment or command line names its directory."""
         mark = os.fsencode(self.directory)
         found = {}
         for entry in Path("/proc").iterdir():
@@ -74,16 +74,16 @@ class Run:
                 command = (entry / "cmdline").read_bytes()
                 if command and (mark in command or mark in (entry / "environ").read_bytes()):
                     found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
-            except OSError:  # gone, or another user's
+            except OSError:  # ended, or of another user
                 continue
         return found
 
     def programs(self) -> dict[int, str]:
-        """Its processes without their supervisors."""
+        """Return the run's processes without their supervisors."""
         return {pid: command for pid, command in self.processes().items() if "supervisor.py" not in command}
 
     def pid(self, word: str) -> int:
-        """The program whose command line holds the word."""
+        """Return the id of the program whose command line contains the word."""
         return next(pid for pid, command in self.programs().items() if word in command)
 
     def kill(self) -> None:
@@ -93,9 +93,9 @@ class Run:
 
 
 class Start(Protocol):
-    """``start(spec, *options)`` runs a job of two clients, one in each pool, in the test's directory.
+    """Return ``start(spec, *options)``, which runs a job of two clients, one in each pool, in the test's directory.
 
-    Without a task in the spec, the script is the one that counts rounds in its weights.
+    Without a task in the spec, the script is counting_script.py.
     """
 
     def __call__(self, spec: dict[str, Any], *options: str, under: Sequence[str] = ()) -> Run: ...
@@ -103,7 +103,7 @@ class Start(Protocol):
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts runs; those that are left at the end are killed."""
+    """Function that starts runs. Runs that are left at the end are killed."""
     runs: list[Run] = []
 
     def start_one(spec: dict[str, Any], *options: str, under: Sequence[str] = ()) -> Run:

@@ -1,7 +1,7 @@
-"""A training script for tests: every round adds one to every weight.
+"""Training script for tests: every round adds one to every weight.
 
-FAIL names a client that raises in round 2, DIVERGE one whose weights are infinite from then on; METRIC is the name of
-what is measured.
+FAIL names a client that raises in round 2, DIVERGE one whose weights are infinite from then on; METRIC is the name
+of the reported metric.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""``isthmus run``: a real aggregator, real clients, and everything that may happen to them."""
+"""``isthmus run`` with a real aggregator and real clients, and their failures."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_digits_train_and_the_model_loads_in_plain_pytorch(start: "Start") -> No
     model = digits.build()
     model.load_state_dict(torch.load(run.directory / "model.pt", weights_only=True))
     told = re.findall(r"accuracy (\d\.\d+)", run.out)
-    # The weighted mean of what the clients measured is the accuracy on all held-out data.
+    # The weighted mean of the clients' metrics is the accuracy on all held-out data.
     assert f"{evaluate(model, digits.load()[1])['accuracy']:.4f}" == told[3]
     assert torch.equal(weights(run.directory / "model.pt"), weights(run.directory / "model.safetensors"))
     logs = {path.name for path in (run.directory / "logs").iterdir()}
@@ -125,12 +125,12 @@ def test_a_script_that_raises_shows_its_traceback_and_the_others_go_on(
     run.wait_for(lambda: "hpc-0 is given up" in run.err, "the end of a client")
     assert "hpc-0 failed (exit code 1)" in run.err
     assert "ValueError: client 1 has had enough" in run.err
-    assert "counting_script.py" in run.err  # the traceback's lines
+    assert "counting_script.py" in run.err  # lines of the traceback
     before = len(rounds_told(run.out))
     run.wait_for(lambda: len(rounds_told(run.out)) > before + 3, "more rounds")
     run.process.send_signal(signal.SIGINT)
     assert run.finish() == 130
-    # The aggregator heard of it, and did not wait for the client to come back.
+    # The aggregator was informed, and did not wait for the client to return.
     assert (
         "hpc/0 failed: ValueError: client 1 has had enough" in (run.directory / "logs" / "aggregator.log").read_text()
     )
@@ -148,7 +148,7 @@ def test_a_round_that_waits_says_why(start: "Start", monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_ends_when_too_few_clients_are_left(start: "Start") -> None:
-    # Each says something else: no failure that all share.
+    # The messages differ, so there is no common failure.
     command = ["python", "-c", "import os; raise ValueError('no data in ' + os.environ['ISTHMUS_POOL'])"]
     run = start({"rounds": 2, "task": {"image": "unused", "command": command}, "backoffLimit": 1})
     assert run.finish() == 1
@@ -181,7 +181,7 @@ def test_a_failure_that_all_clients_share_ends_the_run_with_its_cause(start: "St
 
 
 def test_the_first_round_waits_for_all_clients_and_runs_agree_bit_for_bit(start: "Start", tmp_path: Path) -> None:
-    """Also with a client that comes last, and one that never will."""
+    """The run also ends with a client that is late, and one that never connects."""
     pools = [{"name": "late", "replicas": 2, "cloud": {}}, {"name": "broken", "replicas": 1, "cloud": {}}]
     script = tmp_path / "noisy.py"
     script.write_text(
@@ -220,7 +220,7 @@ print("the script has come to its end")
 
 
 def test_what_follows_the_loop_runs_to_its_end(start: "Start") -> None:
-    # One client comes when training is complete: it ends, too.
+    # A client that connects when training is complete ends, too.
     then = "time.sleep(12)\nif client: raise OSError('no room for the report')"
     late = f"import isthmus, time\nif isthmus.context().pool == 'hpc': time.sleep(5)\n{AFTERWARDS.format(then=then)}"
     spec = {"rounds": 1, "selection": {"minClients": 1}, "stragglers": {"roundDeadlineSeconds": 3600}}
@@ -300,7 +300,7 @@ def test_a_checkpoint_that_cannot_be_read_is_said_in_one_line(start: "Start", tm
 
 
 def test_the_model_that_meets_the_target_is_the_one_in_the_end(start: "Start") -> None:
-    """A model's accuracy, in this script, is its round."""
+    """The accuracy of a model in this script is its round."""
     run = start({"rounds": 9, "objective": {"metric": "accuracy", "target": "3"}})
     assert run.finish() == 0, run.err
     assert rounds_told(run.out) == [1, 2, 3]
@@ -329,7 +329,7 @@ def test_the_best_model_is_kept_beside_the_last(start: "Start") -> None:
 
 
 def test_what_should_be_mended_is_told_while_it_trains(start: "Start") -> None:
-    """An objective that nobody reports, and a directory that MLflow cannot write."""
+    """Warnings for an objective that no client reports, and a directory that MLflow cannot write."""
     mlflow = {"trackingUri": "file:///dev/null/runs"}
     run = start({"rounds": 40, "objective": {"metric": "acuracy"}, "tracking": {"mlflow": mlflow}})
     assert run.finish() == 0, run.err

@@ -1,4 +1,4 @@
-"""Programs under their supervisors: they leave nothing behind, and nobody else is signalled."""
+"""Programs under their supervisors: they leave no processes behind, and no other process is signalled."""
 
 import asyncio
 import os
@@ -14,8 +14,8 @@ import pytest
 from isthmus.local.child_process import ChildProcess
 
 DEADLINE = 120.0
-# A family of the kinds that launchers make: a child in the group, one in a session of its own, and a grandchild whose
-# parents have ended, in yet another session. Each writes its number.
+# Process trees as launchers make them: a child in the group, one in a session of its own, and a grandchild whose
+# parents have ended, in a third session. Each writes its process id.
 FAMILY = """
 sh -c 'echo $$ > group; exec sleep 1000' &
 setsid sh -c 'echo $$ > session; exec sleep 1000' &
@@ -44,7 +44,7 @@ def members(directory: Path) -> list[int]:
 
 
 def run(directory: Path, work: Callable[[ChildProcess], Awaitable[None]], *argv: str) -> ChildProcess:
-    """Runs a program in the directory, and does some work with it."""
+    """Run a program in the directory, and call ``work`` with it."""
 
     async def main() -> ChildProcess:
         child = await ChildProcess.spawn(argv, dict(os.environ), directory / "log", directory)
@@ -72,9 +72,9 @@ def test_a_program_that_cannot_start_is_named(tmp_path: Path) -> None:
 
 
 def test_a_broken_pipe_ends_a_program_as_in_a_shell(tmp_path: Path) -> None:
-    """Python ignores SIGPIPE, and the program must not inherit that."""
+    """SIGPIPE, which Python ignores, is not ignored in the program."""
     child = run(tmp_path, lambda child: exit_code(child, 0), "sh", "-c", "yes | head -n 1")
-    assert child.last_lines(5) == ["y"]  # and no complaint of `yes`
+    assert child.last_lines(5) == ["y"]  # and no error message of `yes`
 
 
 def test_the_end_of_a_log_is_fit_for_a_terminal(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_stopped_program_ends_with_all_that_it_started(tmp_path: Path, trap: s
 
 
 def test_a_script_finishes_though_the_shell_around_it_has_gone(tmp_path: Path) -> None:
-    """The signal ends the shell at once, and the script hands in what it has."""
+    """The signal ends the shell immediately, and the script still submits its update."""
     script = "trap 'sleep 1; echo handed in; exit 0' TERM; : > ready; while :; do sleep 0.05; done"
 
     async def stop(child: ChildProcess) -> None:
@@ -150,7 +150,7 @@ def test_killing_the_supervisor_ends_the_program(tmp_path: Path) -> None:
 
 
 def test_a_program_that_has_ended_is_never_signalled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its number may be another's by then."""
+    """The process id of an ended program may have been reused."""
     signalled: list[int] = []
     for name in ("kill", "killpg"):
         monkeypatch.setattr(os, name, lambda pid, number: signalled.append(pid))
@@ -165,7 +165,7 @@ def test_a_program_that_has_ended_is_never_signalled_again(tmp_path: Path, monke
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
-    """As nohup wants it."""
+    """SIGHUP stays ignored, as set by nohup."""
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         program = "kill -HUP $PPID; kill -HUP $$; exit 5"

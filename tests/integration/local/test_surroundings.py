@@ -1,4 +1,4 @@
-"""A run in the surroundings that users have: shells, pipes, terminals, launchers, and scripts that move about."""
+"""Runs in users' environments: shells, pipes, terminals, launchers, and scripts that change directory."""
 
 import re
 import signal
@@ -20,7 +20,7 @@ def task(*command: str) -> dict[str, Any]:
 
 
 def test_a_script_may_change_its_directory(start: "Start", tmp_path: Path) -> None:
-    """Before its rounds, and within a relative run directory."""
+    """The script changes directory before its rounds, with a relative run directory."""
     (tmp_path / "elsewhere").mkdir()
     script = tmp_path / "moving.py"
     script.write_text(f"import os, runpy\nos.chdir({str(tmp_path / 'elsewhere')!r})\nrunpy.run_path({str(SCRIPT)!r})\n")
@@ -37,7 +37,7 @@ def test_killing_the_runner_ends_what_torchrun_and_shells_have_started(start: "S
     shell = 'f=$(mktemp -p .) && printf %s "$0" > "$f" && torchrun --standalone --nproc-per-node 2 "$f"'
     run = start({"rounds": ENDLESS, **task("sh", "-c", shell, script + loop)})
     run.wait_for_line("round 1/")
-    assert len(run.programs()) == 9  # the aggregator, and of each client the shell, torchrun and two ranks
+    assert len(run.programs()) == 9  # the aggregator, and for each client the shell, torchrun and two ranks
     run.kill()
     run.wait_for(lambda: run.processes() == {}, "every process gone")
 

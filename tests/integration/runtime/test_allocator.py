@@ -1,4 +1,4 @@
-"""However many threads allocate, glibc keeps few arenas; and chunks find the memory of earlier ones."""
+"""glibc's arenas with many allocating threads, and reuse of chunks' memory."""
 
 import ctypes
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# Sixteen threads allocate, all of them alive; the C library tells of its arenas.
+# Sixteen live threads allocate; the C library reports its arenas.
 ALLOCATE = """
 import ctypes, sys, threading
 from isthmus.malloc_tuning import keep_memory_flat
@@ -36,7 +36,7 @@ libc.malloc_info(0, file)
 libc.fclose(file)
 """
 
-# Four chunks at a time, again and again; the kernel tells of the pages that it had to find for them.
+# Four chunks at a time, repeatedly; the kernel counts the page faults.
 CHUNKS = """
 import resource, sys
 from isthmus.malloc_tuning import keep_chunks

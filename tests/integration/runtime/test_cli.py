@@ -1,4 +1,4 @@
-"""The command line: quick where it can be, and one line for whatever is wrong with a manifest."""
+"""The command line: fast start-up, and one line for each error in a manifest."""
 
 import subprocess
 import sys
@@ -64,7 +64,7 @@ def test_a_bad_manifest_is_one_line_that_names_the_field(
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1
     assert all(word in err for word in words)
-    assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]  # nothing was made
+    assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]  # no file was created
 
 
 @pytest.mark.parametrize("content", [None, "a: [", "kind: Pod", "\x00"])

@@ -1,4 +1,4 @@
-"""Calls that fail: what is tried again, and what is not. By gRPC's own words, over real connections."""
+"""Retries of failed calls, over real gRPC connections."""
 
 import datetime as dt
 import threading
@@ -29,10 +29,10 @@ ACCEPTED = pb.PushReply(verdict=pb.PushReply.ACCEPTED)
 
 
 class Aggregator(grpc.GenericRpcHandler):
-    """Takes every update, and welcomes everybody, with a word of ``welcome_bytes``.
+    """Aggregator that accepts every update, and welcomes every client with a message of ``welcome_bytes``.
 
-    ``aside``: its answers to updates on the control stream, which ends in place of one that is None; the last one
-    stays. Empty: it knows nothing of such updates, as older ones.
+    ``aside``: its replies to updates on the control stream; in place of None the stream ends. The last one is
+    repeated. Empty: it does not accept updates on the stream, like older aggregators.
     """
 
     welcome_bytes = 1
@@ -50,7 +50,7 @@ class Aggregator(grpc.GenericRpcHandler):
     def push(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         self.seen.append("push")
         next(messages)
-        context.send_initial_metadata(())  # there is room for the others
+        context.send_initial_metadata(())  # a buffer is free for the other messages
         for _ in messages:
             pass
         return pb.PushReply(verdict=pb.PushReply.ACCEPTED).SerializeToString()
@@ -69,7 +69,7 @@ class Aggregator(grpc.GenericRpcHandler):
 
 @pytest.fixture
 def aggregator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Aggregator]:
-    """One with gRPC's usual limit, and the environment of its client."""
+    """Start an aggregator with gRPC's default limit; set the environment of its client."""
     authority = Authority.create("test", DAY)
     handler = Aggregator()
     server = grpc.server(
@@ -123,7 +123,7 @@ def test_an_update_of_one_message(
 def test_a_large_update_never_goes_on_the_control_stream(aggregator: Aggregator) -> None:
     aggregator.aside = [ACCEPTED]
     large = {"w": torch.zeros(3 << 20, dtype=torch.uint8)}
-    many = {f"{'block.' * 15}{number}": torch.zeros(1) for number in range(10_000)}  # one message with a long header
+    many = {f"{'block.' * 15}{number}": torch.zeros(1) for number in range(10_000)}  # a message with a long header
     with closing(Session(Context(pool="pool"), evaluates=False, stopping=threading.Event())) as session:
         wait_for_welcome(session)
         for state in (large, many):
@@ -134,7 +134,7 @@ def test_a_large_update_never_goes_on_the_control_stream(aggregator: Aggregator)
 @pytest.mark.parametrize("size", [1, 3 << 20], ids=["one message", "several messages"])
 def test_a_header_that_is_too_large_is_not_sent_again(aggregator: Aggregator, size: int) -> None:
     stopping = threading.Event()
-    stopping.set()  # else one that is sent again would be for half an hour
+    stopping.set()  # otherwise it would be retried for half an hour
     few = {"w": torch.zeros(size, dtype=torch.uint8)}
     many = few | {f"{'block.' * 150}{number}": torch.zeros(1) for number in range(5000)}
     with closing(Session(Context(pool="pool"), evaluates=False, stopping=stopping)) as session:

@@ -1,4 +1,4 @@
-"""The manifests are valid, and the scripts do what the manifests say."""
+"""The examples' manifests are valid, and their scripts use all their settings."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 @pytest.mark.parametrize("name", ["digits.yaml", "fashion-mnist.yaml"])
 def test_job_manifests_are_valid(name: str) -> None:
     job = load_federated_job(EXAMPLES / name)
-    assert {pool.cloud is None for pool in job.spec.pools} == {True, False}  # both worlds
+    assert {pool.cloud is None for pool in job.spec.pools} == {True, False}  # a cloud and an HPC pool
     settings = Settings(0, 0.0, 0).updated(job.spec.task.config)
     assert min(settings.epochs, settings.learning_rate, settings.batch_size) > 0  # the script knows every key
 

@@ -1,4 +1,4 @@
-"""Reading IDX files, and Fashion-MNIST made of them."""
+"""Reading of IDX files, and of Fashion-MNIST from them."""
 
 import gzip
 import struct

@@ -1,4 +1,4 @@
-"""The Dirichlet partition: every example dealt once, to clients that differ the more the smaller alpha is."""
+"""The Dirichlet partition: each example is assigned once, and a smaller alpha makes clients differ more."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The messages of a stream: made by hand, and still protobuf."""
+"""Messages of a stream: the encoding made here equals protobuf's."""
 
 import pytest
 import torch

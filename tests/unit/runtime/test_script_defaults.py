@@ -1,4 +1,4 @@
-"""A script's torch.set_default_device() and set_default_dtype(), and tensors with odd strides, change nothing here."""
+"""Independence of torch.set_default_device(), of set_default_dtype(), and of unusual strides."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ STRATEGIES = ["FedAvg", "FedAvgM", "FedAdam", "FedAdagrad", "FedYogi", "Coordina
 
 @pytest.fixture(params=["meta", "float64", "bfloat16"])
 def leak(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A default of the script's own: "meta" stands for a GPU."""
+    """Default device or dtype of the script; "meta" stands for a GPU."""
     before = torch.get_default_dtype()
     if request.param == "meta":
         torch.set_default_device("meta")
@@ -122,7 +122,7 @@ def test_differential_privacy_and_raw_transfer_are_the_same() -> None:
 
 
 def odd() -> State:
-    """Tensors that count as contiguous, with strides of which ``view(dtype)`` makes nothing."""
+    """Return tensors that count as contiguous, but whose strides ``view(dtype)`` rejects."""
     return {
         "expanded": torch.tensor(1.5).expand(1),
         "column": torch.arange(7.0).reshape(1, 7)[:, 3],

@@ -1,4 +1,4 @@
-"""Tensors on the wire: whatever goes in comes out, and nothing damaged gets through."""
+"""Round trips of tensors through streams, and rejection of damaged streams."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What clients measure and remember for their strategies."""
+"""Numbers that clients measure, and state that they keep, for strategies."""
 
 import gc
 import weakref
@@ -44,7 +44,7 @@ def test_travel_is_how_far_a_unit_gradient_goes(options: dict[str, float]) -> No
     assert meter.travel == pytest.approx(-weight[0].item())
     assert meter.steps == pytest.approx(meter.travel / RATE)
     optimizer.step()
-    assert meter.travel < -weight[0].item()  # it does not count any more
+    assert meter.travel < -weight[0].item()  # the meter is closed
 
 
 def test_other_optimizers_steps_count_once_and_other_models_not_at_all() -> None:
@@ -61,7 +61,7 @@ def test_other_optimizers_steps_count_once_and_other_models_not_at_all() -> None
 
 
 def test_the_steps_of_optimizers_that_follow_each_other_add_up() -> None:
-    """A new one for every epoch, kept or not; with momentum each begins anew."""
+    """A new optimizer for every epoch, kept or not; each one's momentum starts at zero."""
     weight, kept = parameter(), []
     meter = StepMeter(ParameterNames({"w": weight}))
     for epoch in range(4):
@@ -83,7 +83,7 @@ def test_the_steps_of_optimizers_that_follow_each_other_add_up() -> None:
 
 
 def test_of_optimizers_of_different_parameters_the_one_that_went_farthest_counts() -> None:
-    """A generator's and a discriminator's; what both hold takes the steps of both."""
+    """Optimizers of a generator and a discriminator: a parameter that both hold counts the steps of both."""
     weights = {name: parameter() for name in ("generator", "discriminator", "shared")}
     counted = CountedSteps(ParameterNames(weights))
     generator = torch.optim.SGD([weights["generator"]], lr=RATE)
@@ -106,7 +106,7 @@ def test_of_optimizers_of_different_parameters_the_one_that_went_farthest_counts
 
 
 class Around(torch.optim.Optimizer):
-    """Leaves its steps to an optimizer inside, as ZeroRedundancyOptimizer does."""
+    """Optimizer that delegates its steps to an inner one, as ZeroRedundancyOptimizer does."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner
@@ -140,7 +140,7 @@ def test_a_meter_keeps_no_optimizer() -> None:
 
 def test_where_the_initial_loss_comes_from() -> None:
     assert InitialLoss({"loss": 2.0}).scalars({"initial_loss": 3.0}) == {"loss": 3.0}
-    assert InitialLoss({"loss": 2.0}).scalars({"loss": 1.0}) == {"loss": 2.0}  # that one is after training
+    assert InitialLoss({"loss": 2.0}).scalars({"loss": 1.0}) == {"loss": 2.0}  # this is the loss after training
     assert InitialLoss({"eval_loss": 4.0}).scalars({}) == {"loss": 4.0}
     with pytest.raises(ValueError, match=r"pass initial_loss to rnd\.submit"):
         InitialLoss({}).scalars({"loss": 1.0})
@@ -169,7 +169,7 @@ def test_memory_survives_a_restart_where_there_is_scratch(tmp_path: Path, monkey
 
 
 def test_weights_that_are_not_contiguous_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """channels_last, and a transposed parameter: safetensors takes neither."""
+    """Memory formats that safetensors rejects: channels_last, and a transposed parameter."""
     monkeypatch.setenv("ISTHMUS_SCRATCH", str(tmp_path / "scratch"))
     place = Context(pool="pool")
     model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The residual outlives its process where there is a scratch directory, and nothing else does."""
+"""The residual survives a restart of its process if there is a scratch directory."""
 
 import resource
 from pathlib import Path
@@ -25,7 +25,7 @@ FILE = "residual-pool-3.safetensors"
 
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The scratch directory, which is not there yet."""
+    """Scratch directory, which does not exist yet."""
     monkeypatch.setenv(identities.ENV_SCRATCH, str(tmp_path / "scratch"))
     return tmp_path / "scratch"
 
@@ -70,7 +70,7 @@ def test_a_directory_that_cannot_be_written_costs_only_the_file(scratch: Path) -
 
 
 def test_a_full_disk_costs_only_the_file(scratch: Path) -> None:
-    """And keeps the one before: nothing half-written takes room."""
+    """A failed write keeps the previous file and leaves no partial one."""
     feedback = ErrorFeedback("uid", PLACE)
     feedback.advance(RESIDUAL, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -89,7 +89,7 @@ def test_a_full_disk_costs_only_the_file(scratch: Path) -> None:
 
 
 class FakeSession:
-    """As much of a session as compression needs."""
+    """The attributes of a session that compression uses."""
 
     job_uid = "uid"
     context = Context(pool="pool", index=0)
@@ -113,16 +113,16 @@ def one_round(compression: ClientCompression, number: int) -> Encoded:
 
 def test_only_accepted_updates_advance_it(compression: ClientCompression, tmp_path: Path) -> None:
     first = one_round(compression, 1)
-    # Refused, or never answered: the next update is as if this one had not been.
+    # Refused, or never answered: the next update is the same as without this one.
     assert one_round(compression, 1).chunks == first.chunks
     assert list(tmp_path.iterdir()) == []
     compression.accepted(first, 1)
     second = one_round(compression, 2)
     assert second.chunks != first.chunks
-    # The aggregator restarted and took the same update again: nothing is added twice.
+    # The aggregator restarted and accepted the same update again: nothing is added twice.
     compression.accepted(first, 1)
     assert one_round(compression, 2).chunks == second.chunks
-    # A restart of the client goes on from the same residual.
+    # A restarted client continues with the same residual.
     assert one_round(ClientCompression(FakeSession()), 2).chunks == second.chunks  # type: ignore[arg-type]
 
 
@@ -146,7 +146,7 @@ def test_a_base_is_named_only_while_it_is_held(compression: ClientCompression) -
 
 
 def test_a_second_run_of_a_job_rounds_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each run has a uid of its own, which decides nothing: strategy.deterministic holds under stochastic codecs."""
+    """The run's uid has no influence: strategy.deterministic also holds with stochastic codecs."""
 
     def run(uid: str, index: int) -> list[bytes]:
         session = FakeSession()

@@ -1,4 +1,4 @@
-"""What the callbacks for other libraries' trainers count."""
+"""Numbers of examples and losses that the callbacks for other libraries' trainers submit."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -67,7 +67,7 @@ def test_lightning_counts_the_largest_epoch(rnd: Round) -> None:
 def test_lightning_trains_with_the_correction_that_a_plain_loop_has(
     rnd: Round, accumulate: int, precision: Any
 ) -> None:
-    """It steps by closures, in which gradients are zeroed and made: always, but seen only where none accumulate."""
+    """Lightning steps with closures that zero and compute gradients; this shows only without accumulation."""
     lightning = pytest.importorskip("lightning.pytorch", reason="needs lightning: pip install isthmus[lightning]")
     from isthmus.integrations.lightning import FederatedCallback
 

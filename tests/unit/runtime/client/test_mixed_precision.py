@@ -1,4 +1,4 @@
-"""Corrections under autocast, GradScaler and gradient accumulation: as in single precision, once per optimizer step."""
+"""Corrections with autocast, GradScaler and gradient accumulation: as in single precision, once per optimizer step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ def feddyn(names: ParameterNames) -> Correction:
 
 
 def expected_term(make: Callable[[ParameterNames], Correction], change: torch.Tensor) -> torch.Tensor:
-    """What each of them adds to the gradient, by its paper."""
+    """Return the term that a correction adds to the gradient, according to its paper."""
     if make is proximal:
         return MU * change
     return CONTROL - OWN if make is scaffold else MU * change - OWN
@@ -66,7 +66,7 @@ def test_the_correction_is_not_scaled(
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = (weight * torch.tensor([2.0, 4.0])).sum()
             scaler.scale(loss).backward()
-            if unscales:  # as a script does that clips gradients
+            if unscales:  # as scripts that clip gradients do
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()

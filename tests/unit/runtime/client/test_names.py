@@ -1,4 +1,4 @@
-"""Which of a state's tensors are trained, and by which names."""
+"""Names of the trained tensors in a state."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def test_parameters_over_the_same_memory_have_names_of_their_own() -> None:
 
 
 class Copies(torch.nn.Sequential):
-    """A model that hands out copies of its tensors, as ``.cpu()`` makes of a GPU's."""
+    """Model whose state_dict() returns copies, as ``.cpu()`` makes of tensors on a GPU."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in super().state_dict(*args, **kwargs).items()}

@@ -1,4 +1,4 @@
-"""What a client keeps of its finished work, and until when."""
+"""How long a client keeps its finished updates."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def test_an_aggregator_that_did_not_accept_it_does_not_commit_it() -> None:
     pending, update = PendingUpdates(gone.append), finished(3)
     pending.keep(update, folds_late=True)
     pending.answered(update, accepted(4, "first"))
-    pending.committed(4, "second")  # the first one was killed before it could
+    pending.committed(4, "second")  # the first process was killed before its commit
     assert not gone
     offer = pb.Offer(kind=pb.Offer.TRAIN, round=5, base_digest="model 4", folds_late=True)
     assert pending.due(offer) == [update]

@@ -1,4 +1,4 @@
-"""What a script's uncaught exceptions look like."""
+"""Output and report of a script's uncaught exceptions."""
 
 import os
 import signal

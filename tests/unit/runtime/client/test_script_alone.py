@@ -1,4 +1,4 @@
-"""A training script outside a federation runs on its own."""
+"""A training script outside a federation."""
 
 import re
 import warnings

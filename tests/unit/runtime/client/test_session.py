@@ -1,4 +1,4 @@
-"""What a client takes from its aggregator."""
+"""Messages that a client accepts from its aggregator."""
 
 import pytest
 

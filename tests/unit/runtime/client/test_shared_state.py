@@ -1,4 +1,4 @@
-"""Which part of a model travels, and by which names."""
+"""The part of a model that is shared, and its names."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from isthmus_contracts.pb.federation_pb2 import TensorSpec
 
 
 class LowRank(torch.nn.Module):
-    """A frozen linear layer and its trainable low-rank change, as in LoRA."""
+    """Frozen linear layer with a trainable low-rank change, as in LoRA."""
 
     def __init__(self, inputs: int, outputs: int, rank: int = 2) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def test_only_what_is_chosen_is_loaded() -> None:
 
 
 class Tensors:
-    """A model that is no module."""
+    """Model that is not a module."""
 
     def __init__(self) -> None:
         self.tensors = {"a": torch.zeros(2), "b": torch.zeros(2)}
@@ -175,7 +175,7 @@ def test_steps_that_hold_single_processes_are_in_order(
 ) -> None:
     for variable, value in {"ISTHMUS_ENDPOINT": "localhost:1", "ISTHMUS_POOL": "pool", **environment}.items():
         monkeypatch.setenv(variable, value)
-    with pytest.raises(Exception, match="ISTHMUS_TLS_DIR"):  # it goes on to connect
+    with pytest.raises(Exception, match="ISTHMUS_TLS_DIR"):  # it then tries to connect
         next(iter(isthmus.rounds(torch.nn.Linear(1, 1))))
 
 
@@ -191,4 +191,4 @@ def test_a_model_that_does_not_fit_is_refused_before_it_takes_memory(spec: Tenso
     shared.require_fitting(specs_of(shared.live()))
     with pytest.raises(FederationError, match=message):
         shared.require_fitting([spec])
-    SharedState(Tensors()).require_fitting([spec])  # such a model may take what it likes
+    SharedState(Tensors()).require_fitting([spec])  # such a model may load any tensors

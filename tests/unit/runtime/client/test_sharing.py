@@ -1,4 +1,4 @@
-"""Names that share memory: which are found, and what travels, is loaded and is corrected for them."""
+"""Names that share memory: detection, transfer, loading and corrections."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ IMAGE = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
 
 
 def round_trip(state: State) -> tuple[View, ...]:
-    """The views in a state, once what travels has become the state again."""
+    """Return the views in a state after a round trip of the shared tensors has restored it."""
     views = views_in(state)
     own = {view.name for view in views}
     received = expanded(snapshot({name: tensor for name, tensor in state.items() if name not in own}), views)
@@ -93,7 +93,7 @@ def test_what_overlaps_otherwise_is_refused_in_one_line(left: torch.Tensor, righ
 
 
 class Tied(nn.Module):
-    """An embedding that is its output's weight too, and a decoder that is its encoder, transposed."""
+    """Model with an embedding tied to its output weight, and a decoder tied to its transposed encoder."""
 
     def __init__(self, *, tied: bool = True) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def test_of_what_shares_memory_one_tensor_travels() -> None:
     live = shared.live()
     assert sorted(live) == NAMES
     assert {view.name: view.of for view in shared.views()} == VIEWS
-    # A buffer that shares its memory with a parameter is trained.
+    # A buffer that shares memory with a parameter is trained.
     assert shared.buffers(live) == ["mean"]
     assert shared.frozen(live) == []
     model.wte.requires_grad_(requires_grad=False)
@@ -133,7 +133,7 @@ def test_of_what_shares_memory_one_tensor_travels() -> None:
 
 
 class Copies(Tied):
-    """Gives copies of its tensors, as wrappers do that gather them on the CPU."""
+    """Model that returns copies of its tensors, as wrappers do that gather them on the CPU."""
 
     def state_dict(self, *args: object, **kwargs: object) -> State:  # type: ignore[override]
         return {name: tensor.clone() for name, tensor in super().state_dict().items()}
@@ -187,7 +187,7 @@ def test_views_that_cannot_be(view: View, problem: str) -> None:
 
 
 class Fused(nn.Module):
-    """Parameters that are rows of one table, which nothing uses as a whole."""
+    """Model with parameters that are rows of one table, which is not used as a whole."""
 
     def __init__(self, *, fused: bool) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class Fused(nn.Module):
 
 
 class Folded(nn.Module):
-    """An encoder and its transposed decoder, as two parameters over the same values or as one."""
+    """Return an encoder and its transposed decoder, as two parameters over the same values or as one."""
 
     def __init__(self, *, two: bool) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ CORRECTIONS: dict[str, Make] = {
 
 
 def trained(model: nn.Module, make: Make) -> list[torch.Tensor]:
-    """The parameters' values after some rounds of a correction that remembers."""
+    """Return the parameters' values after some rounds of a correction with state."""
     shared, memory = SharedState(model), State()
     for _ in range(3):
         correction = make(shared.names(), memory)

@@ -1,4 +1,4 @@
-"""Where a correction's terms enter the gradients: by closures, of sparse gradients, of parameters that share memory."""
+"""Terms of corrections with closures, sparse gradients, and parameters that share memory."""
 
 from collections.abc import Callable
 
@@ -42,7 +42,7 @@ every_correction = pytest.mark.parametrize("make", [proximal, scaffold, feddyn])
 def trained(
     make: Make, call: str, optimizer: type[torch.optim.Optimizer] = torch.optim.SGD, **options: object
 ) -> torch.Tensor:
-    """A regression's weights after some steps, with the gradients made before each of them or in a closure."""
+    """Return a regression's weights after some steps, with gradients computed before each step or in a closure."""
     model = torch.nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         model.weight.zero_()
@@ -61,7 +61,7 @@ def trained(
             wrapped.step()
         else:
             result = wrapped.step(closure) if call == "positional" else wrapped.step(closure=closure)
-            assert isinstance(result, torch.Tensor)  # the script's own loss, whatever was added to the gradients
+            assert isinstance(result, torch.Tensor)  # the script's own loss, without the added terms
     correction.close()
     return model.weight.detach()
 
@@ -111,7 +111,7 @@ def test_an_optimizer_for_sparse_gradients_alone_is_refused(make: Make) -> None:
 
 
 class Tied(torch.nn.Module):
-    """An autoencoder whose decoder is a Parameter of its own over the encoder's transposed weights."""
+    """Autoencoder whose decoder is a separate Parameter over the encoder's transposed weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Tied(torch.nn.Module):
 
 @every_correction
 def test_parameters_over_the_same_values_are_corrected_once(make: Make) -> None:
-    """As where there is one weight, used twice."""
+    """Two parameters over the same values behave like one that is used twice."""
     inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
     start = torch.randn(2, 3, generator=torch.Generator().manual_seed(2))
     tied, single = Tied(), torch.nn.Linear(3, 2, bias=False)

@@ -1,4 +1,4 @@
-"""A script that trains something else than its model is told so, once."""
+"""Warning for a script that trains something other than its model."""
 
 from collections.abc import Callable
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""Corrections reach the steps of optimizers around others, each once, or the script is told that they do not."""
+"""Corrections apply once to each step of optimizers that wrap others, or wrap() raises an error."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -39,7 +39,7 @@ every_correction = pytest.mark.parametrize("make", [proximal, scaffold, feddyn])
 
 
 class Look(torch.optim.Optimizer):
-    """Lookahead as timm has it, and its many copies: with hooks that nobody calls."""
+    """Lookahead as in timm and its many copies, whose hooks are never called."""
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
@@ -53,7 +53,7 @@ class Look(torch.optim.Optimizer):
 
 
 class Bare:
-    """A wrapper that is no torch optimizer, and holds its own in a list."""
+    """Wrapper that is not a torch optimizer, and holds its inner ones in a list."""
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         self.optimizers = [base]
@@ -70,7 +70,7 @@ class Bare:
 
 
 class Proper(torch.optim.Optimizer):
-    """One whose hooks are called, around another that is made again now and then."""
+    """Wrapper whose hooks are called, and whose inner optimizer is replaced from time to time."""
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         super().__init__(base.param_groups, {})
@@ -85,7 +85,7 @@ class Proper(torch.optim.Optimizer):
 
 
 class Hybrid(torch.optim.Optimizer):
-    """One that moves matrices by itself, and leaves the rest to another, as Muon does."""
+    """Optimizer that updates matrices itself and delegates other parameters to an inner one, as Muon does."""
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         super().__init__(base.param_groups, {})
@@ -102,7 +102,7 @@ class Hybrid(torch.optim.Optimizer):
 
 
 class Calls(torch.optim.SGD):
-    """A subclass whose step calls that of the class below, in both of which torch calls the hooks."""
+    """Subclass whose step calls that of its base class; torch calls the hooks in both."""
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         super().__init__(base.param_groups, lr=RATE)
@@ -160,7 +160,7 @@ def test_closures_reach_what_is_inside(make: Make, around: Callable[[Any], Any])
 
 @every_correction
 def test_opacus(make: Make) -> None:
-    """Its optimizer makes the gradients in its own step; without noise and clipping they are the plain ones."""
+    """Opacus' optimizer computes the gradients in its step; without noise and clipping they equal the plain ones."""
     opacus = pytest.importorskip("opacus")
     results = []
     for private in (False, True):
@@ -187,7 +187,7 @@ def test_opacus(make: Make) -> None:
 
 
 class Own(Look):
-    """One that takes its steps by itself, and whose hooks nobody calls."""
+    """Optimizer with a step of its own that calls no hooks."""
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         super().__init__(base)

@@ -1,4 +1,4 @@
-"""Wrappers within a model leave no trace in its names, and its own parts called like their attributes keep theirs."""
+"""Wrappers inside a model do not change its names; submodules named like wrappers' attributes keep their names."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from isthmus.client.state.shared_state import SharedState
 
 
 class Block(torch.nn.Module):
-    """A model's own parts may have the names of wrappers' attributes."""
+    """Model whose submodules have the names of wrappers' attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ WRAPPERS = [
 @pytest.mark.parametrize("where", ["outside", "block", "part", "everywhere"])
 def test_clients_with_and_without_wrappers_fit_together(wrap: object, where: str) -> None:
     assert callable(wrap)
-    plain, model = (build(wrap is not private) for _ in range(2))  # Opacus takes no batch norm
+    plain, model = (build(wrap is not private) for _ in range(2))  # Opacus rejects batch norm
     if where in ("part", "everywhere"):
         model[0].module = wrap(model[0].module)
     if where in ("block", "everywhere"):
@@ -87,7 +87,7 @@ def test_a_module_sees_the_version_of_its_state() -> None:
 
 
 class Extra(torch.nn.Linear):
-    """A module whose state holds what is no tensor."""
+    """Module whose state holds a value that is not a tensor."""
 
     def __init__(self, extra: object) -> None:
         super().__init__(2, 2)

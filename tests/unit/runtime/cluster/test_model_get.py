@@ -1,4 +1,4 @@
-"""``isthmus model get``, with a cluster that is a dictionary."""
+"""``isthmus model get`` with a fake cluster."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`isthmus submit`: from a script to the objects, and what a bad flag is told."""
+"""``isthmus submit``: objects made from a script, and errors for invalid flags."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What ``isthmus status`` shows of a job."""
+"""Tables of ``isthmus status``."""
 
 import io
 from typing import Any

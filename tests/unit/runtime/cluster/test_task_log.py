@@ -1,4 +1,4 @@
-"""Asking the operator for a Slurm task's log."""
+"""Requests to the operator for a Slurm task's log."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from isthmus.cluster.logs import slurm_log
 
 
 class Cluster:
-    """Answers at once, in a ConfigMap with these labels."""
+    """Cluster that replies immediately, in a ConfigMap with these labels."""
 
     def __init__(self, **labels: str) -> None:
         self.labels = labels

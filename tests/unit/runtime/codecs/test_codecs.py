@@ -1,4 +1,4 @@
-"""Each codec does what its paper claims: unbiased where it is stochastic, within its bound where it is not."""
+"""Codecs have the properties that their papers claim: stochastic ones are unbiased, others keep their error bounds."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def name(codec: SegmentCodec) -> str:
 
 def values(count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    # Mixed magnitudes, as layers have.
+    # Mixed magnitudes, as in real layers.
     return torch.randn(count, generator=generator) * torch.rand(count, generator=generator).exp()
 
 
@@ -63,10 +63,10 @@ def test_the_quantisers_are_unbiased(codec: SegmentCodec) -> None:
     drawn = torch.stack([through(codec, given, seed) for seed in range(samples)]).double()
     error = drawn.mean(0) - given.double()
     standard_error = drawn.std(0) / samples**0.5
-    # A value so near to a level that no sample took the other one shows no deviation: that much of a level is allowed.
+    # A value so close to a level that no sample takes the other one shows no deviation: allow that part of a level.
     level = float(given.abs().max()) / (127 if "Int8" in name(codec) else 7)
     assert (error.abs() <= 6 * standard_error + 0.02 * level).all()
-    # All together there is no common drift either.
+    # Over all values there is no common drift either.
     assert abs(float(error.sum())) <= 6 * float(standard_error.square().sum().sqrt())
 
 
@@ -133,7 +133,7 @@ def test_topk_contracts_and_keeps_the_largest(fraction: float) -> None:
 
 
 def test_a_rotation_keeps_lengths_and_spreads_an_outlier() -> None:
-    """Suresh et al. 2017: the range of a rotated vector is small, so quantisation errs less on spiky ones."""
+    """Suresh et al. 2017: the range of a rotated vector is small, which reduces the error of spiky ones."""
     spiky = torch.zeros(4096)
     spiky[::1024] = 100.0
     spiky += values(4096)

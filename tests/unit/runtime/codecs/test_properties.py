@@ -1,4 +1,4 @@
-"""What every upload chain promises, for tensors of all floating-point types, magnitudes and shapes."""
+"""Properties of every upload chain, for tensors of all floating-point types, magnitudes and shapes."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ SEED = "7/pool/0"
 
 
 def draw(number: int, exponent: int) -> tuple[State, State]:
-    """A base and what was trained from it: changes that are normal, heavy-tailed, zero, constant, or one alone."""
+    """Generate a base and trained weights: changes are normal, heavy-tailed, zero, constant, or a single one."""
     random = np.random.default_rng(number)
     base, state = State(), State()
     for place in range(3):
@@ -60,7 +60,7 @@ def data(state: State) -> list[bytes]:
 
 
 def largest(values: torch.Tensor, block: int) -> torch.Tensor:
-    """For each value, the largest magnitude in its block; blocks begin again with every segment."""
+    """Return for each value the largest magnitude in its block; every segment starts a new block."""
     found = []
     for segment in values.split(SEGMENT):
         padded = torch.nn.functional.pad(segment, (0, -len(segment) % block)).view(-1, block)
@@ -69,10 +69,10 @@ def largest(values: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def bound(kind: str, change: torch.Tensor) -> torch.Tensor | None:
-    """The most by which each value may be off, as docs/training/compression.md has it."""
+    """Return the error bound of each value, as in docs/training/compression.md."""
     match kind:
         case "Float16":
-            beyond = (change.abs() - 65504).clamp(min=0)  # which becomes the largest number there is
+            beyond = (change.abs() - 65504).clamp(min=0)  # which is clamped to the largest number
             return beyond + torch.maximum(change.abs() * 2.0**-11, torch.full_like(change, 2.0**-25))
         case "BFloat16":
             return change.abs() * 2.0**-8 + 1e-40
@@ -86,11 +86,11 @@ def bound(kind: str, change: torch.Tensor) -> torch.Tensor | None:
 def check(
     kind: str, chain: Chain, encoded: Encoded, name: str, old: torch.Tensor, new: torch.Tensor, got: torch.Tensor
 ) -> None:
-    """One tensor that went through the lossy codecs."""
+    """Check one tensor that went through the lossy codecs."""
     assert torch.isfinite(got).all()
     before, after = old.double().reshape(-1), new.double().reshape(-1)
     change, moved = after - before, got.double().reshape(-1) - before
-    # Of the dtype, of differences in single precision, and of float16's subnormal numbers.
+    # Rounding of the dtype, of differences in single precision, and of float16's subnormal numbers.
     own = torch.maximum(before.abs(), after.abs()) * EPSILON[new.dtype] + change.abs() * 3e-7
     own += 1.2e-7 if new.dtype == torch.float16 else 1e-40
     left = change - moved

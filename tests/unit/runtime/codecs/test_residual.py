@@ -1,4 +1,4 @@
-"""A residual in 16 bits a value."""
+"""Residual with 16 bits per value."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_each_value_is_as_near_as_its_block_allows(count: int) -> None:
         read = residual.read("w", (count,), start, len(part))
         assert read is not None
         for block, found in zip(part.split(BLOCK), read.split(BLOCK), strict=True):
-            # A half step, and what float32 itself rounds.
+            # Half a step, plus the rounding of float32.
             assert (found.double() - block.double()).abs().max() <= block.abs().max().double() * (1 / 65534 + 2e-7)
 
 

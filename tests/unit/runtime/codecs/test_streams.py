@@ -1,4 +1,4 @@
-"""Whole state dicts through every chain, and streams that no honest client sends."""
+"""Whole state dicts with every chain, and malicious streams."""
 
 import tracemalloc
 
@@ -47,7 +47,7 @@ def decoded(encoded: Encoded, base: State | None = None, cut: int = CHUNK_BYTES)
 
 
 def forged(encoded: Encoded, data: bytes) -> Encoded:
-    """Other data under a checksum that fits."""
+    """Return other data with a matching checksum."""
     return Encoded(encoded.chain, encoded.specs, [data], xxhash.xxh3_128_hexdigest(data))
 
 
@@ -111,7 +111,7 @@ def test_zstd_alone_changes_nothing() -> None:
 
 
 def test_error_feedback_makes_up_for_what_was_left_out() -> None:
-    """Karimireddy et al. 2019: what was sent so far and the residual add up to all changes so far."""
+    """Karimireddy et al. 2019: the values sent so far plus the residual equal all changes so far."""
     codecs, base = chain("TopK+Int8", "0.05"), {"w": torch.zeros(20_000)}
     residual, sent, total = None, torch.zeros(20_000), torch.zeros(20_000)
     for number in range(30):
@@ -125,14 +125,14 @@ def test_error_feedback_makes_up_for_what_was_left_out() -> None:
         assert kept is not None
         # Each round rounds the residual to 16 bits: half a step of the largest value's in a block.
         torch.testing.assert_close(sent + kept, total, rtol=0, atol=(number + 1) * 0.5 * 12 / 32767)
-    # It stays bounded (theirs: lemma 3), instead of growing with every round.
+    # The residual stays bounded (lemma 3 of the paper) instead of growing with every round.
     assert kept.norm() < total.norm() * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["TopK", "TopK+Int8", "TopK+Float16"])
 def test_error_feedback_makes_up_for_what_half_precision_rounds_away(name: str, dtype: torch.dtype) -> None:
-    """What the model has moved by so far and the residual add up to all changes so far, also below the weights' ulp."""
+    """The model's movement so far plus the residual equals all changes so far, also below the weights' ulp."""
     count, rounds = 1000, 40
     generator = torch.Generator().manual_seed(0)
     start = {"w": torch.randn(count, generator=generator).to(dtype)}
@@ -245,7 +245,7 @@ def test_bad_positions(positions: tuple[int, int]) -> None:
 def test_a_position_outside() -> None:
     encoded = encode({"w": torch.randn(1000)}, chain("TopK"), SEED, {"w": torch.zeros(1000)})
     data = bytearray(encoded.chunks[0])
-    data[198:200] = (1000).to_bytes(2, "little")  # the last of a hundred
+    data[198:200] = (1000).to_bytes(2, "little")  # the last of a hundred positions
     with pytest.raises(CodecError, match="lie outside"):
         decoded(forged(encoded, bytes(data)))
 

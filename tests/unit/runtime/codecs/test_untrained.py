@@ -1,4 +1,4 @@
-"""What no gradient trains travels raw: batch-norm statistics, EMA copies, the ranges of observers."""
+"""Tensors without gradients are sent raw: batch-norm statistics, EMA copies, the ranges of observers."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_a_frozen_tensor_is_sent_raw_only_where_it_has_changed(name: str) -> Non
 
 @pytest.mark.parametrize("name", ["TopK", "TopK+Int8", "Int8", "Rotation+Int8"])
 def test_a_variance_that_shrinks_by_orders_of_magnitude_stays_above_zero(name: str) -> None:
-    """Each round a client measures the statistics of its own data: they follow from no sum of earlier changes."""
+    """Statistics of the client's data in each round, which are not a sum of earlier changes."""
     torch.manual_seed(0)
     layer = nn.BatchNorm1d(512, momentum=0.5)
     shared, residual = SharedState(layer), None
@@ -63,6 +63,6 @@ def test_which_parameters_are_frozen() -> None:
     model = nn.ModuleDict({"trained": nn.Linear(3, 3), "average": nn.Linear(3, 3), "discriminator": nn.Linear(3, 3)})
     model["average"].requires_grad_(requires_grad=False)
     model["discriminator"](torch.randn(2, 3)).sum().backward()
-    model["discriminator"].requires_grad_(requires_grad=False)  # as scripts of GANs do while the generator is trained
+    model["discriminator"].requires_grad_(requires_grad=False)  # as scripts of GANs do while they train the generator
     shared = SharedState(model)
     assert shared.frozen(shared.live()) == ["average.weight", "average.bias"]

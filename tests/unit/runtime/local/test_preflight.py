@@ -1,4 +1,4 @@
-"""A command that cannot run here is told before anything starts."""
+"""Commands that cannot run here are reported before any process starts."""
 
 import sys
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_a_script_that_is_not_there_is_named_with_where_it_is(tmp_path: Path) ->
 
 
 def test_files_that_a_job_brings_count(tmp_path: Path) -> None:
-    nowhere = tmp_path / "code"  # laid out later
+    nowhere = tmp_path / "code"  # written later
     check_command([sys.executable, "./train.py"], "", nowhere, tmp_path, ["train.py"])
     assert problem(f"{sys.executable} train.py", nowhere, files=["b.py", "a.py"]) == (
         "task.command: train.py: not among the files of task.code (a.py, b.py)"
@@ -78,7 +78,7 @@ def test_a_file_that_hides_a_package_is_named(tmp_path: Path, package: str) -> N
     brought = ["train.py", f"{package}.py"]
     assert problem(f"{sys.executable} train.py", tmp_path, files=brought) == message.replace("src/", "")
     hiding.unlink()
-    (tmp_path / "src" / package).mkdir()  # a checkout's folder is no module
+    (tmp_path / "src" / package).mkdir()  # a folder of a source checkout is not a module
     check_command([sys.executable, "src/train.py"], "", tmp_path, tmp_path)
 
 

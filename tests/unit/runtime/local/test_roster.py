@@ -1,4 +1,4 @@
-"""When too few clients are left for a run to go on, and what it says then."""
+"""When too few clients are left for a run to complete, and the message."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ WAITING, TRAINING = pb.FederationStatus.WAITING, pb.FederationStatus.TRAINING
 
 
 def roster(*roles: str, **spec: Any) -> Roster:
-    """One client in a pool of its own for each role."""
+    """Return a roster with one client, in its own pool, for each role."""
     pools = [{"name": f"p{number}", "cloud": {}, "replicas": 1, "role": role} for number, role in enumerate(roles)]
     parsed = parse_spec({"rounds": 1, "task": {"image": "i", "command": ["true"]}, "pools": pools, **spec})
     job = FederatedJob("demo", "default", parsed)
@@ -70,14 +70,14 @@ def test_the_first_round_waits_for_whoever_may_yet_come() -> None:
     clients.failed.add(clients.clients[0])
     clients.left.add(clients.clients[2])
     assert clients.expected == 1
-    assert roster("Train", "Train", selection={"minClients": 1}).expected == 0  # the manifest has said enough
+    assert roster("Train", "Train", selection={"minClients": 1}).expected == 0  # the manifest sets minClients
 
 
 def test_a_failure_that_all_clients_share() -> None:
     clients = roster("Train", "Train")
     clients.note_failure(clients.clients[0], "ImportError: x")
     assert clients.common_failure == ""
-    clients.note_failure(clients.clients[0], "ImportError: y")  # a later one of the same client
+    clients.note_failure(clients.clients[0], "ImportError: y")  # a later failure of the same client
     clients.note_failure(clients.clients[1], "ImportError: x")
     assert clients.common_failure == "ImportError: x"
     other = roster("Train", "Train")

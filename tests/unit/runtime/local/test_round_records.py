@@ -1,4 +1,4 @@
-"""Each round is told once, in order, as soon as everything about it is known."""
+"""Each round is returned once, in order, as soon as its result is complete."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 
 class Aggregator:
-    """Writes records and reports statuses as an aggregator does."""
+    """Aggregator that writes records and reports statuses."""
 
     def __init__(self, directory: Path, told: int = 0) -> None:
         self.file = directory / "rounds.jsonl"

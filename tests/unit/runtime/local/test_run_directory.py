@@ -1,4 +1,4 @@
-"""A run directory is never overwritten, mixed up or shared by accident."""
+"""Run directories are not overwritten, mixed up or shared by accident."""
 
 import json
 from pathlib import Path

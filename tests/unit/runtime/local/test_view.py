@@ -1,4 +1,4 @@
-"""What a user reads, in a pipe and in a terminal."""
+"""Output of a run in a pipe and in a terminal."""
 
 import errno
 import io
@@ -43,7 +43,7 @@ def test_a_pipe_gets_each_activity_once_and_problems_on_the_side() -> None:
 
 
 class Torn(io.StringIO):
-    """A pipe whose reader goes away after the first line."""
+    """Pipe whose reader exits after the first line."""
 
     def __init__(self, nowhere: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def test_a_reader_that_goes_away_is_told_once_and_stops_nothing(tmp_path: Path) 
         os.write(file.fileno(), b"what the stream still held")
     assert torn.getvalue().startswith("round 1/9")
     assert [error.strerror for error in lost] == ["Broken pipe"]
-    assert (tmp_path / "out").read_bytes() == b""  # Python's last flush cannot fail again
+    assert (tmp_path / "out").read_bytes() == b""  # Python's last flush does not fail again
 
 
 def test_a_terminal_that_goes_away_stops_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What one client can do to a round, and what noise does to it."""
+"""Effects of one client and of noise on a round."""
 
 import math
 import tracemalloc
@@ -47,7 +47,7 @@ def model() -> State:
 
 
 def moved(base: State, by: float, seed: int = 1, client: str = "pool/0", examples: int = 1) -> Update:
-    """A client whose change has about the given L2 norm."""
+    """Return an update whose change has about the given L2 norm."""
     torch.manual_seed(seed)
     change = {name: torch.randn(t.shape, dtype=torch.float64) for name, t in base.items() if t.is_floating_point()}
     length = math.sqrt(sum(float(tensor.square().sum()) for tensor in change.values()))
@@ -59,12 +59,12 @@ def moved(base: State, by: float, seed: int = 1, client: str = "pool/0", example
 
 
 def sums(strategy: Private) -> list[int]:
-    """The exact sum of a round, before its noise, in steps."""
+    """Return the exact sum of a round before noise, in steps."""
     return [value for total in strategy._sums.values() for value in total.tolist()]
 
 
 def difference(one: Sequence[int], other: Sequence[int]) -> int:
-    """The square of the exact L2 distance, in steps."""
+    """Return the exact squared L2 distance, in steps."""
     return sum((a - b) ** 2 for a, b in zip(one, other, strict=True))
 
 
@@ -72,7 +72,7 @@ def run(strategy: Private, base: State, updates: Sequence[Update]) -> State:
     strategy.begin(base)
     for update in updates:
         strategy.accept(update)
-    return {name: tensor.clone() for name, tensor in strategy.finish().items()}  # the rule uses its memory again
+    return {name: tensor.clone() for name, tensor in strategy.finish().items()}  # the rule reuses its memory
 
 
 def two_tensors(values: np.ndarray) -> State:
@@ -94,7 +94,7 @@ hostile = st.one_of(
 def test_no_client_moves_the_sum_by_more_than_the_bound(
     clients: list[np.ndarray], base: np.ndarray, clip_norm: float
 ) -> None:
-    """In exact arithmetic: the distance is of whole numbers. Whoever is left out, and whatever they sent."""
+    """Sensitivity in exact integer arithmetic, for any client that is left out and any update of it."""
     weights = two_tensors(base)
     updates = [Update(f"pool/{number}", number + 1, two_tensors(one)) for number, one in enumerate(clients)]
     strategy = private(clip_norm)
@@ -106,7 +106,7 @@ def test_no_client_moves_the_sum_by_more_than_the_bound(
         return sums(strategy)
 
     everybody = total(updates)
-    assert total(updates[::-1]) == everybody  # in whatever order
+    assert total(updates[::-1]) == everybody  # in any order
     for left_out in range(len(updates)):
         assert difference(everybody, total(updates[:left_out] + updates[left_out + 1 :])) <= STEPS**2
 
@@ -130,12 +130,12 @@ def test_a_change_is_scaled_down_to_the_bound_and_keeps_its_direction(length: fl
     result = run(private(clip_norm=1.0, clients=1), base, [update])
     changes = {name: update.tensors[name].double() - base[name].double() for name in ("w", "d", "s", "h", "b")}
     norm = math.sqrt(sum(float(change.square().sum()) for change in changes.values()))
-    for name in ("w", "d", "s"):  # the halves are too coarse to tell
+    for name in ("w", "d", "s"):  # half precision is too coarse for this comparison
         torch.testing.assert_close(
             result[name].double() - base[name].double(), changes[name] * min(1.0, 1.0 / norm), rtol=0, atol=5e-7
         )
     assert {name: tensor.dtype for name, tensor in result.items()} == {name: t.dtype for name, t in base.items()}
-    assert result["n"] == base["n"]  # an integer stays, whatever a client says
+    assert result["n"] == base["n"]  # integers keep their value, whatever a client sends
 
 
 def test_examples_do_not_count_and_the_denominator_is_fixed() -> None:
@@ -184,7 +184,7 @@ def test_a_round_that_is_done_again_draws_other_noise() -> None:
 
 @pytest.mark.parametrize("algorithm", ["FedAvgM", "FedAdagrad", "FedAdam", "FedYogi"])
 def test_a_server_optimizer_sees_the_noisy_mean_alone(algorithm: str) -> None:
-    """As if one client had sent it; and keeps its memory."""
+    """The rule receives one update, and keeps its memory."""
     base = model()
     plain, protected = make_strategy(Spec(algorithm=algorithm)), private(1.0, clients=2, algorithm=algorithm)  # type: ignore[arg-type]
     state = base
@@ -230,9 +230,9 @@ def test_memory_does_not_grow_with_the_clients() -> None:
     base = {"w": torch.zeros(3_000_000)}
     update = Update("pool/0", 1, {"w": torch.ones(3_000_000)})
     strategy = Private(make_strategy(Spec()), 1.0, 1.0, 2)
-    run(strategy, base, [update])  # its sums, which stay
+    run(strategy, base, [update])  # allocates the sums, which are kept
     tracemalloc.start()  # sees numpy's memory
     run(strategy, base, [update] * 3)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 40 << 20  # blocks, not the 24 MB times of a model's noise at once
+    assert peak < 40 << 20  # noise is drawn in blocks, not for the whole model at once

@@ -1,4 +1,4 @@
-"""The noise is normal, and comes from the entropy that it was given, all of it."""
+"""The noise is normal, and uses all of the given entropy."""
 
 import os
 import random
@@ -18,7 +18,7 @@ def test_it_is_standard_normal() -> None:
     drawn = gaussian(400_001, seeded(7).randbytes)
     assert len(drawn) == 400_001
     assert stats.kstest(drawn, "norm").pvalue > 0.001
-    # Also far out, where a sum of a few uniform numbers would fail.
+    # Also in the tails, where a sum of a few uniform numbers would fail.
     beyond = np.abs(drawn) > 4
     assert stats.binomtest(int(beyond.sum()), len(drawn), 2 * stats.norm.sf(4)).pvalue > 0.001
 

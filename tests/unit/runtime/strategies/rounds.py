@@ -1,4 +1,4 @@
-"""Runs a strategy over made-up updates."""
+"""Rounds of a strategy with generated updates."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def model(seed: int = 0) -> State:
 
 
 def updates(base: State, count: int, seed: int, spread: float = 0.3) -> list[Update]:
-    """Clients with different numbers of examples, each some way from the global model."""
+    """Generate updates with different numbers of examples, each some distance from the global model."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for number in range(count):

@@ -59,7 +59,7 @@ def test_a_discounted_update_counts_as_so_many_fewer_examples(algorithm: str) ->
     whole = [replace(update, scalars=scalars) for update in updates(base, 3, seed=5)]
     late = [*whole[:2], replace(whole[2], num_examples=whole[2].num_examples * 2, discount=0.5)]
     once, twice = run(make(algorithm, clients=3), base, whole), run(make(algorithm, clients=3), base, late)
-    if algorithm == "FedBuff":  # the discount is not made up for
+    if algorithm == "FedBuff":  # the discount is not normalised
         total = sum(update.num_examples for update in whole)
         share = total / (total + whole[2].num_examples)
         np.testing.assert_allclose(
@@ -82,7 +82,7 @@ def test_an_update_of_an_older_model_keeps_its_change() -> None:
 @pytest.mark.parametrize("weights", [False, True])
 def test_late_updates_never_take_counters_back(weights: bool) -> None:
     limits = [-(2**63), 2**63 - 1]
-    cases = [  # the dtype, when the client began, what it made of that, the present model, and what comes of it
+    cases = [  # dtype, base model, client's model, present model, result
         (torch.int64, 300, 350, 500, 550),
         (torch.int64, 2**62, 2**62 + 3, 2**62 + 10, 2**62 + 13),
         *(

@@ -1,4 +1,4 @@
-"""Means of many updates against double precision, and what no client changes."""
+"""Means of many updates against double precision, and values that no client changes."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,7 +106,7 @@ def test_what_nobody_changes_comes_back_bit_for_bit(
 
 @pytest.mark.parametrize("algorithm", [*CHANGE_RULES, "FedAvg", "FedAvgM", "FedAdam"])
 def test_statistics_stay_between_those_of_the_clients(algorithm: str) -> None:
-    # A variance that shrinks by more than single precision holds: its change is rounded to what may be more than it.
+    # A variance that shrinks by more than single precision holds: its rounded change may exceed it.
     base: State = {"w": torch.zeros(2), "var": torch.tensor([3e8, 1e9, 7e11, 1.0])}
     for seed in range(20):
         dice = torch.Generator().manual_seed(seed)
@@ -126,7 +126,7 @@ def test_statistics_stay_between_those_of_the_clients(algorithm: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("algorithm", sorted({*RULES} - {*ROBUST}))
 def test_one_liar_leaves_a_model_that_clients_can_hand_in_again(algorithm: str, dtype: torch.dtype) -> None:
-    """Within all limits of updates, and for several rounds: momentum adds up."""
+    """Results within the bounds of updates, over several rounds, since momentum accumulates."""
     most = min(GREATEST_WEIGHT, torch.finfo(dtype).max)
     base: State = {"w": torch.tensor([0.1, -0.1], dtype=dtype)}
     strategy: Strategy = make(algorithm, clients=5)

@@ -38,7 +38,7 @@ def test_fednova_normalises_by_steps() -> None:
         )
         result = run(strategy, base, contributions)
         np.testing.assert_allclose(array(result["w"]), expected, rtol=1e-5, atol=1e-6)
-        # What is not trained is averaged as ever.
+        # Tensors that are not trained are averaged.
         np.testing.assert_allclose(array(result["b"]), weighted_mean(contributions, "b"), rtol=1e-12)
         assert result["seen"].item() == round(float(weighted_mean(contributions, "seen")))
         base = result
@@ -72,7 +72,7 @@ def test_qfedavg_weights_by_loss(q: float) -> None:
 
 @pytest.mark.parametrize("q", [5.0, 40.0, 1000.0])
 def test_powers_of_any_losses_have_a_quotient(q: float) -> None:
-    """Against the formula in fractions of the largest power, by which it may be reduced."""
+    """Comparison with the formula in fractions of the largest power."""
     rate, losses = 0.2, [1e-10, 1e80, 3e80, 1e-300, 2.0]
     base = model()
     for some in ([0], [0, 3], [4, 0], [0, 1, 2, 3, 4], [2, 1, 0], [1, 0, 4]):

@@ -1,4 +1,4 @@
-"""A user's own class: what it may do, and what happens when it cannot be loaded or misbehaves."""
+"""User-defined strategies, including those that cannot be loaded or return invalid results."""
 
 import errno
 import sys
@@ -60,7 +60,7 @@ class Asking(FedAvg):
 
 
 class Answer(FedAvg):
-    """Whose methods but ``finish`` do what a test says."""
+    """Strategy whose methods other than ``finish`` are defined by the test."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -163,7 +163,7 @@ def test_what_misbehaves(module: ModuleType, how: str, message: str) -> None:
 
 
 def calls(answers: dict[str, object]) -> dict[str, Callable[[], object]]:
-    """The methods of a rule in the middle of a round; those that are named do as they are told."""
+    """Return a strategy in the middle of a round, with the given methods replaced."""
     strategy, base = custom("rules:Answer"), model()
     strategy.begin(base)
     strategy._strategy.answers.update(answers)  # type: ignore[attr-defined]
@@ -209,7 +209,7 @@ def test_what_cannot_be_written_is_named(module: ModuleType, method: str) -> Non
 
 
 def test_tensors_need_not_be_plain(module: ModuleType, tmp_path: Path) -> None:
-    """Parameters with a gradient, and views, are written all the same."""
+    """Parameters with a gradient, and views, can be stored."""
     base, strategy = model(), custom("rules:Answer")
     result = run(strategy, base, updates(base, 2, seed=1))
     grown = torch.nn.Parameter(torch.arange(6.0).view(2, 3)).T

@@ -1,4 +1,4 @@
-"""The order of arrival makes no difference, bit for bit, where the manifest says so."""
+"""With strategy.deterministic the order of arrival does not change a bit of the result."""
 
 import errno
 import os
@@ -38,7 +38,7 @@ def test_every_order_makes_the_same_bits(algorithm: str, tmp_path: Path) -> None
         first = run(strategy, base(), [contributions[index] for index in order])
         results.append((first, run(strategy, first, [contributions[index] for index in reversed(order)])))
     assert all(same(one, results[0][0]) and same(two, results[0][1]) for one, two in results[1:])
-    assert list(tmp_path.iterdir()) == []  # what was kept on disk is gone
+    assert list(tmp_path.iterdir()) == []  # the file on disk is gone
 
 
 def test_it_is_the_plain_rule_otherwise(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_it_is_the_plain_rule_otherwise(tmp_path: Path) -> None:
 
 
 def test_without_it_the_order_shows() -> None:
-    """Else the tests above would prove nothing."""
+    """Without strategy.deterministic the order matters; otherwise the tests above would prove nothing."""
     contributions = updates(base(), 4, seed=2)
     results = [run(make_strategy(Strategy()), base(), list(order)) for order in permutations(contributions)]
     assert not all(same(result, results[0]) for result in results)

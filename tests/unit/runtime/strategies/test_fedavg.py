@@ -1,4 +1,4 @@
-"""Strategies against independent arithmetic."""
+"""Strategies compared with independent arithmetic."""
 
 import torch
 from hypothesis import given, settings

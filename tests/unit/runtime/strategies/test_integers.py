@@ -1,4 +1,4 @@
-"""Integers and booleans: what nobody changes comes back bit for bit, and counters are averaged."""
+"""Integers and booleans: unchanged values are preserved bit for bit, and counters are averaged."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +100,7 @@ def test_krum_copies_the_weights_of_an_update(tmp_path: Path) -> None:
     base: State = {"w": torch.zeros(2), "n": torch.tensor([0, 5, -7])}
     result = run(make("Krum", tmp_path), base, contributions(states))
     assert any(torch.equal(result["w"], state["w"]) for state in states[:4])
-    # Integers have no say in which update is chosen, so they are the median of all.
+    # Integers do not enter the choice of an update, so they are the median of all.
     assert torch.equal(result["n"][1:], states[2]["n"][1:])
 
 
@@ -116,7 +116,7 @@ def test_the_median_of_integers_is_exact(count: int, tmp_path: Path) -> None:
         if count % 2:
             return ordered[count // 2]
         total = ordered[count // 2 - 1] + ordered[count // 2]
-        return total // 2 + (total % 2 and total // 2 % 2)  # a half goes to the even number
+        return total // 2 + (total % 2 and total // 2 % 2)  # halves are rounded to even
 
     assert result == [
         middle(values), middle([-value for value in values]), middle([2**62 - value // 2 for value in values])

@@ -1,6 +1,6 @@
-"""Test vectors of other frameworks. Each names the public repository and the file that it is from.
+"""Test vectors of other frameworks, each with its public repository and file.
 
-Where a rule differs by definition the expected number is the paper's, and the peer's stands beside it.
+If a rule differs by definition, the expected number is the paper's, and the peer's is noted beside it.
 """
 
 import math
@@ -34,7 +34,7 @@ VECTORS: list[tuple[str, str, Any, Any, Sequence[int] | None, Any, dict[str, str
     (f"{SERVERAPP}fedavgm_test.py", "FedAvgM", np.zeros((2, 3)), [A, B], [1, 2], (np.array(A) + 2 * np.array(B)) / 3,
      {"learningRate": "1.000000001", "momentum": "0"}),
     (f"{SERVERAPP}fedavgm_test.py, 0-d", "FedAvgM", 0.0, [1.0, 3.0], [1, 2], 7 / 3, {"momentum": "0"}),
-    # The peer's 0.15 has v begin at 0; algorithm 2 of Reddi et al. has it begin at tau squared.
+    # The peer's result is 0.15, with an initial v of 0; in algorithm 2 of Reddi et al. it is tau squared.
     (f"{FLOWER}fedadagrad_test.py", "FedAdagrad", [0.1] * 4, [[0.2] * 4, [1.0] * 4], [5, 5],
      [0.1 + 0.1 * 0.5 / (math.sqrt(0.5) + 0.5)] * 4, {"learningRate": "0.1", "tau": "0.5"}),
     (f"{FLOWER}fedmedian_test.py", "CoordinateMedian", [0.1] * 4, [[0.2] * 4, [1.0] * 4, [0.5] * 4], None,
@@ -64,7 +64,7 @@ VECTORS: list[tuple[str, str, Any, Any, Sequence[int] | None, Any, dict[str, str
     ("LPD-EPFL/byzfl, trimmed mean of 1", "TrimmedMean", [0.0] * 3, BYZFL, None, [4, 5, 6], {"trim": "0.34"}),
     ("LPD-EPFL/byzfl, Krum of 1", "Krum", [0.0] * 3, BYZFL, None, [1, 2, 3], {"byzantine": "1"}),
     ("LPD-EPFL/byzfl, MultiKrum of 1", "MultiKrum", [0.0] * 3, BYZFL, None, [2.5, 3.5, 4.5], {"byzantine": "1"}),
-    # The peer stops after three iterations, at 3.788: the point on a line is the middle one.
+    # The peer stops after three iterations, at 3.788; on a line the result is the middle point.
     ("LPD-EPFL/byzfl, geometric median", "GeometricMedian", [0.0] * 3, BYZFL, None, [4, 5, 6], {}),
     ("lishenghui/blades, median", "CoordinateMedian", [0.0] * 3, BLADES, None, [1.5, 2, 3], {}),
     ("lishenghui/blades, mean", "FedAvg", [0.0] * 3, BLADES, None, [1.25, 2.25, 2], {}),
@@ -100,7 +100,7 @@ def tensor(values: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def course(rule: str, gradient: float, rounds: int, start: float = 1.0, **parameters: Any) -> list[float]:
-    """A weight under a client whose change is minus ``gradient`` in every round."""
+    """Return a weight after rounds of a client whose change is minus ``gradient``."""
     strategy, course = make(rule, **parameters), [start]
     for _ in range(rounds):
         base = {"w": torch.tensor([course[-1]], dtype=torch.float64)}

@@ -1,4 +1,4 @@
-"""Properties of every rule, for models of random dtypes, shapes and scales and clients of random weights."""
+"""Properties of every rule, for random dtypes, shapes, scales and client weights."""
 
 import random
 from collections.abc import Callable
@@ -26,7 +26,7 @@ SCENARIOS = range(8)
 
 @dataclass
 class Scenario:
-    """A global model, what the clients make of it, and which tensors nobody changes."""
+    """Generate a global model, clients' updates, and the names of tensors that no client changes."""
 
     model: State
     updates: list[Update]
@@ -54,7 +54,7 @@ def scenario(seed: int) -> Scenario:
             moved = (model[name].double() + away).clamp(-most_of(dtype), most_of(dtype)).to(dtype)
             state[name] = model[name].clone() if kind == "frozen" else moved
         if kind == "variance":
-            # Which may shrink to next to nothing.
+            # Variances may shrink to almost zero.
             smaller = 10.0 ** dice.choice([0, -4, -9])
             model[name] = model[name].abs()
             for state in states:
@@ -142,7 +142,7 @@ SAME: dict[str, Change] = {
 @pytest.mark.parametrize("same", SAME)
 @pytest.mark.parametrize("algorithm", ["FedAvg", "FedAvgM", "FedNova", "SCAFFOLD", "QFedAvg", "FedDyn"])
 def test_what_makes_no_difference(algorithm: str, same: str, tmp_path: Path) -> None:
-    """With the clients of a round as all that there are."""
+    """Make a strategy for a job whose clients all take part in the round."""
     for seed in SCENARIOS:
         case = scenario(seed)
         scalars = {"steps": 7.0, "travel": 0.1, "loss": 0.7}

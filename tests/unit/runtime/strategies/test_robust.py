@@ -1,4 +1,4 @@
-"""The robust rules against NumPy over all updates at once, with wrong updates among them, and in small blocks."""
+"""Robust rules compared with NumPy over all updates at once, with wrong updates among them, and in small blocks."""
 
 import itertools
 from dataclasses import replace
@@ -25,7 +25,7 @@ def stacked(contributions: list[Update]) -> Arrays:
 
 
 def flat(values: Arrays) -> np.ndarray:
-    """What distances are taken over: a row for each client, floating point tensors alone."""
+    """Return the values over which distances are computed: a row per client, floating-point tensors only."""
     return np.concatenate([values[name].reshape(len(values[name]), -1) for name in ("w", "b")], axis=1)
 
 
@@ -82,7 +82,7 @@ def test_as_in_the_paper(rule: str, count: int, block: int, tmp_path: Path, monk
     values = stacked(contributions)
     wanted = expected(rule, values)
     if rule in ("Krum", "MultiKrum", "GeometricMedian"):
-        wanted["seen"] = np.median(values["seen"], axis=0)  # it has no say in distances
+        wanted["seen"] = np.median(values["seen"], axis=0)  # it does not enter the distances
     for name, value in wanted.items():
         assert (result[name].dtype, result[name].shape) == (base[name].dtype, base[name].shape)
         rounded = value if base[name].is_floating_point() else np.round(value)
@@ -118,7 +118,7 @@ def test_nothing_stays_on_disk(tmp_path: Path) -> None:
     strategy.begin(base)
     for update in updates(base, 3, seed=1):
         strategy.accept(update)
-        assert list(tmp_path.iterdir()) == []  # the file has no name: a crash leaves nothing behind
+        assert list(tmp_path.iterdir()) == []  # the file has no name, so a crash leaves nothing behind
     strategy.finish()
     assert run(strategy, base, updates(base, 2, seed=2)) is not None
 
@@ -143,7 +143,7 @@ def test_statistics_have_no_say_in_distances(tmp_path: Path) -> None:
     base = {"w": torch.zeros(4), "var": torch.zeros(4)}
     contributions = []
     for number in range(5):
-        # By its weights client 0 is in the middle; by the statistics, on a far larger scale, it is alone.
+        # Client 0 is in the middle by its weights, but far from the others by its statistics.
         weights, statistics = torch.full((4,), 0.1 * number * (-1) ** number), torch.full((4,), 1e6 * (number == 0))
         update = Update(f"p/{number}", 1, {"w": weights, "var": statistics}, frozenset({"var"}))
         contributions.append(update)
@@ -152,7 +152,7 @@ def test_statistics_have_no_say_in_distances(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_statistics_and_counters_of_a_liar_are_withstood(rule: str, tmp_path: Path) -> None:
-    # Its weights are the global ones, which are the nearest to all others: Krum takes that update.
+    # Its weights are the global ones, which are the closest to all others, so Krum selects it.
     dice = torch.Generator().manual_seed(0)
     base: State = {"w": torch.zeros(1000), "mean": torch.zeros(4), "var": torch.ones(4), "n": torch.tensor(100)}
     base["flag"] = torch.tensor([True, False])
@@ -177,7 +177,7 @@ def test_statistics_and_counters_of_a_liar_are_withstood(rule: str, tmp_path: Pa
 @pytest.mark.parametrize("attack", ["one weight", "noise", "together", "the same"])
 @pytest.mark.parametrize(("count", "liars"), [(5, 2), (10, 1), (10, 4), (31, 15)])
 def test_the_geometric_median_keeps_its_bound(count: int, liars: int, attack: str, size: float, tmp_path: Path) -> None:
-    """It is within 2 (n - f) / (n - 2 f) of any point, times the largest distance of an honest update from that.
+    """The result is within 2 (n - f) / (n - 2 f) times the largest distance of an honest update from any point.
 
     Pillutla, Kakade and Harchaoui (2022), lemma 2, after Lopuhaa and Rousseeuw (1991)."""
     dice = torch.Generator().manual_seed(count)
@@ -227,14 +227,14 @@ def test_memory_does_not_grow_with_the_clients(tmp_path: Path) -> None:
     strategy.begin(base)
     spread = torch.linspace(-1, 1, 3_000_000)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except OSError:
         pytest.skip("this system does not let a process measure its own peak")
     before = resident()
     for number in range(40):
         strategy.accept(Update(f"p/{number}", 1, {"w": spread * number}))
     strategy.finish()
-    # 40 updates are 480 MB; the result is 12 MB, a block and what sorting takes beside it are a few times 16 MiB.
+    # 40 updates are 480 MB; the result is 12 MB, and a block and the memory for sorting are a few times 16 MiB.
     assert peak() - before < 200 << 20
 
 

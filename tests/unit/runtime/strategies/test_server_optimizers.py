@@ -1,4 +1,4 @@
-"""FedAvgM, FedAdagrad, FedAdam and FedYogi against their papers' formulas in NumPy, and over a restart."""
+"""FedAvgM, FedAdagrad, FedAdam and FedYogi compared with their papers' formulas in NumPy, also after a restart."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -69,7 +69,7 @@ def test_as_in_the_paper(algorithm: str) -> None:
 
 @pytest.mark.parametrize("algorithm", RULES)
 def test_what_is_not_trained_is_averaged(algorithm: str) -> None:
-    # A variance that shrinks fast: an adaptive step would carry it below zero.
+    # A variance that shrinks fast: an adaptive step would make it negative.
     base = {"w": torch.ones(2), "var": torch.full((2,), 0.01)}
     strategy = make(algorithm)
     for update in updates(base, 3, seed=0, spread=0.0):
