@@ -14,5 +14,5 @@ from isthmus_contracts.pb import federation_pb2 as pb
 def test_heartbeats_are_neither_a_flood_nor_absent(asked: float, taken: float) -> None:
     session = object.__new__(Session)
     session.endpoint, session.context, session._heartbeat_seconds = "localhost:1", Context(pool="pool"), 10.0
-    assert not session._take(pb.ServerMessage(welcome=pb.Welcome(heartbeat_seconds=asked, instance="x")))
+    assert not session._handle(pb.ServerMessage(welcome=pb.Welcome(heartbeat_seconds=asked, instance="x")))
     assert session._heartbeat_seconds == taken

@@ -102,7 +102,7 @@ class Extra(torch.nn.Linear):
 
 @pytest.mark.parametrize("extra", [{"vocabulary": ["a"]}, b"bytes", None, 1.5])
 def test_extra_state_is_named_and_stays_where_it_is_left_out(extra: object) -> None:
-    message = rf"0\._extra_state is a {type(extra).__name__}, not a tensor; isthmus"
+    message = rf"0\._extra_state is a {type(extra).__name__}, not a tensor; use isthmus"
     with pytest.raises(isthmus.ScriptError, match=message):
         SharedState(torch.nn.Sequential(Extra(extra)))
     model = torch.nn.Sequential(Extra(extra))
