@@ -36,7 +36,7 @@ from ..malloc_tuning import keep_memory_flat
 from ..strategies import StrategyError, make_strategy
 from .exits import EXIT_PORT_TAKEN
 from .job import load_job
-from .rounds.coordinator import Federation
+from .rounds.coordinator import Coordinator
 from .rounds.privacy_budget import protect
 from .rpc.connections import CONNECTIONS_OF_EACH, Connections
 from .rpc.service import FederationService, ObserverService
@@ -119,10 +119,10 @@ async def serve(arguments: argparse.Namespace) -> int:
     rule = make_strategy(job.spec.strategy, arguments.state, job.spec.most_trainers)
     strategy, budget = protect(job.spec, rule)
     tracker = make_tracker(job, arguments.state)
-    federation = Federation(job, store, strategy, metrics, tracker, budget)
-    federation.wait_for(arguments.wait_for)
+    coordinator = Coordinator(job, store, strategy, metrics, tracker, budget)
+    coordinator.wait_for(arguments.wait_for)
     connections = Connections(job.spec.total_clients)
-    observer = ObserverService(federation, connections)
+    observer = ObserverService(coordinator, connections)
     server = aio.server(
         options=[
             *server_options(_CALLS_OF_A_CONNECTION),
@@ -130,7 +130,7 @@ async def serve(arguments: argparse.Namespace) -> int:
             ("grpc.max_allowed_incoming_connections", _connections(job.spec.total_clients)),
         ]
     )
-    server.add_generic_rpc_handlers((FederationService(federation, connections).handler(), observer.handler()))
+    server.add_generic_rpc_handlers((FederationService(coordinator, connections).handler(), observer.handler()))
     port = _bound(arguments.listen, lambda: server.add_secure_port(arguments.listen, credentials))
     metrics_server = _serve_metrics(arguments.metrics, metrics)
     await server.start()
@@ -141,24 +141,24 @@ async def serve(arguments: argparse.Namespace) -> int:
     log.info("serving %s/%s on port %d", job.namespace, job.name, port)
 
     stopped = _stop_signals()
-    training = asyncio.create_task(federation.run())
+    training = asyncio.create_task(coordinator.run())
     watching = asyncio.create_task(connections.watch(port))
     stopping = asyncio.create_task(stopped.wait())
     try:
         await asyncio.wait({training, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not training.done():
-            log.info("stopped by a signal after round %d", federation.status().completed_rounds)
-            federation.dismiss(pb.Stop.RESTARTING, "the aggregator was told to stop")
+            log.info("stopped by a signal after round %d", coordinator.status().completed_rounds)
+            coordinator.stop_all(pb.Stop.RESTARTING, "the aggregator was told to stop")
             return 143
         try:
             training.result()
         except StrategyError as error:
-            federation.dismiss(pb.Stop.FAILED, str(error))
+            coordinator.stop_all(pb.Stop.FAILED, str(error))
             tracker.fail(str(error))
-            await _clients_gone(federation)  # one that did not hear would call for half an hour
+            await _clients_gone(coordinator)  # one that did not hear would call for half an hour
             raise
-        _leave(arguments.termination_log, termination_message(federation.status()))
-        await (stopped.wait() if arguments.stay else _farewell(federation, observer, stopped))
+        _leave(arguments.termination_log, termination_message(coordinator.status()))
+        await (stopped.wait() if arguments.stay else _farewell(coordinator, observer, stopped))
         return 0
     finally:
         for task in (training, stopping, watching):
@@ -201,9 +201,9 @@ def _stop_signals() -> asyncio.Event:
     return stopped
 
 
-async def _farewell(federation: Federation, observer: ObserverService, stopped: asyncio.Event) -> None:
+async def _farewell(coordinator: Coordinator, observer: ObserverService, stopped: asyncio.Event) -> None:
     """Stays until the clients have gone and somebody has read that the job is complete."""
-    await _clients_gone(federation)
+    await _clients_gone(coordinator)
     seen = asyncio.create_task(observer.completion_seen.wait())
     signalled = asyncio.create_task(stopped.wait())
     await asyncio.wait({seen, signalled}, timeout=LINGER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -211,11 +211,11 @@ async def _farewell(federation: Federation, observer: ObserverService, stopped: 
         task.cancel()
 
 
-async def _clients_gone(federation: Federation) -> None:
+async def _clients_gone(coordinator: Coordinator) -> None:
     """Waits until every client has hung up, for a while."""
     with suppress(TimeoutError):
         async with asyncio.timeout(FAREWELL_SECONDS):
-            while any(client.connected for client in federation.members):  # noqa: ASYNC110 - a moment, at the very end
+            while any(client.connected for client in coordinator.members):  # noqa: ASYNC110 - a moment, at the very end
                 await asyncio.sleep(0.05)
 
 

@@ -20,11 +20,11 @@ import torch
 from isthmus.aggregator import __main__ as aggregator
 from isthmus.aggregator.clients.membership import Client, Membership
 from isthmus.aggregator.rounds import coordinator
-from isthmus.aggregator.rounds.coordinator import Federation
-from isthmus.aggregator.rounds.delivery import Outcome
+from isthmus.aggregator.rounds.coordinator import Coordinator
+from isthmus.aggregator.rounds.delivery import Delivery
 from isthmus.aggregator.rounds.evaluation import Evaluations
 from isthmus.aggregator.rounds.privacy_budget import PrivacyBudget
-from isthmus.aggregator.rpc.push import Pushes
+from isthmus.aggregator.rpc.push import PushHandler
 from isthmus.aggregator.state.metrics_by_round import Progress
 from isthmus.aggregator.storage import checkpoints
 from isthmus.aggregator.updates.intake import Intake
@@ -40,10 +40,10 @@ from isthmus_contracts.wire import transport
 # Everything that happens between the first chunk of an update and the last word about its commit.
 POINTS: list[tuple[Any, str]] = [
     (Reception, "__init__"), (Reception, "write"), (Reception, "finish"), (Decoder, "write"),
-    (Pushes, "_count"), (Intake, "precheck"), (Intake, "_count"), (Intake, "_fold"),
+    (PushHandler, "_count"), (Intake, "early_reply"), (Intake, "_count"), (Intake, "_fold"),
     (Deterministic, "accept"), (Deterministic, "finish"), (FedAvg, "accept"), (FedAvg, "finish"), (Spill, "add"),
     (Private, "accept"), (Private, "finish"), (PrivacyBudget, "account"), (PrivacyBudget, "charge"),
-    (Federation, "_begin_round"), (coordinator, "record_of"), (Federation, "_settled_book"),
+    (Coordinator, "_begin_round"), (coordinator, "record_of"), (Coordinator, "_updated_history"),
     (checkpoints.CheckpointStore, "save"), (checkpoints.CheckpointStore, "append"), (checkpoints, "_publishing"),
     (os, "fdatasync"), (os, "fsync"), (Path, "rename"), (Path, "unlink"),
     (Membership, "admit"), (Membership, "leave"), (Client, "send"),
@@ -51,7 +51,7 @@ POINTS: list[tuple[Any, str]] = [
 
 # What happens once a model may have met the target. Watched where a process ends at a point of a name.
 ENDING: list[tuple[Any, str]] = [
-    (Evaluations, "take"), (Progress, "take"), (Federation, "_give_up"), (Outcome, "deliver"), (Path, "hardlink_to"),
+    (Evaluations, "take"), (Progress, "take"), (Coordinator, "_abandon"), (Delivery, "deliver"), (Path, "hardlink_to"),
     (checkpoints.CheckpointStore, "write_final"), (checkpoints.CheckpointStore, "write_best"),
 ]  # fmt: skip
 

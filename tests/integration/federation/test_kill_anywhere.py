@@ -119,7 +119,7 @@ def test_at_every_point_of_a_round(federation: Make, script: Path, nurseries: tu
     named = [f"{side} {name}" for name in NAMED for side in ("before", "after")]
     points = run(killed, script, nurseries, [*range(first, last), *named])
     # The longest life went through a whole round and began another.
-    begun = [number for number, point in enumerate(passed(undisturbed)) if point == "before Federation._begin_round"]
+    begun = [number for number, point in enumerate(passed(undisturbed)) if point == "before Coordinator._begin_round"]
     assert begun[2] - begun[1] < last - first - 2 * CLIENTS
     assert points[-len(named) :] == named
     assert len(set(points)) > 25
@@ -175,8 +175,8 @@ def test_the_model_that_met_the_target(federation: Make, script: Path, nurseries
     undisturbed, killed = (federation(CLIENTS, 9, **spec) for _ in range(2))
     run(undisturbed, script, nurseries, [], COUNT="yes")
     named = [
-        "before Evaluations.take", "after Evaluations.take", "before Federation._give_up",
-        "before CheckpointStore.append", "after CheckpointStore.append", "before Outcome.deliver",
+        "before Evaluations.take", "after Evaluations.take", "before Coordinator._abandon",
+        "before CheckpointStore.append", "after CheckpointStore.append", "before Delivery.deliver",
         "before CheckpointStore.write_final", "before Path.rename", "after CheckpointStore.write_final",
         "before CheckpointStore.write_best", "before Path.hardlink_to", "after CheckpointStore.write_best",
     ]  # fmt: skip

@@ -48,7 +48,7 @@ class Report:
 
 
 @dataclass
-class ClientBook:
+class ClientHistory:
     """The records of all clients that were ever asked."""
 
     records: dict[ClientId, ClientRecord] = field(default_factory=dict)
@@ -57,29 +57,29 @@ class ClientBook:
         """A client's record; an empty one for a client that is not known."""
         return self.records.get(client, ClientRecord())
 
-    def settled(
+    def after_round(
         self, round_number: int, asked: Iterable[ClientId], missed: Mapping[ClientId, float | None],
         reports: Iterable[tuple[ClientId, Report]], horizon: int,
-    ) -> "ClientBook":  # fmt: skip
-        """The book after a round.
+    ) -> "ClientHistory":  # fmt: skip
+        """The history after a round.
 
         ``missed``: who was asked and did not hand in, and for how many seconds it has been at work without having
         failed, if it has not: such a client is slow, not unreliable. ``horizon``: how late updates may be.
         """
-        book = ClientBook(dict(self.records))
+        history = ClientHistory(dict(self.records))
         for client in asked:
-            record = book.of(client)
+            record = history.of(client)
             offered = tuple(number for number in record.offered if number >= round_number - horizon)
-            book.records[client] = replace(record, asked=round_number, offered=(*offered, round_number))
+            history.records[client] = replace(record, asked=round_number, offered=(*offered, round_number))
         for client, seconds in missed.items():
-            record = book.of(client)
+            record = history.of(client)
             if seconds is None:
-                book.records[client] = replace(record, reliability=_moved(record.reliability, 0.0))
+                history.records[client] = replace(record, reliability=_moved(record.reliability, 0.0))
             elif record.seconds is not None:
-                book.records[client] = replace(record, seconds=max(record.seconds, seconds))
+                history.records[client] = replace(record, seconds=max(record.seconds, seconds))
         for client, report in reports:
-            record = book.of(client)
-            book.records[client] = replace(
+            record = history.of(client)
+            history.records[client] = replace(
                 record,
                 examples=report.examples,
                 loss=report.loss,
@@ -87,19 +87,19 @@ class ClientBook:
                 reliability=_moved(record.reliability, 1.0),
                 counted=tuple(number for number in (*record.counted, report.round) if number >= round_number - horizon),
             )
-        return book
+        return history
 
     def text(self) -> str:
-        """The book, to be written beside a model."""
+        """The history, to be written beside a model."""
         return json.dumps([[*client, *astuple(record)] for client, record in sorted(self.records.items())])
 
     @classmethod
-    def of_text(cls, text: str) -> "ClientBook":
+    def of_text(cls, text: str) -> "ClientHistory":
         """Return what :meth:`text` wrote. Raises ``ValueError`` for anything else."""
         try:
             return cls({(pool, index): _record(*values) for pool, index, *values in json.loads(text)})
         except TypeError as error:
-            raise ValueError(f"not a book of clients: {error}") from None
+            raise ValueError(f"not a history of clients: {error}") from None
 
 
 def _record(*values: Any) -> ClientRecord:

@@ -40,7 +40,7 @@ class Client:
     offers: dict[int, float] = field(default_factory=dict)
     """When it was first offered its newest rounds (monotonic seconds)."""
     last_heard: float = 0.0
-    heirs: int = 0
+    successors: int = 0
     """Newer processes that wait until it has handed in what it is at work on."""
     stage: str = ""
 
@@ -68,7 +68,7 @@ class Client:
         for old in sorted(self.offers)[:-_REMEMBERED_OFFERS]:
             del self.offers[old]
 
-    def works_on(self, round_number: int, base_digest: str) -> bool:
+    def resumes(self, round_number: int, base_digest: str) -> bool:
         """Return whether it said, when it came, that it has this round's work in hand."""
         return self.work == (round_number, base_digest)
 

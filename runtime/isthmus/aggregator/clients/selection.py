@@ -10,7 +10,7 @@ from statistics import median
 from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.api.fields import exactly
 
-from .client_history import ClientBook, ClientRecord
+from .client_history import ClientHistory, ClientRecord
 from .membership import ClientId
 
 # Oort's constants: the weight of time since the last round, and how hard slowness is punished.
@@ -29,7 +29,7 @@ class Choice:
     target: int | None
 
 
-def choose(spec: FederatedJobSpec, number: int, ready: Sequence[ClientId], book: ClientBook) -> Choice:
+def choose(spec: FederatedJobSpec, number: int, ready: Sequence[ClientId], history: ClientHistory) -> Choice:
     """The clients of round ``number``; the same ones after a restart, where the same ones are ready.
 
     ``Random`` and ``Adaptive`` take max(fraction * ready, quorum) clients (McMahan et al. 2017, algorithm 1), and
@@ -45,13 +45,18 @@ def choose(spec: FederatedJobSpec, number: int, ready: Sequence[ClientId], book:
     if selection.policy == "Random":
         clients = generator.sample(list(ready), asked)
     else:
-        clients = adaptive(ready, asked, number, book, float(selection.exploration), generator)
+        clients = adaptive(ready, asked, number, history, float(selection.exploration), generator)
     target = size or (max(wanted, spec.min_updates) if asked > wanted else None)
     return Choice(clients, target)
 
 
 def adaptive(
-    ready: Sequence[ClientId], count: int, number: int, book: ClientBook, exploration: float, generator: random.Random
+    ready: Sequence[ClientId],
+    count: int,
+    number: int,
+    history: ClientHistory,
+    exploration: float,
+    generator: random.Random,
 ) -> list[ClientId]:
     """``count`` of the ready clients, by what is known of them.
 
@@ -72,11 +77,11 @@ def adaptive(
 
     taken: set[ClientId] = set()
     shuffled = generator.sample(list(ready), len(ready))
-    by_wait = sorted(shuffled, key=lambda client: book.of(client).asked)
+    by_wait = sorted(shuffled, key=lambda client: history.of(client).asked)
     patience = _TURNS * math.ceil(len(ready) / count)
-    take([client for client in by_wait if number - book.of(client).asked > patience], count)
+    take([client for client in by_wait if number - history.of(client).asked > patience], count)
     take(by_wait, math.ceil(exactly(exploration) * count))
-    known = {client: book.of(client) for client in ready if book.of(client).known}
+    known = {client: history.of(client) for client in ready if history.of(client).known}
     utilities = _utilities(known, number)
     keys = {client: generator.random() ** (1 / max(utilities[client], 1e-9)) for client in shuffled if client in known}
     take(sorted(keys, key=keys.__getitem__, reverse=True), count)

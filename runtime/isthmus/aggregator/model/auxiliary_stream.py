@@ -10,7 +10,7 @@ from ...tensors import State, checksum_of, chunks_of, specs_of
 from .global_model import GlobalModel
 
 
-async def companion_messages(model: GlobalModel, companion: State) -> AsyncIterator[tuple[bytes, int]]:
+async def auxiliary_messages(model: GlobalModel, companion: State) -> AsyncIterator[tuple[bytes, int]]:
     """The answer to a Pull of it.
 
     A strategy may change the tensors while a straggler still reads them, at the end of a round: then the checksum does

@@ -63,7 +63,7 @@ class Compression:
         seed = upload_seed(header.round, header.pool, header.index)
         return Decoder(header.tensors, self._upload, seed, base, room)
 
-    def settle(
+    def next_model(
         self, finish: Callable[[], State], round_number: int, base: State, base_digest: str, buffers: Collection[str]
     ) -> tuple[State, Broadcast | None]:
         """The next global model, as clients will see it, and its encoded form, if it has one.

@@ -4,10 +4,10 @@ import time
 from collections.abc import Set
 
 from ..clients.membership import ClientId
-from ..state.confirmation import Voices
+from ..state.confirmation import ClientMeasurements
 from ..state.metrics_by_round import Progress
 from ..state.round_decision import RoundState
-from ..state.training_state import Course
+from ..state.training_state import TrainingState
 from ..storage.checkpoints import Checkpoint, RoundRecord
 from .privacy_budget import PrivacyBudget
 
@@ -17,17 +17,17 @@ _TRAIN_PREFIX = "train_"
 
 
 def record_of(
-    state: RoundState, course: Course, progress: Progress, budget: PrivacyBudget | None, voices: Voices,
-    present: Set[ClientId],
+    state: RoundState, training: TrainingState, progress: Progress, budget: PrivacyBudget | None,
+    measurements: ClientMeasurements, present: Set[ClientId],
 ) -> RoundRecord:  # fmt: skip
     """Return the record of a round whose result is made. ``present``: the clients that can train."""
-    means = progress.admit({_train_name(name): value for name, value in course.training.means().items()})
+    means = progress.admit({_train_name(name): value for name, value in training.means.means().items()})
     seconds = time.monotonic() - state.started
-    record = RoundRecord(state.number, seconds, state.updates, course.examples, means, time.time())
+    record = RoundRecord(state.number, seconds, state.updates, training.examples, means, time.time())
     objective = progress.objective.metric
     names = [name for name in {objective, objective.removeprefix(_TRAIN_PREFIX)} if _train_name(name) == objective]
     asked = state.accepted | {client for client, _ in state.late}
-    least = voices.confirmed(course.training, names, means.get(objective), asked, present)
+    least = measurements.confirmed(training.means, names, means.get(objective), asked, present)
     record.confirmed = {} if least is None else {objective: least}
     if budget is not None:
         record.privacy = budget.account()

@@ -17,7 +17,7 @@ from isthmus_contracts.text import one_line
 from ... import views
 from ...strategies import Strategy, StrategyError
 from ...tensors import State
-from ..clients.client_history import ClientBook
+from ..clients.client_history import ClientHistory
 from ..clients.membership import Client, ClientId, Membership
 from ..clients.outbox import Outbox
 from ..clients.selection import choose
@@ -25,24 +25,24 @@ from ..job import Job
 from ..model import messages
 from ..model.compression import Broadcast, Compression
 from ..model.global_model import GlobalModel
-from ..state.confirmation import Voices
+from ..state.confirmation import ClientMeasurements
 from ..state.metrics_by_round import Progress, WeightedMeans
-from ..state.round_decision import LOST_CLIENT_GRACE, RoundState, Verdict, decide, hopeless
-from ..state.training_state import Course
+from ..state.round_decision import LOST_CLIENT_GRACE, RoundState, Verdict, blocking_client, decide
+from ..state.training_state import TrainingState
 from ..storage.checkpoints import VIEWS, Checkpoint, CheckpointError, CheckpointStore, RoundRecord
 from ..telemetry.metrics import AggregatorMetrics
-from ..telemetry.round_statistics import RoundLedger
+from ..telemetry.round_statistics import RoundStatistics
 from ..telemetry.tracking.tracker import Tracker
 from ..updates.intake import Intake
 from .commit_record import RECORD, committed_record, record_of
-from .delivery import Outcome
-from .durable_writer import StateWriter
+from .delivery import Delivery
+from .durable_writer import DurableWriter
 from .evaluation import Evaluations
 from .handover import Handover
-from .model_publisher import Publisher
+from .model_publisher import ModelPublisher
 from .offers import Offers
 from .privacy_budget import PrivacyBudget
-from .status import Reporter
+from .status import StatusReporter
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ HEARTBEAT_SECONDS = 10.0
 _CLIENTS, _BUFFERS, _FROZEN = "clients", "buffers", "frozen"
 
 
-class Federation:
+class Coordinator:
     """Runs a job's rounds over whatever clients are there. ``run()`` returns when training is complete."""
 
     def __init__(
@@ -66,13 +66,13 @@ class Federation:
         self.metrics = metrics
         self.members = Membership(job.spec)
         self.compression = Compression(job.spec)
-        self.course = Course()
-        self.handover = Handover(self.members, self.course, self._ask_again)
-        self.ledger = RoundLedger(metrics)
+        self.training = TrainingState()
+        self.handover = Handover(self.members, self.training, self._ask_again)
+        self.statistics = RoundStatistics(metrics)
         # One thread, first in first out: updates are folded one by one, and a round's result is computed after them.
         self._folder = ThreadPoolExecutor(1, "fold")
         self.intake = Intake(
-            job, self.course, self.members, self.compression, strategy, self.ledger, self._folder, store.directory
+            job, self.training, self.members, self.compression, strategy, self.statistics, self._folder, store.directory
         )
         self._store = store
         self._strategy = strategy
@@ -80,14 +80,18 @@ class Federation:
         self.progress = Progress(job.spec.objective)
         self._contributors: set[ClientId] = set()  # to the newest committed round
         self._record: RoundRecord | None = None  # of the newest committed round
-        self._voices = Voices(job.spec.objective, job.spec.folds_late)  # by what clients measure while they train
-        self._offers = Offers(job.spec, self.course, self.compression, self.ledger)
-        self._writer = StateWriter(store, self.course, self.ledger, metrics, tracker)
-        self._evaluations = Evaluations(job.spec, self.course, self.members, self.progress, self._offers, self._writer)
-        self._publisher = Publisher(store.directory, self.course.changes)
-        self._outcome = Outcome(store, self.course, self.progress, self._writer, self._publisher, tracker)
-        self._reporter = Reporter(
-            job.spec, self.course, self.members, self.progress, tracker, self._publisher, metrics, budget
+        self._measurements = ClientMeasurements(
+            job.spec.objective, job.spec.folds_late
+        )  # by what clients measure while they train
+        self._offers = Offers(job.spec, self.training, self.compression, self.statistics)
+        self._writer = DurableWriter(store, self.training, self.statistics, metrics, tracker)
+        self._evaluations = Evaluations(
+            job.spec, self.training, self.members, self.progress, self._offers, self._writer
+        )
+        self._publisher = ModelPublisher(store.directory, self.training.changes)
+        self._delivery = Delivery(store, self.training, self.progress, self._writer, self._publisher, tracker)
+        self._reporter = StatusReporter(
+            job.spec, self.training, self.members, self.progress, tracker, self._publisher, metrics, budget
         )
 
     # ---- the course of training
@@ -103,32 +107,32 @@ class Federation:
             checkpoint = await self._initialize()
         else:
             self.progress.restore(
-                await self._records(checkpoint), self._store.numbers(), self._outcome.noted(checkpoint.notes)
+                await self._records(checkpoint), self._store.numbers(), self._delivery.noted(checkpoint.notes)
             )
             log.info("resuming after round %d of %d", checkpoint.round, self.spec.rounds)
             self._strategy.load_state(checkpoint.strategy)
-            self.course.resumed = checkpoint.round + 1
+            self.training.resumed = checkpoint.round + 1
             await self._remember(checkpoint)
-        self.course.buffers = frozenset(json.loads(checkpoint.notes.get(_BUFFERS, "[]")))
-        self.course.frozen = frozenset(json.loads(checkpoint.notes.get(_FROZEN, "[]")))
-        self.course.views = checkpoint.views
+        self.training.buffers = frozenset(json.loads(checkpoint.notes.get(_BUFFERS, "[]")))
+        self.training.frozen = frozenset(json.loads(checkpoint.notes.get(_FROZEN, "[]")))
+        self.training.views = checkpoint.views
         await self._adopt(checkpoint)
-        while checkpoint.round < self.spec.rounds and not self._outcome.met and not self._out_of_budget(checkpoint):
+        while checkpoint.round < self.spec.rounds and not self._delivery.met and not self._out_of_budget(checkpoint):
             await self._wait_for_quorum()
-            if not self._outcome.met:  # a pool that evaluates may have said so meanwhile
+            if not self._delivery.met:  # a pool that evaluates may have said so meanwhile
                 checkpoint = await self._train(checkpoint)
-        self.course.open.set()  # whoever waits hears that it is over
-        self.intake.receptions.clear()
-        if not self._outcome.met:
+        self.training.open.set()  # whoever waits hears that it is over
+        self.intake.receive_slots.clear()
+        if not self._delivery.met:
             await self._evaluations.conclude(self._contributors, self._record, self._changed)
-        await self._outcome.deliver(checkpoint)
-        if checkpoint.round + 1 == self.course.resumed:
-            await self._clients_back()
-        self.dismiss(pb.Stop.COMPLETE, "training is complete")
+        await self._delivery.deliver(checkpoint)
+        if checkpoint.round + 1 == self.training.resumed:
+            await self._wait_for_clients()
+        self.stop_all(pb.Stop.COMPLETE, "training is complete")
         self._reporter.refresh()
-        self.course.changes.ring()
+        self.training.changes.notify()
 
-    async def _clients_back(self) -> None:
+    async def _wait_for_clients(self) -> None:
         """Wait for clients of an aggregator that was killed: they shall hear that it is over."""
         until = time.monotonic() + LOST_CLIENT_GRACE
         while len(self.members.trainers()) < self.spec.min_clients and time.monotonic() < until:
@@ -144,11 +148,11 @@ class Federation:
     def wait_for(self, clients: int) -> None:
         """Sets how many clients, those included that only evaluate, are to be there before the first round of this
         process, besides the quorum. Without effect once they were."""
-        if self.course.awaited is not None:
-            self.course.awaited = clients
-            self.course.changes.ring()
+        if self.training.awaited is not None:
+            self.training.awaited = clients
+            self.training.changes.notify()
 
-    def dismiss(self, reason: "pb.Stop.Reason.ValueType", message: str) -> None:
+    def stop_all(self, reason: "pb.Stop.Reason.ValueType", message: str) -> None:
         """Tells every client to stop."""
         for client in self.members:
             client.send(messages.stop(reason, message))
@@ -156,31 +160,31 @@ class Federation:
     async def _initialize(self) -> Checkpoint:
         """The first model: the initial weights of the first client that hands in good ones."""
         await self._wait_for_quorum()
-        self.course.phase = pb.FederationStatus.INITIALIZING
-        while self.course.initial is None:
-            initialization, seconds = self.course.initialization, self.spec.stragglers.round_deadline_seconds
+        self.training.phase = pb.FederationStatus.INITIALIZING
+        while self.training.initial is None:
+            initialization, seconds = self.training.initialization, self.spec.stragglers.round_deadline_seconds
             client = initialization.choose(self.members.trainers(), time.monotonic(), seconds)
             if client is not None:
                 log.info("asking %s for the initial weights", client.name)
                 client.send(messages.INITIALIZE)
             await self._changed(until=initialization.until)
-        initial = self.course.initial
+        initial = self.training.initial
         checkpoint = await self._writer.checkpoint(lambda: self._store.save(0, initial, notes=self._notes()))
-        self.course.initial, self.course.message = None, ""  # the weights take as much memory as the model
+        self.training.initial, self.training.message = None, ""  # the weights take as much memory as the model
         return checkpoint
 
     async def _wait_for_quorum(self) -> None:
         while message := self._missing():
-            self.course.phase, self.course.message = pb.FederationStatus.WAITING, message
+            self.training.phase, self.training.message = pb.FederationStatus.WAITING, message
             await self._changed()
-        self.course.awaited, self.course.message = None, ""
+        self.training.awaited, self.training.message = None, ""
 
     def _missing(self) -> str:
         """Return which clients a round cannot begin without; empty where they are there."""
         ready, needed = len(self.members.trainers()), self.spec.min_clients
         if ready < needed:
             return f"{ready} of {needed} needed clients are connected"
-        connected, awaited = len(self.members.ready()), self.course.awaited or 0
+        connected, awaited = len(self.members.ready()), self.training.awaited or 0
         return f"{connected} of {awaited} clients are connected" if connected < awaited else ""
 
     async def _train(self, base: Checkpoint) -> Checkpoint:
@@ -189,55 +193,55 @@ class Federation:
         Where ``base`` turns out to meet the objective's target, the round is given up, and ``base`` returned.
         """
         state = self._begin_round(base)
-        await self._outcome.retire()
+        await self._delivery.retire()
         while True:
-            if self._outcome.met:
-                return await self._give_up(state, base)
-            if self.course.broken is not None:
-                raise self.course.broken
+            if self._delivery.met:
+                return await self._abandon(state, base)
+            if self.training.broken is not None:
+                raise self.training.broken
             decision = decide(state, self.members.by_id, self.spec.min_updates, time.monotonic())
             if decision.verdict is Verdict.COMMIT:
                 if not self._evaluations_follow(state):
                     break
                 await self._changed(until=state.started + LOST_CLIENT_GRACE)
                 continue
-            if decision.verdict is Verdict.MORE:
-                self._take_in_more(state)
+            if decision.verdict is Verdict.SELECT_MORE:
+                self._select_more(state)
             elif decision.verdict is Verdict.EXTEND:
                 self._extend(state)
                 continue
-            await self._changed(until=decision.look_again)
-        self.course.closing = True
-        self.course.open.clear()
+            await self._changed(until=decision.recheck_at)
+        self.training.closing = True
+        self.training.open.clear()
         # Before the commit: once that is durable, a restart would not ask for these measurements again.
         await self._evaluations.close(self._record)
-        if self._outcome.met:
-            return await self._give_up(state, base)
+        if self._delivery.met:
+            return await self._abandon(state, base)
         result, broadcast = await asyncio.get_running_loop().run_in_executor(
-            self._folder, self.compression.settle, self._strategy.finish, state.number, base.state, base.digest,
-            self.course.buffers,
+            self._folder, self.compression.next_model, self._strategy.finish, state.number, base.state, base.digest,
+            self.training.buffers,
         )  # fmt: skip
         present = {client.id for client in self.members.trainers()}
-        record = record_of(state, self.course, self.progress, self._budget, self._voices, present)
-        book = self._settled_book(state)
+        record = record_of(state, self.training, self.progress, self._budget, self._measurements, present)
+        book = self._updated_history(state)
         notes = {**self._notes(), RECORD: record.text()}
-        if self._keeps_book:
+        if self._keeps_history:
             notes[_CLIENTS] = book.text()
         checkpoint = await self._writer.checkpoint(
             lambda: self._store.save(state.number, result, self._strategy.state(), notes)
         )
-        self.intake.book = book
+        self.intake.client_history = book
         await self._conclude(state, record)
         await self._adopt(checkpoint, broadcast)
         return checkpoint
 
-    async def _give_up(self, state: RoundState, base: Checkpoint) -> Checkpoint:
+    async def _abandon(self, state: RoundState, base: Checkpoint) -> Checkpoint:
         """End a round that is not needed: ``base``, from which it began, meets the objective's target."""
-        self.course.closing = True
+        self.training.closing = True
         await self._evaluations.close(self._record)
         if state.folding:
             await asyncio.wait(state.folding.values())
-        self.course.round = None
+        self.training.round = None
         log.info("round %d meets the objective's target; round %d is given up", base.round, state.number)
         return base
 
@@ -247,38 +251,38 @@ class Federation:
         An update that was in hand then comes by itself; the measurement of the model that it began with comes once the
         round is offered again.
         """
-        soon = state.number == self.course.resumed and time.monotonic() < state.started + LOST_CLIENT_GRACE
+        soon = state.number == self.training.resumed and time.monotonic() < state.started + LOST_CLIENT_GRACE
         return soon and bool(self._evaluations.missing & state.accepted)
 
     def _notes(self) -> dict[str, str]:
         """Return what is committed with each model."""
-        still = ((_BUFFERS, self.course.buffers), (_FROZEN, self.course.frozen))
-        notes = {name: json.dumps(sorted(names)) for name, names in still} | self._outcome.notes()
-        return notes | ({VIEWS: views.to_text(self.course.views)} if self.course.views else {})
+        still = ((_BUFFERS, self.training.buffers), (_FROZEN, self.training.frozen))
+        notes = {name: json.dumps(sorted(names)) for name, names in still} | self._delivery.notes()
+        return notes | ({VIEWS: views.to_text(self.training.views)} if self.training.views else {})
 
     def _begin_round(self, base: Checkpoint) -> RoundState:
         number, now = base.round + 1, time.monotonic()
         ready = [client.id for client in self.members.trainers()]
-        choice = choose(self.spec, number, ready, self.intake.book)
+        choice = choose(self.spec, number, ready, self.intake.client_history)
         state = RoundState(number, now, now + self.spec.stragglers.round_deadline_seconds, target=choice.target)
         permissions = self.intake.permissions
         working = [client.id for client in self.members.trainers() if permissions.resumes(client, number, base.digest)]
         state.selected.update(choice.clients, working)
         self._strategy.begin(base.state)
-        self.ledger.begin()
+        self.statistics.begin()
         self._offers.begin()
-        self.course.round, self.course.round_started, self.course.closing = state, time.time(), False
-        self.course.training, self.course.examples = WeightedMeans(self.spec.strategy.one_voice), 0
-        self.course.phase, self.course.message = pb.FederationStatus.TRAINING, ""
-        self.course.open.set()
+        self.training.round, self.training.round_started, self.training.closing = state, time.time(), False
+        self.training.means, self.training.examples = WeightedMeans(self.spec.strategy.one_voice), 0
+        self.training.phase, self.training.message = pb.FederationStatus.TRAINING, ""
+        self.training.open.set()
         log.info("round %d: %d of %d ready clients", number, len(state.selected), len(ready))
         for client in self.members.trainers():
             if client.id in state.selected:
                 self._offers.train(client, state)
-        self.course.changes.ring()
+        self.training.changes.notify()
         return state
 
-    def _take_in_more(self, state: RoundState) -> None:
+    def _select_more(self, state: RoundState) -> None:
         """Clients that the round did not select, or that came later, take the places of those that are lost."""
         for client in self.members.trainers():
             if client.id not in state.selected:
@@ -287,11 +291,13 @@ class Federation:
         have, need = state.updates, self.spec.min_updates
         refused = f"; refused: {state.fault}" if state.fault else ""
         refused += "; a lower learning rate may help" if state.diverged else ""
-        self.course.message = f"round {state.number} has {have} of {need} needed updates; waiting for clients{refused}"
+        self.training.message = (
+            f"round {state.number} has {have} of {need} needed updates; waiting for clients{refused}"
+        )
 
     def _extend(self, state: RoundState) -> None:
         spec = self.spec
-        if (lost := hopeless(state, spec.backoff_limit, spec.most_trainers, spec.min_updates)) is not None:
+        if (lost := blocking_client(state, spec.backoff_limit, spec.most_trainers, spec.min_updates)) is not None:
             raise StrategyError(
                 f"round {state.number} cannot end: {lost[0]}/{lost[1]} has handed in NaN, infinity or huge numbers"
                 f" {state.diverged[lost]} times, and a round needs {spec.min_updates} updates;"
@@ -318,28 +324,28 @@ class Federation:
 
     async def _remember(self, checkpoint: Checkpoint) -> None:
         """Takes up what earlier processes knew of the clients, and of models that late updates may come from."""
-        if not self._keeps_book:
+        if not self._keeps_history:
             return
         try:
-            self.intake.book = ClientBook.of_text(checkpoint.notes.get(_CLIENTS, "[]"))
+            self.intake.client_history = ClientHistory.of_text(checkpoint.notes.get(_CLIENTS, "[]"))
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.file.path}: {error}; remove it to go on from the one before") from None
-        await asyncio.to_thread(self.intake.history.restore, self._store, checkpoint.round)
+        await asyncio.to_thread(self.intake.base_models.restore, self._store, checkpoint.round)
 
     @property
-    def _keeps_book(self) -> bool:
+    def _keeps_history(self) -> bool:
         return self.spec.folds_late or self.spec.selection.policy == "Adaptive"
 
-    def _settled_book(self, state: RoundState) -> ClientBook:
+    def _updated_history(self, state: RoundState) -> ClientHistory:
         """Return what is known of the clients, after a round."""
-        if not self._keeps_book:
-            return self.intake.book
+        if not self._keeps_history:
+            return self.intake.client_history
         now, missed = time.monotonic(), {}
         for client_id in state.selected - state.accepted:
             client = self.members.get(client_id)
             at_work = client is not None and client.ready and client_id not in state.rejected
             missed[client_id] = client.took(state.number, now) if client is not None and at_work else None
-        return self.intake.book.settled(
+        return self.intake.client_history.after_round(
             state.number, state.selected, missed, state.reports, self.spec.stragglers.max_staleness
         )
 
@@ -350,25 +356,25 @@ class Federation:
         await self._evaluations.close(self._record)  # those that came meanwhile
         record.seconds, record.time = time.monotonic() - state.started, time.time()
         away = {client.id for client in self.members if not client.ready}
-        self.ledger.close(record, state.selected, state.accepted, away | state.rejected)
+        self.statistics.close(record, state.selected, state.accepted, away | state.rejected)
         self._record = record
         await self._writer.record(record)
         self.progress.take(state.number, record.metrics, record.confirmed.get(self.spec.objective.metric))
-        self.course.round, self._contributors = None, state.accepted | {client for client, _ in state.late}
+        self.training.round, self._contributors = None, state.accepted | {client for client, _ in state.late}
         self.metrics.round_seconds.observe(record.seconds)
         log.info("round %d committed: %d updates, %.2f s", state.number, state.updates, record.seconds)
 
     async def _adopt(self, checkpoint: Checkpoint, broadcast: Broadcast | None = None) -> None:
         """Makes a durable checkpoint the global model, and tells the clients."""
-        self.course.model = GlobalModel.of(checkpoint, self.spec.total_clients, broadcast)
-        self.metrics.model_bytes.set(self.course.model.size)
-        self.intake.history.add(checkpoint)
+        self.training.model = GlobalModel.of(checkpoint, self.spec.total_clients, broadcast)
+        self.metrics.model_bytes.set(self.training.model.size)
+        self.intake.base_models.add(checkpoint)
         self._publisher.publish(checkpoint)
         self._evaluations.begin()
         for client in self.members:
             client.send(messages.committed(checkpoint.round))
             self._offers.watch(client)
-        self.course.changes.ring()
+        self.training.changes.notify()
 
     # ---- what clients say
 
@@ -377,26 +383,26 @@ class Federation:
         self.intake.permissions.check_hello(hello)
         client = self.members.admit(hello)
         client.send(messages.welcome(HEARTBEAT_SECONDS, self.spec.rounds, self.instance))
-        if self.course.model is not None:
-            client.send(messages.committed(self.course.model.round))
+        if self.training.model is not None:
+            client.send(messages.committed(self.training.model.round))
             self._offers.watch(client)
-        match self.course.phase:
+        match self.training.phase:
             case pb.FederationStatus.COMPLETE:
                 client.send(messages.stop(pb.Stop.COMPLETE, "training is complete"))
-            case pb.FederationStatus.INITIALIZING if self.course.initialization.asked(client.id):
+            case pb.FederationStatus.INITIALIZING if self.training.initialization.asked(client.id):
                 client.send(messages.INITIALIZE)
-            case pb.FederationStatus.EVALUATING if client.evaluates and self.course.model is not None:
+            case pb.FederationStatus.EVALUATING if client.evaluates and self.training.model is not None:
                 self._offers.evaluate(client)
             case _:
                 self._ask_again(client)
         log.info("%s joined (attempt %d)", client.name, client.attempt)
-        self.course.changes.ring()
+        self.training.changes.notify()
         return client
 
     def _ask_again(self, client: Client) -> None:
         """Repeats the offer that a client had before it came back, or we did."""
-        state, model = self.course.round, self.course.model
-        if state is None or model is None or self.course.closing:
+        state, model = self.training.round, self.training.model
+        if state is None or model is None or self.training.closing:
             return
         if self.intake.permissions.resumes(client, state.number, model.digest):
             state.selected.add(client.id)
@@ -407,7 +413,7 @@ class Federation:
         """A control stream has ended."""
         self.members.leave(client, outbox)
         log.info("%s disconnected", client.name)
-        self.course.changes.ring()
+        self.training.changes.notify()
 
     def hear(self, client: Client, message: pb.ClientMessage) -> None:
         """Any later message of a client."""
@@ -420,7 +426,7 @@ class Federation:
             case "failure" if not client.failed:  # it says so once: nothing comes after it
                 self.members.fail(client, message.failure)
                 log.warning("%s failed: %s", client.name, one_line(message.failure.message))
-                self.course.changes.ring()
+                self.training.changes.notify()
             case "leaving":
                 log.info("%s leaves: %s", client.name, one_line(message.leaving.reason))
 
@@ -435,7 +441,7 @@ class Federation:
 
     async def _changed(self, until: float | None = None) -> None:
         """Waits for a change, or until the given time (monotonic seconds)."""
-        self._outcome.show()
+        self._delivery.show()
         self._reporter.refresh_soon()
-        self.course.changes.tell()
-        await self.course.changes.wait(until)
+        self.training.changes.notify_listeners()
+        await self.training.changes.wait(until)

@@ -8,26 +8,26 @@ from collections.abc import Mapping
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..state.metrics_by_round import Progress
-from ..state.training_state import Course
+from ..state.training_state import TrainingState
 from ..storage.checkpoints import Checkpoint, CheckpointError, CheckpointStore
 from ..telemetry.tracking.tracker import Tracker
-from .durable_writer import StateWriter
-from .model_publisher import Publisher
+from .durable_writer import DurableWriter
+from .model_publisher import ModelPublisher
 
 log = logging.getLogger(__name__)
 
 _NOTE = "best"
 
 
-class Outcome:
+class Delivery:
     """The job's model is the one that met the objective's target, or else the newest."""
 
     def __init__(
-        self, store: CheckpointStore, course: Course, progress: Progress, writer: StateWriter, publisher: Publisher,
-        tracker: Tracker,
+        self, store: CheckpointStore, training: TrainingState, progress: Progress, writer: DurableWriter,
+        publisher: ModelPublisher, tracker: Tracker,
     ) -> None:  # fmt: skip
         self._store = store
-        self._course = course
+        self._training = training
         self._progress = progress
         self._writer = writer
         self._publisher = publisher
@@ -75,9 +75,9 @@ class Outcome:
             await self._deliver_best(final)
         except (OSError, CheckpointError) as error:
             # The job's model is there: this one is not worth failing for, and its checkpoint stays.
-            self._course.warnings.append(f"the best model, of round {self.best}, is in checkpoints/ only: {error}")
-            log.warning("%s", self._course.warnings[-1])
-        self._course.phase, self._course.message = pb.FederationStatus.COMPLETE, ""
+            self._training.warnings.append(f"the best model, of round {self.best}, is in checkpoints/ only: {error}")
+            log.warning("%s", self._training.warnings[-1])
+        self._training.phase, self._training.message = pb.FederationStatus.COMPLETE, ""
         log.info("complete: %d rounds, the model of round %d is in %s", newest.round, final.round, path)
 
     async def _deliver_best(self, final: Checkpoint) -> None:

@@ -6,10 +6,10 @@ import time
 from collections.abc import Awaitable, Callable, Collection
 from typing import TypeVar
 
-from ..state.training_state import Course
+from ..state.training_state import TrainingState
 from ..storage.checkpoints import CheckpointStore, RoundRecord
 from ..telemetry.metrics import AggregatorMetrics
-from ..telemetry.round_statistics import RoundLedger
+from ..telemetry.round_statistics import RoundStatistics
 from ..telemetry.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -19,15 +19,20 @@ CHECKPOINT_RETRY = 5.0
 T = TypeVar("T")
 
 
-class StateWriter:
+class DurableWriter:
     """While something cannot be written, status and a metric tell."""
 
     def __init__(
-        self, store: CheckpointStore, course: Course, ledger: RoundLedger, metrics: AggregatorMetrics, tracker: Tracker
+        self,
+        store: CheckpointStore,
+        training: TrainingState,
+        statistics: RoundStatistics,
+        metrics: AggregatorMetrics,
+        tracker: Tracker,
     ) -> None:
         self._store = store
-        self._course = course
-        self._ledger = ledger
+        self._training = training
+        self._statistics = statistics
         self._metrics = metrics
         self._tracker = tracker
 
@@ -37,7 +42,7 @@ class StateWriter:
         async def in_thread() -> T:
             started = time.monotonic()
             result = await asyncio.to_thread(write)
-            self._ledger.checkpointed(time.monotonic() - started)
+            self._statistics.checkpointed(time.monotonic() - started)
             return result
 
         return await self._persistently("checkpoint", in_thread)
@@ -58,12 +63,12 @@ class StateWriter:
                 result = await write()
             except OSError as error:
                 self._metrics.checkpoint_failures.inc()
-                self._course.message = f"the {what} cannot be written: {error.strerror or error}; trying again"
-                log.error("%s", self._course.message)
-                self._course.changes.ring()
+                self._training.message = f"the {what} cannot be written: {error.strerror or error}; trying again"
+                log.error("%s", self._training.message)
+                self._training.changes.notify()
                 await asyncio.sleep(CHECKPOINT_RETRY)
             else:
-                self._course.message = ""
+                self._training.message = ""
                 return result
 
     async def retire(self, wanted: Collection[int]) -> None:

@@ -12,12 +12,12 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from ... import metric_names as metricnames
 from ...framing import MOST_EXAMPLES
 from ..clients.membership import Client, ClientId, Membership
-from ..state.confirmation import Voices
+from ..state.confirmation import ClientMeasurements
 from ..state.metrics_by_round import Progress, WeightedMeans
 from ..state.round_decision import LOST_CLIENT_GRACE
-from ..state.training_state import Course
+from ..state.training_state import TrainingState
 from ..storage.checkpoints import RoundRecord
-from .durable_writer import StateWriter
+from .durable_writer import DurableWriter
 from .offers import Offers
 
 log = logging.getLogger(__name__)
@@ -37,16 +37,16 @@ class Evaluations:
     """Of one model at a time, the newest."""
 
     def __init__(
-        self, spec: FederatedJobSpec, course: Course, members: Membership, progress: Progress, offers: Offers,
-        writer: StateWriter,
+        self, spec: FederatedJobSpec, training: TrainingState, members: Membership, progress: Progress, offers: Offers,
+        writer: DurableWriter,
     ) -> None:  # fmt: skip
         self._spec = spec
-        self._course = course
+        self._training = training
         self._members = members
         self._progress = progress
         self._offers = offers
         self._writer = writer
-        self._voices = Voices(spec.objective, spec.folds_late)
+        self._measurements = ClientMeasurements(spec.objective, spec.folds_late)
         self.begin()
 
     def begin(self) -> None:
@@ -59,7 +59,7 @@ class Evaluations:
 
     def take(self, client: Client, evaluation: pb.Evaluation) -> None:
         """Take a client's measurement, once, if it was asked for it."""
-        model = self._course.model
+        model = self._training.model
         if model is None or not model.round or evaluation.model_digest != model.digest:
             return
         if client.id in self._means.clients() or client.id in self._refused:
@@ -79,13 +79,13 @@ class Evaluations:
             means = self._progress.admit(self._means.means())
             self._progress.take(model.round, means, self._confirmed(self._asked()))
             self._progress.look_for_objective()
-        self._course.changes.ring()
+        self._training.changes.notify()
 
     @property
     def missing(self) -> set[ClientId]:
         """The clients that were asked, are still there and have not answered; none for the first model, which is not
         measured."""
-        if self._course.model is None or not self._course.model.round:
+        if self._training.model is None or not self._training.model.round:
             return set()
         asked = {client.id for client in self._members.ready() if client.evaluates} & self._offers.offered
         return asked - self._means.clients() - self._refused
@@ -98,14 +98,14 @@ class Evaluations:
         metric = self._spec.objective.metric
         mean = self._means.means().get(metric)
         present = {client.id for client in self._members.ready() if client.evaluates}
-        return self._voices.confirmed(self._means, (metric,), mean, asked, present)
+        return self._measurements.confirmed(self._means, (metric,), mean, asked, present)
 
     async def close(self, record: RoundRecord | None, asked: set[ClientId] | None = None) -> None:
         """Book what was measured of the model, also in its own round's record.
 
         ``asked``: whose measurements were waited for. Default: all who were asked for one.
         """
-        model = self._course.model
+        model = self._training.model
         if model is None or not model.round:
             return
         if len(self._means) == self._booked:
@@ -125,8 +125,8 @@ class Evaluations:
 
     async def conclude(self, contributors: Collection[ClientId], record: RoundRecord | None, changed: Changed) -> None:
         """Have the clients measure the final model, to which ``contributors`` gave the last updates."""
-        assert self._course.model is not None
-        self._course.phase = pb.FederationStatus.EVALUATING
+        assert self._training.model is not None
+        self._training.phase = pb.FederationStatus.EVALUATING
         offered: set[ClientId] = set()
         started = time.monotonic()
         until = started + EVALUATION_DEADLINE

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
-from ..state.notifier import Bell
+from ..state.notifier import Notifier
 from ..storage.checkpoints import Checkpoint
 from ..storage.safetensors_file import SMALL_BYTES, sha256_of
 
@@ -19,17 +19,17 @@ _NICENESS = 10
 _REST = 10
 
 
-class Publisher:
+class ModelPublisher:
     """Hashes the files of large models aside, behind everything that a round waits for.
 
     Where rounds are quick, models in between are passed over.
     """
 
-    def __init__(self, directory: Path, changes: Bell) -> None:
+    def __init__(self, directory: Path, changes: Notifier) -> None:
         """``directory``: what paths in the status are relative to; ``changes`` ring when there is news."""
         self._directory = directory
         self._changes = changes
-        self._thread = ThreadPoolExecutor(1, "publish", initializer=_step_back)
+        self._thread = ThreadPoolExecutor(1, "publish", initializer=_lower_priority)
         self._next: dict[bool, tuple[int, Path]] = {}  # of the best one, and of the newest: round and file
         self._hashing: asyncio.Task[None] | None = None
         self._best: int | None = None  # its round
@@ -47,7 +47,7 @@ class Publisher:
         self._best = number
         if self.newest is not None and self.newest.round == number:
             self.best = self.newest
-            self._changes.tell()
+            self._changes.notify_listeners()
             return
         with suppress(OSError):
             self._take(number, path, path.stat().st_size, best=True)
@@ -89,13 +89,13 @@ class Publisher:
             self.newest = status
         if number == self._best:
             self.best = status
-        self._changes.tell()
+        self._changes.notify_listeners()
 
     def _status(self, path: Path, number: int, sha256: str) -> pb.ModelStatus:
         return pb.ModelStatus(path=str(path.relative_to(self._directory)), round=number, sha256=sha256)
 
 
-def _step_back() -> None:
+def _lower_priority() -> None:
     """Linux takes a thread's id for a process's."""
     with suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -10,19 +10,21 @@ from ..clients.membership import Client, ClientId
 from ..model import messages
 from ..model.compression import Compression
 from ..state.round_decision import RoundState
-from ..state.training_state import Course
-from ..telemetry.round_statistics import RoundLedger
+from ..state.training_state import TrainingState
+from ..telemetry.round_statistics import RoundStatistics
 
 
 class Offers:
     """Makes them of the newest committed model, which must be there, and sends them."""
 
-    def __init__(self, spec: FederatedJobSpec, course: Course, compression: Compression, ledger: RoundLedger) -> None:
+    def __init__(
+        self, spec: FederatedJobSpec, training: TrainingState, compression: Compression, statistics: RoundStatistics
+    ) -> None:
         self._spec = spec
-        self._course = course
+        self._training = training
         self._compression = compression
-        self._ledger = ledger
-        self._training: pb.ServerMessage | None = None  # of the round in progress: the same for all
+        self._statistics = statistics
+        self._train_offer: pb.ServerMessage | None = None  # of the round in progress: the same for all
         self.offered: set[ClientId] = set()
         """The clients that were offered the newest model."""
 
@@ -32,22 +34,22 @@ class Offers:
 
     def begin(self) -> None:
         """A new round has begun."""
-        self._training = None
+        self._train_offer = None
 
     def train(self, client: Client, state: RoundState) -> None:
         """Offers the round's work to a client."""
         client.offered(state.number, time.monotonic())
-        if client.heirs:
+        if client.successors:
             return  # its successor, which comes in a moment, is asked instead
-        if self._training is None:
-            assert self._course.model is not None
-            self._training = messages.train(self._spec, state.number, self._course.model, self._compression)
-        self._send(client, self._training)
+        if self._train_offer is None:
+            assert self._training.model is not None
+            self._train_offer = messages.train(self._spec, state.number, self._training.model, self._compression)
+        self._send(client, self._train_offer)
 
     def evaluate(self, client: Client) -> None:
         """Asks a client to measure the model."""
-        assert self._course.model is not None
-        self._send(client, messages.evaluate(self._course.model, self._compression))
+        assert self._training.model is not None
+        self._send(client, messages.evaluate(self._training.model, self._compression))
 
     def watch(self, client: Client) -> None:
         """A client that trains nothing measures every model."""
@@ -56,8 +58,8 @@ class Offers:
 
     def _send(self, client: Client, message: pb.ServerMessage) -> None:
         if client.connected and message.offer.model:
-            assert self._course.model is not None
-            self._ledger.sent(client.id[0], NONE, self._course.model.size)
+            assert self._training.model is not None
+            self._statistics.sent(client.id[0], NONE, self._training.model.size)
         if client.connected:
             self.offered.add(client.id)
         client.send(message)

@@ -7,25 +7,25 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..clients.membership import Membership
 from ..state.metrics_by_round import Progress
-from ..state.training_state import Course
+from ..state.training_state import TrainingState
 from ..telemetry.metrics import AggregatorMetrics
 from ..telemetry.tracking.tracker import Tracker
-from .model_publisher import Publisher
+from .model_publisher import ModelPublisher
 from .privacy_budget import PrivacyBudget
 
 # Metrics follow the state at most this much later. Seconds.
 _METRICS_PACE = 0.2
 
 
-class Reporter:
+class StatusReporter:
     """Reads where training stands; changes nothing but metrics."""
 
     def __init__(
-        self, spec: FederatedJobSpec, course: Course, members: Membership, progress: Progress, tracker: Tracker,
-        publisher: Publisher, metrics: AggregatorMetrics, budget: PrivacyBudget | None = None,
+        self, spec: FederatedJobSpec, training: TrainingState, members: Membership, progress: Progress,
+        tracker: Tracker, publisher: ModelPublisher, metrics: AggregatorMetrics, budget: PrivacyBudget | None = None,
     ) -> None:  # fmt: skip
         self._spec = spec
-        self._course = course
+        self._training = training
         self._members = members
         self._progress = progress
         self._tracker = tracker
@@ -36,12 +36,12 @@ class Reporter:
 
     def status(self) -> pb.FederationStatus:
         """What the operator sees."""
-        course, state = self._course, self._course.round
-        completed = course.completed
-        warnings = [*course.warnings, *filter(None, (self._progress.note, *self._tracker.notes))]
+        training, state = self._training, self._training.round
+        completed = training.completed
+        warnings = [*training.warnings, *filter(None, (self._progress.note, *self._tracker.notes))]
         status = pb.FederationStatus(
-            phase=course.phase,
-            message=course.message or next(iter(warnings), ""),
+            phase=training.phase,
+            message=training.message or next(iter(warnings), ""),
             current_round=state.number if state else completed,
             completed_rounds=completed,
             total_rounds=self._spec.rounds,
@@ -51,8 +51,8 @@ class Reporter:
             best=self._progress.best,
             selected=len(state.selected) if state else 0,
             submitted=state.updates if state else 0,
-            round_started=course.round_started,
-            started=course.started,
+            round_started=training.round_started,
+            started=training.started,
             model=self._publisher.newest,
             best_model=self._publisher.best,
             warnings=warnings,
@@ -70,4 +70,4 @@ class Reporter:
     def refresh(self) -> None:
         """Brings the metrics up to date."""
         self._due = None
-        self._metrics.show(self.status(), self._course.round.number if self._course.round else 0)
+        self._metrics.show(self.status(), self._training.round.number if self._training.round else 0)

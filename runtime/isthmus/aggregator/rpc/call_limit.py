@@ -11,7 +11,7 @@ class SupersededError(Exception):
     """A newer call of the same client has taken this one's place."""
 
 
-class Calls:
+class CallLimit:
     """The calls that are under way, by client."""
 
     def __init__(self) -> None:

@@ -12,11 +12,11 @@ from ...codecs import CodecError
 from ...framing import Frame, receive_update, update_frame
 from ...tensors import State, TransferError
 from ..clients.membership import Client
-from ..rounds.coordinator import Federation
+from ..rounds.coordinator import Coordinator
 from ..updates import validation
 from ..updates.receive_slots import AHEAD_BYTES
 from ..updates.validation import Fault
-from .call_limit import Calls, SupersededError
+from .call_limit import CallLimit, SupersededError
 from .readahead import read_ahead
 
 log = logging.getLogger(__name__)
@@ -42,14 +42,14 @@ class _OutdatedError(Exception):
     """The global model has changed while an update was on its way."""
 
 
-class Pushes:
+class PushHandler:
     """Takes in updates, and counts what becomes of each."""
 
-    def __init__(self, federation: Federation) -> None:
-        self._federation = federation
-        self._intake = federation.intake
-        self._metrics = federation.metrics
-        self._calls = Calls()
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._intake = coordinator.intake
+        self._metrics = coordinator.metrics
+        self._calls = CallLimit()
 
     async def take(
         self,
@@ -77,14 +77,14 @@ class Pushes:
         invite: Callable[[], Awaitable[None]],
     ) -> pb.PushReply:
         started = time.monotonic()
-        await self._intake.answerable(header)
-        reply = self._intake.precheck(header)
+        await self._intake.wait_until_decidable(header)
+        reply = self._intake.early_reply(header)
         repeated = reply is not None and reply.verdict == pb.PushReply.ACCEPTED
         if reply is None:
             try:
                 reply = await self._receive_in_turn(first, header, stream, started, invite)
             except CodecError as error:  # sent again it would be the same
-                reply = self._intake.precheck(header) or self._intake.reject(header, validation.fault_of(error))
+                reply = self._intake.early_reply(header) or self._intake.reject(header, validation.fault_of(error))
             except TransferError as error:
                 fault = validation.fault_of(error)
                 self._count(header, "corrupt", fault.reason)
@@ -98,7 +98,7 @@ class Pushes:
             self._count(header, "unconnected", reply.reason)
             raise ResendError(Fault(validation.Reason(reply.reason), reply.message))
         self._count(header, "repeated" if repeated else _RESULTS[reply.verdict], reply.reason)
-        reply.instance = self._federation.instance
+        reply.instance = self._coordinator.instance
         return reply
 
     async def answer(self, message: bytes, client: Client) -> pb.PushReply:
@@ -136,13 +136,13 @@ class Pushes:
         invite: Callable[[], Awaitable[None]],
     ) -> pb.PushReply:
         """Takes in an update when there is room for it. Raises ``TransferError``."""
-        model, receptions = self._federation.course.model, self._intake.receptions
-        async with receptions.turn(model) as file, AsyncExitStack() as stack:
+        model, receive_slots = self._coordinator.training.model, self._intake.receive_slots
+        async with receive_slots.ticket(model) as file, AsyncExitStack() as stack:
             if first.checksum is None:
                 await invite()
             if file is not None:
                 return await self._receive(first, header, stream, file, started)
-            place = stack.enter_async_context(receptions.place(model))
+            place = stack.enter_async_context(receive_slots.slot(model))
             if first.checksum is None:
                 room, stream = await read_ahead(stream, place, AHEAD_BYTES)
             else:
@@ -158,24 +158,24 @@ class Pushes:
         started: float,
     ) -> pb.PushReply:
         """Takes in a whole update; whatever is wrong with the stream refuses all of it. Raises ``TransferError``."""
-        reception = self._federation.compression.reception(header, self._intake.base(header), room)
-        model = self._federation.course.model
+        reception = self._coordinator.compression.reception(header, self._intake.base(header), room)
+        model = self._coordinator.training.model
 
         def still_wanted() -> None:
             """A slow client must not hold the base model of a Delta for ever."""
             nonlocal model
-            if self._federation.course.model is not model:
-                model = self._federation.course.model
-                if self._intake.precheck(header) is not None:
+            if self._coordinator.training.model is not model:
+                model = self._coordinator.training.model
+                if self._intake.early_reply(header) is not None:
                     raise _OutdatedError
 
         try:
             tensors, size = await receive_update(first, stream, reception, still_wanted)
         except _OutdatedError:
-            reply = self._intake.precheck(header)
+            reply = self._intake.early_reply(header)
             return reply or validation.reply(pb.PushReply.STALE, "its round is over")
         codec = "+".join(header.codecs) or NONE
-        self._federation.ledger.received(header.pool, codec, size, time.monotonic() - started)
+        self._coordinator.statistics.received(header.pool, codec, size, time.monotonic() - started)
         return await self._intake.accept(header, tensors)
 
 

@@ -22,15 +22,15 @@ from ...tensors import TransferError, TruncatedError
 from ..clients.membership import Client, ClientId, Refusal
 from ..clients.outbox import Outbox
 from ..model import messages
-from ..model.auxiliary_stream import companion_messages
+from ..model.auxiliary_stream import auxiliary_messages
 from ..model.global_model import GlobalModel
-from ..rounds.coordinator import Federation
+from ..rounds.coordinator import Coordinator
 from ..updates import validation
-from .call_limit import Calls, SupersededError
+from .call_limit import CallLimit, SupersededError
 from .callers import Caller, Callers
 from .connections import Connections, peer_address
 from .pace import paced, send_paced
-from .push import Pushes, ResendError
+from .push import PushHandler, ResendError
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +49,13 @@ HELLO_SECONDS = 30.0
 class FederationService:
     """Serves clients. Each presents a certificate of its own for this job, or its HPC pool's."""
 
-    def __init__(self, federation: Federation, connections: Connections) -> None:
-        self._federation = federation
+    def __init__(self, coordinator: Coordinator, connections: Connections) -> None:
+        self._coordinator = coordinator
         self._connections = connections
-        self._pushes = Pushes(federation)
-        self._callers = Callers(federation.spec, federation.job.uid)
-        self._opening = Calls()
-        self._pulling = Calls()
+        self._pushes = PushHandler(coordinator)
+        self._callers = Callers(coordinator.spec, coordinator.job.uid)
+        self._opening = CallLimit()
+        self._pulling = CallLimit()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """For a server. The tensors' messages stay as they are: :mod:`..framing` reads and makes them."""
@@ -89,9 +89,9 @@ class FederationService:
             _release(error)
             raise
         try:
-            self._federation.intake.permissions.check_hello(first.hello)
-            await self._federation.handover.wait(first.hello)
-            client = self._federation.join(first.hello)
+            self._coordinator.intake.permissions.check_hello(first.hello)
+            await self._coordinator.handover.wait(first.hello)
+            client = self._coordinator.join(first.hello)
         except Refusal as refusal:
             log.warning("%s/%d refused: %s", first.hello.pool, first.hello.index, refusal)
             yield pb.ServerMessage(stop=refusal.stop)
@@ -106,7 +106,7 @@ class FederationService:
                     return
         finally:
             reader.cancel()
-            self._federation.leave(client, outbox)
+            self._coordinator.leave(client, outbox)
 
     async def _read(
         self,
@@ -122,7 +122,7 @@ class FederationService:
             async for message in incoming:
                 if client.outbox is not outbox:  # a fenced process is not listened to any more
                     continue
-                self._federation.hear(client, message)
+                self._coordinator.hear(client, message)
                 if message.HasField("update"):
                     if answering is not None:  # who does not wait for the answer is not read on
                         await answering
@@ -138,7 +138,7 @@ class FederationService:
     async def Pull(self, request: pb.PullRequest, context: Context) -> None:
         """See federation.proto."""
         caller = await self._authenticate(context)
-        model = self._federation.course.model
+        model = self._coordinator.training.model
         if model is None or request.digest != model.digest:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "that model is not the current one")
             return
@@ -155,13 +155,13 @@ class FederationService:
     async def _messages(self, request: pb.PullRequest, model: GlobalModel, pool: str) -> AsyncIterator[bytes]:
         """Yield the answer to a Pull; each message is counted before it goes."""
         if request.companion:
-            async for message, size in companion_messages(model, self._federation.companion):
-                self._federation.ledger.sent(pool, NONE, size)
+            async for message, size in auxiliary_messages(model, self._coordinator.companion):
+                self._coordinator.statistics.sent(pool, NONE, size)
                 yield message
             return
         stream, codec = model.stream(request)
         for message, size in stream:
-            self._federation.ledger.sent(pool, codec, size)
+            self._coordinator.statistics.sent(pool, codec, size)
             yield message
 
     async def Push(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.PushReply:
@@ -260,8 +260,8 @@ def _first_frame(message: bytes) -> Frame[pb.UpdateHeader] | None:
 class ObserverService:
     """Serves whoever watches the job: the operator, or the local runner."""
 
-    def __init__(self, federation: Federation, connections: Connections) -> None:
-        self._federation = federation
+    def __init__(self, coordinator: Coordinator, connections: Connections) -> None:
+        self._coordinator = coordinator
         self._connections = connections
         self.completion_seen = asyncio.Event()
         """An observer has read a status that says COMPLETE."""
@@ -284,22 +284,22 @@ class ObserverService:
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.FederationStatus:
         """See federation.proto."""
         await self._authenticate(context)
-        status = self._federation.status()
+        status = self._coordinator.status()
         self._seen(status)
         return status
 
     async def WatchStatus(self, request: pb.GetStatusRequest, context: Context) -> AsyncIterator[pb.FederationStatus]:
         """See federation.proto."""
         await self._authenticate(context)
-        async for _ in self._federation.course.changes.listen():
-            status = self._federation.status()
+        async for _ in self._coordinator.training.changes.listen():
+            status = self._coordinator.status()
             yield status
             self._seen(status)
 
     async def WaitFor(self, request: pb.WaitForRequest, context: Context) -> pb.WaitForReply:
         """See federation.proto."""
         await self._authenticate(context)
-        self._federation.wait_for(request.clients)
+        self._coordinator.wait_for(request.clients)
         return pb.WaitForReply()
 
     def _seen(self, status: pb.FederationStatus) -> None:
@@ -307,6 +307,6 @@ class ObserverService:
             self.completion_seen.set()
 
     async def _authenticate(self, context: Context) -> None:
-        if observer_identity(self._federation.job.uid) not in peer_uris(context):
+        if observer_identity(self._coordinator.job.uid) not in peer_uris(context):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the certificate is not this job's observer's")
         self._connections.admit("observer", OBSERVERS, peer_address(context.peer()))

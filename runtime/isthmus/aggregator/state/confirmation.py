@@ -26,7 +26,7 @@ def confirmed(mean: float, own: Collection[float], asked: int, objective: Object
     return min(mean, finite[middle]) if maximize else max(mean, finite[middle])
 
 
-class Voices:
+class ClientMeasurements:
     """Each client's newest value of the objective's metric, of whatever model."""
 
     def __init__(self, objective: Objective, few: bool) -> None:

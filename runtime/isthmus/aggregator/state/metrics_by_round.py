@@ -101,7 +101,7 @@ class Progress:
         self.note = ""
 
     def take(self, round_number: int, means: Mapping[str, float], confirmation: float | None = None) -> None:
-        """Take the metrics of a round's model, and how good it is at least (see :mod:`.voices`)."""
+        """Take the metrics of a round's model, and how good it is at least (see :mod:`.confirmation`)."""
         for name, value in means.items():
             self.newest[name] = pb.MetricValue(name=name, value=value, round=round_number)
         if self.objective.metric not in means:

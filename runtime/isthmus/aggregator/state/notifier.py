@@ -8,19 +8,19 @@ from collections.abc import AsyncIterator
 _PACE = 0.1
 
 
-class Bell:
+class Notifier:
     """One waits for the next ring; any number of listeners hear that it rang."""
 
     def __init__(self) -> None:
         self._rung = asyncio.Event()
         self._listeners: set[asyncio.Event] = set()
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """Something has changed."""
         self._rung.set()
-        self.tell()
+        self.notify_listeners()
 
-    def tell(self) -> None:
+    def notify_listeners(self) -> None:
         """Something has changed that only listeners care for."""
         for listener in self._listeners:
             listener.set()

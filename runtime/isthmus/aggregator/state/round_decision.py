@@ -48,7 +48,7 @@ class RoundState:
         return len(self.accepted) + len(self.late)
 
 
-def hopeless(state: RoundState, chances: int, trainers: int, min_updates: int) -> ClientId | None:
+def blocking_client(state: RoundState, chances: int, trainers: int, min_updates: int) -> ClientId | None:
     """Return a client that has diverged in more than ``chances`` runs at the round, where no round can do without it.
 
     ``None`` while the others of the job's ``trainers``, once they are all there, could hand in enough: no client ends a
@@ -74,7 +74,7 @@ class Verdict(Enum):
 
     COMMIT = auto()
     WAIT = auto()
-    MORE = auto()  # too few of the selected can still hand in: take others in, where there are any
+    SELECT_MORE = auto()  # too few of the selected can still hand in: take others in, where there are any
     EXTEND = auto()  # the deadline passed without enough updates: start the clock again
 
 
@@ -83,7 +83,7 @@ class Decision:
     """A verdict, and when to look again at the latest (monotonic seconds)."""
 
     verdict: Verdict
-    look_again: float
+    recheck_at: float
 
 
 def decide(state: RoundState, presence: Mapping[ClientId, Presence], min_updates: int, now: float) -> Decision:
@@ -99,7 +99,7 @@ def decide(state: RoundState, presence: Mapping[ClientId, Presence], min_updates
 
 
 def _decide(state: RoundState, presence: Mapping[ClientId, Presence], min_updates: int, now: float) -> Decision:
-    outstanding, look_again = _outstanding(state, presence, now)
+    outstanding, recheck_at = _outstanding(state, presence, now)
     enough = state.updates >= min_updates
     full = state.target is not None and state.updates >= state.target
     if enough and (full or not outstanding):
@@ -107,15 +107,15 @@ def _decide(state: RoundState, presence: Mapping[ClientId, Presence], min_update
     if now >= state.deadline:
         return Decision(Verdict.COMMIT if enough else Verdict.EXTEND, now)
     if state.updates + len(outstanding) < min_updates:
-        return Decision(Verdict.MORE, look_again)
-    return Decision(Verdict.WAIT, look_again)
+        return Decision(Verdict.SELECT_MORE, recheck_at)
+    return Decision(Verdict.WAIT, recheck_at)
 
 
 def _outstanding(
     state: RoundState, presence: Mapping[ClientId, Presence], now: float
 ) -> tuple[Collection[ClientId], float]:
     """The selected clients that may still hand in, and when that may change by time alone."""
-    outstanding, look_again = [], state.deadline
+    outstanding, recheck_at = [], state.deadline
     for client in state.selected - state.accepted - state.rejected:
         seen = presence.get(client)
         if seen is None or seen.failed:
@@ -124,5 +124,5 @@ def _outstanding(
             outstanding.append(client)
         elif now < seen.lost_at + LOST_CLIENT_GRACE:
             outstanding.append(client)
-            look_again = min(look_again, seen.lost_at + LOST_CLIENT_GRACE)
-    return outstanding, look_again
+            recheck_at = min(recheck_at, seen.lost_at + LOST_CLIENT_GRACE)
+    return outstanding, recheck_at

@@ -13,12 +13,12 @@ from ..clients.initialization import Initialization
 from ..model.global_model import GlobalModel
 from ..storage.safetensors_file import SMALL_BYTES
 from .metrics_by_round import WeightedMeans
-from .notifier import Bell
+from .notifier import Notifier
 from .round_decision import RoundState
 
 
 @dataclass
-class Course:
+class TrainingState:
     """Changed on the event loop only."""
 
     phase: pb.FederationStatus.Phase.ValueType = pb.FederationStatus.WAITING
@@ -35,7 +35,7 @@ class Course:
     """Seconds since the epoch."""
     closing: bool = False
     """The round's result is being computed: nothing is accepted any more."""
-    training: WeightedMeans = field(default_factory=WeightedMeans)
+    means: WeightedMeans = field(default_factory=WeightedMeans)
     """What the clients measured while they trained for the round in progress."""
     examples: int = 0
     """Of the updates of the round in progress."""
@@ -57,7 +57,7 @@ class Course:
     """What the strategy died of: the job cannot go on."""
     open: asyncio.Event = field(default_factory=asyncio.Event)
     """Updates are counted: not so between rounds."""
-    changes: Bell = field(default_factory=Bell)
+    changes: Notifier = field(default_factory=Notifier)
 
     @property
     def is_small(self) -> bool:

@@ -162,7 +162,7 @@ class CheckpointStore:
     ) -> TensorFile:
         metadata = {**(notes or {}), "format": "pt", "round": str(round_number), "job_uid": self._job_uid}
         with _publishing(path) as partial:
-            recycled_file.take(spare, partial)
+            recycled_file.recycle(spare, partial)
             try:
                 file = safetensors_file.write(partial, state, metadata)
             except HeaderError as error:
@@ -196,7 +196,7 @@ class CheckpointStore:
         with _publishing(plain) as partial:
             safetensors_file.save_plain(partial, state)
         with _publishing(path) as partial:
-            recycled_file.take(self._spare, partial)
+            recycled_file.recycle(self._spare, partial)
             safetensors_file.write(partial, state, {"format": "pt", "round": str(checkpoint.round)})
         self._strategy_spare.unlink(missing_ok=True)
         return path, safetensors_file.sha256_of(path)

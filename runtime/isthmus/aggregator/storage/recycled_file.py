@@ -12,7 +12,7 @@ from pathlib import Path
 SUFFIX = ".spare"
 
 
-def take(spare: Path, path: Path) -> None:
+def recycle(spare: Path, path: Path) -> None:
     """Gives the spare file, if there is one, a new name, to be written over; not if somebody still reads it. Raises
     ``OSError``."""
     try:

@@ -8,10 +8,10 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from ..clients.membership import ClientId
 from ..storage.checkpoints import RoundRecord
 from .metrics import AggregatorMetrics
-from .stage_times import StageTimes, sound
+from .stage_times import StageTimes, sanitize
 
 
-class RoundLedger:
+class RoundStatistics:
     """Books the round in progress. What clients report is booked when the round ends, of those whose update counts."""
 
     def __init__(self, metrics: AggregatorMetrics) -> None:
@@ -39,7 +39,7 @@ class RoundLedger:
     def submitted(self, header: pb.UpdateHeader, staleness: int = 0) -> None:
         """An update was accepted that was trained from a model ``staleness`` rounds older than the newest."""
         key = ((header.pool, header.index), header.base_digest)
-        self._submissions[key] = (sound(header.seconds), staleness)
+        self._submissions[key] = (sanitize(header.seconds), staleness)
 
     def withdrawn(self, header: pb.UpdateHeader) -> None:
         """An update that was accepted could not be kept."""

@@ -12,7 +12,7 @@ SERVER_STAGES = ("push", "fold", "checkpoint")
 _LONGEST = 30 * 86400.0
 
 
-def sound(reported: Mapping[str, float]) -> dict[str, float]:
+def sanitize(reported: Mapping[str, float]) -> dict[str, float]:
     """What can be believed of a client's own measurements: known stages, finite seconds, none below zero."""
     known = {stage: reported[stage] for stage in CLIENT_STAGES if stage in reported}
     return {stage: value for stage, value in known.items() if math.isfinite(value) and 0 <= value <= _LONGEST}

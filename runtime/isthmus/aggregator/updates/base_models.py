@@ -8,7 +8,7 @@ from ...tensors import State
 from ..storage.checkpoints import Checkpoint, CheckpointStore
 
 
-class History:
+class BaseModels:
     """The newest ``depth`` committed models, of which the older ones are only needed where late updates count.
 
     Large ones are backed by their files: they take memory only where they are touched.

@@ -8,9 +8,9 @@ from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
 
-from ..clients.client_history import ClientBook
+from ..clients.client_history import ClientHistory
 from ..clients.membership import Client, ClientId, Membership, Refusal
-from ..state.training_state import Course
+from ..state.training_state import TrainingState
 from . import bounds, validation
 from .validation import Reason
 
@@ -18,11 +18,11 @@ from .validation import Reason
 class Permissions:
     """Of one job."""
 
-    def __init__(self, job_uid: str, spec: FederatedJobSpec, members: Membership, course: Course) -> None:
+    def __init__(self, job_uid: str, spec: FederatedJobSpec, members: Membership, training: TrainingState) -> None:
         self._job_uid = job_uid
         self._spec = spec
         self._members = members
-        self._course = course
+        self._training = training
 
     def check_hello(self, hello: pb.Hello) -> None:
         """Raise :class:`Refusal` for a client that is none of the job's."""
@@ -30,7 +30,7 @@ class Permissions:
             raise Refusal(pb.Stop.REFUSED, problem)
         if hello.job_uid != self._job_uid:
             raise Refusal(pb.Stop.REFUSED, f"this is the aggregator of job {self._job_uid}, not of {hello.job_uid}")
-        if (problem := self._stranger(hello.pool, hello.index)) is not None:
+        if (problem := self._unknown_client(hello.pool, hello.index)) is not None:
             raise Refusal(pb.Stop.REFUSED, problem)
 
     def check_update(self, header: pb.UpdateHeader) -> pb.PushReply | None:
@@ -38,7 +38,7 @@ class Permissions:
 
         Updates are taken from the process that fills the client's place: the one that said hello last.
         """
-        problem = self._stranger(header.pool, header.index)
+        problem = self._unknown_client(header.pool, header.index)
         if header.job_uid != self._job_uid:
             problem = f"this is the aggregator of job {self._job_uid}, not of {one_line(header.job_uid, 60)}"
         elif problem is None and self._spec.pool(header.pool).role != "Train":
@@ -55,25 +55,25 @@ class Permissions:
 
     def may_initialize(self, client: ClientId) -> bool:
         """Return whether the client was asked for the first weights."""
-        return self._course.phase == pb.FederationStatus.INITIALIZING and self._course.initialization.asked(client)
+        return self._training.phase == pb.FederationStatus.INITIALIZING and self._training.initialization.asked(client)
 
-    def was_offered(self, header: pb.UpdateHeader, book: ClientBook) -> bool:
-        """Whether an update's client was asked to take part in its round: the one in progress or, by the ``book``, one
-        of those before."""
-        client_id, state = (header.pool, header.index), self._course.round
+    def was_offered(self, header: pb.UpdateHeader, history: ClientHistory) -> bool:
+        """Return whether the client was selected for the round of its update: the current one or, by ``history``, an
+        earlier one."""
+        client_id, state = (header.pool, header.index), self._training.round
         if state is not None and header.round == state.number:
             return client_id in state.selected
         client = self._members.get(client_id)
-        return header.round in book.of(client_id).offered or (
+        return header.round in history.of(client_id).offered or (
             client is not None and self.resumes(client, header.round, header.base_digest)
         )
 
     def resumes(self, client: Client, number: int, digest: str) -> bool:
         """Whether a client has a round's work in hand from before a restart of ours, which was not for nothing. In any
         other round who takes part is not the client's to say."""
-        return client.trains and number == self._course.resumed and client.works_on(number, digest)
+        return client.trains and number == self._training.resumed and client.resumes(number, digest)
 
-    def _stranger(self, pool_name: str, index: int) -> str | None:
+    def _unknown_client(self, pool_name: str, index: int) -> str | None:
         try:
             pool = self._spec.pool(pool_name)
         except KeyError:

@@ -46,7 +46,7 @@ class _Limits:
         return cls(asyncio.Semaphore(places + 1), asyncio.Semaphore(places))
 
 
-class Receptions:
+class ReceiveSlots:
     """A place for each update that is received, with the memory of one that has been folded, if there is any.
 
     Memory that is used again costs nothing; fresh memory is slower to touch than to fill.
@@ -63,7 +63,7 @@ class Receptions:
         """When a turn or a place was last given back (the loop's time)."""
 
     @asynccontextmanager
-    async def turn(self, model: GlobalModel | None) -> AsyncIterator[State | None]:
+    async def ticket(self, model: GlobalModel | None) -> AsyncIterator[State | None]:
         """Waits until one more client may send. There is one turn more than there are places: an update shall be on its
         way while the one before it is being folded.
 
@@ -76,7 +76,7 @@ class Receptions:
             yield room
 
     @asynccontextmanager
-    async def place(self, model: GlobalModel | None) -> AsyncIterator[State]:
+    async def slot(self, model: GlobalModel | None) -> AsyncIterator[State]:
         """Waits for a place, likewise; yields tensors that nobody needs any more, maybe none."""
         places = self._limits_for(model).places
         async with self._admitted(places, model) as room:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from isthmus.aggregator.clients.membership import ClientId
-from isthmus.aggregator.state.round_decision import LOST_CLIENT_GRACE, RoundState, Verdict, decide, hopeless
+from isthmus.aggregator.state.round_decision import LOST_CLIENT_GRACE, RoundState, Verdict, blocking_client, decide
 
 A, B, C, D = [("p", index) for index in range(4)]
 
@@ -41,11 +41,11 @@ def state(accepted: set[ClientId], selected: set[ClientId], rejected: set[Client
         ({A, B}, {A: READY, B: READY}, 2, NOW, Verdict.COMMIT),
         # one failed for good: the round goes on if the quorum holds, else it needs more
         ({A}, {A: READY, B: FAILED}, 1, NOW, Verdict.COMMIT),
-        ({A}, {A: READY, B: FAILED}, 2, NOW, Verdict.MORE),
+        ({A}, {A: READY, B: FAILED}, 2, NOW, Verdict.SELECT_MORE),
         # one is away: it has a while to come back
         ({A}, {A: READY, B: lost(1)}, 1, NOW, Verdict.WAIT),
         ({A}, {A: READY, B: lost(LOST_CLIENT_GRACE)}, 1, NOW, Verdict.COMMIT),
-        ({A}, {A: READY, B: lost(LOST_CLIENT_GRACE)}, 2, NOW, Verdict.MORE),
+        ({A}, {A: READY, B: lost(LOST_CLIENT_GRACE)}, 2, NOW, Verdict.SELECT_MORE),
         # a client may go once it has handed in
         ({A, B}, {A: lost(50), B: lost(50)}, 2, NOW, Verdict.COMMIT),
         # the deadline
@@ -66,7 +66,7 @@ def test_a_refused_update_is_not_waited_for() -> None:
 
 def test_it_looks_again_when_the_grace_of_a_lost_client_ends() -> None:
     decision = decide(state({A}, {A, B}), {A: READY, B: lost(10)}, 1, NOW)
-    assert decision.look_again == NOW - 10 + LOST_CLIENT_GRACE
+    assert decision.recheck_at == NOW - 10 + LOST_CLIENT_GRACE
 
 
 def test_a_round_with_a_target_does_not_wait_for_the_rest() -> None:
@@ -93,8 +93,8 @@ def test_a_round_ends_once_what_counts_has_been_folded(now: float) -> None:
 def test_one_client_that_diverges_ends_no_job_that_others_can_go_on_with() -> None:
     trying = state(set(), {A, B, C, D})
     trying.diverged[A] = 100
-    assert hopeless(trying, 3, trainers=4, min_updates=3) is None
-    assert hopeless(trying, 3, trainers=4, min_updates=4) == A
+    assert blocking_client(trying, 3, trainers=4, min_updates=3) is None
+    assert blocking_client(trying, 3, trainers=4, min_updates=4) == A
     trying.diverged.update({B: 3, C: 4})
-    assert hopeless(trying, 3, trainers=4, min_updates=3) == A
-    assert hopeless(trying, 3, trainers=4, min_updates=2) is None
+    assert blocking_client(trying, 3, trainers=4, min_updates=3) == A
+    assert blocking_client(trying, 3, trainers=4, min_updates=2) is None

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from isthmus.aggregator.job import Job
-from isthmus.aggregator.rounds.coordinator import Federation
+from isthmus.aggregator.rounds.coordinator import Coordinator
 from isthmus.aggregator.storage.checkpoints import CheckpointStore
 from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
 from isthmus.aggregator.telemetry.tracking.tracker import make_tracker
@@ -57,7 +57,7 @@ class Trial:
         job = Job("job", "default", "uid", parse_spec(spec))
         self.store = CheckpointStore(directory, "uid", keep=2)
         self.strategy = strategy
-        self.federation = Federation(
+        self.coordinator = Coordinator(
             job, self.store, strategy, AggregatorMetrics("default", "job"), make_tracker(job, directory)
         )
 
@@ -68,24 +68,24 @@ class Trial:
 
     async def begin(self) -> "asyncio.Task[None]":
         """Training, which has got to its first round."""
-        running = asyncio.create_task(self.federation.run())
-        course = self.federation.course
+        running = asyncio.create_task(self.coordinator.run())
+        training = self.coordinator.training
         for index in range(2):
-            self.federation.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
-        await self.until(lambda: course.initialization.asked(("pool", 0)))
+            self.coordinator.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
+        await self.until(lambda: training.initialization.asked(("pool", 0)))
         await self.push(0, number=0, buffers=["statistics"])
-        await self.until(lambda: course.round)
+        await self.until(lambda: training.round)
         return running
 
     def push(self, index: int, number: int = 1, value: float = 1.0, **changes: Any) -> Awaitable[pb.PushReply]:
         state = {"w": torch.full((VALUES,), value), "statistics": torch.ones(1)}
-        model = self.federation.course.model
+        model = self.coordinator.training.model
         header = pb.UpdateHeader(
             job_uid="uid", pool="pool", index=index, round=number, num_examples=5, tensors=specs_of(state),
             instance=str(index),
             base_digest=model.digest if model is not None else "", **changes,
         )  # fmt: skip
-        return asyncio.create_task(self.federation.intake.accept(header, state))
+        return asyncio.create_task(self.coordinator.intake.accept(header, state))
 
 
 @pytest.fixture
@@ -94,18 +94,18 @@ def trial(tmp_path: Path) -> Trial:
 
 
 async def test_the_first_round_waits_for_clients_beyond_the_quorum(trial: Trial) -> None:
-    federation, course = trial.federation, trial.federation.course
-    federation.wait_for(3)
-    running = asyncio.create_task(federation.run())
+    coordinator, training = trial.coordinator, trial.coordinator.training
+    coordinator.wait_for(3)
+    running = asyncio.create_task(coordinator.run())
     for index in range(2):
-        federation.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
-    await trial.until(lambda: federation.status().message == "2 of 3 clients are connected")
-    assert course.phase == pb.FederationStatus.WAITING
-    federation.wait_for(2)  # one is given up
-    await trial.until(lambda: course.phase == pb.FederationStatus.INITIALIZING)
-    federation.wait_for(3)  # too late
+        coordinator.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
+    await trial.until(lambda: coordinator.status().message == "2 of 3 clients are connected")
+    assert training.phase == pb.FederationStatus.WAITING
+    coordinator.wait_for(2)  # one is given up
+    await trial.until(lambda: training.phase == pb.FederationStatus.INITIALIZING)
+    coordinator.wait_for(3)  # too late
     await trial.push(0, number=0, buffers=["statistics"])
-    await trial.until(lambda: course.round)
+    await trial.until(lambda: training.round)
     running.cancel()
 
 
@@ -125,7 +125,7 @@ async def test_a_repetition_is_answered_once_the_first_is_folded(trial: Trial) -
     await trial.until(begun.is_set)
     again = trial.push(0)
     other = trial.push(1)
-    await trial.until(lambda: len(trial.federation.course.round.accepted) == 2)  # type: ignore[union-attr]
+    await trial.until(lambda: len(trial.coordinator.training.round.accepted) == 2)  # type: ignore[union-attr]
     full.set()
     with pytest.raises(StorageError, match="No space left on device; trying again"):
         await first
@@ -152,13 +152,13 @@ async def test_a_strategy_that_fails_on_an_update_ends_the_job(trial: Trial) -> 
 async def test_a_client_that_diverges_for_ever_ends_the_job_with_a_hint(tmp_path: Path) -> None:
     trial = Trial(tmp_path, Scripted(), stragglers={"roundDeadlineSeconds": 1}, backoffLimit=1)
     running = await trial.begin()
-    state = trial.federation.course.round
+    state = trial.coordinator.training.round
     assert state is not None
     await trial.push(1)
     for value in (math.nan, 2.0**70):
         await trial.until(lambda: not state.rejected)  # it is asked, or asked again
         assert (await trial.push(0, value=value)).verdict == pb.PushReply.INVALID
-        await trial.until(lambda: trial.federation.status().message.endswith("; a lower learning rate may help"))
+        await trial.until(lambda: trial.coordinator.status().message.endswith("; a lower learning rate may help"))
     message = (
         "round 1 cannot end: pool/0 has handed in NaN, infinity or huge numbers 2 times, and a round needs 2 updates;"
     )
@@ -169,12 +169,12 @@ async def test_a_client_that_diverges_for_ever_ends_the_job_with_a_hint(tmp_path
 async def test_a_client_fails_once(trial: Trial, caplog: pytest.LogCaptureFixture) -> None:
     """It cannot fill the log, or push others' failures out of the status."""
     running = await trial.begin()
-    client = trial.federation.members.get(("pool", 1))
+    client = trial.coordinator.members.get(("pool", 1))
     assert client is not None
     for number in range(100):
         failure = pb.Failure(message=f"ValueError: {number}\nforged")
-        trial.federation.hear(client, pb.ClientMessage(failure=failure))
-    assert [failure.message for failure in trial.federation.status().pools[0].failures] == ["ValueError: 0 forged"]
+        trial.coordinator.hear(client, pb.ClientMessage(failure=failure))
+    assert [failure.message for failure in trial.coordinator.status().pools[0].failures] == ["ValueError: 0 forged"]
     assert sum("failed: ValueError" in record.message for record in caplog.records) == 1
     running.cancel()
 
@@ -184,7 +184,7 @@ async def test_refusals_in_a_row_count_once_until_the_client_is_asked_again(tria
     running = await trial.begin()
     for _ in range(5):
         assert (await trial.push(0, value=math.nan)).verdict == pb.PushReply.INVALID
-    state = trial.federation.course.round
+    state = trial.coordinator.training.round
     assert state is not None and state.diverged == {("pool", 0): 1}
     running.cancel()
 
@@ -203,8 +203,8 @@ async def test_a_result_that_nobody_could_go_on_from_is_not_committed(trial: Tri
 async def test_what_no_optimizer_trains_is_the_same_for_all(trial: Trial) -> None:
     """One client cannot take a parameter away from the others' rule. It is known after a restart too."""
     running = await trial.begin()
-    course = trial.federation.course
-    assert course.model is not None and course.model.checkpoint.notes["buffers"] == '["statistics"]'
+    training = trial.coordinator.training
+    assert training.model is not None and training.model.checkpoint.notes["buffers"] == '["statistics"]'
     await trial.push(0, buffers=["w"])
     await trial.push(1)
     assert [update.buffers for update in trial.strategy.updates] == [{"statistics"}] * 2
@@ -216,45 +216,45 @@ async def test_a_loss_that_is_no_number_is_no_loss(trial: Trial, loss: float) ->
     running = await trial.begin()
     await trial.push(0, metrics={"loss": loss})
     await trial.push(1, metrics={"loss": 2.0})
-    assert trial.federation.course.round is not None
-    reports = {client[1]: report.loss for client, report in trial.federation.course.round.reports}
+    assert trial.coordinator.training.round is not None
+    reports = {client[1]: report.loss for client, report in trial.coordinator.training.round.reports}
     assert reports == {0: None, 1: 2.0}
     running.cancel()
 
 
 async def test_initial_weights_that_are_refused_leave_a_reason(trial: Trial) -> None:
-    running = asyncio.create_task(trial.federation.run())
+    running = asyncio.create_task(trial.coordinator.run())
     for index in range(2):
-        trial.federation.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
-    initialization = trial.federation.course.initialization
+        trial.coordinator.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
+    initialization = trial.coordinator.training.initialization
     await trial.until(lambda: initialization.asked(("pool", 0)))
     mask = {"mask": torch.tensor([0.0, -math.inf])}
     header = pb.UpdateHeader(
         job_uid="uid", pool="pool", index=0, instance="0", num_examples=1, tensors=specs_of(mask)
     )  # fmt: skip
-    reply = await trial.federation.intake.accept(header, mask)
+    reply = await trial.coordinator.intake.accept(header, mask)
     assert (reply.verdict, reply.reason) == (pb.PushReply.INVALID, "non_finite")
     message = "the initial weights of pool/0 were refused: mask holds NaN or infinity"
-    assert trial.federation.status().message == message
+    assert trial.coordinator.status().message == message
     await trial.until(lambda: initialization.asked(("pool", 1)))
     running.cancel()
 
 
 async def test_a_client_without_held_out_data_has_no_say(trial: Trial) -> None:
-    federation, course = trial.federation, trial.federation.course
+    coordinator, training = trial.coordinator, trial.coordinator.training
     running = await trial.begin()
     clients = [
-        federation.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index), evaluates=True))
+        coordinator.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index), evaluates=True))
         for index in range(2)
     ]
     await asyncio.gather(trial.push(0), trial.push(1))
-    await trial.until(lambda: course.phase == pb.FederationStatus.EVALUATING)
-    assert course.model is not None
+    await trial.until(lambda: training.phase == pb.FederationStatus.EVALUATING)
+    assert training.model is not None
     for client, examples, accuracy in ((clients[0], 3, 0.9), (clients[1], 0, 0.0)):
         evaluation = pb.Evaluation(
-            model_round=1, model_digest=course.model.digest, num_examples=examples, metrics={"accuracy": accuracy}
+            model_round=1, model_digest=training.model.digest, num_examples=examples, metrics={"accuracy": accuracy}
         )
-        federation.hear(client, pb.ClientMessage(evaluation=evaluation))
+        coordinator.hear(client, pb.ClientMessage(evaluation=evaluation))
     async with asyncio.timeout(SECONDS):
         await running
-    assert federation.progress.newest["accuracy"].value == pytest.approx(0.9)
+    assert coordinator.progress.newest["accuracy"].value == pytest.approx(0.9)

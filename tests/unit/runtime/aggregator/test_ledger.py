@@ -4,7 +4,7 @@ import math
 
 from isthmus.aggregator.storage.checkpoints import RoundRecord
 from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
-from isthmus.aggregator.telemetry.round_statistics import RoundLedger
+from isthmus.aggregator.telemetry.round_statistics import RoundStatistics
 from isthmus_contracts.pb import federation_pb2 as pb
 
 
@@ -14,21 +14,21 @@ def header(pool: str, index: int, digest: str = "base", **seconds: float) -> pb.
 
 def test_a_round_is_booked_once_for_each_client_that_counts() -> None:
     metrics = AggregatorMetrics("team", "job")
-    ledger = RoundLedger(metrics)
-    ledger.sent("cloud", "None", 7)  # before the round
-    ledger.begin()
-    ledger.sent("cloud", "None", 100)
-    ledger.received("cloud", "Delta+Int8", 25, 0.5)
-    ledger.submitted(header("cloud", 0, train=2.0, wait=1.0))
-    ledger.submitted(header("cloud", 0, train=2.0, wait=1.0))  # again, after it could not be kept
-    ledger.submitted(header("lumi", 0, train=4.0, wait=math.nan), staleness=2)
-    ledger.submitted(header("lumi", 1, train=9.0))
-    ledger.withdrawn(header("lumi", 1))  # in the end it was not counted
-    ledger.folded("cloud", 0.25)
-    ledger.checkpointed(0.125)
+    statistics = RoundStatistics(metrics)
+    statistics.sent("cloud", "None", 7)  # before the round
+    statistics.begin()
+    statistics.sent("cloud", "None", 100)
+    statistics.received("cloud", "Delta+Int8", 25, 0.5)
+    statistics.submitted(header("cloud", 0, train=2.0, wait=1.0))
+    statistics.submitted(header("cloud", 0, train=2.0, wait=1.0))  # again, after it could not be kept
+    statistics.submitted(header("lumi", 0, train=4.0, wait=math.nan), staleness=2)
+    statistics.submitted(header("lumi", 1, train=9.0))
+    statistics.withdrawn(header("lumi", 1))  # in the end it was not counted
+    statistics.folded("cloud", 0.25)
+    statistics.checkpointed(0.125)
     record = RoundRecord(3, 1.0, 2, 10)
     a, b, c, d = ("cloud", 0), ("lumi", 0), ("lumi", 1), ("lumi", 2)
-    ledger.close(record, selected={a, b, c, d}, completed={a, b}, lost={a, c})
+    statistics.close(record, selected={a, b, c, d}, completed={a, b}, lost={a, c})
     assert (record.selected, record.late, record.failed) == (4, 1, 1)
     assert record.pools == {"cloud": 1, "lumi": 1}
     assert (record.received_bytes, record.sent_bytes) == (25, 100)

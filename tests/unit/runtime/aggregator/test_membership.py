@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from isthmus.aggregator.clients.client_history import ClientBook
+from isthmus.aggregator.clients.client_history import ClientHistory
 from isthmus.aggregator.clients.membership import Client, Membership, Refusal
 from isthmus.aggregator.state.metrics_by_round import Progress, WeightedMeans
-from isthmus.aggregator.state.training_state import Course
+from isthmus.aggregator.state.training_state import TrainingState
 from isthmus.aggregator.updates.permissions import Permissions
 from isthmus_contracts.api.federated_job import Objective
 from isthmus_contracts.manifests.manifest import parse_spec
@@ -42,7 +42,7 @@ def members() -> Membership:
 
 @pytest.fixture
 def permissions(members: Membership) -> Permissions:
-    return Permissions("uid", SPEC, members, Course())
+    return Permissions("uid", SPEC, members, TrainingState())
 
 
 @pytest.mark.parametrize(
@@ -93,28 +93,28 @@ def test_who_may_hand_in(members: Membership, permissions: Permissions) -> None:
 def test_only_who_was_offered_a_round_is_in_it(members: Membership, permissions: Permissions) -> None:
     def offered(index: int, number: int, digest: str = "") -> bool:
         header = pb.UpdateHeader(pool="cloud", index=index, round=number, base_digest=digest)
-        return permissions.was_offered(header, book)
+        return permissions.was_offered(header, history)
 
-    book = ClientBook().settled(1, [("cloud", 0)], {}, [], horizon=2)
+    history = ClientHistory().after_round(1, [("cloud", 0)], {}, [], horizon=2)
     assert offered(0, 1) and not offered(1, 1) and not offered(0, 2)
     for number in (2, 3, 4):
-        book = book.settled(number, [("cloud", 1)], {}, [], horizon=2)
-    book = ClientBook.of_text(book.text())
+        history = history.after_round(number, [("cloud", 1)], {}, [], horizon=2)
+    history = ClientHistory.of_text(history.text())
     assert [offered(1, number) for number in (1, 2, 3, 4)] == [False, True, True, True]
 
 
 def test_a_clients_word_counts_only_after_a_restart(members: Membership) -> None:
     """And only of the round that was in progress then, of the model that it began with."""
-    course = Course(resumed=7)
-    permissions = Permissions("uid", SPEC, members, course)
+    training = TrainingState(resumed=7)
+    permissions = Permissions("uid", SPEC, members, training)
     for pool, trains in (("cloud", True), ("judge", False)):
         client = members.admit(pb.Hello(pool=pool, instance="x", round=7, base_digest="d"))
         header = pb.UpdateHeader(pool=pool, round=7, base_digest="d")
-        assert permissions.was_offered(header, ClientBook()) is trains
+        assert permissions.was_offered(header, ClientHistory()) is trains
         assert not permissions.resumes(client, 7, "other") and not permissions.resumes(client, 8, "d")
-        course.resumed = 0
-        assert not permissions.was_offered(header, ClientBook())
-        course.resumed = 7
+        training.resumed = 0
+        assert not permissions.was_offered(header, ClientHistory())
+        training.resumed = 7
 
 
 def test_an_attempt_fences_only_while_it_is_connected(members: Membership) -> None:

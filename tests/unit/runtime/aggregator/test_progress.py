@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.aggregator.state.confirmation import Voices, confirmed
+from isthmus.aggregator.state.confirmation import ClientMeasurements, confirmed
 from isthmus.aggregator.state.metrics_by_round import MOST_NAMES, Progress, WeightedMeans
 from isthmus.aggregator.storage.checkpoints import RoundRecord
 from isthmus_contracts.api.federated_job import Objective
@@ -188,23 +188,23 @@ def heard(values: dict[int, float | None]) -> WeightedMeans:
 
 
 def test_clients_that_measure_something_else_have_no_voice() -> None:
-    voices = Voices(Objective(), few=False)
+    measurements = ClientMeasurements(Objective(), few=False)
     means = heard({0: 0.9, 1: None, 2: None, 3: None})
-    assert voices.confirmed(means, ["accuracy"], 0.9, ids(0, 1, 2, 3), ids(0, 1, 2, 3)) == 0.9
+    assert measurements.confirmed(means, ["accuracy"], 0.9, ids(0, 1, 2, 3), ids(0, 1, 2, 3)) == 0.9
 
 
 def test_where_one_client_measures_each_model_the_others_newest_values_count() -> None:
-    voices, everybody = Voices(Objective(), few=False), ids(0, 1, 2)
-    assert voices.confirmed(heard({0: 1.0}), ["accuracy"], 1.0, ids(0), everybody) is None
-    assert voices.confirmed(heard({1: 0.2}), ["accuracy"], 0.2, ids(1), everybody) == 0.2
-    assert voices.confirmed(heard({0: 1.0}), ["accuracy"], 1.0, ids(0), everybody) == 0.2
-    assert voices.confirmed(heard({2: 0.8}), ["accuracy"], 0.8, ids(2), everybody) == 0.8
+    measurements, everybody = ClientMeasurements(Objective(), few=False), ids(0, 1, 2)
+    assert measurements.confirmed(heard({0: 1.0}), ["accuracy"], 1.0, ids(0), everybody) is None
+    assert measurements.confirmed(heard({1: 0.2}), ["accuracy"], 0.2, ids(1), everybody) == 0.2
+    assert measurements.confirmed(heard({0: 1.0}), ["accuracy"], 1.0, ids(0), everybody) == 0.2
+    assert measurements.confirmed(heard({2: 0.8}), ["accuracy"], 0.8, ids(2), everybody) == 0.8
 
 
 def test_asynchronous_rounds_ask_everybody() -> None:
-    voices, everybody = Voices(Objective(), few=True), ids(0, 1, 2, 3, 4)
-    assert voices.confirmed(heard({0: 1.0, 1: 1.0}), ["accuracy"], 1.0, ids(0, 1), everybody) is None
-    assert voices.confirmed(heard({2: 0.7, 3: 0.9}), ["accuracy"], 0.8, ids(2, 3), everybody) == 0.8
+    measurements, everybody = ClientMeasurements(Objective(), few=True), ids(0, 1, 2, 3, 4)
+    assert measurements.confirmed(heard({0: 1.0, 1: 1.0}), ["accuracy"], 1.0, ids(0, 1), everybody) is None
+    assert measurements.confirmed(heard({2: 0.7, 3: 0.9}), ["accuracy"], 0.8, ids(2, 3), everybody) == 0.8
 
 
 def test_names_are_bounded_over_a_jobs_life() -> None:

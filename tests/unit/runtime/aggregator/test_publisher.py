@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from isthmus.aggregator.rounds import model_publisher
-from isthmus.aggregator.rounds.model_publisher import Publisher
-from isthmus.aggregator.state.notifier import Bell
+from isthmus.aggregator.rounds.model_publisher import ModelPublisher
+from isthmus.aggregator.state.notifier import Notifier
 from isthmus.aggregator.storage.checkpoints import Checkpoint, CheckpointStore
 from isthmus.aggregator.storage.safetensors_file import sha256_of
 
 
-class Watched(Publisher):
+class Watched(ModelPublisher):
     """Whose news one can wait for."""
 
     def __init__(self, directory: Path) -> None:
-        self.bell = Bell()
+        self.bell = Notifier()
         super().__init__(directory, self.bell)
 
     async def shown(self, number: int) -> None:

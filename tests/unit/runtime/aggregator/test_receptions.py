@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from isthmus.aggregator.updates import receive_slots
-from isthmus.aggregator.updates.receive_slots import Receptions, in_file
+from isthmus.aggregator.updates.receive_slots import ReceiveSlots, in_file
 from isthmus.tensors import Reception, State, checksum_of, chunks_of, specs_of
 
 STATE: State = {
@@ -55,29 +55,29 @@ def test_who_stands_behind_a_slow_client_is_received_into_a_file(
     monkeypatch.setattr(receive_slots, "SMALL_BYTES", 0)
 
     async def run() -> None:
-        places = Receptions(tmp_path)
+        places = ReceiveSlots(tmp_path)
         model = large()
-        async with places.place(model) as slow:
+        async with places.slot(model) as slow:
             assert slow == {}
-            async with places.place(model) as quick:
+            async with places.slot(model) as quick:
                 assert set(quick) == {"weight", "bias", "steps"}
                 places.give_back(quick)
         # What lay in the file is not used again; what lay in memory is.
         kept = {name: tensor.clone() for name, tensor in STATE.items()}
         places.give_back(kept)
-        async with places.place(model) as room:
+        async with places.slot(model) as room:
             assert room is kept
 
     asyncio.run(run())
 
 
-async def twelve_clients(places: Receptions, rooms: list[State], work: Callable[[], Awaitable[object]]) -> None:
+async def twelve_clients(places: ReceiveSlots, rooms: list[State], work: Callable[[], Awaitable[object]]) -> None:
     model = large()
 
     async def client() -> None:
         async with AsyncExitStack() as stack:
-            room = await stack.enter_async_context(places.turn(model))
-            rooms.append(await stack.enter_async_context(places.place(model)) if room is None else room)
+            room = await stack.enter_async_context(places.ticket(model))
+            rooms.append(await stack.enter_async_context(places.slot(model)) if room is None else room)
             await work()
 
     await asyncio.gather(*(client() for _ in range(12)))
@@ -87,7 +87,7 @@ def test_a_queue_that_moves_is_waited_for(tmp_path: Path, monkeypatch: pytest.Mo
     impatient(monkeypatch)
     monkeypatch.setattr(receive_slots, "SECONDS_OF_EACH", 0.5)
     rooms: list[State] = []
-    clients = twelve_clients(Receptions(tmp_path), rooms, lambda: asyncio.sleep(0.05))
+    clients = twelve_clients(ReceiveSlots(tmp_path), rooms, lambda: asyncio.sleep(0.05))
     asyncio.run(asyncio.wait_for(clients, 60))
     assert rooms == [{}] * 12, "each in memory, though the last waited for longer than the grace"
 
@@ -101,7 +101,7 @@ def test_a_queue_that_stands_still_is_left_for_files(tmp_path: Path, monkeypatch
         while len(rooms) < 12:  # noqa: ASYNC110 - nothing else tells
             await asyncio.sleep(0.01)
 
-    asyncio.run(asyncio.wait_for(twelve_clients(Receptions(tmp_path), rooms, until_all_have_begun), 60))
+    asyncio.run(asyncio.wait_for(twelve_clients(ReceiveSlots(tmp_path), rooms, until_all_have_begun), 60))
     assert rooms.count({}) == 1
 
 
@@ -114,10 +114,10 @@ def test_a_long_queue_that_stands_still_is_left_as_soon_as_a_short_one(
     times: list[float] = []
 
     async def run() -> None:
-        places, model, stop = Receptions(tmp_path), large(), asyncio.Event()
+        places, model, stop = ReceiveSlots(tmp_path), large(), asyncio.Event()
 
         async def hostile() -> None:
-            async with places.place(model):
+            async with places.slot(model):
                 times.append(asyncio.get_running_loop().time())
                 await stop.wait()
 
@@ -141,9 +141,9 @@ def test_files_keep_no_descriptors_open(tmp_path: Path) -> None:
 
 def test_one_more_than_there_are_places_may_send() -> None:
     async def run() -> None:
-        places, model = Receptions(), large()
-        async with places.turn(model), places.turn(model):
-            third = asyncio.ensure_future(places.turn(model).__aenter__())
+        places, model = ReceiveSlots(), large()
+        async with places.ticket(model), places.ticket(model):
+            third = asyncio.ensure_future(places.ticket(model).__aenter__())
             await asyncio.sleep(0)
             assert not third.done()
         await asyncio.wait_for(third, 30)
@@ -153,19 +153,19 @@ def test_one_more_than_there_are_places_may_send() -> None:
 
 def test_who_hangs_up_while_it_waits_leaves_its_place_to_others() -> None:
     async def run() -> None:
-        places, model = Receptions(), large()
+        places, model = ReceiveSlots(), large()
 
         async def client() -> None:
-            async with places.place(model):
+            async with places.slot(model):
                 pass
 
-        async with places.place(model):
+        async with places.slot(model):
             first, second = (asyncio.create_task(client()) for _ in range(2))
             await asyncio.sleep(0)
             first.cancel()
         await asyncio.wait_for(second, 30)
         assert first.cancelled()
-        holder = places.place(model)
+        holder = places.slot(model)
         await holder.__aenter__()
         late = asyncio.create_task(client())
         await asyncio.sleep(0)
@@ -189,16 +189,16 @@ def test_without_room_for_the_file_it_waits_for_its_place(
     monkeypatch.setattr(os, "posix_fallocate", full)
 
     async def run() -> None:
-        places = Receptions(tmp_path)
+        places = ReceiveSlots(tmp_path)
         model = large()
         order: list[str] = []
 
         async def second() -> None:
-            async with places.place(model) as room:
+            async with places.slot(model) as room:
                 order.append("second")
                 assert room == {}
 
-        async with places.place(model):
+        async with places.slot(model):
             task = asyncio.create_task(second())
             while "no file to receive an update into" not in caplog.text:  # noqa: ASYNC110 - nothing else tells
                 await asyncio.sleep(0.01)
@@ -215,10 +215,10 @@ def test_a_file_leaves_room_for_the_checkpoints(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * model.size))
 
     async def run() -> None:
-        places = Receptions(tmp_path)
-        holder = places.place(model)
+        places = ReceiveSlots(tmp_path)
+        holder = places.slot(model)
         await holder.__aenter__()
-        waiting = asyncio.ensure_future(places.place(model).__aenter__())
+        waiting = asyncio.ensure_future(places.slot(model).__aenter__())
         await asyncio.wait([waiting], timeout=0.3)
         assert not waiting.done(), "there is no room for the file"
         await holder.__aexit__(None, None, None)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from isthmus.aggregator.clients.client_history import ClientBook, ClientRecord, Report
+from isthmus.aggregator.clients.client_history import ClientHistory, ClientRecord, Report
 from isthmus.aggregator.clients.membership import ClientId
 from isthmus.aggregator.clients.selection import adaptive, choose, utility
 from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.manifests.manifest import parse_spec
 
 READY: list[ClientId] = [("p", index) for index in range(10)]
-NOBODY = ClientBook()
+NOBODY = ClientHistory()
 
 
 def spec(strategy: dict[str, Any] | None = None, **selection: Any) -> FederatedJobSpec:
@@ -94,10 +94,10 @@ def test_utility_is_the_formula() -> None:
 
 def simulate(rounds: int, count: int, exploration: float = 0.2, **records: dict[int, Any]) -> Counter[ClientId]:
     """Who is chosen how often; ``records`` names what single clients have that others have not."""
-    book, counts = NOBODY, Counter[ClientId]()
+    history, counts = NOBODY, Counter[ClientId]()
     waits = dict.fromkeys(READY, 0)
     for number in range(1, rounds + 1):
-        chosen = adaptive(READY, count, number, book, exploration, random.Random(number))  # noqa: S311
+        chosen = adaptive(READY, count, number, history, exploration, random.Random(number))  # noqa: S311
         assert len(set(chosen)) == count
         counts.update(chosen)
         reports, missed = [], {}
@@ -110,7 +110,7 @@ def simulate(rounds: int, count: int, exploration: float = 0.2, **records: dict[
             loss = records.get("loss", {}).get(client[1], 1.0)
             seconds = records.get("seconds", {}).get(client[1], 1.0)
             reports.append((client, Report(number, examples, loss, seconds)))
-        book = book.settled(number, chosen, missed, reports, 5)
+        history = history.after_round(number, chosen, missed, reports, 5)
         # Nobody starves: twice the rounds of one turn, and at most one turn more where many have waited that long.
         assert all(number - wait <= 3 * math.ceil(len(READY) / count) for wait in waits.values()), waits
     return counts
@@ -151,17 +151,19 @@ def test_everybody_is_tried_early() -> None:
 def test_without_exploration_places_go_by_utility_alone() -> None:
     useful = ClientRecord(examples=100, loss=1.0, seconds=1.0, asked=5, counted=(5,))
     useless = ClientRecord(examples=100, loss=1.0, seconds=1.0, reliability=0.0, asked=5, counted=(5,))
-    book = ClientBook({client: useful if client[1] < 3 else useless for client in READY})
-    assert set(adaptive(READY, 3, 6, book, 0.0, random.Random(0))) == set(READY[:3])  # noqa: S311
+    history = ClientHistory({client: useful if client[1] < 3 else useless for client in READY})
+    assert set(adaptive(READY, 3, 6, history, 0.0, random.Random(0))) == set(READY[:3])  # noqa: S311
 
 
 def test_the_book_survives_as_text() -> None:
     reports = [(READY[0], Report(4, 50, None, 2.5)), (READY[1], Report(3, 7, 0.25, 1.0))]
-    book = NOBODY.settled(4, READY[:3], {READY[2]: None}, reports, 5).settled(5, READY[:1], {READY[0]: 9.0}, [], 5)
-    assert ClientBook.of_text(book.text()) == book
-    assert book.of(READY[0]) == ClientRecord(50, None, 9.0, 1.0, 5, (4,), (4, 5))
-    assert book.of(READY[1]).counted == (3,)
-    assert book.of(READY[2]).reliability == pytest.approx(0.7)
+    history = NOBODY.after_round(4, READY[:3], {READY[2]: None}, reports, 5).after_round(
+        5, READY[:1], {READY[0]: 9.0}, [], 5
+    )
+    assert ClientHistory.of_text(history.text()) == history
+    assert history.of(READY[0]) == ClientRecord(50, None, 9.0, 1.0, 5, (4,), (4, 5))
+    assert history.of(READY[1]).counted == (3,)
+    assert history.of(READY[2]).reliability == pytest.approx(0.7)
     assert NOBODY.records == {}
-    with pytest.raises(ValueError, match="not a book"):
-        ClientBook.of_text("[1]")
+    with pytest.raises(ValueError, match="not a history"):
+        ClientHistory.of_text("[1]")

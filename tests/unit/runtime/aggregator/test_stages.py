@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from isthmus.aggregator.telemetry.stage_times import StageTimes, sound
+from isthmus.aggregator.telemetry.stage_times import StageTimes, sanitize
 from isthmus.client.session.stage_timer import StageTimer
 
 
@@ -35,7 +35,7 @@ def test_a_client_tells_how_long_each_stage_took_since_its_last_update() -> None
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0, 1e300])
 def test_what_no_clock_says_is_not_believed(value: float) -> None:
-    assert sound({"train": value, "pull": 2.0, "made-up": 1.0}) == {"pull": 2.0}
+    assert sanitize({"train": value, "pull": 2.0, "made-up": 1.0}) == {"pull": 2.0}
 
 
 def test_means_and_maxima() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from isthmus.aggregator.clients.membership import Client
 from isthmus.aggregator.job import Job
-from isthmus.aggregator.rounds.coordinator import Federation
+from isthmus.aggregator.rounds.coordinator import Coordinator
 from isthmus.aggregator.storage.checkpoints import CheckpointStore
 from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
 from isthmus.aggregator.telemetry.tracking.tracker import make_tracker
@@ -47,19 +47,19 @@ class Trial:
         store = CheckpointStore(self.directory, "uid", self.spec.checkpoints_kept)
         strategy = make_strategy(self.spec.strategy, self.directory, self.spec.most_trainers)
         tracker = make_tracker(job, self.directory)
-        self.federation = Federation(job, store, strategy, AggregatorMetrics("default", "job"), tracker)
-        self.running = asyncio.create_task(self.federation.run())
+        self.coordinator = Coordinator(job, store, strategy, AggregatorMetrics("default", "job"), tracker)
+        self.running = asyncio.create_task(self.coordinator.run())
         for pool, index in (*self.trainers, *self.judges):
             hello = pb.Hello(
                 job_uid="uid", pool=pool, index=index, instance=f"{index}", evaluates=self.evaluates or pool == JUDGE
             )
-            self.clients[pool, index] = self.federation.join(hello)
+            self.clients[pool, index] = self.coordinator.join(hello)
             if early and index == 0:
-                await self.until(lambda: self.course.model)
+                await self.until(lambda: self.training.model)
                 self.say((pool, index), 0.9)
-                assert not self.course.round
-        await self.until(lambda: self.course.initialization.asked((POOL, 0)) or self.course.model)
-        if self.course.model is None:
+                assert not self.training.round
+        await self.until(lambda: self.training.initialization.asked((POOL, 0)) or self.training.model)
+        if self.training.model is None:
             await self.push((POOL, 0), 0)
 
     async def kill(self) -> None:
@@ -68,8 +68,8 @@ class Trial:
         await asyncio.gather(self.running, return_exceptions=True)
 
     @property
-    def course(self) -> Any:
-        return self.federation.course
+    def training(self) -> Any:
+        return self.coordinator.training
 
     async def until(self, what: Any) -> None:
         async with asyncio.timeout(SECONDS):
@@ -79,25 +79,25 @@ class Trial:
                 await asyncio.sleep(0.005)
 
     async def begun(self, number: int) -> None:
-        await self.until(lambda: self.course.round is not None and self.course.round.number == number)
+        await self.until(lambda: self.training.round is not None and self.training.round.number == number)
 
     async def push(self, client: tuple[str, int], number: int, loss: float = 1.0) -> None:
         state: State = {"w": torch.full((4,), float(number))}
         header = pb.UpdateHeader(
             job_uid="uid", pool=client[0], index=client[1], instance=str(client[1]), round=number, num_examples=5,
             tensors=specs_of(state),
-            base_digest=self.course.model.digest if number else "", metrics={"loss": loss},
+            base_digest=self.training.model.digest if number else "", metrics={"loss": loss},
         )  # fmt: skip
-        reply = await self.federation.intake.accept(header, state)
+        reply = await self.coordinator.intake.accept(header, state)
         assert reply.verdict in (pb.PushReply.ACCEPTED, pb.PushReply.STALE, pb.PushReply.CLOSED), reply
 
     def say(self, client: tuple[str, int], value: float | None, weight: float = 1.0, **changes: Any) -> None:
         """A client's measurement of the newest model."""
-        model = self.course.model
+        model = self.training.model
         fields = {"model_round": model.round, "model_digest": model.digest, "num_examples": weight,
                   "metrics": {} if value is None else {"accuracy": value}} | changes  # fmt: skip
         message = pb.ClientMessage(evaluation=pb.Evaluation(**fields))
-        self.federation.hear(self.clients[client], message)
+        self.coordinator.hear(self.clients[client], message)
 
     async def train(self, number: int, *values: float | None, loss: float = 1.0) -> None:
         """A round, before whose updates the first clients measure the model that it began with."""
@@ -105,18 +105,18 @@ class Trial:
         for client, value in zip(self.trainers, values, strict=False):
             self.say(client, value)
         await asyncio.sleep(0)
-        if self.federation.progress.reached is None:
+        if self.coordinator.progress.reached is None:
             await asyncio.gather(*(self.push(client, number, loss) for client in self.trainers))
 
     async def measure_final(self, *values: float | None) -> None:
-        await self.until(lambda: self.course.phase == pb.FederationStatus.EVALUATING)
+        await self.until(lambda: self.training.phase == pb.FederationStatus.EVALUATING)
         for client, value in zip(self.trainers, values, strict=False):
             self.say(client, value)
 
     async def finish(self) -> pb.FederationStatus:
         async with asyncio.timeout(SECONDS):
             await self.running
-        status = self.federation.status()
+        status = self.coordinator.status()
         assert status.phase == pb.FederationStatus.COMPLETE
         return status
 
@@ -166,7 +166,7 @@ async def test_it_is_known_when_the_round_would_end_at_the_latest(tmp_path: Path
     trial.say((POOL, 0), 0.9)
     trial.say((POOL, 1), 0.9)
     await asyncio.sleep(0.05)
-    assert trial.course.round.number == 2  # the third may yet
+    assert trial.training.round.number == 2  # the third may yet
     await asyncio.gather(*(trial.push(client, 2) for client in trial.trainers))
     status = await trial.finish()
     assert (status.model.round, status.completed_rounds, trial.weights("model")) == (1, 1, 1)
@@ -254,7 +254,7 @@ async def test_killed_once_the_target_is_met(tmp_path: Path, monkeypatch: pytest
         asleep.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("isthmus.aggregator.rounds.delivery.Outcome.deliver", lambda self, newest: die(newest))
+    monkeypatch.setattr("isthmus.aggregator.rounds.delivery.Delivery.deliver", lambda self, newest: die(newest))
     await trial.train(2, 0.9, 0.9, 0.9)
     async with asyncio.timeout(SECONDS):
         await asleep.wait()
@@ -320,7 +320,7 @@ async def test_two_of_four_cannot_either_and_three_can(tmp_path: Path) -> None:
     await trial.start()
     await trial.train(1)
     await trial.train(2, 1.0, 1.0, 0.8, 0.8)
-    assert trial.federation.progress.reached is None
+    assert trial.coordinator.progress.reached is None
     await trial.train(3, 1.0, 1.0, 1.0, 0.8)
     assert (await trial.finish()).model.round == 2
 
@@ -337,7 +337,7 @@ async def test_who_was_not_asked_is_not_heard(tmp_path: Path, caplog: pytest.Log
     await trial.train(2)
     await trial.begun(3)
     trial.say((JUDGE, 0), 0.95, model_digest="of another model")
-    assert [metric.name for metric in trial.federation.status().metrics] == ["accuracy", "train_loss"]
+    assert [metric.name for metric in trial.coordinator.status().metrics] == ["accuracy", "train_loss"]
     trial.say((JUDGE, 0), 0.9)
     status = await trial.finish()
     assert (status.target_round, status.model.round) == (2, 2)
@@ -401,9 +401,9 @@ async def test_an_objective_that_nobody_reports_is_warned_of_after_the_first_rou
     await trial.begun(2)
     for client in trial.trainers:
         trial.say(client, 0.5)
-    (warning,) = trial.federation.status().warnings
+    (warning,) = trial.coordinator.status().warnings
     expected = "objective.metric: no client reports 'acuracy'; reported: accuracy, train_loss; did you mean accuracy?"
-    assert warning == trial.federation.status().message == expected
+    assert warning == trial.coordinator.status().message == expected
     await trial.kill()
 
 
@@ -434,7 +434,7 @@ async def test_after_a_restart_updates_may_come_before_what_was_measured(tmp_pat
     await trial.begun(2)
     await asyncio.gather(*(trial.push(client, 2) for client in trial.trainers))
     await asyncio.sleep(0.1)
-    assert trial.course.model.round == 1
+    assert trial.training.model.round == 1
     for client in trial.trainers:
         trial.say(client, 0.9)
     status = await trial.finish()

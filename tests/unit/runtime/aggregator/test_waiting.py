@@ -9,7 +9,7 @@ import pytest
 from isthmus.aggregator.clients.outbox import MOST_MESSAGES, Outbox
 from isthmus.aggregator.model.messages import spoken
 from isthmus.aggregator.rpc import pace
-from isthmus.aggregator.rpc.call_limit import Calls, SupersededError
+from isthmus.aggregator.rpc.call_limit import CallLimit, SupersededError
 from isthmus.aggregator.rpc.pace import paced
 from isthmus.client.session.session import Incoming
 from isthmus.tensors import TruncatedError
@@ -77,7 +77,7 @@ def test_a_script_that_is_busy_finds_the_newest_offer_only() -> None:
 
 
 async def test_a_newer_call_of_a_client_ends_the_older() -> None:
-    calls, go = Calls(), asyncio.Event()
+    calls, go = CallLimit(), asyncio.Event()
 
     async def work(result: str) -> str:
         await go.wait()
@@ -95,7 +95,7 @@ async def test_a_newer_call_of_a_client_ends_the_older() -> None:
 
 
 async def test_a_client_that_hangs_up_is_not_told_of_a_newer_call() -> None:
-    calls = Calls()
+    calls = CallLimit()
     call = asyncio.create_task(calls.run("a", asyncio.sleep(3600)))
     await asyncio.sleep(0)
     call.cancel()
