@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from .codecs import Decoder
-from .tensors import Data, Reception, State, TransferError, TruncatedError
+from .tensors import Data, RawDecoder, State, TransferError, TruncatedError
 
 # The methods whose messages this module encodes and decodes itself, in place of protobuf's generated stubs.
 SERVICE = pb.DESCRIPTOR.services_by_name["Federation"].full_name
@@ -25,7 +25,7 @@ Message = TypeVar("Message", pb.TensorChunk, pb.UpdateChunk)
 Header = TypeVar("Header", pb.ModelHeader, pb.UpdateHeader)
 
 # The largest integer up to which doubles are exact. A negative number from a client in another language is far above.
-MOST_EXAMPLES = 2**53
+MAX_EXAMPLES = 2**53
 # Larger encoded payloads are decoded in a thread; for smaller ones the switch costs more than it saves. Bytes.
 _DECODED_AT_ONCE = 1 << 15
 # The tag of field 2 (data) of both messages, with wire type 2 (length-delimited).
@@ -130,12 +130,12 @@ def _checksum(chunk: pb.TensorChunk | pb.UpdateChunk) -> str | None:
     return chunk.trailer.checksum if chunk.HasField("trailer") else None
 
 
-def receive_model(messages: Iterable[bytes], reception_of: Callable[[pb.ModelHeader], Reception | Decoder]) -> State:
+def receive_model(messages: Iterable[bytes], reception_of: Callable[[pb.ModelHeader], RawDecoder | Decoder]) -> State:
     """Receive the tensors of a Pull. Raises :class:`TransferError`.
 
     ``reception_of`` makes the receiver for a header.
     """
-    reception: Reception | Decoder | None = None
+    reception: RawDecoder | Decoder | None = None
     rest = iter(messages)
     for message in rest:
         frame = model_frame(message)
@@ -157,7 +157,7 @@ def receive_model(messages: Iterable[bytes], reception_of: Callable[[pb.ModelHea
 async def receive_update(
     first: Frame[pb.UpdateHeader],
     rest: AsyncIterator[bytes],
-    reception: Reception | Decoder,
+    reception: RawDecoder | Decoder,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[State, int]:
     """Receive the tensors of a Push, given its first message; return them and their size on the wire in bytes.

@@ -4,7 +4,7 @@ import ctypes
 from typing import Any
 
 
-def c_function(name: str) -> Any | None:
+def libc_function(name: str) -> Any | None:
     """Return a function of the C library, for ctypes, or ``None`` if the platform lacks it."""
     try:
         return getattr(ctypes.CDLL(None), name)

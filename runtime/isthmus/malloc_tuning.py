@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from .libc import c_function
+from .libc import libc_function
 
 # malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -19,14 +19,14 @@ _ARENAS = 2
 _KEPT_BYTES = 4 << 20
 
 
-def keep_memory_flat() -> None:
+def tune_malloc() -> None:
     """Tune malloc in a process of Isthmus; must be called before threads are started.
 
     Does nothing if ``MALLOC_ARENA_MAX`` is set, or without glibc.
     """
     if "MALLOC_ARENA_MAX" in os.environ:
         return
-    if (mallopt := c_function("mallopt")) is None:
+    if (mallopt := libc_function("mallopt")) is None:
         return
     for parameter, value in (
         (_M_ARENA_MAX, _ARENAS),
@@ -36,13 +36,13 @@ def keep_memory_flat() -> None:
         mallopt(parameter, value)
 
 
-def give_back() -> None:
+def release_free_memory() -> None:
     """Return all free memory to the system. Slow: not for the event loop. Source: malloc_trim(3)."""
-    if (malloc_trim := c_function("malloc_trim")) is not None:
+    if (malloc_trim := libc_function("malloc_trim")) is not None:
         malloc_trim(0)
 
 
-def keep_chunks() -> None:
+def keep_chunk_memory() -> None:
     """Tune malloc in the user's own process, without overriding the user's settings.
 
     glibc keeps twice the size of the largest block that was freed, up to 64 MB, so freeing one of a few megabytes is

@@ -24,7 +24,7 @@ Data = bytes | memoryview
 CHUNK_BYTES = 1 << 20
 _SMALLEST_CHUNK_BYTES = 1 << 16
 # PyTorch's own limit for most of its functions.
-MOST_DIMENSIONS = 64
+MAX_DIMENSIONS = 64
 # Tensors' sizes and offsets are signed 64-bit numbers.
 _MOST_BYTES = 2**63 - 1
 # Memory for chunks in an aggregator's gRPC, over all clients: for each it holds a few copies when sending, and a buffer
@@ -64,7 +64,7 @@ def snapshot(state: Mapping[str, torch.Tensor], room: State | None = None) -> St
     Raises :class:`TransferError`.
     """
     return {
-        name: roomy(name, checked(name, tensor).shape, tensor.dtype, room).copy_(tensor.detach())
+        name: allocate_like(name, checked(name, tensor).shape, tensor.dtype, room).copy_(tensor.detach())
         for name, tensor in state.items()
     }
 
@@ -140,7 +140,7 @@ def checksum_of(state: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-class Reception:
+class RawDecoder:
     """Receiver of a raw stream, which allocates exactly the tensors that the specs announce."""
 
     def __init__(self, specs: Iterable[TensorSpec], room: State | None = None) -> None:
@@ -148,7 +148,7 @@ class Reception:
         self._tensors: State = {}
         self._views: list[memoryview] = []
         specs = list(specs)
-        if (problem := misannounced(specs)) is not None:
+        if (problem := invalid_specs(specs)) is not None:
             raise TransferError(problem.message)
         for spec in specs:
             tensor = allocate(spec, room)
@@ -197,7 +197,7 @@ class Mismatch:
         return self.message
 
 
-def misannounced(specs: Iterable[TensorSpec]) -> Mismatch | None:
+def invalid_specs(specs: Iterable[TensorSpec]) -> Mismatch | None:
     """Return why the specs of a raw stream are invalid for any model, or ``None``."""
     seen = set()
     for spec in specs:
@@ -219,11 +219,11 @@ def _is_possible(shape: Sequence[int], itemsize: int) -> bool:
 
     An empty dimension does not excuse large ones: strides, and readers of safetensors, multiply them one by one.
     """
-    return len(shape) <= MOST_DIMENSIONS and math.prod(max(size, 1) for size in shape) * itemsize <= _MOST_BYTES
+    return len(shape) <= MAX_DIMENSIONS and math.prod(max(size, 1) for size in shape) * itemsize <= _MOST_BYTES
 
 
 def _shown(shape: Sequence[int]) -> str:
-    return one_line(str(list(shape[: MOST_DIMENSIONS + 1])), 100)
+    return one_line(str(list(shape[: MAX_DIMENSIONS + 1])), 100)
 
 
 def mismatch(expected: Sequence[TensorSpec], offered: Sequence[TensorSpec]) -> Mismatch | None:
@@ -250,11 +250,11 @@ def _listed(names: Sequence[str]) -> str:
 
 def non_finite(state: Mapping[str, torch.Tensor]) -> str | None:
     """Return the name of the first tensor that holds NaN or infinity, if any."""
-    found = beyond(sys.float_info.max, state)
+    found = first_beyond(sys.float_info.max, state)
     return found[0] if found is not None else None
 
 
-def beyond(limit: float, state: Mapping[str, torch.Tensor]) -> tuple[str, float] | None:
+def first_beyond(limit: float, state: Mapping[str, torch.Tensor]) -> tuple[str, float] | None:
     """Return the first floating-point tensor with a value of larger magnitude, or NaN, and that value."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and tensor.numel():
@@ -290,13 +290,13 @@ def allocate(spec: TensorSpec, room: State | None = None) -> torch.Tensor:
     times as long as filling it.
     """
     try:
-        return roomy(spec.name, tuple(spec.shape), dtype_of(spec), room)
+        return allocate_like(spec.name, tuple(spec.shape), dtype_of(spec), room)
     except (RuntimeError, TypeError):  # RuntimeError: from PyTorch's allocator; TypeError: a dimension above 2**63 - 1
         name = one_line(spec.name, 100)
         raise TransferError(f"{name} announces {spec.size} bytes, for which there is no memory") from None
 
 
-def roomy(name: str, shape: Sequence[int], dtype: torch.dtype, room: State | None) -> torch.Tensor:
+def allocate_like(name: str, shape: Sequence[int], dtype: torch.dtype, room: State | None) -> torch.Tensor:
     """Return the spare tensor of this name if it fits, or a new one. Its content is undefined."""
     spare = (room or {}).get(name)
     if spare is not None and (spare.dtype, tuple(spare.shape)) == (dtype, tuple(shape)) and spare.is_contiguous():

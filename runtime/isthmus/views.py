@@ -10,7 +10,7 @@ import torch
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
-from .tensors import MOST_DIMENSIONS, State, flat
+from .tensors import MAX_DIMENSIONS, State, flat
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class View:
         return values.as_strided(self.shape, self.stride, values.storage_offset() + self.offset)
 
     @classmethod
-    def of_message(cls, message: pb.View) -> Self:
+    def from_message(cls, message: pb.View) -> Self:
         return cls(message.name, message.of, message.offset, tuple(message.shape), tuple(message.stride))
 
     def message(self) -> pb.View:
@@ -41,7 +41,7 @@ class View:
 
 def views_of(messages: Iterable[pb.View]) -> tuple[View, ...]:
     """Return the views in a header."""
-    return tuple(map(View.of_message, messages))
+    return tuple(map(View.from_message, messages))
 
 
 def expanded(state: Mapping[str, torch.Tensor], views: Iterable[View]) -> State:
@@ -54,14 +54,14 @@ def to_text(views: Iterable[View]) -> str:
     return json.dumps([[view.name, view.of, view.offset, view.shape, view.stride] for view in views])
 
 
-def of_text(text: str) -> tuple[View, ...]:
+def from_text(text: str) -> tuple[View, ...]:
     """Parse the output of :func:`to_text`."""
     return tuple(
         View(name, of, offset, tuple(shape), tuple(stride)) for name, of, offset, shape, stride in json.loads(text)
     )
 
 
-def misplaced(views: Iterable[View], specs: Sequence[pb.TensorSpec]) -> str | None:
+def invalid_views(views: Iterable[View], specs: Sequence[pb.TensorSpec]) -> str | None:
     """Return why tensors with these specs cannot have these views, or ``None``."""
     sizes = {spec.name: math.prod(spec.shape) for spec in specs}
     seen = set(sizes)
@@ -73,7 +73,7 @@ def misplaced(views: Iterable[View], specs: Sequence[pb.TensorSpec]) -> str | No
             return f"{view.name} is announced as a view of {view.of}, which does not exist"
         if len(view.shape) != len(view.stride) or not 0 < math.prod(view.shape) <= sizes[view.of]:
             return f"{view.name} is announced as a view of {view.of}, which does not fit its shape"
-        if len(view.shape) > MOST_DIMENSIONS or any(
+        if len(view.shape) > MAX_DIMENSIONS or any(
             stride != 1 for size, stride in zip(view.shape, view.stride, strict=True) if size == 1
         ):
             return f"{view.name} is announced as a view of {view.of}, with impossible strides"

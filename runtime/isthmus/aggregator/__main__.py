@@ -32,7 +32,7 @@ from isthmus_contracts.text import one_line
 from isthmus_contracts.wire.addresses import split
 from isthmus_contracts.wire.transport import HEADER_BYTES, renewed_server_credentials, server_options
 
-from ..malloc_tuning import keep_memory_flat
+from ..malloc_tuning import tune_malloc
 from ..strategies import StrategyError, make_strategy
 from .exits import EXIT_PORT_TAKEN
 from .job import load_job
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--stay", action="store_true",
                         help="serve on after completion, until SIGTERM: clients that come late hear of it")  # fmt: skip
     arguments = parser.parse_args()
-    keep_memory_flat()
+    tune_malloc()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     limit_root()
     try:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
-from ..framing import MOST_EXAMPLES
+from ..framing import MAX_EXAMPLES
 from ..metric_names import problem_with
 from .errors import FederationError
 from .script_values import as_number, shown
@@ -26,7 +26,7 @@ def numbers_of(evaluate: Evaluate) -> dict[str, float]:
         if (problem := problem_with(numbers)) is not None:
             raise ValueError(problem)
         weight = numbers.get(_WEIGHT, 1.0)
-        if not (math.isfinite(weight) and 0 <= weight <= MOST_EXAMPLES):
+        if not (math.isfinite(weight) and 0 <= weight <= MAX_EXAMPLES):
             raise ValueError(f"{_WEIGHT} must be from 0 (nothing to measure on) to 2**53, not {shown(weight)}")
     except ValueError as error:
         raise FederationError(f"the evaluation function must return named numbers: {error}") from None

@@ -31,7 +31,7 @@ def rounds(model: Model, evaluate: Evaluate | None = None, parameters: Parameter
     parameters that require a gradient, a list of patterns such as ``"*.lora_*"``, or a function from a name to a bool.
     Outside a federation there is one round. Raises :class:`FederationError` if the federation ends with an error or
     ``evaluate`` returns anything else, :class:`ScriptError` (also a ``ValueError``) for a model that cannot be sent
-    and ``parameters`` that choose nothing, and ``SystemExit`` (143) if the process is told to stop while it waits.
+    and ``parameters`` that choose nothing, and ``SystemExit`` (143) if the process receives SIGTERM while it waits.
 
     In an initialised torch.distributed process group every rank loops through the same rounds; only rank 0 is
     connected, and its numbers count.

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..framing import MOST_EXAMPLES
+from ..framing import MAX_EXAMPLES
 from .errors import ScriptError
 
 
@@ -26,7 +26,7 @@ def as_count(name: str, value: Any) -> int:
         number = as_number(name, value)
     except ValueError:
         number = 0.0
-    if isinstance(value, bool) or not number.is_integer() or not 1 <= number <= MOST_EXAMPLES:
+    if isinstance(value, bool) or not number.is_integer() or not 1 <= number <= MAX_EXAMPLES:
         raise ScriptError(f"{name} must be a whole number of at least 1 and at most 2**53, not {shown(value)}")
     return int(number)
 

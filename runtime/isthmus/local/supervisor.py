@@ -8,8 +8,8 @@ remaining ones when the program ends. It signals only processes that it has not 
 have reused. It then ends as the program did: with its exit code, or by its signal.
 
 It is run by its path, in a separate interpreter, so that the runner need not run Python code between fork and exec: the
-runner has threads (those of gRPC among them), and after a fork of such a process only exec is safe. It imports only the
-standard library.
+runner has threads (those of gRPC among them), and after a fork of a process with threads only exec is safe. It imports
+only the standard library.
 """
 
 import ctypes

@@ -9,7 +9,7 @@ import torch
 
 from isthmus_contracts.manifests.manifest import ManifestError
 
-from ..tensors import State, TransferError, beyond, checked, mismatch, non_finite, specs_of
+from ..tensors import State, TransferError, checked, first_beyond, mismatch, non_finite, specs_of
 from .base import GREATEST_WEIGHT, Setup, Strategy, StrategyError, Update
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ def _plain(returned: object) -> State:
 
 def _bounded(tensor: torch.Tensor) -> torch.Tensor:
     """Clamp a tensor to the bound on updates: every update from a larger model would be refused."""
-    if beyond(GREATEST_WEIGHT, {"": tensor}) is None:
+    if first_beyond(GREATEST_WEIGHT, {"": tensor}) is None:
         return tensor
     return tensor.clamp(-GREATEST_WEIGHT, GREATEST_WEIGHT)
 

@@ -34,12 +34,12 @@ from isthmus.privacy import Private
 from isthmus.strategies.averaging.fedavg import FedAvg
 from isthmus.strategies.deterministic import Deterministic
 from isthmus.strategies.spill import Spill
-from isthmus.tensors import Reception
+from isthmus.tensors import RawDecoder
 from isthmus_contracts.wire import transport
 
 # Everything that happens between the first chunk of an update and the last word about its commit.
 POINTS: list[tuple[Any, str]] = [
-    (Reception, "__init__"), (Reception, "write"), (Reception, "finish"), (Decoder, "write"),
+    (RawDecoder, "__init__"), (RawDecoder, "write"), (RawDecoder, "finish"), (Decoder, "write"),
     (PushHandler, "_count"), (Intake, "early_reply"), (Intake, "_count"), (Intake, "_fold"),
     (Deterministic, "accept"), (Deterministic, "finish"), (FedAvg, "accept"), (FedAvg, "finish"), (Spill, "add"),
     (Private, "accept"), (Private, "finish"), (PrivacyBudget, "account"), (PrivacyBudget, "charge"),

@@ -106,7 +106,7 @@ def passed(job: Federation) -> list[str]:
 
 # Of these, some fall between two lives of the sweep, whose messages come in another order each time.
 NAMED = (
-    "Reception.write", "Intake._count", "Intake._fold", "Deterministic.accept", "FedAvg.finish", "os.fsync",
+    "RawDecoder.write", "Intake._count", "Intake._fold", "Deterministic.accept", "FedAvg.finish", "os.fsync",
     "Path.rename", "CheckpointStore.save", "CheckpointStore.append", "Client.send",
 )  # fmt: skip
 

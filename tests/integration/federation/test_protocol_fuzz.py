@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from isthmus.aggregator.storage.checkpoints import CheckpointStore
-from isthmus.metric_names import LONGEST_NAME, MOST_METRICS
+from isthmus.metric_names import MAX_METRICS, MAX_NAME_LENGTH
 from isthmus.tensors import checksum_of, chunks_of, specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.wire.transport import channel
@@ -185,8 +185,8 @@ class Hostile:
         assert 1 <= header.num_examples <= 2**53
         assert 1 <= header.round <= self._honest.round
         assert [(spec.name, list(spec.shape)) for spec in header.tensors] == [("w", [50]), ("n", [1])]
-        assert set(header.buffers) <= {"w", "n"} and len(header.metrics) <= MOST_METRICS
-        assert all(name.isprintable() and len(name) <= LONGEST_NAME for name in header.metrics)
+        assert set(header.buffers) <= {"w", "n"} and len(header.metrics) <= MAX_METRICS
+        assert all(name.isprintable() and len(name) <= MAX_NAME_LENGTH for name in header.metrics)
 
 
 class Honest:

@@ -12,9 +12,9 @@ import pytest
 # Sixteen live threads allocate; the C library reports its arenas.
 ALLOCATE = """
 import ctypes, sys, threading
-from isthmus.malloc_tuning import keep_memory_flat
+from isthmus.malloc_tuning import tune_malloc
 
-keep_memory_flat()
+tune_malloc()
 libc = ctypes.CDLL(None)
 libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
 libc.fopen.restype = ctypes.c_void_p
@@ -39,9 +39,9 @@ libc.fclose(file)
 # Four chunks at a time, repeatedly; the kernel counts the page faults.
 CHUNKS = """
 import resource, sys
-from isthmus.malloc_tuning import keep_chunks
+from isthmus.malloc_tuning import keep_chunk_memory
 
-sys.argv[1:] and keep_chunks()
+sys.argv[1:] and keep_chunk_memory()
 for _ in range(100):
     chunks = [b"x" * (1 << 20) for _ in range(4)]
     del chunks

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from isthmus.framing import model_frame, model_messages, receive_model, update_frame, update_messages
-from isthmus.tensors import Reception, State, TransferError, checksum_of, chunks_of, specs_of
+from isthmus.tensors import RawDecoder, State, TransferError, checksum_of, chunks_of, specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
 
 SMALL: State = {"w": torch.arange(5.0), "flag": torch.tensor(True)}
@@ -16,7 +16,7 @@ def test_a_model_arrives_as_it_was_sent(state: State) -> None:
     header = pb.ModelHeader(round=3, digest="d", tensors=specs_of(state))
     messages = list(model_messages(header, chunks_of(state), checksum_of(state)))
     assert sum(size for _, size in messages) == sum(tensor.nbytes for tensor in state.values())
-    received = receive_model([message for message, _ in messages], lambda header: Reception(header.tensors))
+    received = receive_model([message for message, _ in messages], lambda header: RawDecoder(header.tensors))
     assert list(received) == list(state)
     assert all(torch.equal(received[name], tensor) for name, tensor in state.items())
 

@@ -13,7 +13,7 @@ from isthmus.codecs.base import SEGMENT
 from isthmus.privacy import Private
 from isthmus.strategies import Update, make_strategy
 from isthmus.strategies.spill import Spill
-from isthmus.tensors import Reception, State, allocate, bytes_view, checksum_of, chunks_of, flat, snapshot, specs_of
+from isthmus.tensors import RawDecoder, State, allocate, bytes_view, checksum_of, chunks_of, flat, snapshot, specs_of
 from isthmus_contracts.api.compression import Compression
 from isthmus_contracts.api.strategy import Strategy
 
@@ -86,7 +86,7 @@ def private() -> State:
 
 def received() -> State:
     copy = snapshot(STATE)
-    reception = Reception(specs_of(copy))
+    reception = RawDecoder(specs_of(copy))
     for chunk in chunks_of(copy):
         reception.write(chunk)
     return reception.finish(checksum_of(copy))
@@ -144,7 +144,7 @@ def test_one_element_with_a_stride_travels(name: str) -> None:
 
 def test_one_element_with_a_stride_is_received_spilled_and_written(tmp_path: Path) -> None:
     state = odd()
-    reception = Reception(specs_of(state), room=dict(state))
+    reception = RawDecoder(specs_of(state), room=dict(state))
     for chunk in chunks_of(snapshot(state)):
         reception.write(chunk)
     assert same(reception.finish(checksum_of(state)), odd())

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from isthmus.tensors import (
     CHUNK_BYTES,
-    Reception,
+    RawDecoder,
     State,
     TransferError,
     checksum_of,
@@ -32,7 +32,7 @@ DTYPES = [
 
 
 def received(state: State, cut: int = CHUNK_BYTES) -> State:
-    reception = Reception(specs_of(state))
+    reception = RawDecoder(specs_of(state))
     for chunk in chunks_of(state):
         for start in range(0, len(chunk), cut):
             reception.write(chunk[start : start + cut])
@@ -95,14 +95,14 @@ STATE = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([3])}
 
 
 def test_truncated() -> None:
-    reception = Reception(specs_of(STATE))
+    reception = RawDecoder(specs_of(STATE))
     reception.write(next(chunks_of(STATE))[:-1])
     with pytest.raises(TransferError, match="ended early, after 15 bytes"):
         reception.finish(checksum_of(STATE))
 
 
 def test_too_much() -> None:
-    reception = Reception(specs_of(STATE))
+    reception = RawDecoder(specs_of(STATE))
     with pytest.raises(TransferError, match="more data than the header announced"):
         reception.write(bytes(next(chunks_of(STATE))) + b"\0")
 
@@ -110,7 +110,7 @@ def test_too_much() -> None:
 def test_one_flipped_bit() -> None:
     data = bytearray(next(chunks_of(STATE)))
     data[3] ^= 1
-    reception = Reception(specs_of(STATE))
+    reception = RawDecoder(specs_of(STATE))
     reception.write(bytes(data))
     with pytest.raises(TransferError, match="checksum"):
         reception.finish(checksum_of(STATE))
@@ -120,7 +120,7 @@ def test_specs_that_lie_about_their_size() -> None:
     spec = specs_of(STATE)[0]
     spec.size = 1 << 40
     with pytest.raises(TransferError, match="do not fit F32 of shape"):
-        Reception([spec])
+        RawDecoder([spec])
 
 
 @pytest.mark.parametrize(

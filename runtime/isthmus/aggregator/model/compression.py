@@ -8,7 +8,7 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 from ...codecs import KNOWN, Chain, Decoder, Encoded, download_seed, encode, parse_chain, upload_seed
 from ...strategies import StrategyError
-from ...tensors import Reception, State, non_finite
+from ...tensors import RawDecoder, State, non_finite
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Compression:
             return f"unknown codecs: {', '.join(unknown)}"
         return f"the job's uploads are {self._upload}, not {'+'.join(header.codecs)}"
 
-    def reception(self, header: pb.UpdateHeader, base: State | None, room: State) -> Reception | Decoder:
+    def reception(self, header: pb.UpdateHeader, base: State | None, room: State) -> RawDecoder | Decoder:
         """Return what takes in an update that :meth:`problem` has nothing against. Raises :class:`TransferError`."""
         if not header.codecs:
-            return Reception(header.tensors, room)
+            return RawDecoder(header.tensors, room)
         seed = upload_seed(header.round, header.pool, header.index)
         return Decoder(header.tensors, self._upload, seed, base, room)
 

@@ -10,7 +10,7 @@ from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ... import metric_names as metricnames
-from ...framing import MOST_EXAMPLES
+from ...framing import MAX_EXAMPLES
 from ..clients.membership import Client, ClientId, Membership
 from ..state.confirmation import ClientMeasurements
 from ..state.metrics_by_round import Progress, WeightedMeans
@@ -153,7 +153,7 @@ class Evaluations:
 def _problem(evaluation: pb.Evaluation) -> str | None:
     """Return what is wrong with an evaluation, in one line; ``None`` if nothing is."""
     examples = evaluation.num_examples
-    if not (math.isfinite(examples) and 0 <= examples <= MOST_EXAMPLES):
+    if not (math.isfinite(examples) and 0 <= examples <= MAX_EXAMPLES):
         return f"num_examples must be from 0 to 2**53, not {examples:g}"
     return metricnames.problem_with(evaluation.metrics)
 

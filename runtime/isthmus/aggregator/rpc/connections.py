@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
 
-from ...malloc_tuning import give_back
+from ...malloc_tuning import release_free_memory
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Connections:
                 # What their headers took would lie there, in pieces, and the next ones' would come on top of it. gRPC
                 # lets go of it bit by bit.
                 trims -= 1
-                await asyncio.to_thread(give_back)
+                await asyncio.to_thread(release_free_memory)
 
     def overdue(self, found: set[str], now: float) -> set[str]:
         """Return which of the connections that there are have to go. Those that are gone are forgotten."""

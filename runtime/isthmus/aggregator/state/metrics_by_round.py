@@ -11,13 +11,13 @@ from isthmus_contracts.api.federated_job import Objective
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
 
-from ...metric_names import MOST_METRICS
+from ...metric_names import MAX_METRICS
 from ..clients.membership import ClientId
 from ..storage.checkpoints import RoundRecord
 
 log = logging.getLogger(__name__)
 
-MOST_NAMES = 4 * MOST_METRICS
+MOST_NAMES = 4 * MAX_METRICS
 """Of metrics, in a job's life."""
 _SHOWN_NAMES, _SHOWN_CHARACTERS = 12, 64
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ...tensors import State, snapshot
-from ...views import View, expanded, of_text
+from ...views import View, expanded, from_text
 from . import recycled_file, safetensors_file
 from .safetensors_file import HeaderError, TensorFile
 
@@ -45,7 +45,7 @@ class Checkpoint:
     @property
     def views(self) -> tuple[View, ...]:
         """The names that share memory with one of the tensors: those of ``state`` and these are the model's."""
-        return of_text(self.notes.get(VIEWS, "[]"))
+        return from_text(self.notes.get(VIEWS, "[]"))
 
     @property
     def digest(self) -> str:

@@ -19,7 +19,7 @@ import torch
 import xxhash
 from safetensors import safe_open
 
-from ...libc import c_function
+from ...libc import libc_function
 from ...tensors import State, bytes_view, specs_of
 
 # Below this the errand of a thread takes longer than the work.
@@ -147,7 +147,7 @@ def _begin_writing_back(descriptor: int) -> None:
 
 @cache
 def _sync_file_range() -> Any | None:
-    call: Any = c_function("sync_file_range")
+    call: Any = libc_function("sync_file_range")
     if call is not None:
         call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
     return call

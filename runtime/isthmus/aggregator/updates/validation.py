@@ -12,10 +12,10 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
 
 from ...codecs import CodecError, NonFiniteError
-from ...framing import MOST_EXAMPLES
+from ...framing import MAX_EXAMPLES
 from ...strategies import GREATEST_WEIGHT, Strategy
-from ...tensors import ChecksumError, State, TransferError, TruncatedError, beyond, misannounced, mismatch
-from ...views import difference, misplaced, views_of
+from ...tensors import ChecksumError, State, TransferError, TruncatedError, first_beyond, invalid_specs, mismatch
+from ...views import difference, invalid_views, views_of
 from ..model.compression import Compression
 from ..model.global_model import GlobalModel
 from . import bounds
@@ -85,7 +85,7 @@ def examine(header: pb.UpdateHeader, model: GlobalModel, compression: Compressio
     """Return what is wrong with an update, as far as its header shows."""
     if problem := bounds.problem_with_size(header, model.header_bytes) or bounds.problem_with_header(header):
         return Fault(Reason.BOUNDS, problem)
-    if not 1 <= header.num_examples <= MOST_EXAMPLES:
+    if not 1 <= header.num_examples <= MAX_EXAMPLES:
         return Fault(Reason.EXAMPLES, "num_examples must be at least 1" + _as_signed(header.num_examples))
     if problem := compression.problem(header):
         return Fault(Reason.CODEC, problem)
@@ -93,7 +93,7 @@ def examine(header: pb.UpdateHeader, model: GlobalModel, compression: Compressio
         return Fault(Reason.SHARED, problem)
     if found := mismatch(model.specs, header.tensors):
         return Fault(Reason(found.aspect), found.message)
-    if not header.codecs and (found := misannounced(header.tensors)):
+    if not header.codecs and (found := invalid_specs(header.tensors)):
         return Fault(Reason(found.aspect), found.message)
     if problem := strategy.problem_with(header.scalars):
         return Fault(Reason.SCALARS, problem)
@@ -108,9 +108,9 @@ def examine_initial(header: pb.UpdateHeader, directory: Path | None = None) -> F
         return Fault(Reason.CODEC, "initial weights travel raw")
     if RESERVED_NAME in {*(spec.name for spec in header.tensors), *(view.name for view in header.views)}:
         return Fault(Reason.UNKNOWN_TENSOR, f"a tensor cannot be called {RESERVED_NAME}: safetensors keeps that name")
-    if found := misannounced(header.tensors):
+    if found := invalid_specs(header.tensors):
         return Fault(Reason(found.aspect), found.message)
-    if problem := misplaced(views_of(header.views), header.tensors):
+    if problem := invalid_views(views_of(header.views), header.tensors):
         return Fault(Reason.SHARED, problem)
     problem = bounds.problem_with_room(header, directory)
     return Fault(Reason.SIZE, problem) if problem else None
@@ -118,7 +118,7 @@ def examine_initial(header: pb.UpdateHeader, directory: Path | None = None) -> F
 
 def examine_values(tensors: State) -> Fault | None:
     """Return what is wrong with an update's values."""
-    found = beyond(GREATEST_WEIGHT, tensors)
+    found = first_beyond(GREATEST_WEIGHT, tensors)
     if found is None:
         return None
     name, value = found

@@ -8,7 +8,7 @@ from queue import Empty
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
-from ...malloc_tuning import keep_chunks
+from ...malloc_tuning import keep_chunk_memory
 from ...tensors import snapshot
 from ..context import Context
 from ..corrections.factory import CorrectionState, make_correction
@@ -52,7 +52,7 @@ class ClientLoop:
         self._evaluate = evaluate
         self._ranks = ranks
         self._evaluation = pb.Evaluation()  # the newest
-        keep_chunks()
+        keep_chunk_memory()
         self._session = Session(context, evaluates=evaluate is not None, stopping=stopping)
         self._stopping = stopping
         self._compression = ClientCompression(self._session)

@@ -14,7 +14,7 @@ from .ranks import RankGroup
 
 
 class RankFollower:
-    """Goes through the same rounds as rank 0, with the same weights."""
+    """Loop of a rank other than 0, over the same rounds with the same weights."""
 
     def __init__(self, model: Model, evaluate: Evaluate | None, parameters: Parameters, group: RankGroup) -> None:
         self._model = model

@@ -7,7 +7,7 @@ import torch
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ...codecs import KNOWN, Chain, Decoder, Encoded, Residual, download_seed, encode, parse_chain, upload_seed
-from ...tensors import Reception, State, snapshot
+from ...tensors import RawDecoder, State, snapshot
 from ...views import View, views_of
 from .error_feedback import ErrorFeedback
 from .session import Session
@@ -43,12 +43,12 @@ class ClientCompression:
             base_digest=self._base_digest,
         )
 
-    def reception(self, header: pb.ModelHeader) -> Reception | Decoder:
+    def reception(self, header: pb.ModelHeader) -> RawDecoder | Decoder:
         """Return the receiver of a global model. Raises :class:`TransferError`."""
         self.views = views_of(header.views)
         room, self._room = self._room, {}
         if not header.codecs:
-            return Reception(header.tensors, room)
+            return RawDecoder(header.tensors, room)
         chain = parse_chain(header.codecs)
         return Decoder(header.tensors, chain, download_seed(header.round), self._base, room)
 

@@ -14,7 +14,7 @@ from isthmus_contracts.text import one_line
 
 from ...codecs import CodecError, Decoder, Encoded
 from ...framing import receive_model, update_messages
-from ...tensors import Reception, State, TransferError, chunk_bytes, chunks_of, specs_of
+from ...tensors import RawDecoder, State, TransferError, chunk_bytes, chunks_of, specs_of
 from ...views import View
 from ..errors import FederationError
 from .compression import ClientCompression
@@ -77,7 +77,7 @@ def pull(
     Raises :class:`OutdatedError` or :class:`FederationError`.
     """
 
-    def reception(header: pb.ModelHeader) -> Reception | Decoder:
+    def reception(header: pb.ModelHeader) -> RawDecoder | Decoder:
         require_fitting(header.tensors)
         return compression.reception(header)
 
@@ -103,7 +103,7 @@ def pull_companion(session: Session, offer: pb.Offer) -> State:
         job_uid=session.job_uid, round=offer.base_round, digest=offer.base_digest, companion=True
     )  # fmt: skip
     return _retry(
-        session, "pull", lambda: receive_model(session.pull(request), lambda header: Reception(header.tensors))
+        session, "pull", lambda: receive_model(session.pull(request), lambda header: RawDecoder(header.tensors))
     )
 
 

@@ -16,7 +16,7 @@ import torch
 
 from isthmus.aggregator.updates import receive_slots
 from isthmus.aggregator.updates.receive_slots import ReceiveSlots, in_file
-from isthmus.tensors import Reception, State, checksum_of, chunks_of, specs_of
+from isthmus.tensors import RawDecoder, State, checksum_of, chunks_of, specs_of
 
 STATE: State = {
     "weight": torch.arange(6.0).reshape(2, 3),
@@ -39,7 +39,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_update_received_into_a_file_is_as_it_was_sent(tmp_path: Path) -> None:
     room = in_file(specs_of(STATE), tmp_path)
     assert not list(tmp_path.iterdir()), "the file has no name"
-    reception = Reception(specs_of(STATE), room)
+    reception = RawDecoder(specs_of(STATE), room)
     for chunk in chunks_of(STATE):
         reception.write(chunk)
     received = reception.finish(checksum_of(STATE))

@@ -1,4 +1,4 @@
-"""How long a client keeps its finished updates."""
+"""Finished updates, and how long a client keeps them."""
 
 import pytest
 

@@ -191,4 +191,4 @@ def test_a_model_that_does_not_fit_is_refused_before_it_takes_memory(spec: Tenso
     shared.require_fitting(specs_of(shared.live()))
     with pytest.raises(FederationError, match=message):
         shared.require_fitting([spec])
-    SharedState(Tensors()).require_fitting([spec])  # such a model may load any tensors
+    SharedState(Tensors()).require_fitting([spec])  # this kind of model may load any tensors

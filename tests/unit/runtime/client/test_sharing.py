@@ -17,7 +17,7 @@ from isthmus.client.state.parameter_names import ParameterNames
 from isthmus.client.state.shared_state import SharedState
 from isthmus.client.state.tied_tensors import overlap, views_in
 from isthmus.tensors import State, snapshot, specs_of
-from isthmus.views import View, difference, expanded, misplaced, of_text, to_text
+from isthmus.views import View, difference, expanded, from_text, invalid_views, to_text
 
 W = torch.arange(200.0).reshape(10, 20)
 IMAGE = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
@@ -53,10 +53,10 @@ def round_trip(state: State) -> tuple[View, ...]:
 def test_views_are_found_and_restored(state: State, views: list[tuple[object, ...]]) -> None:
     found = round_trip(state)
     assert [(view.name, view.of, view.offset, view.shape, view.stride) for view in found] == views
-    assert of_text(to_text(found)) == found
-    assert tuple(View.of_message(view.message()) for view in found) == found
+    assert from_text(to_text(found)) == found
+    assert tuple(View.from_message(view.message()) for view in found) == found
     travelling = {name: tensor for name, tensor in state.items() if name not in {view.name for view in found}}
-    assert misplaced(found, specs_of(travelling)) is None
+    assert invalid_views(found, specs_of(travelling)) is None
 
 
 @given(st.data())
@@ -183,7 +183,7 @@ def test_the_same_names_may_share_in_another_way() -> None:
     ],
 )
 def test_views_that_cannot_be(view: View, problem: str) -> None:
-    assert misplaced([view], specs_of({"w": W})) == problem
+    assert invalid_views([view], specs_of({"w": W})) == problem
 
 
 class Fused(nn.Module):
