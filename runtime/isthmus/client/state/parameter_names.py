@@ -32,7 +32,10 @@ class ParameterNames:
 
     @classmethod
     def of(cls, model: object, live: Mapping[str, torch.Tensor], views: Iterable[View] = ()) -> Self:
-        """Return the names of a model's trained parameters in ``live``, which holds tied ones under all their names."""
+        """Return the names of a model's trained parameters in ``live``; the first name of tied ones.
+
+        ``live`` holds tied parameters under all their names.
+        """
         views = tuple(views)
         wholes = {view.of: live[view.of] for view in views}
         if isinstance(model, torch.nn.Module):
