@@ -1,4 +1,4 @@
-"""A training script for tests: trains a low-rank change of a frozen layer that is another one in every client."""
+"""Training script for tests: trains a low-rank change of a frozen layer, which differs between clients."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ import isthmus
 
 
 class LowRank(torch.nn.Module):
-    """As in LoRA."""
+    """Linear layer with a low-rank change, as in LoRA."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ def main() -> None:
     model = torch.nn.Sequential(LowRank(), torch.nn.BatchNorm1d(3).requires_grad_(False))
     frozen = digest(model[0].base.weight)
     inputs, targets = torch.randn(16, 6), torch.randn(16, 3)
-    parameters = "trainable" if client else ["*.lora_[ab]"]  # the same tensors, said in two ways
+    parameters = "trainable" if client else ["*.lora_[ab]"]  # the same tensors, chosen in two ways
     for rnd in isthmus.rounds(model, parameters=os.environ.get("PATTERNS", "").split() or parameters):
         with Path(f"began-{client}").open("a") as file:
             file.write(f"{rnd.number} {digest(model[0].lora_b.detach())}\n")

@@ -1,4 +1,4 @@
-"""Real aggregators and real clients, as processes, over real gRPC and mTLS on loopback."""
+"""Fixtures for real aggregators and clients, as processes, over gRPC and mTLS on loopback."""
 
 import datetime as dt
 import json
@@ -29,7 +29,7 @@ SERVER_NAME = identities.aggregator_server_name(UID)
 
 
 def eventually(what: str, check: Callable[[], Any], seconds: float = 180.0) -> Any:
-    """The first true value of ``check`` within the time, or a failure that says what was waited for."""
+    """Return the first true value of ``check``, or fail with the name of the condition after the time."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if value := check():
@@ -40,7 +40,7 @@ def eventually(what: str, check: Callable[[], Any], seconds: float = 180.0) -> A
 
 @dataclass
 class Federation:
-    """One job: its directory, its authority, its processes."""
+    """A job with its directory, certificate authority and processes."""
 
     directory: Path
     spec: dict[str, Any]
@@ -55,13 +55,13 @@ class Federation:
         return self.directory / "state"
 
     def credentials(self, index: int = 0, pool: str = POOL, uid: str = UID) -> Credentials:
-        """The certificate of one client, or that which those of an HPC pool share."""
+        """Return the certificate of one client, or the one that an HPC pool's clients share."""
         shared = any(other["name"] == pool and "hpc" in other for other in self.spec["pools"])
         uri = identities.pool_identity(uid, pool) if shared else identities.client_identity(uid, pool, index)
         return self.authority.issue("client", DAY, uris=[uri])
 
     def start_aggregator(self, arguments: Sequence[Any] = (), *, wait: bool = True) -> None:
-        """Starts it (again): on a port of its own the first time, on the same one ever after."""
+        """Start or restart the aggregator, on the same port each time."""
         job = {"name": "job", "namespace": "default", "uid": UID, "spec": self.spec}
         (self.directory / "job.json").write_text(json.dumps(job))
         if not (self.directory / "server").exists():
@@ -77,7 +77,7 @@ class Federation:
             self.wait_for_port()
 
     def wait_for_port(self) -> None:
-        """Until the aggregator listens."""
+        """Wait until the aggregator listens."""
         ports = self.directory / "ports.json"
         eventually("the aggregator listens", ports.exists)
         found = json.loads(ports.read_text())
@@ -86,7 +86,7 @@ class Federation:
     def start_client(
         self, script: Path, index: int = 0, attempt: int = 0, credentials: Credentials | None = None, **env: str
     ) -> Forked:
-        """Starts a client of the only pool."""
+        """Start a client of the only pool."""
         return self.start(
             f"client-{index}-{attempt}", [script], self.client_environment(index, attempt, credentials, **env)
         )
@@ -94,7 +94,7 @@ class Federation:
     def client_environment(
         self, index: int = 0, attempt: int = 0, credentials: Credentials | None = None, **env: str
     ) -> dict[str, str]:
-        """What a client of the only pool finds in its environment; writes its certificate."""
+        """Return the environment of a client of the only pool, and write its certificate."""
         tls = self.directory / f"client-{index}-{attempt}"
         (credentials or self.credentials(index)).write(tls)
         return {
@@ -112,7 +112,7 @@ class Federation:
         }
 
     def start(self, name: str, arguments: list[Any], env: dict[str, str]) -> Forked:
-        """Starts Python in a process that has torch already, with its output in ``NAME.log``."""
+        """Start Python in a process that has already imported torch, with its output in ``NAME.log``."""
         log = self.directory / f"{name}.log"
         log.touch()
         process = subprocess_job.start([str(each) for each in arguments], self.directory, log, {**os.environ, **env})
@@ -132,7 +132,7 @@ class Federation:
             return str(answer.read().decode())
 
     def wait_for(self, what: Callable[[pb.FederationStatus], bool], seconds: float = 180.0) -> pb.FederationStatus:
-        """The first status that is as wanted."""
+        """Return the first status that fulfils the condition."""
         found: pb.FederationStatus = eventually("the status is so", lambda: what(s := self.status()) and s, seconds)
         return found
 
@@ -151,7 +151,7 @@ class Federation:
         assert self.aggregator.wait() == 0, self.log("aggregator")
 
     def let_go(self) -> None:
-        """Ends the HOLD of the clients that train with linear_model.py."""
+        """Release the clients that linear_model.py holds (HOLD)."""
         (self.directory / "go").touch()
 
     def kill_aggregator(self) -> None:
@@ -168,7 +168,7 @@ class Federation:
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Iterator[Callable[..., Federation]]:
-    """Makes federations: ``federation(clients, rounds, **spec)``."""
+    """Return a function that makes federations: ``federation(clients, rounds, **spec)``."""
     made: list[Federation] = []
 
     def make(clients: int, rounds: int, **spec: Any) -> Federation:
@@ -191,7 +191,7 @@ def federation(tmp_path: Path) -> Iterator[Callable[..., Federation]]:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """The training script of these tests: linear regression on data that the client's number decides."""
+    """Path of the training script: linear regression on data that depends on the client's number."""
     path = tmp_path / "train.py"
     path.write_text((Path(__file__).parent / "linear_model.py").read_text())
     return path

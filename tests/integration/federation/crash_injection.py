@@ -1,4 +1,4 @@
-"""Aggregators that kill themselves at a chosen point, and clients: forked from one process, which has torch.
+"""Aggregators that kill themselves at a chosen point, and clients, forked from one process that has imported torch.
 
 ``python crash_injection.py`` reads a JSON line for each process from standard input:
 {"argv", "cwd", "env", "log", "kill_at"}. It writes {"pid"} to standard output, or for an aggregator (with kill_at),
@@ -37,7 +37,7 @@ from isthmus.strategies.spill import Spill
 from isthmus.tensors import RawDecoder
 from isthmus_contracts.wire import transport
 
-# Everything that happens between the first chunk of an update and the last word about its commit.
+# Points between the first chunk of an update and the announcement of its commit.
 POINTS: list[tuple[Any, str]] = [
     (RawDecoder, "__init__"), (RawDecoder, "write"), (RawDecoder, "finish"), (Decoder, "write"),
     (PushHandler, "_count"), (Intake, "early_reply"), (Intake, "_count"), (Intake, "_fold"),
@@ -49,7 +49,7 @@ POINTS: list[tuple[Any, str]] = [
     (Membership, "admit"), (Membership, "leave"), (Client, "send"),
 ]  # fmt: skip
 
-# What happens once a model may have met the target. Watched where a process ends at a point of a name.
+# Points after a model may have met the target, for processes that end at a point with a given name.
 ENDING: list[tuple[Any, str]] = [
     (Evaluations, "take"), (Progress, "take"), (Coordinator, "_abandon"), (Delivery, "deliver"), (Path, "hardlink_to"),
     (checkpoints.CheckpointStore, "write_final"), (checkpoints.CheckpointStore, "write_best"),
@@ -57,21 +57,21 @@ ENDING: list[tuple[Any, str]] = [
 
 
 def hurry() -> None:
-    """A client looks for an aggregator that is away for a moment, and was away for many."""
+    """Shorten clients' back-off, since their aggregator is often away for a moment."""
     session._FIRST_BACKOFF = transfer._FIRST_BACKOFF = 0.05
     session._LONGEST_BACKOFF = transfer._LONGEST_BACKOFF = 0.2
-    # The last one is also how long a handshake may take.
+    # The maximum is also the time limit of a handshake.
     options = ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 200)
     transport._CHANNEL_OPTIONS.extend([*options, ("grpc.min_reconnect_backoff_ms", 2000)])
 
 
 class Doom:
-    """Counts the points that are passed, and ends the process at one: that of a number, or the first of a name."""
+    """Counter of passed points, which ends the process at a given number or at the first point of a given name."""
 
     def __init__(self, kill_at: int | str, trace: Path) -> None:
         self._kill_at = kill_at
         self._trace = trace.open("w", buffering=1)
-        # Threads pass points too; next() gives no two of them the same number, and skips none.
+        # Threads also pass points; next() gives each a different number, and skips none.
         self._numbers = itertools.count(1)
 
     def point(self, name: str) -> None:
@@ -94,7 +94,7 @@ class Doom:
 
 
 def become(request: dict[str, Any]) -> None:
-    """The child: runs the program that was asked for."""
+    """Run the requested program in the child process."""
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -108,7 +108,7 @@ def become(request: dict[str, Any]) -> None:
         sys.path.insert(0, str(Path(sys.argv[0]).parent))
         runpy.run_path(sys.argv[0], run_name="__main__")
         return
-    aggregator.LINGER_SECONDS = 0.1  # nobody observes it
+    aggregator.LINGER_SECONDS = 0.1  # no operator observes it
     doom = Doom(request["kill_at"], Path("points"))
     for owner, name in POINTS + (ENDING if isinstance(request["kill_at"], str) else []):
         doom.watch(owner, name)

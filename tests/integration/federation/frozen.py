@@ -1,4 +1,4 @@
-"""A training script for tests: the first layer is frozen, until the round that UNFREEZE names."""
+"""Training script for tests whose first layer is frozen until the round that UNFREEZE names."""
 
 import os
 

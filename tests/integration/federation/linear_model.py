@@ -1,11 +1,11 @@
-"""A training script for tests: linear regression, every client on data that its number decides.
+"""Training script for tests: linear regression on data that depends on the client's number.
 
-PAUSE: seconds a round takes longer. HOLD: round from which on it waits for the file ``go``, so that a test that
-disturbs a run never comes after its end. BREAK: "round:exception" raises there. NAN: round in which most weights
+PAUSE: extra seconds per round. HOLD: round from which it waits for the file ``go``, so that a test that
+disturbs a run does so before its end. BREAK: "round:exception" raises there. NAN: round in which most weights
 are NaN. NORM: "layer" normalises by LayerNorm rather than BatchNorm1d. WIDTH: of a hidden layer that makes the model
 larger. COUNT: the evaluation also returns how many models it has measured. SCALE: what the trained weights are
-multiplied by. STEPS: of the optimizer in a round. Each client leaves a list of the rounds that it trained, and of the
-digests of the weights that it began them with.
+multiplied by. STEPS: of the optimizer in a round. Each client writes a list of the rounds that it trained, and of the
+digests of their initial weights.
 """
 
 import hashlib

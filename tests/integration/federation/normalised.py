@@ -1,7 +1,7 @@
-"""A training script for tests: a layer of batch normalisation that is large enough to be compressed.
+"""Training script for tests with a layer of batch normalisation that is large enough to be compressed.
 
-The features' scales are orders of magnitude apart, and differ between clients; so do the statistics. Each client leaves
-those that it handed in.
+The features' scales are orders of magnitude apart and differ between clients; so do the statistics. Each client writes
+the statistics that it submitted.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""A notebook without its browser: IPython's shell runs those that the file ``cells.py`` holds, separated by ``# ---``.
+"""A notebook without a browser: IPython's shell runs the cells in the file ``cells.py``, separated by ``# ---``.
 
-A cell may say ``# INTERRUPTED``: while it runs, the shell gets a kernel's interrupt as soon as the file ``interrupt``
-exists. THREAD: where to run the cells, instead of the main thread.
+A cell may contain ``# INTERRUPTED``: while it runs, the shell gets a kernel's interrupt once the file ``interrupt``
+exists. THREAD: run the cells in a thread other than the main one.
 """
 
 import json

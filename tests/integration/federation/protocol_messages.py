@@ -38,12 +38,12 @@ _Field = st.SearchStrategy[Any]
 
 
 def words(*, known: list[str]) -> st.SearchStrategy[str]:
-    """Strings: those that mean something to the job, some that should not be, and any."""
+    """Generate strings: meaningful ones, invalid ones, and arbitrary ones."""
     return st.sampled_from(known) | st.sampled_from(_TEXTS) | st.text(max_size=20)
 
 
 def arbitrary(descriptor: Descriptor, known: list[str], depth: int = 3) -> st.SearchStrategy[Message]:
-    """Messages of a type whose fields are set at random, each to anything that its type can hold."""
+    """Generate messages of a type with random fields of arbitrary values."""
     make: Callable[..., Message] = GetMessageClass(descriptor)
     fields = {field.name: field for field in descriptor.fields if depth or field.message_type is None}
     some = st.dictionaries(st.sampled_from(sorted(fields)), st.none(), max_size=6) if fields else st.just({})
@@ -53,7 +53,7 @@ def arbitrary(descriptor: Descriptor, known: list[str], depth: int = 3) -> st.Se
 
 
 def nearly(good: Message, known: list[str]) -> st.SearchStrategy[Message]:
-    """The good message, or one that differs from it in a few fields."""
+    """Generate the valid message, or one that differs from it in a few fields."""
 
     def changed(other: Message) -> Message:
         result = type(good)()
@@ -67,7 +67,7 @@ def nearly(good: Message, known: list[str]) -> st.SearchStrategy[Message]:
 
 
 def mostly(usual: st.SearchStrategy[Any], other: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Three of four times the usual: so that what comes after a good message is reached, too."""
+    """Generate the usual value three times in four, so that the handling after a valid message is reached, too."""
     return st.integers(0, 3).flatmap(lambda number: usual if number else other)
 
 
@@ -76,11 +76,11 @@ _KINDS = st.sampled_from(["replace", "insert", "cut", "repeat"])
 EDITS: st.SearchStrategy[list[Edit]] = mostly(
     st.just([]), st.lists(st.tuples(st.integers(0, 2**16), _KINDS, st.binary(min_size=1, max_size=9)), max_size=4)
 )
-"""Changes of a message's bytes; for most messages none."""
+"""Generate changes of a message's bytes; for most messages none."""
 
 
 def edited(data: bytes, edits: list[Edit]) -> bytes:
-    """The bytes after changes: some are replaced, put in, cut out or repeated."""
+    """Return the bytes after changes: some are replaced, inserted, removed or repeated."""
     result = bytearray(data)
     for place, kind, new in edits:
         at = place % (len(result) + 1)
@@ -97,7 +97,7 @@ def edited(data: bytes, edits: list[Edit]) -> bytes:
 
 
 def resolved(message: Message, meanings: Mapping[str, str]) -> Message:
-    """The message with words in place of what they stand for, such as the digest of the model of the moment."""
+    """Return the message with placeholders replaced, such as the digest of the current model."""
     for field, value in message.ListFields():
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             continue

@@ -1,10 +1,10 @@
-"""A training script for tests: linear regression on a client's data, by one process or by the ranks of a gloo group.
+"""Training script for tests: linear regression on a client's data, by one process or by the ranks of a gloo group.
 
-RANK, RANKS: this process's place in a group; without them it is on its own. TIMEOUT: of the group's collectives,
+RANK, RANKS: this process's rank in a group; without them it is alone. TIMEOUT: of the group's collectives,
 seconds, once they are set up. SILENCE: seconds after which a rank counts as dead. PLAIN: trains without
 DistributedDataParallel. BREAK: "rank:round" raises there. LEAVE: "rank:round" breaks out of the loop there. ENDLESS:
-rounds that go on until the script is told to stop. Each rank leaves the sums of the weights that it began its rounds
-with, and how many steps it took.
+rounds that continue until the script should stop. Each rank writes the sums of its initial weights in each round,
+and the number of steps that it took.
 """
 
 import datetime as dt
@@ -24,7 +24,7 @@ ROWS = 24
 
 
 def join_group() -> None:
-    """Rank 0 serves the group's store, on whatever port is free."""
+    """Join the group, whose store rank 0 serves on a free port."""
     address = Path("store")
     if RANK == 0:
         store = distributed.TCPStore("127.0.0.1", 0, RANKS, is_master=True, wait_for_workers=False)
@@ -46,7 +46,7 @@ def join_group() -> None:
 
 
 def data(client: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A client's rows; this rank's share of them, the same number for every rank."""
+    """Return this rank's share of the client's rows, of the same size for every rank."""
     generator = torch.Generator().manual_seed(client)
     inputs = torch.randn(ROWS, 5, generator=generator)
     targets = inputs @ torch.arange(5.0) + client
@@ -60,7 +60,7 @@ def at(name: str, number: int) -> bool:
 def main() -> None:
     torch.set_num_threads(1)
     client = int(os.environ["DATA"])
-    torch.manual_seed(RANK)  # the ranks begin with different weights
+    torch.manual_seed(RANK)  # the ranks' initial weights differ
     model: torch.nn.Module = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     if RANKS > 1:
         join_group()

@@ -28,7 +28,7 @@ _CONTEXT.set_forkserver_preload(
 
 
 class Forked:
-    """One process; what of ``subprocess.Popen`` the tests use."""
+    """A process with the part of the interface of ``subprocess.Popen`` that the tests use."""
 
     def __init__(self, process: BaseProcess) -> None:
         self._process = process
@@ -51,7 +51,7 @@ class Forked:
         self._process.kill()
 
     def handles(self, number: int) -> bool:
-        """Whether a handler of its own is set for a signal."""
+        """Return whether the process has set a handler for a signal."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
         return bool(int(caught, 16) >> (number - 1) & 1)
@@ -61,7 +61,7 @@ class Forked:
 
 
 def start(arguments: Sequence[str], directory: Path, log: Path, env: dict[str, str]) -> Forked:
-    """Starts ``python ARGUMENTS``: a script's path or ``-m`` and a module, and what they get."""
+    """Start ``python ARGUMENTS``: a script's path, or ``-m`` and a module, and their arguments."""
     process = _CONTEXT.Process(target=_run, args=(list(arguments), str(directory), str(log), env), daemon=True)
     process.start()
     return Forked(process)

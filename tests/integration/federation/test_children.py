@@ -1,4 +1,4 @@
-"""Processes that a script starts in its loop: they end as they would without Isthmus, and take no part."""
+"""Child processes of a script: they end as they would without Isthmus, and are not clients."""
 
 import subprocess
 import sys
@@ -83,7 +83,7 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
 
 
 def test_ranks_that_a_trainer_starts_are_told_of_torchrun(tmp_path: Path) -> None:
-    """Lightning's launcher starts the script again, as a program of its own, and numbers the processes."""
+    """A client whose ranks Lightning's launcher starts is refused with the reason."""
     script = tmp_path / "launching.py"
     script.write_text(
         "import os, subprocess, sys\n"

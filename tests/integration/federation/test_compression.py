@@ -1,4 +1,4 @@
-"""Compressed federations: nearly the same model for a fraction of the bytes, and nothing lost when things die."""
+"""Compressed federations: almost the same model for a fraction of the bytes, and no loss after crashes."""
 
 import json
 import re
@@ -24,7 +24,7 @@ Make = Callable[..., Federation]
 
 NORMALISED = Path(__file__).with_name("normalised.py")
 WIDTH = "320"
-"""Makes the model 109,000 parameters."""
+"""Environment that gives the model 109,000 parameters."""
 KEEP = {"checkpoint": {"keep": 100}}
 SLOW = {"config": {"rate": "0.02"}, "image": "unused", "command": ["python"]}
 
@@ -62,7 +62,7 @@ def test_int8_uploads_train_nearly_the_same_model_for_a_quarter_of_the_bytes(fed
         job = federation(2, 5, compression={"upload": upload}, aggregator=KEEP, task=SLOW)
         job.start_aggregator()
         clients = [job.start_client(script, index, WIDTH=WIDTH, HOLD="5") for index in range(2)]
-        job.wait_for_round(3)  # once completion has been seen there are no metrics to read
+        job.wait_for_round(3)  # after completion has been observed there are no metrics to read
         received = bytes_by_codec(job, "received")
         job.let_go()
         job.wait_for_completion()
@@ -70,7 +70,7 @@ def test_int8_uploads_train_nearly_the_same_model_for_a_quarter_of_the_bytes(fed
         finals[upload] = flat(checkpoint(job, 5))
         start = flat(checkpoint(job, 0))
         assert updates(job) == dict.fromkeys(range(1, 6), 2)
-    # The initial weights travel raw: that is one model's size. Up to ten updates followed.
+    # The initial weights are sent raw: one model's size. Up to ten updates followed.
     assert received["Delta+Int8"] <= 0.3 * 10 * received["None"]
     assert received["None"] > 400_000
     error = (finals["Int8"] - finals["None"]).norm() / (finals["None"] - start).norm()
@@ -83,7 +83,7 @@ def test_every_client_sees_the_model_that_is_checkpointed(federation: Make, scri
     clients = [job.start_client(script, index, WIDTH=WIDTH, PAUSE="0.2", HOLD="5") for index in range(2)]
     job.wait_for_round(3)
     sent = bytes_by_codec(job, "sent")
-    # The initial model goes raw to both; later ones are differences from the model before.
+    # The initial model is sent raw to both; later ones are differences from the previous model.
     assert sent["Delta+Rotation+Int8"] > 0
     job.kill_aggregator()
     job.start_aggregator()
@@ -165,7 +165,7 @@ def test_what_no_encoder_makes_is_refused_for_good(federation: Make) -> None:
         assert refused(b"", first.header(1, offer.base_digest, codecs=["Delta", "Int4"])) == (
             "the job's uploads are Delta+Int8+Zstd, not Delta+Int4"
         )
-        # A cut stream may be an accident: it is to be sent again, and then it is taken.
+        # A truncated stream may be an accident: it is resent, and then accepted.
         with pytest.raises(grpc.RpcError) as error:
             first.push(good_header, good.chunks[:-1] or [b""], None)
         assert error.value.code() == grpc.StatusCode.DATA_LOSS
@@ -189,6 +189,6 @@ def test_statistics_travel_as_they_are(federation: Make, compression: dict[str, 
         sent = [torch.load(job.directory / f"sent-{client}-{number}.pt", weights_only=True) for client in range(2)]
         model = checkpoint(job, number)
         for name in ("0.running_mean", "0.running_var"):
-            # Both clients have as many examples. What a codec makes of it would be off by a percent of the largest.
+            # Both clients have equal numbers of examples. A codec's error would be about one per cent of the largest.
             torch.testing.assert_close(model[name], (sent[0][name] + sent[1][name]) / 2, rtol=1e-5, atol=1e-7)
         assert (model["0.running_var"] > 0).all()

@@ -17,7 +17,7 @@ State = dict[str, torch.Tensor]
 
 
 def train(model: torch.nn.Module, client: int, correct: Callable[[str, torch.Tensor], torch.Tensor]) -> State:
-    """Local SGD whose gradients are corrected; returns the trained state."""
+    """Run local SGD with corrected gradients; return the trained state."""
     local = deepcopy(model)
     inputs, targets = linear_model.data(client)
     local.train()
@@ -31,7 +31,7 @@ def train(model: torch.nn.Module, client: int, correct: Callable[[str, torch.Ten
 
 
 def reference(algorithm: str) -> list[State]:
-    """The global model after each round, without any of our code."""
+    """Return the global model after each round, computed in plain PyTorch."""
     model = linear_model.build()
     names = [name for name, _ in model.named_parameters()]
     zeros = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
@@ -97,7 +97,7 @@ def test_round_by_round(
     job.start_aggregator()
     slow = {"PAUSE": "0.3", "HOLD": "4"} if kill else {}
     clients = [job.start_client(script, k, STEPS=str(STEPS[k]), **slow) for k in range(CLIENTS)]
-    if kill:  # the server's part of the correction comes back with the checkpoint
+    if kill:  # the server's part of the correction is restored from the checkpoint
         job.wait_for_round(2)
         job.kill_aggregator()
         job.start_aggregator()

@@ -1,4 +1,4 @@
-"""One client that is two gloo ranks, in processes of their own, beside an ordinary one."""
+"""A client with two gloo ranks, in separate processes, beside an ordinary client."""
 
 import signal
 import time
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("ranks.py")
 
 
 def start_ranks(job: Federation, wrong_certificate: bool = False, **env: str) -> Ranks:
-    """Client 0, as two ranks. The second knows nothing of the federation."""
+    """Start client 0 as two ranks, of which the second has no environment of the federation."""
     credentials = job.credentials(uid="other") if wrong_certificate else None
     environments = [job.client_environment(0, credentials=credentials), {}]
     return [
@@ -29,7 +29,7 @@ def start_ranks(job: Federation, wrong_certificate: bool = False, **env: str) ->
 
 
 def start_client(job: Federation, index: int) -> Forked:
-    """An ordinary client, of one process."""
+    """Start an ordinary client of one process."""
     return job.start(f"client-{index}", [SCRIPT], {**job.client_environment(index), "DATA": str(index)})
 
 
@@ -78,7 +78,7 @@ def test_a_signal_to_any_rank_ends_the_wait_of_both(federation: Make) -> None:
     job = federation(2, 3)
     job.start_aggregator()
     ranks = start_ranks(job, TIMEOUT="5")
-    # No collective waits with them: here it would have timed out before the offer that never comes.
+    # They do not wait in a collective, which would have timed out here before the offer that is never made.
     eventually("it is connected", lambda: job.status().pools[0].connected == 1)
     enough = time.monotonic() + 7
     eventually("it has waited longer than that", lambda: time.monotonic() > enough)

@@ -1,4 +1,4 @@
-"""A federation computes what plain PyTorch computes: the same seeds and data, averaged offline, round by round."""
+"""A federation's models equal those of plain PyTorch with the same seeds and data, averaged offline, in every round."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -15,7 +15,7 @@ CLIENTS, ROUNDS, RATE = 3, 4, 0.1
 
 
 def reference(mu: float) -> list[dict[str, torch.Tensor]]:
-    """The global model after each round, without any of our code."""
+    """Return the global model after each round, computed in plain PyTorch."""
     model = linear_model.build()
     results = [deepcopy(model.state_dict())]
     for _ in range(ROUNDS):

@@ -1,6 +1,6 @@
-"""The exit codes that docs/training/training-script.md promises.
+"""The exit codes documented in docs/training/training-script.md.
 
-The other tests here see 0, and the exit code of a fenced client.
+Other tests check 0, and the exit code of a fenced client.
 """
 
 import signal

@@ -1,4 +1,4 @@
-"""Whatever is killed in the middle of a run, training completes, and nothing is trained or counted twice."""
+"""Training completes after any process is killed, and nothing is trained or counted twice."""
 
 import json
 import signal
@@ -18,12 +18,12 @@ Make = Callable[..., Federation]
 
 
 def trained(job: Federation, client: int) -> Counter[int]:
-    """How often the client trained each round."""
+    """Return how often the client trained each round."""
     return Counter(int(line) for line in (job.directory / f"trained-{client}").read_text().split())
 
 
 def records(job: Federation) -> list[dict[str, Any]]:
-    """The newest record of each round, in their order."""
+    """Return the newest record of each round, in order."""
     newest = {record["round"]: record for record in map(json.loads, (job.state / "rounds.jsonl").open())}
     return [newest[number] for number in sorted(newest)]
 
@@ -46,7 +46,7 @@ def test_the_aggregator_killed_again_and_again(federation: Make, script: Path) -
     assert status.completed_rounds == 12
     assert updates(job) == dict.fromkeys(range(1, 13), 2)
     for client in range(2):
-        # Nothing a client computed is lost: no round was ever trained twice.
+        # No client's work is lost: no round was trained twice.
         assert trained(job, client) == Counter(range(1, 13))
 
 
@@ -88,7 +88,7 @@ def test_an_hpc_client_hands_its_update_in_before_its_next_attempt_takes_over(fe
     assert [old.wait(120), new.wait(120), other.wait(120)] == [1, 0, 0]
     assert "has taken over" in job.log("client-0-0")
     assert updates(job) == dict.fromkeys(range(1, 7), 2)
-    # Neither trained what the other did.
+    # No round was trained by both.
     assert trained(job, 0) == Counter(range(1, 7))
 
 
@@ -171,7 +171,7 @@ def test_without_a_certificate_the_message_says_what_is_missing(federation: Make
 
 
 def test_renewed_certificates_reach_clients_that_run(federation: Make, script: Path) -> None:
-    """They read their files again when they connect again: here the earlier ones are of no use any more by then."""
+    """Clients read renewed certificates when they reconnect, after the earlier ones have expired."""
     job = federation(2, 8)
     job.start_aggregator()
     clients = [job.start_client(script, index, PAUSE="0.1", HOLD="5") for index in range(2)]

@@ -1,7 +1,7 @@
-"""A disk that is full when a round is to be made durable costs time, and nothing else.
+"""A full disk at a round's commit delays the round, and has no other effect.
 
-The kernel's limit on the size of a process's files stands for the disk: it cuts writes off in their middle, in the
-aggregator only, and can be lifted again without any rights.
+The kernel's limit on the size of a process's files simulates the disk: it truncates writes, in the
+aggregator only, and can be lifted without privileges.
 """
 
 import json
@@ -23,7 +23,7 @@ SMALL = 100_000
 
 
 def limit_files(job: Federation, size: int = resource.RLIM_INFINITY) -> None:
-    """Of the aggregator, in bytes."""
+    """Limit the aggregator's file size, in bytes."""
     assert job.aggregator is not None
     _, hard = resource.prlimit(job.aggregator.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(
@@ -32,7 +32,7 @@ def limit_files(job: Federation, size: int = resource.RLIM_INFINITY) -> None:
 
 
 def checkpoints(job: Federation) -> list[str]:
-    """The names of all that are there, each of which must be whole."""
+    """Return the names of all checkpoints, each of which must be complete."""
     paths = sorted((job.state / "checkpoints").glob("*.safetensors"))
     for path in paths:
         assert load_file(path)["w"].shape == STATE["w"].shape
@@ -67,7 +67,7 @@ def test_the_round_waits_for_room_and_then_goes_on(federation: Make) -> None:
 
         # The checkpoint of the last round fits, but not the final model, which is a little larger for plain PyTorch.
         size = (job.state / "checkpoints" / "round-000001.safetensors").stat().st_size
-        limit_files(job, size + 256)  # a record of a round has not always the same length
+        limit_files(job, size + 256)  # records of rounds vary in length
         for client in (first, second):
             header = client.header(2, client.offer(2).base_digest)
             assert client.push(header).verdict == pb.PushReply.ACCEPTED
@@ -84,7 +84,7 @@ def test_the_round_waits_for_room_and_then_goes_on(federation: Make) -> None:
 
 
 def test_an_update_that_cannot_be_kept_is_sent_again(federation: Make) -> None:
-    # The median keeps the updates of a round on disk.
+    # The median stores the updates of a round on disk.
     job = federation(1, 1, strategy={"algorithm": "CoordinateMedian"})
     job.start_aggregator()
     client = HandMadeClient(job)
@@ -103,7 +103,7 @@ def test_an_update_that_cannot_be_kept_is_sent_again(federation: Make) -> None:
 
 
 def test_a_round_does_not_end_without_an_update_that_cannot_be_kept(federation: Make) -> None:
-    """It was counted, and the round could have ended with the others, before it was known that there is no room."""
+    """An update that cannot be stored is not counted, even if the round could otherwise have ended."""
     state = {"w": torch.zeros(2_000_000)}
     size = state["w"].nbytes
     job = federation(4, 1, strategy={"algorithm": "CoordinateMedian"})

@@ -1,4 +1,4 @@
-"""One client with a valid certificate that breaks the rules: the job goes on, and is not its."""
+"""A client with a valid certificate that violates the protocol neither stops nor controls the job."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -20,7 +20,7 @@ ESCAPES = "acc\n2026-11-29 13:00:00,000 INFO round 9 committed: forged\x1b[2J\x1
 
 
 class Clients:
-    """Clients by hand, which end with the test."""
+    """Clients without the library, which end with the test."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
@@ -39,7 +39,7 @@ def clients() -> Iterator[Clients]:
 def started(
     make: Make, clients: Clients, count: int, rounds: int, **spec: object
 ) -> tuple[Federation, list[HandMadeClient], str]:
-    """A job whose first round is in progress, its clients, and the digest of its first model."""
+    """Return a job whose first round is in progress, its clients, and the digest of its first model."""
     job = make(count, rounds, **spec)
     job.start_aggregator()
     made = [clients(job, index) for index in range(count)]
@@ -69,7 +69,7 @@ def complete(job: Federation, *members: HandMadeClient) -> None:
 
 
 def test_names_that_no_checkpoint_could_hold(federation: Make, clients: Clients) -> None:
-    """A name of 20 MiB in the round's record would make the checkpoint's header longer than its reader takes."""
+    """A name of 20 MiB in the round's record would exceed the checkpoint reader's limit on headers."""
     job, (good, evil), digest = started(federation, clients, 2, 2)
     for metrics in ({"\x01" * (20 << 20): 1.0}, {str(number): 1.0 for number in range(100_000)}, {ESCAPES: 1.0}):
         reply = evil.push(evil.header(1, digest, metrics=metrics))
@@ -82,7 +82,7 @@ def test_names_that_no_checkpoint_could_hold(federation: Make, clients: Clients)
     hand_in([good, evil], 1, digest)
     eventually("the round is committed", lambda: job.status().completed_rounds == 1)
     job.kill_aggregator()
-    job.start_aggregator()  # every committed round can be read back
+    job.start_aggregator()  # every committed round can be read
     good, evil = clients(job, 0), clients(job, 1)
     digest = good.offer(2).base_digest
     hand_in([good, evil], 2, digest)
@@ -112,7 +112,7 @@ def test_a_flood_of_what_is_refused_does_not_fill_the_log(federation: Make, clie
     job, (_, evil), _ = started(federation, clients, 2, 1)
     count = 4 * log_limit.BURST
     answers = (message for message in evil.messages if message.HasField("reply"))
-    for _ in range(count // 20):  # who does not read what waits is disconnected
+    for _ in range(count // 20):  # a client that does not read its messages is disconnected
         for _ in range(20):
             evil.say(pb.ClientMessage(update=b"\xff" * 100))
         assert sum(1 for _ in zip(range(20), answers, strict=False)) == 20
@@ -142,7 +142,7 @@ def test_a_pool_that_evaluates_does_not_train(federation: Make, clients: Clients
 
 
 def test_no_client_selects_itself(federation: Make, clients: Clients) -> None:
-    """Whatever it says that it has in hand."""
+    """A client cannot claim, in its hello, to be training a round that it was not offered."""
     selection = {"policy": "Random", "fraction": "0.5", "minClients": 2}
     job = federation(4, 1, selection=selection)
     job.start_aggregator()
@@ -184,7 +184,7 @@ def test_nobody_speaks_for_a_client_that_is_connected(federation: Make, clients:
     forged = second.header(1, digest)
     forged.instance = "another process"
     assert second.push(forged, values(5.0)).verdict == pb.PushReply.FENCED
-    # An attempt that nobody can have issued is turned away; one that has gone fences nobody.
+    # An impossible attempt is refused; one that has left does not fence others.
     unissued = clients(job, 1, attempt=2**32 - 1)
     stop = next(unissued.messages).stop
     assert stop.reason == pb.Stop.REFUSED and "cannot be one that a scheduler has started" in stop.message
@@ -200,7 +200,7 @@ def test_nobody_speaks_for_a_client_that_is_connected(federation: Make, clients:
 
 
 def test_initial_weights_are_asked_of_the_next_one(federation: Make, clients: Clients) -> None:
-    """After a refusal, and after silence."""
+    """The next client is asked for initial weights after a refusal, and after silence."""
     job = federation(3, 1, stragglers={"roundDeadlineSeconds": 2})
     job.start_aggregator()
     made = [clients(job, index) for index in range(3)]
@@ -212,7 +212,7 @@ def test_initial_weights_are_asked_of_the_next_one(federation: Make, clients: Cl
         header = made[0].header(0)
         header.tensors[0].shape[:], header.tensors[0].size = shape, 0
         assert made[0].push(header, [b""]).reason == "shape"
-    assert made[1].offer().kind == pb.Offer.INITIALIZE  # which says nothing
+    assert made[1].offer().kind == pb.Offer.INITIALIZE  # and does not reply
     assert made[2].offer().kind == pb.Offer.INITIALIZE
     assert made[2].push(made[2].header(0)).verdict == pb.PushReply.ACCEPTED
     assert made[2].offer(1).kind == pb.Offer.TRAIN

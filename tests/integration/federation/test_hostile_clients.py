@@ -1,4 +1,4 @@
-"""Clients with a valid certificate that hold on to what they are given: a real aggregator goes on at their side."""
+"""Clients with valid certificates that hold resources of a real aggregator, which keeps working."""
 
 import queue
 import threading
@@ -22,7 +22,7 @@ from .test_strangers import resident_megabytes
 
 
 class Held:
-    """A push whose first message is sent, and then nothing more until it is let go."""
+    """Start a push that sends its first message, and no more until it is released."""
 
     def __init__(self, client: HandMadeClient, first: bytes) -> None:
         self._go = threading.Event()
@@ -42,12 +42,12 @@ class Held:
 
 
 def test_one_push_of_a_client_at_a_time(federation: Callable[..., Federation]) -> None:
-    """Each of the six would keep its header of megabytes, and its place in the queue. A connection has eight calls."""
+    """Each of six pushes would keep its large header and its place in the queue. A connection allows eight calls."""
     job = federation(2, 1)
     job.start_aggregator()
     assert job.aggregator is not None
     with ExitStack() as stack:
-        state = {"w": torch.zeros(4_000_000)}  # of such models two have a turn at a time
+        state = {"w": torch.zeros(4_000_000)}  # two models of this size are received at a time
         honest, hostile = (stack.enter_context(closing(HandMadeClient(job, index, state=state))) for index in range(2))
         assert honest.offer().kind == pb.Offer.INITIALIZE
         assert honest.push(honest.header(0)).verdict == pb.PushReply.ACCEPTED
@@ -61,7 +61,7 @@ def test_one_push_of_a_client_at_a_time(federation: Callable[..., Federation]) -
         assert resident_megabytes(job.aggregator.pid) - before < 100
         assert honest.push(honest.header(1, digest)).verdict == pb.PushReply.ACCEPTED
         assert not held[-1].call.done(), "the newest is received beside it"
-        # The same client may still hand in an update.
+        # The same client may still submit an update.
         assert hostile.push(hostile.header(1, digest)).verdict == pb.PushReply.ACCEPTED
         job.wait_for(lambda status: status.phase == pb.FederationStatus.COMPLETE)
     job.wait_for_exit()
@@ -69,7 +69,7 @@ def test_one_push_of_a_client_at_a_time(federation: Callable[..., Federation]) -
 
 @pytest.mark.parametrize("whose", ["its own", "another client's"])
 def test_refused_first_messages_are_not_kept(federation: Callable[..., Federation], whose: str) -> None:
-    """They were, until Python's collector came by: 600 MB."""
+    """Regression test: 600 MB were kept until Python's garbage collection."""
     job = federation(2, 1)
     job.start_aggregator()
     assert job.aggregator is not None
@@ -120,14 +120,14 @@ def test_a_control_stream_that_is_not_read_keeps_one_model(federation: Callable[
             client.state = {"w": torch.full((50_000,), float(number))}
             assert client.push(client.header(number, offer.base_digest)).verdict == pb.PushReply.ACCEPTED
         job.wait_for(lambda status: status.completed_rounds == rounds)
-        # All rounds' models in all queues would be 300 MB.
+        # The models of all rounds in all queues would take 300 MB.
         assert resident_megabytes(job.aggregator.pid) - before < 150
         for _ in range(judges):
             silent.put(None)
 
 
 def test_models_that_are_pulled_and_not_read_do_not_pile_up(federation: Callable[..., Federation]) -> None:
-    """Each would keep its checkpoint's file on the disk, and some of it in memory."""
+    """Each pull would keep its checkpoint's file on disk, and a part of it in memory."""
     rounds = 8
     pools = [
         {"name": POOL, "replicas": 1, "cloud": {}},
@@ -156,16 +156,16 @@ def test_models_that_are_pulled_and_not_read_do_not_pile_up(federation: Callable
 
 
 def kept_checkpoints(pid: int) -> list[str]:
-    """The files of checkpoints that a process has open and that have no name any more."""
+    """Return the deleted checkpoint files that a process has open."""
     found = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):  # closed meanwhile
+        with suppress(OSError):  # closed in the meantime
             found.append(str(entry.readlink()))
     return [name for name in found if "/state/checkpoints/" in name and name.endswith(" (deleted)")]
 
 
 class Unread:
-    """A control stream whose messages nobody reads."""
+    """Open a control stream without reading its messages."""
 
     def __init__(
         self, line: grpc.Channel, hello: pb.ClientMessage, silent: "queue.Queue[pb.ClientMessage | None]"
@@ -199,7 +199,7 @@ def test_a_control_stream_without_a_hello_is_ended(federation: Callable[..., Fed
 
 
 def test_a_client_speaks_for_itself_only(federation: Callable[..., Federation]) -> None:
-    """Otherwise one client would have the voices of its whole pool, in a median too."""
+    """Otherwise one client could vote for its whole pool, also in a median."""
     job = federation(2, 1)
     job.start_aggregator()
     with closing(HandMadeClient(job, 0)) as first, closing(HandMadeClient(job, 1)) as second:
@@ -216,7 +216,7 @@ def test_a_client_speaks_for_itself_only(federation: Callable[..., Federation]) 
                 attempt()
             assert error.value.code() == grpc.StatusCode.PERMISSION_DENIED
             assert f"not for {POOL}/1" in str(error.value.details())
-        # The other client has noticed nothing, and is counted as itself.
+        # The other client is unaffected, and is counted as itself.
         for client in (second, first):
             assert client.push(client.header(1, digest)).verdict == pb.PushReply.ACCEPTED
         job.wait_for(lambda status: status.phase == pb.FederationStatus.COMPLETE)

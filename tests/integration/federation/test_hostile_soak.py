@@ -1,4 +1,4 @@
-"""Clients with valid certificates that make every attack there is, in a loop: the job does not notice."""
+"""Clients with valid certificates that run all attacks in a loop: the job is unaffected."""
 
 from bench.soak.__main__ import HOSTILE, measure, problems
 from bench.soak.attacks import MESSAGES
@@ -6,7 +6,7 @@ from bench.soak.floods import FLOODS
 
 
 def test_a_job_among_hostile_clients_makes_the_same_model() -> None:
-    """A short one of ``python -m bench.soak``, which also tells what it costs."""
+    """A short run of ``python -m bench.soak``, which also measures the cost."""
     rounds = 10
     line = measure(rounds, turn=3)
     assert problems(line, rounds) == []

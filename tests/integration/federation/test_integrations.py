@@ -1,4 +1,4 @@
-"""The callbacks for Lightning and for Transformers, in real trainers, in real federations."""
+"""The callbacks for Lightning and Transformers with real trainers in real federations."""
 
 import signal
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def final(job: Federation) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("trainer", "accumulate"), [("lightning", "1"), ("lightning", "2"), ("transformers", "2")])
 def test_a_round_trains_what_a_plain_loop_would(federation: Make, trainer: str, accumulate: str) -> None:
-    """Under SCAFFOLD, so that optimizers must be wrapped and steps counted right, also where gradients accumulate."""
+    """SCAFFOLD, with which optimizers must be wrapped and steps counted, also with gradient accumulation."""
     results = []
     for plain in ("", "yes"):
         job = federation(2, 2, strategy={"algorithm": "SCAFFOLD"})

@@ -1,4 +1,4 @@
-"""The aggregator is killed at every point between a chunk's arrival and the last word about a commit."""
+"""The aggregator is killed at every point between a chunk's arrival and the announcement of a commit."""
 
 import json
 import random
@@ -22,11 +22,11 @@ from .test_faults import records, trained, updates
 Make = Callable[..., Federation]
 CLIENTS = 2
 SIGKILLED = -9
-pytestmark = pytest.mark.timeout(1800)  # more than a hundred lives, one after the other
+pytestmark = pytest.mark.timeout(1800)  # more than a hundred processes, one after the other
 
 
 class Nursery:
-    """A process that has imported torch, and forks others, which begin at once."""
+    """Process that has imported torch, and forks others, which start immediately."""
 
     def __init__(self) -> None:
         program = Path(__file__).parent / "crash_injection.py"
@@ -61,7 +61,7 @@ def nurseries() -> Iterator[tuple[Nursery, Nursery]]:
 def run(
     job: Federation, script: Path, nurseries: tuple[Nursery, Nursery], kills: Iterable[int | str], **environment: str
 ) -> list[str]:
-    """Runs a job to its end; returns the points at which its aggregators were killed."""
+    """Run a job to its end; return the points at which its aggregators were killed."""
     aggregators, clients = nurseries
     port = free_port()
     description = {"name": "job", "namespace": "default", "uid": UID, "spec": job.spec}
@@ -94,17 +94,17 @@ def run(
 def verify(job: Federation, rounds: int) -> bytes:
     assert updates(job) == dict.fromkeys(range(1, rounds + 1), CLIENTS)
     for client in range(CLIENTS):
-        # Nothing was trained twice, and nothing that was trained is missing.
+        # No round was trained twice, and no trained round is missing.
         assert trained(job, client) == Counter(range(1, rounds + 1))
     return (job.state / "model.safetensors").read_bytes()
 
 
 def passed(job: Federation) -> list[str]:
-    """The points of the last aggregator's life."""
+    """Return the points that the last aggregator passed."""
     return (job.directory / "points").read_text().splitlines()
 
 
-# Of these, some fall between two lives of the sweep, whose messages come in another order each time.
+# The sweep misses some of these, since messages arrive in another order each time.
 NAMED = (
     "RawDecoder.write", "Intake._count", "Intake._fold", "Deterministic.accept", "FedAvg.finish", "os.fsync",
     "Path.rename", "CheckpointStore.save", "CheckpointStore.append", "Client.send",
@@ -112,13 +112,13 @@ NAMED = (
 
 
 def test_at_every_point_of_a_round(federation: Make, script: Path, nurseries: tuple[Nursery, Nursery]) -> None:
-    """Each life of the aggregator ends one point later than the one before, and then each at a point of a name."""
+    """Each aggregator is killed one point later than the previous one, and then each at a point of a given name."""
     rounds, first, last = 40, 5, 100
     undisturbed, killed = (federation(CLIENTS, rounds, strategy={"deterministic": True}) for _ in range(2))
     run(undisturbed, script, nurseries, [])
     named = [f"{side} {name}" for name in NAMED for side in ("before", "after")]
     points = run(killed, script, nurseries, [*range(first, last), *named])
-    # The longest life went through a whole round and began another.
+    # The last aggregator completed a round and began another.
     begun = [number for number, point in enumerate(passed(undisturbed)) if point == "before Coordinator._begin_round"]
     assert begun[2] - begun[1] < last - first - 2 * CLIENTS
     assert points[-len(named) :] == named
@@ -129,7 +129,7 @@ def test_at_every_point_of_a_round(federation: Make, script: Path, nurseries: tu
 def test_at_random_points_with_a_larger_model_and_codecs(
     federation: Make, script: Path, nurseries: tuple[Nursery, Nursery]
 ) -> None:
-    """Several chunks, threads that fold, models that lie in files, and codecs of both directions."""
+    """Several chunks, folding in threads, models in files, and codecs in both directions."""
     rounds, seed = 12, random.randrange(1 << 30)  # noqa: S311
     print(f"seed {seed}")
     spec = {"strategy": {"algorithm": "FedAvgM", "deterministic": True},
@@ -146,7 +146,7 @@ def test_at_random_points_with_a_larger_model_and_codecs(
 def test_the_privacy_account_counts_what_was_published(
     federation: Make, script: Path, nurseries: tuple[Nursery, Nursery]
 ) -> None:
-    """Each committed round once, wherever the aggregator is killed: a round that is done again was never published."""
+    """Each committed round is published once, wherever the aggregator is killed."""
     rounds = 24
     private = {"clipNorm": "0.5", "noiseMultiplier": "0.8"}
     job = federation(
@@ -162,14 +162,14 @@ def test_the_privacy_account_counts_what_was_published(
         account = account.after(0.8)
         assert (record["privacy"]["rounds"], record["round"]) == (account.rounds, account.rounds)
         assert record["privacy"]["epsilon"] == pytest.approx(account.epsilon(1e-5), rel=1e-9)
-    # What is committed with each model says the same as the file beside it.
+    # The record in each checkpoint equals the one in the file.
     for number, record in enumerate(records(job), start=1):
         with safe_open(job.state / "checkpoints" / f"round-{number:06d}.safetensors", "pt") as file:
             assert json.loads(file.metadata()["record"])["privacy"] == record["privacy"]
 
 
 def test_the_model_that_met_the_target(federation: Make, script: Path, nurseries: tuple[Nursery, Nursery]) -> None:
-    """Each life ends one step later between the first evaluation of that model and its delivery."""
+    """Each aggregator is killed one point later between the first evaluation of that model and its delivery."""
     spec = {"objective": {"metric": "measured", "target": "1"}, "strategy": {"deterministic": True},
             "aggregator": {"checkpoint": {"keep": 1}}}  # fmt: skip
     undisturbed, killed = (federation(CLIENTS, 9, **spec) for _ in range(2))
@@ -188,7 +188,7 @@ def test_the_model_that_met_the_target(federation: Make, script: Path, nurseries
         assert [path.name for path in (job.state / "checkpoints").glob("round-*")] == ["round-000001.safetensors"]
         assert updates(job) == {1: CLIENTS}
         for client in range(CLIENTS):
-            # The second round was begun, and nothing was trained twice.
+            # The second round was begun, and no round was trained twice.
             assert trained(job, client) <= Counter((1, 2))
     model = "model-best.safetensors"
     assert (killed.state / model).read_bytes() == (undisturbed.state / model).read_bytes()

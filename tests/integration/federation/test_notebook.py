@@ -1,4 +1,4 @@
-"""isthmus.rounds in cells: exceptions do not end the process there, and a cell is run again."""
+"""isthmus.rounds in a notebook, where exceptions do not end the process, and cells are run again."""
 
 import json
 import signal
@@ -64,7 +64,7 @@ def test_a_cell_that_raises_is_reported_and_can_be_run_again(federation: Make, t
 def test_an_interrupted_cell_is_no_failure_and_can_be_run_again(federation: Make) -> None:
     job = federation(1, 3)
     job.start_aggregator()
-    # In the script's own code the first time; while waiting for others the second time, since there is no quorum yet.
+    # The interrupt hits the script's own code.
     training = LOOP.format(extra="pathlib.Path('interrupt').touch()\n    while True: pass  # INTERRUPTED")
     start(job, training, LOOP.format(extra="pass"))
     job.wait_for_completion()
@@ -81,7 +81,7 @@ def test_an_interrupt_while_waiting_leaves_nothing_behind(federation: Make) -> N
     threads = "assert not [t for t in __import__('threading').enumerate() if t.name.startswith('isthmus')]\n"
     start(job, cell + "# INTERRUPTED\n", check + threads)
     eventually("it is connected", lambda: job.status().pools[0].connected == 1)
-    # The last thing that the loop does before it waits.
+    # The loop's last action before it waits.
     eventually("its hooks are set", lambda: job.processes[-1].handles(signal.SIGTERM))
     (job.directory / "interrupt").touch()
     eventually("the cells have ended", lambda: len(outcomes(job)) == 3)

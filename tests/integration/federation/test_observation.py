@@ -1,4 +1,4 @@
-"""What a run tells of itself, as it goes and afterwards."""
+"""Status, metrics and records of a run."""
 
 import json
 import re
@@ -17,7 +17,7 @@ Make = Callable[..., Federation]
 
 
 def value(metrics: str, name: str, **labels: str) -> float:
-    """One sample; its labels in any order, and as few of them as tell it apart."""
+    """Return one sample, identified by some of its labels in any order."""
     for line in metrics.splitlines():
         match = re.fullmatch(rf"{name}\{{(.*)\}} (\S+)", line)
         if match and labels.items() <= dict(re.findall(r'(\w+)="([^"]*)"', match[1])).items():
@@ -45,7 +45,7 @@ def test_every_stage_is_measured_and_written_down(federation: Make, script: Path
     eventually("the gauges have followed", loss)
     metrics = job.metrics()
     for stage in CLIENT_STAGES:
-        # Untrained weights are not evaluated, so not in the first round.
+        # Untrained weights are not evaluated.
         count = value(metrics, "isthmus_stage_seconds_count", stage=stage, pool="pool")
         assert count == (4 if stage == "evaluate" else 6), stage
     assert value(metrics, "isthmus_stage_seconds_count", stage="push", pool="pool") == 7  # the initial weights too
@@ -66,7 +66,7 @@ def test_every_stage_is_measured_and_written_down(federation: Make, script: Path
 
 
 def test_a_straggler_is_late_and_one_that_is_gone_has_failed(federation: Make, script: Path) -> None:
-    # The second round, which waits for the client that is gone, keeps the aggregator there.
+    # The second round, which waits for the client that has left, keeps the aggregator running.
     job = federation(3, 2, stragglers={"minUpdates": 1, "roundDeadlineSeconds": 10})
     job.start_aggregator()
     job.start_client(script, 0)

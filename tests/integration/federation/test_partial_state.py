@@ -1,4 +1,4 @@
-"""A federation of which only some tensors travel."""
+"""A federation that shares only some tensors."""
 
 from collections.abc import Callable
 from pathlib import Path

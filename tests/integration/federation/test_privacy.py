@@ -1,4 +1,4 @@
-"""Differential privacy, over real aggregators and clients."""
+"""Differential privacy with real aggregators and clients."""
 
 import json
 import math
@@ -27,20 +27,20 @@ def private(**more: str) -> dict[str, Any]:
 
 
 def norm_of_change(job: Federation, number: int) -> tuple[float, int]:
-    """By how far a round moved the model, and in how many dimensions."""
+    """Return the length of a round's change of the model, and its number of dimensions."""
     old, new = (load_file(job.state / "checkpoints" / f"round-{n:06d}.safetensors") for n in (number - 1, number))
     change = torch.cat([(new[name].double() - old[name].double()).flatten() for name in new])
     return float(change.norm()), len(change)
 
 
 def test_a_liar_is_clipped_and_the_account_is_told(federation: Make, script: Path) -> None:
-    """With compressed updates: what counts is what they decode to."""
+    """Compressed updates are clipped after they are decoded."""
     job = federation(
         3, 4, privacy=private(maxEpsilon="20"), compression={"upload": "Int8"}, strategy={"algorithm": "FedProx"},
         aggregator={"checkpoint": {"keep": 100}},
     )  # fmt: skip
     job.start_aggregator()
-    # The second client's updates are as long as they come; the others wait, so that there is time to look.
+    # The second client's updates are huge (SCALE); the clients wait, so that there is time to check.
     clients = [
         job.start_client(script, index, SCALE="1e12" if index == 1 else "1", HOLD="4", **LAYER) for index in range(3)
     ]
@@ -59,7 +59,7 @@ def test_a_liar_is_clipped_and_the_account_is_told(federation: Make, script: Pat
         assert record["updates"] == 3
         assert record["privacy"]["clipped_ratio"] > 0.3
     for number in range(1, 5):
-        # Three clients of at most CLIP, and noise, whose length in so many dimensions hardly varies; over three.
+        # Three changes of at most CLIP plus noise, whose length varies little in many dimensions, divided by three.
         length, dimensions = norm_of_change(job, number)
         noise = NOISE * CLIP * math.sqrt(dimensions)
         assert (noise * 0.6 - 3 * CLIP) / 3 < length < (noise * 1.4 + 3 * CLIP) / 3
@@ -76,7 +76,7 @@ def test_training_ends_when_the_budget_is_spent(federation: Make, script: Path) 
     assert (status.completed_rounds, status.total_rounds) == (affordable, 50)
     assert status.privacy.spent and status.privacy.epsilon <= float(limit)
     assert (job.state / "model.safetensors").exists()
-    # An aggregator that is started once more knows it, and does nothing but evaluate.
+    # A restarted aggregator knows it, and only evaluates.
     job.start_aggregator()
     late = [job.start_client(script, index, attempt=1, **LAYER) for index in range(2)]
     assert job.wait_for_completion().completed_rounds == affordable
@@ -85,7 +85,7 @@ def test_training_ends_when_the_budget_is_spent(federation: Make, script: Path) 
 
 
 def test_a_model_that_was_published_stays_on_the_account(federation: Make, script: Path) -> None:
-    """Also where somebody removes its checkpoint, and has the round done again."""
+    """The budget also includes a round whose checkpoint was removed and which is repeated."""
     job = federation(2, 6, privacy=private(), aggregator={"checkpoint": {"keep": 100}})
     job.start_aggregator()
     clients = [job.start_client(script, index, HOLD="5", **LAYER) for index in range(2)]
@@ -136,7 +136,7 @@ def test_frozen_layers_get_no_noise(federation: Make, codecs: str) -> None:
     clients = [job.start(f"client-{k}", [FROZEN], job.client_environment(k)) for k in range(2)]
     job.wait_for_round(1)
     job.kill_aggregator()
-    job.start_aggregator()  # which knows from the checkpoint what is frozen
+    job.start_aggregator()  # it knows the frozen layers from the checkpoint
     job.wait_for_completion()
     assert [client.wait() for client in clients] == [0, 0], job.log("client-0") + job.log("client-1")
     torch.manual_seed(0)

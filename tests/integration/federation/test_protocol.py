@@ -1,4 +1,4 @@
-"""The wire, spoken by hand: what is damaged, stale or repeated is answered as the protocol says."""
+"""The protocol without the library: replies to damaged, stale and repeated updates."""
 
 import queue
 import threading
@@ -23,7 +23,7 @@ STATE = {"w": torch.arange(300_000, dtype=torch.float32)}
 
 
 class HandMadeClient:
-    """A client without the library."""
+    """Client that does not use the library."""
 
     def __init__(
         self, job: Federation, index: int = 0, attempt: int = 0, state: State = STATE, pool: str = POOL,
@@ -50,7 +50,7 @@ class HandMadeClient:
         self._to_say.put(message)
 
     def offer(self, round_number: int = 0) -> pb.Offer:
-        """The next one, or the next of a round."""
+        """Return the next offer, or the next for a round."""
         offers = (message.offer for message in self.messages if message.HasField("offer"))
         return next(offer for offer in offers if offer.round == round_number or not round_number)
 
@@ -66,7 +66,7 @@ class HandMadeClient:
         self, header: pb.UpdateHeader, data: Iterable[Data] | None = None, checksum: str | None = ""
     ) -> pb.PushReply:
         def parts() -> Iterator[pb.UpdateChunk]:
-            """Not as the library frames it: a header, data and a trailer in messages of their own are as good."""
+            """A header, data and a trailer in separate messages, unlike the library's framing, are accepted."""
             yield pb.UpdateChunk(header=header)
             for chunk in chunks_of(self.state) if data is None else data:
                 yield pb.UpdateChunk(data=bytes(chunk))
@@ -98,7 +98,7 @@ def test_a_round_by_hand(clients: list[HandMadeClient]) -> None:
         seen = first.job.status()
         return seen.completed_rounds, seen.submitted
 
-    # A cut stream and a damaged one: refused whole, and the round still waits for this client.
+    # A truncated stream and a damaged one are refused, and the round still waits for this client.
     for data, checksum in (([b"\0" * 1000], None), ([b"\0" * STATE["w"].nbytes], "")):
         with pytest.raises(grpc.RpcError) as error:
             first.push(first.header(1, digest), data, checksum)
@@ -107,11 +107,11 @@ def test_a_round_by_hand(clients: list[HandMadeClient]) -> None:
     # Stale ones.
     assert first.push(first.header(2, digest)).verdict == pb.PushReply.STALE
     assert first.push(first.header(1, "another model")).verdict == pb.PushReply.STALE
-    # A good one, and its repetition: accepted, and counted once.
+    # A valid update, and its repetition: accepted, and counted once.
     assert first.push(first.header(1, digest)).verdict == pb.PushReply.ACCEPTED
     assert first.push(first.header(1, digest)).verdict == pb.PushReply.ACCEPTED
     assert status() == (0, 1)
-    # What does not fit the model is refused by name.
+    # An update that does not fit the model is refused with the tensor's name.
     strange = second.header(1, digest)
     strange.tensors[0].name = "v"
     reply = second.push(strange)
@@ -145,7 +145,7 @@ def test_updates_on_the_control_stream(clients: list[HandMadeClient]) -> None:
     first.offer()
     assert answer(first, first.header(0)).verdict == pb.PushReply.ACCEPTED
     digest = first.offer(1).base_digest
-    # What a Push would answer with a status is to be sent again; what is no update, or not this client's, has no way.
+    # The reply is RESEND where Push would return an error status, and for messages that are not valid updates.
     damaged = answer(first, first.header(1, digest), "0" * 32)
     assert (damaged.verdict, damaged.reason) == (pb.PushReply.RESEND, "checksum")
     others = answer(first, second.header(1, digest))
@@ -154,13 +154,13 @@ def test_updates_on_the_control_stream(clients: list[HandMadeClient]) -> None:
         reply = answer_to(first, update)
         assert (reply.verdict, reply.reason) == (pb.PushReply.RESEND, "malformed")
     assert first.job.status().submitted == 0
-    # One that is counted, once, whichever way it comes again.
+    # An update is counted once, however it is sent again.
     good = answer(first, first.header(1, digest))
     assert (good.verdict, good.round, bool(good.instance)) == (pb.PushReply.ACCEPTED, 1, True)
     assert answer(first, first.header(1, digest)).message == "counted before"
     assert first.push(first.header(1, digest)).message == "counted before"
     assert first.job.status().submitted == 1
-    # One that nobody could use, and one that ends the round.
+    # An unusable update, and one that ends the round.
     stale = answer(second, second.header(1, "another model"))
     assert (stale.verdict, stale.reason) == (pb.PushReply.STALE, "stale")
     assert answer(second, second.header(1, digest)).verdict == pb.PushReply.ACCEPTED
@@ -219,7 +219,7 @@ def test_clients_on_slow_links_need_not_wait_for_each_other(federation: Callable
 
 
 def test_a_model_of_very_many_tensors(federation: Callable[..., Federation]) -> None:
-    """Its header is larger than gRPC's messages commonly may be."""
+    """The header is larger than gRPC's default limit."""
     state = {f"{'layer.' * 15}{number}": torch.zeros(1) for number in range(50_000)}
     job = federation(1, 1)
     job.start_aggregator()

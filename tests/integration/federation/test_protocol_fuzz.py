@@ -1,4 +1,4 @@
-"""Whatever clients send, the aggregator stays, keeps to the rules and serves the honest one.
+"""Fuzzing: the aggregator survives arbitrary messages, follows the protocol, and serves an honest client.
 
 By default some seconds of the same inputs each time. ``ISTHMUS_FUZZ_SECONDS=600`` goes on with new ones for so long, as
 ``make fuzz`` does.
@@ -32,12 +32,12 @@ from .test_protocol import HandMadeClient
 SECONDS = float(os.environ.get("ISTHMUS_FUZZ_SECONDS", "0"))
 HONEST, JUDGE, SIZE = "honest", "judge", 3
 STATE = {"w": torch.ones(50), "n": torch.zeros(1)}
-# Words of the messages that stand for what is only known when they are sent.
+# Placeholders in messages for values that are known only when they are sent.
 DIGEST, INSTANCE = "{digest}", "{instance}"
 KNOWN = [UID, POOL, JUDGE, HONEST, DIGEST, INSTANCE]
 ROUND = 2**31 - 7
-"""Stands for the round in progress."""
-# Of calls that wait for something.
+"""Placeholder for the round in progress."""
+# Timeouts of calls that wait. Seconds.
 PATIENCE = 1.0
 GROWTH_BYTES = 250 << 20
 FEDERATION, OBSERVER = "/isthmus.federation.v1alpha1.Federation", "/isthmus.federation.v1alpha1.Observer"
@@ -58,7 +58,7 @@ UPDATE = pb.ClientMessage(update=GOOD_UPDATE.SerializeToString())
 
 
 class Call(NamedTuple):
-    """One call of a client: its messages, and how their bytes are changed."""
+    """A client's call: its messages, and the changes of their bytes."""
 
     method: str
     pool: str
@@ -84,7 +84,7 @@ GOOD_PULL = pb.PullRequest(job_uid=UID, digest=DIGEST)
 
 
 def _update_in(message: bytes) -> bytes | None:
-    """The update in a message of a control stream, where it can be read."""
+    """Return the update in a message of a control stream, if it can be parsed."""
     with suppress(DecodeError):
         parsed = pb.ClientMessage.FromString(message)
         return parsed.update if parsed.HasField("update") else None
@@ -111,7 +111,7 @@ CALLS = st.lists(
 
 
 class Hostile:
-    """Makes calls, all of them with raw bytes, and looks at the answers."""
+    """Client that makes calls with raw bytes, and checks the replies."""
 
     def __init__(self, job: Federation, meanings: "Honest") -> None:
         self._channels = {pool: channel(f"127.0.0.1:{job.port}", job.credentials(index, pool), SERVER_NAME)
@@ -121,7 +121,7 @@ class Hostile:
         self.accepted = 0
 
     def join(self) -> None:
-        """Says hello as a good client does, which is then asked to train in the next round."""
+        """Send a valid hello, so that the client is selected in the next round."""
         self._standing.close()
         self._standing = HandMadeClient(self._job, 2)
         next(message for message in self._standing.messages if message.HasField("welcome"))
@@ -148,7 +148,7 @@ class Hostile:
                     self._check(pb.PushReply.FromString(answers[0]), raw[0])
 
     def _talk(self, method: Any, raw: list[bytes]) -> None:
-        """Says one thing after the other; a second passes at most before it hangs up."""
+        """Send the messages one by one; disconnect after at most a second."""
         sent: queue.Queue[bytes | None] = queue.Queue()
         for message in raw:
             sent.put(message)
@@ -175,7 +175,7 @@ class Hostile:
         return resolved(message, words)
 
     def _check(self, reply: pb.PushReply, update: bytes) -> None:
-        """What is accepted keeps to the rules; every answer is short and printable."""
+        """Check that accepted messages are valid, and that every reply is short and printable."""
         assert len(reply.message) <= 300 and reply.message.isprintable()
         if reply.verdict != pb.PushReply.ACCEPTED or reply.message:
             return
@@ -190,7 +190,7 @@ class Hostile:
 
 
 class Honest:
-    """A client that keeps to the rules, and knows where training is."""
+    """Client that follows the protocol, and knows the current round."""
 
     def __init__(self, job: Federation) -> None:
         self.client = HandMadeClient(job, state=STATE, pool=HONEST)
@@ -200,7 +200,7 @@ class Honest:
         eventually("it is asked", lambda: self._asked)
 
     def begin(self) -> None:
-        """Hands in the initial weights."""
+        """Submit the initial weights."""
         assert self.client.push(self.client.header(0)).verdict == pb.PushReply.ACCEPTED
         eventually("it is offered work", lambda: self.round)
 
@@ -218,7 +218,7 @@ class Honest:
                     self.committed = message.committed.round
 
     def train(self) -> None:
-        """Hands in for a round, which is then committed; others may end the round before."""
+        """Submit an update for a round, and wait for its commit; other clients may end the round earlier."""
 
         def accepted() -> int:
             number = self.round
@@ -263,7 +263,7 @@ def test_whatever_clients_send(federation: Callable[..., Federation]) -> None:
                 hostile.make(call)
 
         exchange()
-        assert hostile.accepted  # what keeps to the rules is: the others are refused for what they are
+        assert hostile.accepted  # valid messages are accepted, so refusals are due to the others' content
         before = resident(job)
         while True:
             hostile.join()

@@ -1,4 +1,4 @@
-"""Bad updates, made by hand: each is refused with a reason, in the reply and in the metric, and the run goes on."""
+"""Invalid updates: each is refused with a reason, in the reply and in the metric, and the run continues."""
 
 import re
 from collections import Counter
@@ -22,13 +22,13 @@ GOOD = {"steps": 3.0}
 
 
 def counted(job: Federation) -> dict[str, float]:
-    """The metric, by reason."""
+    """Return the metric by reason."""
     found = re.findall(r'isthmus_updates_refused_total\{.*pool="pool",reason="(\w+)"\} (\S+)', job.metrics())
     return {reason: float(value) for reason, value in found}
 
 
 def reason_of(client: HandMadeClient, header: pb.UpdateHeader, *stream: object) -> str:
-    """Pushes, and tells in one word why it was refused."""
+    """Push an update, and return the reason of its refusal."""
     try:
         reply = client.push(header, *stream)  # type: ignore[arg-type]
     except grpc.RpcError as error:
@@ -47,7 +47,7 @@ def strange(client: HandMadeClient, header: pb.UpdateHeader) -> bool:
 
 
 def finish(job: Federation, *clients: HandMadeClient) -> None:
-    """Training completes; clients that are made by hand must be told to go."""
+    """Let training complete; clients without the library must leave explicitly."""
     eventually("training is complete", lambda: job.status().phase == pb.FederationStatus.COMPLETE)
     for client in clients:
         client.close()
@@ -56,7 +56,7 @@ def finish(job: Federation, *clients: HandMadeClient) -> None:
 
 @dataclass
 class Adversary:
-    """Client 0 of a job whose first round is in progress, and what became of its updates."""
+    """Client 0 of a job whose first round is in progress, and the refusals of its updates."""
 
     job: Federation
     clients: list[HandMadeClient]
@@ -64,7 +64,7 @@ class Adversary:
     reasons: list[str] = field(default_factory=list)
 
     def refused(self, state: State = STATE, *stream: object, round_number: int = 1, **changes: object) -> None:
-        """Pushes an update that differs from a good one, and notes the reason why it is refused."""
+        """Push an update that differs from a valid one, and record the reason of its refusal."""
         header = self.clients[0].header(round_number, self.digest, scalars=GOOD)
         del header.tensors[:]
         header.tensors.extend(specs_of(state))
@@ -80,7 +80,7 @@ class Adversary:
         self.reasons.append(reason_of(self.clients[0], header, *stream))
 
     def end_well(self) -> None:
-        """All that was refused is counted; then the clients hand in what they should, and training completes."""
+        """Check the count of refusals; then let the clients submit valid updates, and training complete."""
         assert counted(self.job) == Counter(self.reasons)
         assert self.job.status().completed_rounds == 0
         for number in (1, 2):
@@ -90,13 +90,13 @@ class Adversary:
             if number == 1:
                 eventually("the round is committed", lambda: self.job.status().completed_rounds == 1)
                 self.digest = self.clients[0].offer(2).base_digest
-        # Who has read that it is complete lets the aggregator go: nobody may ask it again.
+        # The aggregator exits once completion has been read: no call may follow.
         finish(self.job, *self.clients)
 
 
 @pytest.fixture
 def adversary(federation: Make) -> Iterator[Adversary]:
-    """FedNova, which asks every update for a number of steps."""
+    """A job with FedNova, which requires a number of steps in every update."""
     job = federation(2, 2, strategy={"algorithm": "FedNova"})
     job.start_aggregator()
     clients = [HandMadeClient(job, index) for index in range(2)]
@@ -120,7 +120,7 @@ def test_what_cannot_be_used(adversary: Adversary) -> None:
     refused({"w": w.double()})
     refused(tensors=specs_of(STATE))
     refused(num_examples=0)
-    # What -5 in a signed field is on the wire: the same ten bytes.
+    # The encoding of -5 in a signed field: the same ten bytes.
     refused(num_examples=2**64 - 5)
     refused(codecs=["Delta", "Int8"])
     for scalars in ({}, {"steps": 0.0}, {"steps": -1.0}, {"steps": float("nan")}):

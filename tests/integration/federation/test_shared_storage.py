@@ -1,4 +1,4 @@
-"""Federations of models whose names share memory: it is one tensor to all but those who read the result."""
+"""Federations of models whose names share memory: one tensor is sent, and the result has all names."""
 
 from collections.abc import Callable
 from pathlib import Path

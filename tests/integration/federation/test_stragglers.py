@@ -17,7 +17,7 @@ Make = Callable[..., Federation]
 
 
 def records(job: Federation) -> list[dict[str, Any]]:
-    """Of the rounds, the last line of each."""
+    """Return the last record of each round."""
     lines = map(json.loads, (job.state / "rounds.jsonl").read_text().splitlines())
     return list({record["round"]: record for record in lines}.values())
 
@@ -30,8 +30,8 @@ def test_a_late_update_counts_in_a_later_round(federation: Make, script: Path) -
     assert fast.wait() == 0
     slow.wait()
     counts = updates(job)
-    assert counts[1] == 1  # nobody waited for the slow one beyond the deadline
-    assert 2 in counts.values()  # but its work was not for nothing
+    assert counts[1] == 1  # the round did not wait for the slow client beyond the deadline
+    assert 2 in counts.values()  # but its update was counted later
     assert sum(counts.values()) <= 5 + sum(trained(job, 1).values())
     assert max(trained(job, 1).values()) == 1
 
@@ -42,7 +42,7 @@ def test_asynchronous_rounds_wait_for_nobody(federation: Make, script: Path, alg
     size = 2 if algorithm == "FedBuff" else 1
     job = federation(3, 12, strategy=strategy, stragglers={"minUpdates": size, "maxStaleness": 20})
     job.start_aggregator()
-    # The two fast ones need not even be there at once: half a second is long on any machine, a round is not.
+    # The fast clients need not overlap: a round takes far less than half a second on any machine.
     clients = [job.start_client(script, index, PAUSE=pause) for index, pause in enumerate(["0.2", "0.3", "1.5"])]
     job.wait_for_completion()
     assert [client.wait() for client in clients] == [0, 0, 0], [job.log(f"client-{i}-0") for i in range(3)]
@@ -50,12 +50,12 @@ def test_asynchronous_rounds_wait_for_nobody(federation: Make, script: Path, alg
     rounds_of_slow = trained(job, 2)
     assert 1 <= len(rounds_of_slow) < 12
     assert max(rounds_of_slow.values()) == 1
-    # What it began with is long past when it hands in.
+    # Its base model is outdated when it submits.
     assert any(record["stale_updates"] for record in records(job))
 
 
 def rounds(log: str, verdict: str) -> set[str]:
-    """Those of which a client heard that verdict upon its update."""
+    """Return the rounds for which a client received this verdict."""
     return set(re.findall(rf"round (\d+): update {verdict}", log))
 
 
@@ -77,7 +77,7 @@ def test_a_killed_aggregator_counts_late_updates_once(federation: Make, script: 
     counted = sum(record["updates"] for record in records(job))
     done = sum((trained(job, index) for index in range(3)), Counter[int]()).total()
     logs = [job.log(f"client-{index}-0") for index in range(3)]
-    # Each training counts at most once; only what was under way when the last round was over does not count at all.
+    # Each training counts at most once; only training in progress at the end of the last round does not count.
     refused = sum(len(rounds(log, "not used") - rounds(log, "accepted")) for log in logs)
     assert done - min(refused, 6) <= counted <= done, "\n".join(logs)
     assert len(records(job)) == 16
@@ -117,6 +117,6 @@ def test_an_evaluator_measures_and_does_not_train(federation: Make, script: Path
     assert [client.wait() for client in (judge, *clients)] == [0, 0, 0]
     assert not (job.directory / "trained-2").exists()
     assert updates(job) == dict.fromkeys(range(1, 5), 2)
-    # Each client reports its own number, with a weight of one more.
+    # Each client reports its number, with a weight of that number plus one.
     score = next(metric for metric in status.metrics if metric.name == "score")
     assert (score.round, score.value) == (4, pytest.approx((0 * 1 + 1 * 2 + 2 * 3) / 6))

@@ -1,4 +1,4 @@
-"""Connections that are not an honest client's: they take neither the aggregator's descriptors nor its memory."""
+"""Malicious connections: they exhaust neither the aggregator's descriptors nor its memory."""
 
 import resource
 import socket
@@ -63,7 +63,7 @@ def test_connections_of_strangers_leave_descriptors(client: HandMadeClient) -> N
             stack.enter_context(socket.create_connection(("127.0.0.1", job.port), timeout=60))
             for _ in range(bound + 100)
         ]
-        # One too many is closed; with those that stand a round is trained.
+        # Excess connections are closed; a round is trained over the others.
         assert strangers[-1].recv(1) == b""
         assert client.push(client.header(0)).verdict == pb.PushReply.ACCEPTED
         assert client.push(client.header(1, client.offer(1).base_digest)).verdict == pb.PushReply.ACCEPTED
@@ -82,8 +82,8 @@ def test_half_a_handshake_has_an_end(client: HandMadeClient) -> None:
 
 
 def test_headers_of_many_calls_cost_little_memory(client: HandMadeClient, tmp_path: Path) -> None:
-    """An entry of HPACK's table that is named thousands of times in each call (RFC 7541, 7.3); without a bound on open
-    calls this took gigabytes."""
+    """An entry of HPACK's table that is referenced thousands of times in each call (RFC 7541, 7.3). Without a limit on
+    open calls this took gigabytes."""
     job = client.job
     assert job.aggregator is not None
     assert client.offer().kind == pb.Offer.INITIALIZE
@@ -98,21 +98,21 @@ def test_headers_of_many_calls_cost_little_memory(client: HandMadeClient, tmp_pa
                 named = (entry if not number else b"") + b"\xbe" * 12_000
                 connection.sendall(frame(_HEADERS, _END_HEADERS, 1 + 2 * number, request + named))
         except OSError:
-            pass  # the aggregator has had enough
+            pass  # the aggregator has closed the connection
         assert resident_megabytes(job.aggregator.pid) - before < 400
     assert client.push(client.header(0)).verdict == pb.PushReply.ACCEPTED
 
 
 def test_a_connection_has_few_calls_at_a_time(client: HandMadeClient, tmp_path: Path) -> None:
-    """What headers can take grows with them: 16 connections with 32 calls each took 390 MB, and again as much each time
-    that they were made anew."""
+    """Memory for headers grows with connections: 16 with 32 calls each took 390 MB, and the same again each time
+    that they were opened again."""
     with _tls(client.job, tmp_path) as connection:
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(_SETTINGS, 0, 0))
         assert _settings(connection)[_MAX_CONCURRENT_STREAMS] == 8
 
 
 def test_connections_of_one_certificate(federation: Callable[..., Federation], tmp_path: Path) -> None:
-    """A client has as many as it needs to come back. Those of another client stand."""
+    """A client may open enough connections to reconnect. Those of another client are not closed."""
     job = federation(2, 1)
     job.start_aggregator()
     assert job.aggregator is not None
@@ -143,7 +143,7 @@ def test_long_headers_are_refused(client: HandMadeClient) -> None:
 
 
 def _request(path: bytes) -> bytes:
-    """A call's headers."""
+    """Return a call's headers."""
     fields = (
         (b":method", b"POST"), (b":scheme", b"https"), (b":path", path), (b":authority", SERVER_NAME.encode()),
         (b"te", b"trailers"), (b"content-type", b"application/grpc"),
@@ -152,7 +152,7 @@ def _request(path: bytes) -> bytes:
 
 
 def _settings(connection: ssl.SSLSocket) -> dict[int, int]:
-    """The first frame that the server sends."""
+    """Return the first frame that the server sends."""
     received = b""
     while len(received) < 9 or len(received) < 9 + int.from_bytes(received[:3]):
         received += connection.recv(4096)

@@ -1,4 +1,4 @@
-"""Strategies with a memory, over real processes."""
+"""Strategies with state, in real processes."""
 
 import json
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Full(FedAvg):
 
 
 def train(job: Federation, script: Path, kill_after: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
-    """The final model of a run whose aggregator is killed after some rounds."""
+    """Return the final model of a run whose aggregator is killed after some rounds."""
     job.start_aggregator()
     slow = {"PAUSE": "0.1", "HOLD": "6"} if kill_after else {}
     clients = [job.start_client(script, index, **slow) for index in range(2)]
@@ -54,7 +54,7 @@ def train(job: Federation, script: Path, kill_after: tuple[int, ...] = ()) -> di
 def test_a_killed_aggregator_keeps_the_optimizers_memory(federation: Callable[..., Federation], script: Path) -> None:
     undisturbed = train(federation(2, 7, strategy=FEDADAM), script)
     killed = train(federation(2, 7, strategy=FEDADAM), script, kill_after=(2, 4))
-    # Updates are summed in the order of their arrival, and Adam's division magnifies what rounding makes of that.
+    # Updates are summed in order of arrival, and Adam's division magnifies the rounding errors.
     for name, tensor in undisturbed.items():
         torch.testing.assert_close(killed[name], tensor, rtol=1e-3, atol=1e-4)
     assert (undisturbed["1.running_var"] > 0).all()
@@ -117,7 +117,7 @@ def test_an_error_that_nobody_foresaw_leaves_a_line(federation: Callable[..., Fe
     job.start_client(script)
     assert job.aggregator is not None
     assert job.aggregator.wait() == 1
-    # No status: the operator would take it for the job's end, and not start the aggregator again.
+    # The log holds no status: the operator would take that for the job's end, and not restart the aggregator.
     expected = "unexpected error: OSError: [Errno 28] No space left on device; see the aggregator's log"
     assert last_words.read_text() == expected
     assert "Traceback" in job.log("aggregator")

@@ -1,6 +1,6 @@
-"""A training script for tests: tied weights. UNTIED: this client's are not.
+"""Training script for tests with tied weights. UNTIED: this client's are not tied.
 
-Each client leaves its names, and what it began each round with.
+Each client writes its names, and its initial weights of each round.
 """
 
 import os
@@ -16,7 +16,7 @@ WORDS, WIDTH = 100, 16
 
 
 class Model(nn.Module):
-    """A language model whose embedding is its output layer, and which has a decoder that is its encoder, transposed."""
+    """Language model with an embedding tied to its output layer, and a decoder tied to its transposed encoder."""
 
     def __init__(self, *, tied: bool) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""A training script for tests that trains with Lightning. PLAIN: with a loop of its own. ENDLESS: until it is told.
-ACCUMULATE: the number of batches that a step takes."""
+"""Training script for tests that uses Lightning. PLAIN: with a plain loop. ENDLESS: until it should stop.
+ACCUMULATE: the number of batches per step."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A training script for tests that uses Hugging Face's Trainer. PLAIN, ENDLESS: as with_lightning has them."""
+"""Training script for tests that uses Hugging Face's Trainer. PLAIN, ENDLESS: as in with_lightning."""
 
 import os
 from pathlib import Path
@@ -35,7 +35,7 @@ class InOrder(Trainer):
 
 
 def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-    """Over all that a step accumulates: the Trainer does not divide it again."""
+    """Return the loss over all accumulated batches, which the Trainer does not divide again."""
     return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
