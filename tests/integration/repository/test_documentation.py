@@ -70,3 +70,23 @@ def test_the_reference_is_the_generated_one(tmp_path: Path) -> None:
     assert generated == {path.name: path.read_text() for path in (ROOT / "docs" / "reference").iterdir()}, (
         "run `make generate`"
     )
+
+
+def test_the_paths_that_documents_name_exist() -> None:
+    """Each name of a Python file, and each path in a top-level folder, is one of the repository's."""
+    top = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")} - {
+        "build",
+        "dist",
+        "runs",
+    }
+    found = [path for name in top for path in (ROOT / name).rglob("*")]
+    there = {*top, *(str(path.relative_to(ROOT)) for path in found)}
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    users_own = {"train.py", "net.py", "torch.py", "isthmus.py"}
+    missing = []
+    for page in pages:
+        for name in set(re.findall(r"`([\w.-]+(?:/[\w.-]+)*)/?`", page.read_text(encoding="utf-8"))) - users_own:
+            named = name.endswith(".py") or ("/" in name and name.partition("/")[0] in top)
+            if named and not any(path == name or path.endswith(f"/{name}") for path in there):
+                missing.append(f"{page.relative_to(ROOT)}: {name}")
+    assert len(pages) > 50 and missing == []
