@@ -179,7 +179,7 @@ class Helm:
         command = [str(self.program), *arguments]
         if values is not None:
             command += ["--values", "-"]
-        return subprocess.run(command, input=yaml.safe_dump(values or {}), capture_output=True, text=True, check=False)
+        return subprocess.run(command, input=json.dumps(values or {}), capture_output=True, text=True, check=False)
 
     def template(self, values: dict[str, Any], *options: str) -> list[Manifest]:
         """What the chart renders, as new objects."""

@@ -155,7 +155,7 @@ def test_labels_that_repeat_a_selectors_change_no_selector(helm: Any) -> None:
     assert labels["app.kubernetes.io/version"] == "7"
 
 
-class Unique(yaml.SafeLoader):
+class Unique(yaml.CSafeLoader):
     """Refuses a key that is there twice, as the API server does."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:

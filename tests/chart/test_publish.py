@@ -1,6 +1,7 @@
 """The chart in an OCI registry, and what Artifact Hub reads of it."""
 
 import hashlib
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -110,3 +111,19 @@ def test_artifact_hub_is_told_of_the_custom_resources() -> None:
     assert [item["kind"] for item in examples] == list(parsers)
     for item in examples:
         parsers[item["kind"]](item["spec"])
+
+
+def test_a_version_with_build_metadata_makes_valid_labels_and_tags(helm: Helm, tmp_path: Path) -> None:
+    """Semantic versions may have a ``+``, labels and image tags may not."""
+    shutil.copytree(CHART, tmp_path / "isthmus")
+    described = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    described |= {"version": "0.2.0+g1a2b3c4", "appVersion": "0.2.0+g1a2b3c4"}
+    (tmp_path / "isthmus" / "Chart.yaml").write_text(yaml.safe_dump(described))
+    result = helm.run("template", "isthmus", str(tmp_path / "isthmus"), "--namespace", NAMESPACE)
+    assert result.returncode == 0, result.stderr
+    for document in yaml.load_all(result.stdout, Loader=yaml.CSafeLoader):
+        if document:
+            assert "+" not in "".join(document["metadata"].get("labels", {}).values())
+        if document and document["kind"] == "Deployment":
+            (container,) = document["spec"]["template"]["spec"]["containers"]
+            assert container["image"].endswith(":0.2.0_g1a2b3c4")

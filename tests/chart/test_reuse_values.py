@@ -1,6 +1,7 @@
 """Upgrades with an earlier chart's values (``helm upgrade --reuse-values``), which lack what is new in this one."""
 
 import copy
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -34,7 +35,7 @@ def reused(helm: Helm, chart: Path, values: Manifest) -> list[Manifest]:
     ``--reuse-values`` puts an earlier release's values in the place of the chart's own.
     """
     shutil.copytree(CHART, chart)
-    (chart / "values.yaml").write_text(yaml.safe_dump(values))
+    (chart / "values.yaml").write_text(json.dumps(values))
     result = helm.run("template", "isthmus", str(chart), "--namespace", NAMESPACE, *WITH_MONITORING)
     assert result.returncode == 0, result.stderr
     return essential([document for document in yaml.load_all(result.stdout, Loader=yaml.CSafeLoader) if document])

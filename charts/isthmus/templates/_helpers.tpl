@@ -23,14 +23,23 @@ Left alone is what a user may want to be without (`null`): resources, security c
 {{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" -}}
 {{- end -}}
 
+{{/*
+The names of Services begin with it, and end with -operator-metrics and the like: 63 characters at most, no dot, a letter first.
+The names of releases know none of these rules.
+*/}}
 {{- define "isthmus.fullname" -}}
-{{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
-{{- else if contains (include "isthmus.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- $name := include "isthmus.name" . -}}
+{{- $release := .Release.Name | replace "." "-" -}}
+{{- $full := .Values.fullnameOverride -}}
+{{- if $full -}}
+{{- else if not (regexMatch "^[a-z]" $release) -}}
+{{- $full = printf "%s-%s" $name $release -}}
+{{- else if contains $name $release -}}
+{{- $full = $release -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name (include "isthmus.name" .) | trunc 50 | trimSuffix "-" -}}
+{{- $full = printf "%s-%s" $release $name -}}
 {{- end -}}
+{{- $full | trunc 46 | trimSuffix "-" -}}
 {{- end -}}
 
 {{- define "isthmus.operator" -}}
@@ -51,14 +60,14 @@ Left alone is what a user may want to be without (`null`): resources, security c
 {{- end -}}
 
 {{- define "isthmus.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "isthmus.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "isthmus.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: operator
 {{- end -}}
 
 {{- define "isthmus.testLabels" -}}
-app.kubernetes.io/name: {{ include "isthmus.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "isthmus.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: test
 {{- end -}}
 
@@ -70,7 +79,7 @@ app.kubernetes.io/component: test
 {{- define "isthmus.labelsWith" -}}
 {{- $context := index . 0 -}}
 {{- $selected := include "isthmus.selectorLabels" $context | fromYaml -}}
-{{- $own := dict "app.kubernetes.io/part-of" "isthmus" "app.kubernetes.io/version" $context.Chart.AppVersion -}}
+{{- $own := dict "app.kubernetes.io/part-of" "isthmus" "app.kubernetes.io/version" ($context.Chart.AppVersion | replace "+" "_") -}}
 {{- $_ := set $own "app.kubernetes.io/managed-by" $context.Release.Service -}}
 {{- $_ := set $own "helm.sh/chart" (printf "%s-%s" $context.Chart.Name $context.Chart.Version | replace "+" "_") -}}
 {{- merge $selected (index . 1 | default dict) ($context.Values.commonLabels | default dict) $own | toYaml -}}
@@ -97,7 +106,7 @@ annotations:
 {{- if .Values.image.digest -}}
 {{ $repository }}@{{ .Values.image.digest }}
 {{- else -}}
-{{ $repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{ $repository }}:{{ .Values.image.tag | default (.Chart.AppVersion | replace "+" "_") }}
 {{- end -}}
 {{- end -}}
 
@@ -114,7 +123,7 @@ annotations:
 {{- with uniq $names }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- end -}}
@@ -256,6 +265,6 @@ scrapeTimeout: {{ . }}
 
 {{- define "isthmus.subjects" -}}
 - kind: ServiceAccount
-  name: {{ include "isthmus.serviceAccount" . }}
-  namespace: {{ .Release.Namespace }}
+  name: {{ include "isthmus.serviceAccount" . | quote }}
+  namespace: {{ .Release.Namespace | quote }}
 {{- end -}}
