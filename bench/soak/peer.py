@@ -1,4 +1,4 @@
-"""A client without the library, which says what it likes: with a valid certificate of its own."""
+"""Client without the library, with a valid certificate, that can send any message."""
 
 import json
 import queue
@@ -15,6 +15,7 @@ from isthmus.framing import PUSH
 from isthmus.tensors import State, checksum_of, chunks_of, specs_of
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
+from isthmus_contracts.process import files
 from isthmus_contracts.wire.pki import Credentials
 from isthmus_contracts.wire.transport import channel
 
@@ -24,7 +25,7 @@ CALL_SECONDS = 10.0
 
 
 class Peer:
-    """One connection with a control stream, and pushes beside it."""
+    """One connection with a control stream and pushes."""
 
     def __init__(self, port: int, tls: Path, pool: str, index: int, **hello: Any) -> None:
         self.port, self.tls, self.pool, self.index = port, tls, pool, index
@@ -53,7 +54,7 @@ class Peer:
         self.channel.close()
 
     def say(self, message: pb.ClientMessage) -> None:
-        """Put a message on the control stream."""
+        """Send a message on the control stream."""
         self._to_say.put(message)
 
     def header(self, tensors: State, **changes: Any) -> pb.UpdateHeader:
@@ -66,27 +67,27 @@ class Peer:
     def push(
         self, header: pb.UpdateHeader, tensors: State, data: bytes | None = None, checksum: str | None = None
     ) -> pb.PushReply | None:
-        """Hand in an update; ``None`` where the call fails."""
+        """Push an update and return the reply, or ``None`` if the call fails."""
         body = b"".join(bytes(chunk) for chunk in chunks_of(tensors)) if data is None else data
         trailer = pb.Trailer(checksum=checksum_of(tensors) if checksum is None else checksum)
         return self.push_messages([pb.UpdateChunk(header=header), pb.UpdateChunk(data=body, trailer=trailer)])
 
     def push_messages(self, messages: Iterable[pb.UpdateChunk]) -> pb.PushReply | None:
-        """Hand in messages, whatever is in them; ``None`` where the call fails."""
+        """Push any messages and return the reply, or ``None`` if the call fails."""
         with suppress(grpc.RpcError):
             reply: pb.PushReply = self._push(_serialized(messages), timeout=CALL_SECONDS)
             return reply
         return None
 
     def begin_push(self, messages: Iterable[pb.UpdateChunk]) -> Any:
-        """Begin to hand in messages, and return the call."""
+        """Start a push of messages and return the call."""
         return self._push.future(_serialized(messages), timeout=CALL_SECONDS)
 
     def _listen(self) -> None:
         with suppress(grpc.RpcError, ValueError):
             for message in self._call:
                 if message.HasField("offer"):
-                    # Where a model is to be measured only, the round is the model's: 0 at first.
+                    # If a model is only evaluated, the round is that of the model: 0 at first.
                     self.round, self.digest = max(message.offer.round, 1), message.offer.base_digest
                 self.welcomed.set()
         self.welcomed.set()
@@ -103,7 +104,7 @@ def model(value: float) -> State:
 
 
 class Tally:
-    """How often each attack was made, in a file."""
+    """Counts of attacks by name, kept in a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -112,7 +113,7 @@ class Tally:
         self._passes = 0
 
     def count(self, name: str, accepted: int) -> None:
-        """Count an attack, and the updates in it that the aggregator has taken."""
+        """Count an attack and its accepted updates."""
         self._made[name] = self._made.get(name, 0) + 1
         self._accepted += accepted
         self._write()
@@ -123,6 +124,5 @@ class Tally:
         self._write()
 
     def _write(self) -> None:
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps({"made": self._made, "accepted": self._accepted, "passes": self._passes}))
-        partial.replace(self._path)
+        content = {"made": self._made, "accepted": self._accepted, "passes": self._passes}
+        files.replace(self._path, json.dumps(content).encode())

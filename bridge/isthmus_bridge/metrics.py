@@ -7,8 +7,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from isthmus_contracts.process.http_server import serve_metrics
 from isthmus_contracts.wire.addresses import split
+from isthmus_contracts.wire.http_server import serve_metrics
 
 from . import __version__
 

@@ -10,8 +10,8 @@ import prometheus_client
 
 from isthmus_contracts import identities as ids
 from isthmus_contracts.process import asyncio_tasks
-from isthmus_contracts.process.http_server import serve_metrics
 from isthmus_contracts.wire.addresses import split
+from isthmus_contracts.wire.http_server import serve_metrics
 
 from .controllers.job import JobReconciler
 from .controllers.ownership import identity

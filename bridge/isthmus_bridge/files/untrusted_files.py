@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from isthmus_contracts.process import files
+
 
 def opened(path: Path) -> BinaryIO:
     """A regular file, to be read. Raises ``OSError``, also for whatever is no regular file."""
@@ -29,18 +31,9 @@ def read(path: Path, limit: int = 1 << 20) -> bytes:
         return file.read(limit)
 
 
-def created(path: Path, mode: int) -> int:
-    """A descriptor of a new, empty file in the place of whatever is there. Raises ``OSError``."""
-    path.unlink(missing_ok=True)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-
-
 def write(path: Path, content: bytes, mode: int = 0o600) -> None:
     """Puts a file in its place at once, whatever is there. Raises ``OSError``."""
-    fresh = path.with_name(f".{path.name}.new")
-    with os.fdopen(created(fresh, mode), "wb") as file:
-        file.write(content)
-    fresh.replace(path)
+    files.replace(path, content, mode)
 
 
 def remove_tree(path: Path) -> None:

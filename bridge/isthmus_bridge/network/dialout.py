@@ -18,7 +18,7 @@ from grpc import aio
 
 from isthmus_contracts.pb import gateway_pb2 as pb
 from isthmus_contracts.pb.gateway_pb2_grpc import GatewayStub
-from isthmus_contracts.process import asyncio_tasks
+from isthmus_contracts.process import asyncio_tasks, backoff
 from isthmus_contracts.wire.transport import aio_public_channel
 from isthmus_contracts.wire.tunnel import CHUNK, MAX_CONNECTIONS, PROTOCOL, Connections, TunnelError
 
@@ -41,8 +41,7 @@ _LOCAL_SECONDS = 5.0
 
 def pause(failures: int, chance: float) -> float:
     """Seconds before the attempt after so many failures in a row (from 0). ``chance``: in [0, 1)."""
-    whole = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(failures, 16))
-    return whole * (1.0 - 0.5 * chance)
+    return backoff.delay(failures + 1, _FIRST_PAUSE, _LONGEST_PAUSE) * (1.0 - 0.5 * chance)
 
 
 class DialOut:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.process import backoff
 
 from ..clients_per_job import jobs_for
 from ..metrics import Metrics
@@ -351,7 +352,7 @@ class Reconciler:
             for entry in followed:
                 if not entry.stale:
                     self._change(entry, stale=f"Slurm does not answer: {error}")
-        return float(min(_LONGEST_PAUSE, self._policy.slurm.poll_seconds * 2 ** min(self._failures - 1, 6)))
+        return backoff.delay(min(self._failures, 7), self._policy.slurm.poll_seconds, _LONGEST_PAUSE)
 
     def _reachable(self) -> None:
         if self._failures:

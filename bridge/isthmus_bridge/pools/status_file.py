@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.process import files
 
 from .journal import Entry
 from .pool_status import if_tellable, to_pool
@@ -69,11 +70,7 @@ class StatusFile:
             return
         lines = [line for entry in entries if (line := if_tellable(line_of, entry)) is not None]
         content = {"time": now, "pid": os.getpid(), "pools": [asdict(line) for line in lines]}
-        fresh = self._path.with_suffix(".new")
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(content, file)
-        fresh.replace(self._path)
+        files.replace(self._path, json.dumps(content).encode(), 0o600)
         self._seen, self._written = versions, now
 
 

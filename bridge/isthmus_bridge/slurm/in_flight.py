@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from isthmus_contracts.process import files
+
 from ..files import untrusted_files
 from .model import Patience, SubmissionAmbiguous, SubmissionRefused
 
@@ -86,19 +88,7 @@ def _take(descriptor: int) -> bool:
 def announce(directory: Path, seconds: float) -> None:
     """Writes down, durably, that a request is under way for at most so long. Raises ``OSError``."""
     _refuse_second(directory)
-    fresh = directory / f"{_UNTIL}.new"
-    descriptor = untrusted_files.created(fresh, 0o600)
-    try:
-        os.write(descriptor, f"{time.time() + seconds:.3f}\n".encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    fresh.replace(directory / _UNTIL)
-    folder = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    files.replace(directory / _UNTIL, f"{time.time() + seconds:.3f}\n".encode(), 0o600, sync=True)
 
 
 def settle(directory: Path) -> None:

@@ -1,1 +1,1 @@
-"""Helpers for long-running processes: asyncio tasks, HTTP servers, log limits and open files."""
+"""Helpers for long-running processes: asyncio tasks, back-off, atomic files, log limits and open files."""

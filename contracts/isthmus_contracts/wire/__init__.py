@@ -1,1 +1,1 @@
-"""Connections between the parts: certificates, gRPC channels, tunnels and addresses."""
+"""Connections between the parts: certificates, gRPC channels, HTTP servers, tunnels and addresses."""

@@ -3,7 +3,6 @@
 import datetime as dt
 import hashlib
 import ipaddress
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ..identities import CA_FILE, CERTIFICATE_FILE, KEY_FILE
+from ..process.files import replace
 
 # Clocks of nodes and sites differ, some by whole hours (a local time taken for UTC): certificates are valid from a day
 # before they were made. That costs nothing, since their keys did not exist then.
@@ -35,15 +35,13 @@ class Credentials:
         return cls(*((directory / name).read_bytes() for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE)))
 
     def write(self, directory: Path) -> None:
-        """Writes the three files, readable by their owner only, into a directory that only the owner may enter. Each is
-        put in its place as a whole: whoever reads them meanwhile may be a server that runs."""
+        """Write the three files with mode 0600 into the directory, created with mode 0700 if it is missing.
+
+        Each file is replaced atomically, since a running server may read them. Raises ``OSError``.
+        """
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, content in self.files().items():
-            fresh = directory / f".{name}.new"
-            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            fresh.replace(directory / name)
+            replace(directory / name, content, 0o600)
 
     def files(self) -> dict[str, bytes]:
         """The three files by name: also the data of a kubernetes.io/tls Secret."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
-from isthmus_contracts.process import asyncio_tasks
+from isthmus_contracts.process import asyncio_tasks, backoff
 
 from ..effects.kube import KubeError
 from ..fair_semaphore import CURRENT_SLOT, FairSemaphore, Slot
@@ -155,7 +155,7 @@ class WorkQueue(Generic[K]):
             # Else something within the look was cancelled: that is an error like others.
             RECONCILE_ERRORS.inc()
             times = self._errors[key] = self._errors.get(key, 0) + 1
-            again = min(_FIRST_RETRY * 2 ** min(times - 1, 10), _LONGEST_RETRY) * random.uniform(0.8, 1.2)  # noqa: S311
+            again = backoff.delay(times, _FIRST_RETRY, _LONGEST_RETRY) * random.uniform(0.8, 1.2)  # noqa: S311
             log.error(
                 "%s: %s: %s; again in %.1f s",
                 key,

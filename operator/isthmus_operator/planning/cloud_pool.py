@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from isthmus_contracts.api.federated_job import Pool
 from isthmus_contracts.api.federated_job_status import Reason
+from isthmus_contracts.process import backoff
 
 from .. import names
 from ..render.client import ClientPods
@@ -26,7 +27,7 @@ _LEFT = (
 
 def restart_delay(times: int) -> dt.timedelta:
     """How long a client waits before it is started for the ``times``-th time after a failure."""
-    return dt.timedelta(seconds=min(_FIRST_DELAY * 2 ** min(max(times - 1, 0), 16), _LONGEST_DELAY))
+    return dt.timedelta(seconds=backoff.delay(times, _FIRST_DELAY, _LONGEST_DELAY))
 
 
 def plan_cloud_pool(context: PlanContext, pool: Pool, ready_to_start: bool) -> PoolOutcome:

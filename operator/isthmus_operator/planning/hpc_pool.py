@@ -7,6 +7,7 @@ from typing import Any
 
 from isthmus_contracts.api.federated_job import HpcPool, Pool
 from isthmus_contracts.api.federated_job_status import Reason
+from isthmus_contracts.process import backoff
 
 from .. import names
 from ..render import hpc as render
@@ -194,10 +195,10 @@ def _advance(context: PlanContext, pool: Pool, part: str, record: HpcRecord, vie
             record.over, record.message = Reason.CLIENT_FAILED, f"out of restarts: {words}"
             context.emit("Warning", Reason.CLIENT_FAILED, f"pool {pool.name} is {record.message}")
             return
-        delay = min(_FIRST_DELAY * 2 ** min(record.failures - 1, 16), _LONGEST_DELAY)
-        record.retry_at = int(context.now.timestamp()) + delay
+        pause = round(backoff.delay(record.failures, _FIRST_DELAY, _LONGEST_DELAY))
+        record.retry_at = int(context.now.timestamp()) + pause
         record.message = one_line(words)
-        context.emit("Warning", Reason.CLIENT_FAILED, f"pool {pool.name} is submitted anew in {delay} s: {words}")
+        context.emit("Warning", Reason.CLIENT_FAILED, f"pool {pool.name} is submitted anew in {pause} s: {words}")
     record.attempt = next_attempt(context.record, pool.name)
     record.seen = record.ran = record.cancelling = record.ended = False
     record.authority, record.asked_at = "", 0

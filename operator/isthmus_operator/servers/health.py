@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-from isthmus_contracts.process.http_server import BoundedThreads
+from isthmus_contracts.wire.http_server import BoundedThreads
 
 from ..controllers.resync import MAX_AGE, Resync
 from ..controllers.workqueue import WorkQueue

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.api.federated_job_status import Reason
+from isthmus_contracts.process import backoff
 from isthmus_contracts.wire.pki import Authority, Credentials
 
 from .observed import LONGEST_RETRY, PoolProblem, ProblemKind, Refusal, ServiceView
@@ -76,4 +77,4 @@ class JobCache:
 
 
 def _delay(times: int) -> dt.timedelta:
-    return dt.timedelta(seconds=min(_FIRST_RETRY * 2 ** min(times - 1, 10), LONGEST_RETRY))
+    return dt.timedelta(seconds=backoff.delay(times, _FIRST_RETRY, LONGEST_RETRY))

@@ -25,11 +25,11 @@ from prometheus_client import make_wsgi_app
 
 from isthmus_contracts.manifests.manifest import ManifestError
 from isthmus_contracts.pb import federation_pb2 as pb
-from isthmus_contracts.process import open_files
-from isthmus_contracts.process.http_server import serve_metrics
+from isthmus_contracts.process import files, open_files
 from isthmus_contracts.process.log_limit import limit_root
 from isthmus_contracts.text import one_line
 from isthmus_contracts.wire.addresses import split
+from isthmus_contracts.wire.http_server import serve_metrics
 from isthmus_contracts.wire.transport import HEADER_BYTES, renewed_server_credentials, server_options
 
 from ..malloc_tuning import tune_malloc
@@ -135,9 +135,8 @@ async def serve(arguments: argparse.Namespace) -> int:
     metrics_server = _serve_metrics(arguments.metrics, metrics)
     await server.start()
     if arguments.ports_file:
-        _write_atomically(
-            arguments.ports_file, json.dumps({"port": port, "metrics_port": metrics_server.server_address[1]})
-        )
+        ports = {"port": port, "metrics_port": metrics_server.server_address[1]}
+        files.replace(arguments.ports_file, json.dumps(ports).encode())
     log.info("serving %s/%s on port %d", job.namespace, job.name, port)
 
     stopped = _stop_signals()
@@ -224,12 +223,6 @@ def _leave(path: Path, text: str) -> None:
     with suppress(OSError):
         if path.exists():
             path.write_text(text, encoding="utf-8")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from isthmus_contracts import identities as ids
 from isthmus_contracts.manifests.manifest import FederatedJob
+from isthmus_contracts.process.backoff import delay
 
 _THREADS = "OMP_NUM_THREADS"
 # Variables in which torchrun and mpirun pass a process its rank. Values left over in a shell are not for clients.
@@ -107,4 +108,4 @@ def _passes(name: str) -> bool:
 
 def backoff(failures: int) -> float:
     """Return the seconds to wait before the next start, after ``failures`` in a row (from 1): 1, 2, 4, ... 30."""
-    return min(_BACKOFF_SECONDS * 2.0 ** (failures - 1), _BACKOFF_LIMIT_SECONDS)
+    return delay(failures, _BACKOFF_SECONDS, _BACKOFF_LIMIT_SECONDS)

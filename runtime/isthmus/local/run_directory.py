@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from isthmus_contracts.manifests.manifest import FederatedJob
+from isthmus_contracts.process import files
 
 _MODEL_SUFFIXES = (".pt", ".safetensors")
 _CHECKPOINT = re.compile(r"round-(\d+)\.safetensors")
@@ -100,9 +101,7 @@ class RunDirectory:
         self.ports_file.unlink(missing_ok=True)
         spec = job.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
         content = {"name": job.name, "namespace": job.namespace, "uid": uid, "spec": spec}
-        partial = self.job_file.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.job_file)
+        files.replace(self.job_file, (json.dumps(content, indent=1) + "\n").encode())
         return uid
 
     def write_code(self, files: Mapping[str, bytes]) -> Path | None:

@@ -80,7 +80,7 @@ def test_a_pipe_for_the_moment_of_a_request_keeps_nobody_waiting_and_says_nothin
     (tmp_path / "request.until").write_bytes(b"\xff\n")
     assert in_flight.may_run(tmp_path), "what is not understood says nothing about the past"
     (tmp_path / "request.until").unlink()
-    os.mkfifo(tmp_path / "request.until.new")
+    os.mkfifo(tmp_path / ".request.until.new")
     assert ends(lambda: in_flight.announce(tmp_path, 60.0)) and in_flight.may_run(tmp_path)
 
 

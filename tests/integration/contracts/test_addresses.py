@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from isthmus_contracts.process.http_server import serve_metrics
 from isthmus_contracts.wire.addresses import ANYWHERE, bound, joined, split, unbound
+from isthmus_contracts.wire.http_server import serve_metrics
 
 
 @pytest.mark.parametrize(

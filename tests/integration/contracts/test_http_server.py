@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from isthmus_contracts.process import http_server
-from isthmus_contracts.process.http_server import CONNECTIONS, serve_metrics
+from isthmus_contracts.wire import http_server
+from isthmus_contracts.wire.http_server import CONNECTIONS, serve_metrics
 
 
 def application(environ: dict[str, Any], start: Any) -> Iterable[bytes]:

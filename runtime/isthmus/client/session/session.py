@@ -18,6 +18,7 @@ import grpc
 from isthmus_contracts import identities
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2_grpc import FederationStub
+from isthmus_contracts.process import backoff
 from isthmus_contracts.text import one_line
 from isthmus_contracts.wire.pki import Credentials
 from isthmus_contracts.wire.transport import channel
@@ -238,11 +239,11 @@ class Session:
 
     def _run(self) -> None:
         """Keep the control stream open until the session is closed or the aggregator sends a stop."""
-        backoff, last_contact, last_warning = _FIRST_BACKOFF, time.monotonic(), 0.0
+        failures, last_contact, last_warning = 0, time.monotonic(), 0.0
         while not self._closed.is_set():
             try:
                 for message in self._connection.control(self._new_stream()):
-                    backoff, last_contact = _FIRST_BACKOFF, time.monotonic()
+                    failures, last_contact = 0, time.monotonic()
                     if self._handle(message):
                         return
             except grpc.RpcError as error:
@@ -272,8 +273,9 @@ class Session:
                 self._takes_updates = False
                 self._resolve(None)  # in this order: no later update waits for a reply
             # Jitter keeps a thousand clients from reconnecting at the same instant.
-            self._closed.wait(backoff * random.uniform(0.5, 1.0))  # noqa: S311
-            backoff = min(backoff * 2, _LONGEST_BACKOFF)
+            failures += 1
+            pause = backoff.delay(failures, _FIRST_BACKOFF, _LONGEST_BACKOFF) * random.uniform(0.5, 1.0)  # noqa: S311
+            self._closed.wait(pause)
             self._take_renewed()
 
     def _take_renewed(self) -> None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 import grpc
 
 from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.process import backoff
 from isthmus_contracts.text import one_line
 
 from ...codecs import CodecError, Decoder, Encoded
@@ -147,7 +148,7 @@ def push(session: Session, update: FinishedUpdate) -> pb.PushReply:
 
 def _retry(session: Session, what: str, attempt: Callable[[], T]) -> T:
     """Repeat an attempt, with exponential back-off, until it succeeds or the aggregator is given up."""
-    backoff, since, timeout = _FIRST_BACKOFF, time.monotonic(), GIVE_UP_AFTER
+    failures, since, timeout = 0, time.monotonic(), GIVE_UP_AFTER
     while True:
         try:
             return attempt()
@@ -170,5 +171,5 @@ def _retry(session: Session, what: str, attempt: Callable[[], T]) -> T:
         if time.monotonic() - since > timeout:
             raise FederationError(f"{what}: the aggregator at {session.endpoint} does not answer: {problem}")
         log.warning("%s failed (%s); trying again", what, problem)
-        time.sleep(backoff)
-        backoff = min(backoff * 2, _LONGEST_BACKOFF)
+        failures += 1
+        time.sleep(backoff.delay(failures, _FIRST_BACKOFF, _LONGEST_BACKOFF))

@@ -8,7 +8,7 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from ..wire.addresses import unbound
+from .addresses import unbound
 
 CONNECTIONS = 16
 """Connections at a time. One more ends the oldest: an honest request takes milliseconds."""
