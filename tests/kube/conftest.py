@@ -18,8 +18,20 @@ from isthmus_contracts.wire.pki import Authority
 from tests.support.ports import free_port
 
 from .bridge import FakeBridge
-from .cluster import ROOT, Namespace, Operator, eventually, grant, kubeconfig, kubectl, manifest
+from .cluster import (
+    ACCOUNT,
+    ROOT,
+    Namespace,
+    Operator,
+    documented_rules,
+    eventually,
+    grant,
+    kubeconfig,
+    kubectl,
+    manifest,
+)
 
+RBAC = "rbac.authorization.k8s.io"
 CRDS = ("federatedjobs.isthmus.dev", "hpcsites.isthmus.dev")
 
 
@@ -105,6 +117,39 @@ def operator(namespace: Namespace, tmp_path: Path) -> Iterator[Operator]:
     """The operator, with the rights that the documentation lists and no more."""
     wide = grant(namespace.name)
     process = Operator(namespace.name, kubeconfig(namespace.name, tmp_path / "kubeconfig"), tmp_path / "operator.log")
+    try:
+        process.start()
+        yield process
+    finally:
+        process.stop()
+        print(process.log.read_text(encoding="utf-8"))
+        kubectl("delete", "clusterrole,clusterrolebinding", wide)
+
+
+@pytest.fixture
+def second(crds: None) -> Iterator[Namespace]:
+    with made_namespace() as space:
+        yield space
+
+
+@pytest.fixture
+def both(namespace: Namespace, second: Namespace, tmp_path: Path) -> Iterator[Operator]:
+    """An operator in one namespace that serves the other one, too, as scope.type=Namespaces sets it up."""
+    wide = grant(namespace.name)
+    meta = {"name": ACCOUNT, "namespace": second.name}
+    subjects = [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": namespace.name}]
+    ref = {"apiGroup": RBAC, "name": ACCOUNT, "kind": "Role"}
+    second.apply(
+        {"apiVersion": f"{RBAC}/v1", "kind": "Role", "metadata": meta, "rules": documented_rules()["served"]},
+        {"apiVersion": f"{RBAC}/v1", "kind": "RoleBinding", "metadata": meta, "subjects": subjects, "roleRef": ref},
+    )
+    account = f"--as=system:serviceaccount:{namespace.name}:{ACCOUNT}"
+    eventually(
+        lambda: "yes" in kubectl("auth", "can-i", "list", "pods", "-n", second.name, account, check=False).split(),
+        "the rights in the second namespace hold",
+    )
+    process = Operator(namespace.name, kubeconfig(namespace.name, tmp_path / "kubeconfig"), tmp_path / "operator.log")
+    process.options = ("--namespace", second.name)
     try:
         process.start()
         yield process

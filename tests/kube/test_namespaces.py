@@ -2,51 +2,11 @@
 
 import json
 import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .bridge import FakeBridge
-from .cluster import ACCOUNT, Namespace, Operator, documented_rules, eventually, grant, kubeconfig, kubectl, manifest
-from .conftest import made_namespace
-
-API = "rbac.authorization.k8s.io"
-
-
-@pytest.fixture
-def second(crds: None) -> Iterator[Namespace]:
-    with made_namespace() as space:
-        yield space
-
-
-@pytest.fixture
-def both(namespace: Namespace, second: Namespace, tmp_path: Path) -> Iterator[Operator]:
-    """An operator in one namespace that serves the other one, too, as scope.type=Namespaces sets it up."""
-    wide = grant(namespace.name)
-    meta = {"name": ACCOUNT, "namespace": second.name}
-    subjects = [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": namespace.name}]
-    ref = {"apiGroup": API, "name": ACCOUNT, "kind": "Role"}
-    second.apply(
-        {"apiVersion": f"{API}/v1", "kind": "Role", "metadata": meta, "rules": documented_rules()["served"]},
-        {"apiVersion": f"{API}/v1", "kind": "RoleBinding", "metadata": meta, "subjects": subjects, "roleRef": ref},
-    )
-    account = f"--as=system:serviceaccount:{namespace.name}:{ACCOUNT}"
-    eventually(
-        lambda: "yes" in kubectl("auth", "can-i", "list", "pods", "-n", second.name, account, check=False).split(),
-        "the rights in the second namespace hold",
-    )
-    process = Operator(namespace.name, kubeconfig(namespace.name, tmp_path / "kubeconfig"), tmp_path / "operator.log")
-    process.options = ("--namespace", second.name)
-    try:
-        process.start()
-        yield process
-    finally:
-        process.stop()
-        print(process.log.read_text(encoding="utf-8"))
-        kubectl("delete", "clusterrole,clusterrolebinding", wide)
+from .cluster import ACCOUNT, Namespace, Operator, eventually, kubectl, manifest
 
 
 def refused(operator: Operator) -> dict[str, str]:
