@@ -1,1 +1,1 @@
-"""Benchmarks: each module is a command that prints one JSON line. Figures are ratios within one run."""
+"""Benchmarks. Each module is a command that prints JSON lines; figures are ratios within one run."""

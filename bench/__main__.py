@@ -1,6 +1,6 @@
-"""``python -m bench``: the quick benchmarks one after the other, as JSON lines, and then as tables.
+"""``python -m bench``: run the quick benchmarks in turn and print JSON lines, then tables.
 
-With ``--all`` everything that stands in docs/design/benchmarks.md but for the other frameworks (``make bench-peers``).
+With ``--all``, all benchmarks of docs/design/benchmarks.md except the other frameworks (``make bench-peers``).
 """
 
 import argparse
@@ -33,9 +33,9 @@ ALL = (
 
 
 def main() -> None:
-    """Runs them; one that fails ends it."""
+    """Run the benchmarks; stop at the first that fails."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--all", action="store_true", help="at full size; takes hours, and 8 GB of memory")
+    parser.add_argument("--all", action="store_true", help="run all at full size; takes hours and 8 GB of memory")
     options = parser.parse_args()
     lines: list[str] = []
     for command in ALL if options.all else QUICK:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def output(module: str, *arguments: str) -> Iterator[str]:
-    """A program's lines as they come. Raises ``SystemExit`` where it fails."""
+    """Yield the lines of a program as it prints them. Raises ``SystemExit`` if it fails."""
     with subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -1,7 +1,7 @@
-"""Aggregation alone: a strategy's ``accept`` beside torch's own in-place add of the same tensors, by turns.
+"""Aggregation alone: a strategy's ``accept`` and torch's in-place add of the same tensors, in alternation.
 
-``python -m bench.aggregation``: a JSON line for each strategy and size. The add reads two tensors and writes one: what
-it takes is the limit of the memory.
+``python -m bench.aggregation``: a JSON line for each strategy and size. The add reads two tensors and writes one, so
+its time is the limit set by memory bandwidth.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from isthmus_contracts.api.strategy import Strategy as Spec
 SIZES = (10_000, 1_000_000, 25_000_000, 100_000_000)
 STRATEGIES = ("FedAvg", "FedAdam", "FedNova", "SCAFFOLD", "QFedAvg", "CoordinateMedian")
 _SCALARS = {"steps": 10.0, "travel": 1.0, "loss": 1.0}
-# A tensor has at most so many elements, as a large model's do.
+# Maximum elements of a tensor, as in a large model.
 _TENSOR = 25_000_000
 
 
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def measure(name: str, parameters: int, repeat: int) -> dict[str, object]:
-    """Of one strategy and size."""
+    """Measure one strategy and size."""
     sizes = [_TENSOR] * (parameters // _TENSOR) + [parameters % _TENSOR] * (parameters % _TENSOR > 0)
     model: State = {f"w{number}": torch.zeros(size) for number, size in enumerate(sizes)}
     update = Update("pool/0", 10, {key: torch.rand_like(tensor) for key, tensor in model.items()}, scalars=_SCALARS)
@@ -54,7 +54,7 @@ def measure(name: str, parameters: int, repeat: int) -> dict[str, object]:
         strategy.accept(update)
         add()
         own, limit = [], []
-        times = max(1, 100_000 // parameters)  # of small ones many, so that there is something to measure
+        times = max(1, 100_000 // parameters)  # many small ones, so that the time is measurable
         for _ in range(repeat):
             limit.append(seconds(add, times))
             own.append(seconds(lambda: strategy.accept(update), times))
@@ -74,7 +74,7 @@ def measure(name: str, parameters: int, repeat: int) -> dict[str, object]:
 
 
 def seconds(work: Callable[[], None], times: int) -> float:
-    """Of one call."""
+    """Return the duration of one call."""
     started = time.perf_counter()
     for _ in range(times):
         work()

@@ -1,4 +1,4 @@
-"""Codecs: bytes per parameter and speed of each chain and, with ``--accuracy``, what it costs on Fashion-MNIST.
+"""Codecs: bytes per parameter and speed of each chain and, with ``--accuracy``, the accuracy on Fashion-MNIST.
 
 ``python -m bench.codecs`` prints a JSON line for each chain; ``python -m bench.codecs --accuracy`` trains by federated
 averaging in this process, every update and model through the real codecs (``--download`` too), without gRPC.
@@ -27,12 +27,12 @@ CHAINS = (
     "TopK+Int8",
 )  # fmt: skip
 TRAINED = ("None", "Float16", "Int8", "Int4", "Rotation+Int4", "TopK", "TopK+Int8")
-# Clients with unlike data pull the model about: from one round to the next its accuracy moves by more than codecs do.
+# With such different data, the accuracy varies more from round to round than between codecs.
 LAST_ROUNDS = 10
 
 
 def main() -> None:
-    """Parses the command line and measures."""
+    """Parse the command line and run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parameters", type=int, default=4_000_000, help="of the tensor that is encoded, float32")
     parser.add_argument("--repeat", type=int, default=5, help="times; the fastest counts")
@@ -56,12 +56,12 @@ def main() -> None:
 
 
 def chain_of(name: str, top_k: str) -> Chain:
-    """The chain that a manifest names."""
+    """Return the chain with this name in a manifest."""
     return parse_chain(Compression(upload=name, top_k_fraction=top_k).upload_codecs)
 
 
 def decoded(encoded: Encoded, seed: str, base: State | None) -> State:
-    """Return what the receiver makes of it."""
+    """Return the tensors after encoding and decoding."""
     decoder = Decoder(encoded.specs, encoded.chain, seed, base)
     for chunk in encoded.chunks:
         decoder.write(chunk)
@@ -69,7 +69,7 @@ def decoded(encoded: Encoded, seed: str, base: State | None) -> State:
 
 
 def speed(name: str, options: argparse.Namespace) -> dict[str, object]:
-    """Bytes, and raw gigabytes per second of processor time in one thread: other load on the machine counts less."""
+    """Return bytes, and raw gigabytes per second of processor time in one thread (less sensitive to other load)."""
     generator = torch.Generator().manual_seed(0)
     base = {"w": torch.randn(options.parameters, generator=generator) * 0.1}
     state = {"w": base["w"] + torch.randn(options.parameters, generator=generator) * 0.001}
@@ -92,7 +92,7 @@ def speed(name: str, options: argparse.Namespace) -> dict[str, object]:
 
 
 def accuracy(name: str, options: argparse.Namespace) -> dict[str, object]:
-    """Accuracy on the whole test set, over the last rounds and after the last one; and the bytes of one update."""
+    """Return the accuracy on the whole test set (last rounds, last round) and the bytes of an update."""
     everyone, test = load(Path(os.environ.get("FASHION_MNIST_DIR", DEBIAN_DIRECTORY)))
     settled, final, size, raw = [], [], 0, 0
     for seed in range(options.seeds):
@@ -120,11 +120,11 @@ def accuracy(name: str, options: argparse.Namespace) -> dict[str, object]:
 def federate(
     name: str, options: argparse.Namespace, shares: list[Examples], test: Examples, seed: int
 ) -> tuple[list[float], int, int]:
-    """Federated averaging; the accuracy after each of the last rounds, and an update's bytes, encoded and raw."""
+    """Run federated averaging; return the accuracies of the last rounds, and an update's encoded and raw bytes."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
     upload = chain_of(name, options.top_k)
-    # Error feedback is the clients': models do not go through TopK.
+    # Error feedback applies to updates of clients only: models are not sent through TopK.
     download = parse_chain(()) if upload.sparse or not options.download else upload
     settings = Settings(epochs=1, learning_rate=0.05, batch_size=32)
     state: State = {key: tensor.clone() for key, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""How long an unrelated job waits while remote parties are dead: real gRPC servers that take calls and never answer.
+"""Delay of an unrelated job while remote parties are dead: real gRPC servers that accept calls and never answer.
 
     python -m bench.dead_remotes [--jobs 100] [--aggregators 60] [--samples 4]
 
@@ -18,7 +18,7 @@ from tests.integration.operator.dead_remotes import DeadBridge, dead_site, hpc_j
 from tests.integration.operator.fake_api_server import ApiServer
 from tests.integration.operator.operator_process import Operator, accepted_after, job, until
 
-_PAUSE = 8.0  # seconds between two
+_PAUSE = 8.0  # seconds between two samples
 
 
 def _prepare_nothing(_: ApiServer, __: int) -> None:
@@ -39,7 +39,7 @@ def _prepare_aggregators(api: ApiServer, count: int) -> None:
 
 
 def measure(prepare: Callable[[ApiServer, int], None], count: int, samples: int) -> tuple[list[float], list[float]]:
-    """Seconds until unrelated jobs were accepted, and until their aggregators ran."""
+    """Return the seconds until unrelated jobs were accepted, and until their aggregators ran."""
     with tempfile.TemporaryDirectory() as directory, ApiServer() as api:
         operator = Operator(api.kubeconfig(Path(directory) / "kubeconfig"), Path(directory) / "operator.log")
         try:
@@ -58,7 +58,7 @@ def measure(prepare: Callable[[ApiServer, int], None], count: int, samples: int)
 
 
 def main() -> None:
-    """Measures all three."""
+    """Measure all three cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=100)
     parser.add_argument("--aggregators", type=int, default=60)

@@ -1,7 +1,7 @@
-"""Peak memory: of an aggregator against its number of clients, and of the client library beyond the script's own model.
+"""Peak memory of an aggregator by number of clients, and of the client library in addition to the script's model.
 
-``python -m bench.memory --clients 4 16 64``; ``python -m bench.memory --library``. A JSON line each. The aggregator's
-clients are made by hand and hold no model, so that many of them fit one machine; each pulls and pushes in every round.
+``python -m bench.memory --clients 4 16 64``; ``python -m bench.memory --library``. Each prints JSON lines. The
+aggregator's clients have no model, so that many fit on one machine; each pulls and pushes in every round.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def server(clients: int, parameters: int, rounds: int) -> int:
-    """The peak memory of an aggregator."""
+    """Return the peak memory of an aggregator."""
     connections_of_their_own()
     with tempfile.TemporaryDirectory() as scratch, aggregator(Path(scratch), clients, rounds) as job:
         with ThreadPoolExecutor(clients) as pool:
@@ -88,7 +88,7 @@ def server(clients: int, parameters: int, rounds: int) -> int:
 
 
 def by_hand(job: Job, index: int, clients: int, parameters: int) -> None:
-    """A client that holds no model: what it pulls it throws away, and what it pushes is zeros."""
+    """Run a client without a model: it discards what it pulls and pushes zeros."""
     size = parameters * 4
     specs = specs_of(Weights(parameters, "meta").tensors)
     piece = bytes(chunk_bytes(clients))  # as the library does it
@@ -105,7 +105,7 @@ def by_hand(job: Job, index: int, clients: int, parameters: int) -> None:
 
         def update(header: pb.UpdateHeader, pushing: "Future[Any]") -> Iterator[pb.UpdateChunk]:
             yield pb.UpdateChunk(header=header)
-            pushing.result().initial_metadata()  # as the library does it: there is room for the rest
+            pushing.result().initial_metadata()  # as in the library: the rest is allocated
             for chunk in zeros(piece, size):
                 yield pb.UpdateChunk(data=bytes(chunk))
             yield pb.UpdateChunk(trailer=pb.Trailer(checksum=digest.hexdigest()))
@@ -133,7 +133,7 @@ def zeros(piece: bytes, size: int) -> Iterable[memoryview]:
 
 
 def library(parameters: int, chain: str) -> dict[str, object]:
-    """The peak memory of a script that holds a model, alone and as a client, with an optimizer-free round."""
+    """Return the peak memory of a script with a model, alone and as a client, in a round without an optimizer."""
     command = [sys.executable, "-m", "bench.memory", "--parameters", str(parameters), "--participate"]
     alone = int(subprocess.run([*command, "alone"], check=True, capture_output=True).stdout)
     with (
@@ -155,7 +155,7 @@ def library(parameters: int, chain: str) -> dict[str, object]:
 
 
 def participate(parameters: int, *, federated: bool) -> None:
-    """A script that holds a model; prints its peak memory."""
+    """Run a script with a model and print its peak memory."""
     torch.set_num_threads(1)
     model = Weights(parameters)
     for tensor in model.tensors.values():

@@ -1,11 +1,11 @@
-"""The operator at scale, on the lab's API server and hollow nodes (real kubelets over a runtime that runs nothing).
+"""Operator at scale, on the lab's API server and hollow nodes (real kubelets with a fake container runtime).
 
     python -m lab up --only kubernetes
     python -m lab exec -- python -m bench.operator_scale [--clients 1000] [--jobs 1000]
 
-Prints JSON lines. By turns, a job of many clients and the same pods made by 8 threads that do nothing else: seconds
+Prints JSON lines. In alternation, a job of many clients and the same pods created by 8 threads: seconds
 from apply until all pods are created, scheduled and running; the operator's requests per client, its memory and its
-processor time at rest. Then many idle jobs, half suspended and half complete, before and after a restart of the
+processor time when idle. Then many idle jobs, half suspended and half complete, before and after a restart of the
 operator.
 """
 
@@ -31,12 +31,12 @@ NAMESPACE = "bench-operator"
 _THREADS = 8
 _PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 _OWN = ("pods", "federatedjobs", "services", "secrets", "configmaps", "networkpolicies", "poddisruptionbudgets")
-# What the API server adds to a pod, and what ties it to a job: another pod of that kind has none of it.
+# Fields that the API server adds to a pod or that tie it to a job: removed to create similar pods.
 _GIVEN = ("uid", "resourceVersion", "creationTimestamp", "managedFields", "ownerReferences", "selfLink")
 
 
 class StatusTime:
-    """When the operator's status first said that every client of a job runs (none is queued any more)."""
+    """Time at which the status first reports that every client of a job runs (none is queued)."""
 
     def __init__(self, api: Api, job: str, clients: int) -> None:
         self.moment: float | None = None
@@ -53,7 +53,7 @@ class StatusTime:
                 self.moment = time.monotonic()
 
     def wait(self, seconds: float) -> float:
-        """The moment."""
+        """Wait for that time and return it."""
         self._thread.join(seconds)
         self._ended.set()
         if self.moment is None:
@@ -62,7 +62,7 @@ class StatusTime:
 
 
 def large_job(api: Api, running: Operator, clients: int, seconds: float) -> dict[str, Any]:
-    """From apply until all clients run."""
+    """Measure from apply until all clients run."""
     before, counted, cpu = running.requests(), api.counted(_OWN), running.cpu()
     times = PodTimes(api, NAMESPACE, "isthmus.dev/role=client")
     started = time.monotonic()
@@ -71,11 +71,11 @@ def large_job(api: Api, running: Operator, clients: int, seconds: float) -> dict
     result: dict[str, Any] = times.until_running(clients, started, seconds)
     result["status_says_so_s"] = round(said.wait(60) - started, 1)
     times.close()
-    # What was put off (counters in the status, events) is done by then.
+    # Deferred writes (counters in the status, events) are done by then.
     time.sleep(10)
     made = {method: count - before.get(method, 0) for method, count in running.requests().items()}
     result["writes_per_client"] = round(sum(made.get(method, 0) for method in WRITES) / clients, 3)
-    # Everybody's, kubectl's own one included, but no events.
+    # Writes of all clients, including kubectl's, but no events.
     result["writes_per_client_by_the_api_server"] = round((api.counted(_OWN) - counted) / clients, 3)
     result["reads_per_client"] = round(made.get("GET", 0) / clients, 3)
     result["cpu_s"] = round(running.cpu() - cpu, 1)
@@ -84,7 +84,7 @@ def large_job(api: Api, running: Operator, clients: int, seconds: float) -> dict
 
 
 def pattern(api: Api) -> dict[str, Any]:
-    """A client's pod without what the API server and the operator give to one in particular."""
+    """Return a client's pod without the fields that are specific to one pod."""
     body = copy.deepcopy(api.read(f"{_PODS}/large-cloud-0-0"))
     body["metadata"] = {key: value for key, value in body["metadata"].items() if key not in _GIVEN}
     body["metadata"]["labels"] = {"bench": "bare"}
@@ -93,7 +93,7 @@ def pattern(api: Api) -> dict[str, Any]:
 
 
 def bare(api: Api, body: dict[str, Any], clients: int, seconds: float) -> dict[str, float]:
-    """The same pods, made by threads that do nothing else."""
+    """Create the same pods in threads, without an operator, and measure."""
     pods = [copy.deepcopy(body) for _ in range(clients)]
     for index, pod in enumerate(pods):
         pod["metadata"]["name"] = f"bare-{index}"
@@ -107,12 +107,12 @@ def bare(api: Api, body: dict[str, Any], clients: int, seconds: float) -> dict[s
 
 
 def turn(api: Api, running: Operator, nodes: HollowNodes, options: argparse.Namespace) -> tuple[dict[str, Any], ...]:
-    """One large job, and the same pods without an operator."""
+    """Measure one large job, and the same pods without an operator."""
     clients = options.clients
     ours = large_job(api, running, clients, options.patience)
     ours |= running.at_rest(options.steady)
     body = pattern(api)
-    # The pods mount the job's Secret, and outlive the job.
+    # The pods mount the job's Secret and remain after the job.
     secret = api.read(f"/api/v1/namespaces/{NAMESPACE}/secrets/large-cloud-tls")
     secret["metadata"] = {"name": "large-cloud-tls"}
     kubectl("-n", NAMESPACE, "delete", "fj", "large", "--timeout=600s")
@@ -127,7 +127,7 @@ def turn(api: Api, running: Operator, nodes: HollowNodes, options: argparse.Name
 
 
 def none_left(api: Api) -> None:
-    """Waits until there is no pod, so that nothing of one turn is left for the next."""
+    """Wait until no pod is left, so that a turn does not affect the next."""
 
     def gone() -> bool:
         return not api.read(f"{_PODS}?limit=1")["items"]
@@ -136,7 +136,7 @@ def none_left(api: Api) -> None:
 
 
 def turns(api: Api, running: Operator, nodes: HollowNodes, options: argparse.Namespace) -> dict[str, Any]:
-    """The medians over several."""
+    """Return the medians of several turns."""
     pairs = []
     for number in range(options.turns):
         ours, theirs = turn(api, running, nodes, options)
@@ -154,7 +154,7 @@ def turns(api: Api, running: Operator, nodes: HollowNodes, options: argparse.Nam
 
 
 def idle_jobs(api: Api, jobs: int) -> float:
-    """Makes them, half suspended and half complete; seconds until all are."""
+    """Create jobs, half suspended and half complete; return the seconds until all are in that state."""
     path = f"/apis/isthmus.dev/v1alpha1/namespaces/{NAMESPACE}/federatedjobs"
     bodies = [
         manifest(f"idle-{number}", NAMESPACE, 2, simulated_pods.TEMPLATE, suspend=bool(number % 2))
@@ -170,21 +170,21 @@ def idle_jobs(api: Api, jobs: int) -> float:
     started = time.monotonic()
     with ThreadPoolExecutor(_THREADS) as threads:
         list(threads.map(lambda body: api.write("POST", path, body), bodies))
-    # Not more often than is cheap: all jobs and pods are listed.
+    # Poll rarely: each poll lists all jobs and pods.
     until("all of them are idle", settled, 1200, 2.0)
-    # Complete jobs' clients are given half a minute to end by themselves.
+    # Clients of complete jobs have half a minute to exit.
     until("the clients are gone", lambda: not active(api), 300, 2.0)
     return round(time.monotonic() - started, 1)
 
 
 def active(api: Api) -> int:
-    """Clients' pods that are there."""
+    """Return the existing client pods."""
     found = api.read(f"{_PODS}?labelSelector=isthmus.dev/role%3Dclient&resourceVersion=0")
     return len(found["items"])
 
 
 def many_idle_jobs(api: Api, directory: Path, jobs: int, steady: float) -> dict[str, Any]:
-    """Before and after a restart."""
+    """Measure many idle jobs before and after a restart of the operator."""
     result: dict[str, Any] = {"bench": "operator_idle", "jobs": jobs}
     with operator(NAMESPACE, directory) as running:
         result["idle_s"] = idle_jobs(api, jobs)
@@ -211,10 +211,12 @@ def many_idle_jobs(api: Api, directory: Path, jobs: int, steady: float) -> dict[
 
 
 def main() -> None:
-    """Parses the command line and measures."""
+    """Parse the command line and run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=1000, help="of the large job; 0: none")
-    parser.add_argument("--turns", type=int, default=1, help="of a large job and bare pods")
+    parser.add_argument(
+        "--turns", type=int, default=1, help="number of turns, each with a large job and with pods alone"
+    )
     parser.add_argument("--jobs", type=int, default=1000, help="idle ones; 0: none")
     parser.add_argument("--steady", type=float, default=60.0, help="seconds over which CPU is measured")
     parser.add_argument("--patience", type=float, default=600.0, help="seconds after which it gives up on pods")

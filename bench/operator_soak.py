@@ -1,12 +1,12 @@
-"""Many short jobs one after the other: does the operator forget them?
+"""Many short jobs in sequence: does the operator release their memory?
 
     python -m lab up --only kubernetes
     python -m lab exec -- python -m bench.operator_soak [--jobs 600] [--wave 30]
 
-In waves, on the lab's API server: a third completes (a stand-in says so in the place of a kubelet), a third is
-suspended, a third is still starting, and then all are deleted. After each wave, when nothing is left of it in the
-cluster, what the operator keeps is read from its metrics, and its memory, threads and files from the kernel. Prints a
-JSON line; fails where something of a job is kept.
+In waves, on the lab's API server: a third completes (as a simulated kubelet reports), a third is
+suspended, a third is still starting, and then all are deleted. After each wave, when its objects are gone
+from the cluster, the benchmark reads the operator's stored jobs from its metrics, and memory, threads and files from
+the kernel. Prints a JSON line; fails if anything of a job is kept.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _LEFT = ("pods", "secrets", "configmaps", "services")
 
 
 def wave(api: Api, running: Operator, number: int, size: int) -> dict[str, float]:
-    """Some jobs from creation to the last trace of them, and what the operator keeps then."""
+    """Run some jobs from creation to complete deletion, and return what the operator still keeps."""
     names = [f"{_KINDS[index % 3]}-{number}-{index}" for index in range(size)]
     kubelet = simulated_pods.Kubelet(api, NAMESPACE)
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -63,26 +63,26 @@ def wave(api: Api, running: Operator, number: int, size: int) -> dict[str, float
 
 
 def begun(api: Api, names: list[str]) -> bool:
-    """Whether the operator has started these jobs."""
+    """Return True if the operator has started these jobs."""
     phases = {job["metadata"]["name"]: job.get("status", {}).get("phase") for job in api.jobs(NAMESPACE)}
     return all(phases.get(name) == "Starting" for name in names)
 
 
 def left(api: Api) -> int:
-    """The operator's objects in the cluster."""
+    """Return the operator's objects in the cluster."""
     query = "labelSelector=app.kubernetes.io/managed-by%3Disthmus-operator&limit=1"
     return sum(len(api.read(f"/api/v1/namespaces/{NAMESPACE}/{kind}?{query}")["items"]) for kind in _LEFT)
 
 
 def kept_of_jobs(running: Operator) -> dict[str, float]:
-    """What is kept of jobs."""
+    """Return the sizes of the operator's stores of jobs."""
     text = running.metrics()
     counts = {kind: running.value(f'isthmus_operator_kept{{kind="{kind}"}}', text) for kind in _OF_JOBS}
     return {kind: count for kind, count in counts.items() if count}
 
 
 def soak(api: Api, running: Operator, jobs: int, size: int) -> dict[str, Any]:
-    """All waves. The first third is the warm-up."""
+    """Run all waves; the first third is the warm-up."""
     started, rows = time.monotonic(), []
     for number in range(-(-jobs // size)):
         row = wave(api, running, number, size)
@@ -104,7 +104,7 @@ def soak(api: Api, running: Operator, jobs: int, size: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parses the command line and measures."""
+    """Parse the command line and run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=600)
     parser.add_argument("--wave", type=int, default=30, help="jobs at the same time")

@@ -1,8 +1,8 @@
-"""What differential privacy costs in accuracy: Fashion-MNIST over many clients, with more and more noise.
+"""Accuracy under differential privacy: Fashion-MNIST on many clients, with increasing noise.
 
 ``python -m bench.privacy``: a JSON line for each number of clients and each noise multiplier (0: no privacy). In this
-process, through the aggregator's real mechanism and rules, without gRPC. The noise is the system's: no two runs agree
-to the last digit.
+process, through the aggregator's real mechanism and rules, without gRPC. The noise comes from the system's generator:
+no two runs are equal to the last digit.
 """
 
 import argparse
@@ -31,7 +31,7 @@ LAST_ROUNDS = 5
 
 
 def main() -> None:
-    """Parses the command line and measures."""
+    """Parse the command line and run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", nargs="*", type=int, default=[100, 1000])
     parser.add_argument("--noise", nargs="*", type=float, default=[0, 1, 2, 4, 8], help="multipliers; 0: no privacy")
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(count: int, noise: float, options: argparse.Namespace) -> dict[str, object]:
-    """Accuracy on the whole test set over the last rounds, and what it cost."""
+    """Return the accuracy on the whole test set over the last rounds, and the privacy spent."""
     everyone, test = map(halved, load(Path(os.environ.get("FASHION_MNIST_DIR", DEBIAN_DIRECTORY))))
     accuracies, clipped, started = [], [], time.perf_counter()
     for seed in range(options.seeds):

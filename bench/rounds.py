@@ -1,7 +1,7 @@
-"""Whole no-op rounds beside bare gRPC streams and bare TCP that carry the same bytes, by turns in one run.
+"""Whole no-op rounds, compared with bare gRPC streams and bare TCP of the same bytes, in alternation in one run.
 
-``python -m bench.rounds``: a JSON line for each of the named cases; ``--clients 8 --parameters 10000`` is one of your
-own. A round is timed from the moment when its clients may push to the one when all have the next model.
+``python -m bench.rounds``: a JSON line for each of the named cases; ``--clients 8 --parameters 10000`` defines
+another case. A round is timed from the release of its clients until all have the next model.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from .harness.processes import processor_seconds, program
 
 @dataclass(frozen=True)
 class Case:
-    """How many clients share a model of how many float32 parameters; turns of so many rounds each, after a few rounds
-    that do not count: memory is fresh in the first ones, and so are the files of the checkpoints that are kept."""
+    """Number of clients, float32 parameters, turns and rounds per turn.
+
+    A few rounds before them do not count: they allocate memory and the files of the kept checkpoints."""
 
     clients: int
     parameters: int
@@ -42,7 +43,7 @@ CASES = {
 
 @dataclass
 class Series:
-    """What one system took, turn by turn: seconds of a round, and of the machine's processors in a round."""
+    """Measurements of one system by turn: seconds and processor seconds of a round."""
 
     barrier: BarrierController
     pids: tuple[int, ...]
@@ -55,7 +56,7 @@ class Series:
         self.processor.append((processor_seconds(*self.pids) - before) / rounds)
 
     def times(self, other: "Series") -> float:
-        """How many times as long as the other a round takes: the median over the turns."""
+        """Return the ratio of the round's duration to the other system's: the median over the turns."""
         return statistics.median(own / bare for own, bare in zip(self.seconds, other.seconds, strict=True))
 
 
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def measure(case: Case, processes: int) -> dict[str, float]:
-    """One case's line."""
+    """Return the result of one case."""
     size = case.parameters * 4
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())

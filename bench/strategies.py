@@ -1,7 +1,7 @@
-"""Every strategy on Fashion-MNIST over clients with unlike data, beside central training of the same examples.
+"""All strategies on Fashion-MNIST with unequal data, compared with central training on the same examples.
 
-``python -m bench.strategies``: a JSON line for each. In this process, through the real strategies and the client
-library's real corrections, without gRPC. The asynchronous ones run in virtual time, over clients of different speed.
+``python -m bench.strategies``: a JSON line for each. Runs in this process with the real strategies and the
+client library's corrections, without gRPC. Asynchronous ones run in virtual time, with clients of different speeds.
 """
 
 import argparse
@@ -26,19 +26,19 @@ from isthmus_examples.training import Examples, Settings, evaluate, train
 from .harness.simulation import Client, federate
 
 CENTRAL = "central"
-# Where the defaults are not for this task.
+# Parameters for which the defaults do not fit this task.
 PARAMETERS: Mapping[str, dict[str, str]] = {
     "FedProx": {"mu": "0.1"},
     "QFedAvg": {"q": "0.1", "learningRate": "1"},
     "FedBuff": {"bufferSize": "5"},
 }
 SETTINGS = Settings(epochs=1, learning_rate=0.05, batch_size=64)
-# From one round to the next the accuracy swings, with data this unlike: the mean over the last ones is the result.
+# With such different data the accuracy varies from round to round: the result is the mean over the last rounds.
 LAST_ROUNDS = 10
 
 
 def main() -> None:
-    """Parses the command line and measures."""
+    """Parse the command line and run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
     everything = [CENTRAL, *(name for name in get_args(Algorithm) if name != "Custom")]
     parser.add_argument("--strategies", nargs="*", choices=everything, default=everything, metavar="NAME")
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, object]:
-    """Accuracy on the whole test set, over the last rounds and after the last one."""
+    """Return the accuracy on the whole test set, over the last rounds and after the last one."""
     everyone, test = map(halved, load(Path(os.environ.get("FASHION_MNIST_DIR", DEBIAN_DIRECTORY))))
     parameters = dict(item.split("=") for item in options.parameters or ()) or PARAMETERS.get(name, {})
     settled, final, started = [], [], time.perf_counter()
@@ -92,13 +92,13 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, object]:
 
 
 def halved(data: Examples) -> Examples:
-    """The same pictures at 14 x 14 pixels, their brightness of mean 0 and deviation 1 over the data set, as vectors."""
+    """Return the pictures as vectors of 14 x 14 pixels, normalized to mean 0 and deviation 1 over the data set."""
     pixels = functional.avg_pool2d(data.inputs, 2).flatten(1)
     return Examples((pixels - 0.286) / 0.33, data.labels)
 
 
 def centrally(model: nn.Module, data: Examples, rounds: int, seed: int) -> Iterator[int]:
-    """Trains on all data at once, an epoch for every round; yields the number of each."""
+    """Train on all data, one epoch per round; yield the number of each round."""
     optimizer = torch.optim.SGD(model.parameters(), lr=SETTINGS.learning_rate)
     for number in range(1, rounds + 1):
         train(model, data, optimizer, SETTINGS, seed=seed * 1000 + number)

@@ -1,7 +1,7 @@
 """Markdown tables of the benchmarks' JSON lines: ``python -m bench.table FILE...``, or from standard input.
 
-Other lines are passed over, so that a log will do. ``--into docs/design/benchmarks.md`` puts each table between the
-comments ``<!-- table: NAME -->`` and ``<!-- end -->`` of that file; other tables stay as they are.
+Other lines are skipped, so that the input can be a log. ``--into docs/design/benchmarks.md`` puts each table between
+the comments ``<!-- table: NAME -->`` and ``<!-- end -->`` of that file; other tables stay as they are.
 """
 
 import argparse
@@ -18,7 +18,7 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """A column's title, and what stands in it; empty for lines that lack it."""
+    """Title of a column and the value of its cells; empty for lines without the value."""
 
     title: str
     key: str
@@ -26,7 +26,7 @@ class Column:
 
 
 def size(count: float) -> str:
-    """A number of bytes in a unit that fits: 40 kB, 1.2 GB."""
+    """Return a number of bytes in a suitable unit: 40 kB, 1.2 GB."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -35,37 +35,37 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Milliseconds below one second."""
+    """Return a duration, in milliseconds below one second."""
     return f"{seconds * 1000:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def fixed(digits: int) -> Callable[[float], str]:
-    """So many digits after the point."""
+    """Return a format with this number of decimals."""
     return lambda value: f"{value:.{digits}f}"
 
 
 def percent(share: float) -> str:
-    """A share as a percentage."""
+    """Return a share as a percentage."""
     return f"{share:.2%}".replace("%", " %")
 
 
 def megabytes(count: float) -> str:
-    """Of MB."""
+    """Return a number of megabytes as a size."""
     return f"{count:.0f} MB"
 
 
 def of_a_core(value: float) -> str:
-    """Per cent of one core."""
+    """Return percent of one core."""
     return f"{value:.1f} %"
 
 
 def percentages(shares: Iterable[float]) -> str:
-    """Several, without the sign."""
+    """Return several percentages without the percent sign."""
     return " ".join(f"{share * 100:.2f}" for share in shares)
 
 
 def assignments(parameters: Mapping[str, str]) -> str:
-    """A strategy's parameters."""
+    """Return the parameters of a strategy."""
     return ", ".join(f"{name} {value}" for name, value in parameters.items()) or "defaults"
 
 
@@ -249,7 +249,7 @@ TABLES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
 
 
 def read(lines: Iterable[str]) -> list[Line]:
-    """The benchmarks' lines among any others."""
+    """Return the lines of benchmarks among other lines."""
     found: list[Line] = []
     for line in lines:
         try:
@@ -262,7 +262,7 @@ def read(lines: Iterable[str]) -> list[Line]:
 
 
 def tables(lines: Iterable[Line]) -> str:
-    """A table for each benchmark, in the order of :data:`TABLES`; columns that no line fills are left out."""
+    """Return a table for each benchmark, in the order of :data:`TABLES`, without empty columns."""
     parts = []
     lines = list(lines)
     for name, (title, columns) in TABLES.items():
@@ -279,7 +279,7 @@ def _table(columns: Iterable[Column], rows: list[Line]) -> str:
 
 
 def filled_in(text: str, lines: Iterable[Line]) -> str:
-    """A document with the tables of these lines in their places; those that it has no place for are left out."""
+    """Return the document with the tables of these lines in their places. Tables without a place are left out."""
     by_name: dict[str, list[Line]] = {}
     for line in lines:
         by_name.setdefault(line["bench"], []).append(line)
@@ -291,7 +291,7 @@ def filled_in(text: str, lines: Iterable[Line]) -> str:
 
 
 def main() -> None:
-    """Parses the command line and prints, or fills in."""
+    """Parse the command line and print the tables, or insert them into a document."""
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
     parser.add_argument("--into", type=Path, metavar="DOCUMENT")

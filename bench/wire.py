@@ -1,7 +1,7 @@
-"""Push and pull of one client, beside bare gRPC streams and a raw TCP connection of the same bytes, by turns.
+"""Push and pull of one client, compared with bare gRPC streams and a TCP connection of the same bytes, in alternation.
 
 ``python -m bench.wire``: a JSON line for each size. Pull and push are timed at the client, from the call to the model's
-tensors or to the aggregator's answer; TCP carries the bytes in clear, gRPC and Isthmus through mutual TLS.
+tensors or to the aggregator's answer; TCP is unencrypted; gRPC and Isthmus use mutual TLS.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def measure(directory: Path, parameters: int, repeat: int) -> dict[str, object]:
-    """Of one size."""
+    """Measure one size."""
     size = parameters * 4
     with (
         aggregator(directory, 1, repeat + 2) as job,
@@ -76,7 +76,7 @@ def measure(directory: Path, parameters: int, repeat: int) -> dict[str, object]:
                 offer = ours.offer()
                 now = [timed(tcp.pull), timed(bare_pull), timed(lambda offer=offer: ours.pull(offer))]  # type: ignore[misc]
                 then = [timed(tcp.push), timed(bare_push), timed(lambda offer=offer: ours.push(offer))]  # type: ignore[misc]
-                if turn:  # the first starts everything up
+                if turn:  # the first call includes the start-up
                     for series, value in zip(pulls + pushes, now + then, strict=True):
                         series.append(value)
     result: dict[str, object] = {"bench": "wire", "model_bytes": size}
@@ -96,7 +96,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 class OneClient:
-    """A session whose pulls and pushes are called one by one."""
+    """Session with separate calls of pull and push."""
 
     def __init__(self, session: Session, parameters: int) -> None:
         self.session = session
@@ -105,7 +105,7 @@ class OneClient:
         self._update: State = {}
 
     def offer(self) -> pb.Offer:
-        """The next one to train; on the way the initial weights are handed in."""
+        """Return the next offer to train; submit the initial weights if they are requested."""
         while True:
             message = self.session.incoming.get(timeout=120)
             if isinstance(message, Exception):
@@ -141,7 +141,7 @@ def one_client(job: Job, parameters: int) -> Iterator[OneClient]:
 
 
 class RawTcp:
-    """One connection over loopback."""
+    """TCP connection on loopback."""
 
     def __init__(self, size: int) -> None:
         self._data, self._room = payload(size), bytearray(size)

@@ -1,4 +1,4 @@
-"""Hollow nodes on the lab's API server: real kubelets over a runtime that runs nothing."""
+"""Hollow nodes on the lab's API server: real kubelets with a fake container runtime."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from lab.software import kubernetes_binaries
 
 from .operator_process import kubectl, process, until
 
-# A node takes 110 pods; those of an earlier turn may still be ending.
+# A node takes 110 pods; pods of an earlier turn may still be terminating.
 PODS_PER_NODE = 84
 _LABEL = "isthmus.dev/hollow"
 _FIRST_PORT = 12250
 
-# What makes pods go to hollow nodes, and nowhere else.
+# Settings that place pods on hollow nodes only.
 TEMPLATE: dict[str, Any] = {
     "spec": {
         "nodeSelector": {_LABEL: "true"},
@@ -27,8 +27,8 @@ TEMPLATE: dict[str, Any] = {
     }
 }
 
-# The aggregator's place is the lab's own node, where a stand-in has an address and does not talk gRPC: that of a hollow
-# pod leads nowhere, and each look at the job would wait for it.
+# The aggregator runs on the lab's real node, as a process with an address that does not speak gRPC. The address of a
+# hollow pod is unreachable, and each reconciliation of the job would wait for it.
 AGGREGATOR: dict[str, Any] = {
     "spec": {
         "nodeSelector": {"kubernetes.io/hostname": NODE_NAME},
@@ -39,21 +39,21 @@ AGGREGATOR: dict[str, Any] = {
 
 
 class HollowNodes:
-    """Those that were started."""
+    """Running hollow nodes."""
 
     def __init__(self, nodes: dict[str, "subprocess.Popen[bytes]"], directory: Path) -> None:
         self._nodes = nodes
         self._directory = directory
 
     def check(self) -> None:
-        """Ends the benchmark where a node has ended."""
+        """Exit if a node has ended."""
         for name, child in self._nodes.items():
             if child.poll() is not None:
                 log = (self._directory / name / "log").read_text(errors="replace")
                 raise SystemExit(f"{name} ended ({child.returncode}): {log[-3000:]}")
 
     def ready(self) -> bool:
-        """Whether all of them are."""
+        """Return True if all nodes are ready."""
         self.check()
         nodes = json.loads(kubectl("get", "nodes", "-l", f"{_LABEL}=true", "-o", "json"))["items"]
         ready = [
@@ -66,7 +66,7 @@ class HollowNodes:
 
 @contextmanager
 def hollow_nodes(pods: int, directory: Path) -> Iterator[HollowNodes]:
-    """As many as hold so many pods, once all are ready."""
+    """Start enough hollow nodes for this number of pods, and yield them when all are ready."""
     program = str(kubernetes_binaries.kubemark())
     nodes: dict[str, subprocess.Popen[bytes]] = {}
     number = -(-pods // PODS_PER_NODE)
@@ -80,7 +80,7 @@ def hollow_nodes(pods: int, directory: Path) -> Iterator[HollowNodes]:
             argv = [program, "--morph=kubelet", f"--name={name}", f"--kubeconfig={os.environ['KUBECONFIG']}",
                     f"--kubelet-port={_FIRST_PORT + index}", f"--kubelet-read-only-port={_FIRST_PORT + 100 + index}",
                     f"--node-labels={_LABEL}=true"]  # fmt: skip
-            # Its runtime's socket and its volumes are there: of its own, and gone with the directory.
+            # The socket of its runtime and its volumes are in its own directory, and are removed with it.
             nodes[name] = stack.enter_context(process(argv, own / "log", TMPDIR=str(own)))
         started = HollowNodes(nodes, directory)
         until("the hollow nodes are ready", started.ready, 300, 2.0)

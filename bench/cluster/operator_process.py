@@ -1,4 +1,4 @@
-"""What the operator's benchmarks share: the lab's API server, the operator's process, pods as they come up."""
+"""Common parts of the operator's benchmarks: the lab's API server, the operator's process, start times of pods."""
 
 import contextlib
 import json
@@ -27,11 +27,11 @@ _JOBS = "/apis/isthmus.dev/v1alpha1/namespaces/{}/federatedjobs"
 
 
 class KubectlError(Exception):
-    """kubectl did not do as it was asked."""
+    """kubectl failed."""
 
 
 def kubectl(*arguments: str, stdin: Any = None) -> str:
-    """Runs kubectl; its output. Raises :class:`KubectlError`."""
+    """Run kubectl and return its output. Raises :class:`KubectlError`."""
     text = None if stdin is None else json.dumps(stdin)
     done = subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -42,7 +42,7 @@ def kubectl(*arguments: str, stdin: Any = None) -> str:
 def until(
     what: str, check: Callable[[], object], seconds: float, every: float = 0.5, show: Callable[[], object] = lambda: ""
 ) -> float:
-    """Waits; tells how many seconds that took. ``show``: what is told besides where it was in vain."""
+    """Wait for a condition and return the seconds it took. On a timeout, also print the result of ``show``."""
     started = time.monotonic()
     while not check():
         if time.monotonic() - started > seconds:
@@ -53,7 +53,7 @@ def until(
 
 @contextmanager
 def process(argv: list[str], log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends with the block."""
+    """Run a process until the end of the block."""
     with log.open("ab") as output:
         child = subprocess.Popen(argv, stdout=output, stderr=output, env={**os.environ, **environment})
     try:
@@ -68,7 +68,7 @@ def process(argv: list[str], log: Path, **environment: str) -> Iterator[subproce
 
 
 class Api:
-    """Plain requests to the API server: kubectl would take more of the machine than what is measured."""
+    """Plain requests to the API server: kubectl would use more of the machine than the measured process."""
 
     def __init__(self, connections_kept: int = 12) -> None:
         configuration = client.Configuration()
@@ -78,7 +78,7 @@ class Api:
         self._pool = connections(configuration, connections_kept)
 
     def read(self, path: str) -> Any:
-        """An object, a list, or the text of what is not JSON. Tried again where the API server is too busy."""
+        """Return an object, a list, or the text if it is not JSON. Retries if the API server is too busy."""
         retries = urllib3.Retry(6, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504))
         answer = self._pool.request("GET", self._host + path, timeout=60, retries=retries)
         if answer.status >= 400:
@@ -86,7 +86,7 @@ class Api:
         return json.loads(answer.data) if answer.data[:1] == b"{" else answer.data.decode()
 
     def write(self, method: str, path: str, body: Any, content_type: str = "application/json") -> None:
-        """Creates, patches or deletes."""
+        """Create, patch or delete an object."""
         headers = {"Content-Type": content_type}
         answer = self._pool.request(
             method, self._host + path, body=json.dumps(body), headers=headers, timeout=60, retries=False
@@ -95,24 +95,25 @@ class Api:
             raise SystemExit(f"{method} {path}: {answer.status} {answer.data[:300]!r}")
 
     def patch(self, path: str, body: Any) -> None:
-        """JSON merge patch."""
+        """Send a JSON merge patch."""
         self.write("PATCH", path, body, "application/merge-patch+json")
 
     def lines(self, path: str) -> urllib3.BaseHTTPResponse:
-        """An answer that goes on, such as a watch's."""
+        """Yield the lines of a streamed response, such as a watch."""
         return self._pool.request("GET", self._host + path, preload_content=False, timeout=urllib3.Timeout(30, 900))
 
     def job(self, namespace: str, name: str) -> dict[str, Any]:
-        """A FederatedJob."""
+        """Return a FederatedJob."""
         return dict(self.read(f"{_JOBS.format(namespace)}/{name}"))
 
     def jobs(self, namespace: str) -> list[dict[str, Any]]:
-        """Every FederatedJob."""
+        """Return all FederatedJobs."""
         return list(self.read(_JOBS.format(namespace))["items"])
 
     def counted(self, resources: tuple[str, ...]) -> float:
-        """Writes of these resources, their status included, that the API server has counted, whoever made them;
-        bindings and the status of pods, which only Kubernetes writes, are left out."""
+        """Return the writes of these resources and their status that the API server has counted, by any client.
+
+        Bindings and the status of pods, which only Kubernetes writes, are left out."""
         total = 0.0
         for labels, value in re.findall(
             r"^apiserver_request_total\{(.*?)\} (\S+)", self.read("/metrics"), re.MULTILINE
@@ -125,7 +126,7 @@ class Api:
 
 
 class PodTimes:
-    """Watches pods from its making on: when each was created, scheduled, and ran (by the clock of this process)."""
+    """Watch that records when each pod was created, scheduled and running (by the clock of this process)."""
 
     def __init__(self, api: Api, namespace: str, selector: str) -> None:
         self.created: dict[str, float] = {}
@@ -140,7 +141,7 @@ class PodTimes:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the watch."""
+        """Stop the watch."""
         self._ended = True
         if self._answer is not None:
             self._answer.close()
@@ -148,7 +149,7 @@ class PodTimes:
     def _watch(self, version: str) -> None:
         while not self._ended:
             self._answer = self._api.lines(f"{self._path}&watch=1&resourceVersion={version}")
-            # Closing it from outside ends the reading in one way or another.
+            # Closing the response from another thread ends the reading, with or without an error.
             with contextlib.suppress(Exception):
                 rest = b""
                 for chunk in self._answer.stream(65536):
@@ -169,7 +170,7 @@ class PodTimes:
         return str(pod["metadata"]["resourceVersion"])
 
     def until_running(self, number: int, started: float, seconds: float) -> dict[str, float]:
-        """Waits until so many run. Seconds from ``started`` until all were created, scheduled, and ran."""
+        """Wait for running pods; return the seconds from ``started`` until all were created, scheduled and running."""
         until(
             f"{number} pods run",
             lambda: len(self.running) >= number,
@@ -185,7 +186,7 @@ class PodTimes:
 
 
 class Operator:
-    """What the operator's process uses, and how often it asks the API server."""
+    """The operator's process: its resources and its requests to the API server."""
 
     def __init__(self, child: "subprocess.Popen[bytes]", log: Path) -> None:
         self._child = child
@@ -193,36 +194,36 @@ class Operator:
         self._proc = Path(f"/proc/{child.pid}")
 
     def memory_mb(self, field: str = "VmRSS") -> float:
-        """Resident memory; ``VmHWM``: its peak."""
+        """Return the resident memory; ``VmHWM`` gives its peak."""
         found = re.search(rf"^{field}:\s+(\d+) kB", (self._proc / "status").read_text(), re.MULTILINE)
         assert found is not None
         return round(int(found[1]) * 1024 / 1e6, 1)
 
     def threads(self) -> int:
-        """Threads of the process."""
+        """Return the number of threads."""
         return len(list((self._proc / "task").iterdir()))
 
     def files(self) -> int:
-        """Open files and sockets."""
+        """Return the number of open files and sockets."""
         return len(list((self._proc / "fd").iterdir()))
 
     def cpu(self) -> float:
-        """Seconds of processor time since its start."""
+        """Return the processor time since its start, in seconds."""
         fields = (self._proc / "stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
     def metrics(self) -> str:
-        """Its metrics' text."""
+        """Return the text of its metrics."""
         with urllib.request.urlopen(f"http://127.0.0.1:{_METRICS}/metrics", timeout=30) as answer:
             return str(answer.read().decode())
 
     def value(self, name: str, text: str | None = None) -> float:
-        """The sum of a metric's series."""
+        """Return the sum of the series of a metric."""
         found = re.findall(rf"^{name}(?:\{{.*?\}})? (\S+)", text or self.metrics(), re.MULTILINE)
         return sum(map(float, found))
 
     def requests(self) -> dict[str, float]:
-        """Requests to the API server by method; watches, which kopf makes, are not among them."""
+        """Return the number of requests to the API server by method, without the watches of kopf."""
         counts: dict[str, float] = {}
         for method, value in re.findall(
             r'isthmus_operator_api_requests_total\{.*?method="(\w+)"\} (\S+)', self.metrics()
@@ -231,7 +232,7 @@ class Operator:
         return counts
 
     def ready(self) -> bool:
-        """What its readiness probe says. Ends the benchmark where the operator has ended."""
+        """Return the result of the readiness probe. Exits if the operator has ended."""
         if self._child.poll() is not None:
             raise SystemExit(f"the operator ended: {self._log.read_text()[-2000:]}")
         try:
@@ -241,7 +242,7 @@ class Operator:
             return False
 
     def at_rest(self, seconds: float) -> dict[str, float]:
-        """Measures for so long: processor time in percent of a core, requests to the API server a second."""
+        """Measure for some seconds: processor time in percent of a core, requests to the API server per second."""
         cpu, before, since = self.cpu(), sum(self.requests().values()), time.monotonic()
         time.sleep(seconds)
         used, passed = self.cpu() - cpu, time.monotonic() - since
@@ -253,7 +254,7 @@ class Operator:
 
 @contextmanager
 def operator(namespace: str, directory: Path, *options: str) -> Iterator[Operator]:
-    """The operator, serving one namespace, once it is ready."""
+    """Start the operator for one namespace and yield it when it is ready."""
     argv = [sys.executable, "-m", "isthmus_operator", "-n", namespace, "--cluster", "bench",
             "--metrics", f"127.0.0.1:{_METRICS}", "--health", f"127.0.0.1:{_HEALTH}", *options]  # fmt: skip
     log = directory / "operator.log"
@@ -265,10 +266,10 @@ def operator(namespace: str, directory: Path, *options: str) -> Iterator[Operato
 
 @contextmanager
 def namespace(name: str) -> Iterator[str]:
-    """The resources and a namespace, which goes again with whatever is in it."""
+    """Create the custom resources and a namespace; delete the namespace with its contents at the end."""
     kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
     kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd/federatedjobs.isthmus.dev")
-    # Of a run that was killed.
+    # Remains of a killed run.
     kubectl("delete", "namespace", name, "--ignore-not-found", "--timeout=600s")
     kubectl("create", "namespace", name)
     try:
@@ -279,7 +280,7 @@ def namespace(name: str) -> Iterator[str]:
 
 
 def release(name: str) -> None:
-    """Has the jobs go without an operator."""
+    """Remove finalizers, so that jobs can be deleted without an operator."""
     api = Api()
     for job in api.jobs(name):
         if job["metadata"].get("finalizers"):
@@ -290,7 +291,7 @@ def release(name: str) -> None:
 def manifest(
     name: str, namespace: str, clients: int, template: Any, aggregator: Any = None, **spec: Any
 ) -> dict[str, Any]:
-    """A FederatedJob of one pool. ``template``: of all its pods, or but for the aggregator's."""
+    """Return a FederatedJob with one pool. ``template`` is for all its pods, or all but the aggregator's."""
     return {
         "apiVersion": "isthmus.dev/v1alpha1",
         "kind": "FederatedJob",

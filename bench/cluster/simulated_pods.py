@@ -1,4 +1,4 @@
-"""Jobs whose pods fit no node, and a stand-in that says of them what a kubelet would: many jobs in little time."""
+"""Jobs whose pods fit no node, and a simulated kubelet that sets their status: many jobs in little time."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _COMPLETE = json.dumps({"phase": "COMPLETE", "completedRounds": 3, "totalRounds"
 
 
 class Kubelet:
-    """Says that trainings are complete, of each aggregator once."""
+    """Simulated kubelet that reports each aggregator's training as complete, once."""
 
     def __init__(self, api: Api, namespace: str) -> None:
         self._api = api
@@ -23,8 +23,8 @@ class Kubelet:
         self._told: set[str] = set()
 
     def complete(self, of: Callable[[str], bool]) -> None:
-        """Has the aggregators that there are complete the training, of those jobs whose names are accepted."""
-        # Version 0: from the API server's memory.
+        """Complete the training of the existing aggregators, for jobs whose names are accepted."""
+        # Version 0: read from the API server's cache.
         listed = self._api.read(f"{self._pods}?labelSelector={ids.LABEL_ROLE}%3Daggregator&resourceVersion=0")
         for pod in listed["items"]:
             uid, job = pod["metadata"]["uid"], pod["metadata"]["labels"][ids.LABEL_JOB]
@@ -33,7 +33,7 @@ class Kubelet:
                 self._api.patch(f"{self._pods}/{pod['metadata']['name']}/status", {"status": _ended()})
 
     def forget(self) -> None:
-        """Of pods that are gone nothing need be known."""
+        """Forget deleted pods."""
         self._told.clear()
 
 

@@ -1,4 +1,4 @@
-"""A real aggregator process with real credentials, for benchmarks on loopback."""
+"""Aggregator process with real credentials, for benchmarks on loopback."""
 
 import datetime as dt
 import json
@@ -27,7 +27,7 @@ DAY = dt.timedelta(days=1)
 
 @dataclass
 class Job:
-    """One job's processes and credentials."""
+    """Processes and credentials of one job."""
 
     directory: Path
     authority: Authority
@@ -38,12 +38,12 @@ class Job:
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
-        """The records of the committed rounds."""
+        """Return the records of the committed rounds."""
         lines = (self.directory / "state" / "rounds.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
     def stage_seconds(self, stage: str) -> float:
-        """The mean of the times that a stage has taken so far."""
+        """Return the mean time of a stage so far."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as reply:
             families = text_string_to_metric_families(reply.read().decode())
         totals: dict[str, float] = defaultdict(float)
@@ -53,12 +53,12 @@ class Job:
         return totals["isthmus_stage_seconds_sum"] / totals["isthmus_stage_seconds_count"]
 
     def peak_memory(self) -> int:
-        """The aggregator's."""
+        """Return the peak memory of the aggregator in bytes."""
         return peak_memory(self.aggregator.pid)
 
 
 def peak_memory(pid: int) -> int:
-    """A process's largest resident set so far, in bytes."""
+    """Return the largest resident set of a process so far, in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -67,7 +67,7 @@ def peak_memory(pid: int) -> int:
 
 @contextmanager
 def aggregator(directory: Path, clients: int, rounds: int, **spec: Any) -> Iterator[Job]:
-    """Starts an aggregator for ``clients`` clients of one pool, and ends it."""
+    """Start an aggregator for ``clients`` clients of one pool; stop it at the end."""
     authority = Authority.create("bench", DAY)
     authority.issue("aggregator", DAY, hosts=[SERVER_NAME]).write(directory / "server")
     client = authority.issue("client", DAY, uris=[identities.pool_identity(UID, POOL)])
@@ -80,7 +80,7 @@ def aggregator(directory: Path, clients: int, rounds: int, **spec: Any) -> Itera
             "rounds": rounds,
             "task": {"image": "unused", "command": ["unused"]},
             "selection": {"minClients": clients},
-            # Of a kind whose clients share a certificate.
+            # A kind of pool whose clients share a certificate.
             "pools": [{"name": POOL, "replicas": clients, "hpc": {"siteRef": {"name": "x"}, "environment": "x"}}],
             **spec,
         },
@@ -106,13 +106,13 @@ def aggregator(directory: Path, clients: int, rounds: int, **spec: Any) -> Itera
 
 
 def connections_of_their_own() -> None:
-    """From now on every channel of this process has a connection of its own; by default gRPC lets those share one that
-    lead to the same place."""
+    """Give every channel of this process its own connection. By default gRPC shares one connection between channels
+    with the same target."""
     transport._CHANNEL_OPTIONS.append(("grpc.use_local_subchannel_pool", 1))
 
 
 def client_environment(job: Job) -> dict[str, str]:
-    """The environment that the library's sessions read; the client's number comes with its context."""
+    """Return the environment that the library's sessions read; the client's index is in its context."""
     return {
         **os.environ,
         identities.ENV_ENDPOINT: f"127.0.0.1:{job.port}",

@@ -1,7 +1,7 @@
-"""A barrier in each round, so that the rounds of several systems take turns on one machine.
+"""Barrier between rounds, so that several systems take turns on one machine.
 
-A program of clients shows an arrival at the barrier by a byte on its standard output; each byte on its standard input
-lets every client through once. When the input ends, so does the program.
+A program of clients writes a byte to its standard output for each client that arrives at the barrier. Each byte on its
+standard input releases every client once. The program exits when its standard input ends.
 """
 
 import os
@@ -13,18 +13,18 @@ _ARRIVED = b"."
 
 
 class Barrier:
-    """The clients' side, to be made before the processes fork; every process must :meth:`watch`."""
+    """Clients' side. Create it before the processes fork; every process must call :meth:`watch`."""
 
     def __init__(self, processes: int) -> None:
         self._pipes = [os.pipe() for _ in range(processes)]
         self._waiting: dict[int, threading.Semaphore] = {}
 
     def distribute(self) -> None:
-        """In the first process: hands the input on to the others, in a thread."""
+        """Start a thread in the first process that passes the input on to the others."""
         threading.Thread(target=self._distribute, daemon=True).start()
 
     def watch(self, process: int, clients: range) -> None:
-        """In a process of clients: listens for its clients, in a thread."""
+        """Start a thread in a process of clients that waits for its releases."""
         for number, (read, write) in enumerate(self._pipes):
             os.close(write)
             if number != process:
@@ -33,7 +33,7 @@ class Barrier:
         threading.Thread(target=self._listen, args=[self._pipes[process][0]], daemon=True).start()
 
     def wait(self, client: int) -> None:
-        """Waits until the barrier lets this client through."""
+        """Wait until the barrier releases this client."""
         os.write(1, _ARRIVED)
         self._waiting[client].acquire()
 
@@ -52,14 +52,14 @@ class Barrier:
 
 
 class BarrierController:
-    """The benchmark's side."""
+    """Benchmark's side of a :class:`Barrier`."""
 
     def __init__(self, program: subprocess.Popen[bytes], clients: int) -> None:
         self._program = program
         self._clients = clients
 
     def await_all(self, times: int = 1) -> None:
-        """Waits until every client has come to the barrier so many times. Raises ``RuntimeError`` if they end."""
+        """Wait until every client has arrived ``times`` times. Raises ``RuntimeError`` if the clients end."""
         assert self._program.stdout is not None
         missing = self._clients * times
         while missing:
@@ -69,7 +69,7 @@ class BarrierController:
             missing -= len(data)
 
     def run(self, rounds: int) -> float:
-        """Lets all through so many times, and times it until they are back at the barrier."""
+        """Run this number of rounds and return their duration in seconds."""
         assert self._program.stdin is not None
         started = time.perf_counter()
         self._program.stdin.write(_ARRIVED * rounds)

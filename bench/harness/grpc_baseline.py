@@ -1,6 +1,7 @@
-"""Bare gRPC with the same certificates, bytes and pattern of calls, and nothing else: what the wire itself costs.
+"""Baseline of bare gRPC with the same certificates, bytes and pattern of calls: the cost of the connection alone.
 
-A server process sends every client a "go" on its control stream; each client pulls the bytes and pushes as many back.
+A server process sends every client a "go" on its control stream; each client pulls the bytes and pushes the same
+number back.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ SERVICE = "bench.Bare"
 
 @contextmanager
 def running(job: Job, clients: int, processes: int, size: int) -> Iterator[Peers]:
-    """Server and clients, which wait at the barrier."""
+    """Start server and clients, which wait at the barrier."""
     with program("bench.harness.grpc_baseline", str(job.directory / "server"), str(clients), str(size)) as server:
         assert server.stdout is not None
         port = server.stdout.readline().decode().strip()
@@ -40,7 +41,7 @@ def running(job: Job, clients: int, processes: int, size: int) -> Iterator[Peers
 
 
 async def serve(directory: Path, clients: int, size: int) -> None:
-    """Rounds without end: pull, push, and the next once all have pushed."""
+    """Serve rounds until the process ends: each client pulls and pushes; then the next round begins."""
     data = chunks(size)
     goes: list[asyncio.Queue[bytes]] = []
     waiting = 0

@@ -17,7 +17,7 @@ from .processes import in_processes
 
 
 class Weights:
-    """A model that is one tensor for every 25 million parameters."""
+    """A model of one tensor per 25 million parameters."""
 
     def __init__(self, parameters: int, device: str = "cpu") -> None:
         sizes = [25_000_000] * (parameters // 25_000_000)

@@ -1,7 +1,10 @@
-"""The bytes that the bare sides carry."""
+"""Payload of the baselines."""
 
 
 def payload(size: int) -> bytes:
-    """So many bytes that are really in memory. ``bytes(size)`` is not: the kernel shows one page of zeros for all of
-    it, which the processor then has in its nearest cache, and no model is that small."""
+    """Return bytes that occupy memory.
+
+    With ``bytes(size)``, the kernel maps one page of zeros for all of it. That page stays in the processor's first
+    cache, unlike a model.
+    """
     return b"\x01" * size

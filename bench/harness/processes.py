@@ -1,4 +1,4 @@
-"""Many peers from one program: forked after the imports, which would otherwise take longer than the benchmark."""
+"""Many peers in one program, forked after the imports, which would otherwise take longer than the benchmark."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ class Peers:
 
 
 def in_processes(count: int, processes: int, work: Callable[[int], None], barrier: Barrier) -> None:
-    """Runs ``work(0)`` to ``work(count - 1)`` behind a barrier, in threads of processes; exits with 1 if one fails."""
+    """Run ``work(0)`` to ``work(count - 1)`` behind a barrier, in threads of processes; exit with 1 if one fails."""
     children = []
     for process in range(processes):
         if (child := os.fork()) == 0:
@@ -33,7 +33,7 @@ def in_processes(count: int, processes: int, work: Callable[[int], None], barrie
             os._exit(_in_threads(indices, work))
         children.append(child)
     barrier.distribute()
-    # Every child is waited for, whatever the others did.
+    # Wait for every child, even if others failed.
     codes = [os.waitpid(child, 0)[1] for child in children]
     if any(codes):
         sys.exit(1)
@@ -60,7 +60,7 @@ def _in_threads(indices: range, work: Callable[[int], None]) -> int:
 
 @contextmanager
 def program(*command: str, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs one of our own programs, which ends when its standard input does."""
+    """Run a module of this package, which ends when its standard input ends."""
     process = subprocess.Popen([sys.executable, "-m", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                env=environment, bufsize=0)  # fmt: skip
     assert process.stdin is not None
@@ -77,7 +77,7 @@ def program(*command: str, environment: dict[str, str] | None = None) -> Iterato
 
 
 def family(*roots: int) -> set[int]:
-    """The processes, and those that they started and that still run."""
+    """Return the processes and all their running descendants."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -90,7 +90,7 @@ def family(*roots: int) -> set[int]:
 
 
 def processor_seconds(*roots: int) -> float:
-    """What a family has used so far."""
+    """Return the processor time of a family of processes so far, in seconds."""
     seconds = 0.0
     for pid in family(*roots):
         with suppress(OSError):
@@ -100,5 +100,5 @@ def processor_seconds(*roots: int) -> float:
 
 
 def _fields(process: Path) -> list[str]:
-    """A process's ``stat`` from the third field, its state, on."""
+    """Return the fields of a process's ``stat`` from the third one (its state) on."""
     return (process / "stat").read_text().rpartition(")")[2].split()

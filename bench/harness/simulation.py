@@ -1,6 +1,6 @@
-"""A federation in one process: the real strategies and the client library's real corrections, and no wire.
+"""Federation in one process: the real strategies and corrections of the client library, without a network.
 
-Under the asynchronous strategies time is virtual, and the clients differ in speed.
+With asynchronous strategies time is virtual and the clients have different speeds.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from isthmus_contracts.api.strategy import Strategy as Spec
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_examples.training import Examples, Settings, evaluate, train
 
-# The slowest client takes up to so many times as long as the fastest.
+# Maximum ratio of the slowest client's duration to the fastest one's.
 _SPREAD = 4.0
-# With no bound on staleness: where every update makes a model, each is about as stale as there are other clients.
+# No limit on staleness: if every update makes a model, an update's staleness is about the number of other clients.
 _STRAGGLERS = Stragglers()
 
 
 class Client:
-    """One client's data, and what it remembers from round to round."""
+    """Data of one client, and its state between rounds."""
 
     def __init__(self, index: int, data: Examples, settings: Settings) -> None:
         self.name = f"pool/{index}"
@@ -41,7 +41,7 @@ class Client:
         self._memory: State = {}
 
     def update(self, spec: Spec, companion: State, model: nn.Module, seed: int) -> Update:
-        """Trains the model for one round, as the client library would have it of an offer."""
+        """Train the model for one round, as the client library does for an offer."""
         parameters = {name: repr(value) for name, value in spec.values.items()}
         offer = pb.Offer(kind=pb.Offer.TRAIN, algorithm=spec.algorithm, parameters=parameters)
         names = ParameterNames.of(model, model.state_dict())
@@ -60,9 +60,9 @@ def federate(
     spec: Spec, model: nn.Module, clients: list[Client], rounds: int, seed: int,
     protect: Callable[[Strategy], Strategy] = lambda rule: rule,
 ) -> Iterator[int]:  # fmt: skip
-    """Trains as the strategy has it; yields the number of each round, its global model loaded.
+    """Train with the strategy; yield the number of each round, with its global model loaded.
 
-    ``protect`` may put something around the aggregator's rule.
+    ``protect`` can wrap the aggregator's rule.
     """
     with tempfile.TemporaryDirectory() as scratch:
         strategy = protect(make_strategy(spec, Path(scratch), len(clients)))
@@ -75,7 +75,7 @@ def federate(
 def by_rounds(
     spec: Spec, strategy: Strategy, model: nn.Module, clients: list[Client], rounds: int, seed: int
 ) -> Iterator[int]:
-    """Every client in every round."""
+    """Run synchronous rounds with every client."""
     state = snapshot(model.state_dict())
     for number in range(1, rounds + 1):
         strategy.begin(state)
@@ -89,7 +89,7 @@ def by_rounds(
 
 @dataclass
 class Task:
-    """A client at work: since which round, from which model, and until when."""
+    """Training of a client: its round, its base model and its end."""
 
     client: Client
     round: int
@@ -100,9 +100,11 @@ class Task:
 def without_waiting(
     spec: Spec, strategy: Strategy, model: nn.Module, clients: list[Client], rounds: int, seed: int
 ) -> Iterator[int]:
-    """Rounds end with their first updates; whoever has handed in begins again with the next model, the others go on.
+    """Run asynchronous rounds, which end after their first updates.
 
-    There are as many updates as in so many rounds of all clients, and their count in such rounds is what is yielded.
+    Clients with an accepted update start again with the next model; the others continue.
+
+    The number of updates is that of the same number of synchronous rounds; the yielded numbers count such rounds.
     """
     dice, size = random.Random(seed), spec.round_size  # noqa: S311 - a simulation
     assert size is not None

@@ -1,6 +1,6 @@
-"""Bare TCP, in clear, that carries the same bytes: what the machine itself needs to move them.
+"""Baseline of unencrypted TCP with the same bytes: the cost of moving them on this machine.
 
-A server process sends every client the bytes; each client sends as many back.
+A server process sends every client the bytes; each client sends the same number back.
 """
 
 import socket
@@ -18,7 +18,7 @@ _ROOM = 1 << 20
 
 @contextmanager
 def running(clients: int, processes: int, size: int) -> Iterator[Peers]:
-    """Server and clients, which wait at the barrier."""
+    """Start server and clients, which wait at the barrier."""
     with program("bench.harness.tcp_baseline", "server", str(clients), str(size)) as server:
         assert server.stdout is not None
         port = server.stdout.readline().decode().strip()
@@ -29,13 +29,13 @@ def running(clients: int, processes: int, size: int) -> Iterator[Peers]:
 
 
 def serve(clients: int, size: int) -> None:
-    """Rounds without end: every client gets the bytes and sends as many, and the next begins once all have."""
+    """Serve rounds until the clients end: each gets the bytes and sends the same number; the next begins after all."""
     data = payload(size)
     all_have_sent = threading.Barrier(clients)
 
     def attend(connection: socket.socket) -> None:
         room = bytearray(_ROOM)
-        with suppress(EOFError, OSError):  # the clients have gone
+        with suppress(EOFError, OSError):  # the clients have ended
             while True:
                 all_have_sent.wait()
                 connection.sendall(data)
@@ -62,7 +62,7 @@ def participate(index: int, port: int, size: int, barrier: Barrier) -> None:
 
 
 def receive(connection: socket.socket, size: int, room: bytearray) -> None:
-    """Reads so many bytes and throws them away. Raises ``EOFError``."""
+    """Read and discard this number of bytes. Raises ``EOFError``."""
     view = memoryview(room)
     while size:
         if not (count := connection.recv_into(view, min(size, len(room)))):

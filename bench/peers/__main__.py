@@ -1,6 +1,6 @@
-"""No-op rounds of Flower and NVFlare, side by side with Isthmus in the same run: ``python -m bench.peers``.
+"""No-op rounds of Flower and NVFlare, and of Isthmus in the same run: ``python -m bench.peers``.
 
-Each is installed from PyPI into a virtual environment of its own, once, and runs as its own documentation deploys it:
+Each is installed from PyPI into its own virtual environment, once, and deployed as in its documentation:
 Flower with a SuperLink and a SuperNode for each client, NVFlare in its proof-of-concept mode. A JSON line for each.
 """
 
@@ -20,7 +20,7 @@ SYSTEMS: dict[str, tuple[str, Callable[[Path, int, int, int, Path], Observed]]] 
     "flower": ("Flower's SuperLink", flower.run),
     "nvflare": ("NVFlare", nvflare.run),
 }
-# Ours, and how many rounds the others do: theirs take seconds, and the first two do not count.
+# Cases of Isthmus, and the number of rounds of the others: these take seconds, and the first two do not count.
 CASES = {
     "tiny": (Case(8, 10_000, 50, 3), 6),
     "medium": (Case(16, 2_500_000, 2, 3), 5),
@@ -29,7 +29,7 @@ CASES = {
 
 
 def main() -> None:
-    """Parses the command line and measures."""
+    """Parse the command line and run the measurements."""
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=["tiny", "medium"])
     parser.add_argument("--systems", nargs="*", choices=list(SYSTEMS), default=list(SYSTEMS))
@@ -37,7 +37,7 @@ def main() -> None:
     programs = {name: environment(name) for name in options.systems}
     for name in options.cases:
         case, rounds = CASES[name]
-        # Before each of the others, so that all meet about the same other load.
+        # Before each of the others, so that the background load is similar for all.
         for system, directory in programs.items():
             ours = measure(case, case.clients)
             title, run = SYSTEMS[system]
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def line(case: Case, title: str, ours: dict[str, float], theirs: Observed) -> dict[str, object]:
-    """One system beside Isthmus."""
+    """Return the result of one system and of Isthmus."""
     seconds, own = statistics.median(theirs.seconds), ours["round_seconds"]
     return {
         "bench": "peers",

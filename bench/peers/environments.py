@@ -1,4 +1,4 @@
-"""Virtual environments for the other frameworks: their pinned versions, from PyPI, each in a place of its own."""
+"""Virtual environments for the other frameworks: pinned versions from PyPI, in one directory each."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 
 
 def environment(name: str) -> Path:
-    """The directory of an environment's programs, which is made where it is missing or of other versions."""
+    """Return the directory of an environment's programs; create it if it is missing or has other versions."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isthmus" / "peers" / name
     wanted, present = HERE / f"{name}.txt", cache / "installed.txt"
     if not present.exists() or present.read_text() != wanted.read_text():

@@ -1,4 +1,4 @@
-"""Flower as its users deploy it: a SuperLink, and a SuperNode for each client."""
+"""Flower as deployed by its users: a SuperLink, and a SuperNode for each client."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ _POLL_SECONDS = 2.0
 
 
 def run(programs: Path, clients: int, parameters: int, rounds: int, directory: Path) -> Observed:
-    """So many rounds. Raises ``RuntimeError`` where they fail."""
+    """Run this number of rounds. Raises ``RuntimeError`` if they fail."""
     environ = {
         **os.environ,
         "PATH": f"{programs}:{os.environ['PATH']}",
@@ -58,6 +58,6 @@ def run(programs: Path, clients: int, parameters: int, rounds: int, directory: P
 
 
 def listing(programs: Path, environ: dict[str, str]) -> str:
-    """What the SuperLink says of its runs."""
+    """Return the SuperLink's list of runs."""
     command = (programs / "flwr", "ls", "bench", "--format", "json")
     return subprocess.run(command, env=environ, check=True, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""NVFlare in its proof-of-concept mode: server and clients are processes of their own, with mutual TLS."""
+"""NVFlare in its proof-of-concept mode: server and clients are separate processes with mutual TLS."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ _JOB = Path(__file__).with_name("nvflare_app") / "job.py"
 
 
 def run(programs: Path, clients: int, parameters: int, rounds: int, directory: Path) -> Observed:
-    """So many rounds. Raises ``RuntimeError`` where they fail."""
+    """Run this number of rounds. Raises ``RuntimeError`` if they fail."""
     environ = {
         **os.environ,
         "PATH": f"{programs}:{os.environ['PATH']}",
@@ -23,7 +23,7 @@ def run(programs: Path, clients: int, parameters: int, rounds: int, directory: P
     arguments = (str(clients), str(parameters), str(rounds), str(times))
     observed = Observed()
     try:
-        # Its servers and clients leave the family of the process that starts them; they have the directory in common.
+        # Servers and clients are no descendants of the process that starts them; they share the directory.
         with (
             started(programs / "python", _JOB, *arguments, log=log, environ=environ) as job,
             memory_of(lambda: mentioning(str(directory), "nvflare.private.fed.app.server"), observed),

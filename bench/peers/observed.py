@@ -1,4 +1,4 @@
-"""What is seen from outside of another framework's rounds."""
+"""External observation of another framework's rounds."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ _SAMPLE_SECONDS = 0.25
 
 @dataclass
 class Observed:
-    """The seconds of each round but the first, which starts everything up, and the server's peak memory in bytes."""
+    """Seconds of each round except the first (start-up), and the server's peak memory in bytes."""
 
     seconds: list[float] = field(default_factory=list)
     server_peak: int = 0
 
 
 def rounds_of(times: Path) -> list[float]:
-    """From each of a file's times to the next, without the first such step. Raises ``RuntimeError`` for too few."""
+    """Return the durations between the times in a file, without the first one. Raises ``RuntimeError`` for too few."""
     steps = [later - earlier for earlier, later in pairwise(map(float, times.read_text().split()))]
     if len(steps) < 2:
         raise RuntimeError("it did not get through its rounds")
@@ -28,7 +28,7 @@ def rounds_of(times: Path) -> list[float]:
 
 @contextmanager
 def memory_of(processes: Callable[[], set[int]], observed: Observed) -> Iterator[None]:
-    """Meanwhile: the largest sum of the processes' resident sets, sampled a few times a second."""
+    """Sample the sum of the processes' resident sets a few times a second during the block, and record the largest."""
     over = threading.Event()
 
     def sample() -> None:
@@ -45,7 +45,7 @@ def memory_of(processes: Callable[[], set[int]], observed: Observed) -> Iterator
 
 
 def resident(pid: int) -> int:
-    """A process's resident set in bytes; 0 if it has ended."""
+    """Return the resident set of a process in bytes, or 0 if it has ended."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):
@@ -54,7 +54,7 @@ def resident(pid: int) -> int:
 
 
 def mentioning(*texts: str) -> set[int]:
-    """The processes whose command lines contain all of these."""
+    """Return the processes whose command lines contain all of these words."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

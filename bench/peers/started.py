@@ -1,4 +1,4 @@
-"""Programs that end, with everything that they started, when the benchmark does."""
+"""Programs that end with the benchmark, including their child processes."""
 
 import os
 import signal
@@ -14,14 +14,14 @@ _GRACE_SECONDS = 10.0
 
 @contextmanager
 def started(*command: str | Path, log: Path, environ: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs a program in a session of its own."""
+    """Run a program in a new session."""
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environ,
                                    cwd=log.parent, start_new_session=True)  # fmt: skip
     try:
         yield process
     finally:
-        # What was reaped is not signalled: its number may be another group's.
+        # Do not signal a reaped process: its number may belong to another group.
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
             until = time.monotonic() + _GRACE_SECONDS
@@ -32,19 +32,19 @@ def started(*command: str | Path, log: Path, environ: Mapping[str, str]) -> Iter
 
 
 def _ended(child: int) -> bool:
-    """Return whether a child has ended, which stays to be reaped: until then its group's number is its own."""
+    """Return True if a child has ended. It is not reaped yet, so that the number of its group stays reserved."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def free_port() -> int:
-    """One that nobody listens on at the moment."""
+    """Return a port without a listener."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port
 
 
 def await_port(port: int, process: subprocess.Popen[bytes], seconds: float = 180.0) -> None:
-    """Waits until a program listens. Raises ``RuntimeError``."""
+    """Wait until a program listens. Raises ``RuntimeError``."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):

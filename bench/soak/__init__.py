@@ -1,1 +1,1 @@
-"""A job among hostile clients beside the same job without them: ``python -m bench.soak``."""
+"""Soak test of a job with hostile clients, compared with the same job without them: ``python -m bench.soak``."""

@@ -1,9 +1,9 @@
-"""Two jobs by turns, one of them among hostile clients: ``python -m bench.soak [--rounds 200]``.
+"""Two jobs in alternation, one with hostile clients: ``python -m bench.soak [--rounds 200]``.
 
-Eight honest clients train in each, with certificates of their own. In one of the jobs four more have valid ones,
-two to train and two to evaluate, and make every attack of this folder in a loop. They stand still while the other job
-has its turn, and have the lowest priority: their own work would not be this machine's. Prints a JSON line; fails where
-a job does not complete, an attack's update is accepted, or the two models differ.
+Eight honest clients with their own certificates train in each job. In one job, four more clients with valid
+certificates (two to train, two to evaluate) run every attack of this folder in a loop. They are stopped during the
+other job's turn and have the lowest priority, since their work would normally be on other machines. Prints a JSON
+line; fails if a job does not complete, an update of an attack is accepted, or the two models differ.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SPEC: dict[str, Any] = {
         {"name": "hostile", "replicas": 2, "cloud": {}},
         {"name": "judge", "replicas": 2, "role": "Evaluate", "cloud": {}},
     ],
-    # A round asks all, and ends with as many updates as there are honest clients.
+    # A round selects all clients. The number of updates that ends it is the number of honest clients.
     "selection": {"policy": "Random", "fraction": "0.8", "overSelect": "0.25", "minClients": HONEST},
     "strategy": {"algorithm": "FedAvg"},
     "objective": {"metric": "accuracy", "target": "0.9999"},
@@ -51,7 +51,7 @@ PATIENCE_SECONDS = 900.0
 
 
 class Side:
-    """One of the two jobs, with its honest clients."""
+    """One job with its honest clients."""
 
     def __init__(self, stack: ExitStack, directory: Path, rounds: int) -> None:
         directory.mkdir()
@@ -71,11 +71,11 @@ class Side:
         self.seconds: list[float] = []
 
     def turn(self, rounds: int) -> None:
-        """Train so many rounds."""
+        """Train this number of rounds."""
         self.seconds.append(self._barrier.run(rounds) / rounds)
 
     def conclude(self) -> torch.Tensor:
-        """Train the last round, and return the final model as one vector."""
+        """Train the last round and return the final model as one vector."""
         assert self._clients.stdin is not None
         self._clients.stdin.write(b".")
         model = self.job.directory / "state" / "model.safetensors"
@@ -91,7 +91,7 @@ class Attackers:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop them for a while."""
+        """Stop the hostile clients within this context."""
         self._signal(signal.SIGSTOP)
         try:
             yield
@@ -99,12 +99,12 @@ class Attackers:
             self._signal(signal.SIGCONT)
 
     def tallies(self) -> list[dict[str, Any]]:
-        """Return what each hostile client has done so far."""
+        """Return the counts of each hostile client so far."""
         paths = [self._directory / f"{name}.json" for name in HOSTILE]
         return [json.loads(path.read_text()) if path.exists() else {"passes": 0} for path in paths]
 
     def await_passes(self) -> None:
-        """Wait until each has made all attacks once."""
+        """Wait until each client has made all attacks once."""
 
         def made() -> bool:
             if self._process.poll() is not None:
@@ -120,7 +120,7 @@ class Attackers:
 
 
 def measure(rounds: int, turn: int) -> dict[str, Any]:
-    """Return what there is to tell of the two jobs."""
+    """Run the two jobs and return the results."""
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         attacked, alone = (Side(stack, scratch / name, rounds) for name in ("attacked", "alone"))
@@ -160,7 +160,7 @@ def measure(rounds: int, turn: int) -> dict[str, Any]:
 
 
 def problems(line: dict[str, Any], rounds: int) -> list[str]:
-    """Return what is not as it must be."""
+    """Return a message for each violated limit."""
     checks = {
         f"{line['rounds']} of {rounds} rounds were committed": line["rounds"] == rounds,
         f"{line['accepted']} updates of hostile clients were accepted": not line["accepted"],
@@ -179,7 +179,7 @@ def _until(what: str, holds: Any) -> None:
 
 
 def main() -> None:
-    """Parse the command line, measure, print."""
+    """Parse the command line, measure and print the result."""
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument(

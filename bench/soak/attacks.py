@@ -30,7 +30,7 @@ def _taken(*replies: pb.PushReply | None) -> int:
 
 
 def bad_values(peer: Peer) -> int:
-    """NaN, infinity, huge numbers; examples that are none."""
+    """Push NaN, infinity, huge numbers and invalid numbers of examples."""
     nan, huge = model(float("nan")), model(2.0**61)
     good = model(1.0)
     counts = (0, 2**53 + 1, 2**63, 2**64 - 1)
@@ -41,7 +41,7 @@ def bad_values(peer: Peer) -> int:
 
 
 def bad_tensors(peer: Peer) -> int:
-    """Shapes, types and names that are not the model's."""
+    """Push tensors with wrong shapes, types and names."""
     good = model(1.0)
     half = {name: value.half() for name, value in good.items()}
     more: State = {**good, "x" * 600: torch.ones(1)}
@@ -61,7 +61,7 @@ def bad_tensors(peer: Peer) -> int:
 
 
 def bad_words(peer: Peer) -> int:
-    """Names of megabytes, with line ends and terminal escapes, wherever there is a name."""
+    """Send names of megabytes, with line ends and terminal escapes, in every field with a name."""
     good = model(1.0)
     changes: tuple[dict[str, object], ...] = (
         {"metrics": {"\x01" * (4 << 20): 1.0}},
@@ -81,7 +81,7 @@ def bad_words(peer: Peer) -> int:
 
 
 def bad_streams(peer: Peer) -> int:
-    """Cut, damaged, too long, out of order, compressed junk."""
+    """Push streams that are truncated, damaged, too long, out of order, or compressed junk."""
     good = model(1.0)
     header = peer.header(good)
     junk = secrets.token_bytes(10_000)
@@ -103,7 +103,7 @@ def bad_streams(peer: Peer) -> int:
 
 
 def another_client(peer: Peer) -> int:
-    """Update and hello in the name of another client, of another pool, of nobody."""
+    """Send updates and hellos in the name of another client, another pool or an unknown client."""
     good, taken = model(1.0), 0
     for pool, index in ((POOL, 0), (POOL, 7), (peer.pool, peer.index + 1), (peer.pool, 2**31), ("nobody", 0)):
         taken += _taken(peer.push(peer.header(good, pool=pool, index=index, instance="forged"), good))
@@ -114,9 +114,9 @@ def another_client(peer: Peer) -> int:
 
 
 def another_round(peer: Peer) -> int:
-    """Rounds that are over, that have not begun, that nobody was asked for; attempts that nobody has started."""
+    """Push to past and future rounds, to rounds without an offer, and for attempts that do not exist."""
     good = model(1e6)
-    peer.push(peer.header(good, round=0), good)  # the answer is that there are initial weights, and nothing is kept
+    peer.push(peer.header(good, round=0), good)  # the reply is that initial weights exist; nothing is kept
     rounds = (max(peer.round - 1, 1), peer.round + 1, 2**32 - 1)
     return _taken(
         *(peer.push(peer.header(good, round=number, base_digest="old"), good) for number in rounds),
@@ -126,7 +126,7 @@ def another_round(peer: Peer) -> int:
 
 
 def huge_evaluations(peer: Peer) -> int:
-    """Measurements that no honest client makes: they would meet the job's target."""
+    """Report measurements so good that they would meet the job's target."""
     for examples in (0, 1, 2**53, 2**64 - 1):
         for value in (1.0, 1e308, float("inf"), float("nan")):
             metrics = {"accuracy": value, "loss": -value}
@@ -141,7 +141,7 @@ def huge_evaluations(peer: Peer) -> int:
 
 
 def junk_text(peer: Peer) -> int:
-    """Megabytes of escapes in every message that has a text."""
+    """Send megabytes of escapes in every message with a text."""
     long = ESCAPES + "L" * (4 << 20)
     for _ in range(20):
         peer.say(pb.ClientMessage(leaving=pb.Leaving(reason=long[: 1 << 16])))
@@ -152,7 +152,7 @@ def junk_text(peer: Peer) -> int:
 
 
 def message_flood(peer: Peer) -> int:
-    """Thousands of messages, and of updates that cannot be read, on the control stream."""
+    """Send thousands of messages and unreadable updates on the control stream."""
     for number in range(2000):
         peer.say(pb.ClientMessage(heartbeat=pb.Heartbeat(stage=str(number))))
         peer.say(pb.ClientMessage(update=b"\xff" * 100))
@@ -160,7 +160,7 @@ def message_flood(peer: Peer) -> int:
 
 
 def push_flood(peer: Peer) -> int:
-    """Two dozen pushes at a time, each with a megabyte of its first message, which then wait."""
+    """Open two dozen pushes at a time, each with a megabyte in its first message, and leave them open."""
     good = model(1.0)
     first = pb.UpdateChunk(header=peer.header(good), data=bytes(1 << 20))
 
@@ -176,7 +176,7 @@ def push_flood(peer: Peer) -> int:
 
 
 def slow_push(peer: Peer) -> int:
-    """A byte at a time."""
+    """Push one byte at a time."""
     good = model(1.0)
 
     def dribble() -> Iterator[pb.UpdateChunk]:
@@ -189,7 +189,7 @@ def slow_push(peer: Peer) -> int:
 
 
 def come_and_go(peer: Peer) -> int:
-    """Join and leave, again and again, and as ever newer processes."""
+    """Join and leave repeatedly, each time as a newer process."""
     for number in range(20):
         with Peer(peer.port, peer.tls, peer.pool, peer.index, attempt=number):
             pass
@@ -197,7 +197,7 @@ def come_and_go(peer: Peer) -> int:
 
 
 def many_connections(peer: Peer) -> int:
-    """As many connections as one can hold, with a control stream on each."""
+    """Open the maximum number of connections, with a control stream on each."""
     with ExitStack() as stack:
         for _ in range(16):
             stack.enter_context(Peer(peer.port, peer.tls, peer.pool, peer.index))
@@ -206,7 +206,7 @@ def many_connections(peer: Peer) -> int:
 
 
 def other_calls(peer: Peer) -> int:
-    """Status, models that are not there, models that nobody reads, methods that do not exist."""
+    """Call the status, request missing models, pull models without reading them, and call unknown methods."""
     calls: list[Callable[[], object]] = [
         lambda: ObserverStub(peer.channel).GetStatus(pb.GetStatusRequest(job_uid=UID), timeout=CALL_SECONDS)
     ]

@@ -15,7 +15,7 @@ Flood = Callable[[int, Path], None]
 HELD_SECONDS = 0.5
 _FRAMES = 200
 _REQUEST = http2.request(SERVER_NAME)
-# An entry of HPACK's own table: it need not be sent before it is named.
+# An entry of HPACK's static table, which can be referenced without sending it first.
 _STATIC = b"\x8f" * 14_000
 
 
@@ -28,7 +28,7 @@ def _frames(port: int, tls: Path, make: Callable[[int], bytes]) -> None:
 
 
 def header_bomb(port: int, tls: Path) -> None:
-    """An entry of HPACK's table that is named 12,000 times in each call."""
+    """Send calls that each reference an entry of HPACK's table 12,000 times."""
     _frames(
         port, tls,
         lambda stream: http2.frame(
@@ -43,12 +43,12 @@ def static_header_bomb(port: int, tls: Path) -> None:
 
 
 def open_calls(port: int, tls: Path) -> None:
-    """Calls that say nothing."""
+    """Open calls without sending a message."""
     _frames(port, tls, lambda stream: http2.frame(HEADERS, END_HEADERS, stream, _REQUEST))
 
 
 def rapid_reset(port: int, tls: Path) -> None:
-    """Calls that are taken back at once."""
+    """Open calls and reset them at once."""
     reset = b"\0\0\0\x08"
     _frames(
         port, tls,
@@ -57,17 +57,17 @@ def rapid_reset(port: int, tls: Path) -> None:
 
 
 def small_frames(port: int, tls: Path) -> None:
-    """Settings and pings without end."""
+    """Send an endless series of settings and pings."""
     _frames(port, tls, lambda _: http2.frame(SETTINGS, 0, 0) * 20 + http2.frame(PING, 0, 0, b"12345678") * 20)
 
 
 def garbage(port: int, tls: Path) -> None:
-    """Send bytes that are no HTTP/2."""
+    """Send bytes that are not HTTP/2."""
     _frames(port, tls, lambda stream: bytes([stream % 256]) * 4096)
 
 
 def strangers(port: int, tls: Path) -> None:
-    """Connections without a certificate, and half handshakes."""
+    """Open connections without a certificate, and incomplete handshakes."""
     with ExitStack() as stack:
         for number in range(20):
             with suppress(OSError):

@@ -24,7 +24,7 @@ STEPS = 30
 
 
 def participate(index: int, clients: int, tls: Path, barrier: Barrier) -> None:
-    """Train linear data of the client's own with a small perceptron, and measure each model."""
+    """Train a small perceptron on the client's own linear data, and evaluate each model."""
     os.environ[identities.ENV_TLS_DIR] = str(tls / f"{POOL}-{index}")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(50, 100), torch.nn.ReLU(), torch.nn.Linear(100, 1))
@@ -54,7 +54,7 @@ def participate(index: int, clients: int, tls: Path, barrier: Barrier) -> None:
 
 
 def main() -> None:
-    """Take part, as every client in a process of its own."""
+    """Run every client in its own process."""
     logging.getLogger("isthmus").addHandler(logging.NullHandler())
     clients, tls = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)

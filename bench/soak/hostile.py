@@ -1,5 +1,7 @@
-"""Clients that make every attack in a loop: ``python -m bench.soak.hostile PORT TLS POOL-INDEX...``. They end with the
-standard input. Each writes how often it made which attack to ``TLS/../POOL-INDEX.json``."""
+"""Hostile clients that make every attack in a loop: ``python -m bench.soak.hostile PORT TLS POOL-INDEX...``.
+
+They end when the standard input ends. Each writes its number of attacks by name to ``TLS/../POOL-INDEX.json``.
+"""
 
 import os
 import random
@@ -20,8 +22,8 @@ from .peer import Peer, Tally
 
 
 def attack(port: int, tls: Path, name: str) -> None:
-    """Make all attacks, in another order each time, until the process ends."""
-    os.nice(19 - os.nice(0))  # on a machine of its own it would take no processor from the others
+    """Make all attacks in random order, repeatedly, until the process ends."""
+    os.nice(19 - os.nice(0))  # a real attacker is on another machine and takes no processor time from the others
     pool, _, index = name.rpartition("-")
     order, tally = random.Random(name), Tally(tls.parent / f"{name}.json")  # noqa: S311 - not for secrecy
     while True:
@@ -56,7 +58,7 @@ def _message(attack: Attack, port: int, tls: Path, pool: str, index: int) -> Cal
 
 
 def main() -> None:
-    """Attack, as every client in a process of its own."""
+    """Run every client in its own process."""
     port, tls, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
     connections_of_their_own()

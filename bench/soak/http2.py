@@ -1,4 +1,4 @@
-"""HTTP/2 by hand, over TLS with a client's certificate: frames that no gRPC library would send."""
+"""Minimal HTTP/2 over TLS with a client's certificate, for frames that no gRPC library sends."""
 
 import socket
 import ssl
@@ -12,7 +12,7 @@ CONTROL = "/isthmus.federation.v1alpha1.Federation/Control"
 
 
 def connect(port: int, server_name: str, tls: Path | None) -> ssl.SSLSocket:
-    """Connect to a server on loopback and begin with HTTP/2. ``tls``: the directory of the certificate, if any."""
+    """Connect to a server on loopback and send the HTTP/2 preface. ``tls``: the certificate's directory, if any."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     if tls is not None:
@@ -30,7 +30,7 @@ def frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
 
 
 def length(number: int) -> bytes:
-    """Return a string's length as HPACK writes it (RFC 7541, 5.1)."""
+    """Return the length of a string as encoded in HPACK (RFC 7541, 5.1)."""
     if number < 127:
         return bytes([number])
     number -= 127
@@ -42,7 +42,7 @@ def length(number: int) -> bytes:
 
 
 def literal(name: bytes, value: bytes) -> bytes:
-    """Return a header field that the peer does not remember."""
+    """Return a header field that is not added to the peer's table."""
     return b"\0" + length(len(name)) + name + length(len(value)) + value
 
 

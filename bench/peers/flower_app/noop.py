@@ -1,4 +1,4 @@
-"""Rounds of FedAvg in which nothing is trained, for Flower's SuperLink; runs in Flower's own environment.
+"""Rounds of FedAvg without training, for Flower's SuperLink; runs in Flower's environment.
 
 After each aggregation the server appends the time, in seconds, to a file.
 """
@@ -23,7 +23,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 class Timed(FedAvg):
-    """Writes down when each round is over."""
+    """FedAvg that records the end of each round."""
 
     times = Path("/dev/null")
 

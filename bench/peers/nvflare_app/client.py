@@ -1,6 +1,6 @@
-"""A client of NVFlare that trains nothing; runs in NVFlare's own environment.
+"""NVFlare client without training; runs in NVFlare's environment.
 
-The first site appends the time of each model's arrival, in seconds, to the file that its argument names.
+The first site appends the arrival time of each model, in seconds, to the file given as its argument.
 """
 
 import sys

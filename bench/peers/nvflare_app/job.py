@@ -1,4 +1,4 @@
-"""Rounds of FedAvg in which nothing is trained, for NVFlare; runs in NVFlare's own environment.
+"""Rounds of FedAvg without training, for NVFlare; runs in NVFlare's environment.
 
 ``python job.py CLIENTS PARAMETERS ROUNDS TIMES``.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
 from nvflare.recipe import poc_env
 
-# It waits this long for its server to listen before it submits the job; on a busy machine three seconds are too few.
+# Time to wait for the server before submitting the job; on a busy machine three seconds are too short.
 poc_env.SERVICE_START_TIMEOUT = 30
 clients, parameters, rounds = map(int, sys.argv[1:4])
 checkpoint = Path.cwd() / "initial.npy"
