@@ -1,6 +1,6 @@
-"""Links from the documentation to files of the repository: in the site they lead to copies.
+"""Links from the documentation to files of the repository. In the site they lead to copies of these files.
 
-So the same Markdown works in the repository and in the site, and ``mkdocs build --strict`` sees every dead link.
+So the same Markdown works in the repository and in the site, and ``mkdocs build --strict`` reports every dead link.
 """
 
 import posixpath
@@ -16,17 +16,17 @@ _LINK = re.compile(r"\]\((\.\./[^)#\s]*)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds every file that a page links to outside of docs/."""
+    """Add every file outside docs/ that a page links to."""
     wanted = {target for page in files.documentation_pages() for target in _outside(page)}
     for target in sorted(wanted):
         if (_ROOT / target).is_file():
-            # As text whatever it is: a browser shows it, and MkDocs does not take Markdown for a page.
+            # As text, so that a browser shows the file and MkDocs does not render Markdown as a page.
             files.append(File.generated(config, f"{_COPIES}/{target}.txt", abs_src_path=str(_ROOT / target)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Leads those links to the copies. A link to what is not there stays, and is MkDocs' to complain of."""
+    """Point those links to the copies. A dead link stays as it is, so that MkDocs reports it."""
 
     def replace(match: re.Match[str]) -> str:
         target = _target(page.file.src_uri, match[1])
@@ -43,6 +43,6 @@ def _outside(page: File) -> set[str]:
 
 
 def _target(page: str, link: str) -> str | None:
-    """The path in the repository of a link that leaves docs/; None for one that does not."""
+    """Return the path in the repository of a link that leaves docs/, or ``None`` if it does not."""
     path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
     return None if path.startswith(("docs/", "../")) else path
