@@ -174,6 +174,29 @@ def test_excluded_namespaces_are_asked_of_nobody(helm: Helm) -> None:
     assert result.returncode != 0 and "schema" in result.stderr
 
 
+@pytest.mark.parametrize(("kubernetes", "limited"), [("1.21.0", True), ("1.20.2", False)])
+def test_a_namespaces_own_operator_is_asked_about_no_other_namespace(
+    helm: Helm, kubernetes: str, limited: bool
+) -> None:
+    """With ``failurePolicy: Fail``, one that is down would keep all others from creating jobs."""
+    values = {
+        "scope": {"type": "Namespaces", "namespaces": ["team-a", "team-b"]},
+        "sites": {"enabled": False},
+        "webhook": {"failurePolicy": "Fail"},
+    }
+    documents = helm.template(values, "--kube-version", kubernetes)
+    served = {"key": "kubernetes.io/metadata.name", "operator": "In", "values": ["team-a", "team-b"]}
+    for kind in ("MutatingWebhookConfiguration", "ValidatingWebhookConfiguration"):
+        (configuration,) = of_kind(documents, kind)
+        (webhook,) = configuration["webhooks"]
+        assert webhook.get("namespaceSelector") == ({"matchExpressions": [served]} if limited else None)
+        # HPCSites are in no namespace, and somebody else's.
+        assert webhook["rules"][0]["resources"] == ["federatedjobs"]
+    everywhere = of_kind(helm.template({}), "ValidatingWebhookConfiguration")[0]["webhooks"][0]
+    assert "namespaceSelector" not in everywhere
+    assert everywhere["rules"][0]["resources"] == ["federatedjobs", "hpcsites"]
+
+
 def test_objects_of_ones_own_are_templates(helm: Helm) -> None:
     extra: list[Any] = [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-more"}},
