@@ -1,4 +1,4 @@
-"""The aggregator's part of a FederatedJob: its pod, its checkpoints, and how HPC clients reach it."""
+"""The aggregator in a FederatedJob: its pod, its checkpoints, and its address for HPC clients."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -18,44 +18,45 @@ from .fields import (
 )
 
 MAX_ANNOTATION = 317
-"""Of an annotation's name: a domain, a slash, a label."""
+"""Longest name of an annotation: a domain, a slash, a label."""
 
 
 class Checkpoint(Resource):
-    """Where the aggregator keeps its checkpoints and the final model."""
+    """Storage of the checkpoints and the final model."""
 
     storage: Literal["PersistentVolumeClaim", "EmptyDir"] = "PersistentVolumeClaim"
-    """PersistentVolumeClaim survives the loss of the aggregator's pod; EmptyDir only a restart within the pod, and the
-    model goes with the pod."""
+    """PersistentVolumeClaim survives the loss of the aggregator's pod. EmptyDir survives only a restart within the pod,
+    and the model is deleted with the pod."""
     size: Quantity = "1Gi"
-    """Size of the volume: at least (keep + 6) times the model and the strategy's state (FedAvgM: one model more;
-    FedAdagrad, FedAdam and FedYogi: two); for the robust rules one model more for each update of a round."""
+    """Size of the volume: at least (keep + 6) times the model and the strategy's state. The state is one model for
+    FedAvgM, and two for FedAdagrad, FedAdam and FedYogi. The robust rules need one model more for each update of a
+    round."""
     storage_class_name: Annotated[str, Field(pattern=PATTERN_STORAGE_CLASS, max_length=253)] | None = None
-    """Storage class of the claim; "" for a volume that the admin provides. Default: the cluster's default class."""
+    """Storage class of the claim, or "" for a volume that the admin provides. Default: the cluster's default class."""
     keep: Annotated[int, Field(ge=1, le=1000)] = 3
-    """How many of the newest checkpoints are kept; that of the best model always is."""
+    """Number of newest checkpoints to keep. That of the best model is always kept."""
 
 
 class Expose(Resource):
-    """How HPC clients reach the aggregator."""
+    """Address of the aggregator for HPC clients."""
 
     type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = "ClusterIP"
     """Type of the aggregator's Service. ClusterIP suits sites whose nodes reach the cluster's network."""
     address: HostPort | None = None
     """A fixed host:port that HPC clients use instead of the Service's own address (a gateway, a tunnel)."""
     annotations: Annotated[dict[str, Text], Field(max_length=64)] = {}
-    """Annotations of the Service, such as those by which a cloud makes an internal load balancer."""
+    """Annotations of the Service, such as those for an internal load balancer of a cloud."""
     external_traffic_policy: Literal["Cluster", "Local"] | None = None
-    """With NodePort and LoadBalancer. Local: the source address stays, as an HPCSite's clientCIDRs need it; with
-    NodePort only the aggregator's own node answers then. Default: Cluster."""
+    """For NodePort and LoadBalancer. Local keeps the source address, which an HPCSite's clientCIDRs need; with
+    NodePort, only the aggregator's own node answers then. Default: Cluster."""
     load_balancer_class: Annotated[str, Field(pattern=PATTERN_ANNOTATION, max_length=MAX_ANNOTATION)] | None = None
-    """With LoadBalancer: who makes it. Default: the cluster's own."""
+    """For LoadBalancer: its class. Default: the cluster's default."""
     load_balancer_source_ranges: Annotated[list[Cidr], Field(max_length=64)] = []
-    """With LoadBalancer: from where it may be dialled. Default: from anywhere."""
+    """For LoadBalancer: source ranges that may connect. Default: all."""
     ip_family_policy: Literal["SingleStack", "PreferDualStack", "RequireDualStack"] | None = None
     """Default: SingleStack, in the cluster's first family."""
     ip_families: Annotated[list[Literal["IPv4", "IPv6"]], Field(max_length=2)] = []
-    """Families of the Service; HPC clients are told its address in the first one. Default: the cluster's."""
+    """IP families of the Service. HPC clients get its address in the first one. Default: the cluster's."""
 
     @field_validator("annotations")
     @classmethod
@@ -92,5 +93,5 @@ class Aggregator(Resource):
     checkpoint: Checkpoint = Checkpoint()
     expose: Expose = Expose()
     disruption_budget: Literal["None", "Protect"] = "None"
-    """Protect: a PodDisruptionBudget keeps drains from evicting the aggregator. Without it, a drained aggregator starts
-    elsewhere and resumes from its checkpoint."""
+    """Protect: a PodDisruptionBudget keeps drains from evicting the aggregator. None: a drained aggregator starts on
+    another node and resumes from its checkpoint."""

@@ -1,4 +1,4 @@
-"""Compression in the manifest: for each direction a chain of codecs, written as one word, such as ``Delta+Int8+Zstd``.
+"""Compression in the manifest: a chain of codecs for each direction, written as one string, like ``Delta+Int8+Zstd``.
 
 A chain is a string, and not a list, so that the simple case reads ``upload: Int8`` (a CRD knows no union of a string
 and a list), and so that one pattern lets the API server check the order too.
@@ -26,20 +26,20 @@ _ORDER = "[Delta+][TopK+ | Rotation+][Float16 | BFloat16 | Int8 | Int4][+Zstd]"
 
 
 def _chain(pattern: str) -> object:
-    """A field whose schema bears the pattern, and whose errors :func:`_problem` words."""
+    """Return a field whose schema has the pattern; :func:`_problem` formats its errors."""
     return Field(max_length=64, json_schema_extra={"pattern": pattern})
 
 
 class Compression(Resource):
-    """What becomes of tensors before they travel. Integers, booleans, small tensors and
-    buffers (such as batch-norm statistics) always travel as they are."""
+    """Encoding of tensors for transport. Integers, booleans, small tensors and buffers (such as batch-norm statistics)
+    always travel unchanged."""
 
     upload: Annotated[str, _chain(PATTERN_UPLOAD)] = NONE
-    """Of the clients' updates: None, or a chain [Delta+][TopK+|Rotation+][Float16|BFloat16|Int8|Int4][+Zstd], such as
+    """For the clients' updates: None, or a chain [Delta+][TopK+|Rotation+][Float16|BFloat16|Int8|Int4][+Zstd], such as
     Int8 or TopK+Int8. All but Zstd alone imply Delta (the difference from the round's global model). TopK keeps an
     error feedback at the client."""
     download: Annotated[str, _chain(PATTERN_DOWNLOAD)] = NONE
-    """Of the global model: the same without TopK; Float16 and BFloat16 imply no Delta here. What the clients decode is
+    """For the global model: the same without TopK; Float16 and BFloat16 do not imply Delta here. The decoded model is
     the global model, also in checkpoints."""
     top_k_fraction: Decimal = "0.01"
     """Share of each tensor's elements that TopK sends: above 0, at most 0.5."""

@@ -1,4 +1,4 @@
-"""The FederatedJob's spec. The CRD is generated from it; :mod:`.manifest` turns its verdicts into one line."""
+"""Specification of a FederatedJob. The CRD is generated from it; ``manifests`` turns its errors into one line."""
 
 import math
 from typing import Annotated, Literal, Self
@@ -36,7 +36,7 @@ class EnvVar(Resource):
     name: EnvName
     """Name of the variable. Names that begin with ISTHMUS_ are reserved."""
     value: Text = ""
-    """Its value, taken literally."""
+    """Value of the variable, used literally."""
 
     @field_validator("name")
     @classmethod
@@ -47,16 +47,16 @@ class EnvVar(Resource):
 
 
 class ConfigChange(Resource):
-    """Settings that change in the course of training."""
+    """Settings that change during training."""
 
     from_round: Annotated[int, Field(ge=1, le=1_000_000)]
-    """The first round that they hold in."""
+    """First round with these settings."""
     config: dict[str, Text]
-    """Each replaces the setting of its name in task.config, until a later change does."""
+    """Settings that replace those of the same name in task.config, until a later change."""
 
 
 class ConfigMapRef(Resource):
-    """Names a ConfigMap of the job's namespace."""
+    """Reference to a ConfigMap of the job's namespace."""
 
     name: ObjectName
 
@@ -65,11 +65,11 @@ class Code(Resource):
     """Small files, such as the training script itself."""
 
     config_map_ref: ConfigMapRef
-    """Its files are copied when the job is accepted: later changes of the ConfigMap do not reach the job."""
+    """ConfigMap with the files. They are copied when the job is accepted; later changes have no effect."""
 
 
 class Task(Resource):
-    """The training script: the same one runs in both worlds."""
+    """The training script. Cloud and HPC clients run the same one."""
 
     image: Image
     """OCI image of the cloud clients and, unless aggregator.image is set, of the aggregator. HPC clients run the
@@ -79,14 +79,14 @@ class Task(Resource):
     env: Annotated[list[EnvVar], Field(max_length=128, json_schema_extra=list_map("name"))] = []
     """Environment variables of the script."""
     code: Code | None = None
-    """Files that are laid into the working directory of every client, in both worlds, and of the aggregator."""
+    """Files that are copied into the working directory of every client and of the aggregator."""
     config: dict[str, Text] = {}
-    """Settings that reach the script as rnd.config in every round."""
+    """Settings that the script gets as rnd.config in every round."""
     config_changes: Annotated[list[ConfigChange], Field(max_length=256, json_schema_extra=list_map("fromRound"))] = []
-    """Settings that change from a round on: a lower learning rate, say."""
+    """Settings that change from a round on, such as a lower learning rate."""
 
     def config_of(self, round_number: int) -> dict[str, str]:
-        """The settings of a round."""
+        """Return the settings of a round."""
         settings = dict(self.config)
         for change in sorted(self.config_changes, key=lambda change: change.from_round):
             if change.from_round <= round_number:
@@ -103,16 +103,15 @@ class Task(Resource):
 
 
 class Objective(Resource):
-    """The metric that tells models apart: status.bestMetric follows it, and the best model is kept."""
+    """The metric that compares models. status.bestMetric follows it, and the best model is kept."""
 
     metric: Annotated[str, Field(pattern=PATTERN_METRIC, max_length=64)] = "accuracy"
-    """Its name, as the script's evaluation function returns it."""
+    """Name of the metric, as the script's evaluation function returns it."""
     goal: Literal["Maximize", "Minimize"] = "Maximize"
-    """Whether more is better."""
+    """Maximize if larger values are better, Minimize if smaller ones are."""
     target: Decimal | None = None
-    """The job is complete as soon as a round's model is this good, whatever rounds are left, and delivers that model.
-    More than half of the clients asked must measure as much, one voice each, whatever weight they claim. Default: all
-    rounds."""
+    """The job is complete as soon as a round's model has this value, and delivers that model. More than half of the
+    clients that were asked must measure it, with one vote each, whatever their weights. Default: run all rounds."""
 
 
 class CloudPool(Resource):
@@ -122,13 +121,13 @@ class CloudPool(Resource):
     """Pod template overrides: resources, nodeSelector, tolerations, volumes. The container is named client."""
 
     min_replicas: Annotated[int, Field(ge=0, le=100_000)] | None = None
-    """So few remain once every client of the HPC pools is connected. Default: replicas."""
+    """Number of clients that remain once every client of the HPC pools is connected. Default: replicas."""
     max_replicas: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    """Grows up to this, by one for each HPC client that waits in a queue. Default: replicas."""
+    """Number that the pool may grow to, by one for each HPC client that waits in a queue. Default: replicas."""
 
 
 class SiteRef(Resource):
-    """Names an HPCSite."""
+    """Reference to an HPCSite."""
 
     name: ObjectName
 
@@ -142,7 +141,7 @@ class GenericResource(Resource):
 
 
 class HpcResources(Resource):
-    """What one client of an HPC pool gets."""
+    """Resources of one client of an HPC pool."""
 
     cpus_per_task: Annotated[int, Field(ge=1, le=4096)] = 1
     """CPUs of one client."""
@@ -156,51 +155,51 @@ class HpcPool(Resource):
     """Clients that run as the tasks of one Slurm job array."""
 
     site_ref: SiteRef
-    """The HPCSite, made by the platform's admin."""
+    """The HPCSite, created by the platform's admin."""
     partition: SlurmName | None = None
-    """Default: the site's default partition."""
+    """Slurm partition. Default: the site's default partition."""
     account: SlurmAccount | None = None
-    """Slurm account to charge. Default: what the site's policy maps the caller to."""
+    """Slurm account to charge. Default: the account that the site's policy assigns to the caller."""
     qos: SlurmName | None = None
     time_limit_seconds: Annotated[int, Field(ge=60, le=365 * 86400)] = 3600
     """Time limit of each job."""
     resources: HpcResources = HpcResources()
     clients_per_job: Annotated[int, Field(ge=1, le=256)] = 1
-    """So many clients share a Slurm job and its node: the job asks for so many times the resources. Of an uneven number
-    of clients, the last job starts fewer."""
+    """Number of clients that share a Slurm job and its node. The job requests that multiple of the resources. If the
+    number of clients is no multiple of it, the last job starts fewer."""
     environment: DnsLabel
-    """An environment that the site's admin named: never a path or a script."""
+    """Name of an environment in the site's policy, never a path or a script."""
     data_ref: DnsLabel | None = None
-    """A data set that the site's admin named; the script finds its path in ISTHMUS_DATA."""
+    """Name of a data set in the site's policy. The script finds its path in ISTHMUS_DATA."""
     max_queue_seconds: Annotated[int, Field(ge=60, le=365 * 86400)] = 86400
-    """How long the pool may wait in the queue before it counts as failed."""
+    """Longest wait in the queue, in seconds. Afterwards the pool counts as failed."""
     max_replicas: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    """While the job runs, the pool's replicas may be raised up to this, and lowered: the clients that stay notice
-    nothing. Clients are numbered, and told their number, as if there were so many. Default: replicas."""
+    """Largest value that replicas may have while the job runs. Changes of replicas do not affect the other clients.
+    Clients are numbered as if there were this many. Default: replicas."""
 
 
 class Pool(Resource):
-    """A group of like clients. Exactly one of cloud and hpc says where they run."""
+    """A group of equal clients. Exactly one of cloud and hpc says where they run."""
 
     name: Annotated[DnsLabel, Field(max_length=32)]
     replicas: Annotated[int, Field(ge=1, le=100_000)] = 1
-    """Number of clients. Of an HPC pool it may change while the job runs, up to hpc.maxReplicas."""
+    """Number of clients. For an HPC pool it may change while the job runs, up to hpc.maxReplicas."""
     role: Literal["Train", "Evaluate"] = "Train"
-    """Evaluate: its clients only measure each new global model, with the script's evaluation function, and train
-    nothing."""
+    """Evaluate: the clients only measure each new global model with the script's evaluation function, and do not
+    train."""
     cloud: CloudPool | None = None
     hpc: HpcPool | None = None
 
     @property
     def size(self) -> int:
-        """The most clients that it ever has: what its clients' numbers are counted by."""
+        """Maximum number of clients of the pool, by which its clients are numbered."""
         world = self.cloud or self.hpc
         most = world.max_replicas if world is not None else None
         return self.replicas if most is None else most
 
     @property
     def fewest(self) -> int:
-        """The clients that it has at least, as long as nothing fails."""
+        """Minimum number of clients of the pool, barring failures."""
         least = self.cloud.min_replicas if self.cloud is not None else None
         return self.replicas if least is None else least
 
@@ -223,7 +222,7 @@ class FederatedJobSpec(Resource):
     """One training run over the clients of one or more pools."""
 
     suspend: bool = False
-    """Stops the clients and the aggregator; the checkpoints stay, and training resumes from them."""
+    """Stop the clients and the aggregator. The checkpoints stay, and training resumes from them."""
     rounds: Annotated[int, Field(ge=1, le=1_000_000)]
     """Number of rounds."""
     task: Task
@@ -236,13 +235,13 @@ class FederatedJobSpec(Resource):
     tracking: Tracking = Tracking()
     aggregator: Aggregator = Aggregator()
     pools: Annotated[list[Pool], Field(min_length=1, max_length=64, json_schema_extra=list_map("name"))]
-    """Where the clients run."""
+    """Groups of clients, and where they run."""
     backoff_limit: Annotated[int, Field(ge=0, le=1000)] = 3
-    """How often each client (in HPC pools: the array) is started again after a failure of its own."""
+    """Number of restarts of each client (in HPC pools: of the array) after failures of its own."""
     active_deadline_seconds: Annotated[int, Field(ge=1, le=10 * 365 * 86400)] | None = None
-    """The job fails if it is not complete this long after it began."""
+    """The job fails if it is not complete within this time, in seconds."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=10 * 365 * 86400)] | None = None
-    """The job is deleted this long after it completed or failed. Default: never."""
+    """The job is deleted this time after it completed or failed, in seconds. Default: never."""
 
     @property
     def total_clients(self) -> int:
@@ -251,17 +250,17 @@ class FederatedJobSpec(Resource):
 
     @property
     def trainers(self) -> int:
-        """Number of clients that train, at the least."""
+        """Minimum number of clients that train."""
         return sum(pool.fewest for pool in self.pools if pool.role == "Train")
 
     @property
     def most_trainers(self) -> int:
-        """Number of clients that train, when cloud pools have grown as far as they may."""
+        """Number of clients that train when cloud pools have grown to their maximum."""
         return sum(pool.size for pool in self.pools if pool.role == "Train")
 
     @property
     def expected_updates(self) -> int:
-        """With how many updates a round is expected to end: by the manifest alone, whoever is there."""
+        """Expected number of updates per round, from the manifest alone."""
         replicas = sum(pool.replicas for pool in self.pools if pool.role == "Train")
         if self.selection.policy == "All":
             return replicas
@@ -269,12 +268,12 @@ class FederatedJobSpec(Resource):
 
     @property
     def min_clients(self) -> int:
-        """The quorum that is in force."""
+        """Effective quorum."""
         return self.selection.min_clients or min(2, self.trainers)
 
     @property
     def min_updates(self) -> int:
-        """The fewest updates that make a round."""
+        """Effective minimum number of updates of a round."""
         return self.stragglers.min_updates or min(self.min_clients, self.strategy.round_size or self.min_clients)
 
     @property
@@ -284,22 +283,22 @@ class FederatedJobSpec(Resource):
 
     @property
     def checkpoints_kept(self) -> int:
-        """How many of the newest checkpoints are kept: also those that late updates may have begun with."""
+        """Number of newest checkpoints to keep, including the base models of late updates."""
         keep = self.aggregator.checkpoint.keep
         return max(keep, self.stragglers.max_staleness + 1) if self.folds_late else keep
 
     def pool(self, name: str) -> Pool:
-        """The pool of that name. Raises ``KeyError``."""
+        """Return the pool of that name. Raises ``KeyError``."""
         for pool in self.pools:
             if pool.name == name:
                 return pool
         raise KeyError(name)
 
     def first_client(self, name: str) -> int:
-        """The job-wide number of the named pool's client 0. Raises ``KeyError``.
+        """Return the job-wide number of the named pool's client 0. Raises ``KeyError``.
 
-        Clients that train are counted from 0, and so are those that only evaluate: a partition of the training data
-        goes by these numbers.
+        Clients that train are counted from 0, and so are those that only evaluate. Partitions of the training data use
+        these numbers.
         """
         role, first = self.pool(name).role, 0
         for pool in self.pools:
@@ -309,7 +308,7 @@ class FederatedJobSpec(Resource):
         return first
 
     def clients_beside(self, name: str) -> int:
-        """Number of clients over all pools of the named pool's role. Raises ``KeyError``."""
+        """Return the number of clients over all pools of the named pool's role. Raises ``KeyError``."""
         role = self.pool(name).role
         return sum(pool.size for pool in self.pools if pool.role == role)
 
@@ -390,7 +389,7 @@ class FederatedJobSpec(Resource):
                 )
 
     def _decided_by_time(self) -> str | None:
-        """The first setting, if any, by which chance decides whose updates count."""
+        """Return the first setting, if any, that makes the set of counted updates depend on timing."""
         if self.strategy.round_size is not None:
             return f"strategy.algorithm {self.strategy.algorithm}"
         if self.selection.policy == "Adaptive":

@@ -87,20 +87,20 @@ class PoolStatus(Resource):
     name: str
     desired: int = 0
     queued: int = 0
-    """Not started yet: pending pods, or tasks in the Slurm queue."""
+    """Clients that have not started: pending pods, or tasks in the Slurm queue."""
     ready: int = 0
-    """Connected to the aggregator."""
+    """Clients that are connected to the aggregator."""
     failed: int = 0
     reason: str = ""
-    """Why the queue does not move, or the last failure."""
+    """Reason for the wait in the queue, or the last failure."""
     jobs: list[str] = []
     """Slurm job ids."""
     attempt: int = 0
-    """Of HPC pools: how often the array was submitted anew."""
+    """For HPC pools: number of resubmissions of the array."""
 
 
 class MetricStatus(Resource):
-    """The newest value of a metric, over the held-out data of all clients that evaluate."""
+    """Newest value of a metric, over the held-out data of all clients that evaluate."""
 
     name: str
     value: str
@@ -108,7 +108,8 @@ class MetricStatus(Resource):
 
 
 class ModelStatus(Resource):
-    """A committed global model. A large one is shown a moment after its round: its file is hashed aside."""
+    """A committed global model. A large one appears a moment after its round, because its file is hashed in the
+    background."""
 
     uri: str
     round: int
@@ -116,12 +117,12 @@ class ModelStatus(Resource):
 
 
 class PrivacyStatus(Resource):
-    """What differential privacy guarantees of the newest committed model, and of all before it."""
+    """Guarantee of differential privacy for all committed models so far."""
 
     epsilon: str
     delta: str
     rounds: int = 0
-    """Published rounds that it accounts for."""
+    """Number of published rounds in the account."""
 
 
 class ClientsStatus(Resource):
@@ -130,17 +131,17 @@ class ClientsStatus(Resource):
     ready: int = 0
     total: int = 0
     summary: str = ""
-    """ready/total, for the table of kubectl get."""
+    """Text ready/total, for the table of kubectl get."""
 
 
 class FederatedJobStatus(Resource):
-    """What the operator observed."""
+    """State of the job as observed by the operator."""
 
     observed_generation: int | None = None
     phase: Phase | None = None
     """For display only; programs read the conditions."""
     message: str | None = None
-    """In one line, what the job waits for or died of."""
+    """One line: what the job waits for, or why it failed."""
     conditions: Annotated[list[Condition], Field(json_schema_extra=list_map("type"))] = []
     rounds: RoundsStatus | None = None
     clients: ClientsStatus | None = None
@@ -148,10 +149,10 @@ class FederatedJobStatus(Resource):
     metrics: Annotated[list[MetricStatus], Field(json_schema_extra=list_map("name"))] = []
     best_metric: MetricStatus | None = None
     model: ModelStatus | None = None
-    """The newest model; once the job is complete, the one that it delivers: of the round that met objective.target, or
-    else of the last one."""
+    """The newest model. Once the job is complete, the model that it delivers: that of the round that met
+    objective.target, or else that of the last round."""
     best_model: ModelStatus | None = None
-    """The model that bestMetric measures. It is kept beside the newest ones."""
+    """The model with the value of bestMetric. It is kept besides the newest ones."""
     privacy: PrivacyStatus | None = None
     start_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None
     completion_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})] | None = None

@@ -1,4 +1,4 @@
-"""The HPCSite: how the cluster reaches one site's bridge, and which namespaces may use it."""
+"""The HPCSite: address of one site's bridge, and the namespaces that may use it."""
 
 from typing import Annotated, Literal, Self
 
@@ -13,7 +13,7 @@ NamespacePattern = Annotated[str, Field(max_length=63, pattern=r"^(\*|[a-z0-9]([
 
 
 class SecretRef(Resource):
-    """Names a Secret with ca.crt, tls.crt and tls.key."""
+    """Reference to a Secret with ca.crt, tls.crt and tls.key."""
 
     name: ObjectName
     namespace: Namespace
@@ -33,20 +33,20 @@ class HpcSiteSpec(Resource):
     """An HPC site, as the platform's admin describes it."""
 
     connection: Literal["DialIn", "DialOut"] = "DialIn"
-    """Who opens the connection: with DialIn this cluster's operator dials the bridge; with DialOut the bridge dials
-    this cluster's gateway, for sites that accept no inbound connection. Nothing else differs."""
+    """Direction of the connection. DialIn: this cluster's operator dials the bridge. DialOut: the bridge dials this
+    cluster's gateway, for sites that accept no inbound connection. Nothing else differs."""
     endpoint: HostPort | None = None
     """host:port of the site's bridge; with DialIn only."""
     tls: BridgeTls
     aggregator_access: Literal["Direct", "ViaBridge"] = "Direct"
-    """How the site's compute nodes reach the aggregators: Direct dials their address; ViaBridge dials the bridge, which
-    passes the TLS bytes on, end to end encrypted (the site's policy must have a relay)."""
+    """Path of the site's compute nodes to the aggregators. Direct: they dial the aggregators' addresses. ViaBridge:
+    they dial the bridge, which relays the end-to-end encrypted bytes (the site's policy must have a relay)."""
     allowed_namespaces: Annotated[list[NamespacePattern], Field(min_length=1, max_length=1000)]
     """Namespaces whose FederatedJobs may use the site; "*" allows all."""
 
     client_cidrs: Annotated[list[Cidr], Field(min_length=1, max_length=64, alias="clientCIDRs")] = ["0.0.0.0/0", "::/0"]
-    """From where the site's clients reach aggregators, for their NetworkPolicies. Default: from anywhere. Behind a
-    NodePort or a load balancer that rewrites addresses they match only with expose.externalTrafficPolicy: Local."""
+    """Source addresses of the site's clients, for the aggregators' NetworkPolicies. Default: all. Behind a NodePort or
+    a load balancer that rewrites addresses, they match only with expose.externalTrafficPolicy: Local."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -57,18 +57,18 @@ class HpcSiteSpec(Resource):
         return self
 
     def bridge_name(self, site: str) -> str | None:
-        """The name that the bridge's certificate must bear; None: the endpoint's host."""
+        """Return the name that the bridge's certificate must have; ``None`` means the endpoint's host."""
         if self.tls.server_name is None and self.connection == "DialOut":
             return bridge_server_name(site)
         return self.tls.server_name
 
     def allows(self, namespace: str) -> bool:
-        """Whether jobs of that namespace may use the site."""
+        """Return True if jobs of that namespace may use the site."""
         return "*" in self.allowed_namespaces or namespace in self.allowed_namespaces
 
 
 class Orphan(Resource):
-    """A pool whose job was let go."""
+    """A pool whose job was deleted while its site was unreachable."""
 
     namespace: str
     job: str
@@ -77,7 +77,7 @@ class Orphan(Resource):
 
 
 class HpcSiteStatus(Resource):
-    """What the bridge last said."""
+    """State of the site as last reported by its bridge."""
 
     observed_generation: int | None = None
     conditions: Annotated[list[Condition], Field(json_schema_extra=list_map("type"))] = []
@@ -91,6 +91,6 @@ class HpcSiteStatus(Resource):
     accounts: list[str] = []
     data_sets: list[str] = []
     orphans: dict[str, Orphan] = {}
-    """Pools that may still run here, by key: their jobs were deleted while the site was out of reach. Each is cancelled
-    as soon as the site answers, and then goes from this list."""
+    """Pools that may still run here, by key. Their jobs were deleted while the site was unreachable. Each is cancelled
+    as soon as the site answers, and is then removed from this list."""
     message: Text | None = None

@@ -1,4 +1,4 @@
-"""Who takes part in a round, and what becomes of those that are slow."""
+"""Selection of a round's clients, and treatment of stragglers."""
 
 from typing import Annotated, Literal, Self
 
@@ -16,21 +16,21 @@ def _between(text: str, at_least: float, at_most: float) -> str:
 
 
 class Selection(Resource):
-    """Which of the ready clients take part in a round."""
+    """Selection of the ready clients that take part in a round."""
 
     policy: SelectionPolicy = "All"
     """All: every ready client. Random: a uniform sample of the given fraction. Adaptive: the same number, preferring
-    clients that are fast, reliable, have much data and a high loss; none is left out for long
-    (docs/training/selection.md)."""
+    clients that are fast, reliable, have much data and a high loss; every client takes part from time
+    to time (docs/training/selection.md)."""
     fraction: Decimal = "1.0"
-    """Share of the ready clients that a Random or Adaptive round takes: above 0, at most 1."""
+    """Share of the ready clients in a Random or Adaptive round: above 0, at most 1."""
     over_select: Decimal = "0"
-    """So many more clients, as a share of those (0.3: 30 % more), are asked in a Random or Adaptive round; it ends with
-    the updates of the fastest."""
+    """Additional clients of a Random or Adaptive round, as a share of the selected ones (0.3: 30 % more). The round
+    ends with the updates of the fastest."""
     exploration: Decimal = "0.2"
-    """Share of an Adaptive round's places for clients that are not known yet, or waited longest."""
+    """Share of an Adaptive round's places for clients that were never selected, or waited longest."""
     min_clients: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    """The quorum: clients that must be ready before a round starts. Default: 2, or 1 where the job has only one."""
+    """The quorum: clients that must be ready before a round starts. Default: 2, or 1 if the job has only one client."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Seed of the random choices."""
 
@@ -59,19 +59,19 @@ class Selection(Resource):
 
 
 class Stragglers(Resource):
-    """What happens when clients of a round are slow or gone."""
+    """Treatment of clients that are slow or gone."""
 
     round_deadline_seconds: Annotated[int, Field(ge=1, le=30 * 86400)] = 3600
-    """A round ends at the latest this long after it began, given minUpdates updates; else it waits for them."""
+    """Deadline of a round, in seconds. With fewer than minUpdates updates, the round waits for them."""
     min_updates: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    """The fewest updates that make a round. Default: selection.minClients."""
+    """Minimum number of updates of a round. Default: selection.minClients."""
     late: Literal["Discard", "Fold"] = "Discard"
-    """What becomes of an update that arrives after its round has ended. Fold: it counts in the round in progress, with
-    a weight that falls with its staleness. FedBuff and FedAsync always fold."""
+    """Treatment of an update that arrives after its round has ended. Fold: it counts in the present round, with a
+    weight that falls with its staleness. FedBuff and FedAsync always fold."""
     staleness_exponent: Decimal = "0.5"
-    """a of the weight (1 + staleness)^-a of a late update; staleness is counted in rounds. From 0 to 10."""
+    """Exponent a in the weight (1 + staleness)^-a of a late update, with staleness in rounds. From 0 to 10."""
     max_staleness: Annotated[int, Field(ge=1, le=1000)] = 5
-    """Updates that are late by more rounds than this are discarded. So many more checkpoints are kept."""
+    """Updates that are late by more rounds than this are discarded. This number of additional checkpoints is kept."""
 
     @field_validator("staleness_exponent")
     @classmethod
@@ -79,7 +79,7 @@ class Stragglers(Resource):
         return _between(exponent, 0, 10)
 
     def weight(self, staleness: int) -> float:
-        """By how much a late update counts less: polynomial decay.
+        """Return the factor of a late update's weight: polynomial decay.
 
         Xie et al., "Asynchronous Federated Optimization" (2019), section 5.2; Nguyen et al. (2022) use it with a = 0.5.
         """

@@ -1,4 +1,4 @@
-"""Privacy in the manifest: what anyone who sees the model may learn of one client's data."""
+"""Privacy in the manifest: bounds on what the model reveals about one client's data."""
 
 import math
 from collections.abc import Mapping
@@ -27,19 +27,19 @@ _UNPROTECTED: Mapping[Algorithm, str] = {
 
 
 class DifferentialPrivacy(Resource):
-    """User-level differential privacy, by DP-FedAvg (McMahan et al. 2018): what is protected is all that one client
-    does to the model."""
+    """User-level differential privacy by DP-FedAvg (McMahan et al. 2018). It protects everything that one client
+    contributes to the model."""
 
     clip_norm: Decimal
-    """Each update's change of the model, all tensors together, is scaled down to this L2 norm if it is longer: the
-    most that one client can move a round's sum. Above 0."""
+    """Largest L2 norm of an update's change of the model, over all tensors together. Longer changes are scaled down to
+    it, so it bounds one client's effect on a round's sum. Above 0."""
     noise_multiplier: Decimal
-    """The standard deviation of the Gaussian noise that each round's sum gets, in clipNorms. Above 0."""
+    """Standard deviation of the Gaussian noise on each round's sum, in clipNorms. Above 0."""
     delta: Decimal = "1e-5"
-    """The delta for which epsilon is told: above 0, and less than one over the number of clients that train."""
+    """The delta of the reported epsilon: above 0, and less than one over the number of clients that train."""
     max_epsilon: Decimal | None = None
-    """The privacy budget: training ends, with the model that it has, before the round that would cost more.
-    Default: all rounds are done, whatever they cost."""
+    """The privacy budget. Training ends, with its present model, before the round that would exceed it. Default: no
+    budget; all rounds run."""
 
     @field_validator("clip_norm", "noise_multiplier")
     @classmethod
@@ -72,7 +72,7 @@ class DifferentialPrivacy(Resource):
         return self
 
     def problem(self, algorithm: Algorithm, trainers: int) -> str | None:
-        """Return what does not fit a job of so many clients, after the field's name; ``None``: nothing."""
+        """Return the problem with a job of ``trainers`` clients, after the field's name, or ``None``."""
         if reason := _UNPROTECTED.get(algorithm):
             return f"differentialPrivacy: does not go with {algorithm}, {reason}; use {_SMOOTH}"
         if float(self.delta) * trainers >= 1:
@@ -81,7 +81,7 @@ class DifferentialPrivacy(Resource):
 
 
 class Privacy(Resource):
-    """What keeps a client's data from whoever sees the model (docs/training/privacy.md)."""
+    """Protection of clients' data from everyone who sees the model (docs/training/privacy.md)."""
 
     differential_privacy: DifferentialPrivacy | None = None
-    """Clips what each client contributes, and adds noise to each round's sum. Default: none."""
+    """Clip each client's contribution, and add noise to each round's sum. Default: none."""

@@ -82,33 +82,33 @@ ALGORITHM_PARAMETERS: Mapping[Algorithm, Mapping[str, Parameter]] = {
     "FedAsync": {"mixing": Parameter(0.6, above=0.0, at_most=1.0)},
     "Custom": {},
 }
-# Rules that give every client one voice a round: an update from an earlier round would be a second one.
+# Rules that give every client one vote a round. An update from an earlier round would be a second vote.
 _ONE_VOICE = frozenset({"CoordinateMedian", "TrimmedMean", "Krum", "MultiKrum", "GeometricMedian"})
 # Client and server work out the same correction, each from the client's change.
 _TWO_SIDED = frozenset({"SCAFFOLD", "FedDyn"})
 
 
 class Strategy(Resource):
-    """How the updates of a round become the next global model."""
+    """Rule that computes the next global model from the updates of a round."""
 
     algorithm: Algorithm = "FedAvg"
     """FedAvg: mean weighted by examples (McMahan et al. 2017). FedProx: the same, with a proximal term of weight mu
     in the clients' loss (Li et al. 2020). FedAvgM: momentum on the server (Hsu et al. 2019). FedAdagrad, FedAdam,
     FedYogi: adaptive optimizers on the server (Reddi et al. 2021). CoordinateMedian, TrimmedMean (Yin et al. 2018),
-    Krum, MultiKrum (Blanchard et al. 2017) and GeometricMedian (Pillutla et al. 2022) withstand clients whose updates
-    are wrong. FedNova: for clients that take different numbers of steps (Wang et al. 2020). QFedAvg: fairness (Li et
+    Krum, MultiKrum (Blanchard et al. 2017) and GeometricMedian (Pillutla et al. 2022) withstand wrong updates of
+    clients. FedNova: for clients that take different numbers of steps (Wang et al. 2020). QFedAvg: fairness (Li et
     al. 2020). SCAFFOLD (Karimireddy et al. 2020) and FedDyn (Acar et al. 2021) keep clients from drifting apart.
     FedBuff (Nguyen et al. 2022) and FedAsync (Xie et al. 2019) are asynchronous: a round ends with its first bufferSize
-    updates, or its first one, and those that are still under way count in a later round, by their staleness.
+    updates, or its first one; later ones count in a later round, weighted by their staleness.
     Custom: the strategy that class names."""
     class_: Annotated[ClassReference | None, Field(alias="class")] = None
-    """Of Custom alone: module:Class in the aggregator's image, a subclass of isthmus.strategies.Strategy."""
+    """For Custom only: module:Class in the aggregator's image, a subclass of isthmus.strategies.Strategy."""
     parameters: dict[str, Decimal] = {}
     """Parameters of the algorithm, as decimal strings; docs/training/strategies.md lists them with their defaults.
     FedProx: mu (default 0.01)."""
     deterministic: bool = False
-    """Combines the updates of a round in the order of the clients, not of their arrival: the same updates make the same
-    model, bit for bit. They wait on disk for the end of the round (one model's size each)."""
+    """Combine the updates of a round in the order of the clients, not of their arrival. The same updates then give the
+    same model, bit for bit. They are kept on disk until the end of the round (one model's size each)."""
 
     @model_validator(mode="after")
     def _known_parameters(self) -> Self:
@@ -136,14 +136,14 @@ class Strategy(Resource):
 
     @property
     def fewest_updates(self) -> int:
-        """The fewest updates of a round for which the algorithm keeps its promise."""
+        """Minimum number of updates of a round for which the algorithm's guarantee holds."""
         if "byzantine" not in ALGORITHM_PARAMETERS[self.algorithm]:
             return 1
         return 2 * int(self.values["byzantine"]) + 3
 
     @property
     def round_size(self) -> int | None:
-        """With how many updates a round of an asynchronous algorithm ends; ``None``: the algorithm goes by rounds."""
+        """Number of updates that end a round of an asynchronous algorithm; ``None`` for synchronous ones."""
         if self.algorithm == "FedAsync":
             return 1
         return int(self.values["bufferSize"]) if self.algorithm == "FedBuff" else None
@@ -155,7 +155,7 @@ class Strategy(Resource):
 
     @property
     def against_sparse_updates(self) -> str | None:
-        """Why the rule makes nothing good of updates that leave most values out; ``None`` where it does."""
+        """Reason why the rule does not work with sparse updates; ``None`` if it does."""
         if self.one_voice:
             return "may drop what a client sent, and with it what error feedback counts as delivered"
         if self.algorithm in _TWO_SIDED:
@@ -164,6 +164,6 @@ class Strategy(Resource):
 
     @property
     def values(self) -> dict[str, float]:
-        """Every parameter of the algorithm: the given value, or else the default."""
+        """All parameters of the algorithm: given values, or else defaults."""
         defaults = {name: parameter.default for name, parameter in ALGORITHM_PARAMETERS[self.algorithm].items()}
         return defaults | {name: float(text) for name, text in self.parameters.items()}

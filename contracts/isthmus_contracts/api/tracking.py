@@ -1,4 +1,4 @@
-"""Tracking in the manifest: where, beside Prometheus and rounds.jsonl, a run's numbers go."""
+"""Tracking in the manifest: destinations of a run's metrics besides Prometheus and rounds.jsonl."""
 
 import re
 from typing import Annotated
@@ -20,11 +20,11 @@ class MLflow(Resource):
     """A run on an MLflow tracking server. Needs isthmus[mlflow] in the aggregator's image."""
 
     tracking_uri: Annotated[str, Field(max_length=1024, json_schema_extra={"pattern": PATTERN_TRACKING_URI})]
-    """The server: http, https, or file:/// for a directory that the aggregator can write. Without credentials: these
-    belong into the environment of aggregator.template, as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or
-    MLFLOW_TRACKING_TOKEN, from a Secret."""
+    """Address of the server: http, https, or file:/// for a directory that the aggregator can write. It must not
+    contain credentials. Put these, from a Secret, into the environment of aggregator.template:
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."""
     experiment: Annotated[str, Field(pattern=PATTERN_EXPERIMENT, max_length=250)] = "isthmus"
-    """Name of the experiment; it is made where it does not exist."""
+    """Name of the experiment. It is created if it does not exist."""
 
     @field_validator("tracking_uri")
     @classmethod
@@ -40,7 +40,7 @@ class MLflow(Resource):
 
 
 class Tracking(Resource):
-    """Where a run's metrics are also written. A library or a server that is missing never stops training."""
+    """Additional destinations of a run's metrics. A missing library or server never stops training."""
 
     tensor_board: TensorBoard | None = None
     mlflow: MLflow | None = None
