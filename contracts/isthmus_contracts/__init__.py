@@ -1,4 +1,4 @@
-"""What the parts of Isthmus agree on: custom resources, wire protocols, names and identities."""
+"""Definitions shared by all parts of Isthmus: custom resources, wire protocols, names and identities."""
 
 from importlib.metadata import version
 

@@ -1,22 +1,22 @@
-"""What differential privacy costs: the exact guarantee of a Gaussian mechanism, and of many of them in a row.
+"""Privacy accounting: the exact guarantee of a Gaussian mechanism and of its composition over rounds.
 
 A round adds noise of ``noise_multiplier`` times the sensitivity: it is mu-GDP with mu = 1 / noise_multiplier. Rounds
-compose, also where each depends on those before, to sqrt(mu_1^2 + mu_2^2 + ...)-GDP, and mu-GDP is (epsilon, delta)-DP
-exactly where :func:`delta_of` says so (Dong, Roth and Su, "Gaussian Differential Privacy", 2022, sections 2
-and 3). No amplification by sampling is claimed: docs/training/privacy.md tells why.
+compose, also adaptively, to sqrt(mu_1^2 + mu_2^2 + ...)-GDP. mu-GDP is (epsilon, delta)-DP exactly for the delta of
+:func:`delta_of` (Dong, Roth and Su, "Gaussian Differential Privacy", 2022, sections 2
+and 3). Amplification by sampling is not claimed; docs/training/privacy.md explains why.
 """
 
 import math
 from dataclasses import dataclass
 
-_LARGE = 25.0  # from here on, the asymptotic series of erfcx is exact to 10 digits
+_LARGE = 25.0  # above this, the asymptotic series of erfcx is exact to 10 digits
 
 
 def delta_of(mu: float, epsilon: float) -> float:
-    """The least delta for which mu-GDP is (epsilon, delta)-DP.
+    """Return the least delta for which mu-GDP is (epsilon, delta)-DP.
 
     Balle and Wang, "Improving the Gaussian Mechanism for Differential Privacy" (2018), theorem 8:
-    Phi(mu/2 - epsilon/mu) - e^epsilon Phi(-mu/2 - epsilon/mu); without its overflow.
+    Phi(mu/2 - epsilon/mu) - e^epsilon Phi(-mu/2 - epsilon/mu), rearranged to avoid overflow.
     """
     if mu == 0:
         return 0.0
@@ -27,10 +27,10 @@ def delta_of(mu: float, epsilon: float) -> float:
 
 
 def epsilon_of(mu: float, delta: float) -> float:
-    """The least epsilon for which mu-GDP is (epsilon, delta)-DP, rounded up to ten digits."""
+    """Return the least epsilon for which mu-GDP is (epsilon, delta)-DP, rounded up to ten digits."""
     if mu == 0 or delta_of(mu, 0.0) <= delta:
         return 0.0
-    # Bun and Steinke, "Concentrated Differential Privacy" (2016), proposition 1.3: never less.
+    # Bun and Steinke, "Concentrated Differential Privacy" (2016), proposition 1.3: an upper bound.
     low, high = 0.0, mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta))
     while high - low > 1e-10 * high:
         middle = (low + high) / 2
@@ -39,7 +39,7 @@ def epsilon_of(mu: float, delta: float) -> float:
 
 
 def noise_for(epsilon: float, delta: float, rounds: int) -> float:
-    """The least noise multiplier with which so many rounds cost at most ``epsilon``, rounded up to ten digits."""
+    """Return the least noise multiplier for ``rounds`` rounds within ``epsilon``, rounded up to ten digits."""
     low, high = 0.0, 1.0
     while epsilon_of(high, delta) <= epsilon:
         high *= 2
@@ -50,7 +50,7 @@ def noise_for(epsilon: float, delta: float, rounds: int) -> float:
 
 
 def _erfcx(x: float) -> float:
-    """exp(x^2) erfc(x), for x above 0."""
+    """Return exp(x^2) erfc(x), for x above 0."""
     if x < _LARGE:
         return math.exp(x * x) * math.erfc(x)
     square = x * x
@@ -59,15 +59,15 @@ def _erfcx(x: float) -> float:
 
 @dataclass(frozen=True)
 class Spent:
-    """What the published rounds have cost so far."""
+    """Privacy spent by the published rounds."""
 
     rounds: int = 0
     mu_squared: float = 0.0
 
     def after(self, noise_multiplier: float, rounds: int = 1) -> "Spent":
-        """The same with so many rounds more."""
+        """Return the privacy spent after ``rounds`` further rounds with this noise multiplier."""
         return Spent(self.rounds + rounds, self.mu_squared + rounds / noise_multiplier**2)
 
     def epsilon(self, delta: float) -> float:
-        """The epsilon that goes with a delta."""
+        """Return the epsilon for a delta."""
         return epsilon_of(math.sqrt(self.mu_squared), delta)

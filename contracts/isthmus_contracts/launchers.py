@@ -1,21 +1,21 @@
-"""Launchers of several processes (torchrun, accelerate), whose reports hide why the script failed."""
+"""Multi-process launchers (torchrun, accelerate), whose failure reports hide the script's error."""
 
 import re
 from collections.abc import Sequence
 
 _TRACEBACK = "Traceback (most recent call last)"
-# Files of the launchers' own code, as a traceback names them.
+# Files of the launchers' code, as in a traceback.
 _LAUNCHING = ("torch/distributed/launcher/", "accelerate/commands/")
-# torchrun's agent logs between the script's end and its own.
+# Lines that torchrun's agent logs after the script has ended.
 _AGENT = re.compile(r"torch[./]distributed[./]elastic")
 # An exception's line in a traceback, or alone. PyTorch puts the rank before it.
 _RAISED = re.compile(r"(\[rank\d+\]: ?)?[A-Za-z_][\w.]*(Error|Exception|Interrupt)(:|$)")
 
 
 def script_lines(lines: Sequence[str]) -> Sequence[str]:
-    """Return a log's lines without the report at its end in which a launcher says that the script failed.
+    """Return a log's lines without a launcher's failure report at the end.
 
-    A report stays where nothing before it says why: it has the exit codes.
+    The report is kept if no earlier line gives a reason, since it has the exit codes.
     """
     for start, line in enumerate(lines):
         if line.startswith(_TRACEBACK) and _is_launchers(lines[start + 1 :]):
@@ -27,7 +27,7 @@ def script_lines(lines: Sequence[str]) -> Sequence[str]:
 
 
 def _is_launchers(lines: Sequence[str]) -> bool:
-    """Return whether the traceback with these lines goes through a launcher's code."""
+    """Return True if the traceback with these lines contains a launcher's code."""
     for line in lines:
         if not line.startswith(" "):
             return False

@@ -1,9 +1,9 @@
-"""Text that comes from outside, made fit for logs, statuses and terminals: printable and bounded."""
+"""Untrusted text, made printable and bounded for logs, statuses and terminals."""
 
 from .launchers import script_lines
 
 _LINE = 300
-# A launcher's report on many processes may be as long. Characters.
+# Maximum length of a launcher's report on many processes. Characters.
 _REPORT = 16_384
 _CUT = "..."
 
@@ -12,7 +12,7 @@ def one_line(text: str, limit: int = _LINE) -> str:
     """Return the text on one line of printable characters, cut to ``limit`` characters.
 
     Line ends, terminal escapes and other control or formatting characters become spaces; runs of spaces become one.
-    Of a huge text only the beginning is looked at.
+    Only the beginning of a huge text is read.
     """
     head = text[: 4 * limit]
     line = " ".join(_printable(head).split())
@@ -21,7 +21,7 @@ def one_line(text: str, limit: int = _LINE) -> str:
 
 
 def shown_line(line: str, limit: int = _LINE) -> str:
-    """Return one line of a log as a terminal may show it: printable, cut to ``limit`` characters, its spaces kept."""
+    """Return one line of a log for a terminal: printable, cut to ``limit`` characters, with its spaces."""
     shown = _printable(line[: limit + 1]).rstrip()
     return shown if len(shown) <= limit else shown[: limit - len(_CUT)] + _CUT
 
@@ -29,7 +29,7 @@ def shown_line(line: str, limit: int = _LINE) -> str:
 def last_lines(text: str, count: int, limit: int) -> str:
     """Return the last ``count`` lines that are not empty, each printable, cut at the front to ``limit`` characters.
 
-    Indentation is kept: it is what makes a traceback readable. The report of a launcher that follows it is left out.
+    Indentation is kept, so that tracebacks stay readable. A launcher's report after a traceback is removed.
     """
     tail = text[-max(4 * limit, _REPORT) :]
     lines = [_printable(line).rstrip() for line in script_lines(tail.splitlines())]

@@ -12,7 +12,16 @@ CODE = ("contracts", "runtime", "bridge", "operator", "examples", "lab", "bench"
 # Generated files are checked where they come from.
 GENERATED = ("contracts/isthmus_contracts/pb", "docs/reference")
 BUILT = ("build", "dist", "__pycache__")
-CHECKED_PROSE = ("docs", "tools", "lab", "bench", "charts", "images", "examples")
+CHECKED_PROSE = (
+    "bench",
+    "charts",
+    "contracts",
+    "docs",
+    "examples",
+    "images",
+    "lab",
+    "tools",
+)
 
 
 def main() -> int:

@@ -69,13 +69,13 @@ class Compression(Resource):
 
     @property
     def upload_codecs(self) -> list[str]:
-        """The upload's chain as the protocol names it, with what it implies."""
-        # Rounded weights minus weights is a change of nobody's making, which rules with a memory would add up.
+        """Codecs of the upload as named in the protocol, including the implied ones."""
+        # The rounding error of weights is not a change by training; rules with a memory would add it up.
         return self._codecs(self.upload, {TOP_K, *INTEGERS, *HALVES})
 
     @property
     def download_codecs(self) -> list[str]:
-        """The download's chain, likewise."""
+        """Codecs of the download as named in the protocol, including the implied ones."""
         return self._codecs(self.download, {*INTEGERS})
 
     def _codecs(self, chain: str, on_differences: set[str]) -> list[str]:
@@ -86,7 +86,7 @@ class Compression(Resource):
 
 
 def _problem(chain: str) -> str:
-    """Return why a string is no chain, and how to mend it."""
+    """Return why a string is not a valid chain, and how to fix it."""
     names = chain.split("+")
     if unknown := [name for name in names if name not in (NONE, *KNOWN_CODECS)]:
         return f"{unknown[0]!r} is no codec; there are {', '.join((NONE, *KNOWN_CODECS))}"

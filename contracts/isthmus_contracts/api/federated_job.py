@@ -72,8 +72,8 @@ class Task(Resource):
     """The training script. Cloud and HPC clients run the same one."""
 
     image: Image
-    """OCI image of the cloud clients and, unless aggregator.image is set, of the aggregator. HPC clients run the
-    environment that the site named."""
+    """OCI image of the cloud clients and, unless aggregator.image is set, of the aggregator. HPC clients run in an
+    environment of the site."""
     command: Annotated[list[Argument], Field(min_length=1, max_length=128)]
     """The script's command line, as a list; no shell is involved."""
     env: Annotated[list[EnvVar], Field(max_length=128, json_schema_extra=list_map("name"))] = []
@@ -278,7 +278,7 @@ class FederatedJobSpec(Resource):
 
     @property
     def folds_late(self) -> bool:
-        """True if an update that comes after its round counts in a later one."""
+        """True if an update that arrives after its round counts in a later one."""
         return self.stragglers.late == "Fold" or self.strategy.round_size is not None
 
     @property
@@ -317,7 +317,7 @@ class FederatedJobSpec(Resource):
         names = [pool.name for pool in self.pools]
         for number, name in enumerate(names):
             if name in names[:number]:
-                raise ValueError(f"pools[{number}].name: {name!r} is taken; each pool needs a name of its own")
+                raise ValueError(f"pools[{number}].name: {name!r} is taken; each pool needs its own name")
         self._check_bursts()
         for number, pool in enumerate(self.pools):
             if pool.hpc is not None and pool.replicas > pool.size:
@@ -367,7 +367,7 @@ class FederatedJobSpec(Resource):
             raise ValueError(f"privacy.{problem}")
         if self.strategy.deterministic:
             raise ValueError(
-                "strategy.deterministic: does not go with privacy.differentialPrivacy, whose noise nobody may repeat"
+                "strategy.deterministic: does not go with privacy.differentialPrivacy, whose noise must be random"
             )
         if by_time := self._decided_by_time():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The FederatedJob's status, its condition types and reasons."""
+"""Status of a FederatedJob, with its condition types and reasons."""
 
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ Phase = Literal["Pending", "Rejected", "Starting", "Running", "Suspended", "Comp
 
 
 class ConditionType(StrEnum):
-    """Conditions of a FederatedJob. An HPCSite has REACHABLE, and the last three."""
+    """Condition types of a FederatedJob. An HPCSite has REACHABLE and the last three."""
 
     ACCEPTED = "Accepted"  # the manifest is valid and its sites exist
     AGGREGATOR_READY = "AggregatorReady"
@@ -20,10 +20,10 @@ class ConditionType(StrEnum):
     COMPLETE = "Complete"
     FAILED = "Failed"
     REACHABLE = "Reachable"
-    # What tools for any resource go by (kstatus: Flux, Argo CD, Helm). Exactly one of them is True.
-    READY = "Ready"  # what the manifest asks for is the case: it trains, is complete, or is suspended
+    # Conditions that generic tools read (kstatus: Flux, Argo CD, Helm). Exactly one is True.
+    READY = "Ready"  # the job is in the requested state: it trains, is complete, or is suspended
     RECONCILING = "Reconciling"
-    STALLED = "Stalled"  # rejected or failed: it takes somebody to go on
+    STALLED = "Stalled"  # rejected or failed: it needs a user's action
 
 
 class Reason(StrEnum):
@@ -31,11 +31,11 @@ class Reason(StrEnum):
 
     VALID = "Valid"
     INVALID_SPEC = "InvalidSpec"
-    TEMPLATE_NOT_ALLOWED = "TemplateNotAllowed"  # a pod template asks for what the platform's admin has not allowed
+    TEMPLATE_NOT_ALLOWED = "TemplateNotAllowed"  # a pod template has fields that the platform's admin has not allowed
     SITE_NOT_FOUND = "SiteNotFound"
     SITE_NOT_ALLOWED = "SiteNotAllowed"
     SITE_UNREACHABLE = "SiteUnreachable"
-    SITE_NOT_CONNECTED = "SiteNotConnected"  # it dials out, and no bridge of it is at the gateway
+    SITE_NOT_CONNECTED = "SiteNotConnected"  # it dials out, and its bridge is not connected to the gateway
     SITE_REACHABLE = "SiteReachable"
     CREDENTIALS_MISSING = "CredentialsMissing"
     POLICY_DENIED = "PolicyDenied"
@@ -52,18 +52,18 @@ class Reason(StrEnum):
     PROGRESSING = "Progressing"
     ROUNDS_COMPLETED = "RoundsCompleted"
     TARGET_REACHED = "TargetReached"  # objective.target, before the last round
-    PRIVACY_BUDGET_SPENT = "PrivacyBudgetSpent"  # the next round would pass maxEpsilon, before the last one
+    PRIVACY_BUDGET_SPENT = "PrivacyBudgetSpent"  # the next round would exceed maxEpsilon, before the last round
     QUORUM_IMPOSSIBLE = "QuorumImpossible"  # too many clients are out of restarts
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     QUEUE_TIMEOUT = "QueueTimeout"
     CLIENT_FAILED = "ClientFailed"
-    CLIENTS_NOT_RUNNING = "ClientsNotRunning"  # a pool's pods do not start, or their command ends early
-    TIME_LIMIT_REACHED = "TimeLimitReached"  # of an HPC pool with rounds left: the next attempt follows
-    PREEMPTED = "Preempted"  # Slurm took an HPC pool's nodes away, or they failed: the next attempt follows
+    CLIENTS_NOT_RUNNING = "ClientsNotRunning"  # pods of a pool do not start, or their command exits early
+    TIME_LIMIT_REACHED = "TimeLimitReached"  # an HPC pool's, with rounds left: the next attempt follows
+    PREEMPTED = "Preempted"  # nodes of an HPC pool were preempted or failed: the next attempt follows
 
 
 class Condition(Resource):
-    """metav1.Condition."""
+    """Condition, as metav1.Condition."""
 
     type: str
     status: Literal["True", "False", "Unknown"]
@@ -139,7 +139,7 @@ class FederatedJobStatus(Resource):
 
     observed_generation: int | None = None
     phase: Phase | None = None
-    """For display only; programs read the conditions."""
+    """For display only; programs should read the conditions."""
     message: str | None = None
     """One line: what the job waits for, or why it failed."""
     conditions: Annotated[list[Condition], Field(json_schema_extra=list_map("type"))] = []

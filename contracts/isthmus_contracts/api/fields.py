@@ -1,4 +1,4 @@
-"""Typed fields that the custom resources share. Each pattern reaches the CRD's schema as it stands."""
+"""Typed fields shared by the custom resources. Each pattern is copied to the CRD's schema unchanged."""
 
 from fractions import Fraction
 from typing import Annotated, Any
@@ -8,21 +8,21 @@ from pydantic.alias_generators import to_camel
 
 PATTERN_DECIMAL = r"^[-+]?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?$"
 PATTERN_DNS_LABEL = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
-# Of a Kubernetes namespace: a label that may begin with a digit (RFC 1123).
+# A Kubernetes namespace: a label that may begin with a digit (RFC 1123).
 PATTERN_NAMESPACE = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-# Of a Kubernetes object whose name need not be a label.
+# A Kubernetes object whose name is not limited to a label.
 PATTERN_OBJECT_NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
-# Of a StorageClass, or empty: a claim without one binds to a volume that has none either.
+# A StorageClass, or empty: a claim without a class binds to a volume without one.
 PATTERN_STORAGE_CLASS = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$"
 # A file of task.code: no path, not hidden, and never an option of a command.
 PATTERN_FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 PATTERN_ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
-# What a Slurm site names: partitions, accounts, QOS, resources. Starts with a letter or digit, so never an option.
+# Names at a Slurm site: partitions, accounts, QOS, resources. Starts with a letter or digit, so never an option.
 PATTERN_SLURM_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$"
-# An account may hold more: abc@v100, ai4s:gpu.
+# An account may have more characters: abc@v100, ai4s:gpu.
 PATTERN_SLURM_ACCOUNT = r"^[A-Za-z0-9_][A-Za-z0-9_.+@:/-]*$"
 PATTERN_METRIC = r"^[A-Za-z_][A-Za-z0-9_.-]*$"
-# Of an annotation, or of whatever else has a name with an optional domain before it.
+# An annotation, or another name with an optional domain before it.
 PATTERN_ANNOTATION = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
 PATTERN_QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
 PATTERN_HOST_PORT = r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):[0-9]{1,5}$"
@@ -31,7 +31,7 @@ PATTERN_CLASS = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
 # An OCI reference. Starts with a letter or digit, so never an option of a command.
 PATTERN_IMAGE = r"^[A-Za-z0-9][A-Za-z0-9._/:@+-]*$"
 
-# Of the normal numbers of float32, rounded inwards.
+# Bounds of the normal numbers of float32, rounded inwards.
 _LEAST_SINGLE, _MOST_SINGLE = 1.2e-38, 3.4e38
 
 Decimal = Annotated[str, Field(pattern=PATTERN_DECIMAL, max_length=32)]
@@ -48,12 +48,12 @@ Cidr = Annotated[str, Field(max_length=49, pattern=r"^[0-9A-Fa-f:.]+/[0-9]{1,3}$
 Image = Annotated[str, Field(pattern=PATTERN_IMAGE, max_length=512)]
 Argument = Annotated[str, Field(max_length=4096)]
 Text = Annotated[str, Field(max_length=4096)]
-# A pod template (or a part of one), passed through as it is.
+# A pod template (or a part of one), passed through unchanged.
 PodTemplate = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
 
 
 def exactly(number: str | float) -> Fraction:
-    """The number that a manifest wrote, or a float was made from: 0.1 is a tenth, which no binary float is."""
+    """Return the exact decimal number that was written: 0.1 is one tenth, which a binary float cannot represent."""
     return Fraction(str(float(number)))
 
 
@@ -66,12 +66,12 @@ def single_precision_problem(text: str) -> str | None:
 
 
 def list_map(*keys: str) -> dict[str, Any]:
-    """Schema marks of a list whose items are told apart by ``keys`` (the API server refuses duplicates)."""
+    """Return the schema marks of a list with items identified by ``keys`` (the API server refuses duplicates)."""
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys)}
 
 
 class Resource(BaseModel):
-    """Base of every model in a custom resource: camelCase outside, immutable, unknown fields refused."""
+    """Base of all models of custom resources: camelCase in manifests, immutable, without unknown fields."""
 
     model_config = ConfigDict(
         alias_generator=to_camel,

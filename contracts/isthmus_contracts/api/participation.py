@@ -54,7 +54,7 @@ class Selection(Resource):
     @model_validator(mode="after")
     def _surplus_of_a_sample(self) -> Self:
         if self.policy == "All" and float(self.over_select):
-            raise ValueError("overSelect: goes with the policies Random and Adaptive; All asks everybody as it is")
+            raise ValueError("overSelect: goes with the policies Random and Adaptive; All selects every client anyway")
         return self
 
 

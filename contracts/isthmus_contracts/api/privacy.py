@@ -11,7 +11,7 @@ from .fields import Decimal, Resource, single_precision_problem
 from .strategy import Algorithm
 
 _SMOOTH = "FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam or FedYogi"
-# Rules that look at more of a client than its clipped change. The others see the noisy mean alone.
+# Rules that use more of a client than its clipped change. The others use only the noisy mean.
 _UNPROTECTED: Mapping[Algorithm, str] = {
     **dict.fromkeys(
         ("CoordinateMedian", "TrimmedMean", "Krum", "MultiKrum", "GeometricMedian"),
@@ -22,7 +22,7 @@ _UNPROTECTED: Mapping[Algorithm, str] = {
     "SCAFFOLD": "which shares the clients' gradients beside their updates",
     "FedDyn": "which keeps the clients' drift beside their updates",
     **dict.fromkeys(("FedBuff", "FedAsync"), "in which a client may count twice in a round"),
-    "Custom": "of which nobody knows what it does with single updates",
+    "Custom": "which may use single updates in any way",
 }
 
 

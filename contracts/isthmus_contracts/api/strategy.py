@@ -1,4 +1,4 @@
-"""The aggregation rules that a manifest may name, and their parameters: defaults and bounds, known to every part."""
+"""Aggregation rules of the manifest, and their parameters with defaults and bounds."""
 
 import math
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ Algorithm = Literal[
 
 @dataclass(frozen=True)
 class Parameter:
-    """One number that an algorithm takes."""
+    """Numeric parameter of an algorithm."""
 
     default: float
     at_least: float | None = None
@@ -84,7 +84,7 @@ ALGORITHM_PARAMETERS: Mapping[Algorithm, Mapping[str, Parameter]] = {
 }
 # Rules that give every client one vote a round. An update from an earlier round would be a second vote.
 _ONE_VOICE = frozenset({"CoordinateMedian", "TrimmedMean", "Krum", "MultiKrum", "GeometricMedian"})
-# Client and server work out the same correction, each from the client's change.
+# Client and server compute the same correction, each from the client's change.
 _TWO_SIDED = frozenset({"SCAFFOLD", "FedDyn"})
 
 
@@ -115,7 +115,7 @@ class Strategy(Resource):
         known = ALGORITHM_PARAMETERS[self.algorithm]
         for name, text in self.parameters.items():
             if self.algorithm == "Custom":
-                # It knows best what it takes.
+                # The class checks its own parameters.
                 if not math.isfinite(float(text)):
                     raise ValueError(f"parameters.{name}: must be finite, not {text}")
                 continue
@@ -150,7 +150,7 @@ class Strategy(Resource):
 
     @property
     def one_voice(self) -> bool:
-        """True if no client may have two updates in one round."""
+        """True if a client may have only one update in a round."""
         return self.algorithm in _ONE_VOICE
 
     @property

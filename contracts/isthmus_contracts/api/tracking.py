@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from .fields import Resource
 
-# No user or password before the host: a manifest is no place for secrets, and its status would show them.
+# No user or password before the host: a manifest must not contain secrets, and its status would show them.
 PATTERN_TRACKING_URI = r"^(https?://[^\s/?#@]+([/?#][^\s]*)?|file:///[^\s]*)$"
 PATTERN_EXPERIMENT = r"^[^\s\x00-\x1f]([^\x00-\x1f]*[^\s\x00-\x1f])?$"
 
@@ -29,7 +29,7 @@ class MLflow(Resource):
     @field_validator("tracking_uri")
     @classmethod
     def _is_plain_uri(cls, uri: str) -> str:
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*@", uri):  # not shown: it may hold a password
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*@", uri):  # not shown: it may contain a password
             raise ValueError(
                 "must not hold credentials; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the env of"
                 " aggregator.template, from a Secret"

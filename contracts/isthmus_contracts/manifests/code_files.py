@@ -1,4 +1,4 @@
-"""The files of ``task.code``: which names and sizes both worlds take."""
+"""Files of ``task.code``: names and sizes that cloud and HPC pools accept."""
 
 import re
 from collections.abc import Mapping
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from ..api.fields import PATTERN_FILE_NAME
 
 MAX_FILES = 64
-# What a ConfigMap holds at most, and well below what a gRPC message may be.
+# Maximum size of a ConfigMap, and well below that of a gRPC message.
 MAX_BYTES = 1024 * 1024
 _LONGEST_NAME = 128
 
 
 def check_files(files: Mapping[str, bytes]) -> str:
-    """What is wrong with the files, in one line; empty: nothing."""
+    """Return the problem with the files in one line, or an empty string."""
     if not files:
         return "it holds no file"
     if len(files) > MAX_FILES:

@@ -1,7 +1,7 @@
-"""Generates the CRDs from the typed models: ``python -m isthmus_contracts.manifests.crd DIRECTORY``.
+"""CRDs generated from the typed models: ``python -m isthmus_contracts.manifests.crd DIRECTORY``.
 
-A structural schema (apiextensions v1) is JSON schema without references, unions or null; this module rewrites
-pydantic's schema into that, and refuses what it cannot express.
+A structural schema (apiextensions v1) is JSON schema without references, unions or null; this module converts
+pydantic's schema and refuses constructs without an equivalent.
 """
 
 import json
@@ -26,7 +26,7 @@ _KEPT = {
 
 
 def structural(schema: dict[str, Any], definitions: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Rewrites a pydantic JSON schema as a structural schema. Raises ``ValueError`` for what has no counterpart."""
+    """Convert a pydantic JSON schema to a structural schema. Raises ``ValueError`` without an equivalent."""
     definitions = definitions if definitions is not None else schema.get("$defs", {})
     if "$ref" in schema:
         target = definitions[schema["$ref"].rsplit("/", 1)[1]]
@@ -42,10 +42,10 @@ def structural(schema: dict[str, Any], definitions: dict[str, Any] | None = None
         result["enum"] = [schema["const"]]
     default = result.get("default")
     if isinstance(default, dict) and "properties" in schema:
-        # The defaults of its fields fill it in.
+        # The API server adds the defaults of its fields.
         result["default"] = {}
     elif "default" in result and (default is None or default in ({}, [], "")):
-        # An empty default says nothing, and Kubernetes 1.20 takes an empty string for null.
+        # An empty default has no effect, and Kubernetes 1.20 reads an empty string as null.
         del result["default"]
     if "description" in result:
         result["description"] = " ".join(result["description"].split())
@@ -61,7 +61,7 @@ def structural(schema: dict[str, Any], definitions: dict[str, Any] | None = None
 
 
 def _described(option: dict[str, Any], outer: dict[str, Any]) -> dict[str, Any]:
-    """The option without its own description, where the field around it has a better one."""
+    """Return the option without its own description if the field around it has one."""
     return {key: value for key, value in option.items() if key != "description" or "description" not in outer}
 
 
@@ -70,10 +70,10 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _without_list_defaults(schema: dict[str, Any], within: bool = False) -> dict[str, Any]:
-    """Return the schema with defaults outside of lists only, and the others in words.
+    """Return the schema with defaults outside of lists only; others become text in the description.
 
-    Tools that compare a manifest with the cluster (Argo CD) take a list whole: a default that the API server wrote into
-    an item would be a difference for ever. The operator fills these in itself.
+    Tools that compare a manifest with the cluster (Argo CD) compare whole lists: a default that the API server adds to
+    an item would be a permanent difference. The operator adds these defaults itself.
     """
     result = dict(schema)
     if within and "default" in result:
@@ -115,7 +115,7 @@ def _crd(
                     "subresources": {"status": {}},
                     "additionalPrinterColumns": [
                         *({"name": name, "type": type_, "jsonPath": path} for name, type_, path in columns),
-                        # Of `kubectl get -o wide`.
+                        # Columns of `kubectl get -o wide`.
                         *({"name": n, "type": t, "jsonPath": path, "priority": 1} for n, t, path in wide),
                     ],
                     "schema": {
@@ -128,7 +128,7 @@ def _crd(
                                 "kind": {"type": "string"},
                                 "metadata": {"type": "object"},
                                 "spec": _schema(spec),
-                                # Nobody takes one that no operator has seen for one that is well (kstatus).
+                                # Tools do not take an object as ready before an operator has seen it (kstatus).
                                 "status": {**_schema(status), "default": {"observedGeneration": -1}},
                             },
                         }
@@ -140,7 +140,7 @@ def _crd(
 
 
 def federated_job_crd() -> dict[str, Any]:
-    """The CustomResourceDefinition of FederatedJob."""
+    """Return the CustomResourceDefinition of FederatedJob."""
     crd = explained_job_crd()
     schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
     schema["spec"] = _without_list_defaults(schema["spec"])
@@ -148,7 +148,7 @@ def federated_job_crd() -> dict[str, Any]:
 
 
 def explained_job_crd() -> dict[str, Any]:
-    """The same with every default, also those that the operator fills in: for the documentation."""
+    """Return the CRD of FederatedJob with all defaults, including those of the operator, for the documentation."""
     crd = _crd(
         {
             "kind": "FederatedJob",
@@ -177,14 +177,14 @@ def explained_job_crd() -> dict[str, Any]:
         ],
         "Trains one model over clients in this cluster (pods) and at HPC sites (Slurm jobs).",
     )
-    # What the models check in code and a schema can say too, the API server says at apply time.
+    # Checks that a schema can express, so that the API server reports them at apply time.
     spec = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
     spec["properties"]["pools"]["items"]["oneOf"] = [{"required": ["cloud"]}, {"required": ["hpc"]}]
     return crd
 
 
 def hpc_site_crd() -> dict[str, Any]:
-    """The CustomResourceDefinition of HPCSite."""
+    """Return the CustomResourceDefinition of HPCSite."""
     crd = _crd(
         {
             "kind": "HPCSite",
@@ -221,7 +221,7 @@ def hpc_site_crd() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Writes both CRDs into the directory named on the command line."""
+    """Write both CRDs to the directory given on the command line."""
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
     for crd in (federated_job_crd(), hpc_site_crd()):

@@ -1,4 +1,4 @@
-"""Reads FederatedJob manifests. One verdict everywhere: the operator and ``isthmus run`` both come through here."""
+"""Parser of FederatedJob manifests, used by both the operator and ``isthmus run``."""
 
 import re
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ _PLAIN_TYPES = {
 
 
 class ManifestError(ValueError):
-    """A manifest cannot be accepted. ``str()`` is one line that names every field at fault."""
+    """An invalid manifest. ``str()`` is one line that names every wrong field."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("; ".join(problems))
@@ -68,7 +68,7 @@ class FederatedJob:
 
 
 def parse_federated_job(manifest: Any) -> FederatedJob:
-    """Validates one FederatedJob object. Raises :class:`ManifestError`."""
+    """Validate a FederatedJob object. Raises :class:`ManifestError`."""
     if not isinstance(manifest, Mapping):
         raise ManifestError([f"a manifest is a mapping, not {_shown(manifest)}"])
     problems = []
@@ -99,7 +99,7 @@ def parse_federated_job(manifest: Any) -> FederatedJob:
 
 
 def check_job_name(name: str) -> list[str]:
-    """What is wrong with a job's name: its pods and its Service are named after it."""
+    """Return the problem with a job's name, after which its pods and its Service are named."""
 
     if not re.fullmatch(PATTERN_DNS_LABEL, name):
         return [f"metadata.name: {name!r} is not {_PLAIN_PATTERNS[PATTERN_DNS_LABEL]}"]
@@ -109,7 +109,7 @@ def check_job_name(name: str) -> list[str]:
 
 
 def parse_spec(spec: Any) -> FederatedJobSpec:
-    """Validates a FederatedJob's spec. Raises :class:`ManifestError`."""
+    """Validate a FederatedJob's spec. Raises :class:`ManifestError`."""
     try:
         return FederatedJobSpec.model_validate(spec)
     except ValidationError as error:
@@ -117,7 +117,7 @@ def parse_spec(spec: Any) -> FederatedJobSpec:
 
 
 def parse_site_spec(spec: Any) -> HpcSiteSpec:
-    """Validates an HPCSite's spec. Raises :class:`ManifestError`."""
+    """Validate an HPCSite's spec. Raises :class:`ManifestError`."""
     try:
         return HpcSiteSpec.model_validate(spec)
     except ValidationError as error:
@@ -125,7 +125,7 @@ def parse_site_spec(spec: Any) -> HpcSiteSpec:
 
 
 def load_federated_job(path: Path) -> FederatedJob:
-    """Reads the one FederatedJob of a YAML file, passing over other documents. Raises :class:`ManifestError`."""
+    """Read the only FederatedJob of a YAML file; other documents are skipped. Raises :class:`ManifestError`."""
     try:
         documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -142,7 +142,7 @@ def load_federated_job(path: Path) -> FederatedJob:
 
 
 def load_code(path: Path, job: FederatedJob) -> dict[str, bytes]:
-    """The files of a job's ``task.code``, from the ConfigMap that stands beside it in the same YAML file.
+    """Return the files of a job's ``task.code``, from the ConfigMap in the same YAML file.
 
     Raises :class:`ManifestError`.
     """
@@ -162,7 +162,7 @@ def load_code(path: Path, job: FederatedJob) -> dict[str, bytes]:
 
 
 def one_liners(error: ValidationError, root: str = "spec") -> list[str]:
-    """Return what pydantic says, each as ``path: what is wrong, and how to mend it``; paths begin with ``root``."""
+    """Return pydantic's errors, each as ``path: problem, and how to fix it``; paths begin with ``root``."""
     return [_one_liner(dict(item), root) for item in error.errors(include_url=False)]
 
 
@@ -173,7 +173,7 @@ def _one_liner(item: dict[str, Any], root: str) -> str:
     kind, context, value = item["type"], item.get("ctx", {}), _shown(item.get("input"))
     if kind == "value_error":
         message = str(context["error"])
-        # A check that spans fields names its own path, below the model that made it.
+        # The message of a check on several fields starts with a path below the model.
         joined = message.split(":", 1)[0]
         is_path = ":" in message and " " not in joined
         return f"{path}.{message}" if is_path else f"{path}: {message}"

@@ -1,4 +1,4 @@
-"""YAML that means to Kubernetes what it means to us."""
+"""YAML that Kubernetes reads with the same meaning."""
 
 import re
 from collections.abc import Iterable
@@ -6,12 +6,12 @@ from typing import Any
 
 import yaml
 
-# PyYAML speaks YAML 1.1, where a number with an exponent has a point. In Kubernetes' YAML 1.2 it needs none.
+# PyYAML implements YAML 1.1, where a number with an exponent has a point. In Kubernetes' YAML 1.2 it needs none.
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes strings that would be read as numbers."""
+    """Dumper that quotes strings that would be read as numbers."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -22,5 +22,5 @@ _Dumper.add_representer(str, _text)
 
 
 def dumped(objects: Iterable[Any]) -> str:
-    """The objects as YAML documents, their keys in the order that they have."""
+    """Return the objects as YAML documents, with their keys in the given order."""
     return str(yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=120))

@@ -1,19 +1,19 @@
-"""Tasks of asyncio that are to end."""
+"""Termination of asyncio tasks."""
 
 import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-# Who cleans up for longer than this is disturbed in it. Seconds.
+# A task that has not ended after this time is cancelled again. Seconds.
 _AGAIN = 2.0
 
 
 async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancels tasks, and waits until they are over; what they raise stays theirs.
+    """Cancel tasks and wait until they have ended; their exceptions are ignored.
 
-    Who goes on is cancelled again: grpc.aio catches a cancellation that comes while a stream begins
-    (``StreamStreamCall._prepare_rpc``), and where the other end breaks the stream off in the same moment, that is all
-    that its reader hears. One that dials again then goes on for ever.
+    A task that continues is cancelled again: grpc.aio catches a cancellation while a stream begins
+    (``StreamStreamCall._prepare_rpc``). If the peer closes the stream at the same moment, the reader only sees that,
+    and a reader that reconnects would never end.
     """
     all_of_them = list(tasks)
     pending = {task for task in all_of_them if not task.done()}

@@ -1,4 +1,4 @@
-"""A bound on how fast lines of one kind come into a log: callers cause many of them, and the log is on a disk."""
+"""Rate limit of log lines of one kind: callers can cause many, and the log is on a disk."""
 
 import logging
 import threading
@@ -12,23 +12,23 @@ _MOST_KINDS = 1000
 
 
 class LogLimit(logging.Filter):
-    """Lets through so many lines of one kind, and with the next one the number of those left out.
+    """Filter that limits the rate of lines of one kind, and reports the number of suppressed lines.
 
-    Of one kind are lines from one statement: of one logger, level and format. Errors are no exception: a peer that has
-    found a way to cause one would fill the log with traces.
+    Lines of one kind have the same logger, level and format. Errors are limited too: a peer that can cause an error
+    would otherwise fill the log with traces.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
-        # By kind: lines that may still come, since when, and how many were left out.
+        # By kind: remaining lines, start of the interval, number of suppressed lines.
         self._kinds: dict[tuple[str, int, str], tuple[float, float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Tell whether a record may pass; it says how many before it did not."""
+        """Return True if a record may pass; add the number of suppressed lines before it."""
         kind, now = (record.name, record.levelno, str(record.msg)), time.monotonic()
         with self._lock:
-            if len(self._kinds) >= _MOST_KINDS:  # a library that formats its texts itself
+            if len(self._kinds) >= _MOST_KINDS:  # from a library that formats its messages itself
                 self._kinds.clear()
             left, since, out = self._kinds.get(kind, (float(BURST), now, 0))
             left = min(float(BURST), left + (now - since) * PER_SECOND)
@@ -42,6 +42,6 @@ class LogLimit(logging.Filter):
 
 
 def limit_root() -> None:
-    """Put the limit on every handler of the root logger."""
+    """Add the limit to every handler of the root logger."""
     for handler in logging.getLogger().handlers:
         handler.addFilter(LogLimit())

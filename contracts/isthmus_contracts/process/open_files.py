@@ -1,8 +1,8 @@
-"""The limit of open files: connections of strangers must leave some for the program's own work."""
+"""Limit of open files: untrusted connections must leave enough for the program's own work."""
 
 import resource
 
-# For checkpoints, logs, pipes and libraries.
+# Reserved for checkpoints, logs, pipes and libraries.
 _OWN = 256
 
 
@@ -14,5 +14,5 @@ def raise_limit() -> int:
 
 
 def connections_within(files: int, wanted: int) -> int:
-    """Return how many of the wanted connections a limit of open files has room for, beside the program's own files."""
+    """Return the number of connections, at most ``wanted``, that fit in the limit beside the program's files."""
     return max(1, min(wanted, max(files - _OWN, files // 2)))

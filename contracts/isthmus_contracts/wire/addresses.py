@@ -1,13 +1,13 @@
-"""``host:port`` as people and manifests write it, in IPv4, in IPv6 and by name."""
+"""Addresses of the form ``host:port``: IPv4, IPv6 and names."""
 
 import socket
 
 ANYWHERE = "[::]"
-"""The host of a service that listens at all addresses, of both families."""
+"""Host of a service that listens at all IPv4 and IPv6 addresses."""
 
 
 def split(address: str) -> tuple[str, int]:
-    """Take ``host:port`` apart; an IPv6 address loses its brackets. Raises ``ValueError``."""
+    """Split ``host:port``; brackets of an IPv6 address are removed. Raises ``ValueError``."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not port.isascii() or int(port) > 65535:
         raise ValueError(f"{address!r} is not HOST:PORT")
@@ -21,14 +21,14 @@ def split(address: str) -> tuple[str, int]:
 
 
 def joined(host: str, port: int) -> str:
-    """Put ``host:port`` together; an IPv6 address gets brackets."""
+    """Join host and port to ``host:port``; an IPv6 address gets brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def unbound(host: str) -> tuple[socket.socket, str]:
     """Return a TCP socket that can be bound to a host, and the address to bind it to. Raises ``OSError``.
 
-    ``::`` takes connections of both families, and is ``0.0.0.0`` where the machine has no IPv6.
+    ``::`` accepts connections of both families, and becomes ``0.0.0.0`` on a machine without IPv6.
     """
     if host in ("", "::"):
         try:

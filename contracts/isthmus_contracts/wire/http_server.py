@@ -1,4 +1,4 @@
-"""HTTP servers for ``/metrics`` and probes. Anybody may call them, so connections are bounded in number and in time."""
+"""HTTP servers for ``/metrics`` and probes. Connections are limited in number and time, since any host may connect."""
 
 import socket
 import threading
@@ -11,15 +11,16 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from .addresses import unbound
 
 CONNECTIONS = 16
-"""Connections at a time. One more ends the oldest: an honest request takes milliseconds."""
+"""Maximum number of simultaneous connections. A further one closes the oldest: an honest request takes milliseconds."""
 IDLE_SECONDS = 15.0
-"""How long a connection may say nothing."""
-# Threads whose connection was ended and that have not noticed yet. Beyond these a new connection is closed at once.
+"""Timeout of an idle connection."""
+# Maximum number of threads that have not noticed yet that their connection was closed. Beyond it, new connections are
+# closed at once.
 _ENDING = 48
 
 
 class BoundedThreads(ThreadingMixIn):
-    """A thread for each connection, within bounds. To be mixed into a ``socketserver.TCPServer``."""
+    """Mix-in for a ``socketserver.TCPServer`` with one thread per connection, up to a limit."""
 
     daemon_threads = True
     block_on_close = False
@@ -31,7 +32,7 @@ class BoundedThreads(ThreadingMixIn):
         self._running = 0
 
     def server_bind(self) -> None:
-        """Bind in the host's own family, and in both where it is ``::``."""
+        """Bind in the host's address family, or in both for ``::``."""
         server: Any = self
         host, port = server.server_address[:2]
         server.socket.close()
@@ -40,7 +41,7 @@ class BoundedThreads(ThreadingMixIn):
         super().server_bind()  # type: ignore[misc]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for a connection, in place of the oldest one where there are too many."""
+        """Start a thread for a connection; if there are too many, close the oldest one."""
         with self._lock:
             if self._running >= CONNECTIONS + _ENDING:
                 self.shutdown_request(request)  # type: ignore[attr-defined]
@@ -65,7 +66,7 @@ class BoundedThreads(ThreadingMixIn):
                     del self._connections[id(request)]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: the connection broke, or was ended."""
+        """Ignore errors of connections that broke or were closed."""
 
 
 class _MetricsServer(BoundedThreads, WSGIServer):
@@ -78,7 +79,7 @@ class _Quiet(WSGIRequestHandler):
 
 
 def serve_metrics(application: Callable[..., Iterable[bytes]], host: str, port: int) -> WSGIServer:
-    """Serve a WSGI application in a thread until ``shutdown()``; port 0 picks one. Raises ``OSError``."""
+    """Serve a WSGI application in a thread until ``shutdown()``; port 0 chooses a free one. Raises ``OSError``."""
     server = make_server(host, port, application, _MetricsServer, handler_class=_Quiet)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server

@@ -1,4 +1,4 @@
-"""Certificates: a small CA per job (or per site) and the leaf certificates that it signs. ECDSA P-256, TLS 1.2+."""
+"""Certificates: a small CA per job (or site), and the leaf certificates that it signs. ECDSA P-256, TLS 1.2+."""
 
 import datetime as dt
 import hashlib
@@ -16,14 +16,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from ..identities import CA_FILE, CERTIFICATE_FILE, KEY_FILE
 from ..process.files import replace
 
-# Clocks of nodes and sites differ, some by whole hours (a local time taken for UTC): certificates are valid from a day
-# before they were made. That costs nothing, since their keys did not exist then.
+# Clocks of nodes and sites differ, some by hours (a local time read as UTC): certificates are valid from one day before
+# their creation. This is safe, since their keys did not exist before.
 CLOCK_SKEW = dt.timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """What one end of a connection holds, in PEM."""
+    """Credentials of one end of a connection, in PEM."""
 
     ca: bytes
     certificate: bytes
@@ -31,7 +31,7 @@ class Credentials:
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Reads ca.crt, tls.crt and tls.key. Raises ``OSError``."""
+        """Read ca.crt, tls.crt and tls.key. Raises ``OSError``."""
         return cls(*((directory / name).read_bytes() for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE)))
 
     def write(self, directory: Path) -> None:
@@ -44,7 +44,7 @@ class Credentials:
             replace(directory / name, content, 0o600)
 
     def files(self) -> dict[str, bytes]:
-        """The three files by name: also the data of a kubernetes.io/tls Secret."""
+        """Return the three files by name, which are also the data of a kubernetes.io/tls Secret."""
         return {CA_FILE: self.ca, CERTIFICATE_FILE: self.certificate, KEY_FILE: self.key}
 
 
@@ -57,12 +57,14 @@ class Authority:
 
     @classmethod
     def create(cls, name: str, lifetime: dt.timedelta, now: dt.datetime | None = None) -> Self:
-        """Makes a new self-signed authority. ``now``: here and below, where the caller knows better than the clock."""
+        """Create a self-signed authority. ``now``, here and below, replaces the clock's time."""
         return cls._signed(_name(name), ec.generate_private_key(ec.SECP256R1()), lifetime, now)
 
     def renewed(self, lifetime: dt.timedelta, now: dt.datetime | None = None) -> Self:
-        """The same authority, by name and key, for another while. So either certificate vouches for what was signed at
-        any time: whoever still holds the old one, and whoever has the new one, trust each other."""
+        """Return the authority with the same name and key and a later end of validity.
+
+        Both certificates verify everything that the key has signed, so holders of the old and the new one trust each
+        other."""
         return self._signed(self._certificate.subject, self._key, lifetime, now)
 
     @classmethod
@@ -76,13 +78,13 @@ class Authority:
                           decipher_only=False),
             critical=True,
         )  # fmt: skip
-        # By this those who trust two authorities of one name, while one replaces the other, tell which has signed.
+        # Identifies the signer for peers that trust two authorities of one name during a replacement.
         builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         return cls(builder.sign(key, hashes.SHA256()), key)
 
     @classmethod
     def load(cls, certificate: bytes, key: bytes) -> Self:
-        """Reads an authority from PEM. Raises ``ValueError``."""
+        """Read an authority from PEM. Raises ``ValueError``."""
         private = serialization.load_pem_private_key(key, None)
         if not isinstance(private, ec.EllipticCurvePrivateKey):
             raise ValueError("the CA's key is not an elliptic-curve key")
@@ -90,17 +92,17 @@ class Authority:
 
     @property
     def certificate(self) -> bytes:
-        """The CA certificate in PEM."""
+        """CA certificate in PEM."""
         return self._certificate.public_bytes(serialization.Encoding.PEM)
 
     @property
     def key(self) -> bytes:
-        """The CA's private key in PEM."""
+        """Private key of the CA in PEM."""
         return _pem(self._key)
 
     @property
     def key_id(self) -> str:
-        """Tells its key from others; a renewed authority has the same."""
+        """Identifier of the CA's key; a renewed authority keeps it."""
         public = self._key.public_key().public_bytes(
             serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
         )
@@ -120,7 +122,7 @@ class Authority:
         uris: Sequence[str] = (),
         now: dt.datetime | None = None,
     ) -> Credentials:
-        """Signs a new key for a server (``hosts``: DNS names or addresses) or a client (``uris``: its identities)."""
+        """Create and sign a key for a server (``hosts``: names or addresses) or a client (``uris``: its identities)."""
         key = ec.generate_private_key(ec.SECP256R1())
         usages = [ExtendedKeyUsageOID.SERVER_AUTH] * bool(hosts) + [ExtendedKeyUsageOID.CLIENT_AUTH] * bool(uris)
         alternatives: list[x509.GeneralName] = [_host(host) for host in hosts]
@@ -137,17 +139,17 @@ class Authority:
 
 
 def certificates_in(bundle: bytes) -> list[bytes]:
-    """Each certificate of a PEM file that may hold several. Raises ``ValueError``."""
+    """Return the certificates of a PEM file with one or more. Raises ``ValueError``."""
     return [found.public_bytes(serialization.Encoding.PEM) for found in x509.load_pem_x509_certificates(bundle)]
 
 
 def expiry(certificate: bytes) -> dt.datetime:
-    """End of a PEM certificate's validity (UTC). Raises ``ValueError``."""
+    """Return the end of a PEM certificate's validity (UTC). Raises ``ValueError``."""
     return x509.load_pem_x509_certificate(certificate).not_valid_after_utc
 
 
 def _name(name: str) -> x509.Name:
-    # An X.509 common name holds at most 64 characters; identities live in the alternative names.
+    # An X.509 common name holds at most 64 characters; identities are in the alternative names.
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
 
 

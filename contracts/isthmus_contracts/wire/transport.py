@@ -1,4 +1,4 @@
-"""gRPC over mutual TLS, set up alike at every end."""
+"""gRPC over mutual TLS, with the same settings in all parts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from grpc import aio
 from ..identities import CERTIFICATE_FILE, KEY_FILE
 from .pki import Credentials
 
-# The header of a model or an update names its tensors: 100 bytes or so for each.
+# The header of a model or an update has about 100 bytes per tensor.
 HEADER_BYTES = 32 << 20
 # Keepalive finds dead peers behind NATs and firewalls within about 40 s; servers allow it even between calls.
 _CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
@@ -22,7 +22,7 @@ _CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
-    # No proxy (but where one is named) and no resolver of service configurations stands between the parts.
+    # No proxy (unless one is configured) and no lookup of service configurations between the parts.
     ("grpc.enable_http_proxy", 0),
     ("grpc.service_config_disable_resolution", 1),
 ]
@@ -32,8 +32,8 @@ SERVER_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.so_reuseport", 0),
-    # A peer may be hostile. It needs three or four calls at a time; its headers are short; a handshake takes a moment.
-    # Without the first of these, the headers of calls that are still being opened take gigabytes.
+    # Limits for hostile peers. An honest one needs three or four simultaneous calls, short headers, a quick handshake.
+    # Without the first limit, headers of calls that are being opened take gigabytes.
     ("grpc.max_concurrent_streams", 32),
     ("grpc.max_metadata_size", 4 << 10),
     ("grpc.absolute_max_metadata_size", 8 << 10),
@@ -42,26 +42,34 @@ SERVER_OPTIONS: list[tuple[str, int | str]] = [
 
 
 def server_options(calls: int) -> list[tuple[str, int | str]]:
-    """:data:`SERVER_OPTIONS` for so many calls of a connection at a time. (Of two values gRPC takes the first.)"""
+    """Return :data:`SERVER_OPTIONS` with this limit of simultaneous calls per connection.
+
+    The option is replaced, since gRPC uses the first of two values.
+    """
     name = "grpc.max_concurrent_streams"
     return [(option, calls if option == name else value) for option, value in SERVER_OPTIONS]
 
 
 def server_credentials(credentials: Credentials) -> grpc.ServerCredentials:
-    """Server side of mutual TLS: a client without a certificate of our CA cannot even shake hands."""
+    """Return the server side of mutual TLS: a client without a certificate of the CA fails in the handshake."""
     return grpc.ssl_server_credentials(
         [(credentials.key, credentials.certificate)], root_certificates=credentials.ca, require_client_auth=True
     )
 
 
 def renewed_server_credentials(directory: Path) -> grpc.ServerCredentials:
-    """The same, from the files of a directory, which may be renewed: a new connection gets the newest certificate, and
-    those that are open stay. Raises ``OSError``."""
+    """Return the server side of mutual TLS from files that may be renewed.
+
+    A new connection uses the newest certificate; open ones are not affected. Raises ``OSError``.
+    """
     return _renewed(lambda: Credentials.read(directory), clients=True)
 
 
 def renewed_public_credentials(directory: Path) -> grpc.ServerCredentials:
-    """Server side of TLS for clients that prove who they are by other means; renewed likewise. Raises ``OSError``."""
+    """Return the server side of TLS for clients without certificates, from files that may be renewed.
+
+    Raises ``OSError``.
+    """
 
     def read() -> Credentials:
         certificate, key = ((directory / name).read_bytes() for name in (CERTIFICATE_FILE, KEY_FILE))
@@ -74,11 +82,11 @@ def _renewed(read: Callable[[], Credentials], *, clients: bool) -> grpc.ServerCr
     latest = [read()]
 
     def newest() -> Any:
-        # None: as before. The stubs of gRPC do not know that.
+        # None keeps the previous configuration; the type stubs of gRPC lack it.
         try:
             found = read()
         except OSError:
-            # Between two files, or gone: what we have still serves.
+            # Files are being replaced or are missing: keep the current ones.
             return None
         if found == latest[0]:
             return None
@@ -94,21 +102,21 @@ def _configuration(credentials: Credentials) -> grpc.ServerCertificateConfigurat
 
 
 def channel(endpoint: str, credentials: Credentials, server_name: str | None = None) -> grpc.Channel:
-    """A synchronous channel. ``server_name``: the name in the server's certificate, if not the endpoint's host."""
+    """Return a synchronous channel. ``server_name``: name in the server's certificate, if not the endpoint's host."""
     return grpc.secure_channel(endpoint, _channel_credentials(credentials), options=_options(server_name))
 
 
 def aio_channel(endpoint: str, credentials: Credentials, server_name: str | None = None) -> aio.Channel:
-    """An asyncio channel; see :func:`channel`."""
+    """Return an asyncio channel; see :func:`channel`."""
     return aio.secure_channel(endpoint, _channel_credentials(credentials), options=_options(server_name))
 
 
 def aio_public_channel(
     endpoint: str, authority: bytes | None, server_name: str | None = None, proxy: str | None = None
 ) -> aio.Channel:
-    """An asyncio channel whose client shows no certificate. ``authority``: in PEM; None for the public ones.
+    """Return an asyncio channel without a client certificate. ``authority``: CA in PEM; None for the public CAs.
 
-    ``proxy``: the URL of an HTTP proxy that leads there (CONNECT), http://[user:password@]host:port; None: none does.
+    ``proxy``: URL of an HTTP proxy (CONNECT), http://[user:password@]host:port, or None.
     """
     options = _options(server_name)
     if proxy is not None:
@@ -118,7 +126,7 @@ def aio_public_channel(
 
 
 def peer_uris(context: grpc.ServicerContext | aio.ServicerContext[Any, Any]) -> Sequence[str]:
-    """The URIs in the peer's verified certificate: who calls."""
+    """Return the URIs in the peer's verified certificate, which identify the caller."""
     names = context.auth_context().get("x509_subject_alternative_name", [])
     texts = [name.decode("utf-8", "replace") for name in names if isinstance(name, bytes)]
     return [text for text in texts if urlsplit(text).scheme]

@@ -1,4 +1,4 @@
-"""What both ends of a dial-out tunnel do alike: sockets on this side, numbered connections in the stream between."""
+"""Common part of both ends of a dial-out tunnel: maps sockets to numbered connections in one stream."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,24 +7,24 @@ from contextlib import suppress
 from ..pb import gateway_pb2 as pb
 
 PROTOCOL = 1
-# The operator has one connection to each bridge, and a second while it changes certificates.
+# The operator has one connection to each bridge, and a second one while it changes certificates.
 MAX_CONNECTIONS = 8
 CHUNK = 64 << 10
 MAX_FRAME = CHUNK + 1024
-"""The longest message in the stream."""
+"""Maximum length of a message in the stream."""
 
 Write = Callable[[pb.Frame], Awaitable[None]]
 
 
 class TunnelError(Exception):
-    """The other end does not keep the protocol."""
+    """Violation of the protocol by the other end."""
 
 
 class Connections:
-    """The connections inside one tunnel, seen from one of its ends.
+    """Connections in one tunnel, at one of its ends.
 
-    Back-pressure is the stream's: while the other end is behind, ``write`` waits and the socket is not read; while a
-    socket here is behind, :meth:`receive` waits and the stream is not read.
+    The stream provides back-pressure: while the other end is slow, ``write`` waits and the socket is not read; while a
+    local socket is slow, :meth:`receive` waits and the stream is not read.
     """
 
     def __init__(self, write: Write) -> None:
@@ -40,16 +40,16 @@ class Connections:
         return number in self._writers
 
     async def send(self, frame: pb.Frame) -> None:
-        """Puts a frame into the stream."""
+        """Write a frame to the stream."""
         async with self._turn:
             await self._write(frame)
 
     def add(self, number: int, writer: asyncio.StreamWriter) -> None:
-        """From now on what arrives for this number goes to the socket."""
+        """Pass data that arrives for this number to the socket."""
         self._writers[number] = writer
 
     async def pump(self, number: int, reader: asyncio.StreamReader) -> None:
-        """Passes on what the socket says, until either end closes the connection."""
+        """Forward data from the socket until either end closes the connection."""
         with suppress(OSError):
             while data := await reader.read(CHUNK):
                 await self.send(pb.Frame(data=pb.Data(connection=number, content=data)))
@@ -57,7 +57,7 @@ class Connections:
             await self.send(pb.Frame(close=number))
 
     async def receive(self, frame: pb.Frame) -> None:
-        """Takes in a frame that belongs to a connection. Raises :class:`TunnelError`."""
+        """Handle a frame of a connection. Raises :class:`TunnelError`."""
         kind = frame.WhichOneof("kind")
         if kind == "close":
             self._end(frame.close)
@@ -68,14 +68,14 @@ class Connections:
             raise TunnelError(f"{len(frame.data.content)} bytes in one frame; {CHUNK} are allowed")
         writer = self._writers.get(frame.data.connection)
         if writer is None:
-            return  # closed at this end, which the other one does not know yet
+            return  # already closed at this end; the other end does not know it yet
         writer.write(frame.data.content)
-        # A socket that broke ends its pump.
+        # The pump of a broken socket ends.
         with suppress(OSError):
             await writer.drain()
 
     def close(self) -> None:
-        """Ends all of them: the tunnel is gone."""
+        """Close all connections: the tunnel has ended."""
         for number in list(self._writers):
             self._end(number)
 

@@ -72,7 +72,7 @@ def test_what_goes_with_it(algorithm: str, upload: str) -> None:
         ),
         (
             spec(strategy={"deterministic": True}),
-            "spec.strategy.deterministic: does not go with privacy.differentialPrivacy, whose noise nobody may repeat",
+            "spec.strategy.deterministic: does not go with privacy.differentialPrivacy, whose noise must be random",
         ),
         *(
             (
