@@ -25,6 +25,7 @@ from .effects.bridge import Bridges
 from .effects.bridge_channels import BridgeChannels
 from .effects.kube import Kube, KubeError
 from .effects.observe import Observer
+from .effects.site_holds import SiteHolds
 from .metrics import QUEUE_AGE, QUEUE_DEPTH, REGISTRY, RESYNC_AGE, WORKERS_BUSY, JobsCollector
 from .planning.context import PlanOptions
 from .servers.gateway import Gateway
@@ -91,11 +92,11 @@ class App:
             defaults=settings.job_defaults,
         )
         observer = Observer(kube, self.pods, self.sites, bridges, aggregators, options)
-        effects = Effects(kube, self.jobs, self.pods, bridges)
-        jobs = JobReconciler(
-            self.jobs, self.pods, observer, effects, aggregators, TaskLogs(kube, bridges, cluster), options, self.clock
-        )
-        sites = SiteReconciler(kube, self.sites, bridges, self.site_changed, settings.resync)
+        holds = SiteHolds(kube, self.jobs, self.sites)
+        effects = Effects(kube, self.jobs, self.pods, bridges, holds)
+        logs = TaskLogs(kube, bridges, cluster)
+        jobs = JobReconciler(self.jobs, self.pods, observer, effects, aggregators, holds, logs, options, self.clock)
+        sites = SiteReconciler(kube, self.sites, bridges, holds, self.site_changed, settings.resync)
         self.queue = WorkQueue(self._reconcile_served(jobs), workers=settings.workers, group=lambda key: key[0])
         QUEUE_DEPTH.set_function(self.queue.waiting)
         QUEUE_AGE.set_function(self.queue.waited)

@@ -232,7 +232,7 @@ def platform(cluster: Platform, require: Callable[[bool, str], None]) -> Iterato
         connect(site.directory / "certs" / f"operator-{CLUSTER}", f"{site.lab.node_address}:{BRIDGE_PORT}")
         yield cluster
     finally:
-        run("kubectl", "delete", "hpcsite", SITE, "--ignore-not-found", check=False)
+        run("kubectl", "delete", "hpcsite", SITE, "--ignore-not-found", "--timeout=120s", check=False)
         site.kill_bridge()
 
 

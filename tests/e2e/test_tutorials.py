@@ -65,7 +65,7 @@ def place(cluster: Platform, tmp_path: Path) -> Iterator[Place]:
         yield here
     finally:
         run("kubectl", "delete", "fj", "both-worlds", "my-digits", "--ignore-not-found", "--timeout=120s", check=False)
-        run("kubectl", "delete", "hpcsite", "lumi", "--ignore-not-found", check=False)
+        run("kubectl", "delete", "hpcsite", "lumi", "--ignore-not-found", "--timeout=120s", check=False)
         run("kubectl", "delete", "configmap", "my-code", "--ignore-not-found", check=False)
         run("kubectl", "-n", "isthmus-system", "delete", "secret", "site-lumi", "--ignore-not-found", check=False)
         here.installation.close()

@@ -84,6 +84,12 @@ def kubectl(*arguments: str, stdin: Any = None, check: bool = True) -> str:
     return done.stdout if check else done.stdout + done.stderr
 
 
+def remove_site(name: str) -> None:
+    """Deletes an HPCSite, whatever the jobs of a test have left there."""
+    kubectl("delete", "hpcsite", name, "--wait=false", "--ignore-not-found")
+    kubectl("patch", "hpcsite", name, "--type=merge", "-p", '{"metadata":{"finalizers":null}}', check=False)
+
+
 @functools.cache
 def _api() -> tuple[str, urllib3.PoolManager]:
     configuration = client.Configuration()

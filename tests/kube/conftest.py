@@ -29,6 +29,7 @@ from .cluster import (
     kubeconfig,
     kubectl,
     manifest,
+    remove_site,
 )
 
 RBAC = "rbac.authorization.k8s.io"
@@ -166,7 +167,7 @@ def bridge(namespace: Namespace) -> Iterator[FakeBridge]:
         namespace.apply(fake.secret())
         kubectl("apply", "-f", "-", stdin=fake.site(namespace.name))
         yield fake
-    kubectl("delete", "hpcsite", namespace.name)
+    remove_site(namespace.name)
 
 
 @pytest.fixture

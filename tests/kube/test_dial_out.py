@@ -22,7 +22,7 @@ from isthmus_contracts.wire.transport import SERVER_OPTIONS, server_credentials
 from tests.support.ports import free_port
 
 from .bridge import FakeBridge
-from .cluster import Namespace, Operator, eventually, kubectl
+from .cluster import Namespace, Operator, eventually, kubectl, remove_site
 from .test_sites import mixed, reachable
 
 DAY = dt.timedelta(days=1)
@@ -79,7 +79,7 @@ def bridge(namespace: Namespace, operator: Operator, tmp_path: Path) -> Iterator
     yield one
     one.down()
     one.close()
-    kubectl("delete", "hpcsite", namespace.name)
+    remove_site(namespace.name)
 
 
 def test_a_pool_at_a_site_that_dials_out(namespace: Namespace, operator: Operator, bridge: DialledOut) -> None:

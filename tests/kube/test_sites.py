@@ -18,6 +18,11 @@ def reachable(name: str) -> str:
     return next((f"{item['status']}/{item['reason']}" for item in conditions if item["type"] == "Reachable"), "")
 
 
+def finalizers(name: str) -> list[str]:
+    metadata = read(f"/apis/isthmus.dev/v1alpha1/hpcsites/{name}").get("metadata") or {}
+    return list(metadata.get("finalizers") or ())
+
+
 def mixed(namespace: Namespace, **spec: Any) -> dict[str, Any]:
     job = manifest(**spec)
     job["spec"]["pools"].append(FakeBridge.pool(namespace.name))
@@ -77,7 +82,50 @@ def test_a_site_that_appears_later_is_picked_up(namespace: Namespace, operator: 
         namespace.until("Accepted", "True/Valid")
         eventually(lambda: bridge.requests, "the pool is asked for")
         namespace.kubectl("delete", "fj", "demo", "--timeout=120s")
-    kubectl("delete", "hpcsite", namespace.name)
+    kubectl("delete", "hpcsite", namespace.name, "--timeout=120s")
+
+
+def test_a_site_that_is_deleted_stays_until_its_last_array_is_over(
+    namespace: Namespace, operator: Operator, bridge: FakeBridge
+) -> None:
+    assert not finalizers(namespace.name)
+    namespace.apply(mixed(namespace))
+    eventually(lambda: namespace.pool("lumi").get("jobs") == ["8000"], "the pool is there")
+    assert finalizers(namespace.name) == ["isthmus.dev/cleanup"]
+    assert site(namespace.name)["inUse"] == {f"{namespace.name}/demo": "lumi"}
+    kubectl("delete", "hpcsite", namespace.name, "--wait=false")
+    held = f"is being deleted, and held by jobs {namespace.name}/demo (pool lumi)"
+    eventually(lambda: site(namespace.name).get("message") == held, "the site says what holds it")
+    assert not bridge.cancelled
+    # A job that comes later waits, as if the site were gone.
+    late = mixed(namespace)
+    late["metadata"]["name"] = "late"
+    namespace.apply(late)
+    namespace.until("Accepted", "False/SiteNotFound", "late")
+    assert "is being deleted" in namespace.status("late")["message"]
+    namespace.kubectl("delete", "fj", "late", "demo", "--timeout=120s")
+    assert set(bridge.cancelled) == set(bridge.pools)
+    eventually(lambda: not finalizers(namespace.name) and not site(namespace.name), "the site is gone")
+
+
+def test_a_deleted_site_whose_bridge_is_dead_is_let_go_by_hand(
+    namespace: Namespace, operator: Operator, bridge: FakeBridge
+) -> None:
+    operator.stop()
+    operator.start("--site-give-up", "3")
+    namespace.apply(mixed(namespace))
+    eventually(lambda: namespace.pool("lumi").get("jobs") == ["8000"], "the pool is there")
+    bridge.down()
+    kubectl("delete", "hpcsite", namespace.name, "--wait=false")
+    namespace.kubectl("delete", "fj", "demo", "--timeout=180s")
+    held = f"held by pools of jobs that are gone {namespace.name}/demo (pool lumi)"
+    eventually(lambda: held in site(namespace.name).get("message", ""), "the orphan holds it", 180)
+    assert not site(namespace.name).get("inUse")
+    assert finalizers(namespace.name) == ["isthmus.dev/cleanup"]
+    # As docs/operator.md says.
+    removal = '[{"op": "remove", "path": "/metadata/finalizers"}]'
+    kubectl("patch", "hpcsite", namespace.name, "--type=json", "-p", removal)
+    eventually(lambda: not site(namespace.name), "the site is gone")
 
 
 def test_a_denied_pool_names_the_rule(namespace: Namespace, operator: Operator, bridge: FakeBridge) -> None:

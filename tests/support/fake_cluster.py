@@ -12,7 +12,7 @@ from isthmus_contracts.api.hpc_site import HpcSiteSpec
 from isthmus_contracts.manifests.manifest import parse_site_spec, parse_spec
 from isthmus_operator import names
 from isthmus_operator.planning import actions as act
-from isthmus_operator.planning import base
+from isthmus_operator.planning import desired
 from isthmus_operator.planning.context import PlanOptions
 from isthmus_operator.planning.plan import plan
 from isthmus_operator.planning.status import merge_patch
@@ -67,7 +67,7 @@ def job(wanted: dict[str, Any] | None = None, **changes: Any) -> Job:
 
 def client(index: int, attempt: int = 0, phase: str = "Running", **changes: Any) -> PodView:
     """A client's pod."""
-    name = names.client("demo", "cloud", index, attempt)
+    name = names.client(job(), "cloud", index, attempt)
     base = PodView(name, f"uid-{name}", names.ROLE_CLIENT, "cloud", index, attempt, phase, authority=AUTHORITY)
     return replace(base, created=NOW, ready=phase == "Running", **changes)
 
@@ -92,7 +92,7 @@ def present(wanted: FederatedJobSpec) -> frozenset[str]:
 
 def certificates(wanted: FederatedJobSpec) -> dict[str, str]:
     """The certificates of a running job, by Secret."""
-    issued = base.certificates(job(), wanted)
+    issued = desired.certificates(job(), wanted)
     return {item.secret: f"first of {item.secret}" for item in issued}
 
 
@@ -192,6 +192,8 @@ class World:
             case act.SaveJob():
                 if action.record is not None:
                     self.job = replace(self.job, record=action.record)
+                if action.names:
+                    self.job = replace(self.job, names=action.names)
                 if action.finalizers is not None:
                     self.job = replace(self.job, finalizers=action.finalizers)
                     self.gone = self.job.deleted is not None and ids.FINALIZER not in action.finalizers

@@ -212,7 +212,7 @@ securityContext:
 {{- if .Values.sites.enabled -}}
 - apiGroups: [isthmus.dev]
   resources: [hpcsites]
-  verbs: [get, list, watch]
+  verbs: [get, list, watch, patch]
 - apiGroups: [isthmus.dev]
   resources: [hpcsites/status]
   verbs: [patch]

@@ -60,6 +60,8 @@ class Reason(StrEnum):
     CLIENTS_NOT_RUNNING = "ClientsNotRunning"  # pods of a pool do not start, or their command exits early
     TIME_LIMIT_REACHED = "TimeLimitReached"  # an HPC pool's, with rounds left: the next attempt follows
     PREEMPTED = "Preempted"  # nodes of an HPC pool were preempted or failed: the next attempt follows
+    ADOPTED = "Adopted"  # an earlier job's claim, which somebody offered by an annotation
+    RESTORED = "Restored"  # somebody deleted or edited an object that the operator made for the job
 
 
 class Condition(Resource):

@@ -93,4 +93,7 @@ class HpcSiteStatus(Resource):
     orphans: dict[str, Orphan] = {}
     """Pools that may still run here, by key. Their jobs were deleted while the site was unreachable. Each is cancelled
     as soon as the site answers, and is then removed from this list."""
+    in_use: dict[str, str] = {}
+    """Jobs with pools here: namespace/name, and the pools. An HPCSite with an entry here, or an orphan, has the
+    finalizer isthmus.dev/cleanup, and stays when it is deleted."""
     message: Text | None = None

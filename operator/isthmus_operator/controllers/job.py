@@ -11,6 +11,7 @@ from ..effects.aggregators import Aggregators
 from ..effects.apply import Effects
 from ..effects.kube import KubeError
 from ..effects.observe import Observer
+from ..effects.site_holds import SiteHolds
 from ..metrics import RECONCILE_SECONDS
 from ..planning.actions import Emit, Plan, SaveJob
 from ..planning.context import PlanOptions
@@ -43,6 +44,7 @@ class JobReconciler:
         observer: Observer,
         effects: Effects,
         aggregators: Aggregators,
+        holds: SiteHolds,
         logs: TaskLogs,
         options: PlanOptions,
         clock: Clock,
@@ -52,6 +54,7 @@ class JobReconciler:
         self._observer = observer
         self._effects = effects
         self._aggregators = aggregators
+        self._holds = holds
         self._logs = logs
         self._limits = options
         self._clock = clock
@@ -69,12 +72,15 @@ class JobReconciler:
             # Also at the last news of a pod that outlived its job.
             self._pods.forget_all_but({known.uid for known in self._jobs.all()})
         if job is None:
+            await self._holds.update(key)
             return None
         if cache is None:
             cache = self._caches[key] = JobCache(job.uid)
         started = time.monotonic()
         try:
-            return await self._step(job, cache)
+            delay = await self._step(job, cache)
+            await self._holds.update(key)
+            return delay
         except KubeError as error:
             if error.code not in (404, 409):
                 raise

@@ -12,6 +12,7 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from ..effects.bridge import Bridges
 from ..effects.bridge_channels import BridgeError
 from ..effects.kube import Kube, KubeError
+from ..effects.site_holds import SiteHolds, being_deleted, holders
 from ..planning.readiness import assess_site
 from ..planning.status import merge_patch, set_condition
 from ..state.job_store import SiteStore
@@ -23,17 +24,25 @@ log = logging.getLogger(__name__)
 # A site is asked this many times more seldom than a running job is looked at.
 _WELL = 10
 _ILL = 3
+_SHOWN = 5  # jobs in a message; status.inUse has them all
 
 
 class SiteReconciler:
     """Keeps the statuses of HPCSites."""
 
     def __init__(
-        self, kube: Kube, sites: SiteStore, bridges: Bridges, changed: Callable[[str], None], resync: float
+        self,
+        kube: Kube,
+        sites: SiteStore,
+        bridges: Bridges,
+        holds: SiteHolds,
+        changed: Callable[[str], None],
+        resync: float,
     ) -> None:
         self._kube = kube
         self._sites = sites
         self._bridges = bridges
+        self._holds = holds
         self._changed = changed
         self._resync = resync
 
@@ -41,6 +50,7 @@ class SiteReconciler:
         """Asks one site; returns after how many seconds to ask again."""
         body = self._sites.bodies.get(name)
         if body is None:
+            await self._holds.settle(name)
             await self._bridges.forget(name)
             return None
         answer: pb.Site | BridgeError
@@ -58,7 +68,8 @@ class SiteReconciler:
             self._changed(name)
         if reachable:
             await self._cancel_orphans(name, body)
-            body = self._sites.bodies.get(name, body)
+        await self._holds.settle(name)
+        body = self._sites.bodies.get(name, body)
         await self._show(name, body, site_status(body, answer, self._kube.clock.now()))
         return self._resync * (_WELL if reachable else _ILL)
 
@@ -103,6 +114,8 @@ def site_status(body: Mapping[str, Any], answer: pb.Site | BridgeError, now: dt.
     if isinstance(answer, pb.Site):
         set_condition(status, ConditionType.REACHABLE, True, Reason.SITE_REACHABLE, "", generation, now)
         status.pop("message", None)
+        if held := _held(body):
+            status["message"] = held
         assess_site(status, generation, now)
         said = {
             "slurmVersion": answer.slurm_version,
@@ -116,6 +129,19 @@ def site_status(body: Mapping[str, Any], answer: pb.Site | BridgeError, now: dt.
         return status | {key: value for key, value in said.items() if value}
     message = one_line(str(answer))
     set_condition(status, ConditionType.REACHABLE, False, answer.reason, message, generation, now)
-    status["message"] = message
+    held = _held(body)
+    status["message"] = f"{held}; {message}" if held else message
     assess_site(status, generation, now)
     return status
+
+
+def _held(body: Mapping[str, Any]) -> str:
+    """Return what keeps a site that somebody deleted; empty for any other site."""
+    if not being_deleted(body):
+        return ""
+    jobs = [f"{job} (pool {pools})" for job, pools in sorted(holders(body).items())]
+    orphans = (body.get("status") or {}).get("orphans") or {}
+    orphaned = sorted(f"{one.get('namespace')}/{one.get('job')} (pool {one.get('pool')})" for one in orphans.values())
+    parts = [("jobs", jobs), ("pools of jobs that are gone", orphaned)]
+    words = [f"{what} {', '.join(names[:_SHOWN])}{' ...' if names[_SHOWN:] else ''}" for what, names in parts if names]
+    return f"is being deleted, and held by {'; '.join(words)}" if words else "is being deleted"

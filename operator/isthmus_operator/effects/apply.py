@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from isthmus_contracts.api.federated_job_status import Reason
+
 from .. import names
 from ..metrics import ACTIONS, EVENTS, STATUS_WRITES
 from ..planning.actions import (
@@ -21,12 +23,14 @@ from ..planning.actions import (
     Emit,
     EnsurePool,
     IssueCertificate,
+    Mend,
     RecordOrphan,
     RenewAuthority,
     RenewCredentials,
     SaveJob,
     ShrinkPool,
 )
+from ..planning.desired import unmet
 from ..state.job_cache import JobCache
 from ..state.job_store import JobStore
 from ..state.observed import Job, ProblemKind
@@ -37,6 +41,7 @@ from . import certificates, code
 from .bridge import Bridges
 from .bridge_channels import BridgeError
 from .kube import Kube, KubeError
+from .site_holds import SiteHolds
 
 log = logging.getLogger(__name__)
 
@@ -47,17 +52,20 @@ _EVENT_MESSAGE = 1024  # what the API server takes
 class Effects:
     """Changes the world."""
 
-    def __init__(self, kube: Kube, jobs: JobStore, pods: PodStore, bridges: Bridges) -> None:
+    def __init__(self, kube: Kube, jobs: JobStore, pods: PodStore, bridges: Bridges, holds: SiteHolds) -> None:
         self._kube = kube
         self._jobs = jobs
         self._pods = pods
         self._bridges = bridges
+        self._holds = holds
 
     async def save(self, job: Job, action: SaveJob) -> Job:
         """Writes the job's record and finalizers, on top of exactly the version that the plan saw."""
         metadata: dict[str, Any] = {"resourceVersion": job.resource_version}
         if action.record is not None:
             metadata["annotations"] = {names.ANNOTATION_RECORD: action.record}
+        if action.names:
+            metadata["annotations"] = {**metadata.get("annotations", {}), names.ANNOTATION_NAMES: action.names}
         if action.finalizers is not None:
             metadata["finalizers"] = list(action.finalizers)
         ACTIONS.labels("SaveJob").inc()
@@ -162,6 +170,8 @@ class Effects:
         match action:
             case Apply():
                 await self._apply(cache, f"{action.kind}/{action.name}", action.body, now)
+            case Mend():
+                await self._mend(job, cache, action, now)
             case CopyCode():
                 source = await self._kube.get("ConfigMap", job.namespace, action.source)
                 copied = code.copy(job, action.source, source)
@@ -220,6 +230,34 @@ class Effects:
         if cache.dependents is not None:
             cache.dependents.loaded = -math.inf
 
+    async def _mend(self, job: Job, cache: JobCache, action: Mend, now: dt.datetime) -> None:
+        key, fields = f"{action.kind}/{action.name}", ", ".join(action.fields)
+        try:
+            if action.whole:
+                body = await self._kube.apply(action.body)
+            else:
+                patch = {"metadata": action.body["metadata"]}
+                body = await self._kube.patch(action.kind, job.namespace, action.name, patch)
+        except KubeError as error:
+            if not error.answered:
+                raise
+            cache.record_refusal(key, one_line(str(error)), now)
+            log.warning("%s/%s: %s cannot be mended (%s): %s", job.namespace, job.name, key, fields, error)
+            return
+        cache.made(key)
+        if cache.dependents is not None:
+            cache.dependents.loaded = -math.inf
+        if left := tuple(unmet(action.body, body)):
+            # The API server does not know these fields, or somebody puts them right back: one does not fight.
+            cache.unmendable[key] = left
+            log.warning("%s/%s: %s stays as it is in %s", job.namespace, job.name, key, ", ".join(left))
+        elif action.reason is Reason.ADOPTED:
+            words = f"the {action.kind} {action.name} of an earlier job is this job's now"
+            await self.emit(job, cache, Emit("Normal", action.reason, words), now)
+        elif action.reason is not None:
+            words = f"the {action.kind} {action.name} was edited ({fields}): it is put back"
+            await self.emit(job, cache, Emit("Warning", action.reason, words), now)
+
     async def _create_pod(self, job: Job, cache: JobCache, action: CreatePod, now: dt.datetime) -> None:
         key = f"Pod/{action.name}"
         try:
@@ -277,6 +315,7 @@ class Effects:
                 if isinstance(action, RenewCredentials):
                     await self._bridges.renew(action.site, action.key, credentials)
                 else:
+                    await self._holds.hold(action.site, job)
                     files = code.files_of(await self._code(job, action))
                     await self._bridges.ensure(action.site, action.key, action.spec, credentials, files)
                 cache.delivered[action.key] = certificates.version(secret)

@@ -12,7 +12,9 @@ from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
 
 from .. import names
-from ..planning.base import certificates as wanted_certificates
+from ..planning.context import PlanOptions
+from ..planning.desired import certificates as wanted_certificates
+from ..planning.desired import desired
 from ..render import references
 from ..state.job_cache import Dependents
 from ..state.job_store import SiteStore
@@ -24,7 +26,9 @@ from .kube import Kube
 Objects = dict[str, Mapping[str, Any]]  # by Kind/name
 
 
-async def load(kube: Kube, job: Job, now: dt.datetime, network_policies: bool, resting: bool) -> Dependents:
+async def load(
+    kube: Kube, job: Job, now: dt.datetime, options: PlanOptions, sites: SiteStore, resting: bool
+) -> Dependents:
     """Reads them all; of a job that rests only what was accepted, if that is there."""
     began = time.monotonic()
     file = f"ConfigMap/{names.job_file(job.name)}"
@@ -32,10 +36,15 @@ async def load(kube: Kube, job: Job, now: dt.datetime, network_policies: bool, r
     accepted = _accepted(objects.get(file), job)
     spec = accepted or _spec(job)
     if spec is not None and not (resting and accepted is not None):
-        objects |= await _get(kube, job, _expected(job, spec, network_policies))
-    ours = {key: body for key, body in objects.items() if job_uid_of(body) == job.uid}
-    conflicting = tuple(sorted(_whose(key, objects[key]) for key in set(objects) - set(ours)))
-    result = Dependents(began, accepted, frozenset(ours), _rendered(ours), conflicting)
+        wanted_keys = [item.key for item in desired(job, spec, options, sites.specs) if item.key != file]
+        objects |= await _get(kube, job, wanted_keys)
+    ours = {key: body for key, body in objects.items() if _is_ours(body, job)}
+    others = {key: body for key, body in objects.items() if key not in ours}
+    adoptable = {key: body for key, body in others.items() if _is_offered(key, body, job)}
+    conflicting = tuple(sorted(_whose(key, body) for key, body in others.items() if key not in adoptable))
+    result = Dependents(
+        began, accepted, frozenset(ours), _live(ours), conflicting=conflicting, adoptable=_live(adoptable)
+    )
     service = ours.get(f"Service/{names.aggregator(job.name)}")
     if service is not None:
         result.service = service_view(service)
@@ -108,25 +117,32 @@ def _whose(key: str, body: Mapping[str, Any]) -> str:
     return f"{key} (of the job {other})" if other else key
 
 
-def _rendered(ours: Objects) -> dict[str, str]:
-    """Return which policies were written, as far as that can be told."""
-    annotations = {key: body["metadata"].get("annotations") or {} for key, body in ours.items()}
-    return {key: str(found.get(names.ANNOTATION_RENDERED, "")) for key, found in annotations.items()
-            if key.startswith("NetworkPolicy/")}  # fmt: skip
+def _is_ours(body: Mapping[str, Any], job: Job) -> bool:
+    """Tell a job's object by its label or by its owner: somebody may have edited one of them."""
+    owners = (body.get("metadata") or {}).get("ownerReferences") or ()
+    return job_uid_of(body) == job.uid or any(owner.get("uid") == job.uid for owner in owners)
 
 
-def _expected(job: Job, spec: FederatedJobSpec, network_policies: bool) -> list[str]:
-    secrets = [names.authority(job.name), *(wanted.secret for wanted in wanted_certificates(job, spec))]
-    keys = [f"Service/{names.aggregator(job.name)}", *(f"Secret/{secret}" for secret in secrets)]
-    if network_policies:
-        keys += [f"NetworkPolicy/{name}" for name in (names.aggregator(job.name), names.clients_policy(job.name))]
-    if spec.aggregator.disruption_budget == "Protect":
-        keys.append(f"PodDisruptionBudget/{names.aggregator(job.name)}")
-    if spec.task.code is not None:
-        keys.append(f"ConfigMap/{names.code(job.name)}")
-    if spec.aggregator.checkpoint.storage == "PersistentVolumeClaim":
-        keys.append(f"PersistentVolumeClaim/{names.checkpoints(job.name)}")
-    return keys
+def _is_offered(key: str, body: Mapping[str, Any], job: Job) -> bool:
+    """Return whether the job may adopt a claim: somebody who may write it says so in an annotation, and no controller
+    of another kind has it."""
+    metadata = body.get("metadata") or {}
+    controllers = {one.get("kind") for one in metadata.get("ownerReferences") or () if one.get("controller")}
+    offered = (metadata.get("annotations") or {}).get(names.ANNOTATION_ADOPT) == job.name
+    free = controllers <= {"FederatedJob"} and not metadata.get("deletionTimestamp")
+    return key.startswith("PersistentVolumeClaim/") and offered and free
+
+
+def _live(ours: Objects) -> dict[str, Mapping[str, Any]]:
+    """Return what is compared with what an object should be. Secrets' and ConfigMaps' data is not kept."""
+    kept = ("name", "namespace", "labels", "annotations", "ownerReferences")
+    return {
+        key: {
+            "metadata": {name: body["metadata"][name] for name in kept if name in body["metadata"]},
+            "spec": body.get("spec") or {},
+        }
+        for key, body in ours.items()
+    }
 
 
 async def _get(kube: Kube, job: Job, keys: list[str]) -> Objects:
@@ -141,7 +157,7 @@ def _place(key: str, job: Job) -> tuple[str, str, str]:
 
 def _accepted(body: Mapping[str, Any] | None, job: Job) -> FederatedJobSpec | None:
     """The spec that was accepted. One that does not parse any more (a newer operator) is taken from the manifest."""
-    if body is None or job_uid_of(body) != job.uid:
+    if body is None or not _is_ours(body, job):
         return None
     try:
         return parse_spec(json.loads(body["data"][names.JOB_FILE])["spec"])

@@ -51,7 +51,7 @@ class Observer:
         self._bridges = bridges
         self._aggregators = aggregators
         self._cluster = options.cluster
-        self._policies = options.network_policies
+        self._options = options
         self._dependents_age = _DEPENDENTS_RESYNCS * options.resync
 
     async def observe(self, job: Job, cache: JobCache, now: dt.datetime) -> Observed:
@@ -69,7 +69,10 @@ class Observer:
             pods=pods,
             accepted=base.accepted,
             present=base.present,
-            rendered=base.rendered,
+            live=base.live,
+            adoptable=base.adoptable,
+            vanished=base.vanished,
+            unmendable=dict(cache.unmendable),
             conflicting=base.conflicting,
             code=base.code,
             forbidden_references=base.forbidden_references,
@@ -80,6 +83,7 @@ class Observer:
             service=base.service,
             node_address=await self._node_address(base.accepted, base.service, cache, aggregator),
             sites=dict(self._sites.specs),
+            leaving_sites=frozenset(self._sites.leaving),
             pools=pools,
             problems=dict(cache.problems),
             refusals=dict(cache.refusals),
@@ -107,7 +111,10 @@ class Observer:
         lacks = known is not None and (known.accepted is None if resting else _incomplete(known))
         old = known is None or time.monotonic() - known.loaded > self._dependents_age
         if known is None or (not idle and (old or lacks)):
-            known = cache.dependents = await dependents.load(self._kube, job, now, self._policies, resting)
+            known = cache.dependents = await dependents.load(self._kube, job, now, self._options, self._sites, resting)
+            if not resting:
+                known.vanished = frozenset(cache.seen - known.present)
+            cache.seen |= known.present
             known.forbidden_references = await dependents.forbidden_references(
                 self._kube, job, known.accepted, self._sites
             )

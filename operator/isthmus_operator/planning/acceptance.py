@@ -101,6 +101,9 @@ def examine(
         if site is None:
             message = f"{field}: there is no HPCSite {pool.hpc.site_ref.name!r}; see kubectl get hpcsites"
             return Rejection(Reason.SITE_NOT_FOUND, message, waits=True)
+        if pool.hpc.site_ref.name in observed.leaving_sites:
+            message = f"{field}: HPCSite {pool.hpc.site_ref.name!r} is being deleted"
+            return Rejection(Reason.SITE_NOT_FOUND, message, waits=True)
         if not site.allows(job.namespace):
             message = f"{field}: HPCSite {pool.hpc.site_ref.name!r} does not allow namespace {job.namespace}"
             return Rejection(Reason.SITE_NOT_ALLOWED, message, waits=True)

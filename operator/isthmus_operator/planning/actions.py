@@ -4,15 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.pb import bridge_pb2
 
 
 @dataclass(frozen=True)
 class SaveJob:
-    """Writes the record and the finalizers of the FederatedJob itself."""
+    """Writes the record, the finalizers and the scheme of names of the FederatedJob itself."""
 
     record: str | None = None
     finalizers: tuple[str, ...] | None = None
+    names: str = ""  # the scheme of its objects' names
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,24 @@ class Apply:
     """Server-side apply of a Service, ConfigMap or PersistentVolumeClaim."""
 
     body: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return str(self.body["kind"])
+
+    @property
+    def name(self) -> str:
+        return str(self.body["metadata"]["name"])
+
+
+@dataclass(frozen=True)
+class Mend:
+    """Puts back what somebody edited in an object."""
+
+    body: Mapping[str, Any]  # the whole object, or a merge patch of its metadata
+    fields: tuple[str, ...]
+    reason: Reason | None = Reason.RESTORED  # of the event; None: only other settings, or another version, made it so
+    whole: bool = False
 
     @property
     def kind(self) -> str:
@@ -154,6 +174,7 @@ class Emit:
 Action = (
     SaveJob
     | Apply
+    | Mend
     | CopyCode
     | CreateAuthority
     | RenewAuthority

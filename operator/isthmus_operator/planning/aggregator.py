@@ -53,7 +53,8 @@ def plan_aggregator(context: PlanContext, ready_to_start: bool) -> AggregatorOut
         key = f"Pod/{names.aggregator(context.job.name)}"
         if not context.refused(key):
             seen = context.observed
-            made = aggregator.pod(context.job, context.spec, seen.authority, seen.code, context.options.defaults)
+            defaults, former = context.options.defaults, _former(context)
+            made = aggregator.pod(context.job, context.spec, seen.authority, seen.code, defaults, former)
             context.actions.append(CreatePod(made))
         refusal = context.observed.refusals.get(key)
         message = f"the API server refused its pod: {refusal.message}" if refusal else "its pod is being made"
@@ -96,6 +97,13 @@ def _terminating(context: PlanContext, pod: PodView, federation: FederationView 
         " its volume, too"
     )
     return _not_ready(Reason.AGGREGATOR_LOST, words, federation, warn=True)
+
+
+def _former(context: PlanContext) -> str:
+    """Return the uid of the job whose claim this one adopted; empty where it adopted none."""
+    claim = context.observed.live.get(f"PersistentVolumeClaim/{names.checkpoints(context.job.name)}") or {}
+    annotations = (claim.get("metadata") or {}).get("annotations") or {}
+    return str(annotations.get(names.ANNOTATION_ADOPTED) or "")
 
 
 def aggregator_pod(context: PlanContext) -> PodView | None:

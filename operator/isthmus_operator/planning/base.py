@@ -1,81 +1,27 @@
-"""What everything else of a job stands on: the job file, certificates, the Service, the claim."""
+"""The objects that a job's pods need: what is missing is made, what was edited is put back."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from isthmus_contracts import identities as ids
-from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.api.federated_job_status import Reason
 
 from .. import names
-from ..render import aggregator, protect
-from ..state.observed import Job
-from .actions import Apply, CopyCode, CreateAuthority, IssueCertificate, RenewAuthority
+from ..state.observed import Observed
+from .actions import Apply, CreateAuthority, IssueCertificate, Mend, RenewAuthority
 from .context import PlanContext
-
-_YEAR = 365
-_DAY_SECONDS = 86400
-
-
-def certificate_days(spec: FederatedJobSpec) -> int:
-    """Lifetime of a job's certificates: outlives its deadline, and never less than a year."""
-    deadline = (spec.active_deadline_seconds or 0) // _DAY_SECONDS
-    return max(_YEAR, deadline + 2 * 30)
-
-
-def certificates(job: Job, spec: FederatedJobSpec) -> list[IssueCertificate]:
-    """Every certificate that the job needs."""
-    days, service = certificate_days(spec), names.aggregator(job.name)
-    hosts = (
-        ids.aggregator_server_name(job.uid),
-        service,
-        f"{service}.{job.namespace}",
-        f"{service}.{job.namespace}.svc",
-        f"{service}.{job.namespace}.svc.cluster.local",
-    )
-    wanted = [
-        IssueCertificate(names.aggregator_tls(job.name), f"{job.name} aggregator", days, hosts=hosts),
-        IssueCertificate(
-            names.observer_tls(job.name), f"{job.name} observer", days, uris=(ids.observer_identity(job.uid),)
-        ),
-    ]
-    for pool in spec.pools:
-        name = f"{job.name} {pool.name}"
-        if pool.hpc is not None:
-            identity = ids.pool_identity(job.uid, pool.name)
-            wanted.append(IssueCertificate(names.pool_tls(job.name, pool.name), name, days, uris=(identity,)))
-            continue
-        for first in range(0, pool.size, names.CLIENTS_IN_SECRET):
-            indices = range(first, min(first + names.CLIENTS_IN_SECRET, pool.size))
-            clients = tuple((index, ids.client_identity(job.uid, pool.name, index)) for index in indices)
-            wanted.append(IssueCertificate(names.clients_tls(job.name, pool.name, first), name, days, clients=clients))
-    return wanted
+from .desired import (
+    COMPARED,
+    Desired,
+    adoption_patch,
+    authority_days,
+    desired,
+    differences,
+    metadata_patch,
+    site_names,
+)
 
 
-def _policies(context: PlanContext) -> list[dict[str, Any]]:
-    """The job's NetworkPolicies, where there shall be some."""
-    if not context.options.network_policies:
-        return []
-    sites = [context.observed.sites[name] for name in _site_names(context.spec) if name in context.observed.sites]
-    outside = [cidr for site in sites for cidr in site.client_cidrs]
-    policy = protect.aggregator_policy(context.job, context.options.namespace, outside)
-    return [policy, protect.clients_policy(context.job)]
-
-
-def _outdated(context: PlanContext, policy: Apply) -> bool:
-    """Return whether a policy that is there is one of before a site's clientCIDRs changed. A site that is gone shuts
-    nobody out: what runs there goes on."""
-    key, observed = f"{policy.kind}/{policy.name}", context.observed
-    if key not in observed.present or not all(name in observed.sites for name in _site_names(context.spec)):
-        return False
-    wanted = str(policy.body["metadata"]["annotations"][names.ANNOTATION_RENDERED])
-    return observed.rendered.get(key, "") != wanted
-
-
-def _site_names(spec: FederatedJobSpec) -> list[str]:
-    return [pool.hpc.site_ref.name for pool in spec.pools if pool.hpc is not None]
-
-
-def _note_lost_volume(context: PlanContext, missing: list[Apply]) -> None:
+def _note_lost_volume(context: PlanContext, missing: list[Desired]) -> None:
     """Says that completed rounds are lost with the claim that held them, when a new one is to be made."""
     completed = int((context.job.status.get("rounds") or {}).get("completed") or 0)
     if completed and any(item.kind == "PersistentVolumeClaim" for item in missing):
@@ -86,43 +32,73 @@ def _note_lost_volume(context: PlanContext, missing: list[Apply]) -> None:
 
 
 def plan_base(context: PlanContext) -> bool:
-    """Asks for what is missing. Returns whether all of it is there, so that pods can be made."""
-    job, spec, observed = context.job, context.spec, context.observed
-    bodies = [aggregator.service(job, spec, context.options.defaults.service)]
-    if observed.accepted is None:
-        bodies.insert(0, aggregator.job_file(job, spec))
-    if spec.aggregator.checkpoint.storage == "PersistentVolumeClaim":
-        bodies.append(aggregator.claim(job, spec, context.options.defaults.storage_class_name))
-    policies = _policies(context)
-    bodies += policies
-    if spec.aggregator.disruption_budget == "Protect":
-        bodies.append(protect.disruption_budget(job))
-    missing = [Apply(body) for body in bodies]
-    missing = [item for item in missing if f"{item.kind}/{item.name}" not in observed.present]
-    _note_lost_volume(context, missing)
-    outdated = [item for item in map(Apply, policies) if _outdated(context, item)]
-    context.actions += [item for item in (*missing, *outdated) if not context.refused(f"{item.kind}/{item.name}")]
-    complete = not missing
-    key = f"ConfigMap/{names.code(job.name)}"
-    if spec.task.code is not None and key not in observed.present:
+    """Ask for what is missing or was edited. Returns whether everything is there, so that pods can be made."""
+    observed = context.observed
+    complete = True
+    wanted = desired(context.job, context.spec, context.options, observed.sites)
+    absent = [item for item in wanted if not _present(item, observed) and item.key not in observed.adoptable]
+    _note_lost_volume(context, absent)
+    for item in wanted:
+        if _present(item, observed):
+            _mend(context, item)
+            continue
         complete = False
-        if not context.refused(key):
-            context.actions.append(CopyCode(spec.task.code.config_map_ref.name, names.code(job.name)))
-    authority = names.authority(job.name)
-    if not observed.authority:
-        complete = False
-        if not context.refused(f"Secret/{authority}"):
-            context.actions.append(CreateAuthority(authority, certificate_days(spec) + _YEAR))
-    # Once there is a CA: what it signs can be told from what an earlier one signed only then.
-    else:
-        if observed.authority_ends and not context.refused(f"Secret/{authority}"):
-            # What it signs is signed anew after that; until then all that is there serves.
-            context.actions.append(RenewAuthority(authority, certificate_days(spec) + _YEAR))
-        for wanted in certificates(job, spec):
-            if wanted.secret not in observed.certificates:
-                complete = False
-                if not context.refused(f"Secret/{wanted.secret}"):
-                    context.actions.append(wanted)
+        # Once there is a CA: what it signs can be told from what an earlier one signed only then.
+        waits = isinstance(item.action, IssueCertificate) and not observed.authority
+        if item.key in observed.adoptable:
+            _adopt(context, item)
+        elif not waits and not context.refused(item.key):
+            if item.key in observed.vanished and not context.volume_lost:
+                context.emit("Warning", Reason.RESTORED, f"the {item.kind} {item.name} was deleted: it is made again")
+            context.actions.append(item.action)
+    authority = names.authority(context.job.name)
+    if observed.authority and observed.authority_ends and not context.refused(f"Secret/{authority}"):
+        # What it signs is signed anew after that; until then all that is there serves.
+        context.actions.append(RenewAuthority(authority, authority_days(context.spec)))
     if not complete:
         context.requeue_after(context.options.resync)
     return complete
+
+
+def _present(item: Desired, observed: Observed) -> bool:
+    match item.action:
+        case CreateAuthority():
+            return bool(observed.authority)
+        case IssueCertificate():
+            return item.name in observed.certificates
+    return item.key in observed.present
+
+
+def _mend(context: PlanContext, item: Desired) -> None:
+    """Put back what somebody edited in an object, and bring it up to date with sites and the admin's defaults."""
+    observed = context.observed
+    live = observed.live.get(item.key)
+    policy = item.kind == "NetworkPolicy"
+    if live is None or context.refused(item.key):
+        return
+    if policy and not all(name in observed.sites for name in site_names(context.spec)):
+        return  # a site that is gone shuts nobody out: what runs there goes on
+    fields = differences(context.job, item, live)
+    if not fields or tuple(fields) == observed.unmendable.get(item.key):
+        return
+    if isinstance(item.action, Apply) and item.kind in COMPARED:
+        rendered = (live.get("metadata") or {}).get("annotations") or {}
+        ours = item.action.body["metadata"]["annotations"][names.ANNOTATION_RENDERED]
+        edited = rendered.get(names.ANNOTATION_RENDERED) == ours
+        reason = Reason.RESTORED if edited else None
+        context.actions.append(Mend(item.action.body, tuple(fields), reason, whole=True))
+    else:
+        context.actions.append(Mend(_addressed(context, item, metadata_patch(context.job, item, live)), tuple(fields)))
+
+
+def _adopt(context: PlanContext, item: Desired) -> None:
+    """Take over the claim of an earlier job, which somebody offered by an annotation."""
+    if context.refused(item.key):
+        return
+    patch = adoption_patch(context.job, item, context.observed.adoptable[item.key])
+    context.actions.append(Mend(_addressed(context, item, patch), ("metadata",), Reason.ADOPTED))
+
+
+def _addressed(context: PlanContext, item: Desired, patch: Mapping[str, Any]) -> dict[str, Any]:
+    where = {"name": item.name, "namespace": context.job.namespace}
+    return {"kind": item.kind, "metadata": {**where, **patch["metadata"]}}

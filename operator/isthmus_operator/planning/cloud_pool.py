@@ -99,7 +99,7 @@ class _CloudPool:
             return
         if newest is None:
             fresh = index >= self.record.started
-            refused = f"Pod/{names.client(context.job.name, self.pool.name, index, entry.attempt)}"
+            refused = f"Pod/{names.client(context.job, self.pool.name, index, entry.attempt)}"
             self.outcome.queued += 1
             # One that the API server refused was never there: its number is still free.
             self._start(index, entry.attempt if fresh or refused in context.observed.refusals else entry.attempt + 1)
@@ -154,7 +154,7 @@ class _CloudPool:
         context = self.context
         if not self.can_start:
             return
-        name = names.client(context.job.name, self.pool.name, index, attempt)
+        name = names.client(context.job, self.pool.name, index, attempt)
         refusal = context.observed.refusals.get(f"Pod/{name}")
         if refusal is not None:
             self._refused = f"the API server refused {name}: {refusal.message}"
@@ -165,7 +165,7 @@ class _CloudPool:
             self.can_start = False
             context.requeue_after(0.1)
             return
-        if attempt > 0:
+        if attempt > self.record.floor:
             self._entry(index).attempt = attempt
         if index >= self.record.started:
             self.record.started = index + 1
@@ -178,7 +178,7 @@ class _CloudPool:
         context.actions.append(CreatePod(self._pods.pod(index, attempt)))
 
     def _entry(self, index: int) -> ClientRecord:
-        return self.record.clients.setdefault(index, ClientRecord())
+        return self.record.clients.setdefault(index, self.record.client(index))
 
     def _delete(self, pods: Sequence[PodView]) -> None:
         self.context.actions += [DeletePod(pod.name, pod.uid) for pod in pods if not pod.deleting]

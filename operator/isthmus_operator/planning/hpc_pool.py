@@ -95,7 +95,7 @@ def _leave(context: PlanContext, pool: Pool, part: str, record: HpcRecord) -> No
 
 def _renew(context: PlanContext, pool: Pool, part: str, record: HpcRecord) -> None:
     """Has what waits or runs at the site get its pool's certificate when that is renewed."""
-    secret = names.pool_tls(context.job.name, pool.name)
+    secret = names.pool_tls(context.job, pool.name)
     wanted, view = context.observed.certificates.get(secret, ""), current(context, part)
     key = render.key(context.options.cluster, context.job, part, record.attempt)
     record.certificate = context.observed.delivered.get(key, record.certificate)
@@ -138,7 +138,7 @@ def plan_cancel(context: PlanContext, reason: str) -> bool:
 def wants_site(context: PlanContext, pool: HpcPool) -> Reason | None:
     """Return why the pool's site cannot be used, if so."""
     site = context.observed.sites.get(pool.site_ref.name)
-    if site is None:
+    if site is None or pool.site_ref.name in context.observed.leaving_sites:
         return Reason.SITE_NOT_FOUND
     if not site.allows(context.job.namespace):
         return Reason.SITE_NOT_ALLOWED
@@ -229,13 +229,13 @@ def _ensure(
         record = context.record.hpc[part] = HpcRecord(hpc.site_ref.name, size=pool.replicas)
     record.authority = context.observed.authority
     record.asked_at = record.asked_at or int(context.now.timestamp())
-    record.certificate = context.observed.certificates.get(names.pool_tls(context.job.name, pool.name), "")
+    record.certificate = context.observed.certificates.get(names.pool_tls(context.job, pool.name), "")
     context.actions.append(
         EnsurePool(
             pool=part,
             site=record.site,
             key=render.key(context.options.cluster, context.job, part, record.attempt),
-            secret=names.pool_tls(context.job.name, pool.name),
+            secret=names.pool_tls(context.job, pool.name),
             spec=render.pool_spec(context.job, context.spec, pool, record, address, _via_bridge(context, hpc)),
             code=names.code(context.job.name) if context.spec.task.code is not None else "",
         )
@@ -314,7 +314,8 @@ def _outcome(
     elif problem is not None:
         outcome.reason = f"{problem.reason}: {problem.message}"
     elif site_problem is not None:
-        outcome.reason = f"{site_problem}: HPCSite {pool.hpc.site_ref.name}"
+        going = " is being deleted" if pool.hpc.site_ref.name in context.observed.leaving_sites else ""
+        outcome.reason = f"{site_problem}: HPCSite {pool.hpc.site_ref.name}{going}"
     elif record is None and not render.endpoint(context.spec, context.observed):
         outcome.reason = "waits for the address at which the aggregator can be reached"
     last_attempt = record is not None and record.failures >= context.spec.backoff_limit

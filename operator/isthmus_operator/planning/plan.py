@@ -11,6 +11,7 @@ from isthmus_contracts.api.federated_job_status import ConditionType, Reason
 from isthmus_contracts.identities import FINALIZER
 from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
 
+from .. import names
 from ..render.hpc import key as hpc_key
 from ..render.hpc import pool_of
 from ..state.job_record import AggregatorRecord, HpcRecord, Record
@@ -135,6 +136,9 @@ def _aggregator_condition(context: PlanContext, status: StatusDraft, aggregator:
     if context.observed.conflicting:
         taken = ", ".join(context.observed.conflicting)
         message = f"waits for names that belong to something else: {taken}"
+        if any(name.startswith("PersistentVolumeClaim/") for name in context.observed.conflicting):
+            message += f" (to continue from this claim: kubectl annotate pvc {names.checkpoints(context.job.name)}"
+            message += f" {names.ANNOTATION_ADOPT}={context.job.name} --namespace {context.job.namespace})"
     elif aggregator.status == "True" and context.observed.federation_error:
         message = f"it does not answer the operator: {context.observed.federation_error}"
     if aggregator.warn or context.observed.conflicting:
@@ -317,15 +321,17 @@ def _finish(context: PlanContext, status: StatusDraft) -> Plan:
     job = context.job
     if job.deleted is None:
         assess_job(status)
-    record = context.record.dump(job.uid)
+    record = context.record.bounded(job.uid, job.record_room)
     save = record != job.record and _differs(context.record, job)
     finalizers, outside = None, _has_external_resources(context)
     if job.deleted is None and FINALIZER not in job.finalizers and outside and context.actions:
         finalizers = (*job.finalizers, FINALIZER)
     elif job.deleted is None and FINALIZER in job.finalizers and not outside:
         finalizers = tuple(name for name in job.finalizers if name != FINALIZER)  # of an earlier operator
-    if save or finalizers is not None:
-        context.actions.insert(0, SaveJob(record if save else None, finalizers))
+    unnoted = not job.names and not job.old_names and job.deleted is None and context.actions
+    scheme = names.HASHED if unnoted and any(names.hashed(pool.name) for pool in context.spec.pools) else ""
+    if save or finalizers is not None or scheme:
+        context.actions.insert(0, SaveJob(record if save else None, finalizers, scheme))
     if context.suppressed_events:
         last = context.events[-1]
         context.events[-1] = Emit(

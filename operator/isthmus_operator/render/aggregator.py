@@ -70,10 +70,16 @@ def claim(job: Job, spec: FederatedJobSpec, default_class: str | None = None) ->
 
 
 def pod(
-    job: Job, spec: FederatedJobSpec, authority: str, code: Sequence[str] = (), defaults: JobDefaults = NONE
+    job: Job,
+    spec: FederatedJobSpec,
+    authority: str,
+    code: Sequence[str] = (),
+    defaults: JobDefaults = NONE,
+    former: str = "",
 ) -> dict[str, Any]:
     """The aggregator's pod. ``authority``: the CA of the certificates that it mounts; ``code``: the names of the job's
-    files, which may hold a strategy of its own. Raises ``TemplateError``."""
+    files, which may hold a strategy of its own; ``former``: uid of the job whose checkpoints it continues. Raises
+    ``TemplateError``."""
     checkpoint = spec.aggregator.checkpoint
     container = {
         "name": CONTAINER,
@@ -85,6 +91,7 @@ def pod(
             "--state", STATE_DIR,
             "--listen", f"{ANYWHERE}:{ids.AGGREGATOR_PORT}",
             "--metrics", f"{ANYWHERE}:{ids.METRICS_PORT}",
+            *(("--former-job", former) if former else ()),
         ],
         "ports": [
             {"name": PORT, "containerPort": ids.AGGREGATOR_PORT, "protocol": "TCP"},

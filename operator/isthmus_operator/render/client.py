@@ -45,11 +45,11 @@ class ClientPods:
             "command": list(spec.task.command),
             "env": [{"name": item.name, "value": item.value} for item in spec.task.env],
         }
-        body = base_spec(container, names.pool_tls(job.name, pool.name), restart="Never")
+        body = base_spec(container, names.pool_tls(job, pool.name), restart="Never")
         lay_code(body, job, code)
         pod_metadata = metadata(
             job,
-            names.client(job.name, pool.name, 0, 0),
+            names.client(job, pool.name, 0, 0),
             {ids.LABEL_ROLE: names.ROLE_CLIENT, ids.LABEL_POOL: pool.name},
         )
         pod_metadata["annotations"] = {names.ANNOTATION_AUTHORITY: authority}
@@ -71,7 +71,7 @@ class ClientPods:
     def pod(self, index: int, attempt: int) -> dict[str, Any]:
         """One start of one client."""
         body = copy.deepcopy(self._base)
-        body["metadata"]["name"] = names.client(self._job.name, self._pool.name, index, attempt)
+        body["metadata"]["name"] = names.client(self._job, self._pool.name, index, attempt)
         body["metadata"]["labels"] |= {ids.LABEL_INDEX: str(index), ids.LABEL_ATTEMPT: str(attempt)}
         for volume in body["spec"]["volumes"]:
             if volume["name"] == TLS_VOLUME:
@@ -86,6 +86,6 @@ class ClientPods:
         crt, key = ids.client_files(index)
         files = {ids.CA_FILE: ids.CA_FILE, crt: ids.CERTIFICATE_FILE, key: ids.KEY_FILE}
         return {
-            "secretName": names.clients_tls(self._job.name, self._pool.name, index),
+            "secretName": names.clients_tls(self._job, self._pool.name, index),
             "items": [{"key": name, "path": path} for name, path in files.items()],
         }

@@ -1,5 +1,7 @@
 """What the aggregator's pod and the clients' pods have in common."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -63,6 +65,15 @@ def metadata(job: Job, name: str, extra: Mapping[str, str] | None = None) -> dic
 def owned(job: Job, kind: str, name: str, content: Mapping[str, Any], group: str = "v1") -> dict[str, Any]:
     """An object of the job: core/v1, if no other group is given."""
     return {"apiVersion": group, "kind": kind, "metadata": metadata(job, name), **content}
+
+
+def stamped(body: dict[str, Any]) -> dict[str, Any]:
+    """Note in an annotation what is written: an object that differs from it later was edited by somebody."""
+    annotations = body["metadata"].get("annotations")
+    content = [body["spec"], annotations] if annotations else body["spec"]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    body["metadata"]["annotations"] = {**(annotations or {}), names.ANNOTATION_RENDERED: digest}
+    return body
 
 
 def base_spec(container: Mapping[str, Any], tls_secret: str, restart: str) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """What keeps others away from a job: its NetworkPolicies, and the aggregator's PodDisruptionBudget."""
 
-import hashlib
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,10 +48,7 @@ def disruption_budget(job: Job) -> dict[str, Any]:
 
 def _policy(job: Job, name: str, role: str, rules: list[dict[str, Any]]) -> dict[str, Any]:
     spec = {"podSelector": {"matchLabels": _labels(job, role)}, "policyTypes": ["Ingress"], "ingress": rules}
-    body = owned(job, "NetworkPolicy", name, {"spec": spec}, "networking.k8s.io/v1")
-    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-    body["metadata"]["annotations"] = {names.ANNOTATION_RENDERED: digest}
-    return body
+    return owned(job, "NetworkPolicy", name, {"spec": spec}, "networking.k8s.io/v1")
 
 
 def _labels(job: Job, role: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ import datetime as dt
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.api.federated_job_status import Reason
@@ -22,7 +23,9 @@ class Dependents:
     loaded: float  # by time.monotonic()
     accepted: FederatedJobSpec | None = None
     present: frozenset[str] = frozenset()
-    rendered: Mapping[str, str] = field(default_factory=dict)
+    live: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    adoptable: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    vanished: frozenset[str] = frozenset()
     conflicting: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
     authority: Authority | None = None
@@ -40,6 +43,8 @@ class JobCache:
 
     uid: str
     dependents: Dependents | None = None
+    seen: set[str] = field(default_factory=set)  # Kind/name of objects that have been there
+    unmendable: dict[str, tuple[str, ...]] = field(default_factory=dict)  # see Observed
     pods_listed: float = -math.inf  # by time.monotonic()
     refusals: dict[str, Refusal] = field(default_factory=dict)
     refused_times: dict[str, int] = field(default_factory=dict)

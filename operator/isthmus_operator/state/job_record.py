@@ -19,6 +19,8 @@ from . import index_ranges
 # Users can write the annotation: what no operator has ever counted up to counts as damage.
 _MOST = 1_000_000_000
 _MOST_CLIENTS = 200_000  # of all pools
+_MESSAGE = 80  # characters of an HPC pool's message, where the record is too long
+ROOM = 192 * 1024  # bytes of an annotation: Kubernetes holds 256 KiB of all of an object's
 LAST_SECOND = 100_000_000_000  # since the epoch: calendars go on for a while after it
 
 
@@ -38,10 +40,15 @@ class CloudRecord:
     started: int = 0  # clients below this index have been started at least once
     clients: dict[int, ClientRecord] = field(default_factory=dict)
     size: int | None = None  # how far it has grown or shrunk; None: as the manifest says
+    floor: int = 0  # the highest attempt of clients whose entries were dropped: see Record.bounded
 
     def client(self, index: int) -> ClientRecord:
         """The client's entry, for reading."""
-        return self.clients.get(index) or ClientRecord()
+        known = self.clients.get(index)
+        if known is None:
+            # Of one whose entry was dropped it is not known which attempts failed.
+            return ClientRecord(self.floor, 0, self.floor if self.floor else -1)
+        return known
 
 
 @dataclass
@@ -90,11 +97,38 @@ class Record:
     hpc: dict[str, HpcRecord] = field(default_factory=dict)
     aggregator: AggregatorRecord = field(default_factory=AggregatorRecord)
 
+    def bounded(self, uid: str, room: int) -> str:
+        """Return :meth:`dump`'s text in at most ``room`` bytes, and forget what does not fit.
+
+        Kubernetes holds 256 KiB of annotations. First messages of HPC pools are cut, then dropped. Then the entries of
+        cloud clients go, those with the fewest failures first: such a client's failures are forgiven, and its next
+        attempt gets a number above all those that were dropped, so that no number is used twice.
+        """
+        for longest in (_MESSAGE, 0):
+            if len(text := self.dump(uid)) <= room:
+                return text
+            for part in self.hpc.values():
+                part.message = part.message[:longest]
+        text = self.dump(uid)
+        order = sorted(
+            (entry.failures, name, -index) for name, pool in self.cloud.items() for index, entry in pool.clients.items()
+        )
+        while order and len(text) > room:
+            # As many as the excess is worth, and some: writing thousands of entries takes a while.
+            count = max(1, int(len(order) * ((len(text) - room) / len(text) + 0.02)))
+            for _, name, index in order[:count]:
+                pool = self.cloud[name]
+                pool.floor = max(pool.floor, pool.clients.pop(-index).attempt)
+            order = order[count:]
+            text = self.dump(uid)
+        return text
+
     def dump(self, uid: str = "") -> str:
         """As compact JSON; equal records give equal text. ``uid``: the job's."""
         cloud = {
             name: {"started": pool.started, "clients": _grouped(pool.clients),
-                   **({} if pool.size is None else {"size": pool.size})}
+                   **({} if pool.size is None else {"size": pool.size}),
+                   **({"floor": pool.floor} if pool.floor else {})}
             for name, pool in sorted(self.cloud.items())
         }  # fmt: skip
         hpc = {name: _without_defaults(pool) for name, pool in sorted(self.hpc.items())}
@@ -144,8 +178,9 @@ def _cloud(pool: Mapping[str, Any], most: int) -> CloudRecord:
                 raise ValueError(f"client {index} is told of twice, or is one too many")
             clients[index] = ClientRecord(attempt, failures, counted)
     size = pool.get("size")
-    _in_range(pool["started"], 0 if size is None else size)
-    return CloudRecord(pool["started"], clients, size)
+    floor = pool.get("floor", 0)
+    _in_range(pool["started"], 0 if size is None else size, floor)
+    return CloudRecord(pool["started"], clients, size, floor)
 
 
 def _without_defaults(entry: HpcRecord | AggregatorRecord) -> dict[str, Any]:

@@ -4,15 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from isthmus_contracts import identities as ids
+from isthmus_contracts.api.federated_job_status import ConditionType
 from isthmus_contracts.api.hpc_site import HpcSiteSpec
 from isthmus_contracts.manifests.manifest import ManifestError, parse_site_spec
 
 from .. import names
+from .job_record import ROOM
 from .observed import Job
 from .timestamps import parse_timestamp
 
 Key = tuple[str, str]  # namespace, name
 
+_ANNOTATIONS = 256 * 1024  # bytes of all of an object's, their keys included
+_MARGIN = 4096  # for annotations that others add
+_LEAST_ROOM = 4096
 _REMEMBERED = 1000  # uids of deleted jobs
 
 
@@ -68,9 +73,10 @@ class SiteStore:
         self.specs: dict[str, HpcSiteSpec] = {}
         self.errors: dict[str, str] = {}  # of manifests that do not parse
         self.reachable: dict[str, bool] = {}
+        self.leaving: set[str] = set()  # deleted, and held by jobs that have pools there
 
     def put(self, body: Mapping[str, Any]) -> bool:
-        """Takes in a site; tells whether its spec changed."""
+        """Takes in a site; tells whether its spec changed, or somebody deleted it."""
         name = str(body["metadata"]["name"])
         known = self.bodies.get(name)
         if known is not None and _number(_version(known)) > _number(_version(body)):
@@ -83,7 +89,12 @@ class SiteStore:
         except ManifestError as error:
             self.specs.pop(name, None)
             self.errors[name] = str(error)
-        return self.specs.get(name) != before or known is None
+        leaving = name in self.leaving
+        if body["metadata"].get("deletionTimestamp"):
+            self.leaving.add(name)
+        else:
+            self.leaving.discard(name)
+        return self.specs.get(name) != before or known is None or leaving != (name in self.leaving)
 
     def drop(self, name: str) -> None:
         """Takes in a deletion."""
@@ -91,6 +102,7 @@ class SiteStore:
         self.specs.pop(name, None)
         self.errors.pop(name, None)
         self.reachable.pop(name, None)
+        self.leaving.discard(name)
 
 
 def parse_job(body: Mapping[str, Any]) -> Job:
@@ -98,6 +110,10 @@ def parse_job(body: Mapping[str, Any]) -> Job:
     metadata = body["metadata"]
     created = parse_timestamp(metadata.get("creationTimestamp"))
     assert created is not None
+    annotations = metadata.get("annotations") or {}
+    others = sum(len(key.encode()) + len(str(annotations[key]).encode()) for key in annotations)
+    others -= len(str(annotations.get(names.ANNOTATION_RECORD, "")).encode())
+    scheme = str((metadata.get("annotations") or {}).get(names.ANNOTATION_NAMES, ""))
     return Job(
         name=metadata["name"],
         namespace=metadata["namespace"],
@@ -109,11 +125,20 @@ def parse_job(body: Mapping[str, Any]) -> Job:
         record=str((metadata.get("annotations") or {}).get(names.ANNOTATION_RECORD, "")),
         operator=str((metadata.get("annotations") or {}).get(names.ANNOTATION_OPERATOR, "")),
         log_request=str((metadata.get("annotations") or {}).get(ids.ANNOTATION_LOG_REQUEST, "")),
+        names=scheme,
+        record_room=max(_LEAST_ROOM, min(ROOM, _ANNOTATIONS - _MARGIN - others)),
+        old_names=not scheme and _accepted(body),
         queue=str((metadata.get("labels") or {}).get(ids.LABEL_QUEUE, "")),
         finalizers=tuple(metadata.get("finalizers") or ()),
         deleted=parse_timestamp(metadata.get("deletionTimestamp")),
         resource_version=str(metadata.get("resourceVersion", "")),
     )
+
+
+def _accepted(body: Mapping[str, Any]) -> bool:
+    """Return whether a job was accepted: where its names are not noted, by an operator that had no hashes."""
+    conditions = (body.get("status") or {}).get("conditions") or ()
+    return any(item.get("type") == ConditionType.ACCEPTED and item.get("status") == "True" for item in conditions)
 
 
 def _version(body: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.api.hpc_site import HpcSiteSpec
 
+from .job_record import ROOM
+
 ENDED_PHASES = ("Succeeded", "Failed")
 """Of a pod."""
 
@@ -26,8 +28,11 @@ class Job:
     spec: Mapping[str, Any]
     status: Mapping[str, Any] = field(default_factory=dict)
     record: str = ""  # the annotation, as it stands
+    record_room: int = ROOM  # bytes that it may have
     operator: str = ""  # likewise
     log_request: str = ""  # likewise
+    names: str = ""  # likewise
+    old_names: bool = False  # its pools' objects have names without hashes
     queue: str = ""  # Kueue's
     finalizers: tuple[str, ...] = ()
     deleted: dt.datetime | None = None
@@ -229,7 +234,11 @@ class Observed:
     pods: tuple[PodView, ...] = ()
     accepted: FederatedJobSpec | None = None  # from the job's ConfigMap
     present: frozenset[str] = frozenset()  # names of other objects that exist and are this job's: Kind/name
-    rendered: Mapping[str, str] = field(default_factory=dict)  # by Kind/name: which NetworkPolicy we wrote there
+    live: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of these: metadata and spec, by Kind/name
+    adoptable: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # likewise: another job's claim, offered
+    vanished: frozenset[str] = frozenset()  # Kind/name of those that were there, and are not any more
+    # By Kind/name: the fields that the API server does not keep as they were applied.
+    unmendable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     code: tuple[str, ...] = ()  # names of the files of task.code
     forbidden_references: tuple[str, ...] = ()  # what templates name and may not, with the reasons
     conflicting: tuple[str, ...] = ()  # Kind/name of objects that bear our names and are not this job's
@@ -240,6 +249,7 @@ class Observed:
     service: ServiceView | None = None
     node_address: str = ""  # of the aggregator's node
     sites: Mapping[str, HpcSiteSpec] = field(default_factory=dict)
+    leaving_sites: frozenset[str] = frozenset()  # deleted, and still held: nothing new is submitted there
     pools: Mapping[str, PoolView] = field(default_factory=dict)
     problems: Mapping[str, PoolProblem] = field(default_factory=dict)
     refusals: Mapping[str, Refusal] = field(default_factory=dict)  # by Kind/name

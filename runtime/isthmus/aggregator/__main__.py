@@ -73,6 +73,7 @@ def main() -> None:
     os.umask(0o077)  # models and records are the job's, and nobody else's on the machine
     parser = argparse.ArgumentParser(prog="python -m isthmus.aggregator", description=__doc__)
     parser.add_argument("--job", type=Path, required=True, help="job file: JSON with name, namespace, uid and spec")
+    parser.add_argument("--former-job", default="", help="uid of an earlier job whose checkpoints are continued")
     parser.add_argument("--tls", type=Path, required=True, help="directory with ca.crt, tls.crt and tls.key")
     parser.add_argument("--state", type=Path, required=True, help="directory of the checkpoints and the final model")
     parser.add_argument("--listen", default="127.0.0.1:7443", help="host:port of the gRPC service; port 0 picks one")
@@ -115,7 +116,7 @@ async def serve(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise ManifestError([f"{error.filename}: {error.strerror}"]) from None
     metrics = AggregatorMetrics(job.namespace, job.name)
-    store = CheckpointStore(arguments.state, job.uid, job.spec.checkpoints_kept)
+    store = CheckpointStore(arguments.state, job.uid, job.spec.checkpoints_kept, arguments.former_job)
     rule = make_strategy(job.spec.strategy, arguments.state, job.spec.most_trainers)
     strategy, budget = protect(job.spec, rule)
     tracker = make_tracker(job, arguments.state)

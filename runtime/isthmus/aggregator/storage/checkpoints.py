@@ -112,13 +112,15 @@ class CheckpointStore:
     ``model-best.pt``: the best one by the objective's metric, where a metric of that name was measured.
     """
 
-    def __init__(self, directory: Path, job_uid: str, keep: int) -> None:
+    def __init__(self, directory: Path, job_uid: str, keep: int, former: str = "") -> None:
+        """``former``: the uid of an earlier job whose checkpoints this one continues."""
         self.directory = directory
         self._checkpoints = directory / "checkpoints"
         self._records = directory / "rounds.jsonl"
         self._spare = self._checkpoints / f"model{recycled_file.SUFFIX}"
         self._strategy_spare = self._checkpoints / f"strategy{recycled_file.SUFFIX}"
         self._job_uid = job_uid
+        self._former = former
         self._keep = keep
 
     def open(self) -> None:
@@ -179,7 +181,7 @@ class CheckpointStore:
         path, beside = self.path(number), self._strategy_path(number)
         file, state, metadata = _read(path, path)
         owner = metadata.get("job_uid")
-        if owner != self._job_uid:
+        if owner != self._job_uid and not (owner and owner == self._former):
             raise CheckpointError(
                 f"{self._checkpoints} holds checkpoints of another job (uid {owner}); use an empty directory"
             )

@@ -10,11 +10,12 @@ from isthmus_contracts import identities as ids
 from isthmus_operator.effects.apply import Effects
 from isthmus_operator.effects.bridge import Bridges
 from isthmus_operator.effects.kube import Kube, KubeError
+from isthmus_operator.effects.site_holds import SiteHolds
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.context import PlanOptions
 from isthmus_operator.planning.plan import plan
 from isthmus_operator.state.job_cache import JobCache
-from isthmus_operator.state.job_store import JobStore
+from isthmus_operator.state.job_store import JobStore, SiteStore
 from isthmus_operator.state.pod_store import PodStore
 from tests.support.fake_cluster import NOW, UID, aggregator, client, job, of_kind, standing
 
@@ -63,6 +64,13 @@ def pod(name: str) -> act.CreatePod:
     return act.CreatePod({"kind": "Pod", "metadata": metadata})
 
 
+def made(kube: Any, bridges: Any) -> Effects:
+    """Effects on an API server and sites that are stand-ins."""
+    jobs = JobStore()
+    holds = SiteHolds(cast(Kube, kube), jobs, SiteStore())
+    return Effects(cast(Kube, kube), jobs, PodStore(), cast(Bridges, bridges), holds)
+
+
 ACTIONS = (
     act.Apply({"kind": "Service", "metadata": {"name": "demo-aggregator", "namespace": "team"}}),
     pod("demo-cloud-0-0"),
@@ -73,7 +81,7 @@ ACTIONS = (
 
 async def perform(failures: Mapping[str, KubeError], *actions: act.Action) -> tuple[FakeKube, FakeBridges, JobCache]:
     kube, bridges, cache = FakeKube(failures), FakeBridges(), JobCache(UID)
-    effects = Effects(cast(Kube, kube), JobStore(), PodStore(), cast(Bridges, bridges))
+    effects = made(kube, bridges)
     try:
         await effects.perform(job(), cache, actions or ACTIONS, NOW)
     except KubeError as error:
@@ -125,7 +133,7 @@ async def test_a_deletion_that_fails_is_raised_once_the_rest_is_done() -> None:
 
 async def test_a_pod_that_a_going_namespace_does_not_let_be_deleted_keeps_no_pool_from_being_cancelled() -> None:
     kube, bridges = FakeKube({"demo-cloud-0-0": KubeError(403, "pods is forbidden")}), FakeBridges()
-    effects = Effects(cast(Kube, kube), JobStore(), PodStore(), cast(Bridges, bridges))
+    effects = made(kube, bridges)
     steps = (act.DeletePod("demo-cloud-0-0", "uid"), ACTIONS[3])
     with pytest.raises(KubeError):
         await effects.perform(job(), JobCache(UID), steps, NOW)
@@ -166,7 +174,7 @@ class Recorder:
 
 async def test_events_of_the_same_words_are_counted_up() -> None:
     kube, cache = Recorder(), JobCache(UID)
-    effects = Effects(cast(Kube, kube), JobStore(), PodStore(), cast(Bridges, FakeBridges()))
+    effects = made(kube, FakeBridges())
     for _ in range(3):
         await effects.emit(job(), cache, act.Emit("Normal", "Valid", "it is"), NOW)
     await effects.emit(job(), cache, act.Emit("Normal", "Valid", "it is not"), NOW)
@@ -180,7 +188,7 @@ async def test_events_of_the_same_words_are_counted_up() -> None:
 
 async def test_a_status_is_written_to_this_very_job() -> None:
     kube = Recorder()
-    effects = Effects(cast(Kube, kube), JobStore(), PodStore(), cast(Bridges, FakeBridges()))
+    effects = made(kube, FakeBridges())
     await effects.write_status(job(), {"phase": "Running"})
     expected = {"metadata": {"uid": UID}, "status": {"phase": "Running"}}
     assert kube.patched == [("FederatedJob demo status", expected)]

@@ -11,9 +11,9 @@ from isthmus_contracts.identities import client_files
 from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_contracts.wire.pki import Authority, expiry
 from isthmus_operator.effects import certificates
-from isthmus_operator.planning import base
+from isthmus_operator.planning import desired
 from isthmus_operator.planning.actions import IssueCertificate
-from isthmus_operator.planning.base import certificate_days
+from isthmus_operator.planning.desired import certificate_days
 from tests.support.fake_cluster import job, spec
 
 HPC_POOL = {"name": "lumi", "replicas": 2, "hpc": {"siteRef": {"name": "site"}, "environment": "e"}}
@@ -37,7 +37,7 @@ def test_a_secret_survives_the_api_server() -> None:
 
 def test_a_secret_of_a_full_pool_has_a_certificate_for_each_client() -> None:
     wanted = parse_spec(spec(pools=[{"name": "cloud", "replicas": 2, "cloud": {"maxReplicas": 1000}}, HPC_POOL]))
-    clients = [item for item in base.certificates(job(), wanted) if item.clients]
+    clients = [item for item in desired.certificates(job(), wanted) if item.clients]
     assert [item.secret for item in clients] == ["demo-cloud-tls", "demo-cloud-tls-1", "demo-cloud-tls-2"]
     assert [index for item in clients for index, _ in item.clients] == list(range(1000)), "also those to come"
     assert clients[2].clients[-1][1].endswith("/pool/cloud/client/999")

@@ -4,6 +4,8 @@ from typing import Any
 
 from isthmus_contracts import identities as ids
 from isthmus_operator.effects import dependents
+from isthmus_operator.planning.context import PlanOptions
+from isthmus_operator.state.job_store import SiteStore
 from tests.support.fake_cluster import NOW, job
 
 
@@ -14,5 +16,5 @@ class Kube:
 
 
 async def test_whose_an_object_is_that_is_in_the_way_is_told() -> None:
-    found = await dependents.load(Kube(), job(), NOW, network_policies=False, resting=False)  # type: ignore[arg-type]
+    found = await dependents.load(Kube(), job(), NOW, PlanOptions(), SiteStore(), resting=False)  # type: ignore[arg-type]
     assert found.conflicting == ("Secret/demo-ca (of the job dem)", "Secret/demo-cloud-tls")

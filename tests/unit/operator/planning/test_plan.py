@@ -484,7 +484,7 @@ def with_evaluators(count: int) -> dict[str, Any]:
 
 
 def evaluator(index: int) -> PodView:
-    name = names.client("demo", "ev", index, 0)
+    name = names.client(job(), "ev", index, 0)
     return PodView(name, name, names.ROLE_CLIENT, "ev", index, 0, "Running", ready=True, authority=AUTHORITY)
 
 

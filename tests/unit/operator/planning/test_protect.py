@@ -8,7 +8,6 @@ import kubernetes_validate
 import pytest
 
 from isthmus_contracts.manifests.manifest import parse_site_spec
-from isthmus_operator.effects import dependents
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.context import PlanOptions
 from isthmus_operator.planning.plan import plan
@@ -107,32 +106,23 @@ def test_another_range_of_a_sites_clients_reaches_the_policies_of_jobs_that_run(
     there = replace(
         there,
         present=there.present | set(policies),
-        rendered={key: body["metadata"]["annotations"]["isthmus.dev/rendered"] for key, body in policies.items()},
+        live=policies,
     )
 
     def applied(observed: Observed) -> list[str]:
         decided = plan(job(wanted), observed, NOW, replace(options, namespace="x"))
         # Nothing waits for it.
         assert of_kind(decided, act.CreatePod)
-        return [f"{item.kind}/{item.name}" for item in of_kind(decided, act.Apply)]
+        assert not [item for item in of_kind(decided, act.Mend) if item.reason]
+        return [f"{item.kind}/{item.name}" for item in of_kind(decided, act.Mend)]
 
     assert applied(there) == []
     assert applied(replace(there, sites=narrow("198.51.100.0/24"))) == ["NetworkPolicy/demo-aggregator"]
     # Written by an operator that noted nothing there.
-    assert applied(replace(there, rendered={})) == ["NetworkPolicy/demo-aggregator", "NetworkPolicy/demo-clients"]
+    bare = {key: {**body, "metadata": {**body["metadata"], "annotations": {}}} for key, body in policies.items()}
+    assert applied(replace(there, live=bare)) == ["NetworkPolicy/demo-aggregator", "NetworkPolicy/demo-clients"]
     # A site that went shuts out nobody who still runs there.
     assert applied(replace(there, sites={})) == []
     refusal = Refusal("no", NOW + dt.timedelta(seconds=10))
     refused = replace(there, sites=narrow("::/0"), refusals={"NetworkPolicy/demo-aggregator": refusal})
     assert applied(refused) == []
-
-
-def test_what_was_written_into_a_policy_is_read_again() -> None:
-    policies = made(spec(), namespace="x")
-    found = {key: body for key, body in policies.items() if key.startswith("NetworkPolicy/")}
-    noted = dependents._rendered({**policies, "NetworkPolicy/old": {"metadata": {}}})
-    assert noted == {
-        "NetworkPolicy/old": "",
-        **{key: body["metadata"]["annotations"]["isthmus.dev/rendered"] for key, body in found.items()},
-    }
-    assert len(set(noted.values())) == 3

@@ -126,6 +126,11 @@ def test_another_jobs_checkpoints_are_refused(tmp_path: Path) -> None:
     store(tmp_path).save(1, state(1))
     with pytest.raises(CheckpointError, match=r"checkpoints of another job \(uid uid\); use an empty directory"):
         store(tmp_path, uid="other").latest()
+    # But for those of a job that this one continues.
+    latest = CheckpointStore(tmp_path, "other", 2, former="uid").latest()
+    assert latest is not None and latest.round == 1
+    with pytest.raises(CheckpointError, match=r"checkpoints of another job \(uid uid\)"):
+        CheckpointStore(tmp_path, "other", 2, former="third").latest()
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

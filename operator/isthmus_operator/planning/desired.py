@@ -1,0 +1,168 @@
+"""The objects of a running job other than its pods, and how one that is there differs from what it should be."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from isthmus_contracts import identities as ids
+from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.api.hpc_site import HpcSiteSpec
+
+from .. import names
+from ..render import aggregator, protect
+from ..render.pod import metadata, stamped
+from ..state.observed import Job
+from .actions import Apply, CopyCode, CreateAuthority, IssueCertificate
+from .context import PlanOptions
+
+_YEAR = 365
+_DAY_SECONDS = 86400
+# Kinds whose content is compared. The rest is immutable (the job file, the files of task.code), may grow (the claim),
+# or is judged by its certificates (Secrets): of these only labels and owners are compared.
+COMPARED = ("Service", "NetworkPolicy", "PodDisruptionBudget")
+# Maps that mean something else when a key is added. Others may add to any other map.
+_WHOLE_MAPS = ("selector", "podSelector", "matchLabels")
+# Lists to which others may add, and the key by which we know our own items.
+_OPEN_LISTS = {"metadata.ownerReferences": "uid", "spec.ports": "port"}
+
+
+@dataclass(frozen=True)
+class Desired:
+    """One object, and the action that makes it."""
+
+    kind: str
+    name: str
+    action: Apply | CopyCode | CreateAuthority | IssueCertificate
+
+    @property
+    def key(self) -> str:
+        """``Kind/name``."""
+        return f"{self.kind}/{self.name}"
+
+
+def desired(job: Job, spec: FederatedJobSpec, options: PlanOptions, sites: Mapping[str, HpcSiteSpec]) -> list[Desired]:
+    """Return everything that a running job's pods need, in the order in which it is made."""
+    bodies = [aggregator.job_file(job, spec), aggregator.service(job, spec, options.defaults.service)]
+    if spec.aggregator.checkpoint.storage == "PersistentVolumeClaim":
+        bodies.append(aggregator.claim(job, spec, options.defaults.storage_class_name))
+    if options.network_policies:
+        used = [sites[name] for name in site_names(spec) if name in sites]
+        outside = [cidr for site in used for cidr in site.client_cidrs]
+        bodies += [protect.aggregator_policy(job, options.namespace, outside), protect.clients_policy(job)]
+    if spec.aggregator.disruption_budget == "Protect":
+        bodies.append(protect.disruption_budget(job))
+    actions = [Apply(stamped(body) if body["kind"] in COMPARED else body) for body in bodies]
+    found = [Desired(action.kind, action.name, action) for action in actions]
+    if spec.task.code is not None:
+        copied = CopyCode(spec.task.code.config_map_ref.name, names.code(job.name))
+        found.append(Desired("ConfigMap", copied.name, copied))
+    authority = CreateAuthority(names.authority(job.name), authority_days(spec))
+    found.append(Desired("Secret", authority.secret, authority))
+    return [*found, *(Desired("Secret", issued.secret, issued) for issued in certificates(job, spec))]
+
+
+def certificate_days(spec: FederatedJobSpec) -> int:
+    """Return the lifetime of a job's certificates: it outlives the job's deadline, and is never less than a year."""
+    deadline = (spec.active_deadline_seconds or 0) // _DAY_SECONDS
+    return max(_YEAR, deadline + 2 * 30)
+
+
+def authority_days(spec: FederatedJobSpec) -> int:
+    """Return the lifetime of a job's CA."""
+    return certificate_days(spec) + _YEAR
+
+
+def certificates(job: Job, spec: FederatedJobSpec) -> list[IssueCertificate]:
+    """Every certificate that the job needs."""
+    days, service = certificate_days(spec), names.aggregator(job.name)
+    hosts = (
+        ids.aggregator_server_name(job.uid),
+        service,
+        f"{service}.{job.namespace}",
+        f"{service}.{job.namespace}.svc",
+        f"{service}.{job.namespace}.svc.cluster.local",
+    )
+    wanted = [
+        IssueCertificate(names.aggregator_tls(job.name), f"{job.name} aggregator", days, hosts=hosts),
+        IssueCertificate(
+            names.observer_tls(job.name), f"{job.name} observer", days, uris=(ids.observer_identity(job.uid),)
+        ),
+    ]
+    for pool in spec.pools:
+        name = f"{job.name} {pool.name}"
+        if pool.hpc is not None:
+            identity = ids.pool_identity(job.uid, pool.name)
+            wanted.append(IssueCertificate(names.pool_tls(job, pool.name), name, days, uris=(identity,)))
+            continue
+        for first in range(0, pool.size, names.CLIENTS_IN_SECRET):
+            indices = range(first, min(first + names.CLIENTS_IN_SECRET, pool.size))
+            clients = tuple((index, ids.client_identity(job.uid, pool.name, index)) for index in indices)
+            wanted.append(IssueCertificate(names.clients_tls(job, pool.name, first), name, days, clients=clients))
+    return wanted
+
+
+def site_names(spec: FederatedJobSpec) -> list[str]:
+    """Return the HPCSites of a job's pools."""
+    return [pool.hpc.site_ref.name for pool in spec.pools if pool.hpc is not None]
+
+
+def differences(job: Job, item: Desired, live: Mapping[str, Any]) -> list[str]:
+    """Return the fields in which an object that is there differs from what it should be: ``spec.selector``."""
+    if isinstance(item.action, Apply) and item.kind in COMPARED:
+        return unmet(item.action.body, live)
+    return unmet({"metadata": metadata(job, item.name)}, live)
+
+
+def unmet(body: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
+    """Return the fields of ``body`` that an object lacks, or has otherwise; what it has beyond them counts only where
+    it changes their meaning."""
+    wanted = {key: value for key, value in body.items() if key not in ("apiVersion", "kind")}
+    return list(dict.fromkeys(_differences(wanted, live, "")))
+
+
+def metadata_patch(job: Job, item: Desired, live: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a merge patch that gives an object its labels and its owner back, and leaves other owners alone."""
+    wanted = metadata(job, item.name)
+    others = [one for one in (live.get("metadata") or {}).get("ownerReferences") or () if one.get("uid") != job.uid]
+    return {"metadata": {"labels": wanted["labels"], "ownerReferences": [*others, *wanted["ownerReferences"]]}}
+
+
+def adoption_patch(job: Job, item: Desired, live: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a merge patch that makes an earlier job's claim this job's, and notes whose it was."""
+    found = live.get("metadata") or {}
+    wanted = metadata(job, item.name)
+    others = [one for one in found.get("ownerReferences") or () if one.get("kind") != "FederatedJob"]
+    noted = (found.get("annotations") or {}).get(names.ANNOTATION_ADOPTED)
+    former = noted or (found.get("labels") or {}).get(ids.LABEL_JOB_UID)
+    return {
+        "metadata": {
+            "labels": wanted["labels"],
+            "annotations": {names.ANNOTATION_ADOPT: None, names.ANNOTATION_ADOPTED: former},
+            "ownerReferences": [*others, *wanted["ownerReferences"]],
+        }
+    }
+
+
+def _differences(wanted: Any, found: Any, path: str) -> list[str]:
+    name = path.rpartition(".")[2]
+    if isinstance(wanted, Mapping) and isinstance(found, Mapping):
+        if name in _WHOLE_MAPS and set(found) - set(wanted):
+            return [path]
+        inner = [
+            _differences(value, found.get(key), f"{path}.{key}" if path else str(key)) for key, value in wanted.items()
+        ]
+        return [one for part in inner for one in part]
+    if isinstance(wanted, list) and isinstance(found, list):
+        return [path] if _lists_differ(wanted, found, path) else []
+    # An empty map, list or rule set may be left out of an answer.
+    return [] if wanted == found or (not wanted and not found and wanted is not False) else [path]
+
+
+def _lists_differ(wanted: Sequence[Any], found: Sequence[Any], path: str) -> bool:
+    if path == "spec.ipFamilies":
+        return list(found[: len(wanted)]) != list(wanted)
+    if path not in _OPEN_LISTS:
+        return list(wanted) != list(found)
+    key = _OPEN_LISTS[path]
+    known = {one.get(key): one for one in found if isinstance(one, Mapping)}
+    return any(_differences(one, known.get(one[key]), "") for one in wanted)
