@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs the layers of the tests: all of them, or those that are named.
+# Run the layers of the tests: all, or the named ones.
 #
 #   tests/run.sh [--verbose] [--kubeconfig FILE] [unit integration chart slurm kube e2e]
 #
-# What the layers need is installed first. slurm, kube and e2e run in a lab of their own (see docs/development/lab.md), which needs root
-# on Debian. Where something is missing its tests skip, and the last lines say how many and why; with ISTHMUS_REQUIRE_ALL=1
-# they fail. With --kubeconfig, kube and e2e use that cluster instead; see docs/development/workflow.md for what it must have.
+# Dependencies of the layers are installed first. slurm, kube and e2e run in a separate lab (see docs/development/lab.md), which needs root
+# on Debian. Tests with a missing dependency are skipped; the last lines give their number and the reasons. With
+# ISTHMUS_REQUIRE_ALL=1 they fail. With --kubeconfig, kube and e2e use that cluster instead; see docs/development/workflow.md for what it must have.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=$PWD/.venv/bin/python
@@ -26,7 +26,7 @@ done
 status=0
 beside=
 up=
-ISTHMUS_SKIPPED=$(mktemp) # tests/conftest.py adds a line for each test that was skipped
+ISTHMUS_SKIPPED=$(mktemp) # tests/conftest.py adds a line for each skipped test
 export ISTHMUS_SKIPPED
 
 clean_up() {
@@ -41,31 +41,31 @@ wanted() {
   return 1
 }
 
-run() { # run COMMAND…: a failure is remembered, and the other layers still run
+run() { # run COMMAND…: record a failure; the other layers still run
   echo "+ $*"
   "$@" || status=1
 }
 
-in_lab() { # in_lab FOLDER…: these tests, in the lab that is up
+in_lab() { # in_lab FOLDER…: run these tests in the running lab
   ISTHMUS_IMAGES=$images lab exec -- "$python" -m pytest "${options[@]}" "$@"
 }
 
-newer_slurm() { # all adapters, pyslurm among them, with a newer Slurm than the lab's
+newer_slurm() { # run the tests of all adapters, including pyslurm, with a newer Slurm
   "$python" -m lab newer-slurm -- /opt/isthmus/bin/python -m pytest "${options[@]}" tests/slurm/test_adapters.py
 }
 
-lab() { # lab VERB…: does that in the lab of the tests
+lab() { # lab VERB…: run this verb in the lab of the tests
   local verb=$1
   shift
   "$python" -m lab "$verb" --dir "$lab_dir" "$@"
 }
 
-paths() { # paths LAYER…: the folders of those that are wanted
+paths() { # paths LAYER…: print the folders of the wanted layers
   local layer
   for layer in "$@"; do ! wanted "$layer" || echo "tests/$layer"; done
 }
 
-sum_up() { # how many tests were skipped over all layers, and why
+sum_up() { # print the number of skipped tests of all layers, and the reasons
   local count
   count=$(wc -l <"$ISTHMUS_SKIPPED")
   if [ "$count" = 0 ]; then
@@ -89,14 +89,14 @@ if [ ${#there[@]} -gt 0 ] && [ -z "$kubeconfig" ]; then
   if [ "$(id -u)" = 0 ] && is_debian_12; then
     in_a_lab=1
   else
-    echo "The lab needs root on Debian 12: without it, its layers skip."
+    echo "The lab needs root on Debian 12; without it, its layers are skipped."
   fi
 fi
 ready=1
 if [ -n "$in_a_lab" ]; then
   "$python" -m lab install || ready=
 else
-  "$python" -m lab install --only tools || echo "Tests that need what is missing skip."
+  "$python" -m lab install --only tools || echo "Tests that need a missing program are skipped."
 fi
 
 if [ ${#here[@]} -gt 0 ]; then
@@ -114,8 +114,8 @@ elif [ ${#there[@]} -gt 0 ]; then
   [ -n "$ready" ] && { lab up || ready=; }
   if [ -n "$ready" ]; then
     up=1
-    # Most of these tests wait, and leave each other alone: Slurm's run beside those of Kubernetes, three at a time.
-    # Those that kill the cluster's parts come after them.
+    # Most of these tests wait and are independent: Slurm's tests run in parallel with those of Kubernetes, three at a
+    # time. The tests that kill the cluster's daemons run afterwards.
     alone=()
     if wanted slurm && wanted kube; then
       { in_lab tests/slurm; old=$?; newer_slurm && [ "$old" = 0 ]; } >"$lab_dir/slurm-tests.log" 2>&1 &
@@ -130,7 +130,7 @@ elif [ ${#there[@]} -gt 0 ]; then
       alone+=(tests/kube/test_disruptions.py)
     fi
     if [ -n "$beside" ]; then
-      echo "+ in_lab tests/slurm (meanwhile)"
+      echo "+ in_lab tests/slurm (in parallel)"
       wait "$beside" || status=1
       cat "$lab_dir/slurm-tests.log"
     fi

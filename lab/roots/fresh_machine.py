@@ -13,7 +13,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 DIRECTORY = Path("/var/tmp/isthmus-roots")  # noqa: S108 - Slurm's unprivileged jobs must reach what lies there
 ROOT, USER = "root", "newcomer"
 LAYERS = ("unit", "integration", "chart", "slurm", "kube", "e2e")
-NEEDS = "isthmus: python3 cannot make virtual environments; as root: apt-get install python3-venv"
+NEEDS = "isthmus: python3 cannot create virtual environments; as root: apt-get install python3-venv"
 
 
 def try_all(suites: Sequence[str], users: Sequence[str], layers: Sequence[str], whole: bool) -> None:
