@@ -16,9 +16,9 @@ from .pools import status_file
 from .pools.journal import JournalError
 from .server import ServerError, serve
 from .slurm.environment import user_name
-from .users.doctor import changeable, code
+from .users.doctor import changeable, code_paths
 from .users.sudoers import RuleError, fragment
-from .users.user_checks import named, require
+from .users.user_checks import local_users, require
 
 log = logging.getLogger(__name__)
 
@@ -141,13 +141,13 @@ def _sudoers(options: argparse.Namespace) -> int:
     bridge = options.bridge_user or user_name({})
     if bridge == "root" or USER_NAME.fullmatch(bridge) is None:
         return _complain(f"--bridge-user: {bridge!r} is no ordinary user; name the one who runs the bridge", 2)
-    if not (users := named(policy)):
+    if not (users := local_users(policy)):
         return _complain(f"{options.policy}: no identity names a local user: nothing needs sudo", 1)
     try:
         lines = list(fragment(policy, bridge, users))
     except RuleError as error:
         return _complain(str(error), 1)
-    if path := changeable(code()):
+    if path := changeable(code_paths()):
         _complain(f"warning: others than root may change {path}, and with it what these lines let {bridge} run", 0)
     print("\n".join(lines))
     return 0

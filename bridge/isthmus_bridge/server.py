@@ -18,26 +18,26 @@ from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 from isthmus_contracts.wire.pki import Credentials, expiry
 from isthmus_contracts.wire.transport import SERVER_OPTIONS, renewed_server_credentials
 
-from .admin.orders import obey
+from .admin.orders import execute
 from .metrics import Metrics
 from .network.dialout import DialOut
-from .network.handshake_guard import Door
+from .network.handshake_guard import HandshakeGuard
 from .network.relay.server import Relay, Route, routes
-from .policy.current import Rules
+from .policy.current import CurrentPolicy
 from .policy.policy import Policy, PolicyError
-from .pools.housekeeping import keep_house
+from .pools.housekeeping import clean_up
 from .pools.journal import Journal
 from .pools.pools import Pools
 from .pools.reconciler import Reconciler
 from .pools.submitter import Submitter
-from .service import MAX_WATCHERS, BridgeService
+from .service import BridgeService
 from .slurm.model import SlurmAdapter
 from .slurm_adapters import slurm_adapter
 
 log = logging.getLogger(__name__)
 
 _SUBMIT_THREADS = 4
-_REQUEST_THREADS = MAX_WATCHERS + 16
+_REQUEST_THREADS = 16
 _STOP_SECONDS = 5.0
 _SIGNAL_SECONDS = 0.25
 # How often the admin's orders are looked for.
@@ -94,33 +94,33 @@ class Bridge:
     def __init__(self, policy: Policy, adapter: SlurmAdapter | None = None) -> None:
         self.metrics = Metrics()
         self._policy = policy
-        self.rules = Rules(policy)
+        self.current_policy = CurrentPolicy(policy)
         policy.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._adapter = adapter or slurm_adapter(policy, self.metrics.command)
         self._journal = Journal(policy.journal_path)
         self._dispatch = Dispatcher(_SUBMIT_THREADS)
-        submitter = Submitter(self.rules, self._journal, self._adapter, self.metrics, time.time)
+        submitter = Submitter(self.current_policy, self._journal, self._adapter, self.metrics, time.time)
         self._dispatch.function = submitter.advance
         self._reconciler = Reconciler(policy, self._journal, self._adapter, submitter, self.metrics, self._dispatch)
-        self.pools = Pools(self.rules, self._journal, self._dispatch, self._reconciler.wake.set)
-        self._service = BridgeService(self.rules, self.pools, self._adapter, self.metrics)
+        self.pools = Pools(self.current_policy, self._journal, self._dispatch, self._reconciler.wake.set)
+        self._service = BridgeService(self.current_policy, self.pools, self._adapter, self.metrics)
         self._relay = Relay(policy.relay, self._route, self.metrics) if policy.relay else None
         self._dial_out = (
             DialOut(policy.gateways, policy.site, policy.tls_dir, self.metrics) if policy.gateways else None
         )
         # Of the gRPC server's socket, which only the bridge's user reaches.
-        self._private: tempfile.TemporaryDirectory[str] | None = None
-        self._near = Path()
+        self._socket_dir: tempfile.TemporaryDirectory[str] | None = None
+        self._socket = Path()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._requests = ThreadPoolExecutor(_REQUEST_THREADS, thread_name_prefix="rpc")
         self._server: grpc.Server | None = None
-        self._door: Door | None = None
+        self._guard: HandshakeGuard | None = None
         self.port = 0
 
     def start(self) -> None:
         """Begins to serve. Raises :class:`ServerError`."""
-        keep_house(self._policy, self._journal, time.time())
+        clean_up(self._policy, self._journal, time.time())
         server = grpc.server(
             self._requests,
             options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", _MAX_MESSAGE)],
@@ -128,11 +128,11 @@ class Bridge:
         rpc.add_BridgeServicer_to_server(self._service, server)
         inbound = self._policy.inbound
         try:
-            ends = self._note_certificate()
+            ends = self._update_certificate_expiry()
             # The door takes the callers' connections, dial-out the tunnels'.
-            self._private = tempfile.TemporaryDirectory(prefix="isthmus-bridge-", dir=_short_folder())
-            self._near = near = Path(self._private.name) / _SOCKET
-            server.add_secure_port(f"unix:{near}", renewed_server_credentials(self._policy.tls_dir))
+            self._socket_dir = tempfile.TemporaryDirectory(prefix="isthmus-bridge-", dir=_short_folder())
+            self._socket = path = Path(self._socket_dir.name) / _SOCKET
+            server.add_secure_port(f"unix:{path}", renewed_server_credentials(self._policy.tls_dir))
         except (OSError, ValueError, RuntimeError) as error:
             raise ServerError(f"cannot serve with {self._policy.tls_dir}: {error}") from None
         if self._policy.metrics_listen:
@@ -147,20 +147,20 @@ class Bridge:
                 raise ServerError(f"cannot relay at {self._policy.relay.listen}: {error.strerror}") from None
         server.start()
         if inbound is not None:
-            door = Door(inbound, near)
+            guard = HandshakeGuard(inbound, path)
             try:
-                door.start()
+                guard.start()
             except OSError as error:
                 server.stop(None)
                 raise ServerError(f"cannot serve at {inbound}: {error.strerror}") from None
-            self._door, self.port = door, door.port
+            self._guard, self.port = guard, guard.port
         self._server = server
         for target in (self._reconcile, self._housekeep):
             thread = threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
             thread.start()
             self._threads.append(thread)
         if self._dial_out is not None:
-            self._dial_out.start(near)
+            self._dial_out.start(path)
         listen = f"{inbound.rpartition(':')[0]}:{self.port}" if inbound else None
         log.info(
             "serving", extra={"listen": listen, "gateways": [gateway.address for gateway in self._policy.gateways],
@@ -169,18 +169,17 @@ class Bridge:
 
     def stop(self) -> None:
         """Ends. Slurm's jobs go on; what is being submitted is heard out and recorded."""
-        self._service.close()
         if self._relay is not None:
             self._relay.stop()
         if self._server is not None:
             self._server.stop(_STOP_SECONDS).wait()
         # Only now: calls under way have had their answers.
-        if self._door is not None:
-            self._door.stop()
+        if self._guard is not None:
+            self._guard.stop()
         if self._dial_out is not None:
             self._dial_out.stop()
-        if self._private is not None:
-            self._private.cleanup()
+        if self._socket_dir is not None:
+            self._socket_dir.cleanup()
         # A cancelled call's handler may still be at work, in the journal too.
         self._requests.shutdown(wait=True)
         self._stop.set()
@@ -191,27 +190,27 @@ class Bridge:
         self._journal.close()
         log.info("stopped")
 
-    def obey(self) -> None:
+    def execute_orders(self) -> None:
         """Does what the admin has ordered meanwhile; see :mod:`.admin.orders`."""
         try:
-            obey(self._policy.journal_path, self.pools.end_all)
+            execute(self._policy.journal_path, self.pools.end_all)
         except Exception:
             log.exception("an order was not obeyed")
 
     @property
-    def cut_off(self) -> str:
+    def restart_reason(self) -> str:
         """Why the bridge had better begin again, of the files that it needs; empty: they are there."""
         if self._journal.removed:
             path = self._policy.journal_path
             return f"the journal {path} was removed, and is written again; exempt it from what removes old files there"
-        if self._near.exists():
+        if self._socket.exists():
             return ""
         why = "was removed, and no caller gets through without it"
-        return f"{self._near} {why}; exempt it from the cleaning of its folder"
+        return f"{self._socket} {why}; exempt it from the cleaning of its folder"
 
-    def keep_socket(self) -> None:
+    def touch_socket(self) -> None:
         """Looks used, for those who remove what is old from a folder for temporary files."""
-        for path in (self._near.parent, self._near):
+        for path in (self._socket.parent, self._socket):
             with suppress(OSError):
                 os.utime(path)
 
@@ -230,7 +229,7 @@ class Bridge:
         )
         return routes(relayed).get(server_name)
 
-    def _note_certificate(self) -> dt.datetime:
+    def _update_certificate_expiry(self) -> dt.datetime:
         """Tells until when the bridge's certificate is good. Raises ``OSError`` and ``ValueError``."""
         ends = expiry(Credentials.read(self._policy.tls_dir).certificate)
         self.metrics.certificate_expiry.set(ends.timestamp())
@@ -242,16 +241,16 @@ class Bridge:
     def _housekeep(self) -> None:
         due = time.monotonic() + _HOUSEKEEPING_SECONDS
         while not self._stop.wait(_CERTIFICATE_SECONDS):
-            self.keep_socket()
+            self.touch_socket()
             try:
-                self._note_certificate()
+                self._update_certificate_expiry()
             except (OSError, ValueError) as error:
                 log.error("the certificate in %s cannot be read: %s", self._policy.tls_dir, error)
             if time.monotonic() < due:
                 continue
             due = time.monotonic() + _HOUSEKEEPING_SECONDS
             try:
-                keep_house(self.rules.current, self._journal, time.time())
+                clean_up(self.current_policy.policy, self._journal, time.time())
             except Exception:
                 log.exception("housekeeping broke off")
 
@@ -281,20 +280,20 @@ def serve(policy: Policy, reread: Callable[[], Policy]) -> None:
     while not stop.wait(_SIGNAL_SECONDS):
         if hangup.is_set():
             hangup.clear()
-            _reload(bridge.rules, reread, bridge.metrics)
+            _reload(bridge.current_policy, reread, bridge.metrics)
         if time.monotonic() >= due:
             due = time.monotonic() + _ORDER_SECONDS
-            bridge.obey()
-            if cause := bridge.cut_off:
+            bridge.execute_orders()
+            if cause := bridge.restart_reason:
                 bridge.stop()
                 # Started again, it makes another. Slurm's jobs and the journal know nothing of it.
                 raise ServerError(cause)
     bridge.stop()
 
 
-def _reload(rules: Rules, reread: Callable[[], Policy], metrics: Metrics) -> None:
+def _reload(current_policy: CurrentPolicy, reread: Callable[[], Policy], metrics: Metrics) -> None:
     try:
-        changed = rules.replace(reread())
+        changed = current_policy.replace(reread())
     except PolicyError as error:
         metrics.policy_current.set(0)
         log.error("the policy was not read anew: %s", error)

@@ -2,7 +2,6 @@
 
 import logging
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,10 +17,10 @@ from . import __version__
 from .files.run_directory import TAIL_LINES
 from .metrics import Metrics
 from .policy.authorization import Denial, accounts_of, data_sets_of, environments_of, identify, partitions_of
-from .policy.current import Rules
+from .policy.current import CurrentPolicy
 from .policy.policy import Identity, Policy
 from .pools.journal import Entry, State
-from .pools.pool_status import if_tellable, to_pool
+from .pools.pool_status import to_pool
 from .pools.pools import Denied, KeyTaken, NoSuchPool, NothingLeft, Pools, SpecDiffers
 from .pools.spec_checks import RequestError
 from .slurm.model import SlurmAdapter, SlurmError
@@ -33,10 +32,6 @@ ANSWER_SECONDS = 10.0
 MAX_TAIL_LINES = 1000
 MAX_TAIL_BYTES = 256 * 1024
 _CHUNK = 32 * 1024
-# Each watcher holds a thread.
-MAX_WATCHERS = 32
-MAX_WATCHERS_PER_CALLER = 8
-_WATCH_SECONDS = 1.0
 
 Context = grpc.ServicerContext
 
@@ -48,29 +43,21 @@ class BridgeService(rpc.BridgeServicer):
 
     def __init__(
         self,
-        rules: Rules,
+        current_policy: CurrentPolicy,
         pools: Pools,
         adapter: SlurmAdapter,
         metrics: Metrics,
         answer_seconds: float = ANSWER_SECONDS,
     ) -> None:
-        self._rules = rules
+        self._current_policy = current_policy
         self._pools = pools
         self._adapter = adapter
         self._metrics = metrics
         self._answer_seconds = answer_seconds
-        self._watchers: dict[str, int] = {}
-        self._lock = threading.Lock()
-        self._closing = threading.Event()
 
     @property
     def _policy(self) -> Policy:
-        return self._rules.current
-
-    def close(self) -> None:
-        """Ends the watchers' streams: they would keep a stopping server waiting."""
-        self._closing.set()
-        self._pools.wake_watchers()
+        return self._current_policy.policy
 
     def EnsurePool(self, request: pb.EnsurePoolRequest, context: Context) -> pb.Pool:
         """Makes the pool exist."""
@@ -78,25 +65,12 @@ class BridgeService(rpc.BridgeServicer):
             entry = self._pools.ensure(caller, request.key, request.spec)
             if entry.state in _UNFINISHED:
                 entry = self._wait(entry, lambda e: e.state not in _UNFINISHED or bool(e.message), context)
-            return _told(entry)
+            return _reply(entry)
 
     def GetPool(self, request: pb.GetPoolRequest, context: Context) -> pb.Pool:
         """One pool."""
         with self._call("GetPool", context) as caller:
-            return _told(self._pools.get(caller, request.key))
-
-    def WatchPools(self, request: pb.WatchPoolsRequest, context: Context) -> Iterator[pb.Pool]:
-        """The caller's pools as they change."""
-        with self._call("WatchPools", context) as caller, self._watching(caller):
-            seen = request.since
-            while context.is_active() and not self._closing.is_set():
-                entries = self._pools.changes(caller, seen, _WATCH_SECONDS)
-                # The policy may have been read anew while this waited.
-                self._identify(context)
-                for entry in entries:
-                    seen = entry.version
-                    if (pool := if_tellable(_told, entry)) is not None:
-                        yield pool
+            return _reply(self._pools.get(caller, request.key))
 
     def CancelPool(self, request: pb.CancelPoolRequest, context: Context) -> pb.Pool:
         """Ends a pool."""
@@ -104,17 +78,17 @@ class BridgeService(rpc.BridgeServicer):
             entry = self._pools.cancel(caller, request.key, request.reason)
             if not entry.state.over:
                 entry = self._wait(entry, lambda e: e.state.over, context)
-            return _told(entry)
+            return _reply(entry)
 
     def ShrinkPool(self, request: pb.ShrinkPoolRequest, context: Context) -> pb.Pool:
         """Ends the last clients of a pool."""
         with self._call("ShrinkPool", context) as caller:
-            return _told(self._pools.shrink(caller, request.key, request.replicas))
+            return _reply(self._pools.shrink(caller, request.key, request.replicas))
 
     def RenewCredentials(self, request: pb.RenewCredentialsRequest, context: Context) -> pb.Pool:
         """New credentials for a pool's clients."""
         with self._call("RenewCredentials", context) as caller:
-            return _told(self._pools.renew(caller, request))
+            return _reply(self._pools.renew(caller, request))
 
     def TailLog(self, request: pb.TailLogRequest, context: Context) -> Iterator[pb.LogChunk]:
         """The end of one task's log."""
@@ -198,21 +172,8 @@ class BridgeService(rpc.BridgeServicer):
                 log.exception("request failed", extra={"method": method})
                 return grpc.StatusCode.INTERNAL, "the bridge failed; its log says why"
 
-    @contextmanager
-    def _watching(self, caller: Identity) -> Iterator[None]:
-        with self._lock:
-            mine = self._watchers.get(caller.uri, 0)
-            if mine >= MAX_WATCHERS_PER_CALLER or sum(self._watchers.values()) >= MAX_WATCHERS:
-                raise Denied(Denial("watchers", f"{caller.uri} watches {mine} times already"), transient=True)
-            self._watchers[caller.uri] = mine + 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._watchers[caller.uri] -= 1
 
-
-def _told(entry: Entry) -> pb.Pool:
+def _reply(entry: Entry) -> pb.Pool:
     """The pool, and when we say so: by what clock its moments are."""
     pool = to_pool(entry)
     pool.now = time.time()

@@ -146,10 +146,6 @@ class FakeBridge(BridgeServicer):
             pool.queued = pool.running = 0
             return pool
 
-    def WatchPools(self, request: pb.WatchPoolsRequest, context: _Context) -> Iterator[pb.Pool]:
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "not here")
-        yield pb.Pool()
-
     def TailLog(self, request: pb.TailLogRequest, context: _Context) -> Iterator[pb.LogChunk]:
         if request.key not in self.pools:
             context.abort(grpc.StatusCode.NOT_FOUND, "no such pool")

@@ -7,13 +7,11 @@ run does not.
 import json
 import os
 import re
-import threading
 import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
 
-from isthmus_contracts.pb import bridge_pb2 as pb
 from tests.support.ports import free_port
 
 from .slurm_site import Site, ensure, get, slurm, spec, until
@@ -58,17 +56,6 @@ def test_a_thousand_clients(site: Site) -> None:
 
     before, calls = time.monotonic(), runs(metrics)
     used, began = processor_seconds(site.pid), time.monotonic()
-    stream = operator.WatchPools(pb.WatchPoolsRequest(since=get(operator, key).version))
-    heard = threading.Event()
-
-    def listen() -> None:
-        for seen in stream:
-            if seen.key == key and seen.failed:
-                heard.set()
-                return
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
     time.sleep(SECONDS)  # what is measured is how little happens meanwhile
     elapsed = time.monotonic() - began
     share = (processor_seconds(site.pid) - used) / elapsed
@@ -77,11 +64,11 @@ def test_a_thousand_clients(site: Site) -> None:
     slurm("scancel", f"{job}_{active[0]}")
     until(lambda: active[0] not in slurm("squeue", "-h", "-j", job, "-t", "R,CG", "-o", "%K").split(), "it has ended")
     ended = time.monotonic()
-    assert heard.wait(120)
+    until(lambda: get(operator, key).failed > 0, "the bridge reports it")
     delay = time.monotonic() - ended
-    stream.cancel()
     figures = {"clients": CLIENTS, "records": records, "sbatch": runs(metrics)["sbatch"], "squeue": calls["squeue"],
-               "seconds": round(elapsed, 1), "core_share": round(share, 4), "heard_after": round(delay, 2)}  # fmt: skip
+               "seconds": round(elapsed, 1), "core_share": round(share, 4),
+               "reported_after": round(delay, 2)}  # fmt: skip
     print(json.dumps(figures))
     assert figures["sbatch"] == 1
     assert site.arrays(key) == {job}

@@ -150,9 +150,9 @@ class AnyMachine(RuleBasedStateMachine, Generic[Slurm]):
     def what_is_over_is_over(self) -> None:
         if not hasattr(self, "world") or self.world.journal is None:
             return
-        for entry in self.world.journal.since(self.world.identity.uri, 0):
-            if entry.state.over:
-                assert not self.world.slurm.living(self.name), f"{entry.state}, yet its array lives"
+        entry = self.world.journal.get(self.key)
+        if entry is not None and entry.state.over:
+            assert not self.world.slurm.living(self.name), f"{entry.state}, yet its array lives"
 
     def teardown(self) -> None:
         if hasattr(self, "world") and self.world.journal is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from isthmus_bridge.metrics import Metrics
-from isthmus_bridge.policy.current import Rules
+from isthmus_bridge.policy.current import CurrentPolicy
 from isthmus_bridge.policy.policy import Identity, Policy, parse
 from isthmus_bridge.pools.journal import Entry, Journal
 from isthmus_bridge.pools.pool_status import to_pool
@@ -288,13 +288,13 @@ class AnyWorld(Generic[Slurm]):
             self.journal.close()
         self.journal = CrashingJournal(self.policy.journal_path, self.clock)
         self.metrics = Metrics()
-        self.rules = Rules(self.policy)
-        self.submitter = Submitter(self.rules, self.journal, self.slurm, self.metrics, self.clock)
+        self.current_policy = CurrentPolicy(self.policy)
+        self.submitter = Submitter(self.current_policy, self.journal, self.slurm, self.metrics, self.clock)
         advance = self.submitter.advance
         self.reconciler = Reconciler(
             self.policy, self.journal, self.slurm, self.submitter, self.metrics, advance, self.clock, self.clock
         )
-        self.pools = Pools(self.rules, self.journal, advance, clock=self.clock)
+        self.pools = Pools(self.current_policy, self.journal, advance, clock=self.clock)
 
     def ensure(self, key: str = KEY, **changes: object) -> Entry:
         """EnsurePool."""

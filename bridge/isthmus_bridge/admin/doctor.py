@@ -14,7 +14,7 @@ from ..slurm.model import SiteDescription, SlurmAdapter, SlurmError, TaskRecord
 from ..slurm.states import meaning
 from ..slurm.unix_users import uid_of
 from ..users import doctor as users
-from ..users.user_checks import named
+from ..users.user_checks import local_users
 from . import site_limits
 from .site_limits import Line
 
@@ -94,11 +94,11 @@ def _visible(policy: Policy, described: SiteDescription) -> list[str]:
     """The local users whose jobs Slurm shows; what keeps the others from being used is told elsewhere."""
     if policy.users is None or (described.private_jobs and not policy.users.operator):
         return []
-    return [user for user in named(policy) if uid_of(user) is not None]
+    return [user for user in local_users(policy) if uid_of(user) is not None]
 
 
 def _queue(policy: Policy, jobs: Sequence[TaskRecord]) -> Iterator[Line]:
-    pools, others = job_owners.sort((job for job in jobs if not meaning(job.state).over), policy)
+    pools, others = job_owners.group_by_pool((job for job in jobs if not meaning(job.state).over), policy)
     arrays = {job.array_id for (_, user), records in pools.items() for job in records if not user}
     yield True, f"queue: Slurm answers; {len(arrays)} arrays of bridges of this user"
     for user in sorted({job.user for job in others}):

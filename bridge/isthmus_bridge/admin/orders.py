@@ -61,7 +61,7 @@ def _answer(path: Path) -> list[str]:
         raise OrderError(f"{path}: no answer that is understood; `isthmus-bridge status` shows the pools") from None
 
 
-def obey(journal: Path, end: Callable[[str, str], list[str]]) -> None:
+def execute(journal: Path, end: Callable[[str, str], list[str]]) -> None:
     """Does what the orders that lie there ask for. ``end``: of a caller's pools, with a reason. Raises ``OSError``."""
     try:
         orders = sorted(folder_of(journal).iterdir())

@@ -13,7 +13,7 @@ from ..slurm.cli import last_line, which
 from ..slurm.command import CommandOutputTooLong, CommandTimeout, run
 from ..slurm.environment import DEFAULT_PATH, program_environment, user_name
 from ..slurm.model import SiteDescription
-from ..users.user_checks import named
+from ..users.user_checks import local_users
 
 Line = tuple[bool | None, str]
 """Whether it is well (None: neither well nor a problem, but worth knowing), and the line."""
@@ -33,7 +33,7 @@ def examine(policy: Policy, described: SiteDescription) -> Iterator[Line]:
         yield None, f"limits: cannot be compared with Slurm's: {error.strerror}"
         return
     yield from _times_and_memory(policy, partitions)
-    users = [*named(policy)] + ([user_name({})] if not all(one.user for one in policy.identities) else [])
+    users = [*local_users(policy)] + ([user_name({})] if not all(one.user for one in policy.identities) else [])
     for user in users:
         yield from _associations(policy, user, described, partitions)
 

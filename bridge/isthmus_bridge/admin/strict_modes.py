@@ -15,9 +15,9 @@ from pathlib import Path
 from isthmus_contracts.identities import KEY_FILE
 
 from ..policy.policy import Policy, PolicyError
-from ..users.doctor import code
+from ..users.doctor import code_paths
 from ..users.sudoers import run_dir
-from ..users.user_checks import named
+from ..users.user_checks import local_users
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def _items(policy: Policy, file: Path) -> Iterator[_Item]:
             yield _Item(name, path)
     if policy.slurm.rest is not None and policy.slurm.rest.token_file is not None:
         yield _Item("slurm.rest.token_file", policy.slurm.rest.token_file, secret=True)
-    for path in dict.fromkeys(code()):
+    for path in dict.fromkeys(code_paths()):
         yield _Item("the bridge's code", path)
-    for user in named(policy):
+    for user in local_users(policy):
         if (uid := _uid(user)) is not None:
             yield _Item("users.run_dir", run_dir(policy, user), owner=uid)
     for name, environment in sorted(policy.environments.items()):
@@ -106,7 +106,7 @@ class _People:
     def __init__(self, policy: Policy) -> None:
         self.me = os.geteuid()
         self.trusted = frozenset({0, self.me})
-        users = {_uid(user) for user in named(policy)} - {None, self.me}
+        users = {_uid(user) for user in local_users(policy)} - {None, self.me}
         self.job_users = frozenset(uid for uid in users if uid is not None)
 
 
@@ -156,7 +156,7 @@ def _secret(item: _Item, trusted: frozenset[int]) -> Iterator[Finding]:
 
 def _own_jobs(policy: Policy, file: Path, people: _People) -> Iterator[Finding]:
     """What jobs can do that run as the bridge's own user."""
-    if named(policy) and all(identity.user for identity in policy.identities):
+    if local_users(policy) and all(identity.user for identity in policy.identities):
         return
     name = _user(people.me)
     if people.me == 0:

@@ -29,7 +29,7 @@ _EXIT_CODE = re.compile(r"[0-9]{1,3}")
 
 
 @dataclass(frozen=True)
-class Marks:
+class TaskMarker:
     """What one task wrote down about itself."""
 
     array_id: int
@@ -145,16 +145,16 @@ class RunDirectory:
 
     def forget_credentials(self) -> None:
         """Removes the credentials: the pool is over. Raises ``OSError``."""
-        untrusted_files.own(self.path)
+        untrusted_files.make_writable(self.path)
         untrusted_files.remove_tree(self.tls)
 
     def remove(self) -> None:
         """Removes everything. Raises ``OSError``."""
         untrusted_files.remove_tree(self.path)
 
-    def marks(self) -> dict[int, Marks]:
+    def task_markers(self) -> dict[int, TaskMarker]:
         """Return what the tasks wrote down, by index. Files that make no sense are left out."""
-        found: dict[int, Marks] = {}
+        found: dict[int, TaskMarker] = {}
         starts: dict[int, tuple[int, int]] = {}
         for index, kind, start, last in self._read_marks():
             array_id, ended = start[0], exit_code(last) if kind == "exit" else None
@@ -166,7 +166,7 @@ class RunDirectory:
                 continue
             node = last if kind == "start" else old.node if old else ""
             code = ended if ended is not None else old.exit_code if old else None
-            found[index] = Marks(array_id, node, code)
+            found[index] = TaskMarker(array_id, node, code)
         return found
 
     def exits(self, wanted: Collection[int]) -> dict[int, Exit]:

@@ -45,20 +45,20 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
     except OSError:
         with suppress(FileNotFoundError):
-            _open_up(path)
+            _make_tree_writable(path)
             shutil.rmtree(path)
 
 
-def _open_up(path: Path) -> None:
+def _make_tree_writable(path: Path) -> None:
     """Lets its owner change all folders beneath; through no link, whatever takes a folder's place meanwhile."""
-    own(path)
+    make_writable(path)
     for _, names, _, folder in os.fwalk(path):
         # Those are entered only now.
         for name in names:
-            own(name, folder)
+            make_writable(name, folder)
 
 
-def own(name: str | Path, folder: int | None = None) -> None:
+def make_writable(name: str | Path, folder: int | None = None) -> None:
     """Lets its owner do anything in a folder, where that is possible."""
     with suppress(OSError):
         descriptor = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)

@@ -7,7 +7,6 @@ decision are those of an inbound connection. The gateway passes bytes on, and ca
 import asyncio
 import logging
 import random
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from isthmus_contracts.wire.tunnel import CHUNK, MAX_CONNECTIONS, PROTOCOL, Conn
 from .. import __version__
 from ..metrics import Metrics
 from ..policy.policy import GatewaySettings
+from .loop_thread import LoopThread
 from .proxy import proxy_for
 
 log = logging.getLogger(__name__)
@@ -53,23 +53,20 @@ class DialOut:
         self._tls_dir = tls_dir
         self._metrics = metrics
         self._socket = Path()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="dial-out", daemon=True)
+        self._thread = LoopThread("dial-out")
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, socket: Path) -> None:
         """Begins to dial. ``socket``: where the bridge's own server listens."""
         self._socket = socket
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._begin(), self._loop).result()
+        self._thread.run(self._begin())
 
     def stop(self) -> None:
         """Ends the tunnels."""
-        if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(asyncio_tasks.end(self._tasks), self._loop).result()
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-        self._loop.close()
+        if self._thread.running:
+            self._thread.run(asyncio_tasks.end(self._tasks))
+        self._thread.stop()
 
     async def _begin(self) -> None:
         for gateway in self._gateways:

@@ -9,20 +9,21 @@ import asyncio
 import logging
 import resource
 import socket
-import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from isthmus_contracts.wire.addresses import bound, split
 
+from .loop_thread import LoopThread
+
 log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 20.0
 _DIAL_SECONDS = 15.0
 # Connections without a complete handshake, and all of them together.
-UNPROVEN = 32
-CONNECTIONS = 96
+MAX_HANDSHAKES = 32
+MAX_CONNECTIONS = 96
 # asyncio takes so many at one go, before any can be ended.
 _BACKLOG = 32
 # For the journal, Slurm's programs and the bridge's other ports. A connection that is passed on takes two descriptors.
@@ -37,13 +38,13 @@ _QUIET_SECONDS = 60.0
 _STOP_SECONDS = 5.0
 
 
-def room(files: int) -> tuple[int, int]:
+def connection_limits(files: int) -> tuple[int, int]:
     """How many connections there may be, and how many of them unproven, under a limit of open files."""
-    most = max(8, min(CONNECTIONS, (files - _OWN_FILES - _BACKLOG) // _EACH))
-    return most, max(4, min(UNPROVEN, most // 2))
+    most = max(8, min(MAX_CONNECTIONS, (files - _OWN_FILES - _BACKLOG) // _EACH))
+    return most, max(4, min(MAX_HANDSHAKES, most // 2))
 
 
-class Records:
+class TlsRecords:
     """Watches the client's side of TLS go by, until its first protected record is complete.
 
     In TLS 1.3 that is the client's certificate, upon which the server ends whom it does not know; before 1.3 it comes
@@ -51,7 +52,7 @@ class Records:
     """
 
     def __init__(self) -> None:
-        self.proven = False
+        self.handshake_done = False
         self._header = bytearray()
         self._left = 0
         self._protected = False
@@ -59,7 +60,7 @@ class Records:
     def feed(self, data: bytes) -> None:
         """Takes what the client sent."""
         at = 0
-        while at < len(data) and not self.proven:
+        while at < len(data) and not self.handshake_done:
             if self._left:
                 step = min(self._left, len(data) - at)
                 self._left -= step
@@ -74,23 +75,22 @@ class Records:
                 self._left = int.from_bytes(self._header[3:5], "big")
                 self._header.clear()
             if not self._left and self._protected:
-                self.proven = True
+                self.handshake_done = True
 
 
-class Door:
+class HandshakeGuard:
     """A thread with an event loop of its own."""
 
     def __init__(self, address: str, inner: Path) -> None:
         """``inner``: the UNIX socket of the gRPC server."""
         self._address = address
         self._inner = inner
-        self._most, self._most_unproven = room(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self._max_connections, self._max_handshaking = connection_limits(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         # The oldest first.
-        self._unproven: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        self._handshaking: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._told, self._ended = -_QUIET_SECONDS, 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="door", daemon=True)
+        self._reported, self._ended = -_QUIET_SECONDS, 0
+        self._thread = LoopThread("handshake-guard")
         self._server: asyncio.Server | None = None
         self.port = 0
 
@@ -98,21 +98,16 @@ class Door:
         """Listens. Raises ``OSError``."""
         self._thread.start()
         try:
-            asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
+            self._thread.run(self._listen())
         except OSError:
-            self._end_loop()
+            self._thread.stop()
             raise
 
     def stop(self) -> None:
         """Ends every connection."""
         if self._server is not None:
-            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
-        self._end_loop()
-
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+            self._thread.run(self._close())
+        self._thread.stop()
 
     async def _listen(self) -> None:
         host, port = split(self._address)
@@ -133,8 +128,8 @@ class Door:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        self._unproven[task] = writer
-        if len(self._unproven) > self._most_unproven or len(self._tasks) > self._most:
+        self._handshaking[task] = writer
+        if len(self._handshaking) > self._max_handshaking or len(self._tasks) > self._max_connections:
             self._end_oldest()
         try:
             first = await asyncio.wait_for(reader.read(_CHUNK), HANDSHAKE_SECONDS)
@@ -144,18 +139,18 @@ class Door:
             log.debug("a caller's connection broke: %s", error)
         finally:
             self._tasks.discard(task)
-            self._unproven.pop(task, None)
+            self._handshaking.pop(task, None)
             writer.close()
 
     def _end_oldest(self) -> None:
-        task = next(iter(self._unproven))
-        self._unproven.pop(task).transport.abort()
+        task = next(iter(self._handshaking))
+        self._handshaking.pop(task).transport.abort()
         task.cancel()
         self._ended += 1
-        now = self._loop.time()
-        if now >= self._told + _QUIET_SECONDS:
+        now = asyncio.get_running_loop().time()
+        if now >= self._reported + _QUIET_SECONDS:
             log.warning("too many connections without a TLS handshake: ended %d, the oldest first", self._ended)
-            self._told, self._ended = now, 0
+            self._reported, self._ended = now, 0
 
     async def _join(
         self, task: "asyncio.Task[None]", first: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -180,13 +175,13 @@ class Door:
         self, task: "asyncio.Task[None]", data: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Passes on what the caller sends, and notices when its handshake is over."""
-        records = Records()
+        records = TlsRecords()
         async with asyncio.timeout(HANDSHAKE_SECONDS) as patience:
             while data:
-                if not records.proven:
+                if not records.handshake_done:
                     records.feed(data)
-                    if records.proven:
-                        self._unproven.pop(task, None)
+                    if records.handshake_done:
+                        self._handshaking.pop(task, None)
                         patience.reschedule(None)
                 writer.write(data)
                 await writer.drain()

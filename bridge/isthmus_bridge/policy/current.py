@@ -1,26 +1,29 @@
-"""The policy that is in force: it can be replaced while the bridge runs, where only rules have changed."""
+"""The policy in force. It can be replaced while the bridge runs, as long as only rules have changed."""
 
 from .policy import Policy, PolicyError
 
-# What the running bridge was built with.
+# Settings with which the running bridge was built.
 _FIXED = ("site", "run_dir", "journal", "tls_dir", "listen", "gateways", "metrics_listen", "relay", "slurm", "users")
 
 
-class Rules:
-    """Holds the policy. Threads may read it at any time; each decision is taken under one policy."""
+class CurrentPolicy:
+    """Holder of the policy. Threads may read it at any time; each decision is made under one policy."""
 
     def __init__(self, policy: Policy) -> None:
-        self._current = policy
+        self._policy = policy
 
     @property
-    def current(self) -> Policy:
+    def policy(self) -> Policy:
         """The policy in force."""
-        return self._current
+        return self._policy
 
     def replace(self, policy: Policy) -> list[str]:
-        """Puts another policy in force and names what differs. Raises :class:`PolicyError`; then nothing changes."""
-        fields = [name for name in Policy.model_fields if getattr(policy, name) != getattr(self._current, name)]
+        """Put another policy in force and return the names of the fields that differ.
+
+        Raises :class:`PolicyError` if one of them needs a restart; then nothing changes.
+        """
+        fields = [name for name in Policy.model_fields if getattr(policy, name) != getattr(self._policy, name)]
         if fixed := [name for name in fields if name in _FIXED]:
             raise PolicyError(f"{', '.join(fixed)}: changes only with a restart; the old policy stays in force")
-        self._current = policy
+        self._policy = policy
         return fields

@@ -9,26 +9,26 @@ from ..clients_per_job import per_job
 from ..policy.policy import Policy
 from ..slurm.model import SlurmAdapter, SlurmError, TaskRecord
 from ..users.pool_directory import pool_directory
-from .clients import marks_of_jobs
+from .clients import markers_of_jobs
 from .journal import Entry
 from .observation import Observation, choose, resolve
 
 
-class Lookup:
+class AccountingLookup:
     """Asks the accounts sparingly: they are slower than the queue and tell nothing new every second."""
 
-    def __init__(self, policy: Policy, adapter: SlurmAdapter, steady: Callable[[], float]) -> None:
-        """``steady``: seconds that nobody sets forward or back."""
+    def __init__(self, policy: Policy, adapter: SlurmAdapter, monotonic: Callable[[], float]) -> None:
+        """``monotonic``: seconds that nobody sets forward or back."""
         self._policy = policy
         self._adapter = adapter
-        self._steady = steady
+        self._monotonic = monotonic
         self._spacing = policy.slurm.absence_seconds / policy.slurm.absence_lookups
         self._counted: dict[str, float] = {}
         self._asked: dict[str, float] = {}
 
-    def counts(self, key: str) -> bool:
+    def is_due(self, key: str) -> bool:
         """Return whether a look-up that finds nothing now is far enough from the last to count as one more."""
-        now = self._steady()
+        now = self._monotonic()
         if now < self._counted.get(key, -math.inf) + self._spacing:
             return False
         self._counted[key] = now
@@ -39,7 +39,7 @@ class Lookup:
         self._counted.pop(key, None)
         self._asked.pop(key, None)
 
-    def elsewhere(self, entry: Entry) -> int | None:
+    def find_array(self, entry: Entry) -> int | None:
         """The array of a doubtful submission that the queue does not show.
 
         None: this look-up was healthy and found nothing. Raises :class:`SlurmError`: it says nothing.
@@ -48,14 +48,14 @@ class Lookup:
             run = pool_directory(self._policy, entry.key, entry.user)
             if self._adapter.submission_may_run(run.guard):
                 raise SlurmError("an earlier submission of it still runs")
-            if marks := run.marks():
+            if marks := run.task_markers():
                 return min(mark.array_id for mark in marks.values())
         except OSError as error:
             raise SlurmError(f"cannot read the pool's directory: {error.strerror}") from None
         choice = choose(self._history(entry), 0)
         return choice.array_id if choice else None
 
-    def ends(
+    def find_ends(
         self, entry: Entry, observation: Observation, missing: Sequence[int], *, first: bool
     ) -> tuple[Observation, list[int], SlurmError | None]:
         """Returns how those tasks ended, which stay unknown, and why the accounts did not answer, if so.
@@ -63,13 +63,13 @@ class Lookup:
         What the tasks' own marks say counts all the same. Raises :class:`SlurmError` where these cannot be read.
         """
         try:
-            marks = pool_directory(self._policy, entry.key, entry.user).marks()
+            marks = pool_directory(self._policy, entry.key, entry.user).task_markers()
         except OSError as error:
             raise SlurmError(f"cannot read the pool's directory: {error.strerror}") from None
         spec = entry.pool_spec()
         if per_job(spec) > 1:
-            marks = marks_of_jobs(marks, spec)
-        now = self._steady()
+            marks = markers_of_jobs(marks, spec)
+        now = self._monotonic()
         history: Sequence[TaskRecord] = []
         failure = None
         if first or now >= self._asked.get(entry.key, -math.inf) + self._spacing:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from ..clients_per_job import per_job
-from ..files.run_directory import Exit, Marks
+from ..files.run_directory import Exit, TaskMarker
 from ..slurm.states import Meaning
 from .observation import ClientNote, Observation, TaskObservation
 
@@ -32,7 +32,7 @@ def by_client(observation: Observation, spec: pb.PoolSpec) -> Observation:
     return replace(observation, tasks=tasks, clients={})
 
 
-def unheard(observation: Observation, spec: pb.PoolSpec) -> set[int]:
+def without_exit(observation: Observation, spec: pb.PoolSpec) -> set[int]:
     """Clients that have begun, and whose end is not noted."""
     return {
         client
@@ -63,9 +63,9 @@ def with_tails(observation: Observation, spec: pb.PoolSpec, tails: Mapping[int, 
     return replace(observation, clients=notes)
 
 
-def marks_of_jobs(marks: Mapping[int, Marks], spec: pb.PoolSpec) -> dict[int, Marks]:
+def markers_of_jobs(marks: Mapping[int, TaskMarker], spec: pb.PoolSpec) -> dict[int, TaskMarker]:
     """What the clients' marks say of their jobs: one has ended when all its clients have."""
-    found: dict[int, Marks] = {}
+    found: dict[int, TaskMarker] = {}
     for index in sorted({client // per_job(spec) for client in marks}):
         members = [marks.get(client) for client in _clients_of(index, spec)]
         there = [mark for mark in members if mark is not None]

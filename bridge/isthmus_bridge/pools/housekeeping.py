@@ -13,7 +13,7 @@ from .submitter import forget_credentials
 log = logging.getLogger(__name__)
 
 
-def keep_house(policy: Policy, journal: Journal, now: float) -> None:
+def clean_up(policy: Policy, journal: Journal, now: float) -> None:
     """One round. Failures are logged: nothing here may stop the bridge."""
     for entry in journal.finished_before(now + 1):
         if _holds_credentials(policy, entry.key, entry.user):

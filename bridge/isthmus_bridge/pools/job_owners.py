@@ -18,7 +18,9 @@ Owner = tuple[str, str]
 _PREFIX = slurm_job_name("")
 
 
-def sort(records: Iterable[TaskRecord], policy: Policy) -> tuple[dict[Owner, list[TaskRecord]], list[TaskRecord]]:
+def group_by_pool(
+    records: Iterable[TaskRecord], policy: Policy
+) -> tuple[dict[Owner, list[TaskRecord]], list[TaskRecord]]:
     """Returns the records of each pool, and those of no pool.
 
     A pool's array is known by its working directory, which the bridge alone chooses, or else by its name: users and
@@ -38,10 +40,10 @@ def sort(records: Iterable[TaskRecord], policy: Policy) -> tuple[dict[Owner, lis
 def changed_name(records: Sequence[TaskRecord], key: str) -> str:
     """The name that someone else gave the array, or tasks of it; empty: nobody did."""
     own = slurm_job_name(key)
-    return next((name for name in names(records, own) if name != own), "")
+    return next((name for name in living_names(records, own) if name != own), "")
 
 
-def names(records: Sequence[TaskRecord], otherwise: str) -> list[str]:
+def living_names(records: Sequence[TaskRecord], otherwise: str) -> list[str]:
     """All names that the living tasks bear; ``otherwise`` where none is listed."""
     return sorted({record.name for record in records if not meaning(record.state).over}) or [otherwise]
 

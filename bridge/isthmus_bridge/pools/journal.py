@@ -57,9 +57,9 @@ class Entry:
     array_id: int = 0
     submissions: int = 0
     """How often sbatch was run."""
-    doubt_since: float = 0.0
+    unknown_since: float = 0.0
     """When sbatch was over, in the state UNKNOWN; when the tasks were first missed, in SUBMITTED."""
-    absences: int = 0
+    missed_lookups: int = 0
     """Healthy look-ups since then that found nothing."""
     retry_at: float = 0.0
     """No submission before this time."""
@@ -69,14 +69,14 @@ class Entry:
     stale: str = ""
     """Why Slurm cannot be asked at the moment; the observation is then the last one."""
     observation: Observation = field(default_factory=Observation)
-    keep: int = 0
+    kept_replicas: int = 0
     """So many clients stay, where the pool was shrunk; 0: all."""
     user: str = ""
     """The local user who owns its files and jobs; empty: the bridge's own."""
 
     def pool_spec(self) -> pb.PoolSpec:
         """The spec as a message: as the pool is now, with as many clients as stay."""
-        return _spec(self.spec, self.keep)
+        return _spec(self.spec, self.kept_replicas)
 
 
 _COLUMNS: Mapping[str, str] = {
@@ -90,22 +90,21 @@ _COLUMNS: Mapping[str, str] = {
     "message": "TEXT NOT NULL",
     "array_id": "INTEGER NOT NULL",
     "submissions": "INTEGER NOT NULL",
-    "doubt_since": "REAL NOT NULL",
-    "absences": "INTEGER NOT NULL",
+    "unknown_since": "REAL NOT NULL",
+    "missed_lookups": "INTEGER NOT NULL",
     "retry_at": "REAL NOT NULL",
     "created_at": "REAL NOT NULL",
     "submitted_at": "REAL NOT NULL",
     "finished_at": "REAL NOT NULL",
     "stale": "TEXT NOT NULL",
     "observation": "TEXT NOT NULL",
-    "keep": "INTEGER NOT NULL DEFAULT 0",
-    "user": "TEXT NOT NULL DEFAULT ''",
+    "kept_replicas": "INTEGER NOT NULL",
+    "user": "TEXT NOT NULL",
 }
 # "ISTH", in the file's header: no other program's database is taken for a journal.
 _APPLICATION = 0x49535448
-_SCHEMA_VERSION = 3
-# What each version has added to the one before.
-_ADDED = {2: "keep", 3: "user"}
+# 1 to 3 were in use before the first release.
+_SCHEMA_VERSION = 4
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM pools"  # noqa: S608 - our own column names
 _INSERT = f"INSERT INTO pools ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608
 
@@ -129,7 +128,7 @@ class Journal:
             for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL"):
                 self._connection.execute(f"PRAGMA {pragma}")
             self._connection.execute("BEGIN IMMEDIATE")
-            self._migrate(path)
+            self._prepare(path)
             self._connection.execute("COMMIT")
         except sqlite3.OperationalError as error:
             reason = "another bridge uses it" if "locked" in str(error) else str(error)
@@ -139,22 +138,16 @@ class Journal:
         except OSError as error:
             raise JournalError(f"journal {path}: {error.strerror}") from None
 
-    def _migrate(self, path: Path) -> None:
+    def _prepare(self, path: Path) -> None:
         application = self._connection.execute("PRAGMA application_id").fetchone()[0]
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         if (application, version) == (0, 0):
             columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())
             self._connection.execute(f"CREATE TABLE pools ({columns})")
-            self._connection.execute("CREATE INDEX pools_version ON pools (version)")
             self._connection.execute(f"PRAGMA application_id={_APPLICATION}")
             self._connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
-        elif application == _APPLICATION and 1 <= version <= _SCHEMA_VERSION:
-            for newer in range(version + 1, _SCHEMA_VERSION + 1):
-                name = _ADDED[newer]
-                self._connection.execute(f"ALTER TABLE pools ADD COLUMN {name} {_COLUMNS[name]}")
-            self._connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
-        else:
-            raise JournalError(f"journal {path}: made by another program or a newer bridge")
+        elif (application, version) != (_APPLICATION, _SCHEMA_VERSION):
+            raise JournalError(f"journal {path}: made by another program or another version of the bridge")
         last = self._connection.execute("SELECT max(version) FROM pools").fetchone()[0]
         self._version: int = last or 0
 
@@ -219,10 +212,6 @@ class Journal:
         marks = ", ".join("?" * len(OVER))
         return self._query(f"{_SELECT} WHERE state NOT IN ({marks}) ORDER BY created_at, key", *OVER)
 
-    def since(self, identity: str, version: int) -> list[Entry]:
-        """The caller's pools that changed after ``version``, oldest change first."""
-        return self._query(f"{_SELECT} WHERE identity = ? AND version > ? ORDER BY version", identity, version)
-
     def finished_before(self, moment: float) -> list[Entry]:
         """Pools that were over before that time."""
         marks = ", ".join("?" * len(OVER))
@@ -231,14 +220,14 @@ class Journal:
     def live_specs(self, identity: str | None = None) -> list[pb.PoolSpec]:
         """The caller's pools (or all callers') that are not over, with the clients that their jobs hold."""
         marks = ", ".join("?" * len(OVER))
-        sql = f"SELECT spec, keep FROM pools WHERE state NOT IN ({marks})"  # noqa: S608
+        sql = f"SELECT spec, kept_replicas FROM pools WHERE state NOT IN ({marks})"  # noqa: S608
         values = [*OVER]
         if identity is not None:
             sql += " AND identity = ?"
             values.append(identity)
         with self._lock:
             rows = self._connection.execute(sql, values).fetchall()
-        return [_held(*row) for row in rows]
+        return [_occupied(*row) for row in rows]
 
     def count_tombstones(self, identity: str) -> int:
         """Returns how many keys the caller has cancelled without ever asking for them."""
@@ -279,7 +268,7 @@ class Journal:
             self._connection.execute("DELETE FROM pools WHERE key = ?", (key,))
 
     def _next_version(self) -> int:
-        # Not below the clock: where a journal was lost, watchers who saw higher versions still see what is new.
+        # Not below the clock: versions go on growing where a journal was lost.
         self._version = max(self._version + 1, int(self._clock() * 1000))
         return self._version
 
@@ -298,17 +287,17 @@ def _make_private(path: Path) -> None:
             path.with_name(name).chmod(0o600)
 
 
-def _spec(content: bytes, keep: int) -> pb.PoolSpec:
+def _spec(content: bytes, kept_replicas: int) -> pb.PoolSpec:
     spec = pb.PoolSpec.FromString(content)
-    if keep:
+    if kept_replicas:
         # What its clients are told stays as it was.
         spec.pool_size = spec.pool_size or spec.replicas
-        spec.replicas = keep
+        spec.replicas = kept_replicas
     return spec
 
 
-def _held(content: bytes, keep: int) -> pb.PoolSpec:
-    spec, asked = _spec(content, keep), pb.PoolSpec.FromString(content).replicas
+def _occupied(content: bytes, kept_replicas: int) -> pb.PoolSpec:
+    spec, asked = _spec(content, kept_replicas), pb.PoolSpec.FromString(content).replicas
     # A job of which one client stays goes on with all of them.
     spec.replicas = min(asked, jobs_for(spec) * per_job(spec))
     return spec

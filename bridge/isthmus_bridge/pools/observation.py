@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..files.run_directory import Marks
+from ..files.run_directory import TaskMarker
 from ..slurm.model import TaskRecord
 from ..slurm.states import LOST, PLAIN, Meaning, meaning
 
@@ -178,7 +178,7 @@ def resolve(
     missing: Sequence[int],
     array_id: int,
     history: Sequence[TaskRecord],
-    marks: Mapping[int, Marks],
+    marks: Mapping[int, TaskMarker],
 ) -> tuple[Observation, list[int]]:
     """Finds out how tasks ended that the controller has forgotten: from the accounts, then from their own marks."""
     ended = [record for record in history if meaning(record.state).over]
@@ -224,7 +224,7 @@ def ended_by_limit(ended: Observation, before: Observation, now: float, warning:
     return 0 < before.ends_at <= now + warning + _EARLIEST_WARNING
 
 
-def lose(observation: Observation, missing: Sequence[int]) -> Observation:
+def mark_lost(observation: Observation, missing: Sequence[int]) -> Observation:
     """Gives up on tasks that nothing knows any more."""
     tasks = dict(observation.tasks)
     for index in missing:
@@ -232,11 +232,6 @@ def lose(observation: Observation, missing: Sequence[int]) -> Observation:
         last = before.state if before else "PENDING"
         tasks[index] = replace(before or TaskObservation(LOST), state=LOST, reason=f"last seen {last}")
     return replace(observation, tasks=dict(sorted(tasks.items())))
-
-
-def end_all(replicas: int, state: str, reason: str) -> Observation:
-    """Every task ended alike."""
-    return Observation({index: TaskObservation(state, reason) for index in range(replicas)})
 
 
 def notable(observation: Observation, most: int) -> list[tuple[int, TaskObservation]]:
@@ -260,7 +255,7 @@ def _task(record: TaskRecord, before: TaskObservation | None) -> TaskObservation
     )
 
 
-def _marked(mark: Marks, before: TaskObservation | None) -> TaskObservation:
+def _marked(mark: TaskMarker, before: TaskObservation | None) -> TaskObservation:
     base = before or TaskObservation("")
     return replace(
         base,

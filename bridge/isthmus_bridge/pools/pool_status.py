@@ -1,4 +1,4 @@
-"""What a pool looks like from outside: its end in a sentence, its phase, its message of the protocol."""
+"""What a pool looks like from outside: its end in a describe_end, its phase, its message of the protocol."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -39,10 +39,10 @@ def outcome(observation: Observation, replicas: int, *, cancelled: bool, why: st
         return State.FAILED, "all tasks were cancelled, but not by the bridge"
     bad = [(index, task) for index, task in notable(observation, replicas) if task.meaning.over]
     index, task = bad[0]
-    return State.FAILED, f"{len(bad)} of {replicas} tasks did not succeed; task {index}: {sentence(task)}"
+    return State.FAILED, f"{len(bad)} of {replicas} tasks did not succeed; task {index}: {describe_end(task)}"
 
 
-def sentence(task: TaskObservation) -> str:
+def describe_end(task: TaskObservation) -> str:
     """How one task ended."""
     if task.state == LOST:
         return f"Slurm no longer knows it ({task.reason})"
@@ -100,7 +100,7 @@ def to_pool(entry: Entry) -> pb.Pool:
     return pool
 
 
-def if_tellable(tell: Callable[[Entry], T], entry: Entry) -> T | None:
+def convert_or_log(tell: Callable[[Entry], T], entry: Entry) -> T | None:
     """What ``tell`` makes of a pool: of many, one that cannot be told does not hide the others."""
     try:
         return tell(entry)
@@ -118,5 +118,5 @@ def _trouble(observation: Observation) -> str:
     """The first failure of a pool whose other tasks live."""
     for index, task in notable(observation, 1):
         if task.meaning is Meaning.FAILED:
-            return f"task {index}: {sentence(task)}"
+            return f"task {index}: {describe_end(task)}"
     return ""

@@ -10,7 +10,7 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.wire.pki import Credentials
 
 from ..policy.authorization import Denial, decide, draining, too_many
-from ..policy.current import Rules
+from ..policy.current import CurrentPolicy
 from ..policy.policy import Identity, Policy
 from ..users.pool_directory import PoolDirectory, pool_directory
 from ..users.user_checks import fault
@@ -55,14 +55,14 @@ class Pools:
 
     def __init__(
         self,
-        rules: Rules,
+        current_policy: CurrentPolicy,
         journal: Journal,
         advance: Callable[[str], None],
         wake: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """``advance`` starts work on a key and returns at once; ``wake`` calls for a look at the queue."""
-        self._rules = rules
+        self._current_policy = current_policy
         self._journal = journal
         self._advance = advance
         self._wake = wake
@@ -71,7 +71,7 @@ class Pools:
 
     @property
     def _policy(self) -> Policy:
-        return self._rules.current
+        return self._current_policy.policy
 
     def ensure(self, identity: Identity, key: str, spec: pb.PoolSpec) -> Entry:
         """Records the pool, once. Raises RequestError, Denied, KeyTaken, SpecDiffers, ``OSError``."""
@@ -116,7 +116,7 @@ class Pools:
             spec=_without_credentials(spec),
             digest=digest(spec),
             created_at=now,
-            doubt_since=now if known else 0.0,
+            unknown_since=now if known else 0.0,
             message="looking for the array in Slurm: the journal has lost this pool" if known else "",
             user=user,
         )
@@ -213,7 +213,7 @@ class Pools:
             entry = self.get(identity, key)
             if entry.state.over or entry.cancel or not entry.spec or replicas >= entry.pool_spec().replicas:
                 return entry
-            entry = self._journal.update(key, keep=replicas)
+            entry = self._journal.update(key, kept_replicas=replicas)
         log.info("to be shrunk", extra={"key": key, "replicas": replicas, "caller": identity.uri})
         self._wake()
         return entry
@@ -228,20 +228,6 @@ class Pools:
                 self._directory(entry).write_credentials(_credentials(request))
                 log.info("credentials renewed", extra={"key": entry.key})
         return entry
-
-    def changes(self, identity: Identity, since: int, timeout: float) -> list[Entry]:
-        """The caller's pools that changed after that version; waits for one to change where none has."""
-        with self._journal.changed:
-            entries = self._journal.since(identity.uri, since)
-            if not entries:
-                self._journal.changed.wait(timeout)
-                entries = self._journal.since(identity.uri, since)
-            return entries
-
-    def wake_watchers(self) -> None:
-        """Has those who wait for changes look again."""
-        with self._journal.changed:
-            self._journal.changed.notify_all()
 
     def wait(self, key: str, done: Callable[[Entry], bool], timeout: float) -> Entry | None:
         """The pool once ``done`` holds, or as it is when the time is over."""

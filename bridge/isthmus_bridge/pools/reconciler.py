@@ -19,17 +19,17 @@ from ..slurm.environment import user_name
 from ..slurm.model import SlurmAdapter, SlurmError, TaskRecord
 from ..slurm.states import Meaning, meaning
 from ..slurm.unix_users import uid_of
-from ..users.user_checks import named
+from ..users.user_checks import local_users
 from . import job_owners
-from .accounting_lookup import Lookup
+from .accounting_lookup import AccountingLookup
 from .clients import by_client
 from .job_owners import Owner
 from .journal import Entry, Journal, State
-from .observation import Observation, choose, ended_by_limit, lose, observe
+from .observation import Observation, choose, ended_by_limit, mark_lost, observe
 from .pool_status import outcome
 from .status_file import StatusFile
 from .submitter import Submitter, forget_credentials, warning_seconds
-from .task_files import Evidence
+from .task_files import TaskFiles
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +55,9 @@ class Reconciler:
         metrics: Metrics,
         advance: Callable[[str], None],
         clock: Callable[[], float] = time.time,
-        steady: Callable[[], float] = time.monotonic,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``steady``: for what has to last a while, whoever sets the clock."""
+        """``monotonic``: for what has to last a while, whoever sets the clock."""
         self._policy = policy
         self._journal = journal
         self._adapter = adapter
@@ -65,16 +65,16 @@ class Reconciler:
         self._metrics = metrics
         self._advance = advance
         self._clock = clock
-        self._steady = steady
-        self._lookup = Lookup(policy, adapter, steady)
-        self._evidence = Evidence(policy, steady)
-        self._users = set(named(policy))
+        self._monotonic = monotonic
+        self._lookup = AccountingLookup(policy, adapter, monotonic)
+        self._task_files = TaskFiles(policy, monotonic)
+        self._users = set(local_users(policy))
         self._failures = 0
         self._asked_to_cancel: dict[tuple[str, int, int], float] = {}
         self._last_sweep = -math.inf
-        self._sweep_until = steady() + _SWEEP_FOR
+        self._sweep_until = monotonic() + _SWEEP_FOR
         self._seen = journal.version
-        self._strangers: set[Owner] = set()
+        self._reported_foreign: set[Owner] = set()
         self._outside: set[str] = set()
         self._pools: Mapping[Owner, Sequence[TaskRecord]] = {}
         self._status = StatusFile(policy.status_path)
@@ -101,11 +101,11 @@ class Reconciler:
             if entry.state is State.RESERVED:
                 self._advance(entry.key)
             elif entry.state is State.SUBMITTING:
-                self._doubt(entry.key)
+                self._mark_unknown(entry.key)
         live = self._journal.live()
         self._count(live)
         followed = [entry for entry in live if entry.state in (State.SUBMITTED, State.UNKNOWN)]
-        now = self._steady()
+        now = self._monotonic()
         version = self._journal.version
         if followed or version != self._seen:
             # A pool that was cancelled before it was asked for is not followed, and is one that a lost journal knew.
@@ -122,7 +122,7 @@ class Reconciler:
         except SlurmError as error:
             return self._unreachable(followed, error)
         self._reachable()
-        self._pools, rest = job_owners.sort(records, self._policy)
+        self._pools, rest = job_owners.group_by_pool(records, self._policy)
         for entry in followed:
             try:
                 if entry.user in gone:
@@ -135,35 +135,35 @@ class Reconciler:
         self._sweep(rest)
         return self._policy.slurm.poll_seconds if followed else _SWEEP_EVERY
 
-    def _doubt(self, key: str) -> None:
+    def _mark_unknown(self, key: str) -> None:
         """A submission that no thread carries any more: the bridge died, or could not record the answer."""
         with self._journal.transaction():
             entry = self._journal.get(key)
             if entry is not None and entry.state is State.SUBMITTING and not self._submitter.busy(key):
                 self._journal.update(
-                    key, state=State.UNKNOWN, doubt_since=self._clock(), absences=0,
+                    key, state=State.UNKNOWN, unknown_since=self._clock(), missed_lookups=0,
                     message="looking for the array in Slurm: the bridge stopped while it was submitted",
                 )  # fmt: skip
                 log.warning("submission in doubt after a restart", extra={"key": key})
 
     def _follow(self, entry: Entry, records: Sequence[TaskRecord]) -> None:
         if entry.state is State.UNKNOWN:
-            self._search(entry, records)
+            self._find_array(entry, records)
         else:
             self._observe(entry, records)
 
-    def _search(self, entry: Entry, records: Sequence[TaskRecord]) -> None:
+    def _find_array(self, entry: Entry, records: Sequence[TaskRecord]) -> None:
         """Looks for the array of a doubtful submission."""
         choice = choose(records, 0)
         if choice is None:
             try:
-                found = self._lookup.elsewhere(entry)
+                found = self._lookup.find_array(entry)
             except SlurmError as error:
                 self._metrics.lookup_failures.inc()
                 self._change(entry, stale=f"looking for the array in Slurm: {error}")
                 return
             if found is None:
-                self._absent(entry)
+                self._count_missed_lookup(entry)
                 return
             array_id, submitted = found, 0.0
         else:
@@ -172,31 +172,31 @@ class Reconciler:
         self._metrics.adoptions.inc()
         log.info("found in Slurm as job %d", array_id, extra={"key": entry.key, "slurm_job": array_id})
         adopted = self._change(
-            entry, state=State.SUBMITTED, array_id=array_id, submitted_at=submitted or self._clock(), doubt_since=0.0,
-            absences=0, stale="", message=entry.message if entry.cancel else "",
+            entry, state=State.SUBMITTED, array_id=array_id, submitted_at=submitted or self._clock(), unknown_since=0.0,
+            missed_lookups=0, stale="", message=entry.message if entry.cancel else "",
         )  # fmt: skip
         if adopted is not None:
             self._observe(adopted, records)
 
-    def _absent(self, entry: Entry) -> None:
+    def _count_missed_lookup(self, entry: Entry) -> None:
         """One healthy look-up found nothing."""
-        if not self._lookup.counts(entry.key):
+        if not self._lookup.is_due(entry.key):
             if entry.stale:
                 self._change(entry, stale="")
             return
-        absences = entry.absences + 1
+        missed_lookups = entry.missed_lookups + 1
         slurm, now = self._policy.slurm, self._clock()
-        since = min(entry.doubt_since, now)  # later than now: the clock was put back
-        if absences < slurm.absence_lookups or now < since + slurm.absence_seconds:
-            self._change(entry, absences=absences, doubt_since=since, stale="")
+        since = min(entry.unknown_since, now)  # later than now: the clock was put back
+        if missed_lookups < slurm.absence_lookups or now < since + slurm.absence_seconds:
+            self._change(entry, missed_lookups=missed_lookups, unknown_since=since, stale="")
         elif entry.cancel:
             self._finish(entry, State.CANCELLED, entry.message, entry.observation)
         elif entry.submissions >= MAX_SUBMISSIONS:
             message = f"sbatch failed {entry.submissions} times and left no array; the last time: {entry.message}"
             self._finish(entry, State.FAILED, message, entry.observation)
         else:
-            log.warning("not in Slurm after %d look-ups: submitting", absences, extra={"key": entry.key})
-            if self._change(entry, state=State.RESERVED, absences=0, doubt_since=0.0, stale="") is not None:
+            log.warning("not in Slurm after %d look-ups: submitting", missed_lookups, extra={"key": entry.key})
+            if self._change(entry, state=State.RESERVED, missed_lookups=0, unknown_since=0.0, stale="") is not None:
                 self._advance(entry.key)
 
     def _observe(self, entry: Entry, records: Sequence[TaskRecord]) -> None:
@@ -207,7 +207,7 @@ class Reconciler:
         mine = [record for record in records if record.array_id == entry.array_id] if choice else []
         spec = entry.pool_spec()
         jobs = jobs_for(spec)
-        shrunk = bool(entry.keep) and not entry.cancel
+        shrunk = bool(entry.kept_replicas) and not entry.cancel
         observation, missing = observe(mine, jobs, entry.observation, shrunk=shrunk)
         self._note_starts(entry, mine)
         if (name := job_owners.changed_name(mine, entry.key)) and name != entry.observation.name:
@@ -218,11 +218,11 @@ class Reconciler:
             observation = replace(observation, name=name)
         changes: dict[str, object] = {"stale": ""}
         if missing:
-            observation, changes = self._missed(entry, observation, missing)
-        elif entry.doubt_since:
-            changes |= {"doubt_since": 0.0, "absences": 0}
-        observation = self._evidence.added(entry, spec, observation)
-        surplus = self._surplus(entry, mine, jobs) if entry.keep else False
+            observation, changes = self._look_up_missing(entry, observation, missing)
+        elif entry.unknown_since:
+            changes |= {"unknown_since": 0.0, "missed_lookups": 0}
+        observation = self._task_files.add_to(entry, spec, observation)
+        surplus = self._surplus(entry, mine, jobs) if entry.kept_replicas else False
         if observation.over(jobs) and not surplus:
             warning = warning_seconds(self._policy, spec)
             if ended_by_limit(observation, entry.observation, self._clock(), warning):
@@ -237,30 +237,32 @@ class Reconciler:
             changes["observation"] = observation
         self._change(entry, **changes)
 
-    def _missed(
+    def _look_up_missing(
         self, entry: Entry, observation: Observation, missing: Sequence[int]
     ) -> tuple[Observation, dict[str, object]]:
         """Tasks that the controller does not know any more."""
         now = self._clock()
-        since = min(entry.doubt_since or now, now)
-        changes: dict[str, object] = {"stale": "", "doubt_since": since}
+        since = min(entry.unknown_since or now, now)
+        changes: dict[str, object] = {"stale": "", "unknown_since": since}
         try:
-            observation, still, failure = self._lookup.ends(entry, observation, missing, first=not entry.doubt_since)
+            observation, still, failure = self._lookup.find_ends(
+                entry, observation, missing, first=not entry.unknown_since
+            )
         except SlurmError as error:
             still, failure = list(missing), error
         if not still:
-            return observation, {"stale": "", "doubt_since": 0.0, "absences": 0}
+            return observation, {"stale": "", "unknown_since": 0.0, "missed_lookups": 0}
         if failure is not None:
             self._metrics.lookup_failures.inc()
             log.warning("cannot look up tasks that left the queue: %s", failure, extra={"key": entry.key})
             return observation, changes
-        if not self._lookup.counts(entry.key):
+        if not self._lookup.is_due(entry.key):
             return observation, changes
-        changes["absences"] = absences = entry.absences + 1
+        changes["missed_lookups"] = missed_lookups = entry.missed_lookups + 1
         slurm = self._policy.slurm
-        if absences >= slurm.absence_lookups and now >= since + slurm.absence_seconds:
+        if missed_lookups >= slurm.absence_lookups and now >= since + slurm.absence_seconds:
             log.error("Slurm has lost %d tasks", len(still), extra={"key": entry.key, "slurm_job": entry.array_id})
-            observation = lose(observation, still)
+            observation = mark_lost(observation, still)
         return observation, changes
 
     def _surplus(self, entry: Entry, records: Sequence[TaskRecord], jobs: int) -> bool:
@@ -288,7 +290,7 @@ class Reconciler:
     ) -> bool:
         """End an array or a range of its tasks, unless that was asked a moment ago; return whether Slurm took it."""
         key = entry.key
-        now, asked = self._steady(), (key, array_id, first)
+        now, asked = self._monotonic(), (key, array_id, first)
         if now < self._asked_to_cancel.get(asked, -math.inf) + _CANCEL_AGAIN:
             return True
         self._asked_to_cancel[asked] = now
@@ -297,7 +299,7 @@ class Reconciler:
             log.warning("cancelling an extra array", extra={"key": key, "slurm_job": array_id})
         records = [r for r in self._pools.get((key, entry.user), []) if r.array_id == array_id]
         try:
-            for name in job_owners.names(records, entry.observation.name or slurm_job_name(key)):
+            for name in job_owners.living_names(records, entry.observation.name or slurm_job_name(key)):
                 self._adapter.cancel(name, array_id, first, last, entry.user)
         except SlurmError as error:
             self._asked_to_cancel.pop(asked, None)
@@ -319,8 +321,8 @@ class Reconciler:
             if entry is None or entry.user != user:
                 outside |= {(user, r.array_id): r.name for r in records if r.array_id in living}
                 # Also what one local user has named like another's pool: it is neither taken for that nor touched.
-                if (key, user) not in self._strangers:
-                    self._strangers.add((key, user))
+                if (key, user) not in self._reported_foreign:
+                    self._reported_foreign.add((key, user))
                     why = "the journal does not know it" if entry is None else f"belongs to {user or 'the bridge'!r}"
                     log.warning("an array bears our name, but %s", why, extra={"key": key})
             elif entry.state.over:
@@ -369,7 +371,7 @@ class Reconciler:
             return
         log.info("pool is over: %s", message or state, extra={"key": entry.key, "state": str(state)})
         self._lookup.forget(entry.key)
-        self._evidence.forget(entry.key)
+        self._task_files.forget(entry.key)
         for asked in [asked for asked in self._asked_to_cancel if asked[0] == entry.key]:
             del self._asked_to_cancel[asked]
         forget_credentials(self._policy, entry.key, entry.user)
@@ -380,7 +382,7 @@ class Reconciler:
             current = self._journal.get(entry.key)
             if current is None or current.state is not entry.state:
                 return None
-            if (current.cancel and not entry.cancel) or current.keep != entry.keep:
+            if (current.cancel and not entry.cancel) or current.kept_replicas != entry.kept_replicas:
                 # Cancelled or shrunk since this pass began: the next one takes that into account.
                 return None
             if all(getattr(current, name) == value for name, value in changes.items()):

@@ -12,7 +12,7 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.process import files
 
 from .journal import Entry
-from .pool_status import if_tellable, to_pool
+from .pool_status import convert_or_log, to_pool
 
 # Written this often although nothing changes, and believed to be of a living bridge for twice as long and some more.
 HEARTBEAT_SECONDS = 30.0
@@ -68,7 +68,7 @@ class StatusFile:
         versions = tuple(entry.version for entry in entries)
         if versions == self._seen and now < self._written + HEARTBEAT_SECONDS:
             return
-        lines = [line for entry in entries if (line := if_tellable(line_of, entry)) is not None]
+        lines = [line for entry in entries if (line := convert_or_log(line_of, entry)) is not None]
         content = {"time": now, "pid": os.getpid(), "pools": [asdict(line) for line in lines]}
         files.replace(self._path, json.dumps(content).encode(), 0o600)
         self._seen, self._written = versions, now

@@ -13,7 +13,7 @@ from ..batch import batch_script
 from ..clients_per_job import jobs_for, per_job
 from ..metrics import Metrics
 from ..policy.authorization import Denial, Grant, decide, draining
-from ..policy.current import Rules
+from ..policy.current import CurrentPolicy
 from ..policy.policy import Policy
 from ..slurm.model import Patience, SlurmAdapter, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused
 from ..users.pool_directory import PoolDirectory, pool_directory
@@ -33,9 +33,14 @@ class Submitter:
     """Turns RESERVED into SUBMITTED. Safe to call for any key at any time, from any thread."""
 
     def __init__(
-        self, rules: Rules, journal: Journal, adapter: SlurmAdapter, metrics: Metrics, clock: Callable[[], float]
+        self,
+        current_policy: CurrentPolicy,
+        journal: Journal,
+        adapter: SlurmAdapter,
+        metrics: Metrics,
+        clock: Callable[[], float],
     ) -> None:
-        self._rules = rules
+        self._current_policy = current_policy
         self._journal = journal
         self._adapter = adapter
         self._metrics = metrics
@@ -45,7 +50,7 @@ class Submitter:
 
     @property
     def _policy(self) -> Policy:
-        return self._rules.current
+        return self._current_policy.policy
 
     def advance(self, key: str) -> None:
         """Submits the pool if that is what it waits for; at most one thread at a time does so for a key."""
@@ -63,7 +68,7 @@ class Submitter:
         if entry is None or entry.state is not State.RESERVED:
             return
         if entry.cancel:
-            self._over(entry, State.CANCELLED, entry.message)
+            self._finish(entry, State.CANCELLED, entry.message)
             return
         # One that seems further away was noted before the clock was put back.
         if 0 < entry.retry_at - self._clock() <= RETRY_SECONDS:
@@ -75,7 +80,7 @@ class Submitter:
         # Decided anew: the policy may have changed since the pool was recorded.
         grant = self._decide(entry, spec)
         if isinstance(grant, Denial):
-            self._over(entry, State.FAILED, str(grant))
+            self._finish(entry, State.FAILED, str(grant))
             return
         try:
             run = pool_directory(self._policy, key, entry.user)
@@ -88,7 +93,7 @@ class Submitter:
         except OSError as error:
             self._defer(entry, f"cannot write the pool's files: {error.strerror}")
             return
-        if self._begin(key, entry.keep):
+        if self._record_intent(key, entry.kept_replicas):
             self._submit(key, submission(self._policy, key, entry.identity, spec, grant, run))
 
     def _drained(self, entry: Entry) -> Denial | None:
@@ -110,11 +115,16 @@ class Submitter:
                 return decide(self._policy, identity, spec)
         return Denial("identities", f"{entry.identity!r} is not known at this site any more")
 
-    def _begin(self, key: str, keep: int) -> bool:
+    def _record_intent(self, key: str, kept_replicas: int) -> bool:
         """Makes the intent durable. False where the pool was cancelled or shrunk meanwhile: the next look goes on."""
         with self._journal.transaction():
             entry = self._journal.get(key)
-            if entry is None or entry.state is not State.RESERVED or entry.cancel or entry.keep != keep:
+            if (
+                entry is None
+                or entry.state is not State.RESERVED
+                or entry.cancel
+                or entry.kept_replicas != kept_replicas
+            ):
                 return False
             self._journal.update(key, state=State.SUBMITTING, submissions=entry.submissions + 1)
         return True
@@ -128,36 +138,36 @@ class Submitter:
             # Whatever happened, sbatch may have been heard.
             if not isinstance(error, SlurmError):
                 log.exception("submission broke off", extra={"key": key})
-            self._doubt(key, error)
+            self._mark_unknown(key, error)
         else:
             self._metrics.submissions.labels("accepted").inc()
             with self._journal.transaction():
                 entry = self._journal.get(key)
                 assert entry is not None
                 self._journal.update(
-                    key, state=State.SUBMITTED, array_id=array_id, submitted_at=self._clock(), doubt_since=0.0,
-                    absences=0, message=entry.message if entry.cancel else "",
+                    key, state=State.SUBMITTED, array_id=array_id, submitted_at=self._clock(), unknown_since=0.0,
+                    missed_lookups=0, message=entry.message if entry.cancel else "",
                 )  # fmt: skip
             log.info(
                 "submitted as job %d", array_id,
                 extra={"key": key, "slurm_job": array_id, "caller": entry.identity},
             )  # fmt: skip
 
-    def _doubt(self, key: str, error: Exception) -> None:
+    def _mark_unknown(self, key: str, error: Exception) -> None:
         """Records that only a look-up shows what became of a submission."""
         self._metrics.submissions.labels("ambiguous").inc()
         waiting = isinstance(error, SubmissionAmbiguous) and error.waiting
         entry = self._journal.get(key)
         assert entry is not None
         # A full queue is no failure of the submission: however often that is found, it does not use up the tries.
-        submissions = entry.submissions - 1 if waiting and self._patient(entry, Patience.QUEUE) else entry.submissions
+        submissions = entry.submissions - 1 if waiting and self._may_retry(entry, Patience.QUEUE) else entry.submissions
         self._journal.update(
-            key, state=State.UNKNOWN, doubt_since=self._clock(), absences=0, submissions=submissions,
+            key, state=State.UNKNOWN, unknown_since=self._clock(), missed_lookups=0, submissions=submissions,
             message=str(error) if waiting else f"looking for the array in Slurm: {error}",
         )  # fmt: skip
         log.warning("submission in doubt: %s", error, extra={"key": key})
 
-    def _patient(self, entry: Entry, patience: Patience) -> bool:
+    def _may_retry(self, entry: Entry, patience: Patience) -> bool:
         """Return whether a refused submission is tried again."""
         if patience is Patience.NONE:
             return False
@@ -169,18 +179,18 @@ class Submitter:
     def _refused(self, key: str, error: SubmissionRefused) -> None:
         entry = self._journal.get(key)
         assert entry is not None
-        if self._patient(entry, error.patience):
+        if self._may_retry(entry, error.patience):
             self._metrics.submissions.labels("deferred").inc()
             self._defer(entry, str(error))
         else:
             self._metrics.submissions.labels("refused").inc()
-            self._over(entry, State.FAILED, str(error))
+            self._finish(entry, State.FAILED, str(error))
 
     def _defer(self, entry: Entry, message: str) -> None:
         log.warning("will submit later: %s", message, extra={"key": entry.key, "caller": entry.identity})
         self._journal.update(entry.key, state=State.RESERVED, retry_at=self._clock() + RETRY_SECONDS, message=message)
 
-    def _over(self, entry: Entry, state: State, message: str) -> None:
+    def _finish(self, entry: Entry, state: State, message: str) -> None:
         self._journal.update(entry.key, state=state, message=message, finished_at=self._clock())
         log.info(
             "pool is over: %s",

@@ -11,7 +11,7 @@ from ..clients_per_job import per_job
 from ..policy.policy import Policy
 from ..slurm.states import Meaning
 from ..users.pool_directory import PoolDirectory, pool_directory
-from .clients import by_client, unheard, with_exits, with_tails
+from .clients import by_client, with_exits, with_tails, without_exit
 from .journal import Entry
 from .observation import Observation
 
@@ -23,19 +23,19 @@ _MAX_TAILS = 32
 _LOOK_AGAIN = 10.0
 
 
-class Evidence:
+class TaskFiles:
     """Looks into the pools' directories."""
 
-    def __init__(self, policy: Policy, steady: Callable[[], float]) -> None:
+    def __init__(self, policy: Policy, monotonic: Callable[[], float]) -> None:
         self._policy = policy
-        self._steady = steady
+        self._monotonic = monotonic
         self._looked: dict[str, tuple[float, dict[int, str]]] = {}
 
     def forget(self, key: str) -> None:
         """The pool is over."""
         self._looked.pop(key, None)
 
-    def added(self, entry: Entry, spec: pb.PoolSpec, observation: Observation) -> Observation:
+    def add_to(self, entry: Entry, spec: pb.PoolSpec, observation: Observation) -> Observation:
         """The observation, with what the files tell more. Without it where they cannot be read: the log says so."""
         if entry.user and not self._due(entry.key, observation):
             return observation
@@ -47,7 +47,7 @@ class Evidence:
             return observation
 
     def _due(self, key: str, observation: Observation) -> bool:
-        now = self._steady()
+        now = self._monotonic()
         states = {index: task.state for index, task in observation.tasks.items()}
         last, known = self._looked.get(key, (-math.inf, {}))
         if states == known and now < last + _LOOK_AGAIN:
@@ -58,7 +58,7 @@ class Evidence:
 
 def _with_exits(run: PoolDirectory, entry: Entry, spec: pb.PoolSpec, observation: Observation) -> Observation:
     """Adds how clients ended that share a job: of them Slurm tells only once the whole job is over."""
-    if per_job(spec) == 1 or not (wanted := unheard(observation, spec)):
+    if per_job(spec) == 1 or not (wanted := without_exit(observation, spec)):
         return observation
     return with_exits(observation, entry.array_id, run.exits(wanted))
 

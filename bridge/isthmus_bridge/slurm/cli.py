@@ -146,9 +146,9 @@ class CliAdapter:
             except OSError as error:
                 # The program was never started.
                 raise SubmissionRefused(f"sbatch: {error.strerror}", Patience.QUEUE) from None
-        return self._here(submitted(result), result, submission)
+        return self._check_cluster(submitted(result), result, submission)
 
-    def _here(self, job: int, result: Result, submission: Submission) -> int:
+    def _check_cluster(self, job: int, result: Result, submission: Submission) -> int:
         """Returns the job where it is on the cluster that the adapter follows.
 
         Raises :class:`SubmissionRefused` where SLURM_CLUSTERS or a plug-in of the site has sent it to another one: it
@@ -181,7 +181,7 @@ class CliAdapter:
             raise SubmissionRefused(f"cannot write in {guard}: {error.strerror}", Patience.QUEUE) from None
         began, good = time.monotonic(), False
         try:
-            result = self._others().submit(submission, time.time() + self._timeout)
+            result = self._checked_delegate().submit(submission, time.time() + self._timeout)
             good = result.status == 0
         except AsUserError as error:
             if error.begun:
@@ -191,9 +191,9 @@ class CliAdapter:
         finally:
             self._observer("sbatch", time.monotonic() - began, good)
         in_flight.settle(guard)
-        return self._here(submitted(result), result, submission)
+        return self._check_cluster(submitted(result), result, submission)
 
-    def _others(self) -> Delegate:
+    def _checked_delegate(self) -> Delegate:
         if self._delegate is None:
             raise AsUserError("this policy has no settings `users`")
         return self._delegate
@@ -255,7 +255,7 @@ class CliAdapter:
             self._ask(cancellation(self._uid, name, array_id, first, last), accept=accepted)
             return
         try:
-            result = self._others().cancel(user, name, array_id, first, last)
+            result = self._checked_delegate().cancel(user, name, array_id, first, last)
         except AsUserError as error:
             raise SlurmError(f"{error.strerror}") from None
         if result.status not in accepted:

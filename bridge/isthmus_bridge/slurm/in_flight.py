@@ -33,7 +33,7 @@ def may_run(directory: Path) -> bool:
 
 @contextlib.contextmanager
 def guarded(directory: Path, seconds: float) -> Iterator[Sequence[int]]:
-    """Marks a submission as under way, for as long as the program lives that inherits the yielded descriptors.
+    """TaskMarker a submission as under way, for as long as the program lives that inherits the yielded descriptors.
 
     Where the file system has no locks it is under way for at most ``seconds``, unless the block ends before by itself
     or with :class:`SubmissionRefused`. Raises that, before the block begins, where nothing can be written: the quota is

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..files import untrusted_files
-from ..files.run_directory import TAIL_BYTES, TAIL_LINES, Exit, Marks, RunDirectory, claim, exit_code
+from ..files.run_directory import TAIL_BYTES, TAIL_LINES, Exit, RunDirectory, TaskMarker, claim, exit_code
 from ..slurm.run_as import AsUserError
 from .helper_client import AsUser, encoded
 
@@ -78,8 +78,8 @@ class UserDirectory:
         with suppress(FileNotFoundError):
             shutil.rmtree(self.guard)
 
-    def marks(self) -> dict[int, Marks]:
-        """See :meth:`~..files.run_directory.RunDirectory.marks`."""
+    def task_markers(self) -> dict[int, TaskMarker]:
+        """See :meth:`~..files.run_directory.RunDirectory.task_markers`."""
         return _read(_mark, self._ask("marks"))
 
     def exits(self, wanted: Collection[int]) -> dict[int, Exit]:
@@ -99,9 +99,9 @@ class UserDirectory:
         return str(self._ask("log", index=index, lines=lines, limit=limit))
 
 
-def _mark(told: Any) -> Marks:
+def _mark(told: Any) -> TaskMarker:
     code = told["exit_code"]
-    return Marks(int(told["array_id"]), str(told["node"]), None if code is None else _code(code))
+    return TaskMarker(int(told["array_id"]), str(told["node"]), None if code is None else _code(code))
 
 
 def _exit(told: Any) -> Exit:

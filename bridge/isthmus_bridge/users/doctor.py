@@ -15,7 +15,7 @@ from ..slurm.model import SiteDescription
 from ..slurm.run_as import AsUserError
 from .helper_client import AsUser
 from .sudoers import run_dir, surplus
-from .user_checks import faults, named
+from .user_checks import faults, local_users
 
 _SECONDS = 30.0
 _PACKAGES = ("isthmus_bridge", "isthmus_contracts")
@@ -23,7 +23,7 @@ _PACKAGES = ("isthmus_bridge", "isthmus_contracts")
 
 def examine(policy: Policy) -> Iterator[tuple[bool, str]]:
     """Lines, each with whether it is well; none where the policy names no local users."""
-    users = named(policy)
+    users = local_users(policy)
     if not users:
         return
     found = list(faults(policy))
@@ -38,7 +38,7 @@ def examine(policy: Policy) -> Iterator[tuple[bool, str]]:
 
 def visibility(policy: Policy, described: SiteDescription) -> Iterator[tuple[bool, str]]:
     """Whether the queue shows other users' jobs to the bridge."""
-    if not named(policy):
+    if not local_users(policy):
         return
     assert policy.users is not None
     if not described.private_jobs:
@@ -82,13 +82,13 @@ def _nothing_else(policy: Policy, users: Sequence[str]) -> tuple[bool, str]:
 
 def _unchangeable() -> tuple[bool, str]:
     """Whoever can change what sudo runs can run anything."""
-    if path := changeable(code()):
+    if path := changeable(code_paths()):
         message = f"{path} is not root's alone, and sudo runs what is there: let root install the bridge"
         return False, f"sudo: {message}"
     return True, "sudo: what it runs can be changed by root only"
 
 
-def code() -> list[Path]:
+def code_paths() -> list[Path]:
     """Where the helper's code comes from."""
     found = [Path(sys.executable), Path(sys.prefix), Path(os.__file__).parent]
     for name in _PACKAGES:

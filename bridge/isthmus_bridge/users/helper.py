@@ -65,7 +65,7 @@ class Helper:
             "known": lambda pool, *_: pool.script.exists(),
             "forget": lambda pool, *_: pool.forget_credentials(),
             "remove": lambda pool, *_: pool.remove(),
-            "marks": lambda pool, *_: {index: asdict(marks) for index, marks in pool.marks().items()},
+            "marks": lambda pool, *_: {index: asdict(marks) for index, marks in pool.task_markers().items()},
             "exits": lambda pool, request, _: {
                 index: asdict(found) for index, found in pool.exits(frozenset(request["wanted"])).items()
             },

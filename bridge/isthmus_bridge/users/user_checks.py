@@ -9,7 +9,7 @@ from pathlib import Path
 from ..policy.policy import Policy, PolicyError
 
 
-def named(policy: Policy) -> list[str]:
+def local_users(policy: Policy) -> list[str]:
     """The local users of the policy, each once."""
     return list(dict.fromkeys(identity.user for identity in policy.identities if identity.user))
 
@@ -40,7 +40,7 @@ def faults(policy: Policy) -> Iterator[str]:
         uid = pwd.getpwnam(identity.user).pw_uid
         if (other := first.setdefault(uid, identity.user)) != identity.user:
             yield f"identities[{number}].user: {identity.user!r} is the same user as {other!r} (uid {uid})"
-    if not named(policy):
+    if not local_users(policy):
         return
     if policy.slurm.conf is None and "SLURM_CONF" in os.environ:
         yield "slurm.conf: name the file here: this environment's SLURM_CONF does not reach other users"

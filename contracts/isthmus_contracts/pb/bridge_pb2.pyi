@@ -358,25 +358,6 @@ class CancelPoolRequest(_message.Message):
 Global___CancelPoolRequest: _TypeAlias = CancelPoolRequest  # noqa: Y015
 
 @_typing.final
-class WatchPoolsRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SINCE_FIELD_NUMBER: _builtins.int
-    since: _builtins.int
-    def __init__(
-        self,
-        *,
-        since: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___WatchPoolsRequest: _TypeAlias = WatchPoolsRequest  # noqa: Y015
-
-@_typing.final
 class Pool(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -44,11 +44,6 @@ class BridgeStub:
                 request_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.GetPoolRequest.SerializeToString,
                 response_deserializer=isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.FromString,
                 _registered_method=True)
-        self.WatchPools = channel.unary_stream(
-                '/isthmus.bridge.v1alpha1.Bridge/WatchPools',
-                request_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.WatchPoolsRequest.SerializeToString,
-                response_deserializer=isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.FromString,
-                _registered_method=True)
         self.CancelPool = channel.unary_unary(
                 '/isthmus.bridge.v1alpha1.Bridge/CancelPool',
                 request_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.CancelPoolRequest.SerializeToString,
@@ -89,13 +84,6 @@ class BridgeServicer:
 
     def GetPool(self, request, context):
         """NOT_FOUND: no such key at this site.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def WatchPools(self, request, context):
-        """Every pool of the caller once, then each again whenever it changes. `since` skips what the caller has seen.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,11 +137,6 @@ def add_BridgeServicer_to_server(servicer, server):
             'GetPool': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPool,
                     request_deserializer=isthmus__contracts_dot_pb_dot_bridge__pb2.GetPoolRequest.FromString,
-                    response_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.SerializeToString,
-            ),
-            'WatchPools': grpc.unary_stream_rpc_method_handler(
-                    servicer.WatchPools,
-                    request_deserializer=isthmus__contracts_dot_pb_dot_bridge__pb2.WatchPoolsRequest.FromString,
                     response_serializer=isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.SerializeToString,
             ),
             'CancelPool': grpc.unary_unary_rpc_method_handler(
@@ -235,33 +218,6 @@ class Bridge:
             target,
             '/isthmus.bridge.v1alpha1.Bridge/GetPool',
             isthmus__contracts_dot_pb_dot_bridge__pb2.GetPoolRequest.SerializeToString,
-            isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def WatchPools(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/isthmus.bridge.v1alpha1.Bridge/WatchPools',
-            isthmus__contracts_dot_pb_dot_bridge__pb2.WatchPoolsRequest.SerializeToString,
             isthmus__contracts_dot_pb_dot_bridge__pb2.Pool.FromString,
             options,
             channel_credentials,

@@ -39,8 +39,6 @@ class BridgeStub:
     """
     GetPool: _grpc.UnaryUnaryMultiCallable[_bridge_pb2.GetPoolRequest, _bridge_pb2.Pool]
     """NOT_FOUND: no such key at this site."""
-    WatchPools: _grpc.UnaryStreamMultiCallable[_bridge_pb2.WatchPoolsRequest, _bridge_pb2.Pool]
-    """Every pool of the caller once, then each again whenever it changes. `since` skips what the caller has seen."""
     CancelPool: _grpc.UnaryUnaryMultiCallable[_bridge_pb2.CancelPoolRequest, _bridge_pb2.Pool]
     """Idempotent; the answer's phase becomes CANCELLED once Slurm confirms. An unknown key is remembered as cancelled,
     so that a delayed EnsurePool cannot bring it to life.
@@ -65,8 +63,6 @@ class BridgeAsyncStub(BridgeStub):
     """
     GetPool: _aio.UnaryUnaryMultiCallable[_bridge_pb2.GetPoolRequest, _bridge_pb2.Pool]  # type: ignore[assignment]
     """NOT_FOUND: no such key at this site."""
-    WatchPools: _aio.UnaryStreamMultiCallable[_bridge_pb2.WatchPoolsRequest, _bridge_pb2.Pool]  # type: ignore[assignment]
-    """Every pool of the caller once, then each again whenever it changes. `since` skips what the caller has seen."""
     CancelPool: _aio.UnaryUnaryMultiCallable[_bridge_pb2.CancelPoolRequest, _bridge_pb2.Pool]  # type: ignore[assignment]
     """Idempotent; the answer's phase becomes CANCELLED once Slurm confirms. An unknown key is remembered as cancelled,
     so that a delayed EnsurePool cannot bring it to life.
@@ -100,14 +96,6 @@ class BridgeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_bridge_pb2.Pool, _abc.Awaitable[_bridge_pb2.Pool]]:
         """NOT_FOUND: no such key at this site."""
-
-    @_abc_1.abstractmethod
-    def WatchPools(
-        self,
-        request: _bridge_pb2.WatchPoolsRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_bridge_pb2.Pool], _abc.AsyncIterator[_bridge_pb2.Pool]]:
-        """Every pool of the caller once, then each again whenever it changes. `since` skips what the caller has seen."""
 
     @_abc_1.abstractmethod
     def CancelPool(

@@ -20,7 +20,7 @@ import pytest
 
 from isthmus_bridge import server
 from isthmus_bridge.network import handshake_guard
-from isthmus_bridge.network.handshake_guard import CONNECTIONS, UNPROVEN, Records, room
+from isthmus_bridge.network.handshake_guard import MAX_CONNECTIONS, MAX_HANDSHAKES, TlsRecords, connection_limits
 from isthmus_bridge.server import Bridge, ServerError, serve
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.pb import bridge_pb2 as pb
@@ -87,7 +87,7 @@ def test_silent_connections_leave_room_for_an_honest_caller(bridge: Bridge, cred
         # Through the connection that stood before them all, too.
         assert rpc.BridgeStub(first).GetPool(pb.GetPoolRequest(key=KEY), timeout=60).phase == pb.Pool.PENDING
         assert time.monotonic() - began < handshake_guard.HANDSHAKE_SECONDS, "no wait for the strangers' time limit"
-        assert ended(silent) >= 400 - UNPROVEN
+        assert ended(silent) >= 400 - MAX_HANDSHAKES
         assert ended(silent[-8:]) == 0, "the oldest are ended first"
 
 
@@ -203,15 +203,15 @@ def test_a_handshake_is_over_with_the_first_whole_protected_record(step: int) ->
     hello = b"\x16\x03\x01\x00\x04" + b"\x17\x03\x03\x00"  # looks like a protected record, and is not
     last = b"\x17\x03\x03\x00\x05abcde"
     stream = hello + b"\x14\x03\x03\x00\x01\x01" + last
-    records = Records()
+    records = TlsRecords()
     for at in range(0, len(stream) - 1, step):
         records.feed(stream[at : min(at + step, len(stream) - 1)])
-    assert not records.proven
+    assert not records.handshake_done
     records.feed(stream[-1:])
-    assert records.proven
+    assert records.handshake_done
 
 
-@pytest.mark.parametrize(("files", "most"), [(256, 48), (1024, CONNECTIONS), (64, 8)])
+@pytest.mark.parametrize(("files", "most"), [(256, 48), (1024, MAX_CONNECTIONS), (64, 8)])
 def test_room_is_kept_for_the_bridges_own_files(files: int, most: int) -> None:
-    connections, unproven = room(files)
-    assert connections == most and unproven <= min(UNPROVEN, connections // 2)
+    connections, handshaking = connection_limits(files)
+    assert connections == most and handshaking <= min(MAX_HANDSHAKES, connections // 2)

@@ -1,4 +1,4 @@
-"""Marks of a submission that may be under way, on file systems with and without locks."""
+"""TaskMarker of a submission that may be under way, on file systems with and without locks."""
 
 import errno
 import fcntl

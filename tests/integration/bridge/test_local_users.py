@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from isthmus_bridge.policy.policy import Policy, PolicyError
-from isthmus_bridge.pools.housekeeping import keep_house
+from isthmus_bridge.pools.housekeeping import clean_up
 from isthmus_bridge.pools.pools import Denied
 from isthmus_bridge.slurm.run_as import AsUserError
 from isthmus_bridge.users import sudoers, user_checks
@@ -148,7 +148,7 @@ def test_who_becomes_somebody_else_meanwhile_is_denied(world: World, tmp_path: P
     world.ensure()
     changed = settings(tmp_path)
     changed["identities"][0]["user"] = BOB
-    world.rules.replace(policy(tmp_path, **changed))
+    world.current_policy.replace(policy(tmp_path, **changed))
     world.tick(60)
     assert world.phase() == "FAILED"
     assert world.entry().message == (
@@ -214,7 +214,7 @@ def test_without_the_rule_nothing_begins_and_credentials_are_removed_later(
     assert credentials.exists()
     missing.unlink()
     assert world.journal is not None
-    keep_house(world.policy, world.journal, world.now)
+    clean_up(world.policy, world.journal, world.now)
     assert not credentials.exists()
 
 
@@ -225,7 +225,7 @@ def test_what_an_unrecorded_request_left_is_removed_and_a_lost_journal_finds_its
     left.create({"tls.key": b"x"})
     world.ensure()
     assert world.journal is not None
-    keep_house(world.policy, world.journal, time.time() + 120)
+    clean_up(world.policy, world.journal, time.time() + 120)
     assert not left.path.exists() and not left.guard.exists()
     world.journal.close()
     world.journal = None
@@ -377,7 +377,7 @@ def test_whether_something_may_have_begun(root: Path, tmp_path: Path) -> None:
 def test_the_fragment_is_valid_and_says_no_more_than_it_must(
     site: Policy, tmp_path: Path, require: Callable[[bool, str], None]
 ) -> None:
-    lines = list(sudoers.fragment(site, "isthmus", user_checks.named(site)))
+    lines = list(sudoers.fragment(site, "isthmus", user_checks.local_users(site)))
     rules = [line for line in lines if line.startswith("isthmus ")]
     assert rules == [
         f"isthmus ALL = ({user}) NOPASSWD: NOSETENV: {sys.executable} -I -m isthmus_bridge.users.helper"
@@ -425,7 +425,7 @@ User isthmus may run the following commands on login1:
 
 
 def test_what_sudo_allows_beyond_the_rule(site: Policy) -> None:
-    users = user_checks.named(site)
+    users = user_checks.local_users(site)
     mine = [f"    ({user}) NOSETENV: NOPASSWD: {' '.join(sudoers.helper(site, user))}\n" for user in users]
     assert sudoers.surplus(LISTING + "".join(mine), site, users) == []
     for more in (

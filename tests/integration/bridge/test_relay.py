@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus_bridge.metrics import Metrics
-from isthmus_bridge.network.relay.capacity import affordable
+from isthmus_bridge.network.relay.capacity import reserve_files
 from isthmus_bridge.network.relay.client_hello import LONGEST, MOST_RECORDS, ClientHello, NotTls
 from isthmus_bridge.network.relay.server import Relay, Route, connections_of, routes
 from isthmus_bridge.policy.authorization import Denial, decide
@@ -316,7 +316,7 @@ def test_the_bridge_keeps_descriptors_for_itself(
     now = [limits]
     monkeypatch.setattr(resource, "getrlimit", lambda which: limits)
     monkeypatch.setattr(resource, "setrlimit", lambda which, new: now.append(new))
-    assert affordable(connections) == room
+    assert reserve_files(connections) == room
     assert now == [limits, *([] if soft == limits[0] else [(soft, limits[1])])]
 
 
@@ -382,13 +382,13 @@ def test_grpc_with_mutual_tls_through_a_whole_bridge(tmp_path: Path) -> None:
             call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = through.unary_unary("/any/thing")
             with pytest.raises(grpc.RpcError):
                 call(b"x", timeout=2)  # no pool of that name lives yet
-            caller = bridge.rules.current.identities[0]
+            caller = bridge.current_policy.policy.identities[0]
             bridge.pools.ensure(caller, "0123456789abcdef", wanted)
             payload = bytes(range(256)) * 8192
             assert call(payload, timeout=60, wait_for_ready=True) == payload
             answers = list(ThreadPoolExecutor(8).map(lambda n: call(bytes([n]) * 1000, timeout=60), range(32)))
             assert answers == [bytes([n]) * 1000 for n in range(32)]
-        script = (bridge.rules.current.run_dir / "0123456789abcdef" / "batch.sh").read_text()
+        script = (bridge.current_policy.policy.run_dir / "0123456789abcdef" / "batch.sh").read_text()
         assert "ISTHMUS_ENDPOINT=login1:7445" in script
     finally:
         bridge.stop()

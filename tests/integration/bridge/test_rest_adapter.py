@@ -369,9 +369,9 @@ def test_tokens_are_renewed_before_they_end() -> None:
     now[0] += 2
     assert source.get() == made[1]
     # One that the server dislikes is replaced, but not at every question.
-    assert not source.doubt(made[1])
+    assert not source.invalidate(made[1])
     now[0] += 31
-    assert source.doubt(made[1]) and source.get() == made[2]
+    assert source.invalidate(made[1]) and source.get() == made[2]
 
 
 @pytest.mark.parametrize("said", ["", "two words", f"{token(1.0)}\n", "a.b"], ids=["empty", "words", "ended", "short"])

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from isthmus_bridge.batch.batch_script import _only_safe, comment, quote, render, render_job
-from isthmus_bridge.files.run_directory import Marks, RunDirectory
+from isthmus_bridge.files.run_directory import RunDirectory, TaskMarker
 from isthmus_bridge.policy.authorization import Grant, decide
 from isthmus_bridge.policy.policy import Policy
 from isthmus_bridge.slurm.model import Gres
@@ -375,6 +375,6 @@ def test_marks_of_a_start_that_is_over_say_nothing_of_the_next(tmp_path: Path) -
     tasks = tmp_path / KEY / "tasks"
     (tasks / "0.start").write_text("77 1 n2\n")
     (tasks / "0.exit").write_text("77 0 9\n")
-    assert directory.marks()[0] == Marks(77, "n2", None)
+    assert directory.task_markers()[0] == TaskMarker(77, "n2", None)
     (tasks / "0.exit").write_text("77 1 0\n")
-    assert directory.marks()[0] == Marks(77, "n2", 0)
+    assert directory.task_markers()[0] == TaskMarker(77, "n2", 0)

@@ -1,6 +1,5 @@
 """Over real gRPC with mutual TLS; only Slurm is imagined."""
 
-import contextlib
 import datetime as dt
 import sqlite3
 import threading
@@ -16,7 +15,6 @@ from isthmus_bridge.pools.journal import Entry, Journal, State
 from isthmus_bridge.pools.observation import Observation, TaskObservation
 from isthmus_bridge.pools.pool_status import to_pool
 from isthmus_bridge.server import Bridge
-from isthmus_bridge.service import MAX_WATCHERS_PER_CALLER
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
@@ -137,42 +135,12 @@ def test_callers_see_only_their_own(connect: Connect) -> None:
     assert refused(lambda: ensure(other))[0] is grpc.StatusCode.ALREADY_EXISTS
 
 
-def test_watchers_hear_of_changes_at_once_and_skip_what_they_know(connect: Connect, slurm: FakeSlurm) -> None:
+def test_a_caller_that_the_policy_no_longer_names_is_refused(connect: Connect, bridge: Bridge, tmp_path: Path) -> None:
     stub = connect("prod")
     ensure(stub)
-    stream = stub.WatchPools(pb.WatchPoolsRequest())
-    heard: list[tuple[float, pb.Pool]] = []
-    threading.Thread(target=lambda: _collect(stream, heard), daemon=True).start()
-    eventually(lambda: bool(heard) and heard[-1][1].reason == "Resources")
-    slurm.arrays[0].states[0] = "RUNNING"
-    changed = time.monotonic()
-    eventually(lambda: heard[-1][1].running == 1)
-    # Long before a pause of the bridge ends; the poll itself takes 0.1 s where the machine has time for it.
-    assert heard[-1][0] - changed < 25
-    stream.cancel()
-    versions = [pool.version for _, pool in heard]
-    assert versions == sorted(set(versions))
-    again = stub.WatchPools(pb.WatchPoolsRequest(since=versions[-1]), timeout=1.5)
-    assert refused(lambda: list(again))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
-
-
-def _collect(stream: Iterator[pb.Pool], heard: list[tuple[float, pb.Pool]]) -> None:
-    with contextlib.suppress(grpc.RpcError):
-        for pool in stream:
-            heard.append((time.monotonic(), pool))
-
-
-def test_a_stream_ends_with_the_callers_identity(
-    connect: Connect, bridge: Bridge, slurm: FakeSlurm, tmp_path: Path
-) -> None:
-    stub = connect("prod")
-    ensure(stub)
-    stream = stub.WatchPools(pb.WatchPoolsRequest(), timeout=60)
-    heard = [next(iter(stream)).key]
-    bridge.rules.replace(site(tmp_path, identities=[{"uri": "isthmus://operator/other"}]))
-    slurm.arrays[0].states = ["RUNNING"] * 3
-    code, details = refused(lambda: heard.extend(pool.key for pool in stream if pool.running))
-    assert (code, heard) == (grpc.StatusCode.PERMISSION_DENIED, [KEY])
+    bridge.current_policy.replace(site(tmp_path, identities=[{"uri": "isthmus://operator/other"}]))
+    code, details = refused(lambda: stub.GetPool(pb.GetPoolRequest(key=KEY)))
+    assert code is grpc.StatusCode.PERMISSION_DENIED
     assert details == "policy identities: 'isthmus://operator/prod' is not known at this site"
 
 
@@ -181,11 +149,9 @@ def test_a_pool_that_cannot_be_told_hides_no_other(
 ) -> None:
     stub, bad = connect("prod"), "b" * 32
     ensure(stub, key=bad)
-    monkeypatch.setattr("isthmus_bridge.service.to_pool", _all_but(bad))
     monkeypatch.setattr("isthmus_bridge.pools.status_file.to_pool", _all_but(bad))
     ensure(stub)
-    assert next(iter(stub.WatchPools(pb.WatchPoolsRequest(), timeout=60))).key == KEY
-    status = bridge.rules.current.status_path
+    status = bridge.current_policy.policy.status_path
     eventually(lambda: status.exists() and KEY in status.read_text())
     assert bad not in status.read_text()
 
@@ -203,24 +169,6 @@ def test_a_forged_exit_code_in_an_older_journal_is_told_as_none() -> None:
     task = TaskObservation("FAILED", exit_code=99999999999)
     entry = Entry(KEY, "x", State.SUBMITTED, spec=spec().SerializeToString(), observation=Observation({0: task}))
     assert [each.exit_code for each in to_pool(entry).tasks] == [-1]
-
-
-def test_watchers_are_limited(connect: Connect) -> None:
-    stub = connect("prod")
-    ensure(stub)
-    streams = [stub.WatchPools(pb.WatchPoolsRequest()) for _ in range(MAX_WATCHERS_PER_CALLER)]
-    assert [next(iter(stream)).key for stream in streams] == [KEY] * MAX_WATCHERS_PER_CALLER
-    assert refused(lambda: next(iter(stub.WatchPools(pb.WatchPoolsRequest()))))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
-    for stream in streams:
-        stream.cancel()
-
-    def admitted() -> bool:
-        try:
-            return next(iter(stub.WatchPools(pb.WatchPoolsRequest(), timeout=60))).key == KEY
-        except grpc.RpcError:
-            return False
-
-    eventually(admitted)
 
 
 def test_tails_are_bounded(connect: Connect, bridge: Bridge, tmp_path: Path) -> None:

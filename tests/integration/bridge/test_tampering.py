@@ -96,7 +96,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     secret.write_text("77 0 3\n")
     run.log(0).symlink_to(secret)
     (run.path / "tasks" / "0.exit").symlink_to(secret)
-    assert (run.tails([0]), run.exits([0]), run.marks()) == ({0: ""}, {}, {})
+    assert (run.tails([0]), run.exits([0]), run.task_markers()) == ({0: ""}, {}, {})
 
 
 @pytest.fixture

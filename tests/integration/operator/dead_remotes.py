@@ -37,7 +37,7 @@ class DeadBridge(BridgeServicer):
             await self._never()
         return pb.Site(name="dead")
 
-    EnsurePool = GetPool = CancelPool = RenewCredentials = ShrinkPool = TailLog = WatchPools = _never  # type: ignore
+    EnsurePool = GetPool = CancelPool = RenewCredentials = ShrinkPool = TailLog = _never  # type: ignore
 
 
 class DeadObserver(ObserverServicer):

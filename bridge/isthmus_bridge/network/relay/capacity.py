@@ -11,7 +11,7 @@ _EACH = 2
 _UNNAMED_SHARE = 4
 
 
-def affordable(connections: int) -> int:
+def reserve_files(connections: int) -> int:
     """Raises the limit of open files as far as so many need it, and returns how many there is room for.
 
     Not further: Slurm hands the limit on to jobs (PropagateResourceLimits).
@@ -27,6 +27,6 @@ def affordable(connections: int) -> int:
     return max(1, min(connections, (soft - _OTHERS) // _EACH))
 
 
-def unnamed(connections: int) -> int:
+def max_unnamed(connections: int) -> int:
     """How many of them may be without a name."""
     return max(1, connections // _UNNAMED_SHARE)

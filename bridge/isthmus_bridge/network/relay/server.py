@@ -7,7 +7,6 @@ is read. It is looked up among the pools that live, so nobody can be taken anywh
 import asyncio
 import logging
 import socket
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -18,7 +17,8 @@ from isthmus_contracts.wire.addresses import bound, joined, split
 
 from ...metrics import Metrics
 from ...policy.policy import RelaySettings
-from .capacity import BACKLOG, affordable, unnamed
+from ..loop_thread import LoopThread
+from .capacity import BACKLOG, max_unnamed, reserve_files
 from .client_hello import ClientHello, NotTls
 
 log = logging.getLogger(__name__)
@@ -74,16 +74,15 @@ class Relay:
         self._open = Counter[str]()
         self._unnamed = 0
         # By reason: when the last one was told, and how many were not since.
-        self._told: dict[str, tuple[float, int]] = {}
+        self._reported: dict[str, tuple[float, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="relay", daemon=True)
+        self._thread = LoopThread("relay")
         self._server: asyncio.Server | None = None
         self.port = 0
 
     def start(self) -> None:
         """Listens. Raises ``OSError``."""
-        self._most = affordable(self._settings.connections)
+        self._most = reserve_files(self._settings.connections)
         if self._most < self._settings.connections:
             log.warning(
                 "relay: room for %d connections only, not for %d: raise the limit of open files (LimitNOFILE=)",
@@ -91,21 +90,16 @@ class Relay:
             )  # fmt: skip
         self._thread.start()
         try:
-            asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
+            self._thread.run(self._listen())
         except OSError:
-            self._end_loop()
+            self._thread.stop()
             raise
 
     def stop(self) -> None:
         """Ends every connection; clients come back to the next bridge."""
         if self._server is not None:
-            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
-        self._end_loop()
-
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+            self._thread.run(self._close())
+        self._thread.stop()
 
     async def _listen(self) -> None:
         host, port = split(self._settings.listen)
@@ -158,7 +152,7 @@ class Relay:
             _abort(writer)
 
     async def _first(self, reader: asyncio.StreamReader) -> tuple[bytes, str]:
-        if self._unnamed >= unnamed(self._most):
+        if self._unnamed >= max_unnamed(self._most):
             raise RefusedError("limit", f"{self._unnamed} connections have not said yet where they go")
         self._unnamed += 1
         try:
@@ -169,12 +163,12 @@ class Relay:
 
     def _refused(self, reason: str, writer: asyncio.StreamWriter, message: str) -> None:
         self._metrics.relay_refused.labels(reason).inc()
-        now = self._loop.time()
-        last, untold = self._told.get(reason, (-_QUIET_SECONDS, 0))
+        now = asyncio.get_running_loop().time()
+        last, untold = self._reported.get(reason, (-_QUIET_SECONDS, 0))
         if now < last + _QUIET_SECONDS:
-            self._told[reason] = last, untold + 1
+            self._reported[reason] = last, untold + 1
             return
-        self._told[reason] = now, 0
+        self._reported[reason] = now, 0
         more = f" ({untold} more like it since the last line)" if untold else ""
         peer = writer.get_extra_info("peername")
         log.warning("relay: %s%s", message, more, extra={"peer": str(peer[0]) if peer else ""})

@@ -99,7 +99,7 @@ class RestAdapter:
             in_flight.settle(submission.directory)
             raise
         except SubmissionAmbiguous:
-            self._token.doubt(token)
+            self._token.invalidate(token)
             # It has answered: what it began is over. Whether the controller heard it, the queue tells.
             in_flight.settle(submission.directory)
             raise
@@ -213,7 +213,7 @@ class RestAdapter:
                 status, content = self._exchange(what, method, path, token, None)
             except (NotSentError, BrokenError) as error:
                 raise SlurmError(f"slurmrestd: {error}") from None
-            if last or not _perhaps_token(status, content) or not self._token.doubt(token):
+            if last or not _perhaps_token(status, content) or not self._token.invalidate(token):
                 break
         return status, content
 

@@ -41,7 +41,7 @@ class TokenFile:
             raise SlurmError(f"token: the one in {self._path} has expired; renew the file")
         return token
 
-    def doubt(self, token: str) -> bool:
+    def invalidate(self, token: str) -> bool:
         """The server may not accept this one. Whether :meth:`get` may now tell another."""
         try:
             return self.get() != token
@@ -70,7 +70,7 @@ class TokenCommand:
                 self._renew()
             return self._token
 
-    def doubt(self, token: str) -> bool:
+    def invalidate(self, token: str) -> bool:
         """The server may not accept this one. Whether :meth:`get` will now tell another."""
         with self._lock:
             if token == self._token:

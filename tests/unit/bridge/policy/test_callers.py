@@ -1,4 +1,4 @@
-"""Rules of one caller and of all together, drain, and the end of all pools of a caller."""
+"""CurrentPolicy of one caller and of all together, drain, and the end of all pools of a caller."""
 
 import threading
 from pathlib import Path
@@ -143,7 +143,7 @@ def test_a_drained_site_takes_nothing_new_and_lets_the_others_end(tmp_path: Path
     world.slurm.script = ["full"]
     world.ensure(waiting)
     before = world.slurm.submissions
-    world.rules.replace(policy(tmp_path, drain="maintenance on 3 June"))
+    world.current_policy.replace(policy(tmp_path, drain="maintenance on 3 June"))
     with pytest.raises(Denied) as caught:
         world.ensure("b" * 32)
     assert caught.value.transient
@@ -158,7 +158,7 @@ def test_a_drained_site_takes_nothing_new_and_lets_the_others_end(tmp_path: Path
     world.tick()
     assert world.phase() == "SUCCEEDED"
     world.slurm.script = ["ok"]
-    world.rules.replace(policy(tmp_path))
+    world.current_policy.replace(policy(tmp_path))
     world.tick(31.0, times=2)
     assert world.phase(waiting) == "PENDING"
 
@@ -200,7 +200,7 @@ def test_the_verb_reaches_the_bridge_that_runs(tmp_path: Path, capsys: pytest.Ca
 
     def bridge() -> None:
         while not over.wait(0.05):
-            orders.obey(journal, end)
+            orders.execute(journal, end)
 
     thread = threading.Thread(target=bridge, daemon=True)
     thread.start()
@@ -220,5 +220,5 @@ def test_an_order_that_nobody_hears_is_withdrawn(tmp_path: Path) -> None:
     # What is no order is left alone, and a malformed one is answered and gone.
     (tmp_path / "orders" / "x.order").write_text("[]")
     (tmp_path / "orders" / "note.txt").write_text("")
-    orders.obey(tmp_path / "journal.db", lambda caller, reason: [])
+    orders.execute(tmp_path / "journal.db", lambda caller, reason: [])
     assert sorted(each.name for each in (tmp_path / "orders").iterdir()) == ["note.txt", "x.answer"]

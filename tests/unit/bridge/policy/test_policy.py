@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from isthmus_bridge.policy.authorization import Denial, Grant, decide, identify, too_many
-from isthmus_bridge.policy.current import Rules
+from isthmus_bridge.policy.current import CurrentPolicy
 from isthmus_bridge.policy.parts import AllCallers, Limits, SbatchOptions
 from isthmus_bridge.policy.policy import (
     Environment,
@@ -251,12 +251,12 @@ def test_one_more_pool_within_the_totals() -> None:
 
 
 def test_a_policy_can_be_replaced_but_not_what_the_bridge_was_built_with(policy: Policy) -> None:
-    rules = Rules(policy)
-    assert rules.replace(parse(with_(partitions=["main", "debug", "gpu"]))) == ["partitions"]
-    assert rules.current.partitions == ["main", "debug", "gpu"]
+    current = CurrentPolicy(policy)
+    assert current.replace(parse(with_(partitions=["main", "debug", "gpu"]))) == ["partitions"]
+    assert current.policy.partitions == ["main", "debug", "gpu"]
     with pytest.raises(PolicyError, match=r"^listen, slurm: changes only with a restart"):
-        rules.replace(parse(with_(listen="127.0.0.1:1", slurm={"poll_seconds": 5}, qos=[])))
-    assert rules.current.qos == ["normal"], "half of it was taken"
+        current.replace(parse(with_(listen="127.0.0.1:1", slurm={"poll_seconds": 5}, qos=[])))
+    assert current.policy.qos == ["normal"], "half of it was taken"
 
 
 def test_the_schema_is_the_generated_one_and_says_what_it_can() -> None:

@@ -1,11 +1,13 @@
 """Never two submissions for one key: crashes, lost answers, duplicates, and look-ups that fail."""
 
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from isthmus_bridge.pools.journal import JournalError, State
+from isthmus_bridge.pools.journal import Journal, JournalError, State
 from isthmus_bridge.pools.pools import SpecDiffers
 from tests.support.fake_slurm import KEY, NAME, Crash, World
 
@@ -207,10 +209,20 @@ def test_submissions_that_come_to_nothing_end_after_some(world: World) -> None:
 
 
 def test_a_second_bridge_on_the_same_journal_does_not_start(world: World) -> None:
-    from isthmus_bridge.pools.journal import Journal
-
     with pytest.raises(JournalError, match="another bridge"):
         Journal(world.policy.journal_path, patience=0.1)
+
+
+@pytest.mark.parametrize("pragma", ["user_version=3", "application_id=7"])
+def test_a_journal_of_another_version_or_program_is_refused(world: World, pragma: str) -> None:
+    assert world.journal is not None
+    world.journal.close()
+    path = world.policy.journal_path
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA {pragma}")
+    words = "made by another program or another version of the bridge"
+    with pytest.raises(JournalError, match=f"^journal {path}: {words}$"):
+        Journal(path)
 
 
 def test_a_journal_that_was_removed_under_the_bridge_is_written_again(world: World) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from isthmus_bridge.files.run_directory import Marks
+from isthmus_bridge.files.run_directory import TaskMarker
 from isthmus_bridge.pools.observation import (
     Choice,
     Observation,
@@ -10,7 +10,7 @@ from isthmus_bridge.pools.observation import (
     observe,
     resolve,
 )
-from isthmus_bridge.pools.pool_status import sentence
+from isthmus_bridge.pools.pool_status import describe_end
 from isthmus_bridge.slurm.model import TaskRecord
 
 
@@ -101,7 +101,7 @@ def test_ends_by_elimination_in_the_order_in_which_slurm_numbers_tasks() -> None
 
 
 def test_marks_of_another_array_prove_nothing() -> None:
-    _, left = resolve(Observation(), [0, 1], 7, [], {0: Marks(7, "n1", 0), 1: Marks(6, "n1", 0)})
+    _, left = resolve(Observation(), [0, 1], 7, [], {0: TaskMarker(7, "n1", 0), 1: TaskMarker(6, "n1", 0)})
     assert left == [1]
 
 
@@ -109,5 +109,5 @@ def test_a_task_that_could_not_begin_says_why() -> None:
     """Its folder was purged while it waited: Slurm tells that by the number of no real signal."""
     could_not = TaskObservation("FAILED", "JobLaunchFailure", exit_code=15, signal=53)
     why = "Slurm could not begin it: its folder or its log cannot be opened on that node"
-    assert sentence(could_not) == f"FAILED, signal 53: {why}"
-    assert sentence(TaskObservation("FAILED", signal=9)) == "FAILED, signal 9"
+    assert describe_end(could_not) == f"FAILED, signal 53: {why}"
+    assert describe_end(TaskObservation("FAILED", signal=9)) == "FAILED, signal 9"

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from isthmus_bridge.clients_per_job import jobs_for
-from isthmus_bridge.files.run_directory import Marks, RunDirectory
+from isthmus_bridge.files.run_directory import RunDirectory, TaskMarker
 from isthmus_bridge.policy.authorization import Denial, Grant, decide, too_many
-from isthmus_bridge.policy.current import Rules
+from isthmus_bridge.policy.current import CurrentPolicy
 from isthmus_bridge.policy.parts import Limits
-from isthmus_bridge.pools.clients import by_client, marks_of_jobs
+from isthmus_bridge.pools.clients import by_client, markers_of_jobs
 from isthmus_bridge.pools.observation import ClientNote, Observation, TaskObservation
 from isthmus_bridge.pools.submitter import submission
 from tests.support.fake_slurm import KEY, World, policy, spec
@@ -63,7 +63,7 @@ def test_a_number_that_is_no_exit_code_is_no_end(world: World, code: int) -> Non
     world.tick()
     assert [(task.index, task.exit_code) for task in world.pool().tasks] == [(1, 255)]
     run = RunDirectory(world.policy.run_dir, KEY)
-    assert {index: mark.exit_code for index, mark in run.marks().items()} == {0: None, 1: 255}
+    assert {index: mark.exit_code for index, mark in run.task_markers().items()} == {0: None, 1: 255}
 
 
 def test_what_a_former_start_left_behind_says_nothing_of_the_next(world: World) -> None:
@@ -94,8 +94,8 @@ def test_the_time_limit_is_told_of_every_client_that_it_ended() -> None:
 
 
 def test_a_jobs_end_by_its_clients_marks() -> None:
-    marks = {0: Marks(9, "n1", 0), 1: Marks(9, "n1", 4), 2: Marks(9, "n1", 0), 4: Marks(9, "n2", 0)}
-    ends = {index: mark.exit_code for index, mark in marks_of_jobs(marks, spec(**PACKED)).items()}
+    marks = {0: TaskMarker(9, "n1", 0), 1: TaskMarker(9, "n1", 4), 2: TaskMarker(9, "n1", 0), 4: TaskMarker(9, "n2", 0)}
+    ends = {index: mark.exit_code for index, mark in markers_of_jobs(marks, spec(**PACKED)).items()}
     assert ends == {0: 4, 1: None, 2: 0}
 
 
@@ -129,5 +129,5 @@ def test_caps_hold_for_the_whole_job(
 
 def test_totals_count_what_the_last_job_holds_idle(tmp_path: Path) -> None:
     site = policy(tmp_path, limits=Limits(total_cpus=5).model_dump())
-    denial = too_many(Rules(site).current, site.identities[0], spec(**PACKED), [], 0)
+    denial = too_many(CurrentPolicy(site).current, site.identities[0], spec(**PACKED), [], 0)
     assert denial is not None and denial.rule == "limits.total_cpus"

@@ -1,12 +1,10 @@
 """A pool shrinks in place: its last tasks end, and the others notice nothing."""
 
-import sqlite3
 from pathlib import Path
 
 import pytest
 
 from isthmus_bridge.files.run_directory import RunDirectory
-from isthmus_bridge.pools.journal import Journal
 from isthmus_bridge.pools.pools import Denied, NoSuchPool, NothingLeft
 from tests.support.fake_slurm import KEY, World
 
@@ -104,18 +102,3 @@ def test_totals_count_all_clients_of_a_shared_job_that_goes_on(tmp_path: Path) -
     with pytest.raises(Denied, match=r"limits\.total_tasks: 5 more than the 4 that"):
         world.ensure("e" * 32, replicas=5, total_clients=9)
     assert world.ensure("f" * 32, replicas=4, total_clients=9).pool_spec().replicas == 4
-
-
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_an_older_bridges_journal_is_taken_over(tmp_path: Path, version: int) -> None:
-    world = World(tmp_path)
-    world.ensure()
-    assert world.journal is not None
-    world.journal.close()
-    with sqlite3.connect(world.policy.journal_path) as connection:
-        for column in [] if version == 3 else ["user"] if version == 2 else ["user", "keep"]:
-            connection.execute(f"ALTER TABLE pools DROP COLUMN {column}")
-        connection.execute(f"PRAGMA user_version={version}")
-    connection.close()
-    entry = Journal(world.policy.journal_path).get(KEY)
-    assert entry is not None and (entry.keep, entry.user) == (0, "") and entry.pool_spec().replicas == 3
