@@ -22,16 +22,16 @@ from .users.user_checks import local_users, require
 
 log = logging.getLogger(__name__)
 
-# What follows isthmus://operator/ in a certificate.
+# The part after isthmus://operator/ in a certificate.
 _CLUSTER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
-# The bridge looks for orders once a second.
+# Seconds to wait for a running bridge, which polls for orders once a second.
 _ORDER_PATIENCE = 15.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0 well, 1 not, 2 wrong usage or policy."""
+    """Run one command. Return the exit code: 0 for success, 1 for failure, 2 for wrong usage or policy."""
     options = _parser().parse_args(argv)
     try:
         return int(options.command(options))
@@ -55,7 +55,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _policy(options: argparse.Namespace) -> Policy:
-    """The policy file, with what the command line says instead."""
+    """Return the policy of the file, with the settings that the command line overrides."""
     policy = load(options.policy)
     _one_proxy(options)
     changes: dict[str, object] = {}
@@ -66,14 +66,14 @@ def _policy(options: argparse.Namespace) -> Policy:
     if options.connect:
         changes |= _dialling(options.connect, options.proxy)
     if changes:
-        # Checked again as a whole: an address from the command line obeys the policy's rules.
+        # Validate the whole again: addresses from the command line must be valid in the policy, too.
         policy = _changed(policy, changes)
     return policy
 
 
 def _one_proxy(options: argparse.Namespace) -> None:
     if options.proxy and not options.connect:
-        raise PolicyError("--proxy goes with --connect; for the policy's gateways it stands there (gateways[].proxy)")
+        raise PolicyError("--proxy needs --connect; for the gateways in the policy, set gateways[].proxy there")
 
 
 def _dialling(addresses: Sequence[str], proxy: str | None) -> dict[str, object]:
@@ -140,15 +140,15 @@ def _sudoers(options: argparse.Namespace) -> int:
     policy = load(options.policy)
     bridge = options.bridge_user or user_name({})
     if bridge == "root" or USER_NAME.fullmatch(bridge) is None:
-        return _complain(f"--bridge-user: {bridge!r} is no ordinary user; name the one who runs the bridge", 2)
+        return _complain(f"--bridge-user: {bridge!r} is not an ordinary user; name the user who runs the bridge", 2)
     if not (users := local_users(policy)):
-        return _complain(f"{options.policy}: no identity names a local user: nothing needs sudo", 1)
+        return _complain(f"{options.policy}: no identity names a local user, so no sudo rule is needed", 1)
     try:
         lines = list(fragment(policy, bridge, users))
     except RuleError as error:
         return _complain(str(error), 1)
     if path := changeable(code_paths()):
-        _complain(f"warning: others than root may change {path}, and with it what these lines let {bridge} run", 0)
+        _complain(f"warning: users other than root can change {path}, and with it what these rules let {bridge} run", 0)
     print("\n".join(lines))
     return 0
 
@@ -161,13 +161,15 @@ def _schema(options: argparse.Namespace) -> int:
 def _certs(options: argparse.Namespace) -> int:
     for cluster in options.operator:
         if _CLUSTER.fullmatch(cluster) is None:
-            return _complain(f"--operator: {cluster!r} is no name of a cluster", 2)
+            return _complain(f"--operator: {cluster!r} is not a valid name of a cluster", 2)
     if not 1 <= options.days <= certificates.CA_DAYS:
-        return _complain(f"--days: {options.days} is not from 1 to {certificates.CA_DAYS}, which the CA lasts", 2)
+        return _complain(f"--days: must be from 1 to {certificates.CA_DAYS} (the CA's life), not {options.days}", 2)
     if not (options.host or options.operator or options.only_this_ca):
         return _complain("give --host, --operator or both", 2)
     if options.new_ca and options.host:
-        return _complain("--new-ca goes without --host: operators cannot check the bridge's new certificate yet", 2)
+        return _complain(
+            "--new-ca cannot be used with --host: operators cannot verify the bridge's new certificate yet", 2
+        )
     try:
         for line in certificates.make(
             options.dir, options.host, options.operator, dt.timedelta(days=options.days),
@@ -189,57 +191,71 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    one = commands.add_parser("serve", help="take requests and submit jobs")
+    one = commands.add_parser("serve", help="serve requests and submit jobs")
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
-    one.add_argument("--listen", metavar="HOST:PORT", help="instead of the policy's")
+    one.add_argument("--listen", metavar="HOST:PORT", help="listen here instead of at the policy's address")
     one.add_argument("--connect", action="append", default=[], metavar="HOST:PORT",
-                     help="dial this operator's gateway, and listen nowhere unless told to; repeatable; instead of the"
-                          " policy's gateways")  # fmt: skip
-    one.add_argument("--proxy", metavar="URL", help="the HTTP proxy that leads to the gateways of --connect,"
-                     " http://HOST:PORT (default: what https_proxy says)")  # fmt: skip
-    one.add_argument("--metrics-listen", metavar="HOST:PORT", help="instead of the policy's; `off`: none")
+                     help="dial this operator's gateway instead of the policy's, and do not listen without --listen;"
+                          " repeatable")  # fmt: skip
+    one.add_argument("--proxy", metavar="URL", help="the HTTP proxy for the gateways of --connect, http://HOST:PORT"
+                     " (default: $https_proxy)")  # fmt: skip
+    one.add_argument(
+        "--metrics-listen",
+        metavar="HOST:PORT",
+        help="serve metrics here instead of at the policy's address; `off`: do not",
+    )
     one.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     one.set_defaults(command=_serve)
 
-    one = commands.add_parser("check", help="check a policy, and tell what identities may do under it")
+    one = commands.add_parser("check", help="check a policy and show what each identity may do")
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
-    one.add_argument("--identity", metavar="URI", help="this one only, e.g. isthmus://operator/prod")
+    one.add_argument("--identity", metavar="URI", help="show this identity only, e.g. isthmus://operator/prod")
     one.set_defaults(command=_check)
 
-    one = commands.add_parser("doctor", help="look whether Slurm and the gateways can be used from here")
+    one = commands.add_parser("doctor", help="check that Slurm and the gateways can be used from this machine")
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
     one.add_argument("--connect", action="append", default=[], metavar="HOST:PORT",
-                     help="look at this gateway instead of the policy's; repeatable")  # fmt: skip
-    one.add_argument("--proxy", metavar="URL", help="the HTTP proxy that leads to the gateways of --connect")
+                     help="check this gateway instead of the policy's; repeatable")  # fmt: skip
+    one.add_argument("--proxy", metavar="URL", help="the HTTP proxy for the gateways of --connect")
     one.set_defaults(command=_doctor)
 
-    one = commands.add_parser("status", help="the live pools, as the running bridge sees them")
+    one = commands.add_parser("status", help="show the live pools of the running bridge")
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
     one.set_defaults(command=_status)
 
-    one = commands.add_parser("end", help="have the running bridge end all live pools of one caller")
+    one = commands.add_parser("end", help="end all live pools of one caller, through the running bridge")
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
     one.add_argument("--identity", required=True, metavar="URI", help="the caller, e.g. isthmus://operator/prod")
-    one.add_argument("--reason", required=True, metavar="TEXT", help="why; the caller's users read it")
+    one.add_argument("--reason", required=True, metavar="TEXT", help="the reason, which the caller's users see")
     one.set_defaults(command=_end)
 
-    one = commands.add_parser("sudoers", help="print the sudo rule by which the bridge may become its local users")
+    one = commands.add_parser("sudoers", help="print the sudo rule that lets the bridge act as its local users")
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
-    one.add_argument("--bridge-user", metavar="NAME", help="who runs the bridge (default: whoever runs this)")
+    one.add_argument("--bridge-user", metavar="NAME", help="the user who runs the bridge (default: the current user)")
     one.set_defaults(command=_sudoers)
 
     one = commands.add_parser("schema", help="print the policy's JSON schema, for editors and checks")
     one.set_defaults(command=_schema)
 
-    one = commands.add_parser("certs", help="make the site's CA and certificates; again: add to them, or renew")
-    one.add_argument("--dir", type=Path, required=True, help="where to write them")
-    one.add_argument("--host", action="append", default=[], metavar="NAME", help="name or address of the bridge")
-    one.add_argument("--operator", action="append", default=[], metavar="CLUSTER", help="a cluster that may call")
-    one.add_argument("--days", type=int, default=365, help="how long they are valid (default: %(default)s)")
+    one = commands.add_parser("certs", help="create the site's CA and certificates, add to them, or renew them")
+    one.add_argument("--dir", type=Path, required=True, help="the directory to write to")
+    one.add_argument(
+        "--host", action="append", default=[], metavar="NAME", help="a name or address of the bridge; repeatable"
+    )
+    one.add_argument(
+        "--operator",
+        action="append",
+        default=[],
+        metavar="CLUSTER",
+        help="a cluster whose operator gets a certificate; repeatable",
+    )
+    one.add_argument(
+        "--days", type=int, default=365, help="validity of the certificates in days (default: %(default)s)"
+    )
     authority = one.add_mutually_exclusive_group()
     authority.add_argument("--new-ca", action="store_true",
-                           help="make a CA that takes the present one's place; both are trusted")  # fmt: skip
-    authority.add_argument("--only-this-ca", action="store_true", help="trust no CA but the newest any more")
+                           help="create a CA that replaces the current one; both are trusted")  # fmt: skip
+    authority.add_argument("--only-this-ca", action="store_true", help="stop trusting all CAs but the newest")
     one.set_defaults(command=_certs)
     return parser
 

@@ -1,4 +1,4 @@
-"""Log lines that machines read (JSON), or people at a terminal; the pool's key is on each that concerns one."""
+"""Logging: JSON lines, or text at a terminal. Lines about a pool carry its key."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "taskNam
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, message, then the fields of the call's ``extra``."""
+    """Formatter of one JSON object per line: time, level, message, then the fields of the call's ``extra``."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See :class:`logging.Formatter`."""
@@ -23,7 +23,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The same for a terminal."""
+    """Formatter for a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See :class:`logging.Formatter`."""
@@ -34,7 +34,7 @@ class TextFormatter(logging.Formatter):
 
 
 def set_up(level: str = "info") -> None:
-    """Logs to standard error."""
+    """Log to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(TextFormatter() if sys.stderr.isatty() else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -17,7 +17,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 
 
 class Metrics:
-    """All of them, in a registry of their own."""
+    """All metrics, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -26,10 +26,11 @@ class Metrics:
             "isthmus_bridge_submissions_total", "Runs of sbatch by result: accepted, refused, deferred, ambiguous",
             ["result"], registry=r,
         )  # fmt: skip
-        for result in ("accepted", "refused", "deferred", "ambiguous"):  # from 0, so that the first one shows in a rate
+        # Start at 0, so that the first one shows in a rate.
+        for result in ("accepted", "refused", "deferred", "ambiguous"):
             self.submissions.labels(result)
         self.adoptions = Counter(
-            "isthmus_bridge_adoptions_total", "Arrays found in Slurm after a doubtful submission", registry=r
+            "isthmus_bridge_adoptions_total", "Arrays found in Slurm after an ambiguous submission", registry=r
         )
         self.extras = Counter(
             "isthmus_bridge_extra_arrays_cancelled_total", "Arrays cancelled because their pool has another or is over",
@@ -46,16 +47,16 @@ class Metrics:
         )
         self.pools = Gauge("isthmus_bridge_pools", "Pools that are not over, by journal state", ["state"], registry=r)
         self.tasks = Gauge(
-            "isthmus_bridge_tasks", "Tasks of the pools that are not over, by what their Slurm state means",
+            "isthmus_bridge_tasks", "Tasks of the pools that are not over, by the meaning of their Slurm state",
             ["state"], registry=r,
         )  # fmt: skip
         self.jobs_without_pool = Gauge(
-            "isthmus_bridge_jobs_without_pool", "Living jobs of a user whose jobs the bridge submits, of no pool of it",
+            "isthmus_bridge_jobs_without_pool", "Live jobs without a pool, of a user whose jobs the bridge submits",
             ["user"], registry=r,
         )  # fmt: skip
-        self.slurm_up = Gauge("isthmus_bridge_slurm_up", "1 while Slurm tells the queue, else 0", registry=r)
+        self.slurm_up = Gauge("isthmus_bridge_slurm_up", "1 while Slurm answers polls of the queue, else 0", registry=r)
         self.last_poll = Gauge(
-            "isthmus_bridge_last_poll_timestamp_seconds", "When Slurm last told the queue", registry=r
+            "isthmus_bridge_last_poll_timestamp_seconds", "Time of the last successful poll of the queue", registry=r
         )
         self.commands = Histogram(
             "isthmus_bridge_slurm_command_seconds", "Run time of Slurm's programs", ["program"],
@@ -66,67 +67,65 @@ class Metrics:
             registry=r,
         )  # fmt: skip
         self.queue_wait = Histogram(
-            "isthmus_bridge_queue_wait_seconds", "From a pool's submission to the start of each task",
+            "isthmus_bridge_queue_wait_seconds", "Time from a pool's submission to the start of each task",
             buckets=_WAITS, registry=r,
         )  # fmt: skip
 
-        self.relay_connections = Gauge(
-            "isthmus_bridge_relay_connections", "Connections that the relay joins at the moment", registry=r
-        )
+        self.relay_connections = Gauge("isthmus_bridge_relay_connections", "Connections open in the relay", registry=r)
         self.relay_bytes = Counter(
-            "isthmus_bridge_relay_bytes_total", "Bytes passed on: to-aggregator, to-client", ["direction"],
+            "isthmus_bridge_relay_bytes_total", "Bytes relayed: to-aggregator, to-client", ["direction"],
             registry=r,
         )  # fmt: skip
         self.relay_refused = Counter(
             "isthmus_bridge_relay_refused_total",
-            "Connections that the relay ended by itself: unknown, limit, unreachable, not-tls, timeout", ["reason"],
+            "Connections that the relay refused or closed: unknown, limit, unreachable, not-tls, timeout", ["reason"],
             registry=r,
         )  # fmt: skip
         self.gateway_connected = Gauge(
             "isthmus_bridge_gateway_connected", "1 while the tunnel to a gateway is up, else 0", ["gateway"], registry=r
         )
         self.gateway_tunnels = Counter(
-            "isthmus_bridge_gateway_tunnels_total", "Attempts to keep a tunnel, by how they ended: lost, failed",
+            "isthmus_bridge_gateway_tunnels_total", "Attempts to open a tunnel, by result: lost, failed",
             ["gateway", "result"], registry=r,
         )  # fmt: skip
         self.certificate_expiry = Gauge(
-            "isthmus_bridge_certificate_expiry_timestamp_seconds", "When the bridge's own certificate ends", registry=r
+            "isthmus_bridge_certificate_expiry_timestamp_seconds", "Expiry of the bridge's own certificate", registry=r
         )
         self.policy_current = Gauge(
             "isthmus_bridge_policy_current",
-            "1 while the policy is in force as it was last read, 0 after a reload that failed", registry=r,
+            "1 while the last read policy is in force, 0 after a failed reload", registry=r,
         )  # fmt: skip
         self.policy_current.set(1)
-        self.info = Gauge("isthmus_bridge_info", "Always 1; tells the version", ["version"], registry=r)
+        self.info = Gauge("isthmus_bridge_info", "Always 1; has the version as a label", ["version"], registry=r)
         self.info.labels(__version__).set(1)
 
     def command(self, program: str, seconds: float, good: bool) -> None:
-        """Notes one run of one of Slurm's programs."""
+        """Record one run of one of Slurm's programs."""
         self.commands.labels(program).observe(seconds)
         if not good:
             self.command_failures.labels(program).inc()
 
     def count(self, gauge: Gauge, known: Iterable[str], counts: dict[str, int]) -> None:
-        """Sets a gauge by state: also to 0 where nothing is in a state any more."""
+        """Set a gauge by state; states without a count become 0."""
         for state in known:
             gauge.labels(state).set(counts.get(state, 0))
 
     def serve(self, address: str, site: str) -> WSGIServer:
-        """Serves /metrics at host:port until the server is shut down. Raises ``OSError``."""
-        told = CollectorRegistry(auto_describe=False)
-        told.register(_OfSite(self.registry, site))
-        return serve_metrics(make_wsgi_app(told), *split(address))
+        """Serve /metrics at host:port until the server is shut down. Raises ``OSError``."""
+        labelled = CollectorRegistry(auto_describe=False)
+        labelled.register(_OfSite(self.registry, site))
+        return serve_metrics(make_wsgi_app(labelled), *split(address))
 
 
 class _OfSite(Collector):
-    """Gives every sample the label ``site``: one Prometheus looks at many sites."""
+    """Collector that adds the label ``site`` to every sample, since one Prometheus may scrape many sites."""
 
     def __init__(self, registry: CollectorRegistry, site: str) -> None:
         self._registry = registry
         self._label = {"site": site}
 
     def collect(self) -> Iterable[Metric]:
-        """What the registry holds, labelled; made anew for each scrape."""
+        """Yield the registry's families with the label."""
         for family in self._registry.collect():
             family.samples = [sample._replace(labels={**self._label, **sample.labels}) for sample in family.samples]
             yield family

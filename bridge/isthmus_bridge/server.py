@@ -1,4 +1,4 @@
-"""Puts the parts together and runs them: journal, Slurm adapter, submitter, reconciler, gRPC server, metrics."""
+"""The running bridge: journal, Slurm adapter, submitter, reconciler, gRPC server and metrics together."""
 
 import datetime as dt
 import logging
@@ -40,10 +40,10 @@ _SUBMIT_THREADS = 4
 _REQUEST_THREADS = 16
 _STOP_SECONDS = 5.0
 _SIGNAL_SECONDS = 0.25
-# How often the admin's orders are looked for.
+# Interval of polling for the admin's orders.
 _ORDER_SECONDS = 1.0
 _HOUSEKEEPING_SECONDS = 3600.0
-# New connections get renewed certificates at once; this is how soon the metric tells.
+# Interval of updates of the certificate metric; new connections get renewed certificates at once.
 _CERTIFICATE_SECONDS = 60.0
 _MAX_MESSAGE = 4 << 20
 _SOCKET = "bridge.sock"
@@ -55,7 +55,7 @@ class ServerError(Exception):
 
 
 class Dispatcher:
-    """Runs a function for keys in a few threads; a key that waits for its turn already is not queued again."""
+    """Threads that run a function for queued keys. A key that is already queued is not queued again."""
 
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="submit")
@@ -64,14 +64,14 @@ class Dispatcher:
         self.function: Callable[[str], None] = lambda key: None
 
     def __call__(self, key: str) -> None:
-        """Has the function called soon."""
+        """Queue a key."""
         with self._lock:
             if key in self._queued:
                 return
             self._queued.add(key)
         try:
             self._pool.submit(self._run, key)
-        except RuntimeError:  # shutting down: the next start goes on
+        except RuntimeError:  # shutting down: the next bridge continues
             with self._lock:
                 self._queued.discard(key)
 
@@ -81,10 +81,10 @@ class Dispatcher:
         try:
             self.function(key)
         except Exception:
-            log.exception("work on the pool broke off", extra={"key": key})
+            log.exception("processing the pool failed", extra={"key": key})
 
     def close(self) -> None:
-        """Waits for what runs: an sbatch that has begun is heard out."""
+        """Drop queued keys, and wait for running calls: an sbatch that has started may finish."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -108,7 +108,7 @@ class Bridge:
         self._dial_out = (
             DialOut(policy.gateways, policy.site, policy.tls_dir, self.metrics) if policy.gateways else None
         )
-        # Of the gRPC server's socket, which only the bridge's user reaches.
+        # Holds the gRPC server's socket; only the bridge's user can enter it.
         self._socket_dir: tempfile.TemporaryDirectory[str] | None = None
         self._socket = Path()
         self._stop = threading.Event()
@@ -119,7 +119,7 @@ class Bridge:
         self.port = 0
 
     def start(self) -> None:
-        """Begins to serve. Raises :class:`ServerError`."""
+        """Start to serve. Raises :class:`ServerError`."""
         clean_up(self._policy, self._journal, time.time())
         server = grpc.server(
             self._requests,
@@ -129,7 +129,7 @@ class Bridge:
         inbound = self._policy.inbound
         try:
             ends = self._update_certificate_expiry()
-            # The door takes the callers' connections, dial-out the tunnels'.
+            # Connections of callers come through the handshake guard, those of tunnels through dial-out.
             self._socket_dir = tempfile.TemporaryDirectory(prefix="isthmus-bridge-", dir=_short_folder())
             self._socket = path = Path(self._socket_dir.name) / _SOCKET
             server.add_secure_port(f"unix:{path}", renewed_server_credentials(self._policy.tls_dir))
@@ -168,19 +168,19 @@ class Bridge:
         )  # fmt: skip
 
     def stop(self) -> None:
-        """Ends. Slurm's jobs go on; what is being submitted is heard out and recorded."""
+        """Stop. Slurm's jobs keep running; submissions under way finish and are recorded."""
         if self._relay is not None:
             self._relay.stop()
         if self._server is not None:
             self._server.stop(_STOP_SECONDS).wait()
-        # Only now: calls under way have had their answers.
+        # Only now, when calls under way have been answered.
         if self._guard is not None:
             self._guard.stop()
         if self._dial_out is not None:
             self._dial_out.stop()
         if self._socket_dir is not None:
             self._socket_dir.cleanup()
-        # A cancelled call's handler may still be at work, in the journal too.
+        # The handler of a cancelled call may still be running, and use the journal.
         self._requests.shutdown(wait=True)
         self._stop.set()
         self._reconciler.wake.set()
@@ -191,36 +191,36 @@ class Bridge:
         log.info("stopped")
 
     def execute_orders(self) -> None:
-        """Does what the admin has ordered meanwhile; see :mod:`.admin.orders`."""
+        """Execute the orders of the admin; see :mod:`.admin.orders`."""
         try:
             execute(self._policy.journal_path, self.pools.end_all)
         except Exception:
-            log.exception("an order was not obeyed")
+            log.exception("an order was not executed")
 
     @property
     def restart_reason(self) -> str:
-        """Why the bridge had better begin again, of the files that it needs; empty: they are there."""
+        """The reason to restart the bridge: a file that it needs was removed. Empty if there is none."""
         if self._journal.removed:
             path = self._policy.journal_path
-            return f"the journal {path} was removed, and is written again; exempt it from what removes old files there"
+            return f"the journal {path} was removed, and is written again; exempt it from the cleanup of old files"
         if self._socket.exists():
             return ""
-        why = "was removed, and no caller gets through without it"
-        return f"{self._socket} {why}; exempt it from the cleaning of its folder"
+        why = "was removed, and no caller can connect without it"
+        return f"{self._socket} {why}; exempt it from the cleanup of its folder"
 
     def touch_socket(self) -> None:
-        """Looks used, for those who remove what is old from a folder for temporary files."""
+        """Update the socket's times, so that cleaners of temporary folders do not take it for an old file."""
         for path in (self._socket.parent, self._socket):
             with suppress(OSError):
                 os.utime(path)
 
     @property
     def relay_port(self) -> int:
-        """The port at which the relay listens; 0 where there is none."""
+        """The port of the relay; 0 if there is none."""
         return self._relay.port if self._relay is not None else 0
 
     def _route(self, server_name: str) -> Route | None:
-        """Where the relay takes a client that asks for this name."""
+        """Return the relay's route for a server name, or ``None``."""
         specs = (entry.pool_spec() for entry in self._journal.live() if entry.spec)
         relayed = (
             (spec.federation.server_name, spec.federation.endpoint, spec.replicas)
@@ -230,7 +230,7 @@ class Bridge:
         return routes(relayed).get(server_name)
 
     def _update_certificate_expiry(self) -> dt.datetime:
-        """Tells until when the bridge's certificate is good. Raises ``OSError`` and ``ValueError``."""
+        """Return when the bridge's certificate expires, and set the metric. Raises ``OSError`` and ``ValueError``."""
         ends = expiry(Credentials.read(self._policy.tls_dir).certificate)
         self.metrics.certificate_expiry.set(ends.timestamp())
         return ends
@@ -252,17 +252,17 @@ class Bridge:
             try:
                 clean_up(self.current_policy.policy, self._journal, time.time())
             except Exception:
-                log.exception("housekeeping broke off")
+                log.exception("housekeeping failed")
 
 
 def _short_folder() -> str:
-    """Where sockets can be: their whole path has at most 107 characters."""
+    """Return a folder for the socket: its whole path may have at most 107 characters."""
     usual = tempfile.gettempdir()
     return usual if len(usual) < _LONGEST_FOLDER else "/tmp"  # noqa: S108
 
 
 def serve(policy: Policy, reread: Callable[[], Policy]) -> None:
-    """Serves until SIGTERM or SIGINT; SIGHUP puts what ``reread`` returns in force.
+    """Serve until SIGTERM or SIGINT; on SIGHUP, put the policy that ``reread`` returns in force.
 
     Raises :class:`ServerError`, :class:`~.pools.journal.JournalError`.
     """
@@ -276,7 +276,7 @@ def serve(policy: Policy, reread: Callable[[], Policy]) -> None:
         raise ServerError(f"run_dir {policy.run_dir}: {error.strerror}") from None
     bridge.start()
     due = 0.0
-    # Not one long wait: a signal that another thread took wakes nobody, and Python's handler runs in this one.
+    # Wait in short steps: a signal that another thread receives does not wake this one, which runs Python's handlers.
     while not stop.wait(_SIGNAL_SECONDS):
         if hangup.is_set():
             hangup.clear()
@@ -286,7 +286,7 @@ def serve(policy: Policy, reread: Callable[[], Policy]) -> None:
             bridge.execute_orders()
             if cause := bridge.restart_reason:
                 bridge.stop()
-                # Started again, it makes another. Slurm's jobs and the journal know nothing of it.
+                # A restarted bridge creates the file again; Slurm's jobs are not affected.
                 raise ServerError(cause)
     bridge.stop()
 
@@ -296,7 +296,7 @@ def _reload(current_policy: CurrentPolicy, reread: Callable[[], Policy], metrics
         changed = current_policy.replace(reread())
     except PolicyError as error:
         metrics.policy_current.set(0)
-        log.error("the policy was not read anew: %s", error)
+        log.error("the policy was not reloaded: %s", error)
     else:
         metrics.policy_current.set(1)
-        log.info("the policy was read anew; changed: %s", ", ".join(changed) or "nothing")
+        log.info("the policy was reloaded; changed: %s", ", ".join(changed) or "nothing")

@@ -1,4 +1,4 @@
-"""The gRPC face of :class:`~.pools.pools.Pools`: who calls, what went wrong in gRPC's words, and nothing else."""
+"""The gRPC service on top of :class:`~.pools.pools.Pools`: identifies callers, and maps errors to gRPC statuses."""
 
 import logging
 import sqlite3
@@ -27,7 +27,7 @@ from .slurm.model import SlurmAdapter, SlurmError
 
 log = logging.getLogger(__name__)
 
-# EnsurePool waits so long for Slurm's answer, CancelPool for the end: mostly enough, never long.
+# EnsurePool waits at most this long for Slurm's answer, and CancelPool for the end of the pool. Seconds.
 ANSWER_SECONDS = 10.0
 MAX_TAIL_LINES = 1000
 MAX_TAIL_BYTES = 256 * 1024
@@ -39,7 +39,7 @@ _UNFINISHED = (State.RESERVED, State.SUBMITTING)
 
 
 class BridgeService(rpc.BridgeServicer):
-    """See bridge.proto."""
+    """The service of bridge.proto."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class BridgeService(rpc.BridgeServicer):
         return self._current_policy.policy
 
     def EnsurePool(self, request: pb.EnsurePoolRequest, context: Context) -> pb.Pool:
-        """Makes the pool exist."""
+        """Make the pool exist."""
         with self._call("EnsurePool", context) as caller:
             entry = self._pools.ensure(caller, request.key, request.spec)
             if entry.state in _UNFINISHED:
@@ -68,12 +68,12 @@ class BridgeService(rpc.BridgeServicer):
             return _reply(entry)
 
     def GetPool(self, request: pb.GetPoolRequest, context: Context) -> pb.Pool:
-        """One pool."""
+        """Return one pool."""
         with self._call("GetPool", context) as caller:
             return _reply(self._pools.get(caller, request.key))
 
     def CancelPool(self, request: pb.CancelPoolRequest, context: Context) -> pb.Pool:
-        """Ends a pool."""
+        """End a pool."""
         with self._call("CancelPool", context) as caller:
             entry = self._pools.cancel(caller, request.key, request.reason)
             if not entry.state.over:
@@ -81,20 +81,20 @@ class BridgeService(rpc.BridgeServicer):
             return _reply(entry)
 
     def ShrinkPool(self, request: pb.ShrinkPoolRequest, context: Context) -> pb.Pool:
-        """Ends the last clients of a pool."""
+        """End the last clients of a pool."""
         with self._call("ShrinkPool", context) as caller:
             return _reply(self._pools.shrink(caller, request.key, request.replicas))
 
     def RenewCredentials(self, request: pb.RenewCredentialsRequest, context: Context) -> pb.Pool:
-        """New credentials for a pool's clients."""
+        """Replace the credentials of a pool's clients."""
         with self._call("RenewCredentials", context) as caller:
             return _reply(self._pools.renew(caller, request))
 
     def TailLog(self, request: pb.TailLogRequest, context: Context) -> Iterator[pb.LogChunk]:
-        """The end of one task's log."""
+        """Stream the last lines of one task's log."""
         with self._call("TailLog", context) as caller:
             entry = self._pools.get(caller, request.key)
-            # Also those that a shrinking has ended.
+            # Clients that were removed by shrinking have logs, too.
             replicas = pb.PoolSpec.FromString(entry.spec).replicas
             if request.index >= replicas:
                 raise RequestError("index", f"must be below {replicas}, not {request.index}")
@@ -127,7 +127,7 @@ class BridgeService(rpc.BridgeServicer):
 
     @contextmanager
     def _call(self, method: str, context: Context) -> Iterator[Identity]:
-        """Names the caller, and turns what is raised inside into gRPC's status."""
+        """Yield the caller's identity, and turn exceptions into gRPC statuses."""
         code = grpc.StatusCode.OK
         try:
             yield self._identify(context)
@@ -161,20 +161,20 @@ class BridgeService(rpc.BridgeServicer):
             case SlurmError():
                 return grpc.StatusCode.UNAVAILABLE, f"Slurm does not answer: {error}"
             case OSError():
-                # The site's own trouble (a full disk): it may pass.
+                # A problem of the site (a full disk), which may pass.
                 log.exception("request failed", extra={"method": method})
-                return grpc.StatusCode.UNAVAILABLE, f"the site's bridge cannot work: {error.strerror}"
+                return grpc.StatusCode.UNAVAILABLE, f"the site's bridge failed: {error.strerror}"
             case sqlite3.OperationalError():
-                # Likewise, of the journal's disk. Nothing was recorded, so nothing was begun.
+                # Likewise for the journal's disk. Nothing was recorded, so nothing was started.
                 log.exception("request failed", extra={"method": method})
                 return grpc.StatusCode.UNAVAILABLE, f"the site's bridge cannot write its journal: {error}"
             case _:
                 log.exception("request failed", extra={"method": method})
-                return grpc.StatusCode.INTERNAL, "the bridge failed; its log says why"
+                return grpc.StatusCode.INTERNAL, "internal error of the bridge; see its log"
 
 
 def _reply(entry: Entry) -> pb.Pool:
-    """The pool, and when we say so: by what clock its moments are."""
+    """Return the pool's message with the bridge's current time, to which its times refer."""
     pool = to_pool(entry)
     pool.now = time.time()
     return pool

@@ -1,4 +1,4 @@
-"""Makes the way to Slurm that the policy asks for."""
+"""Creation of the Slurm adapter that the policy selects."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ def _unobserved(program: str, seconds: float, good: bool) -> None:
 
 
 def slurm_adapter(policy: Policy, observer: Observer = _unobserved) -> SlurmAdapter:
-    """The adapter that the policy asks for."""
+    """Return the adapter that the policy selects."""
     match policy.slurm.adapter:
         case "cli":
             return cli(policy.slurm, observer, policy)
@@ -40,7 +40,7 @@ def slurm_adapter(policy: Policy, observer: Observer = _unobserved) -> SlurmAdap
 
 
 def cli(slurm: SlurmSettings, observer: Observer = _unobserved, policy: Policy | None = None) -> CliAdapter:
-    """Slurm's own programs. ``policy``: where it may let other users be used."""
+    """Return the adapter for Slurm's programs. ``policy``: needed to submit as other users."""
     users = policy.users if policy is not None else None
     return CliAdapter(
         bin_dir=slurm.bin_dir, conf=slurm.conf, timeout=slurm.command_timeout_seconds,
@@ -50,7 +50,7 @@ def cli(slurm: SlurmSettings, observer: Observer = _unobserved, policy: Policy |
 
 
 def rest(slurm: SlurmSettings, settings: RestSettings, observer: Observer = _unobserved) -> RestAdapter:
-    """The REST daemon."""
+    """Return the adapter for slurmrestd."""
     token: TokenFile | TokenCommand
     if settings.token_file is not None:
         token = TokenFile(settings.token_file)
@@ -63,7 +63,7 @@ def rest(slurm: SlurmSettings, settings: RestSettings, observer: Observer = _uno
 
 
 def pyslurm(slurm: SlurmSettings, observer: Observer = _unobserved) -> PyslurmAdapter:
-    """The Python module."""
+    """Return the adapter for pyslurm."""
     return PyslurmAdapter(
         cli(slurm, observer).cancel, python=slurm.pyslurm.python, conf=slurm.conf,
         timeout=slurm.command_timeout_seconds, observer=observer,

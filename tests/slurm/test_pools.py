@@ -192,11 +192,11 @@ def test_the_policy_is_final_and_strangers_are_kept_out(site: Site, operator: rp
 
 
 def test_sighup_puts_a_new_policy_in_force_and_a_faulty_one_not(site: Site, operator: rpc.BridgeStub) -> None:
-    site.reload({**site.settings, "partitions": ["main"]}, "the policy was read anew; changed: partitions")
+    site.reload({**site.settings, "partitions": ["main"]}, "the policy was reloaded; changed: partitions")
     with pytest.raises(grpc.RpcError, match="policy partitions: 'debug' is not allowed"):
         ensure(operator, site.key(), spec(partition="debug"))
-    site.reload({**site.settings, "partitions": "main"}, "the policy was not read anew: ")
-    site.reload({**site.settings, "site": "other"}, "the policy was not read anew: site: changes only with a restart")
+    site.reload({**site.settings, "partitions": "main"}, "the policy was not reloaded: ")
+    site.reload({**site.settings, "site": "other"}, "the policy was not reloaded: site: changes only with a restart")
     with pytest.raises(grpc.RpcError, match="policy partitions: 'debug' is not allowed"):
         ensure(operator, site.key(), spec(partition="debug"))
     assert ensure(operator, site.key(), spec(partition="main")).slurm_job_id
@@ -228,7 +228,7 @@ def test_doctor_and_status_tell_an_admin(site: Site, operator: rpc.BridgeStub) -
     assert (code, "PROBLEM" in text) == (0, False), text
     assert (
         re.search(r"ok +CLI adapter \(in use\): works; Slurm \d+\.\d+", text)
-        and "partitions: main, debug are there" in text
+        and "partitions: main, debug exist" in text
     )
     # The lab's `debug` takes half an hour, and `urgent` is open to everybody.
     limit = "partitions: limits.time_limit_seconds is 86400, but Slurm allows less (MaxTime): debug 1800 s"
@@ -237,7 +237,7 @@ def test_doctor_and_status_tell_an_admin(site: Site, operator: rpc.BridgeStub) -
     site.settings["partitions"].append("moon")
     site.write_policy()
     code, text = site.command("doctor")
-    assert code == 1 and "PROBLEM  partitions: moon of the policy are not in Slurm, which has " in text
+    assert code == 1 and "PROBLEM  partitions: moon of the policy do not exist in Slurm, which has " in text
     key = site.key()
     job = ensure(operator, key, spec()).slurm_job_id
 

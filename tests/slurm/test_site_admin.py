@@ -134,4 +134,4 @@ def test_the_tutorial_and_a_job_that_tries_to_change_the_bridge(site: Installati
     policy = site.configuration / "policy.yaml"
     policy.write_text(policy.read_text().replace("replicas: 8", "replicas: 1"))
     os.kill(pid, signal.SIGHUP)
-    until(lambda: "was read anew" in log.read_text(), "the bridge has read it")
+    until(lambda: "was reloaded" in log.read_text(), "the bridge has read it")

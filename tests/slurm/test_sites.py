@@ -98,7 +98,7 @@ def test_jean_zay(site: Site, setup: Setup) -> None:
     settings = opened(site, "jean-zay", {"prefix": ["env"]})
     operator = site.start()
     code, said = site.command("doctor")
-    assert code == 0 and "partitions: the policy names none; Slurm's default, or a plug-in of the site" in said, said
+    assert code == 0 and "partitions: the policy names none; Slurm's default or a plug-in of the site" in said, said
     key, wanted = site.key(), spec(environment="v100", gres=[pb.GenericResource(name="gpu", count=1)])
     # QOS need a database, which the lab has not: Slurm takes any name.
     ensure(operator, key, wanted)
@@ -108,7 +108,7 @@ def test_jean_zay(site: Site, setup: Setup) -> None:
         assert said in text, text
     assert "Comment=isthmus default/fashion/hpc for operator/prod" in text
     # A site that takes nothing new: the user reads why, and what runs goes on.
-    site.reload({**settings, "drain": "maintenance on 3 June"}, "the policy was read anew; changed: drain")
+    site.reload({**settings, "drain": "maintenance on 3 June"}, "the policy was reloaded; changed: drain")
     with pytest.raises(Exception, match="policy drain: this site takes no new jobs for now: maintenance on 3 June"):
         ensure(operator, site.key(), wanted)
     assert pb.Pool.Phase.Name(get(operator, key).phase) == "RUNNING"
@@ -148,7 +148,7 @@ def test_parallelcluster(site: Site, setup: Setup) -> None:
     assert "Partition=gpu" in text and "Features=g5.12xlarge|g6.12xlarge" in text and "OverSubscribe=NO" in text
     # Whole instances: two clients, two nodes.
     assert set(re.findall(r" NodeList=(\S+)", text)) == {"n1", "n2"}
-    site.reload({**settings, "sbatch": None}, "the policy was read anew; changed: sbatch")
+    site.reload({**settings, "sbatch": None}, "the policy was reloaded; changed: sbatch")
     pool = ensure(operator, second := site.key(), wanted)
     pool = over(operator, second)
     assert "Memory specification can not be satisfied" in pool.message

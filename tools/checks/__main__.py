@@ -14,6 +14,7 @@ GENERATED = ("contracts/isthmus_contracts/pb", "docs/reference")
 BUILT = ("build", "dist", "__pycache__")
 CHECKED_PROSE = (
     "bench",
+    "bridge",
     "charts",
     "contracts",
     "docs",

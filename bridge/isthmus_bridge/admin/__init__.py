@@ -1,1 +1,1 @@
-"""Checks and settings for the administrator of a site: the policy, Slurm, certificates, file modes, orders."""
+"""Commands for a site's admin: checks of the policy, of Slurm and of file modes, certificates, orders."""

@@ -1,4 +1,4 @@
-"""Makes a site's certificates: a CA, the bridge's own, and one for each cluster's operator."""
+"""Creation of a site's certificates: a CA, the bridge's own, and one for each cluster's operator."""
 
 import datetime as dt
 import secrets
@@ -21,39 +21,39 @@ def make(
     new_ca: bool = False,
     only_this_ca: bool = False,
 ) -> Iterator[str]:
-    """Writes them and tells what it wrote, line by line. An authority that is there signs again.
+    """Write the certificates, and yield a line for each. An existing CA is used again.
 
-    ``new_ca``: one that takes its place; the earlier one stays trusted, and the bridge's own certificate, which
-    operators cannot check before they know the new one, stays as it is. ``only_this_ca``: those before it are no
-    longer trusted. Raises ``OSError`` and ``ValueError``.
+    ``new_ca``: replace it; the earlier CA stays trusted, and the bridge's own certificate, which operators cannot
+    verify before they trust the new CA, does not change. ``only_this_ca``: stop trusting earlier CAs. Raises
+    ``OSError`` and ``ValueError``.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     certificate, key = directory / CA_FILE, directory / "ca.key"
-    # By ca.crt, not by ca.key, which may be kept elsewhere: a CA that is in use is never replaced unasked.
+    # Decide by ca.crt, not by ca.key, which may be stored elsewhere: never replace a CA in use without --new-ca.
     trusted = certificates_in(certificate.read_bytes()) if certificate.exists() else []
     if not new_ca and certificate.exists() != key.exists():
         missing = key if certificate.exists() else certificate
-        raise ValueError(f"{missing.name} is not there: put it there for the moment, or make a new CA with --new-ca")
+        raise ValueError(f"{missing.name} is missing: put it there temporarily, or create a new CA with --new-ca")
     if trusted and not new_ca:
         authority = Authority.load(trusted[0], key.read_bytes())
         if only_this_ca:
             trusted = trusted[:1]
-        yield f"site CA: {certificate} (was there)"
+        yield f"site CA: {certificate} (kept)"
     else:
-        # A name of its own: some TLS libraries find the signer by that alone.
+        # A unique name, since some TLS libraries find the signer by its name alone.
         authority = Authority.create(f"isthmus site CA {secrets.token_hex(4)}", dt.timedelta(days=CA_DAYS))
         trusted = [authority.certificate, *trusted]
         _write_private(key, authority.key)
-        yield f"site CA: {certificate}; keep {key} safe: whoever has it can submit here"
+        yield f"site CA: {certificate}; keep {key} safe: it gives access to submit jobs here"
     bundle = b"".join(trusted)
     certificate.write_bytes(bundle)
     if hosts:
         _trusting(authority.issue(hosts[0], lifetime, hosts=hosts), bundle).write(directory / SERVER)
-        yield f"the bridge's own, for {', '.join(hosts)}: {directory / SERVER}; name it as tls_dir in the policy"
+        yield f"the bridge's own, for {', '.join(hosts)}: {directory / SERVER}; set it as tls_dir in the policy"
     elif (directory / SERVER / CA_FILE).exists():
         (directory / SERVER / CA_FILE).write_bytes(bundle)
         if new_ca:
-            yield f"the bridge trusts both CAs, by {directory / SERVER / CA_FILE}, and keeps its certificate for now"
+            yield f"the bridge trusts both CAs ({directory / SERVER / CA_FILE}), and keeps its certificate for now"
     for cluster in clusters:
         identity = operator_identity(cluster)
         target = directory / f"operator-{cluster}"

@@ -1,4 +1,4 @@
-"""Explains a policy in plain lines, and finds what would not work at this machine."""
+"""The `check` command: an explanation of a policy, and the problems that it would have on this machine."""
 
 import datetime as dt
 import os
@@ -31,7 +31,7 @@ _SOON = dt.timedelta(days=30)
 
 
 def explain(policy: Policy, uri: str | None = None) -> Iterator[str]:
-    """What each identity, or the given one, may do."""
+    """Yield lines that say what each identity, or the given one, may do."""
     yield f"site {policy.site}"
     chosen = [identity for identity in policy.identities if uri in (None, identity.uri)]
     if not chosen:
@@ -68,7 +68,7 @@ def _identity(policy: Policy, identity: Identity) -> Iterator[str]:
 
 
 def _command_lines(policy: Policy, identity: Identity) -> Iterator[str]:
-    """Yield the options that sbatch gets for a request that names an environment alone, where the site adds any."""
+    """Yield sbatch's options for a request that names only an environment, if the site adds any options."""
     if not policy.option_places():
         return
     yield "  for one client of 1 CPU and 1024 MiB, sbatch is run with"
@@ -110,7 +110,7 @@ def _environment(environment: Environment) -> str:
 
 
 def problems(policy: Policy) -> Iterator[str]:
-    """What would fail here and now, one line each."""
+    """Yield the problems of the policy on this machine, one line each."""
     yield from _directory(policy)
     yield from faults(policy)
     yield from _tls(policy.tls_dir)
@@ -135,13 +135,13 @@ def _lacking(field: str, path: Path) -> Iterator[str]:
     except (FileNotFoundError, NotADirectoryError):
         yield f"{field}: {path} does not exist on this machine"
     except OSError as error:
-        yield f"{field}: {path} cannot be looked at by this user: {error.strerror}"
+        yield f"{field}: {path} is not accessible to this user: {error.strerror}"
 
 
 def readable(policy: Policy, file: Path) -> Iterator[str]:
-    """Whether the local users could read the policy itself."""
+    """Yield a problem if local users can read the policy file."""
     if policy.users is not None and readable_by_others(file):
-        yield f"policy: others may read {file}, and with it the site's rules; chgrp it to the bridge's group, chmod 640"
+        yield f"policy: other users can read {file} and so the site's rules; chgrp it to the bridge's group, chmod 640"
 
 
 def _directory(policy: Policy) -> Iterator[str]:
@@ -149,7 +149,7 @@ def _directory(policy: Policy) -> Iterator[str]:
     try:
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
     except OSError as error:
-        yield f"run_dir: {path} cannot be looked at by this user: {error.strerror}"
+        yield f"run_dir: {path} is not accessible to this user: {error.strerror}"
         return
     if not os.access(existing, os.W_OK | os.X_OK):
         yield f"run_dir: {existing} is not writable by this user"
@@ -162,7 +162,7 @@ def _tls(directory: Path) -> Iterator[str]:
         yield f"tls_dir: {error}"
         return
     if ends < dt.datetime.now(dt.UTC) + _SOON:
-        yield f"tls_dir: the bridge's certificate ends {ends:%Y-%m-%d}"
+        yield f"tls_dir: the bridge's certificate expires {ends:%Y-%m-%d}"
 
 
 def _listed(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Tells an admin whether Slurm can be reached from here, by which adapters, and what of it the bridge can use."""
+"""The `doctor` command: which adapters reach Slurm from this machine, and what the bridge can use of it."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ _NAMES = {"cli": "CLI", "rest": "REST", "pyslurm": "pyslurm"}
 
 
 def examine(policy: Policy) -> Iterator[Line]:
-    """Lines, each with whether it is well (None: worth knowing). An adapter that is not in use may fail: no problem."""
+    """Yield (good, message) for each check; ``None`` for a note. A failing adapter that is not in use is no problem."""
     for gateway in policy.gateways:
         yield reach(gateway, policy.tls_dir)
     chosen = policy.slurm.adapter
@@ -49,7 +49,7 @@ def examine(policy: Policy) -> Iterator[Line]:
 
 @dataclass(frozen=True)
 class _Works:
-    """An adapter that has answered."""
+    """An adapter that works."""
 
     adapter: SlurmAdapter
     described: SiteDescription
@@ -58,7 +58,7 @@ class _Works:
 
 
 def _adapter(policy: Policy, name: str) -> _Works | str:
-    """What it found, or why it does not work here."""
+    """Return what the adapter found, or why it does not work on this machine."""
     slurm = policy.slurm
     adapter: SlurmAdapter
     extra = ""
@@ -66,11 +66,11 @@ def _adapter(policy: Policy, name: str) -> _Works | str:
         if name == "cli":
             path = f"{slurm.bin_dir}:{DEFAULT_PATH}" if slurm.bin_dir else None
             if missing := [program for program in _PROGRAMS if shutil.which(program, path=path) is None]:
-                return f"{', '.join(missing)} not found in PATH; name their folder as slurm.bin_dir"
+                return f"{', '.join(missing)} not found in PATH; set slurm.bin_dir to their folder"
             adapter = slurm_adapters.cli(slurm, policy=policy)
         elif name == "rest":
             if slurm.rest is None:
-                return "not set up; give slurm.rest the address of slurmrestd and a source of tokens"
+                return "not configured; set slurm.rest to the address of slurmrestd and a source of tokens"
             adapter = rest = slurm_adapters.rest(slurm, slurm.rest)
             extra = f", API v0.0.{rest.version()} at {slurm.rest.url}"
         else:
@@ -91,7 +91,7 @@ def _new_enough(described: SiteDescription) -> bool:
 
 
 def _visible(policy: Policy, described: SiteDescription) -> list[str]:
-    """The local users whose jobs Slurm shows; what keeps the others from being used is told elsewhere."""
+    """Return the local users whose jobs Slurm shows; other checks report problems with the rest."""
     if policy.users is None or (described.private_jobs and not policy.users.operator):
         return []
     return [user for user in local_users(policy) if uid_of(user) is not None]
@@ -106,19 +106,22 @@ def _queue(policy: Policy, jobs: Sequence[TaskRecord]) -> Iterator[Line]:
         job, name = min(rest.items())
         who = f"the local user {user}" if user else "this user"
         message = f"queue: {len(rest)} jobs of {who} belong to no pool, such as job {job}, {name!r}"
-        # A local user may have work of their own.
-        yield None if user else False, f"{message}: the policy does not bind them; give the jobs a user of their own"
+        # Local users may have jobs of their own.
+        yield (
+            None if user else False,
+            f"{message}: the policy does not limit them; use a dedicated user for the bridge's jobs",
+        )
 
 
 def _accounts(described: SiteDescription) -> tuple[bool, str]:
     if described.accounting:
-        return True, f"finished jobs: `{described.accounting}` tells how they ended"
-    return True, "finished jobs: no accounts can be read; the tasks' own marks in run_dir tell how they ended"
+        return True, f"finished jobs: `{described.accounting}` reports how they ended"
+    return True, "finished jobs: no accounting available; the tasks' own markers in run_dir record how they ended"
 
 
 def _arrays(policy: Policy, described: SiteDescription) -> tuple[bool, str]:
     if not described.max_array_size:
-        return True, "arrays: this adapter cannot tell MaxArraySize; Slurm refuses what is larger"
+        return True, "arrays: this adapter does not report MaxArraySize; Slurm refuses larger arrays"
     most = widest(policy).replicas
     if most > described.max_array_size:
         message = f"arrays: limits.replicas is {most}, but MaxArraySize {described.max_array_size}"
@@ -133,10 +136,13 @@ def _partitions(policy: Policy, adapter: SlurmAdapter) -> Iterator[Line]:
         yield False, f"partitions: {error}"
         return
     if not policy.partitions:
-        yield True, "partitions: the policy names none; Slurm's default, or a plug-in of the site, chooses"
+        yield True, "partitions: the policy names none; Slurm's default or a plug-in of the site chooses"
         return
     lacking = [name for name in policy.partitions if name not in known]
     if lacking:
-        yield False, f"partitions: {', '.join(lacking)} of the policy are not in Slurm, which has {', '.join(known)}"
+        yield (
+            False,
+            f"partitions: {', '.join(lacking)} of the policy do not exist in Slurm, which has {', '.join(known)}",
+        )
     else:
-        yield True, f"partitions: {', '.join(policy.partitions)} are there"
+        yield True, f"partitions: {', '.join(policy.partitions)} exist"

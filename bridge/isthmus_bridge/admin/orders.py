@@ -1,6 +1,6 @@
-"""Orders of the site's admin to the bridge that runs: the journal is the bridge's alone, so they are written beside it.
+"""Orders of the site's admin to the running bridge, as files beside the journal, which the bridge has locked.
 
-An order is a file of one JSON object; the bridge obeys, and puts the answer in its place.
+An order is a file with one JSON object. The bridge executes it, and writes the answer to another file.
 """
 
 import json
@@ -15,16 +15,19 @@ _LONGEST = 1 << 16
 
 
 class OrderError(Exception):
-    """The order could not be given, or was not obeyed. ``str()`` is one line."""
+    """The order could not be given, or was not executed. ``str()`` is one line."""
 
 
 def folder_of(journal: Path) -> Path:
-    """Return where orders lie."""
+    """Return the folder of the orders."""
     return journal.with_name("orders")
 
 
 def end_all(journal: Path, caller: str, reason: str, patience: float) -> list[str]:
-    """Has the bridge end a caller's pools, and returns their keys. Raises :class:`OrderError`."""
+    """Order the bridge to end a caller's pools, and return their keys. Raises :class:`OrderError`.
+
+    ``patience``: seconds to wait for the bridge.
+    """
     folder = folder_of(journal)
     order = folder / f"{secrets.token_hex(8)}.order"
     try:
@@ -38,8 +41,8 @@ def end_all(journal: Path, caller: str, reason: str, patience: float) -> list[st
     while not answer.exists():
         if time.monotonic() > deadline:
             if _withdrawn(order):
-                raise OrderError("the bridge does not run, or hangs; nothing was ended")
-            break  # it is being obeyed at this moment
+                raise OrderError("the bridge is not running, or hangs; nothing was ended")
+            break  # the bridge is executing it
         time.sleep(0.1)
     return _answer(answer)
 
@@ -58,11 +61,11 @@ def _answer(path: Path) -> list[str]:
         path.unlink()
         return [str(key) for key in content["ended"]]
     except (OSError, ValueError, LookupError, TypeError):
-        raise OrderError(f"{path}: no answer that is understood; `isthmus-bridge status` shows the pools") from None
+        raise OrderError(f"{path}: malformed answer; `isthmus-bridge status` shows the pools") from None
 
 
 def execute(journal: Path, end: Callable[[str, str], list[str]]) -> None:
-    """Does what the orders that lie there ask for. ``end``: of a caller's pools, with a reason. Raises ``OSError``."""
+    """Execute the pending orders. ``end``: ends a caller's pools, given a reason. Raises ``OSError``."""
     try:
         orders = sorted(folder_of(journal).iterdir())
     except FileNotFoundError:
@@ -71,7 +74,7 @@ def execute(journal: Path, end: Callable[[str, str], list[str]]) -> None:
         if order.suffix != ".order":
             continue
         content = untrusted_files.read(order)
-        # Taken before it is obeyed: nobody withdraws it any more.
+        # Remove it before executing it, so that it can no longer be withdrawn.
         order.unlink()
         try:
             asked = json.loads(content[:_LONGEST])

@@ -1,6 +1,6 @@
-"""Compares the policy's limits with those of Slurm's partitions and associations, and says what Slurm leaves open.
+"""Comparison of the policy's limits with those of Slurm's partitions and associations.
 
-The policy binds what callers ask for. What a job of the jobs' user may ask Slurm for by itself, Slurm alone decides.
+The policy limits what callers request. Only Slurm can limit what a running job submits by itself.
 """
 
 import os
@@ -16,7 +16,7 @@ from ..slurm.model import SiteDescription
 from ..users.user_checks import local_users
 
 Line = tuple[bool | None, str]
-"""Whether it is well (None: neither well nor a problem, but worth knowing), and the line."""
+"""Good (``None`` for a note, which is neither good nor a problem), and the message."""
 _SECONDS = 30.0
 _MAX_OUTPUT = 8 << 20
 _FIELDS = ("Account", "Partition", "QOS", "MaxWall", "MaxSubmit", "MaxTRES")
@@ -26,11 +26,11 @@ _UNITS = {"": 1, "M": 1, "G": 1 << 10, "T": 1 << 20, "K": 1 / (1 << 10)}
 
 
 def examine(policy: Policy, described: SiteDescription) -> Iterator[Line]:
-    """Lines about partitions, and about the associations of each user whose jobs run."""
+    """Yield lines about partitions, and about the associations of each user whose jobs run."""
     try:
         partitions = _partitions(_ask(policy, ["scontrol", "show", "partition", "--oneliner"]))
     except OSError as error:
-        yield None, f"limits: cannot be compared with Slurm's: {error.strerror}"
+        yield None, f"limits: cannot compare them with Slurm's: {error.strerror}"
         return
     yield from _times_and_memory(policy, partitions)
     users = [*local_users(policy)] + ([user_name({})] if not all(one.user for one in policy.identities) else [])
@@ -43,7 +43,7 @@ def _times_and_memory(policy: Policy, partitions: Mapping[str, Mapping[str, str]
     short = {name: seconds for name in named_ones
              if (seconds := seconds_of(partitions[name].get("MaxTime", ""))) is not None
              and seconds < limits.time_limit_seconds}  # fmt: skip
-    # Memory that is not asked for is above no limit.
+    # Jobs that request no memory exceed no limit.
     small = {name: most for name in (named_ones if asks_for_memory(policy) else [])
              if (most := _most_memory(partitions[name], limits.cpus_per_task)) is not None
              and most < limits.memory_mib}  # fmt: skip
@@ -56,10 +56,10 @@ def _times_and_memory(policy: Policy, partitions: Mapping[str, Mapping[str, str]
             continue
         listed = ", ".join(f"{name} {most:g} {unit}" for name, most in found.items())
         line = f"partitions: {field} is {limit}, but Slurm allows less ({theirs}): {listed}; larger pools never start"
-        # A short partition for tests is usual; where no partition takes what the policy allows, it is a mistake.
+        # A short partition for tests is usual; it is a mistake if no partition accepts what the policy allows.
         yield (False if len(found) == len(named_ones) else None), line
     if not short and not small and named_ones:
-        yield True, "partitions: Slurm's MaxTime and memory limits take all that the policy allows"
+        yield True, "partitions: Slurm's MaxTime and memory limits accept all that the policy allows"
 
 
 def _associations(
@@ -71,21 +71,21 @@ def _associations(
         line = f"user {user}: its jobs may also use the partitions {', '.join(further)}, which the policy does not name"
         yield None, f"{line}; close them with AllowAccounts, AllowGroups, AllowQos or AllocNodes in slurm.conf"
     if described.accounting != "sacct":
-        line = "no associations (slurmdbd): Slurm sets no limit to what its jobs submit by themselves"
+        line = "no associations (slurmdbd): Slurm does not limit what its jobs submit by themselves"
         yield None, f"user {user}: {line}"
         return
     argv = ["sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={user}"]
-    # The database may keep those of other clusters, too.
+    # The database may also hold those of other clusters.
     argv += [f"cluster={described.cluster}"] if described.cluster else []
     argv.append(f"format={','.join(_FIELDS)}")
     try:
         text = _ask(policy, argv)
     except OSError as error:
-        yield None, f"user {user}: its associations cannot be read: {error.strerror}"
+        yield None, f"user {user}: cannot read its associations: {error.strerror}"
         return
     rows = [dict(zip(_FIELDS, line.split("|"), strict=False)) for line in text.splitlines() if line.strip()]
     if not rows:
-        yield False, f"user {user}: Slurm has no association of it; sacctmgr add user {user} account=..."
+        yield False, f"user {user}: has no association in Slurm; sacctmgr add user {user} account=..."
         return
     yield from _compared(policy, user, rows)
 
@@ -95,10 +95,10 @@ def _compared(policy: Policy, user: str, rows: Sequence[Mapping[str, str]]) -> I
     qos = {name for row in rows for name in row.get("QOS", "").split(",") if name}
     for field, ours, theirs in (("accounts", policy.accounts, accounts), ("qos", policy.qos, qos)):
         if lacking := [name for name in ours if name not in theirs]:
-            yield False, f"user {user}: {field} of the policy that Slurm refuses to it: {', '.join(lacking)}"
+            yield False, f"user {user}: {field} of the policy that Slurm does not allow: {', '.join(lacking)}"
         if ours and (more := sorted(theirs - set(ours))):
-            line = f"user {user}: Slurm gives its jobs more than the policy's {field}: {', '.join(more)}"
-            yield None, f"{line}; sacctmgr takes that away"
+            line = f"user {user}: Slurm allows its jobs more than the policy's {field}: {', '.join(more)}"
+            yield None, f"{line}; remove them with sacctmgr"
     used = [row for row in rows if not policy.accounts or row["Account"] in policy.accounts]
     for row in used:
         where = f"user {user}, account {row['Account']}"
@@ -144,7 +144,7 @@ def _mebibytes(text: str) -> float | None:
 
 
 def seconds_of(text: str) -> int | None:
-    """Seconds of Slurm's days-hours:minutes:seconds; None where there is no limit. Minutes alone are minutes."""
+    """Parse Slurm's days-hours:minutes:seconds to seconds; ``None`` for no limit. A single number is minutes."""
     match = _TIME.fullmatch(text)
     if match is None:
         return None
@@ -166,7 +166,7 @@ def _partitions(text: str) -> dict[str, dict[str, str]]:
 
 
 def _ask(policy: Policy, argv: Sequence[str]) -> str:
-    """Output of one of Slurm's programs. Raises ``OSError``."""
+    """Run one of Slurm's programs and return its output. Raises ``OSError``."""
     slurm = policy.slurm
     env = {**program_environment(DEFAULT_PATH, os.environ, slurm.bin_dir, slurm.conf), "LC_ALL": "C"}
     program, *rest = argv
@@ -175,7 +175,7 @@ def _ask(policy: Policy, argv: Sequence[str]) -> str:
     except (CommandTimeout, CommandOutputTooLong) as error:
         raise OSError(5, f"{program}: {error}") from None
     except FileNotFoundError:
-        raise OSError(2, f"{program} is not in PATH; name its folder as slurm.bin_dir") from None
+        raise OSError(2, f"{program} is not in PATH; set slurm.bin_dir to its folder") from None
     if result.status:
         raise OSError(5, f"{program}: {last_line(result.errors or result.output) or f'exit code {result.status}'}")
     return result.output

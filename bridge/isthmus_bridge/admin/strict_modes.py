@@ -1,6 +1,7 @@
-"""Finds who besides root and the bridge's user could change, or read, what governs the bridge.
+"""Check that only root and the bridge's user can change, or read, the files that control the bridge.
 
-As sshd's StrictModes does: each file, and each folder above it, since whoever may rename one puts another in its place.
+Like sshd's StrictModes, it examines each file and each folder above it, since a user who can rename a file can replace
+it.
 """
 
 import grp
@@ -22,31 +23,31 @@ from ..users.user_checks import local_users
 
 @dataclass(frozen=True)
 class Finding:
-    """One line about one file or folder."""
+    """A finding about one file or folder."""
 
     grave: bool
-    """Another user can certainly act as the bridge: it refuses to serve."""
+    """True if another user can certainly act as the bridge, which then refuses to serve."""
     line: str
     path: Path | None = None
 
 
 @dataclass(frozen=True)
 class _Item:
-    """Something that governs the bridge."""
+    """A path that controls the bridge."""
 
     name: str
     path: Path
     secret: bool = False
     of_jobs: bool = False
-    """Only what jobs run: it does not govern the bridge, and the jobs' user may own it."""
+    """True if only jobs use it. It does not control the bridge, and the jobs' user may own it."""
     owner: int | None = None
-    """A further user who may change it."""
+    """The uid of one more user who may change it."""
     written: bool = False
-    """The bridge makes it and writes into it."""
+    """True if the bridge creates it and writes into it."""
 
 
 def examine(policy: Policy, file: Path) -> Iterator[Finding]:
-    """Everything found, each path once. ``file``: the policy's own."""
+    """Yield all findings, each path once. ``file``: the policy file."""
     _others.cache_clear()
     people = _People(policy)
     seen = set[Path]()
@@ -59,7 +60,7 @@ def examine(policy: Policy, file: Path) -> Iterator[Finding]:
 
 
 def require(policy: Policy, file: Path) -> list[str]:
-    """Returns what is doubtful, line by line. Raises :class:`PolicyError` where another user can act as the bridge."""
+    """Return the findings that are warnings. Raises :class:`PolicyError` if another user can act as the bridge."""
     found = list(examine(policy, file))
     if grave := [one.line for one in found if one.grave]:
         raise PolicyError("another user can act as the bridge: " + "; ".join(grave))
@@ -67,7 +68,7 @@ def require(policy: Policy, file: Path) -> list[str]:
 
 
 def readable_by_others(path: Path) -> bool:
-    """Return whether another user than root and the bridge's may read the file."""
+    """Return whether users other than root and the bridge's can read the file."""
     found = path.stat()
     of_group = bool(found.st_mode & 0o040 and _others(found.st_gid, frozenset({0, os.geteuid()})))
     return of_group or bool(found.st_mode & 0o004)
@@ -101,7 +102,7 @@ def _items(policy: Policy, file: Path) -> Iterator[_Item]:
 
 
 class _People:
-    """Who may change what governs the bridge, and whose jobs run."""
+    """The users who may control the bridge, and those whose jobs run."""
 
     def __init__(self, policy: Policy) -> None:
         self.me = os.geteuid()
@@ -114,8 +115,8 @@ def _faults(item: _Item, people: _People) -> Iterator[Finding]:
     trusted = people.trusted | ({item.owner} if item.owner is not None else frozenset())
     target = Path(os.path.realpath(item.path))
     for path, found in _chain(item.path):
-        # In a sticky folder nobody renames or removes what is another's: what is in it is judged by itself. A link's
-        # own mode says nothing.
+        # In a sticky folder users cannot rename or remove files of others: each file is examined by itself. The mode
+        # of a link is meaningless.
         kept = stat.S_ISLNK(found.st_mode) or bool(found.st_mode & stat.S_ISVTX and path != target)
         open_to_all = not _shielded(path, trusted)
         where = f"{item.name}: {path}"
@@ -131,8 +132,8 @@ def _faults(item: _Item, people: _People) -> Iterator[Finding]:
         if found.st_uid not in trusted and not item.of_jobs:
             name = _user(found.st_uid)
             of_jobs = found.st_uid in people.job_users
-            # An admin of the site may own the policy or the software. What the bridge writes into is its own, and
-            # anybody may have made what stands in a folder like /tmp.
+            # An admin of the site may own the policy or the software. But paths that the bridge writes into must be
+            # its own, and anyone may have created a path in a folder like /tmp.
             made = (item.written and path == target) or bool(path.parent.stat().st_mode & 0o002)
             who = f"{name}, whose jobs the bridge submits" if of_jobs else f"{name}, who can change it"
             fix = f"remove it, or choose another {item.name}" if made else f"chown root {path}"
@@ -155,12 +156,12 @@ def _secret(item: _Item, trusted: frozenset[int]) -> Iterator[Finding]:
 
 
 def _own_jobs(policy: Policy, file: Path, people: _People) -> Iterator[Finding]:
-    """What jobs can do that run as the bridge's own user."""
+    """Yield what jobs can do if they run as the bridge's own user."""
     if local_users(policy) and all(identity.user for identity in policy.identities):
         return
     name = _user(people.me)
     if people.me == 0:
-        line = "jobs run as root and can change whatever there is; run the bridge as an ordinary user"
+        line = "jobs run as root and can change everything; run the bridge as an ordinary user"
         yield Finding(False, f"users: {line}")
         return
     governs = [item for item in _items(policy, file) if not item.secret and not item.of_jobs and item.owner is None]
@@ -168,11 +169,11 @@ def _own_jobs(policy: Policy, file: Path, people: _People) -> Iterator[Finding]:
         path for item in governs if not item.written
         for path, found in _chain(item.path) if _changes(found, people.me)
     )  # fmt: skip
-    # Those above what is listed already say nothing new.
+    # Parents of listed paths add no information.
     listed = [path for path in own if not any(other in path.parents for other in own)]
     if listed:
         line = f"jobs run as {name}, the bridge's own user, and can change {', '.join(map(str, listed))}"
-        yield Finding(False, f"users: {line}; let root own that: chown -R root PATH")
+        yield Finding(False, f"users: {line}; let root own them: chown -R root PATH")
     line = f"jobs run as {name}, the bridge's own user, and can read {policy.tls_dir / KEY_FILE} and write the journal"
     yield Finding(False, f"users: {line}; map each identity to a local user (identities[].user)")
 
@@ -184,7 +185,7 @@ def _changes(found: os.stat_result, uid: int) -> bool:
 
 
 def _chain(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """What exists of the path, of what is above it and of what it links to."""
+    """Yield the path, its parents and its link targets, as far as they exist, with their lstat."""
     todo, seen = [path], set[Path]()
     while todo:
         one = Path(os.path.normpath(todo.pop(0)))
@@ -202,7 +203,7 @@ def _chain(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _shielded(path: Path, trusted: frozenset[int]) -> bool:
-    """Return whether a folder on the way lets nobody else pass."""
+    """Return whether a parent folder keeps all other users out."""
     for parent in path.parents:
         try:
             found = parent.stat()
@@ -217,7 +218,7 @@ def _shielded(path: Path, trusted: frozenset[int]) -> bool:
 
 @cache
 def _others(gid: int, trusted: frozenset[int]) -> tuple[str, ...]:
-    """Members of a group who are not trusted."""
+    """Return the members of a group who are not trusted."""
     try:
         members = grp.getgrgid(gid).gr_mem
     except KeyError:
@@ -234,7 +235,7 @@ def _all_users() -> tuple[pwd.struct_passwd, ...]:
 
 
 def _own_groups(uid: int) -> frozenset[int]:
-    """The primary groups of root and of the bridge's user."""
+    """Return the primary groups of root and of the bridge's user."""
     try:
         return frozenset({0, pwd.getpwuid(uid).pw_gid})
     except KeyError:

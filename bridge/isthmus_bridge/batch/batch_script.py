@@ -1,4 +1,4 @@
-"""Renders a pool's batch script. Pure: from a request and what the policy made of it to text."""
+"""Rendering of a pool's batch script from its spec and the policy's grant. Without side effects."""
 
 import re
 import shlex
@@ -18,21 +18,21 @@ from ..policy.policy import Environment
 from ..slurm.model import Gres
 from .setup_lines import steps
 
-# Slurm's restarts of a task count below the pool's attempts.
+# A task's attempt number is this times the pool's attempt, plus Slurm's restart count.
 RESTARTS_PER_ATTEMPT = 1000
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Shell(str):
-    """Text that is safe where it stands in the script."""
+    """Text that is safe to insert into the script."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
 class Variable:
-    """A part of an argument that the running script fills in."""
+    """A part of an argument that the script fills in when it runs."""
 
     name: str
 
@@ -41,7 +41,7 @@ Argument = str | tuple[str | Variable, ...]
 
 
 def quote(argument: Argument) -> Shell:
-    """The one filter that brings values into the script: what bash reads is exactly the argument."""
+    """Quote a value for the script, so that bash reads exactly this argument. Raises ``ValueError`` for NUL."""
     if isinstance(argument, str):
         if "\0" in argument:
             raise ValueError("a NUL character cannot be an argument")
@@ -51,7 +51,7 @@ def quote(argument: Argument) -> Shell:
 
 
 def render(key: str, spec: pb.PoolSpec, grant: Grant, run_dir: Path, tls_dir: Path) -> str:
-    """Return what one client runs: the pool's batch script, or a part of it where several clients share a job.
+    """Return the script of one client: the pool's batch script, or its client script if clients share a job.
 
     ``run_dir``: the pool's own directory.
     """
@@ -84,7 +84,7 @@ def render(key: str, spec: pb.PoolSpec, grant: Grant, run_dir: Path, tls_dir: Pa
 
 
 def render_job(key: str, spec: pb.PoolSpec, gres: Iterable[Gres], client_script: Path) -> str:
-    """The batch script of a pool whose jobs hold several clients: it starts them."""
+    """Return the batch script of a pool whose jobs hold several clients: it starts the client script."""
     return _JOB_TEMPLATE.render(
         title=_title(key, spec),
         replicas=spec.replicas,
@@ -96,7 +96,7 @@ def render_job(key: str, spec: pb.PoolSpec, gres: Iterable[Gres], client_script:
 
 
 def _carried(variables: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Gives variables neutral names (users cannot use the reserved prefix) under which a launcher passes them on."""
+    """Give variables neutral names, with a prefix that users cannot use, under which a launcher passes them on."""
     return [
         (f"{names.RESERVED_ENV_PREFIX}ENV_{number}", f"{name}={value}")
         for number, (name, value) in enumerate(variables)
@@ -104,8 +104,8 @@ def _carried(variables: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _unpacking(carried: Iterable[str]) -> str:
-    """Makes the POSIX shell program that gives carried variables their own names, and becomes the job's command."""
-    # `command` keeps a name that the shell guards (UID) from ending it.
+    """Return the POSIX shell program that restores carried variables and then executes the job's command."""
+    # With `command`, a read-only variable of the shell (UID) does not end the program.
     parts = [f'command export "${name}" 2>/dev/null; unset {name}' for name in carried]
     return "; ".join([*parts, 'exec "$@"'])
 
@@ -115,7 +115,7 @@ def _title(key: str, spec: pb.PoolSpec) -> str:
 
 
 def comment(spec: pb.PoolSpec, caller: str) -> str:
-    """Return what people see in the queue: whose job this is, and who asked for it."""
+    """Return the job's comment in the queue: its FederatedJob and its caller. At most 255 characters."""
     whose = re.sub(r"[^A-Za-z0-9./-]", "_", f"{spec.namespace}/{spec.job}/{spec.pool}")[:200]
     return f"isthmus {whose} for {re.sub(r'[^A-Za-z0-9./-]', '_', caller.removeprefix('isthmus://'))}"[:255]
 
@@ -153,7 +153,7 @@ def _prefix(environment: Environment, grant: Grant, tls_dir: Path) -> list[Argum
 
 def _filled(argument: str, values: Mapping[str, str | Variable]) -> Argument:
     parts: list[str | Variable] = []
-    # With one group, split() alternates literal text and placeholder.
+    # With one group, split() alternates literal text and placeholders.
     for number, part in enumerate(_PLACEHOLDER.split(argument)):
         if number % 2:
             parts.append(values[part])
@@ -164,7 +164,7 @@ def _filled(argument: str, values: Mapping[str, str | Variable]) -> Argument:
 
 def _variable_name(text: str) -> Shell:
     if _NAME.fullmatch(text) is None:
-        raise ValueError(f"{text!r} is no name of a variable")
+        raise ValueError(f"{text!r} is not a name of a variable")
     return Shell(text)
 
 
@@ -173,7 +173,7 @@ def _comment(text: str) -> Shell:
 
 
 def _only_safe(value: Any) -> str:
-    # Jinja passes every {{ }} through here: a value that went through no filter stops the rendering.
+    # Jinja passes every {{ }} through this function: an unfiltered value stops the rendering.
     if isinstance(value, Shell):
         return value
     if type(value) is int:
@@ -182,7 +182,7 @@ def _only_safe(value: Any) -> str:
 
 
 def _environment(filters: Iterable[tuple[str, Any]]) -> jinja2.Environment:
-    # Autoescape is for HTML; `finalize` is the stricter guard that shell needs.
+    # Autoescape is for HTML; `finalize` is the stricter check that a shell script needs.
     environment = jinja2.Environment(  # noqa: S701
         loader=jinja2.PackageLoader("isthmus_bridge", "templates"),
         undefined=jinja2.StrictUndefined,

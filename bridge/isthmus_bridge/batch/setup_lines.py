@@ -1,32 +1,32 @@
-"""Divides an environment's set-up lines into commands whose status is judged one by one."""
+"""Splitting of an environment's set-up lines into commands, whose exit status the script checks one by one."""
 
 import functools
 import re
 import subprocess
 from dataclasses import dataclass
 
-# Sourcing a file by its path, without arguments: what a profile script's last test returns says nothing.
+# Sourcing a file by its path, without arguments. The status of a profile script's last command is meaningless.
 _SOURCING = re.compile(r"\s*(?:\.|source)\s+([^\s;&|<>()`#]*/[^\s;&|<>()`#]*)\s*(?:#.*)?")
 _LONGEST_NAME = 120
 
 
 @dataclass(frozen=True)
 class Step:
-    """One complete command of a set-up, which may span several lines."""
+    """One complete command, which may span several lines."""
 
     text: str
     stage: str
-    """How a failure is reported: "running set-up line 2: module purge"."""
+    """The words for a failure, such as "running set-up line 2: module purge"."""
     sourced: str = ""
-    """The file that it sources, as the shell reads it: then only a file that cannot be read is a failure."""
+    """The file that it sources, as the shell reads it. Such a command fails only if the file cannot be read."""
 
 
 @functools.lru_cache(maxsize=256)
 def steps(lines: tuple[str, ...]) -> tuple[Step, ...]:
-    """Returns the commands of a set-up in their order.
+    """Return the commands of a set-up in their order.
 
-    A command ends with the first line at which bash finds it complete. What never becomes complete is one step: bash
-    then reports the mistake when the task runs it.
+    A command ends with the first line at which bash considers it complete. Incomplete rest is one step, whose error
+    bash reports when the task runs it.
     """
     found: list[Step] = []
     start = 0
@@ -41,7 +41,7 @@ def steps(lines: tuple[str, ...]) -> tuple[Step, ...]:
 
 
 def _complete(text: str) -> bool:
-    """Return whether bash would run the text as it is, rather than read on."""
+    """Return whether bash would run the text, instead of waiting for more lines."""
     backslashes = len(text) - len(text.rstrip("\\"))
     if backslashes % 2:
         return False
@@ -51,5 +51,5 @@ def _complete(text: str) -> bool:
         )
     except (OSError, subprocess.SubprocessError):
         return True
-    # A here-document that is not over is only warned about.
+    # bash only warns about an unfinished here-document.
     return checked.returncode == 0 and not checked.stderr

@@ -1,1 +1,1 @@
-"""Files on the file system that the nodes share, where jobs may write too."""
+"""Files on the file system shared with the nodes, where jobs may write too."""

@@ -1,9 +1,9 @@
-"""The private directory of one pool, on the file system that the nodes share.
+"""The private directory of one pool, on the file system shared with the nodes. Its contents:
 
-``.isthmus-pool`` the mark that the bridge made the folder;
-``batch.sh`` the script, and ``client.sh`` where it starts several clients; ``code/`` the job's files; ``tls/`` the
-clients' credentials while the pool lives; ``tasks/`` the marks that say which client began and how it ended; ``logs/``
-one file per client; ``work/`` the clients' own directories.
+``.isthmus-pool``: shows that the bridge made the folder; ``batch.sh``: the script; ``client.sh``: the script of one
+client, if a job starts several; ``code/``: the job's files; ``tls/``: the clients' credentials while the pool is live;
+``tasks/``: markers of the start and end of each client; ``logs/``: one file per client; ``work/``: the clients' working
+directories.
 """
 
 import errno
@@ -20,27 +20,27 @@ from . import untrusted_files
 PATTERN_KEY = r"^[a-z0-9][a-z0-9-]{6,61}[a-z0-9]$"
 TAIL_LINES = 20
 TAIL_BYTES = 4096
-# Array id, Slurm's restart count, then the exit code or the node.
+# A marker: array id, Slurm's restart count, then the exit code or the node.
 _MARK = re.compile(r"(\d{1,10}) (\d{1,6}) ([A-Za-z0-9._-]{1,255})\n?")
 _MARK_BYTES = 512
-# Holds the pool's key, in each folder that the bridge has made.
+# A file with the pool's key, in each folder that the bridge has made.
 _MARK_OF_OURS = ".isthmus-pool"
 _EXIT_CODE = re.compile(r"[0-9]{1,3}")
 
 
 @dataclass(frozen=True)
 class TaskMarker:
-    """What one task wrote down about itself."""
+    """The recorded start and end of one task."""
 
     array_id: int
     node: str = ""
     exit_code: int | None = None
-    """None: it has not ended, or could not say so."""
+    """``None`` if it has not ended, or could not record its end."""
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How one start of a client ended."""
+    """The end of one start of a client."""
 
     array_id: int
     restarts: int
@@ -48,10 +48,10 @@ class Exit:
 
 
 def claim(path: Path) -> None:
-    """Makes a pool's private folder, and marks it as one of the bridge's.
+    """Make a pool's private folder, and mark it as made by the bridge.
 
-    Raises ``OSError``, also where something else stands in its place: nothing is ever written into a folder, or
-    removed with it, that this user's bridge has not made.
+    Raises ``OSError``, also if something else exists at the path: the bridge never writes into, or removes, a folder
+    that it has not made.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
@@ -59,25 +59,25 @@ def claim(path: Path) -> None:
     except FileExistsError:
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise OSError(errno.EPERM, f"{path} is there, and is no private folder of this user's") from None
+            raise OSError(errno.EPERM, f"{path} exists, and is not a private folder of this user") from None
         if not claimed(path) and any(path.iterdir()):
-            raise OSError(errno.EPERM, f"{path} is there, and holds files that the bridge has not made") from None
+            raise OSError(errno.EPERM, f"{path} exists, and holds files that the bridge has not made") from None
     if not claimed(path):
         untrusted_files.write(path / _MARK_OF_OURS, path.name.encode())
 
 
 def claimed(path: Path) -> bool:
-    """Return whether a folder bears the bridge's mark."""
+    """Return whether the bridge has made the folder."""
     return not path.is_symlink() and _content(path / _MARK_OF_OURS, _MARK_BYTES) == path.name.encode()
 
 
 class RunDirectory:
-    """Files of one pool, which belong to the user whose process this is."""
+    """Files of one pool, owned by the user of this process."""
 
     def __init__(self, root: Path, key: str) -> None:
         self.path = root / key
         self.guard = self.path
-        """Where it is written down that a submission is under way."""
+        """The folder where a submission under way is recorded."""
         self.script = self.path / "batch.sh"
         self.client_script = self.path / "client.sh"
         self.tls = self.path / "tls"
@@ -87,20 +87,20 @@ class RunDirectory:
 
     @property
     def log_pattern(self) -> str:
-        """The logs' names in Slurm's notation."""
+        """The path of the tasks' logs, in Slurm's notation."""
         return f"{self._logs}/%a.log"
 
     def log(self, index: int) -> Path:
-        """The log of one task."""
+        """Return the path of one task's log."""
         return self._logs / f"{index}.log"
 
     @property
     def job_log_pattern(self) -> str:
-        """The same of jobs that hold several clients, each of which has a log of its own."""
+        """The path of the logs of jobs with several clients; each client has a log of its own."""
         return f"{self._logs}/job-%a.log"
 
     def create(self, credentials: Mapping[str, bytes]) -> bool:
-        """Lays the directory out. Returns whether a script was there: that of an earlier life. Raises ``OSError``."""
+        """Make the directory. Return whether it holds a script, from an earlier submission. Raises ``OSError``."""
         claim(self.path)
         known = self.script.exists()
         for directory in (self._logs, self._tasks, self.path / "work"):
@@ -109,7 +109,7 @@ class RunDirectory:
         return known
 
     def write_credentials(self, credentials: Mapping[str, bytes]) -> None:
-        """Puts each file in its place at once: a task that starts meanwhile reads whole ones. Raises ``OSError``."""
+        """Replace each file atomically, since tasks may be reading them. Raises ``OSError``."""
         self.tls.mkdir(mode=0o700, exist_ok=True)
         if all(_content(self.tls / name) == content for name, content in credentials.items()):
             return
@@ -122,7 +122,7 @@ class RunDirectory:
                 (Path(fresh) / name).replace(self.tls / name)
 
     def write_code(self, files: Mapping[str, bytes]) -> None:
-        """Lays out what each task copies into its working directory: names are checked by then. Raises ``OSError``."""
+        """Write the files that tasks copy into their working directories. Names must be checked. Raises ``OSError``."""
         if not files:
             return
         self.code.mkdir(mode=0o700, exist_ok=True)
@@ -130,13 +130,13 @@ class RunDirectory:
             untrusted_files.write(self.code / name, content)
 
     def write_scripts(self, batch: str, client: str = "") -> None:
-        """Writes the batch script and, where it starts several clients, theirs. Raises ``OSError``."""
+        """Write the batch script and, if it starts several clients, their script. Raises ``OSError``."""
         if client:
             untrusted_files.write(self.client_script, client.encode(), 0o700)
         untrusted_files.write(self.script, batch.encode(), 0o700)
 
     def holds_credentials(self) -> bool:
-        """Return whether the directory may still hold the pool's credentials."""
+        """Return whether the pool's credentials may still be on disk here."""
         return self.tls.exists()
 
     def submitted(self) -> bool:
@@ -144,16 +144,16 @@ class RunDirectory:
         return self.script.exists()
 
     def forget_credentials(self) -> None:
-        """Removes the credentials: the pool is over. Raises ``OSError``."""
+        """Remove the credentials of a pool that is over. Raises ``OSError``."""
         untrusted_files.make_writable(self.path)
         untrusted_files.remove_tree(self.tls)
 
     def remove(self) -> None:
-        """Removes everything. Raises ``OSError``."""
+        """Remove the directory. Raises ``OSError``."""
         untrusted_files.remove_tree(self.path)
 
     def task_markers(self) -> dict[int, TaskMarker]:
-        """Return what the tasks wrote down, by index. Files that make no sense are left out."""
+        """Return the tasks' markers, by index. Malformed files are ignored."""
         found: dict[int, TaskMarker] = {}
         starts: dict[int, tuple[int, int]] = {}
         for index, kind, start, last in self._read_marks():
@@ -162,7 +162,7 @@ class RunDirectory:
             if kind == "start":
                 starts[index], old = start, None
             elif starts.get(index, start) != start:
-                # The exit of an earlier start is no news of this one: a requeued task's predecessor may live on.
+                # The end of an earlier start: a requeued task's old process may still be running.
                 continue
             node = last if kind == "start" else old.node if old else ""
             code = ended if ended is not None else old.exit_code if old else None
@@ -170,7 +170,7 @@ class RunDirectory:
         return found
 
     def exits(self, wanted: Collection[int]) -> dict[int, Exit]:
-        """Return how the wanted clients ended, without those that still run. Raises ``OSError``."""
+        """Return the ends of the wanted clients, without those that still run. Raises ``OSError``."""
         found = {}
         for entry in self._tasks.iterdir():
             index, _, ending = entry.name.partition(".")
@@ -182,7 +182,7 @@ class RunDirectory:
         return found
 
     def _read_marks(self) -> Iterator[tuple[int, str, tuple[int, int], str]]:
-        """Yields index, kind, array and restart, and the last word: the starts first."""
+        """Yield index, kind, (array, restart) and the last field of each marker, the starts first."""
         try:
             names = sorted(entry.name for entry in self._tasks.iterdir())
         except FileNotFoundError:
@@ -199,20 +199,20 @@ class RunDirectory:
     def tails(
         self, indices: Iterable[int], lines: int = TAIL_LINES, limit: int = TAIL_BYTES, *, of_jobs: bool = False
     ) -> dict[int, str]:
-        """The last lines of the logs of some tasks, bounded in bytes too; empty where there is none (yet).
+        """Return at most ``lines`` last lines and ``limit`` bytes of the logs of some tasks; empty if there is no log.
 
-        ``of_jobs``: of jobs that hold several clients, what went wrong before they could begin.
+        ``of_jobs``: read the logs of jobs with several clients, which hold errors from before the clients started.
         """
         log = self._job_log if of_jobs else self.log
         return {index: _tail(log(index), lines, limit) for index in indices}
 
     def log_tail(self, index: int, lines: int, limit: int) -> str:
-        """The last lines of one task's log, or a line that says why there are none."""
+        """Return the last lines of one task's log, or a line that says why there are none."""
         log = self.log(index)
         try:
             untrusted_files.opened(log).close()
         except FileNotFoundError:
-            return f"isthmus: there is no log of task {index}: it has not begun, or {log} was removed"
+            return f"isthmus: there is no log of task {index}: it has not started, or {log} was removed"
         except OSError as error:
             return f"isthmus: the log of task {index} cannot be read: {error.strerror or error} ({log})"
         return _tail(log, lines, limit)
@@ -226,13 +226,13 @@ def _tail(log: Path, lines: int, limit: int) -> str:
     text = data.decode("utf-8", "replace").replace("\0", "\ufffd")
     listed = text.splitlines()
     if cut and len(listed) > 1:
-        # The first line begins somewhere in its middle.
+        # The first line is cut off.
         listed = listed[1:]
     return "\n".join(listed[-lines:])
 
 
 def exit_code(text: str) -> int | None:
-    """Return what a mark says in the place of an exit code; None: no program ends like that."""
+    """Return the exit code in a marker; ``None`` if it is not from 0 to 255."""
     code = int(text) if _EXIT_CODE.fullmatch(text) else 256
     return code if code < 256 else None
 

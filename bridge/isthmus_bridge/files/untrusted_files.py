@@ -1,6 +1,6 @@
-"""Files where jobs may write too: what a job has put in a file's place must neither hold the bridge up nor lead it off.
+"""Access to files in folders where jobs may write too.
 
-A pipe would keep whoever opens it waiting, and a link may lead anywhere.
+A job may replace a file by a pipe, which would block the reader, or by a link to another file: neither is followed.
 """
 
 import os
@@ -14,11 +14,11 @@ from isthmus_contracts.process import files
 
 
 def opened(path: Path) -> BinaryIO:
-    """A regular file, to be read. Raises ``OSError``, also for whatever is no regular file."""
+    """Open a regular file for reading. Raises ``OSError``, also if it is not a regular file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path} is no regular file")
+            raise OSError(f"{path} is not a regular file")
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -26,18 +26,18 @@ def opened(path: Path) -> BinaryIO:
 
 
 def read(path: Path, limit: int = 1 << 20) -> bytes:
-    """A regular file's first bytes. Raises ``OSError``."""
+    """Return at most ``limit`` first bytes of a regular file. Raises ``OSError``."""
     with opened(path) as file:
         return file.read(limit)
 
 
 def write(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Puts a file in its place at once, whatever is there. Raises ``OSError``."""
+    """Write a file, replacing an existing one atomically. Raises ``OSError``."""
     files.replace(path, content, mode)
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a folder, those in it that were made read-only included. Raises ``OSError``."""
+    """Remove a folder, even if folders in it are read-only. Raises ``OSError``."""
     if path.is_symlink():
         path.unlink()
         return
@@ -50,20 +50,21 @@ def remove_tree(path: Path) -> None:
 
 
 def _make_tree_writable(path: Path) -> None:
-    """Lets its owner change all folders beneath; through no link, whatever takes a folder's place meanwhile."""
+    """Make a folder and all folders beneath writable for their owner. Follows no links, even if a folder is
+    replaced."""
     make_writable(path)
     for _, names, _, folder in os.fwalk(path):
-        # Those are entered only now.
+        # os.fwalk enters these folders only after this.
         for name in names:
             make_writable(name, folder)
 
 
 def make_writable(name: str | Path, folder: int | None = None) -> None:
-    """Lets its owner do anything in a folder, where that is possible."""
+    """Set the mode of a folder to 0700, if possible."""
     with suppress(OSError):
         descriptor = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         try:
-            # fchmod() takes no such descriptor, and any other needs the right to read.
+            # fchmod() does not accept an O_PATH descriptor, and other descriptors need the right to read.
             Path(f"/proc/self/fd/{descriptor}").chmod(0o700)
         finally:
             os.close(descriptor)

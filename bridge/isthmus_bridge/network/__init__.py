@@ -1,1 +1,1 @@
-"""Connections: the tunnels to gateways, the guard of the TLS port, and the relay for the clients."""
+"""Network connections: the listener for callers, the tunnels to gateways, and the relay for clients."""

@@ -1,7 +1,7 @@
-"""Dials operators' gateways, for sites that accept no inbound connection, and keeps a tunnel to each.
+"""Tunnels to operators' gateways, for sites that accept no inbound connections.
 
-What comes through a tunnel are connections to the bridge's own server: TLS, the caller's certificate, the policy's
-decision are those of an inbound connection. The gateway passes bytes on, and can ask for nothing itself.
+A tunnel carries connections to the bridge's own server, with TLS, the caller's certificate and the policy's decision
+as for inbound connections. The gateway forwards bytes, and cannot make requests itself.
 """
 
 import asyncio
@@ -29,23 +29,23 @@ from .proxy import proxy_for
 
 log = logging.getLogger(__name__)
 
-# The pause before the next attempt: doubled each time, and up to a half of it taken off by chance, so that a gateway
-# that comes back is not dialled by all its sites at once.
+# Pause before the next attempt, in seconds: doubled each time and shortened at random by up to a half, so that the
+# sites of a gateway that restarts do not all dial at once.
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
-# A tunnel that lasted so long was a good one: the next attempt follows soon.
+# After a tunnel that lasted this long, the pauses start again from the shortest. Seconds.
 _GOOD_SECONDS = 60.0
 _WELCOME_SECONDS = 40.0
 _LOCAL_SECONDS = 5.0
 
 
 def pause(failures: int, chance: float) -> float:
-    """Seconds before the attempt after so many failures in a row (from 0). ``chance``: in [0, 1)."""
+    """Return the pause in seconds after ``failures`` earlier failures in a row. ``chance``: random number in [0, 1)."""
     return backoff.delay(failures + 1, _FIRST_PAUSE, _LONGEST_PAUSE) * (1.0 - 0.5 * chance)
 
 
 class DialOut:
-    """A thread with an event loop of its own, and one tunnel to each gateway."""
+    """One tunnel to each gateway, in an event loop and thread of their own."""
 
     def __init__(self, gateways: Sequence[GatewaySettings], site: str, tls_dir: Path, metrics: Metrics) -> None:
         self._gateways = gateways
@@ -57,13 +57,13 @@ class DialOut:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, socket: Path) -> None:
-        """Begins to dial. ``socket``: where the bridge's own server listens."""
+        """Start to dial. ``socket``: the UNIX socket of the bridge's own server."""
         self._socket = socket
         self._thread.start()
         self._thread.run(self._begin())
 
     def stop(self) -> None:
-        """Ends the tunnels."""
+        """Close the tunnels, and stop."""
         if self._thread.running:
             self._thread.run(asyncio_tasks.end(self._tasks))
         self._thread.stop()
@@ -82,7 +82,7 @@ class DialOut:
             except OSError as error:
                 why, result = f"{error.filename or 'the gateway'}: {error.strerror or error}", "failed"
             except Exception:
-                log.exception("the tunnel broke off", extra={"gateway": gateway.address})
+                log.exception("the tunnel failed unexpectedly", extra={"gateway": gateway.address})
                 why, result = "an error of the bridge", "failed"
             finally:
                 self._metrics.gateway_connected.labels(gateway.address).set(0)
@@ -91,13 +91,13 @@ class DialOut:
             seconds = pause(failures, random.random())  # noqa: S311
             failures += 1
             log.warning(
-                "no tunnel to the gateway: %s; dialling again in %.1f s", why, seconds,
+                "no tunnel to the gateway: %s; reconnecting in %.1f s", why, seconds,
                 extra={"gateway": gateway.address},
             )  # fmt: skip
             await asyncio.sleep(seconds)
 
     async def _tunnel(self, gateway: GatewaySettings) -> tuple[str, str]:
-        """One tunnel, from dialling to its end: why it ended, and that in one word for the metrics."""
+        """Open a tunnel and serve it until it ends; return why it ended, and the metrics' label (lost, failed)."""
         authority = gateway.authority(self._tls_dir)
         channel = aio_public_channel(gateway.address, authority, gateway.server_name, proxy_for(gateway))
         welcomed = False
@@ -140,7 +140,7 @@ class DialOut:
         if number in connections:
             raise TunnelError(f"the gateway opened the connection {number} twice")
         if len(connections) >= MAX_CONNECTIONS:
-            log.warning("the gateway wants more than %d connections at a time", MAX_CONNECTIONS)
+            log.warning("the gateway requested more than %d connections at a time", MAX_CONNECTIONS)
             await connections.send(pb.Frame(close=number))
             return
         try:
@@ -160,7 +160,7 @@ async def _pump(connections: Connections, number: int, reader: asyncio.StreamRea
     try:
         await connections.pump(number, reader)
     except (aio.AioRpcError, asyncio.InvalidStateError):
-        log.debug("the tunnel ended under a connection")
+        log.debug("the tunnel ended while a connection was open")
 
 
 def _status(code: grpc.StatusCode, details: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Looks whether a gateway can be reached from here, and is the one that it should be."""
+"""Check that a gateway can be reached from this machine, and that its certificate is valid."""
 
 import ssl
 from pathlib import Path
@@ -12,7 +12,7 @@ _SECONDS = 10.0
 
 
 def reach(gateway: GatewaySettings, tls_dir: Path) -> tuple[bool, str]:
-    """A line, and whether it is well. Dials, and says nothing: a running bridge keeps its tunnel."""
+    """Return (reachable, message). Connect without opening a tunnel, so that a running bridge keeps its own."""
     host = split(gateway.address)[0]
     where = f"gateway {gateway.address}"
     try:
@@ -25,18 +25,18 @@ def reach(gateway: GatewaySettings, tls_dir: Path) -> tuple[bool, str]:
         else:
             context.load_verify_locations(authority)
     except (OSError, ssl.SSLError) as error:
-        return False, f"{where}: its authority cannot be read: {error}"
+        return False, f"{where}: its CA file cannot be read: {error}"
     try:
         with (
             connect(gateway, _SECONDS) as plain,
             context.wrap_socket(plain, server_hostname=gateway.server_name or host) as secure,
         ):
             if secure.selected_alpn_protocol() != "h2":
-                return False, f"{where}: speaks TLS, but not gRPC: is something between that ends the connection?"
+                return False, f"{where}: speaks TLS, but not gRPC: does a proxy in between terminate TLS?"
     except ssl.SSLCertVerificationError as error:
-        signer = authority or "the public authorities"
-        return False, f"{where}: its certificate is not good: {error.verify_message} (checked with {signer})"
+        signer = authority or "the public CAs"
+        return False, f"{where}: its certificate is invalid: {error.verify_message} (checked with {signer})"
     except OSError as error:
         return False, f"{where}: cannot be reached: {error.strerror or error}"
     through = f" through the proxy {shown(proxy)}" if (proxy := proxy_for(gateway)) else ""
-    return True, f"{where}: can be reached{through}, and its certificate is good"
+    return True, f"{where}: can be reached{through}, and its certificate is valid"

@@ -1,8 +1,8 @@
-"""Takes the callers' TCP connections, and passes on to the gRPC server those that say something.
+"""The listener for callers: accepts TCP connections, and forwards those that send data to the gRPC server.
 
-Anybody can open a connection and send nothing, and each takes a descriptor. So those whose TLS handshake has not come
-to its end are bounded in number and in time, and where there is one too many the oldest is ended: an honest caller is
-through in a moment. What the bridge needs for itself (the journal, Slurm's programs) stays free.
+Anyone can open connections and send nothing, and each takes a file descriptor. Connections without a complete TLS
+handshake are therefore limited in number and in time; above the limit the oldest is closed, since honest callers
+complete the handshake quickly. Descriptors for the bridge itself (journal, Slurm's programs) stay free.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ _DIAL_SECONDS = 15.0
 # Connections without a complete handshake, and all of them together.
 MAX_HANDSHAKES = 32
 MAX_CONNECTIONS = 96
-# asyncio takes so many at one go, before any can be ended.
+# asyncio accepts this many at once, before any can be closed.
 _BACKLOG = 32
 # For the journal, Slurm's programs and the bridge's other ports. A connection that is passed on takes two descriptors.
 _OWN_FILES = 128
@@ -39,16 +39,16 @@ _STOP_SECONDS = 5.0
 
 
 def connection_limits(files: int) -> tuple[int, int]:
-    """How many connections there may be, and how many of them unproven, under a limit of open files."""
+    """Return how many connections a limit of open files allows, and how many of them without a complete handshake."""
     most = max(8, min(MAX_CONNECTIONS, (files - _OWN_FILES - _BACKLOG) // _EACH))
     return most, max(4, min(MAX_HANDSHAKES, most // 2))
 
 
 class TlsRecords:
-    """Watches the client's side of TLS go by, until its first protected record is complete.
+    """Parser of the client's TLS records, up to its first complete protected record.
 
-    In TLS 1.3 that is the client's certificate, upon which the server ends whom it does not know; before 1.3 it comes
-    after the handshake.
+    In TLS 1.3 this record is the client's certificate, after which the server closes unknown callers; before 1.3 it
+    follows the handshake.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class TlsRecords:
         self._protected = False
 
     def feed(self, data: bytes) -> None:
-        """Takes what the client sent."""
+        """Parse bytes that the client sent."""
         at = 0
         while at < len(data) and not self.handshake_done:
             if self._left:
@@ -79,14 +79,14 @@ class TlsRecords:
 
 
 class HandshakeGuard:
-    """A thread with an event loop of its own."""
+    """The listener, in an event loop and thread of its own."""
 
     def __init__(self, address: str, inner: Path) -> None:
         """``inner``: the UNIX socket of the gRPC server."""
         self._address = address
         self._inner = inner
         self._max_connections, self._max_handshaking = connection_limits(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        # The oldest first.
+        # In the order of their arrival.
         self._handshaking: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._reported, self._ended = -_QUIET_SECONDS, 0
@@ -95,7 +95,7 @@ class HandshakeGuard:
         self.port = 0
 
     def start(self) -> None:
-        """Listens. Raises ``OSError``."""
+        """Start to listen. Raises ``OSError``."""
         self._thread.start()
         try:
             self._thread.run(self._listen())
@@ -104,14 +104,14 @@ class HandshakeGuard:
             raise
 
     def stop(self) -> None:
-        """Ends every connection."""
+        """Close every connection, and stop."""
         if self._server is not None:
             self._thread.run(self._close())
         self._thread.stop()
 
     async def _listen(self) -> None:
         host, port = split(self._address)
-        # All addresses are those of both families: asyncio would take one of them.
+        # "All addresses" means those of IPv4 and IPv6: asyncio would listen at one family only.
         where: dict[str, Any] = {"sock": bound("::", port)} if host in _ALL else {"host": host, "port": port}
         self._server = await asyncio.start_server(self._accept, **where, limit=_BUFFER, backlog=_BACKLOG)
         self.port = self._server.sockets[0].getsockname()[1]
@@ -136,7 +136,7 @@ class HandshakeGuard:
             if first:
                 await self._join(task, first, reader, writer)
         except (OSError, TimeoutError) as error:
-            log.debug("a caller's connection broke: %s", error)
+            log.debug("a caller's connection failed: %s", error)
         finally:
             self._tasks.discard(task)
             self._handshaking.pop(task, None)
@@ -149,7 +149,7 @@ class HandshakeGuard:
         self._ended += 1
         now = asyncio.get_running_loop().time()
         if now >= self._reported + _QUIET_SECONDS:
-            log.warning("too many connections without a TLS handshake: ended %d, the oldest first", self._ended)
+            log.warning("too many connections without a TLS handshake: closed %d, the oldest first", self._ended)
             self._reported, self._ended = now, 0
 
     async def _join(
@@ -174,7 +174,7 @@ class HandshakeGuard:
     async def _inward(
         self, task: "asyncio.Task[None]", data: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """Passes on what the caller sends, and notices when its handshake is over."""
+        """Forward what the caller sends, and note when its handshake is complete."""
         records = TlsRecords()
         async with asyncio.timeout(HANDSHAKE_SECONDS) as patience:
             while data:
@@ -194,5 +194,5 @@ async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     while data := await reader.read(_CHUNK):
         writer.write(data)
         await writer.drain()
-    # The server has closed: so does the caller's side, whatever it still says.
+    # The server has closed the connection: close the caller's side too, even if it still sends.
     writer.close()

@@ -1,4 +1,4 @@
-"""The HTTP proxy on the way to a gateway, where a site's network lets nothing out but through one (CONNECT)."""
+"""Connections to a gateway through an HTTP proxy (CONNECT), for sites whose network allows no others."""
 
 import base64
 import http.client
@@ -14,16 +14,16 @@ from ..policy.policy import GatewaySettings
 
 
 class ProxyError(OSError):
-    """There is no way through it. ``strerror`` is one line, without the proxy's password."""
+    """The proxy cannot be used. ``strerror`` is one line, without the proxy's password."""
 
     def __init__(self, message: str) -> None:
         super().__init__(None, message)
 
 
 def proxy_for(gateway: GatewaySettings) -> str | None:
-    """The proxy's URL: the policy's, or what ``https_proxy`` says; None: no proxy. Raises :class:`ProxyError`."""
+    """Return the proxy's URL from the policy or ``https_proxy``; ``None`` for no proxy. Raises :class:`ProxyError`."""
     found = urllib.request.getproxies_environment()
-    # In either case: gRPC obeys it by itself.
+    # no_proxy applies to both, since gRPC obeys it by itself.
     if urllib.request.proxy_bypass_environment(gateway.address, found):  # type: ignore[attr-defined]
         return None
     if gateway.proxy is not None:
@@ -39,12 +39,12 @@ def proxy_for(gateway: GatewaySettings) -> str | None:
 
 
 def shown(url: str) -> str:
-    """The same for people, without user and password."""
+    """Return the URL without user and password, to be shown."""
     return re.sub(r"//[^/@]*@", "//", url)
 
 
 def connect(gateway: GatewaySettings, seconds: float) -> socket.socket:
-    """A connection to the gateway, through the proxy if there is one. Raises ``OSError``."""
+    """Connect to the gateway, through the proxy if there is one. Raises ``OSError``."""
     host, port = split(gateway.address)
     url = proxy_for(gateway)
     if url is None:
@@ -56,7 +56,7 @@ def connect(gateway: GatewaySettings, seconds: float) -> socket.socket:
         secret = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
         headers["Proxy-Authorization"] = f"Basic {base64.b64encode(secret.encode()).decode('ascii')}"
     tunnel = http.client.HTTPConnection(parts.hostname, parts.port, timeout=seconds)
-    # Python before 3.12 puts no brackets around an IPv6 address; later ones leave those that are there.
+    # Python before 3.12 adds no brackets to an IPv6 address; later versions keep existing ones.
     tunnel.set_tunnel(f"[{host}]" if ":" in host else host, port, headers)
     try:
         tunnel.connect()
@@ -65,6 +65,6 @@ def connect(gateway: GatewaySettings, seconds: float) -> socket.socket:
         why = getattr(error, "strerror", None) or str(error)
         raise ProxyError(f"proxy {shown(url)}: {' '.join(why.split())}") from None
     plain: socket.socket = tunnel.sock
-    # The connection's own object must not close it.
+    # Detach the socket, so that the HTTPConnection does not close it.
     tunnel.sock = None
     return plain

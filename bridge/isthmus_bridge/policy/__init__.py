@@ -1,1 +1,1 @@
-"""The policy of the site, and the decisions that follow from it."""
+"""The site's policy, and the decisions that follow from it."""

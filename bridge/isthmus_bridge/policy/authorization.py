@@ -1,4 +1,4 @@
-"""What the policy permits: pure decisions about one caller and one request."""
+"""Decisions about one caller and one request under the policy. Pure functions."""
 
 import re
 from collections import Counter
@@ -16,15 +16,15 @@ from .parts import AllCallers, Limits, merged
 from .policy import Environment, Identity, Policy
 
 _MINUTE = 60
-# A pattern of addresses: 10.1.* is not meant for 10.1.example.org, which is somebody's name.
+# A pattern of IP addresses: 10.1.* must not match the name 10.1.example.org.
 _NUMERIC = re.compile(r"[0-9.*?!\[\]-]*[0-9][0-9.*?!\[\]-]*")
-# An IPv6 address, or a pattern of such: [2001:db8::*]:7443.
+# An IPv6 address or a pattern of such addresses: [2001:db8::*]:7443.
 _IN_BRACKETS = re.compile(r"\[[0-9A-Fa-f*?]*:[0-9A-Fa-f:.*?]*\]")
 
 
 @dataclass(frozen=True)
 class Denial:
-    """The policy says no. ``rule`` is the policy's own name for what forbids it."""
+    """The policy denies the request. ``rule``: the path of the rule in the policy."""
 
     rule: str
     message: str
@@ -35,29 +35,29 @@ class Denial:
 
 @dataclass(frozen=True)
 class Grant:
-    """The policy says yes: names have become what they stand for."""
+    """The policy grants the request. The names in the request are resolved."""
 
     partition: str
     account: str
     qos: str
     environment: Environment
     options: Options
-    """The site's own, for sbatch."""
+    """The site's own options for sbatch."""
     data: str
-    """Path of the data set; empty: none."""
+    """Path of the data set; empty if there is none."""
     image: str
-    """The job's image, where the environment runs it."""
+    """The job's image, if the environment runs it."""
     gres: tuple[Gres, ...]
     endpoint: str
-    """Where the tasks find the aggregator, host:port: its own address, or the relay's."""
+    """The address (host:port) where the tasks reach the aggregator: its own, or the relay's."""
     user: str = ""
-    """The local user who owns them; empty: the bridge's own."""
+    """The local user who owns the tasks; empty for the bridge's own user."""
     running_tasks: int = 0
-    """Clients of an array that run at the same time; 0: all."""
+    """Limit of clients of an array that run at the same time; 0 for no limit."""
 
 
 def identify(policy: Policy, uris: Sequence[str]) -> Identity | Denial:
-    """The caller, from the URIs in its certificate."""
+    """Return the caller with one of the URIs, which come from its certificate."""
     for identity in policy.identities:
         if identity.uri in uris:
             return identity
@@ -66,12 +66,12 @@ def identify(policy: Policy, uris: Sequence[str]) -> Identity | Denial:
 
 
 def accounts_of(policy: Policy, identity: Identity) -> list[str]:
-    """The accounts that a caller may charge; the first is its default."""
+    """Return the accounts that a caller may charge; the first is its default."""
     return policy.accounts if identity.accounts is None else identity.accounts
 
 
 def partitions_of(policy: Policy, identity: Identity) -> list[str]:
-    """The partitions that a caller may use; the first is its default."""
+    """Return the partitions that a caller may use; the first is its default."""
     return policy.partitions if identity.partitions is None else identity.partitions
 
 
@@ -91,12 +91,12 @@ def data_sets_of(policy: Policy, identity: Identity) -> list[str]:
 
 
 def takes_code(policy: Policy, identity: Identity) -> bool:
-    """Return whether a caller's users may bring files of their own."""
+    """Return whether a caller's users may send files of their own."""
     return policy.code_files if identity.code_files is None else identity.code_files
 
 
 def limits_of(policy: Policy, identity: Identity) -> Limits:
-    """Return the caps on a caller: its own, and the site's where it has none."""
+    """Return the limits of a caller: its own, and the site's for those that it does not set."""
     own = identity.limits
     if own is None:
         return policy.limits
@@ -104,14 +104,14 @@ def limits_of(policy: Policy, identity: Identity) -> Limits:
 
 
 def widest(policy: Policy) -> Limits:
-    """Return the highest cap of each kind that any caller has on its requests."""
+    """Return the highest limit of each kind that any caller has on its requests."""
     every = [limits_of(policy, identity) for identity in policy.identities]
     names = ("replicas", "cpus_per_task", "memory_mib", "time_limit_seconds")
     return policy.limits.model_copy(update={name: max(getattr(one, name) for one in every) for name in names})
 
 
 def asks_for_memory(policy: Policy) -> bool:
-    """Return whether Slurm is asked for memory for any job."""
+    """Return whether any job requests memory from Slurm."""
     return any(
         options_of(policy, identity, partition, policy.environments[name])[0].memory != "none"
         for identity in policy.identities
@@ -121,12 +121,12 @@ def asks_for_memory(policy: Policy) -> bool:
 
 
 def options_of(policy: Policy, identity: Identity, partition: str, environment: Environment) -> tuple[Options, str]:
-    """Return what the site adds to sbatch for such a job, and the QOS where its manifest names none."""
+    """Return the site's options of sbatch for a job, and the QOS for manifests that name none."""
     return merged((policy.sbatch, policy.partition_sbatch.get(partition), environment.sbatch, identity.sbatch))
 
 
 def draining(policy: Policy, identity: Identity) -> Denial | None:
-    """Return why nothing new is taken from this caller for now."""
+    """Return the denial if the site currently accepts no new pools from this caller."""
     if policy.drain is not None:
         return Denial("drain", f"this site takes no new jobs for now: {policy.drain}")
     if identity.drain is not None:
@@ -135,7 +135,7 @@ def draining(policy: Policy, identity: Identity) -> Denial | None:
 
 
 def decide(policy: Policy, identity: Identity, spec: pb.PoolSpec) -> Grant | Denial:
-    """Checks a well-formed spec against every rule."""
+    """Check a well-formed spec against every rule, and return the grant or the first denial."""
     who = identity.uri
     if not any(fnmatchcase(spec.namespace, pattern) for pattern in identity.namespaces):
         return _not_allowed("namespaces", spec.namespace, who, identity.namespaces)
@@ -189,13 +189,14 @@ def too_many(
 ) -> Denial | None:
     """Return why a caller may not have one more pool; ``None`` if it may.
 
-    ``live``: those it has; ``recent``: how many it asked for in a day; ``everyone``: the live ones of all callers.
+    ``live``: the caller's live pools; ``recent``: how many it requested within a day; ``everyone``: the live pools of
+    all callers.
     """
     limits, every = limits_of(policy, identity), policy.all_callers
     if len(live) >= limits.pools:
         return Denial("limits.pools", f"{identity.uri} has {len(live)} live pools; at most {limits.pools}")
     if limits.pools_per_day is not None and recent >= limits.pools_per_day:
-        message = f"{identity.uri} has asked for {recent} pools within a day; at most {limits.pools_per_day}"
+        message = f"{identity.uri} has requested {recent} pools within a day; at most {limits.pools_per_day}"
         return Denial("limits.pools_per_day", message)
     if every.pools is not None and len(everyone) >= every.pools:
         return Denial("all_callers.pools", f"all callers have {len(everyone)} live pools; at most {every.pools}")
@@ -227,7 +228,7 @@ def _beyond(
 
 
 def _amounts(spec: pb.PoolSpec, capped: Iterable[str]) -> Counter[str]:
-    # All jobs of an array are alike: the last one holds as much as the others, also where it starts fewer clients.
+    # All jobs of an array are equal: the last one holds as much as the others, even if it starts fewer clients.
     holding = jobs_for(spec) * per_job(spec)
     amounts = Counter(
         total_tasks=spec.replicas,
@@ -240,7 +241,8 @@ def _amounts(spec: pb.PoolSpec, capped: Iterable[str]) -> Counter[str]:
 
 
 def _of_name(spec: pb.PoolSpec, name: str) -> int:
-    """Return how many of a resource, or of one type of it, a client may get: one of no named type may be of any."""
+    """Return how many of a resource, or of one type of it, a client may get. A request without a type may get any
+    type."""
     kind, _, wanted = name.partition(":")
     return sum(gres.count for gres in spec.gres if gres.name == kind and (not wanted or gres.type in ("", wanted)))
 
@@ -258,7 +260,7 @@ def _endpoint(policy: Policy, spec: pb.PoolSpec, who: str) -> str | Denial:
 
 def _may_dial(endpoint: str, pattern: str) -> bool:
     if _IN_BRACKETS.match(pattern):
-        # No class of characters, as brackets else are.
+        # Escape the bracket, which would begin a class of characters.
         pattern = f"[[]{pattern[1:]}"
         return fnmatchcase(endpoint, pattern)
     if not fnmatchcase(endpoint, pattern):
@@ -300,13 +302,13 @@ def _caps(limits: Limits, spec: pb.PoolSpec, who: str) -> Denial | None:
     for name in ("replicas", "cpus_per_task", "memory_mib", "time_limit_seconds"):
         wanted, most = getattr(spec, name), getattr(limits, name)
         if name == "replicas":
-            # What a pool grows by counts with what it was.
+            # A part by which a pool grows counts together with the earlier parts.
             wanted += spec.first_index
         if name in ("cpus_per_task", "memory_mib"):
             wanted *= share
         why = ""
         if name == "time_limit_seconds" and most % _MINUTE:
-            # Slurm is asked for whole minutes, rounded up.
+            # Time limits in Slurm are whole minutes, rounded up.
             why = f" ({most} in whole minutes)"
             most -= most % _MINUTE
         if wanted > most:

@@ -20,7 +20,7 @@ class CurrentPolicy:
     def replace(self, policy: Policy) -> list[str]:
         """Put another policy in force and return the names of the fields that differ.
 
-        Raises :class:`PolicyError` if one of them needs a restart; then nothing changes.
+        Raises :class:`PolicyError` if a changed field needs a restart; then nothing changes.
         """
         fields = [name for name in Policy.model_fields if getattr(policy, name) != getattr(self._policy, name)]
         if fixed := [name for name in fields if name in _FIXED]:

@@ -1,4 +1,4 @@
-"""The kinds of values that a policy holds, each with a fault in words."""
+"""Types of values in a policy, with readable validation errors."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,10 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from ..slurm.rest.http import endpoint
 
-# Nothing that means something to sudoers (or is a blank) may stand in such a path: then a command line of them is its
-# own pattern there.
+# A path without blanks and characters that are special in sudoers: a command line of such paths matches only itself.
 PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/@+-]*")
 USER = "{user}"
-# user:password@ may stand before the host.
+# user:password@ may precede the host.
 PROXY = re.compile(r"http://(?:[^\s/@]+@)?(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})/?")
 _LISTEN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})")
 
@@ -25,7 +24,8 @@ def _printable(text: str) -> str:
 
 def absolute(path: Path) -> Path:
     text = str(path)
-    # A colon separates the two sides of a container's bind mount; the rest is Slurm's notation for log files.
+    # A colon separates the two sides of a container's bind mount; % and \\ are special in Slurm's patterns of log
+    # files.
     if not path.is_absolute() or any(ord(c) < 32 or c in "%\\:" for c in text):
         raise ValueError(f"{text!r} must be an absolute path without %, \\, : and control characters")
     return path
@@ -41,7 +41,7 @@ def _host_port(text: str) -> str:
 def _proxy(text: str) -> str:
     match = PROXY.fullmatch(text)
     if match is None or int(match[2]) > 65535:
-        # Not the text itself: it may hold a password.
+        # Do not quote the text: it may hold a password.
         raise ValueError("is not http://HOST:PORT, perhaps with USER:PASSWORD@ before the host")
     return text.rstrip("/")
 
@@ -55,7 +55,7 @@ def _user_name(text: str) -> str:
 def of_each_user(path: Path) -> Path:
     text = str(path)
     if USER not in path.parts or text.count(USER) != 1 or PLAIN_PATH.fullmatch(text.replace(USER, "user")) is None:
-        raise ValueError(f"{text!r} must be an absolute path with {USER} as one of its parts, and of plain characters")
+        raise ValueError(f"{text!r} must be an absolute path of plain characters, with {USER} as one of its parts")
     return path
 
 
@@ -67,7 +67,8 @@ def rest_url(text: str) -> str:
 AbsolutePath = Annotated[Path, AfterValidator(absolute)]
 Line = Annotated[str, Field(max_length=4096), AfterValidator(_printable)]
 Listen = Annotated[str, AfterValidator(_host_port)]
-# A POSIX user name. It begins with no capital: in sudoers ALL and the names of aliases do. Nor with -, #, % or a digit.
+# A POSIX user name. It must not begin with a capital letter, as ALL and aliases in sudoers do, nor with -, #, % or a
+# digit.
 USER_NAME = re.compile(r"^[a-z_][A-Za-z0-9_.-]{0,31}$")
 UserName = Annotated[str, Field(pattern=USER_NAME.pattern), AfterValidator(_user_name)]
 ProxyUrl = Annotated[str, Field(max_length=1024), AfterValidator(_proxy)]

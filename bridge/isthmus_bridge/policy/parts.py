@@ -1,4 +1,4 @@
-"""Parts of the policy that stand at several of its places: a site's own sbatch options, and caps."""
+"""Parts of the policy that occur at several places: a site's own sbatch options, and limits."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
@@ -29,13 +29,13 @@ def _one_line(text: str) -> str:
 
 
 class Part(BaseModel):
-    """A part of the policy: fields that it does not know are errors."""
+    """A part of the policy. Unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class SbatchOptions(Part):
-    """Options that the site's admin adds to sbatch. No manifest can name them."""
+    """Options that the site's admin adds to sbatch. Manifests cannot set them."""
 
     constraint: Annotated[str, _form(options.CONSTRAINT), AfterValidator(_one_line)] | None = None
     """Features of the nodes, in sbatch's notation: ``gpu``, ``a100&nvme``."""
@@ -49,25 +49,25 @@ class SbatchOptions(Part):
     licenses: Annotated[str, _form(options.LICENSES), AfterValidator(_one_line)] | None = None
     """In sbatch's notation: ``scratch``, ``matlab@server:2``."""
     memory: Literal["per-node", "per-cpu", "per-gpu", "none"] | None = None
-    """How a job's memory is asked for: --mem (the default), --mem-per-cpu, --mem-per-gpu (where it has GPUs), or not
-    at all, where memory follows from something else."""
+    """Option for a job's memory: --mem (the default), --mem-per-cpu, --mem-per-gpu (if it has GPUs), or not at
+    all, if memory follows from something else."""
     gpus: Literal["gres", "per-task", "per-node", "per-job"] | None = None
-    """How its GPUs are asked for: --gres=gpu:… (the default), --gpus-per-task, --gpus-per-node or --gpus."""
+    """Option for its GPUs: --gres=gpu:… (the default), --gpus-per-task, --gpus-per-node or --gpus."""
     threads_per_core: Annotated[int, Field(ge=1, le=64)] | None = None
     nice: Annotated[int, Field(ge=-10_000, le=2_147_483_645)] | None = None
     hint: Literal["compute_bound", "memory_bound", "multithread", "nomultithread"] | None = None
-    """With ``adapter: cli`` only, as are the following."""
+    """This and the following options need ``adapter: cli``."""
     gres_flags: Literal["enforce-binding", "disable-binding"] | None = None
     switches: Annotated[str, _form(options.SWITCHES), AfterValidator(_one_line)] | None = None
     """In sbatch's notation: ``1``, ``1@2:00:00``."""
     nodelist: Annotated[str, _form(options.NODES), AfterValidator(_one_line)] | None = None
     exclude: Annotated[str, _form(options.NODES), AfterValidator(_one_line)] | None = None
-    """Nodes that get none of these jobs: ``node[01-03],node7``."""
+    """Nodes that must not run these jobs: ``node[01-03],node7``."""
     tmp_mib: Annotated[int, Field(ge=1, le=1 << 30)] | None = None
-    """Local disk space of the node."""
+    """Local disk space of the node, in MiB."""
 
     def stated(self) -> dict[str, Any]:
-        """Return what stands here, by name, as :class:`~..slurm.options.Options` takes it."""
+        """Return the options that are set, by name, as :class:`~..slurm.options.Options` takes them."""
         found = {name: value for name, value in self if value is not None and name != "qos"}
         if isinstance(found.get("exclusive"), bool):
             found["exclusive"] = "yes" if found["exclusive"] else ""
@@ -75,7 +75,7 @@ class SbatchOptions(Part):
 
 
 def merged(levels: Iterable[SbatchOptions | None]) -> tuple[Options, str]:
-    """Return the options and the default QOS of several places; what a later one states holds."""
+    """Return the options and the default QOS of several levels; later levels override earlier ones."""
     found, qos = Options(), ""
     for level in levels:
         if level is not None:
@@ -84,35 +84,35 @@ def merged(levels: Iterable[SbatchOptions | None]) -> tuple[Options, str]:
 
 
 class Limits(Part):
-    """Caps on every request."""
+    """Limits on every request."""
 
     replicas: Annotated[int, Field(ge=1)] = 256
     """Clients of a pool."""
     cpus_per_task: Annotated[int, Field(ge=1)] = 64
-    """Of each task of an array, with all the clients that share it; likewise memory_mib and gres."""
+    """CPUs of each task of an array, for all clients that share it; likewise memory_mib and gres."""
     memory_mib: Annotated[int, Field(ge=1)] = 262_144
     time_limit_seconds: Annotated[int, Field(ge=60)] = 86_400
-    """Holds in whole minutes, rounded down: Slurm knows no others."""
+    """Applied in whole minutes, rounded down, as Slurm's time limits are."""
     gres: dict[GresName, Annotated[int, Field(ge=0)]] = {}
-    """Most of each generic resource per task, or of one type of it (``gpu:a100``). What is not listed is not allowed.
-    A request that names no type counts as each type."""
+    """Maximum of each generic resource per task, or of one type of it (``gpu:a100``). Unlisted resources are not
+    allowed. A request without a type counts as each type."""
     running_tasks: Annotated[int, Field(ge=1)] | None = None
-    """Clients of a pool's array that run at the same time; the others wait. Each part by which a pool has grown is an
-    array of its own. Default: all of them."""
+    """Clients of a pool's array that may run at the same time; the others wait. Each part by which a pool has grown is
+    an array of its own. Default: no limit."""
     pools: Annotated[int, Field(ge=1)] = 32
     """Live pools of one identity."""
     pools_per_day: Annotated[int, Field(ge=1)] | None = None
-    """Pools that one identity may ask for within 24 hours."""
+    """Pools that one identity may request within 24 hours."""
     total_tasks: Annotated[int, Field(ge=1)] | None = None
-    """Clients of all live pools of one identity together; likewise the following, of what their tasks hold."""
+    """Clients of all live pools of one identity together; the following limit what their tasks hold together."""
     total_cpus: Annotated[int, Field(ge=1)] | None = None
     total_memory_mib: Annotated[int, Field(ge=1)] | None = None
     total_gres: dict[GresName, Annotated[int, Field(ge=0)]] = {}
-    """Of each generic resource, or of one type of it; what is not listed has no such limit."""
+    """Maximum of each generic resource, or of one type of it; unlisted resources have no such limit."""
 
 
 class AllCallers(Part):
-    """Caps on the live pools of all identities together."""
+    """Limits on the live pools of all identities together."""
 
     pools: Annotated[int, Field(ge=1)] | None = None
     total_tasks: Annotated[int, Field(ge=1)] | None = None

@@ -1,4 +1,4 @@
-"""The site's policy file: its form, and reading it with one-line errors. Decisions are in :mod:`.authorization`."""
+"""The model of the site's policy file, and its parser. Decisions are in :mod:`.authorization`."""
 
 import json
 import re
@@ -34,18 +34,18 @@ _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 
 
 class PolicyError(ValueError):
-    """The policy file cannot be used. ``str()`` is one line that names every fault."""
+    """The policy file cannot be used. ``str()`` is one line with every error."""
 
 
 class Identity(Part):
-    """Who may ask, and for what."""
+    """A caller, and its permissions."""
 
     uri: IdentityUri
     """The URI in the caller's certificate."""
     accounts: list[SlurmAccount] | None = None
     """Slurm accounts of this caller; the first is the default. Default: the site's."""
     namespaces: list[Line] = ["*"]
-    """Patterns (``*``, ``?``) of the Kubernetes namespaces whose jobs may come."""
+    """Patterns (``*``, ``?``) of the Kubernetes namespaces whose jobs are accepted."""
     partitions: list[SlurmName] | None = None
     """Default: the site's; likewise the following."""
     qos: list[SlurmName] | None = None
@@ -53,17 +53,18 @@ class Identity(Part):
     data_sets: list[DnsLabel] | None = None
     code_files: bool | None = None
     limits: Limits | None = None
-    """Each cap that stands here holds for this caller in the place of the site's."""
+    """Each limit that is set here replaces the site's for this caller."""
     sbatch: SbatchOptions | None = None
-    """Options for its jobs, in the place of the environment's, the partition's and the site's."""
+    """Options for its jobs. They override those of the environment, the partition and the site."""
     drain: Reason | None = None
-    """Why nothing new is taken from this caller; as the site's ``drain``."""
+    """Why no new pools are accepted from this caller; see the site's ``drain``."""
     user: UserName | None = None
-    """The local user who owns this caller's jobs and their files; see ``users``. Default: who runs the bridge."""
+    """The local user who owns this caller's jobs and their files; see ``users``. Default: the user who runs the
+    bridge."""
 
 
 class Inside(Part):
-    """How a container calls the directories that its prefix binds."""
+    """Paths inside the container of the directories that its prefix binds."""
 
     tls_dir: AbsolutePath | None = None
     work_dir: AbsolutePath | None = None
@@ -77,20 +78,20 @@ class Environment(Part):
     modules: list[Line] = []
     apptainer: AbsolutePath | None = None
     options: list[Line] = []
-    """Of ``apptainer exec``: ``--nv``, more binds."""
+    """Options of ``apptainer exec``, such as ``--nv`` or more binds."""
     prefix: list[Line] = []
-    """Written before the script's command line. May name {tls_dir}, {work_dir}, {data} and {image}; an argument with
-    {data} is left out where the pool has no data set."""
+    """Arguments before the script's command line. They may contain {tls_dir}, {work_dir}, {data} and {image}; an
+    argument with {data} is left out if the pool has no data set."""
     images: list[Line] = []
-    """Patterns of the images that {image} may become."""
+    """Patterns of the images allowed for {image}."""
     inside: Inside = Inside()
     setup: list[Line] = []
     """Lines of bash, run before the script; the first that fails ends the task."""
     env: dict[EnvName, Value] = {}
     sbatch: SbatchOptions | None = None
-    """Options for jobs with this environment, in the place of the partition's and the site's."""
+    """Options for jobs with this environment. They override those of the partition and the site."""
     env_denied: list[Line] = []
-    """Patterns of variables that a job must not set here, besides the site's ``env_denied``."""
+    """Patterns of variables that a job must not set in this environment, in addition to the site's ``env_denied``."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -103,18 +104,20 @@ class Environment(Part):
         if sum(kinds.values()) != 1:
             raise ValueError("needs exactly one of venv, modules, apptainer and prefix")
         if self.venv and (self.apptainer or self.prefix):
-            raise ValueError("venv goes with modules or alone")
+            raise ValueError("venv can be combined with modules only")
         if self.options and not self.apptainer:
-            raise ValueError("options goes with apptainer")
+            raise ValueError("options needs apptainer")
         if self.inside != Inside() and not self.prefix:
-            raise ValueError("inside goes with prefix")
+            raise ValueError("inside needs prefix")
         names = {name for argument in self.prefix for name in _PLACEHOLDER.findall(argument)}
         if unknown := sorted(names - set(PLACEHOLDERS)):
-            raise ValueError(f"prefix: unknown placeholder {{{unknown[0]}}}; it knows {', '.join(PLACEHOLDERS)}")
+            raise ValueError(f"prefix: unknown placeholder {{{unknown[0]}}}; use {', '.join(PLACEHOLDERS)}")
         if self.prefix and _PLACEHOLDER.search(self.prefix[0]):
             raise ValueError("prefix: the program itself must not be a placeholder")
         if ("image" in names) != bool(self.images):
-            raise ValueError("a prefix with {image} needs images, the patterns that it may become, and only such a one")
+            raise ValueError(
+                "images, the patterns allowed for {image}, is needed if the prefix contains {image}, and only then"
+            )
         if reserved := [name for name in self.env if name.startswith(RESERVED_ENV_PREFIX)]:
             raise ValueError(f"env.{reserved[0]}: names that begin with {RESERVED_ENV_PREFIX} are reserved")
         return self
@@ -126,42 +129,43 @@ class Environment(Part):
 
 
 class UserSettings(Part):
-    """How jobs are submitted as other local users: through sudo, by the rule that `isthmus-bridge sudoers` prints."""
+    """Submission as other local users: through sudo, with the rule that `isthmus-bridge sudoers` prints."""
 
     run_dir: Annotated[Path, AfterValidator(absolute), AfterValidator(of_each_user)]
-    """Where the pools of a local user have their directories, with {user} in the name's place; shared with the nodes.
-    Made as that user, private to it."""
+    """Directory of a local user's pools, with {user} in place of the name; shared with the nodes. The bridge creates it
+    as that user, with mode 0700."""
     sudo: AbsolutePath = Path("/usr/bin/sudo")
     operator: bool = False
-    """The bridge's user is an operator of Slurm: it sees other users' jobs also where PrivateData hides them."""
+    """True if the bridge's user is a Slurm operator, who sees other users' jobs even if PrivateData hides them."""
 
 
 class RelaySettings(Part):
-    """Passes the clients' TLS connections on to the aggregators, where the compute nodes cannot reach them."""
+    """Relay of the clients' TLS connections to aggregators that the compute nodes cannot reach."""
 
     listen: Listen
-    """Where the compute nodes reach the relay."""
+    """Address at which the relay listens for the compute nodes."""
     address: Listen
-    """The same as they dial it, host:port."""
+    """Address (host:port) at which the compute nodes dial the relay."""
     destinations: Annotated[list[Line], Field(min_length=1)]
-    """Patterns (``*``, ``?``) of the aggregators' host:port that it may dial. One of numbers (10.1.*:7443) matches
-    addresses, no names; one of IPv6 addresses has brackets ([2001:db8::*]:7443)."""
+    """Patterns (``*``, ``?``) of the aggregators' host:port that the relay may dial. A numeric pattern (10.1.*:7443)
+    matches addresses only, no names; a pattern of IPv6 addresses has brackets ([2001:db8::*]:7443)."""
     connections: Annotated[int, Field(ge=1, le=100_000)] = 4096
-    """Open at the same time, over all pools, as far as the limit of open files goes: each takes two. Each pool may have
-    two for each client, and a few."""
+    """Maximum of open connections of all pools together, as far as the limit of open files allows: each takes two. A
+    pool may have two for each client, and eight more."""
 
 
 class RestSettings(Part):
-    """How to reach slurmrestd."""
+    """Settings of the ``rest`` adapter (slurmrestd)."""
 
     url: Annotated[str, Field(max_length=1024), AfterValidator(rest_url)]
-    """``unix:/path/of/its/socket``, ``https://host:port``, or ``http://localhost:port`` on the very machine."""
+    """``unix:/path/of/its/socket``, ``https://host:port``, or ``http://localhost:port`` on the same machine."""
     ca_file: AbsolutePath | None = None
-    """Certificates (PEM) that vouch for an https server. Default: the system's."""
+    """CA certificates (PEM) of an https server. Default: the system's."""
     token_file: AbsolutePath | None = None
-    """A file with the bridge's user's token (JWT) that somebody renews; read at every request. Or:"""
+    """A file with the token (JWT) of the bridge's user, read at every request; it must be renewed by other means."""
     token_command: list[Line] = []
-    """A program that prints a token, with its arguments: [scontrol, token, lifespan=3600]. Run whenever one is due."""
+    """Instead of token_file: a program that prints a token, with its arguments: [scontrol, token, lifespan=3600]. Run
+    when a new token is needed."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -171,20 +175,20 @@ class RestSettings(Part):
 
 
 class PyslurmSettings(Part):
-    """How to run pyslurm."""
+    """Settings of the ``pyslurm`` adapter."""
 
     python: AbsolutePath | None = None
     """The Python that has pyslurm. Default: the bridge's own."""
 
 
 class GatewaySettings(Part):
-    """An operator's gateway, which the bridge dials because nobody can dial the bridge."""
+    """An operator's gateway, which the bridge dials because operators cannot dial the bridge."""
 
     address: Listen
-    """host:port."""
+    """Address of the gateway, host:port."""
     ca: AbsolutePath | None = None
-    """The authority of the gateway's certificate, in PEM. Default: gateway-ca.crt in tls_dir; where that is not there,
-    the public ones."""
+    """File with the CA of the gateway's certificate, in PEM. Default: gateway-ca.crt in tls_dir if it exists, otherwise
+    the public CAs."""
     server_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$", max_length=253)] | None = (
         None
     )
@@ -192,39 +196,39 @@ class GatewaySettings(Part):
     site: Annotated[str, Field(pattern=PATTERN_OBJECT_NAME, max_length=253)] | None = None
     """The name of this site's HPCSite in that cluster. Default: the policy's ``site``."""
     proxy: ProxyUrl | None = None
-    """An HTTP proxy (CONNECT) that leads there. Default: what ``https_proxy`` says. ``no_proxy`` holds."""
+    """HTTP proxy (CONNECT) to the gateway. Default: ``https_proxy`` of the environment. ``no_proxy`` applies."""
 
     def authority_file(self, tls_dir: Path) -> Path | None:
-        """Return where the authority is read from; None: the public ones."""
+        """Return the file of the CA; ``None`` for the public CAs."""
         usual = tls_dir / GATEWAY_CA_FILE
         return self.ca or (usual if usual.exists() else None)
 
     def authority(self, tls_dir: Path) -> bytes | None:
-        """In PEM; None: the public ones. Raises ``OSError``."""
+        """Return the CA in PEM; ``None`` for the public CAs. Raises ``OSError``."""
         file = self.authority_file(tls_dir)
         return None if file is None else file.read_bytes()
 
 
 class SlurmSettings(Part):
-    """How to reach Slurm."""
+    """Access to Slurm."""
 
     adapter: Literal["cli", "rest", "pyslurm"] = "cli"
     """Slurm's own programs, slurmrestd, or the Python module pyslurm."""
     rest: RestSettings | None = None
     pyslurm: PyslurmSettings = PyslurmSettings()
     bin_dir: AbsolutePath | None = None
-    """Directory of sbatch and its siblings, where PATH does not lead to them."""
+    """Directory of Slurm's programs, if they are not in PATH."""
     conf: AbsolutePath | None = None
-    """SLURM_CONF for them. Default: the bridge's own environment."""
+    """SLURM_CONF for Slurm's programs. Default: that of the bridge's environment."""
     command_timeout_seconds: Annotated[float, Field(ge=0.5, le=600)] = 30.0
     poll_seconds: Annotated[float, Field(ge=0.1, le=60)] = 1.5
-    """Pause between two looks at the queue while pools live."""
+    """Interval of polling the queue while there are live pools."""
     absence_lookups: Annotated[int, Field(ge=2, le=100)] = 3
-    """Healthy look-ups that must find nothing before a doubtful submission counts as not made."""
+    """Successful look-ups that must find nothing before an ambiguous submission counts as not made."""
     absence_seconds: Annotated[float, Field(ge=1, le=86_400)] = 45.0
-    """The time over which they must do so."""
+    """Time over which these look-ups must find nothing."""
     warning_seconds: Annotated[int, Field(ge=5, le=3600)] = 60
-    """A task gets SIGTERM this long before its time limit."""
+    """Seconds before its time limit at which a task gets SIGTERM."""
 
     @model_validator(mode="after")
     def _settings_of_the_adapter(self) -> Self:
@@ -238,51 +242,52 @@ class Policy(Part):
 
     site: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=63)]
     run_dir: AbsolutePath
-    """On a file system that the nodes share, writable by the bridge's user; private directories of the pools."""
+    """Parent of the pools' private directories, on a file system shared with the nodes, writable by the bridge's
+    user."""
     journal: AbsolutePath | None = None
     """Default: journal.db in run_dir."""
     tls_dir: AbsolutePath
-    """Holds ca.crt, tls.crt and tls.key of the bridge."""
+    """Directory of the bridge's ca.crt, tls.crt and tls.key."""
     listen: Listen | None = None
-    """Where operators dial the bridge. Default: port 7444 of all addresses; with gateways: nowhere."""
+    """Address at which the bridge listens for operators. Default: port 7444 of all addresses; with gateways: none."""
     gateways: Annotated[list[GatewaySettings], Field(max_length=16)] = []
     """Gateways that the bridge dials."""
     metrics_listen: Listen | None = "127.0.0.1:9090"
-    """null: no metrics."""
+    """Address of the metrics; null for none."""
     identities: Annotated[list[Identity], Field(min_length=1)]
     partitions: list[SlurmName] = []
-    """Those that may be used; the first is the default. Empty: none may be named, and Slurm or a plug-in of the site
-    chooses."""
+    """Partitions that may be used; the first is the default. If empty, none may be named, and Slurm or a plug-in of the
+    site chooses."""
     sbatch: SbatchOptions | None = None
-    """What is added to the options of each job."""
+    """Options that are added to each job."""
     partition_sbatch: dict[SlurmName, SbatchOptions] = {}
-    """The same for the jobs of one partition, in the place of the site's."""
+    """Options for the jobs of one partition. They override those of the site."""
     accounts: list[SlurmAccount] = []
-    """Empty: no account may be named."""
+    """Accounts that may be charged; the first is the default. If empty, none may be named."""
     qos: list[SlurmName] = []
-    """Empty: none may be named; without one Slurm takes its default."""
+    """QOS that may be named. If empty, none may be named, and Slurm uses its default."""
     environments: Annotated[dict[DnsLabel, Environment], Field(min_length=1)]
     data_sets: dict[DnsLabel, AbsolutePath] = {}
     code_files: bool = True
-    """Whether files of the users' own (``task.code``) are laid into the clients' working directories."""
+    """True if files of the users (``task.code``) are copied into the clients' working directories."""
     env_denied: list[Line] = [
         "LD_*", "BASH_ENV", "BASH_FUNC_*", "ENV", "SHELLOPTS", "BASHOPTS", "IFS", "PS4", "SLURM_*", "SBATCH_*",
         "SRUN_*", "APPTAINER*", "SINGULARITY*", "CH_*",
     ]  # fmt: skip
-    """Patterns of variables that a job must not set: they would act on the shell, the scheduler or the container."""
+    """Patterns of variables that a job must not set, since they affect the shell, the scheduler or the container."""
     limits: Limits = Limits()
     all_callers: AllCallers = AllCallers()
-    """Caps over all identities together."""
+    """Limits of all identities together."""
     drain: Reason | None = None
-    """Why nothing new is taken for now: pools that are asked for are refused with these words, those that wait in the
-    bridge go on waiting, and those that are in Slurm end in their own time."""
+    """Why no new pools are accepted for now. New requests are refused with this reason, pools that wait in the bridge
+    keep waiting, and pools in Slurm run to their end."""
     users: UserSettings | None = None
-    """Needed where an identity names a local user."""
+    """Required if an identity names a local user."""
     relay: RelaySettings | None = None
-    """Left out: pools that ask for it are denied."""
+    """If left out, pools that need the relay are denied."""
     slurm: SlurmSettings = SlurmSettings()
     retention_days: Annotated[float, Field(ge=1, le=3650)] = 30.0
-    """How long a finished pool's logs and its place in the journal are kept."""
+    """Time for which a finished pool's logs and its journal entry are kept."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -304,19 +309,23 @@ class Policy(Part):
         return self
 
     def _own_options(self) -> None:
-        """Refuses options that the adapter cannot ask for, or that sbatch refuses together."""
+        """Refuse options that the adapter does not support, or that sbatch does not accept together."""
         places = self.option_places()
         for where, given in places.items():
             for name in LACKING[self.slurm.adapter]:
                 if getattr(given, name) is not None:
-                    raise ValueError(f"{where}.{name}: slurm.adapter: {self.slurm.adapter} cannot ask for it; cli can")
+                    raise ValueError(
+                        f"{where}.{name}: slurm.adapter: {self.slurm.adapter} does not support it; cli does"
+                    )
         hints = [where for where, given in places.items() if given.hint]
         threads = [where for where, given in places.items() if given.threads_per_core]
         if hints and threads:
-            raise ValueError(f"{hints[0]}.hint: sbatch takes no hint beside {threads[0]}.threads_per_core; keep one")
+            raise ValueError(
+                f"{hints[0]}.hint: sbatch does not accept hint with {threads[0]}.threads_per_core; keep one"
+            )
 
     def option_places(self) -> dict[str, SbatchOptions]:
-        """Return the places where options of the site's own stand, by the path of each."""
+        """Return all options of the site, by their path in the policy."""
         places = {"sbatch": self.sbatch}
         places |= {f"partition_sbatch.{name}": given for name, given in self.partition_sbatch.items()}
         places |= {f"environments.{name}.sbatch": one.sbatch for name, one in self.environments.items()}
@@ -333,26 +342,26 @@ class Policy(Part):
         for field in ("bin_dir", "conf"):
             path = getattr(self.slurm, field)
             if path is not None and PLAIN_PATH.fullmatch(str(path)) is None:
-                raise ValueError(f"slurm.{field}: {str(path)!r} cannot stand in sudoers, which {which} needs")
+                raise ValueError(f"slurm.{field}: {str(path)!r} cannot be used in sudoers, which {which} needs")
 
     @property
     def inbound(self) -> str | None:
-        """Where the bridge listens; None: it only dials out."""
+        """The address at which the bridge listens; ``None`` if it only dials out."""
         return self.listen or (None if self.gateways else f"0.0.0.0:{BRIDGE_PORT}")
 
     @property
     def status_path(self) -> Path:
-        """Where the running bridge writes down what `isthmus-bridge status` shows."""
+        """The file that the running bridge writes for `isthmus-bridge status`."""
         return self.journal_path.with_name("status.json")
 
     @property
     def journal_path(self) -> Path:
-        """Where the journal lies."""
+        """The path of the journal."""
         return self.journal or self.run_dir / "journal.db"
 
 
 def load(path: Path) -> Policy:
-    """Reads and checks a policy file. Raises :class:`PolicyError`."""
+    """Read and check a policy file. Raises :class:`PolicyError`."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -364,15 +373,15 @@ def load(path: Path) -> Policy:
 
 
 def schema() -> str:
-    """The policy's JSON schema. What it cannot say (one field goes with another) only :func:`parse` checks."""
+    """Return the policy's JSON schema. Relations between fields are checked by :func:`parse` only."""
     content = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Policy.model_json_schema()}
     return json.dumps(content, indent=2) + "\n"
 
 
 def parse(content: Any) -> Policy:
-    """Checks a policy. Raises :class:`PolicyError`."""
+    """Check a policy and return it. Raises :class:`PolicyError`."""
     if not isinstance(content, dict):
-        raise PolicyError("a policy is a mapping")
+        raise PolicyError("the policy must be a mapping")
     try:
         return Policy.model_validate(content)
     except ValidationError as error:

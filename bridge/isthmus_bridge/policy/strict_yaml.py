@@ -1,4 +1,4 @@
-"""YAML, with every fault in one line: also what PyYAML takes silently, or stumbles over."""
+"""Strict parser of YAML. It reports every error in one line, including duplicate keys, which PyYAML accepts."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ _MERGE = "tag:yaml.org,2002:merge"
 class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        # PyYAML lets the last one win: of a limit that stands there twice perhaps the looser one, unnoticed. Looked at
-        # here, before merges (<<), which may be overruled.
+        # PyYAML would silently take the last of duplicate keys, for a limit perhaps the looser one. Checked here,
+        # before merges (<<), whose keys may be overridden.
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
                 continue
             line, name = key.start_mark.line + 1, (key.tag, key.value)
             if name in lines:
-                raise ValueError(f"line {line}: {key.value!r} stands in line {lines[name]} already")
+                raise ValueError(f"line {line}: {key.value!r} is already set in line {lines[name]}")
             lines[name] = line
         return node
 
@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read(text: str) -> Any:
-    """What the text holds. Raises ``ValueError`` with one line."""
+    """Return the content of a YAML text. Raises ``ValueError`` with one line."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - it is a SafeLoader
     except yaml.YAMLError as error:

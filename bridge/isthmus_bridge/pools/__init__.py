@@ -1,1 +1,1 @@
-"""Pools: the journal, submission, reconciliation, and what is reported of them."""
+"""Pools: journal, submission, reconciliation and status."""

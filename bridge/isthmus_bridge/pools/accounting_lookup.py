@@ -1,4 +1,4 @@
-"""Looks where Slurm's queue no longer tells: the accounts, and the marks that tasks leave in their pool's directory."""
+"""Look-ups of tasks that left Slurm's queue: in accounting, and in the markers in their pool's directory."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ from .observation import Observation, choose, resolve
 
 
 class AccountingLookup:
-    """Asks the accounts sparingly: they are slower than the queue and tell nothing new every second."""
+    """Rate-limited look-ups: accounting is slower than the queue, and rarely has news."""
 
     def __init__(self, policy: Policy, adapter: SlurmAdapter, monotonic: Callable[[], float]) -> None:
-        """``monotonic``: seconds that nobody sets forward or back."""
+        """``monotonic``: a clock in seconds that is never set."""
         self._policy = policy
         self._adapter = adapter
         self._monotonic = monotonic
@@ -27,7 +27,7 @@ class AccountingLookup:
         self._asked: dict[str, float] = {}
 
     def is_due(self, key: str) -> bool:
-        """Return whether a look-up that finds nothing now is far enough from the last to count as one more."""
+        """Return whether one more look-up that found nothing counts; if so, start a new interval."""
         now = self._monotonic()
         if now < self._counted.get(key, -math.inf) + self._spacing:
             return False
@@ -35,19 +35,19 @@ class AccountingLookup:
         return True
 
     def forget(self, key: str) -> None:
-        """The pool is over."""
+        """Drop what is kept about a pool that is over."""
         self._counted.pop(key, None)
         self._asked.pop(key, None)
 
     def find_array(self, entry: Entry) -> int | None:
-        """The array of a doubtful submission that the queue does not show.
+        """Return the array of an ambiguous submission that the queue does not list.
 
-        None: this look-up was healthy and found nothing. Raises :class:`SlurmError`: it says nothing.
+        Returns ``None`` if the look-up succeeded and found nothing. Raises :class:`SlurmError` if it failed.
         """
         try:
             run = pool_directory(self._policy, entry.key, entry.user)
             if self._adapter.submission_may_run(run.guard):
-                raise SlurmError("an earlier submission of it still runs")
+                raise SlurmError("an earlier submission of the pool still runs")
             if marks := run.task_markers():
                 return min(mark.array_id for mark in marks.values())
         except OSError as error:
@@ -58,9 +58,9 @@ class AccountingLookup:
     def find_ends(
         self, entry: Entry, observation: Observation, missing: Sequence[int], *, first: bool
     ) -> tuple[Observation, list[int], SlurmError | None]:
-        """Returns how those tasks ended, which stay unknown, and why the accounts did not answer, if so.
+        """Return the observation with those tasks' ends, the tasks still unknown, and accounting's error, if any.
 
-        What the tasks' own marks say counts all the same. Raises :class:`SlurmError` where these cannot be read.
+        The tasks' own markers count even if accounting fails. Raises :class:`SlurmError` if they cannot be read.
         """
         try:
             marks = pool_directory(self._policy, entry.key, entry.user).task_markers()
@@ -78,7 +78,7 @@ class AccountingLookup:
             except SlurmError as error:
                 failure = error
             else:
-                # Only now: where they do not answer, no look-up in between may count as one that found nothing.
+                # Only after success: a failed query must not count as a look-up that found nothing.
                 self._asked[entry.key] = now
         return *resolve(observation, missing, entry.array_id, history, marks), failure
 
@@ -86,5 +86,5 @@ class AccountingLookup:
         own = slurm_job_name(entry.key)
         names = [own, entry.observation.name] if entry.observation.name else [own]
         found = self._adapter.history(names, entry.created_at, entry.user)
-        # Other jobs may bear the name that someone gave the array.
+        # Other jobs may have the name to which the array was changed.
         return [record for record in found if record.name == own or record.array_id == entry.array_id]

@@ -1,7 +1,7 @@
-"""Several clients in one Slurm job: which they are, and what is known of each. Pure.
+"""Clients that share a Slurm job. Pure functions.
 
-Slurm tells of jobs, a client's own mark of its end; an :class:`~.observation.Observation` keeps both, by job, and
-:func:`by_client` lays them out for everybody who asks after clients.
+Slurm reports on jobs, and the clients' own markers on their ends. An :class:`~.observation.Observation` keeps both;
+:func:`by_client` converts job observations to per-client ones.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,11 +18,11 @@ _ENDED = ("COMPLETED", "FAILED")
 
 
 def by_client(observation: Observation, spec: pb.PoolSpec) -> Observation:
-    """The same, with clients in the jobs' place."""
+    """Return the observation with clients instead of jobs as its tasks."""
     if per_job(spec) == 1:
         if all(index < spec.replicas for index in observation.tasks):
             return observation
-        # The pool was shrunk a moment ago.
+        # The pool was shrunk, and tasks to be cancelled are still listed.
         return replace(observation, tasks={i: task for i, task in observation.tasks.items() if i < spec.replicas})
     tasks = {
         client: _client(job, observation.clients.get(client))
@@ -33,7 +33,7 @@ def by_client(observation: Observation, spec: pb.PoolSpec) -> Observation:
 
 
 def without_exit(observation: Observation, spec: pb.PoolSpec) -> set[int]:
-    """Clients that have begun, and whose end is not noted."""
+    """Return the clients that have started and whose end is not noted."""
     return {
         client
         for index, job in observation.tasks.items()
@@ -44,7 +44,7 @@ def without_exit(observation: Observation, spec: pb.PoolSpec) -> set[int]:
 
 
 def with_exits(observation: Observation, array_id: int, exits: Mapping[int, Exit]) -> Observation:
-    """Notes how clients ended, by their own marks."""
+    """Return the observation with the ends of clients, from their own markers."""
     fresh = {
         client: ClientNote(ended.restarts, ended.code)
         for client, ended in exits.items()
@@ -54,7 +54,7 @@ def with_exits(observation: Observation, array_id: int, exits: Mapping[int, Exit
 
 
 def with_tails(observation: Observation, spec: pb.PoolSpec, tails: Mapping[int, str]) -> Observation:
-    """Notes the last lines of clients that failed."""
+    """Return the observation with the last lines of clients that failed."""
     notes = dict(observation.clients)
     for client, tail in tails.items():
         job = observation.tasks[client // per_job(spec)]
@@ -64,7 +64,7 @@ def with_tails(observation: Observation, spec: pb.PoolSpec, tails: Mapping[int, 
 
 
 def markers_of_jobs(marks: Mapping[int, TaskMarker], spec: pb.PoolSpec) -> dict[int, TaskMarker]:
-    """What the clients' marks say of their jobs: one has ended when all its clients have."""
+    """Combine the markers of clients to those of their jobs: a job has ended when all of its clients have."""
     found: dict[int, TaskMarker] = {}
     for index in sorted({client // per_job(spec) for client in marks}):
         members = [marks.get(client) for client in _clients_of(index, spec)]
@@ -83,7 +83,7 @@ def _clients_of(job: int, spec: pb.PoolSpec) -> Iterable[int]:
 
 
 def _current(job: TaskObservation, note: ClientNote | None) -> ClientNote | None:
-    """The note, unless it is of a start before the job's last."""
+    """Return the note, or ``None`` if it is about a start before the job's last one."""
     return note if note is not None and note.restarts >= job.restarts else None
 
 
@@ -101,6 +101,6 @@ def _client(job: TaskObservation, note: ClientNote | None) -> TaskObservation:
     if note.exit_code == 0:
         return replace(job, state="COMPLETED", reason="", exit_code=0, signal=0, tail="")
     if job.meaning.over and job.state not in _ENDED:
-        # What ended the job (its time limit, its node) says more than the code with which the client obeyed.
+        # The cause that ended the job (time limit, node failure) says more than the exit code of the client.
         return replace(job, exit_code=note.exit_code, signal=0, tail=tail)
     return replace(job, state="FAILED", reason="NonZeroExitCode", exit_code=note.exit_code, signal=0, tail=tail)

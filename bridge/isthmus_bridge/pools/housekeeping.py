@@ -1,4 +1,4 @@
-"""What is thrown away: finished pools after their retention, credentials and directories that nothing needs."""
+"""Removal of finished pools after their retention, and of credentials and directories that are no longer needed."""
 
 import logging
 import re
@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 
 
 def clean_up(policy: Policy, journal: Journal, now: float) -> None:
-    """One round. Failures are logged: nothing here may stop the bridge."""
+    """Remove what is due. Failures are logged, since they must not stop the bridge."""
     for entry in journal.finished_before(now + 1):
         if _holds_credentials(policy, entry.key, entry.user):
-            # The bridge died between a pool's end and this.
+            # The bridge died before it could remove them at the end of the pool.
             forget_credentials(policy, entry.key, entry.user)
     for entry in journal.finished_before(now - policy.retention_days * 86400):
         try:
@@ -26,21 +26,21 @@ def clean_up(policy: Policy, journal: Journal, now: float) -> None:
             log.error("cannot remove the pool's directory: %s", error, extra={"key": entry.key})
             continue
         journal.delete(entry.key)
-        log.info("forgotten", extra={"key": entry.key})
+        log.info("pool removed after its retention", extra={"key": entry.key})
     _remove_unrecorded(policy, journal, now)
 
 
 def _remove_unrecorded(policy: Policy, journal: Journal, now: float) -> None:
-    """Directories of requests that were never recorded hold credentials, and never led to a job."""
+    """Remove the directories of requests that were never recorded: they hold credentials, and no job came of them."""
     for path in policy.run_dir.iterdir():
         if re.fullmatch(PATTERN_KEY, path.name) is None or not claimed(path) or journal.get(path.name) is not None:
             continue
         try:
             run = pool_directory(policy, path.name, owner(path))
-            # A minute: a request that is about to be recorded is no leftover. A script: it may have been submitted.
+            # A request that is about to be recorded has a minute. With a script, the pool may have been submitted.
             if run.holds_credentials() and path.stat().st_mtime < now - 60 and not run.submitted():
                 run.remove()
-                log.info("removed what an unrecorded request left", extra={"key": path.name})
+                log.info("removed the directory of an unrecorded request", extra={"key": path.name})
         except OSError as error:
             log.error("cannot remove %s: %s", path, error, extra={"key": path.name})
 

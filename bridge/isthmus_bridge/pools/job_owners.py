@@ -1,4 +1,4 @@
-"""Sorts the queue's records by the pool that they belong to."""
+"""Assignment of the queue's records to pools."""
 
 import re
 from collections import defaultdict
@@ -21,10 +21,10 @@ _PREFIX = slurm_job_name("")
 def group_by_pool(
     records: Iterable[TaskRecord], policy: Policy
 ) -> tuple[dict[Owner, list[TaskRecord]], list[TaskRecord]]:
-    """Returns the records of each pool, and those of no pool.
+    """Return the records of each pool, and those that belong to no pool.
 
-    A pool's array is known by its working directory, which the bridge alone chooses, or else by its name: users and
-    sites change names, and some sites hide the directory.
+    A pool's array is identified by its working directory, which only the bridge chooses, or else by its name: users
+    and sites change names, and some sites hide the directory.
     """
     pools: dict[Owner, list[TaskRecord]] = defaultdict(list)
     rest: list[TaskRecord] = []
@@ -38,13 +38,13 @@ def group_by_pool(
 
 
 def changed_name(records: Sequence[TaskRecord], key: str) -> str:
-    """The name that someone else gave the array, or tasks of it; empty: nobody did."""
+    """Return the name to which the array, or some of its tasks, was changed; empty if it was not."""
     own = slurm_job_name(key)
     return next((name for name in living_names(records, own) if name != own), "")
 
 
 def living_names(records: Sequence[TaskRecord], otherwise: str) -> list[str]:
-    """All names that the living tasks bear; ``otherwise`` where none is listed."""
+    """Return all names of the live tasks; ``otherwise`` alone if none is listed."""
     return sorted({record.name for record in records if not meaning(record.state).over}) or [otherwise]
 
 

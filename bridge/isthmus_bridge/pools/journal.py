@@ -1,4 +1,4 @@
-"""The bridge's memory: one SQLite file, one writer, every change on disk before it counts."""
+"""The bridge's persistent state: one SQLite file with one writer. Changes are durable before they take effect."""
 
 import os
 import sqlite3
@@ -18,15 +18,15 @@ from .observation import Observation
 
 
 class JournalError(Exception):
-    """The journal cannot be opened or is not ours. ``str()`` is one line."""
+    """The journal cannot be opened, or belongs to another program. ``str()`` is one line."""
 
 
 class State(StrEnum):
-    """How far a pool has come."""
+    """The progress of a pool."""
 
-    RESERVED = "RESERVED"  # recorded; sbatch has not been run, or is known not to have submitted
-    SUBMITTING = "SUBMITTING"  # sbatch was about to run: recorded before it starts
-    UNKNOWN = "UNKNOWN"  # sbatch's answer is missing or doubtful: the pool must be looked up
+    RESERVED = "RESERVED"  # recorded; sbatch has not run, or is known to have submitted nothing
+    SUBMITTING = "SUBMITTING"  # recorded before sbatch starts
+    UNKNOWN = "UNKNOWN"  # sbatch's answer is missing or ambiguous: the pool must be looked up
     SUBMITTED = "SUBMITTED"  # Slurm has one array
     SUCCEEDED = "SUCCEEDED"
     FAILED = "FAILED"
@@ -34,7 +34,7 @@ class State(StrEnum):
 
     @property
     def over(self) -> bool:
-        """True if nothing will change any more."""
+        """True if the state is final."""
         return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
 
 
@@ -43,39 +43,39 @@ OVER = tuple(state.value for state in State if state.over)
 
 @dataclass(frozen=True)
 class Entry:
-    """What the journal knows about one key."""
+    """The recorded state of one key."""
 
     key: str
     identity: str
     state: State
     version: int = 0
     spec: bytes = b""
-    """The PoolSpec without credentials; empty: a tombstone, cancelled before it was asked for."""
+    """The serialized PoolSpec without credentials; empty for a tombstone (cancelled before it was requested)."""
     digest: str = ""
     cancel: bool = False
     message: str = ""
     array_id: int = 0
     submissions: int = 0
-    """How often sbatch was run."""
+    """Number of runs of sbatch."""
     unknown_since: float = 0.0
-    """When sbatch was over, in the state UNKNOWN; when the tasks were first missed, in SUBMITTED."""
+    """When sbatch ended (state UNKNOWN), or when tasks were first missing (SUBMITTED). Seconds since the epoch."""
     missed_lookups: int = 0
-    """Healthy look-ups since then that found nothing."""
+    """Successful look-ups since then that found nothing."""
     retry_at: float = 0.0
     """No submission before this time."""
     created_at: float = 0.0
     submitted_at: float = 0.0
     finished_at: float = 0.0
     stale: str = ""
-    """Why Slurm cannot be asked at the moment; the observation is then the last one."""
+    """Why Slurm cannot be queried at the moment (the observation is then the last known one); empty if it can."""
     observation: Observation = field(default_factory=Observation)
     kept_replicas: int = 0
-    """So many clients stay, where the pool was shrunk; 0: all."""
+    """Number of clients that stay in a shrunk pool; 0 for a pool that was not shrunk."""
     user: str = ""
-    """The local user who owns its files and jobs; empty: the bridge's own."""
+    """The local user who owns its files and jobs; empty for the bridge's own user."""
 
     def pool_spec(self) -> pb.PoolSpec:
-        """The spec as a message: as the pool is now, with as many clients as stay."""
+        """Return the spec of the pool as it is now, with the number of clients that stay."""
         return _spec(self.spec, self.kept_replicas)
 
 
@@ -101,7 +101,7 @@ _COLUMNS: Mapping[str, str] = {
     "kept_replicas": "INTEGER NOT NULL",
     "user": "TEXT NOT NULL",
 }
-# "ISTH", in the file's header: no other program's database is taken for a journal.
+# "ISTH", in the header of the file, so that no other program's database is taken for a journal.
 _APPLICATION = 0x49535448
 # 1 to 3 were in use before the first release.
 _SCHEMA_VERSION = 4
@@ -110,10 +110,10 @@ _INSERT = f"INSERT INTO pools ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * l
 
 
 class Journal:
-    """The table of pools. Every method is one transaction, durable when it returns; threads may share it."""
+    """The table of pools. Every method is one transaction, durable when it returns. Thread-safe."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time, patience: float = 5.0) -> None:
-        """``patience``: how long to wait for another process to let go of the file. Raises :class:`JournalError`."""
+        """``patience``: seconds to wait for another process to release the file. Raises :class:`JournalError`."""
         self._path = path
         self._closed = False
         self._clock = clock
@@ -153,22 +153,22 @@ class Journal:
 
     @property
     def version(self) -> int:
-        """Of the latest change of any pool."""
+        """The version of the latest change of any pool."""
         return self._version
 
     @property
     def removed(self) -> bool:
-        """True if the file is no longer in its place: the next bridge would know none of the pools."""
+        """True if the file was removed: the next bridge would know none of the pools."""
         try:
             self._path.stat()
         except FileNotFoundError:
             return True
-        except OSError:  # a file system that hiccups
+        except OSError:  # a temporary error of the file system
             return False
         return False
 
     def close(self) -> None:
-        """Closes the file; puts it in its place again where it was removed. Raises :class:`JournalError`."""
+        """Close the file; write it again if it was removed. Raises :class:`JournalError`."""
         copy = self._path.with_name(f"{self._path.name}.saved")
         with self._lock:
             try:
@@ -179,16 +179,16 @@ class Journal:
                 with closing(sqlite3.connect(copy, isolation_level=None)) as saved:
                     self._connection.backup(saved)
             except (OSError, sqlite3.Error) as error:
-                raise JournalError(f"journal {self._path} was removed, and cannot be written again: {error}") from None
+                raise JournalError(f"journal {self._path} was removed and cannot be written again: {error}") from None
             finally:
-                # Removes its -wal, which must not meet the copy.
+                # This removes its -wal file, which must not be applied to the copy.
                 self._connection.close()
                 self._closed = True
             copy.rename(self._path)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Groups several calls into one commit."""
+        """Group several calls into one transaction."""
         with self._lock:
             if self._connection.in_transaction:
                 yield
@@ -203,22 +203,22 @@ class Journal:
             self.changed.notify_all()
 
     def get(self, key: str) -> Entry | None:
-        """The entry of a key."""
+        """Return the entry of a key, or ``None``."""
         found = self._query(f"{_SELECT} WHERE key = ?", key)
         return found[0] if found else None
 
     def live(self) -> list[Entry]:
-        """All pools that are not over, oldest first."""
+        """Return all pools that are not over, oldest first."""
         marks = ", ".join("?" * len(OVER))
         return self._query(f"{_SELECT} WHERE state NOT IN ({marks}) ORDER BY created_at, key", *OVER)
 
     def finished_before(self, moment: float) -> list[Entry]:
-        """Pools that were over before that time."""
+        """Return the pools that ended before that time, in seconds since the epoch."""
         marks = ", ".join("?" * len(OVER))
         return self._query(f"{_SELECT} WHERE state IN ({marks}) AND finished_at < ?", *OVER, moment)
 
     def live_specs(self, identity: str | None = None) -> list[pb.PoolSpec]:
-        """The caller's pools (or all callers') that are not over, with the clients that their jobs hold."""
+        """Return the specs of a caller's (or all) live pools, with as many replicas as their jobs hold clients."""
         marks = ", ".join("?" * len(OVER))
         sql = f"SELECT spec, kept_replicas FROM pools WHERE state NOT IN ({marks})"  # noqa: S608
         values = [*OVER]
@@ -230,45 +230,45 @@ class Journal:
         return [_occupied(*row) for row in rows]
 
     def count_tombstones(self, identity: str) -> int:
-        """Returns how many keys the caller has cancelled without ever asking for them."""
+        """Return how many keys the caller has cancelled without having requested them."""
         sql = "SELECT count(*) FROM pools WHERE identity = ? AND length(spec) = 0"
         with self._lock:
             return int(self._connection.execute(sql, (identity,)).fetchone()[0])
 
     def count_since(self, identity: str, moment: float) -> int:
-        """Return how many pools the caller has asked for since then."""
+        """Return how many pools the caller has requested since then."""
         sql = "SELECT count(*) FROM pools WHERE identity = ? AND created_at > ? AND length(spec) > 0"
         with self._lock:
             return int(self._connection.execute(sql, (identity, moment)).fetchone()[0])
 
     def insert(self, entry: Entry) -> Entry:
-        """Records a new key. Raises ``sqlite3.IntegrityError`` where it exists."""
+        """Record a new key, and return the stored entry. Raises ``sqlite3.IntegrityError`` if the key exists."""
         with self.transaction():
             stored = replace(entry, version=self._next_version())
             self._connection.execute(_INSERT, _row(stored))
             return stored
 
     def update(self, key: str, **changes: Any) -> Entry:
-        """Changes fields of an entry, gives it a new version, and returns it. Raises ``KeyError``."""
+        """Change fields of an entry, give it a new version, and return it. Raises ``KeyError``."""
         with self.transaction():
             entry = self.get(key)
             if entry is None:
                 raise KeyError(key)
             stored = replace(entry, **changes, version=self._next_version())
             if stored.state.over:
-                # The files of a finished pool are never laid out again, and are most of what it takes up.
+                # The files of a finished pool are never written again, and take most of its space.
                 stored = replace(stored, spec=_without_code(stored.spec))
             columns = ", ".join(f"{name} = ?" for name in _COLUMNS)
             self._connection.execute(f"UPDATE pools SET {columns} WHERE key = ?", (*_row(stored), key))  # noqa: S608
             return stored
 
     def delete(self, key: str) -> None:
-        """Forgets a key."""
+        """Delete a key."""
         with self.transaction():
             self._connection.execute("DELETE FROM pools WHERE key = ?", (key,))
 
     def _next_version(self) -> int:
-        # Not below the clock: versions go on growing where a journal was lost.
+        # At least the clock's milliseconds, so that versions keep increasing after a journal was lost.
         self._version = max(self._version + 1, int(self._clock() * 1000))
         return self._version
 
@@ -278,8 +278,8 @@ class Journal:
 
 
 def _make_private(path: Path) -> None:
-    """Before SQLite opens it: the files that it puts beside it (-wal) get the mode that this one has then."""
-    # One that exists is not opened here: closing it would end the locks that this process may have on it.
+    """Create the file with mode 0600 before SQLite opens it: SQLite gives its -wal file the mode of the database."""
+    # Do not open a file that exists: closing it would release the locks that this process may hold on it.
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
@@ -290,7 +290,7 @@ def _make_private(path: Path) -> None:
 def _spec(content: bytes, kept_replicas: int) -> pb.PoolSpec:
     spec = pb.PoolSpec.FromString(content)
     if kept_replicas:
-        # What its clients are told stays as it was.
+        # The pool size that its clients see does not change.
         spec.pool_size = spec.pool_size or spec.replicas
         spec.replicas = kept_replicas
     return spec
@@ -298,7 +298,7 @@ def _spec(content: bytes, kept_replicas: int) -> pb.PoolSpec:
 
 def _occupied(content: bytes, kept_replicas: int) -> pb.PoolSpec:
     spec, asked = _spec(content, kept_replicas), pb.PoolSpec.FromString(content).replicas
-    # A job of which one client stays goes on with all of them.
+    # A job in which at least one client stays keeps running with all of its clients.
     spec.replicas = min(asked, jobs_for(spec) * per_job(spec))
     return spec
 

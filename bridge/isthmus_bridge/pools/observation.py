@@ -1,4 +1,4 @@
-"""From Slurm's records to what is known about the tasks of one array. Pure decisions, no effects."""
+"""The state of an array's tasks, derived from Slurm's records. Functions without side effects."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,14 +8,14 @@ from ..files.run_directory import TaskMarker
 from ..slurm.model import TaskRecord
 from ..slurm.states import LOST, PLAIN, Meaning, meaning
 
-# Slurm's backfill guesses anew every half minute; a guess that hardly moved is no news.
+# Slurm's backfill scheduler estimates starts again every half minute; smaller changes are not reported. Seconds.
 _START_TOLERANCE = 60.0
 _EARLIEST_WARNING = 60.0
 
 
 @dataclass(frozen=True)
 class TaskObservation:
-    """What is known about one task."""
+    """The known state of one task."""
 
     state: str
     reason: str = ""
@@ -25,45 +25,45 @@ class TaskObservation:
     job_id: int = 0
     restarts: int = 0
     tail: str = ""
-    """Last lines of its log, once it has failed."""
+    """The last lines of its log, if it has failed."""
 
     @property
     def meaning(self) -> Meaning:
-        """What its state means."""
+        """The meaning of its state."""
         return meaning(self.state)
 
 
 @dataclass(frozen=True)
 class ClientNote:
-    """What a client that shares its job with others left behind."""
+    """The known end of a client that shares its job with others."""
 
     restarts: int
-    """Slurm's count of the start that it is of."""
+    """Slurm's restart count of the start that this note is about."""
     exit_code: int | None = None
-    """None: it has not ended, or could not say so."""
+    """``None`` if it has not ended, or could not record its end."""
     tail: str = ""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What is known about an array. Tasks that are not listed wait in the queue."""
+    """The known state of an array. Tasks that are not listed wait in the queue."""
 
     tasks: Mapping[int, TaskObservation] = field(default_factory=dict)
     reason: str = ""
-    """Why the waiting ones wait, in Slurm's word."""
+    """Why the waiting tasks wait, as Slurm states it."""
     expected_start: float = 0.0
-    """Of the next of them; 0: not known."""
+    """Expected start of the next of them, in seconds since the epoch; 0 if unknown."""
     ends_at: float = 0.0
-    """When the time limit ends the first of the running ones; 0: not known."""
+    """When the time limit ends the first of the running tasks, in seconds since the epoch; 0 if unknown."""
     limit_reached: bool = False
-    """The last of them ended because of the time limit, or of the warning before it."""
+    """True if the array ended because of the time limit, or of the warning before it."""
     clients: Mapping[int, ClientNote] = field(default_factory=dict)
-    """Where several clients share a task: what is known of each; see :mod:`.clients`."""
+    """Notes by client, if several clients share a task; see :mod:`.clients`."""
     name: str = ""
-    """The array's name in Slurm, where someone has changed it."""
+    """The name of the array in Slurm, if it was changed; otherwise empty."""
 
     def counts(self, replicas: int) -> dict[Meaning, int]:
-        """Number of tasks by what their state means."""
+        """Return the number of tasks by the meaning of their state."""
         totals = dict.fromkeys(Meaning, 0)
         for task in self.tasks.values():
             totals[task.meaning] += 1
@@ -71,11 +71,11 @@ class Observation:
         return totals
 
     def over(self, replicas: int) -> bool:
-        """Whether every task has ended."""
+        """Return whether every task has ended."""
         return len(self.tasks) >= replicas and all(task.meaning.over for task in self.tasks.values())
 
     def to_json(self) -> str:
-        """For the journal."""
+        """Return the JSON that the journal stores."""
         tasks = {
             str(index): [t.state, t.reason, t.exit_code, t.signal, t.node, t.job_id, t.restarts, t.tail]
             for index, t in self.tasks.items()
@@ -90,7 +90,7 @@ class Observation:
 
     @classmethod
     def from_json(cls, text: str) -> "Observation":
-        """From the journal."""
+        """Parse the JSON that the journal stores."""
         content = json.loads(text)
         tasks = {int(index): TaskObservation(*values) for index, values in content["tasks"].items()}
         clients = {int(index): ClientNote(*values) for index, values in content.get("clients", {}).items()}
@@ -100,14 +100,14 @@ class Observation:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which of the arrays that bear a pool's name is the pool's; the living others must go."""
+    """The array that belongs to a pool, and the other live arrays of its name, which are to be cancelled."""
 
     array_id: int
     extras: tuple[int, ...] = ()
 
 
 def choose(records: Iterable[TaskRecord], current: int) -> Choice | None:
-    """The current array where Slurm still knows it; else the lowest id that lives; else the lowest of all."""
+    """Choose the current array if Slurm still knows it; else the live one with the lowest id; else the lowest id."""
     alive: dict[int, bool] = {}
     for record in records:
         lives = not meaning(record.state).over
@@ -122,9 +122,9 @@ def choose(records: Iterable[TaskRecord], current: int) -> Choice | None:
 def observe(
     records: Sequence[TaskRecord], replicas: int, old: Observation, *, shrunk: bool = False
 ) -> tuple[Observation, list[int]]:
-    """What the controller's records of one array say, and which tasks they do not mention at all.
+    """Return the observation that follows from the controller's records of one array, and the tasks without a record.
 
-    ``shrunk``: tasks beyond ``replicas`` were cancelled.
+    ``shrunk``: tasks from ``replicas`` on were cancelled.
     """
     tasks: dict[int, TaskObservation] = {}
     waiting: set[int] = set()
@@ -132,10 +132,10 @@ def observe(
     starts: list[float] = []
     ends = [record.ends for record in records if record.ends]
     rest: TaskRecord | None = None
-    # Where a task has two records, the living one counts, then the later.
+    # If a task has two records, the live one counts, then the later one.
     for record in sorted(records, key=lambda r: (not meaning(r.state).over, r.job_id)):
         if record.indices is None:
-            # A shrunk array's may be of those that had to go: it says nothing of the others.
+            # In a shrunk array it may be about the cancelled tasks: it says nothing about the others.
             rest = None if shrunk and meaning(record.state).over else record
             continue
         for index in record.indices:
@@ -158,7 +158,7 @@ def observe(
         if before is not None and before.meaning.over:
             tasks[index] = before
         elif rest is not None:
-            # A record without indices: what was left of the array when all of that was cancelled at once.
+            # A record without indices covers the waiting tasks that were cancelled together.
             if rest.state != "PENDING":
                 tasks[index] = _task(rest, before)
         else:
@@ -180,7 +180,10 @@ def resolve(
     history: Sequence[TaskRecord],
     marks: Mapping[int, TaskMarker],
 ) -> tuple[Observation, list[int]]:
-    """Finds out how tasks ended that the controller has forgotten: from the accounts, then from their own marks."""
+    """Find out how tasks ended that the controller has forgotten, from accounting, then from their own markers.
+
+    Returns the new observation, and the indices of the tasks whose end is still unknown.
+    """
     ended = [record for record in history if meaning(record.state).over]
     by_index = {index: record for record in ended if record.array_id == array_id for index in record.indices or ()}
     loose = {record.job_id: record for record in ended if record.indices is None and record.job_id >= array_id}
@@ -199,8 +202,8 @@ def resolve(
             known.add(tasks[index].job_id)
         else:
             left.append(index)
-    # Old accounts (jobcomp/filetxt) name no indices: the ends that belong to nobody else belong to those left.
-    # Tasks get ids of their own in the order of their indices; the last one keeps the array's.
+    # Records of jobcomp/filetxt have no indices: records that match no other task belong to those that are left.
+    # Tasks get their own job ids in the order of their indices; the last one keeps the id of the array.
     in_order = sorted(loose.values(), key=lambda record: (record.job_id == array_id, record.job_id))
     spare = [record for record in in_order if record.job_id not in known]
     still: list[int] = []
@@ -208,16 +211,17 @@ def resolve(
         if not spare:
             still.append(index)
             continue
-        # The last one stands for all the rest: an array that was cancelled in the queue leaves one record.
+        # The last record stands for all remaining tasks: an array that was cancelled in the queue leaves one record.
         record = spare.pop(0) if len(spare) > 1 or _ran(spare[0]) else spare[0]
         tasks[index] = _task(record, tasks.get(index))
     return replace(observation, tasks=dict(sorted(tasks.items()))), still
 
 
 def ended_by_limit(ended: Observation, before: Observation, now: float, warning: float) -> bool:
-    """Whether an array that is over, and was seen to run ``before``, owes its end to the time limit.
+    """Return whether the time limit ended an array that is over and was observed as ``before``.
 
-    Slurm may warn up to a minute early (sbatch(1), --signal), and those who obey end with codes of their own.
+    ``now``: seconds since the epoch; ``warning``: seconds before the limit. Slurm may send the warning up to a minute
+    early (sbatch(1), --signal), and tasks that react to it end with exit codes of their own.
     """
     if any(task.state == "TIMEOUT" for task in ended.tasks.values()):
         return True
@@ -225,7 +229,7 @@ def ended_by_limit(ended: Observation, before: Observation, now: float, warning:
 
 
 def mark_lost(observation: Observation, missing: Sequence[int]) -> Observation:
-    """Gives up on tasks that nothing knows any more."""
+    """Mark tasks as LOST of which no record or marker is left."""
     tasks = dict(observation.tasks)
     for index in missing:
         before = tasks.get(index)
@@ -235,7 +239,7 @@ def mark_lost(observation: Observation, missing: Sequence[int]) -> Observation:
 
 
 def notable(observation: Observation, most: int) -> list[tuple[int, TaskObservation]]:
-    """The tasks worth telling about: failed ones first, then those in an unusual state."""
+    """Return at most ``most`` tasks to report: failed ones first, then those in an unusual state."""
     listed = [item for item in observation.tasks.items() if item[1].state not in PLAIN]
     rank = {Meaning.FAILED: 0, Meaning.CANCELLED: 1}
     return sorted(listed, key=lambda item: (rank.get(item[1].meaning, 2), item[0]))[:most]

@@ -1,4 +1,4 @@
-"""What a pool looks like from outside: its end in a describe_end, its phase, its message of the protocol."""
+"""The status of a pool as callers see it: its phase, its end in a sentence, and its protocol message."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from .observation import Observation, TaskObservation, notable
 log = logging.getLogger(__name__)
 
 MAX_TASKS = 32
-# slurmstepd's own number, of no real signal's: it could not open the log or enter the folder.
+# Not a real signal: slurmstepd reports this number if it cannot open the log or enter the working directory.
 _COULD_NOT_BEGIN = 53
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ _PHASES: Mapping[State, pb.Pool.Phase.ValueType] = {
 
 
 def outcome(observation: Observation, replicas: int, *, cancelled: bool, why: str) -> tuple[State, str]:
-    """How a pool ended whose tasks are all over, and in what words."""
+    """Return the final state of a pool whose tasks have all ended, and a message."""
     counts = observation.counts(replicas)
     if cancelled:
         return State.CANCELLED, why
@@ -43,11 +43,11 @@ def outcome(observation: Observation, replicas: int, *, cancelled: bool, why: st
 
 
 def describe_end(task: TaskObservation) -> str:
-    """How one task ended."""
+    """Describe the end of one task."""
     if task.state == LOST:
         return f"Slurm no longer knows it ({task.reason})"
     if task.signal == _COULD_NOT_BEGIN:
-        why = "Slurm could not begin it: its folder or its log cannot be opened on that node"
+        why = "Slurm could not start it: its folder or its log cannot be opened on that node"
         return f"{task.state}, signal {task.signal}: {why}"
     if task.signal:
         return f"{task.state}, signal {task.signal}"
@@ -55,7 +55,7 @@ def describe_end(task: TaskObservation) -> str:
 
 
 def phase(entry: Entry, counts: Mapping[Meaning, int]) -> pb.Pool.Phase.ValueType:
-    """The protocol's word for where a pool stands."""
+    """Return the phase of a pool in the protocol."""
     if entry.state is not State.SUBMITTED:
         return _PHASES[entry.state]
     if entry.stale:
@@ -64,7 +64,7 @@ def phase(entry: Entry, counts: Mapping[Meaning, int]) -> pb.Pool.Phase.ValueTyp
 
 
 def to_pool(entry: Entry) -> pb.Pool:
-    """The pool as the protocol tells it."""
+    """Return the protocol's message for a pool."""
     spec = entry.pool_spec()
     seen = by_client(entry.observation, spec)
     counts = seen.counts(spec.replicas)
@@ -79,7 +79,7 @@ def to_pool(entry: Entry) -> pb.Pool:
         queued=counts[Meaning.WAITING] if live else 0,
         running=counts[Meaning.RUNNING] if live else 0,
         succeeded=counts[Meaning.SUCCEEDED],
-        # What was cancelled on request is no failure; what somebody else cancelled is.
+        # Tasks cancelled on the caller's request are not failures; tasks cancelled by others are.
         failed=counts[Meaning.FAILED] + (0 if entry.cancel else counts[Meaning.CANCELLED]),
         reason=entry.observation.reason if live else "",
         expected_start=entry.observation.expected_start if live else 0.0,
@@ -100,22 +100,22 @@ def to_pool(entry: Entry) -> pb.Pool:
     return pool
 
 
-def convert_or_log(tell: Callable[[Entry], T], entry: Entry) -> T | None:
-    """What ``tell`` makes of a pool: of many, one that cannot be told does not hide the others."""
+def convert_or_log(convert: Callable[[Entry], T], entry: Entry) -> T | None:
+    """Convert one pool; log an error and return ``None`` on failure, so that one bad entry does not hide the others."""
     try:
-        return tell(entry)
+        return convert(entry)
     except Exception:
-        log.exception("cannot tell of the pool", extra={"key": entry.key})
+        log.exception("cannot report the pool", extra={"key": entry.key})
         return None
 
 
 def _number(value: int) -> int:
-    """What the message's field holds: a journal of an older bridge may have taken a job's word for its exit code."""
+    """Return an exit code that fits the message's field; -1 if it does not, as in a forged marker."""
     return value if 0 <= value <= 0x7FFFFFFF else -1
 
 
 def _trouble(observation: Observation) -> str:
-    """The first failure of a pool whose other tasks live."""
+    """Describe the first failed task; empty if none has failed."""
     for index, task in notable(observation, 1):
         if task.meaning is Meaning.FAILED:
             return f"task {index}: {describe_end(task)}"

@@ -1,4 +1,4 @@
-"""What callers may do with pools. Each request is recorded first; submitting and following happen behind."""
+"""The callers' operations on pools. Each request is recorded first; submission and reconciliation follow later."""
 
 import logging
 import threading
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 _MAX_REASON = 400
 DAY = 86400.0
-# Keys of one caller that were cancelled and never asked for. Each leaves a row, so that a late request starts nothing.
+# Keys that one caller may cancel before requesting them. Each keeps a row, so that a late request starts nothing.
 MAX_TOMBSTONES = 10_000
 
 
 class NoSuchPool(Exception):
-    """The caller has no pool of this key."""
+    """The caller has no pool with this key."""
 
 
 class KeyTaken(Exception):
@@ -42,7 +42,7 @@ class NothingLeft(Exception):
 
 
 class Denied(Exception):
-    """The policy forbids it. ``transient``: not now, but perhaps later."""
+    """The policy forbids the request. ``transient``: it may be allowed later."""
 
     def __init__(self, denial: Denial, *, transient: bool = False) -> None:
         super().__init__(str(denial))
@@ -51,7 +51,7 @@ class Denied(Exception):
 
 
 class Pools:
-    """The requests of the bridge protocol, without the protocol."""
+    """The requests of the bridge protocol, independent of gRPC."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Pools:
         wake: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``advance`` starts work on a key and returns at once; ``wake`` calls for a look at the queue."""
+        """``advance`` starts work on a key and returns at once; ``wake`` makes the reconciler poll the queue soon."""
         self._current_policy = current_policy
         self._journal = journal
         self._advance = advance
@@ -74,7 +74,10 @@ class Pools:
         return self._current_policy.policy
 
     def ensure(self, identity: Identity, key: str, spec: pb.PoolSpec) -> Entry:
-        """Records the pool, once. Raises RequestError, Denied, KeyTaken, SpecDiffers, ``OSError``."""
+        """Record the pool if its key is new, and return its entry.
+
+        Raises RequestError, Denied, KeyTaken, SpecDiffers, ``OSError``.
+        """
         check_key(key)
         check_spec(spec)
         with self._keys.held(key):
@@ -105,8 +108,8 @@ class Pools:
 
     def _record(self, identity: Identity, key: str, spec: pb.PoolSpec, user: str) -> Entry:
         run = pool_directory(self._policy, key, user)
-        # Before the entry: one that is recorded can be submitted, also by a bridge that starts after a crash.
-        # A script without an entry: the journal was lost, or set back. The array may live.
+        # Before the entry: a recorded pool can be submitted at any time, also by a bridge that starts after a crash.
+        # A script without an entry means that the journal was lost or restored from a backup: the array may exist.
         known = run.create(_credentials(spec.federation))
         now = self._clock()
         entry = Entry(
@@ -140,7 +143,7 @@ class Pools:
             names = ", ".join(differences(pb.PoolSpec.FromString(entry.spec), spec))
             raise SpecDiffers(f"key {entry.key} exists with another spec; it differs in: {names}")
         if entry.spec and not entry.state.over:
-            # Tasks that start later get the newest credentials.
+            # Tasks that start later read the newest credentials.
             self._directory(entry).write_credentials(_credentials(spec.federation))
         return entry
 
@@ -148,11 +151,11 @@ class Pools:
         return pool_directory(self._policy, entry.key, entry.user)
 
     def tail(self, entry: Entry, index: int, lines: int, limit: int) -> str:
-        """The last lines of a client's log, or why there are none. Raises ``OSError``."""
+        """Return the last lines of a client's log, or a line that says why there are none. Raises ``OSError``."""
         return self._directory(entry).log_tail(index, lines, limit)
 
     def get(self, identity: Identity, key: str) -> Entry:
-        """The caller's pool. Raises RequestError, NoSuchPool."""
+        """Return the entry of the caller's pool. Raises RequestError, NoSuchPool."""
         check_key(key)
         entry = self._journal.get(key)
         if entry is None or entry.identity != identity.uri:
@@ -160,7 +163,7 @@ class Pools:
         return entry
 
     def cancel(self, identity: Identity, key: str, reason: str) -> Entry:
-        """Records that the pool must end. Raises RequestError, NoSuchPool, Denied."""
+        """Record that the pool must end, and return its entry. Raises RequestError, NoSuchPool, Denied."""
         check_key(key)
         message = "cancelled" + (f": {_one_line(reason)}" if reason else "")
         with self._keys.held(key):
@@ -168,14 +171,14 @@ class Pools:
             now = self._clock()
             if entry is None:
                 if self._journal.count_tombstones(identity.uri) >= MAX_TOMBSTONES:
-                    why = f"{identity.uri} has cancelled {MAX_TOMBSTONES} keys that it never asked for"
+                    why = f"{identity.uri} has cancelled {MAX_TOMBSTONES} keys that it never requested"
                     raise Denied(Denial("tombstones", why), transient=True)
-                log.info("cancelled before it was asked for", extra={"key": key, "caller": identity.uri})
+                log.info("cancelled before it was requested", extra={"key": key, "caller": identity.uri})
                 entry = self._journal.insert(
                     Entry(key=key, identity=identity.uri, state=State.CANCELLED, cancel=True, message=message,
                           created_at=now, finished_at=now, user=identity.user or "")
                 )  # fmt: skip
-                # Or the journal was lost, and an array lives: the sweep ends it.
+                # If the journal was lost, an array of this key may exist: the sweep cancels it.
                 self._wake()
                 return entry
             if entry.identity != identity.uri:
@@ -183,13 +186,13 @@ class Pools:
             if entry.state.over or entry.cancel:
                 return entry
             entry = self._journal.update(key, cancel=True, message=message)
-        log.info("to be cancelled", extra={"key": key, "reason": message, "caller": identity.uri})
+        log.info("cancellation recorded", extra={"key": key, "reason": message, "caller": identity.uri})
         self._advance(key)
         self._wake()
         return entry
 
     def end_all(self, caller: str, reason: str) -> list[str]:
-        """Records that all live pools of a caller must end, and returns their keys."""
+        """Record that all live pools of a caller must end, and return their keys."""
         message = f"ended by the site's admin: {_one_line(reason)}"
         ended = []
         for entry in self._journal.live():
@@ -198,14 +201,14 @@ class Pools:
                 if found is None or found.identity != caller or found.state.over or found.cancel:
                     continue
                 self._journal.update(entry.key, cancel=True, message=message)
-            log.info("to be cancelled", extra={"key": entry.key, "reason": message, "caller": caller})
+            log.info("cancellation recorded", extra={"key": entry.key, "reason": message, "caller": caller})
             ended.append(entry.key)
             self._advance(entry.key)
         self._wake()
         return ended
 
     def shrink(self, identity: Identity, key: str, replicas: int) -> Entry:
-        """Records that only the first so many clients stay. Raises RequestError, NoSuchPool, NothingLeft."""
+        """Record that only the first ``replicas`` clients stay. Raises RequestError, NoSuchPool, NothingLeft."""
         check_key(key)
         if replicas < 1:
             raise NothingLeft(f"key {key}: a pool keeps at least one client; CancelPool ends it")
@@ -214,12 +217,12 @@ class Pools:
             if entry.state.over or entry.cancel or not entry.spec or replicas >= entry.pool_spec().replicas:
                 return entry
             entry = self._journal.update(key, kept_replicas=replicas)
-        log.info("to be shrunk", extra={"key": key, "replicas": replicas, "caller": identity.uri})
+        log.info("shrinking recorded", extra={"key": key, "replicas": replicas, "caller": identity.uri})
         self._wake()
         return entry
 
     def renew(self, identity: Identity, request: pb.RenewCredentialsRequest) -> Entry:
-        """Puts new credentials in the place of a living pool's. Raises RequestError, NoSuchPool, ``OSError``."""
+        """Replace the credentials of a live pool. Raises RequestError, NoSuchPool, ``OSError``."""
         check_key(request.key)
         check_credentials(request)
         with self._keys.held(request.key):
@@ -230,7 +233,7 @@ class Pools:
         return entry
 
     def wait(self, key: str, done: Callable[[Entry], bool], timeout: float) -> Entry | None:
-        """The pool once ``done`` holds, or as it is when the time is over."""
+        """Wait until ``done`` returns true, at most ``timeout`` seconds; return the entry, if there is one."""
         deadline = time.monotonic() + timeout
         with self._journal.changed:
             while True:
@@ -242,7 +245,7 @@ class Pools:
 
 
 class _KeyLocks:
-    """One lock per key in use: requests for the same key run one after another."""
+    """One lock for each key in use: requests for the same key run one after another."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()

@@ -1,4 +1,4 @@
-"""Follows the pools in Slurm: one look at the queue for all of them, then a step for each."""
+"""The reconciler: polls Slurm's queue once for all pools, then advances each pool."""
 
 import logging
 import math
@@ -33,18 +33,18 @@ from .task_files import TaskFiles
 
 log = logging.getLogger(__name__)
 
-# So many failed looks at the queue in a row, before pools are said to be unknown.
+# Number of consecutive failed polls of the queue before pools are reported as UNKNOWN.
 _FAILURES_BEFORE_STALE = 3
 _LONGEST_PAUSE = 30.0
 _CANCEL_AGAIN = 10.0
-# Arrays of finished pools may still turn up for a while: an sbatch that was thought dead, a requeue by hand.
+# Arrays of finished pools may appear late: from an sbatch that was believed dead, or a manual requeue.
 _SWEEP_EVERY = 30.0
 _SWEEP_FOR = 900.0
 MAX_SUBMISSIONS = 5
 
 
 class Reconciler:
-    """One pass is :meth:`tick`; only one thread calls it."""
+    """The reconciliation loop. One pass is :meth:`tick`, which only one thread may call."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Reconciler:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``monotonic``: for what has to last a while, whoever sets the clock."""
+        """``monotonic``: a clock for durations, which setting the system clock does not change."""
         self._policy = policy
         self._journal = journal
         self._adapter = adapter
@@ -81,7 +81,7 @@ class Reconciler:
         self.wake = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
-        """Passes until ``stop`` is set."""
+        """Run passes until ``stop`` is set."""
         while not stop.is_set():
             self.wake.clear()
             pause = _LONGEST_PAUSE
@@ -89,13 +89,13 @@ class Reconciler:
                 pause = self.tick()
                 self._status.update(self._journal.live(), self._clock())
             except Exception:
-                log.exception("a pass over the pools broke off")
-            # A wake-up is for a new or cancelled pool; Slurm itself is never asked more often than every poll.
+                log.exception("a reconciliation pass failed")
+            # New and cancelled pools wake the loop, but Slurm is never polled more often than every `poll_seconds`.
             stop.wait(min(pause, self._policy.slurm.poll_seconds))
             self.wake.wait(max(0.0, pause - self._policy.slurm.poll_seconds))
 
     def tick(self) -> float:
-        """One pass. Returns how long to pause."""
+        """Run one pass. Return the seconds to wait before the next one."""
         live = self._journal.live()
         for entry in live:
             if entry.state is State.RESERVED:
@@ -108,14 +108,15 @@ class Reconciler:
         now = self._monotonic()
         version = self._journal.version
         if followed or version != self._seen:
-            # A pool that was cancelled before it was asked for is not followed, and is one that a lost journal knew.
+            # A new version without a live pool: a pool that was cancelled before it was requested. A lost journal may
+            # have known it, so the sweep has to look for its array.
             self._seen = version
             self._sweep_until = now + _SWEEP_FOR
         elif now > self._sweep_until or now < self._last_sweep + _SWEEP_EVERY:
             return self._policy.slurm.poll_seconds if live else _LONGEST_PAUSE
         self._last_sweep = now
         try:
-            # Those that no pool has any more are looked at for as long as this process lives: for what turns up late.
+            # Users without live pools are polled as long as this process runs: their arrays may appear late.
             self._users |= {entry.user for entry in followed if entry.user}
             gone = {user for user in self._users if uid_of(user) is None}
             records = self._adapter.jobs(self._users - gone)
@@ -126,25 +127,25 @@ class Reconciler:
         for entry in followed:
             try:
                 if entry.user in gone:
-                    self._change(entry, stale=f"the local user {entry.user} is not known on the site's machine")
+                    self._change(entry, stale=f"the local user {entry.user} is not known on the bridge's machine")
                 else:
                     self._follow(entry, self._pools.get((entry.key, entry.user), []))
             except Exception:
-                # One pool's trouble is not the others'.
-                log.exception("cannot follow the pool", extra={"key": entry.key})
+                # A failure of one pool must not affect the others.
+                log.exception("cannot reconcile the pool", extra={"key": entry.key})
         self._sweep(rest)
         return self._policy.slurm.poll_seconds if followed else _SWEEP_EVERY
 
     def _mark_unknown(self, key: str) -> None:
-        """A submission that no thread carries any more: the bridge died, or could not record the answer."""
+        """Mark a submission as UNKNOWN if no thread runs it: the bridge died, or could not record the answer."""
         with self._journal.transaction():
             entry = self._journal.get(key)
             if entry is not None and entry.state is State.SUBMITTING and not self._submitter.busy(key):
                 self._journal.update(
                     key, state=State.UNKNOWN, unknown_since=self._clock(), missed_lookups=0,
-                    message="looking for the array in Slurm: the bridge stopped while it was submitted",
+                    message="looking for the array in Slurm: the bridge stopped during the submission",
                 )  # fmt: skip
-                log.warning("submission in doubt after a restart", extra={"key": key})
+                log.warning("submission is ambiguous after a restart", extra={"key": key})
 
     def _follow(self, entry: Entry, records: Sequence[TaskRecord]) -> None:
         if entry.state is State.UNKNOWN:
@@ -153,7 +154,7 @@ class Reconciler:
             self._observe(entry, records)
 
     def _find_array(self, entry: Entry, records: Sequence[TaskRecord]) -> None:
-        """Looks for the array of a doubtful submission."""
+        """Look for the array of an ambiguous submission, and adopt it."""
         choice = choose(records, 0)
         if choice is None:
             try:
@@ -179,14 +180,14 @@ class Reconciler:
             self._observe(adopted, records)
 
     def _count_missed_lookup(self, entry: Entry) -> None:
-        """One healthy look-up found nothing."""
+        """Count one successful look-up that found nothing; submit again, or give up, after enough of them."""
         if not self._lookup.is_due(entry.key):
             if entry.stale:
                 self._change(entry, stale="")
             return
         missed_lookups = entry.missed_lookups + 1
         slurm, now = self._policy.slurm, self._clock()
-        since = min(entry.unknown_since, now)  # later than now: the clock was put back
+        since = min(entry.unknown_since, now)  # if later than now, the clock was set back
         if missed_lookups < slurm.absence_lookups or now < since + slurm.absence_seconds:
             self._change(entry, missed_lookups=missed_lookups, unknown_since=since, stale="")
         elif entry.cancel:
@@ -200,7 +201,7 @@ class Reconciler:
                 self._advance(entry.key)
 
     def _observe(self, entry: Entry, records: Sequence[TaskRecord]) -> None:
-        """Follows the tasks of the pool's array."""
+        """Record the progress of the tasks of the pool's array, and finish the pool when they have ended."""
         choice = choose(records, entry.array_id)
         for other in {record.array_id for record in records if not meaning(record.state).over} - {entry.array_id}:
             self._cancel(entry, other, extra=True)
@@ -212,7 +213,7 @@ class Reconciler:
         self._note_starts(entry, mine)
         if (name := job_owners.changed_name(mine, entry.key)) and name != entry.observation.name:
             log.warning(
-                "someone renamed the pool's array to %r; it is followed by its working directory", name,
+                "the pool's array was renamed to %r; identifying it by its working directory", name,
                 extra={"key": entry.key, "slurm_job": entry.array_id},
             )  # fmt: skip
             observation = replace(observation, name=name)
@@ -240,7 +241,7 @@ class Reconciler:
     def _look_up_missing(
         self, entry: Entry, observation: Observation, missing: Sequence[int]
     ) -> tuple[Observation, dict[str, object]]:
-        """Tasks that the controller does not know any more."""
+        """Look up tasks that the controller no longer knows; return the new observation and the fields to change."""
         now = self._clock()
         since = min(entry.unknown_since or now, now)
         changes: dict[str, object] = {"stale": "", "unknown_since": since}
@@ -266,9 +267,10 @@ class Reconciler:
         return observation, changes
 
     def _surplus(self, entry: Entry, records: Sequence[TaskRecord], jobs: int) -> bool:
-        """Ends the tasks that a shrunk pool has too many. Returns whether there may be any."""
+        """Cancel the surplus tasks of a shrunk pool. Return whether any may be left."""
         if not records:
-            # The accounts alone know the array: squeue lists it no longer, or not yet, and then all of it lives.
+            # squeue does not list the array: it has ended and only accounting knows it, or it is too new to be
+            # listed, and then all of its tasks are live.
             asked = jobs_for(pb.PoolSpec.FromString(entry.spec))
             return asked > jobs and not self._cancel(entry, entry.array_id, jobs, asked - 1)
         living = [record.indices or () for record in records if not meaning(record.state).over]
@@ -288,7 +290,7 @@ class Reconciler:
     def _cancel(
         self, entry: Entry, array_id: int, first: int = 0, last: int | None = None, *, extra: bool = False
     ) -> bool:
-        """End an array or a range of its tasks, unless that was asked a moment ago; return whether Slurm took it."""
+        """Cancel an array or a range of its tasks, unless done a moment ago; return whether Slurm accepted it."""
         key = entry.key
         now, asked = self._monotonic(), (key, array_id, first)
         if now < self._asked_to_cancel.get(asked, -math.inf) + _CANCEL_AGAIN:
@@ -308,9 +310,9 @@ class Reconciler:
         return True
 
     def _sweep(self, rest: Sequence[TaskRecord]) -> None:
-        """Ends arrays whose pool is over. Those of unknown keys are left alone: another bridge may own them.
+        """Cancel arrays whose pool is over. Leave those with unknown keys alone: another bridge may own them.
 
-        ``rest``: the records that are of no pool.
+        ``rest``: the records that belong to no pool.
         """
         outside = {(r.user, r.array_id): r.name for r in rest if not meaning(r.state).over}
         for (key, user), records in self._pools.items():
@@ -320,11 +322,11 @@ class Reconciler:
             entry = self._journal.get(key)
             if entry is None or entry.user != user:
                 outside |= {(user, r.array_id): r.name for r in records if r.array_id in living}
-                # Also what one local user has named like another's pool: it is neither taken for that nor touched.
+                # This includes jobs that one local user has named like another user's pool: they are not touched.
                 if (key, user) not in self._reported_foreign:
                     self._reported_foreign.add((key, user))
-                    why = "the journal does not know it" if entry is None else f"belongs to {user or 'the bridge'!r}"
-                    log.warning("an array bears our name, but %s", why, extra={"key": key})
+                    why = "the journal has no such pool" if entry is None else f"it belongs to {user or 'the bridge'!r}"
+                    log.warning("ignoring an array that is named like a pool: %s", why, extra={"key": key})
             elif entry.state.over:
                 for array_id in living:
                     self._cancel(entry, array_id, extra=True)
@@ -332,7 +334,7 @@ class Reconciler:
         self._count_outside(outside)
 
     def _count_outside(self, jobs: Mapping[tuple[str, int], str]) -> None:
-        """Reports jobs of the jobs' users that the bridge did not submit: the policy does not bind them."""
+        """Report jobs that the bridge did not submit of users whose jobs it submits: the policy does not limit them."""
         for user in {"", *self._users}:
             who = user or user_name({})
             found = {job: name for (owner, job), name in jobs.items() if owner == user}
@@ -340,7 +342,7 @@ class Reconciler:
             if found and user not in self._outside:
                 job, name = min(found.items())
                 log.warning(
-                    "%d jobs of %s belong to no pool, such as job %d, %r: the policy does not bind them",
+                    "%d jobs of %s belong to no pool, such as job %d, %r: the policy does not limit them",
                     len(found), who, job, name,
                 )  # fmt: skip
         self._outside = {user for user, _ in jobs}
@@ -369,7 +371,7 @@ class Reconciler:
         )
         if changed is None:
             return
-        log.info("pool is over: %s", message or state, extra={"key": entry.key, "state": str(state)})
+        log.info("pool ended: %s", message or state, extra={"key": entry.key, "state": str(state)})
         self._lookup.forget(entry.key)
         self._task_files.forget(entry.key)
         for asked in [asked for asked in self._asked_to_cancel if asked[0] == entry.key]:
@@ -377,13 +379,13 @@ class Reconciler:
         forget_credentials(self._policy, entry.key, entry.user)
 
     def _change(self, entry: Entry, **changes: object) -> Entry | None:
-        """Records changes, unless the pool took another turn meanwhile. What is the same already makes no version."""
+        """Record changes, unless the pool's state changed meanwhile. Make no new version if nothing differs."""
         with self._journal.transaction():
             current = self._journal.get(entry.key)
             if current is None or current.state is not entry.state:
                 return None
             if (current.cancel and not entry.cancel) or current.kept_replicas != entry.kept_replicas:
-                # Cancelled or shrunk since this pass began: the next one takes that into account.
+                # It was cancelled or shrunk after this pass began: the next pass takes that into account.
                 return None
             if all(getattr(current, name) == value for name, value in changes.items()):
                 return current

@@ -1,4 +1,4 @@
-"""Form of the operator's requests: which are malformed, and when two specs are the same. Pure."""
+"""Checks of the form of requests, and comparison of specs. Pure functions."""
 
 import hashlib
 import json
@@ -27,7 +27,8 @@ _PATTERN_SERVER_NAME = r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$"
 MAX_ARGUMENTS = 128
 MAX_VARIABLES = 128
 MAX_TEXT = 4096
-# Of command and variables together: Slurm takes scripts of at most 4 MiB, and quoting may need five times the room.
+# Of command and variables together, in bytes: Slurm takes scripts of at most 4 MiB, and quoting may need five times
+# the space.
 MAX_TOTAL = 256 * 1024
 MAX_CERTIFICATE = 64 * 1024
 
@@ -40,12 +41,12 @@ class RequestError(ValueError):
 
 
 def check_key(key: str) -> None:
-    """Raises :class:`RequestError`."""
+    """Raise :class:`RequestError` if the key is malformed."""
     _match("key", key, PATTERN_KEY, 63)
 
 
 def check_spec(spec: pb.PoolSpec) -> None:
-    """Raises :class:`RequestError` for the first malformed field."""
+    """Raise :class:`RequestError` for the first malformed field."""
     _match("spec.job_uid", spec.job_uid, _PATTERN_UID, 64)
     _match("spec.namespace", spec.namespace, _PATTERN_NAME, 63)
     _match("spec.job", spec.job, _PATTERN_NAME, 253)
@@ -75,7 +76,7 @@ def check_spec(spec: pb.PoolSpec) -> None:
     if spec.image:
         _match("spec.image", spec.image, PATTERN_IMAGE, 512)
         if ".." in spec.image.split("/"):
-            # Where a prefix makes a path of it, the policy's patterns must not be walked around.
+            # A prefix may use it as a path, which must not escape the policy's patterns.
             raise RequestError("spec.image", f"{spec.image!r} holds a parent directory")
     _check_script(spec)
     if spec.code and (problem := check_files(spec.code)):
@@ -84,12 +85,12 @@ def check_spec(spec: pb.PoolSpec) -> None:
 
 
 def digest(spec: pb.PoolSpec) -> str:
-    """The same for the same spec, whatever the credentials. Of values, not of bytes: those change with protobuf."""
+    """Return a digest of the spec without its credentials. It covers values, not bytes, which depend on protobuf."""
     return hashlib.sha256(json.dumps(_values(spec), sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: pb.PoolSpec, new: pb.PoolSpec) -> list[str]:
-    """Names of the fields in which two specs differ, credentials aside."""
+    """Return the names of the fields in which two specs differ, without credentials."""
     before, after = _values(old), _values(new)
     return [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
 
@@ -102,7 +103,7 @@ def _values(spec: pb.PoolSpec) -> dict[str, object]:
     values["code"] = {name: hashlib.sha256(content).hexdigest() for name, content in spec.code.items()}
     federation: list[object] = [spec.federation.endpoint, spec.federation.server_name]
     values["federation"] = [*federation, True] if spec.federation.via_bridge else federation
-    # Without what is not set: a field that a later version adds changes nothing as long as nobody uses it.
+    # Without unset fields, so that a field added by a later version does not change the digest until it is used.
     return {name: value for name, value in values.items() if value}
 
 
@@ -151,7 +152,7 @@ def _check_federation(federation: pb.Federation) -> None:
 
 
 def check_credentials(holder: pb.Federation | pb.RenewCredentialsRequest, path: str = "") -> None:
-    """Raises :class:`RequestError`."""
+    """Raise :class:`RequestError` unless the credentials are PEM. ``path``: prefix of the field names in errors."""
     for name in ("ca_certificate", "certificate", "private_key"):
         content: bytes = getattr(holder, name)
         # Never quote the content: it may be a key.
@@ -177,7 +178,7 @@ def _between(field: str, value: int, low: int, high: int) -> None:
 
 
 def _text(field: str, value: str) -> None:
-    # Newlines are fine here (`python -c` takes programs); quoting keeps them what they are.
+    # Newlines are allowed (`python -c` takes programs): quoting preserves them.
     if "\0" in value:
         raise RequestError(field, "holds a NUL character")
     if len(value) > MAX_TEXT:

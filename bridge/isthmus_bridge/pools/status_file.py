@@ -1,4 +1,4 @@
-"""What `isthmus-bridge status` shows: the running bridge writes it down, since the journal is its alone."""
+"""The file behind `isthmus-bridge status`, which the running bridge writes: it has locked the journal for itself."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from isthmus_contracts.process import files
 from .journal import Entry
 from .pool_status import convert_or_log, to_pool
 
-# Written this often although nothing changes, and believed to be of a living bridge for twice as long and some more.
+# Written this often even if nothing changes. Seconds.
 HEARTBEAT_SECONDS = 30.0
 _STALE_SECONDS = 90.0
 _HEADS = ("KEY", "POOL", "CALLER", "USER", "PHASE", "JOB", "QUEUED", "RUNNING", "DONE", "FAILED", "SINCE", "WHY")
@@ -22,12 +22,12 @@ _LONGEST_WHY = 80
 
 
 class StatusError(Exception):
-    """There is nothing to show. ``str()`` is one line."""
+    """The status cannot be shown. ``str()`` is one line."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One pool."""
+    """The line of one pool."""
 
     key: str
     pool: str
@@ -39,14 +39,14 @@ class Line:
     succeeded: int
     failed: int
     since: float
-    """Seconds since the epoch: when it was asked for."""
+    """When the pool was requested. Seconds since the epoch."""
     why: str
     user: str = ""
-    """The local user whose jobs they are; empty: the bridge's own."""
+    """The local user who owns the jobs; empty for the bridge's own user."""
 
 
 def line_of(entry: Entry) -> Line:
-    """What is shown of a pool."""
+    """Return the line of a pool."""
     pool, spec = to_pool(entry), entry.pool_spec()
     return Line(
         entry.key, f"{spec.namespace}/{spec.job}/{spec.pool}", entry.identity, pb.Pool.Phase.Name(pool.phase),
@@ -56,7 +56,7 @@ def line_of(entry: Entry) -> Line:
 
 
 class StatusFile:
-    """Written by the bridge, each time in one piece."""
+    """Writer of the file, which it replaces atomically."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -64,7 +64,7 @@ class StatusFile:
         self._written = 0.0
 
     def update(self, entries: Sequence[Entry], now: float) -> None:
-        """Writes where something has changed, and now and then. Raises ``OSError``."""
+        """Write the file if a pool has changed or the heartbeat is due. Raises ``OSError``."""
         versions = tuple(entry.version for entry in entries)
         if versions == self._seen and now < self._written + HEARTBEAT_SECONDS:
             return
@@ -75,24 +75,24 @@ class StatusFile:
 
 
 def show(path: Path) -> Iterator[str]:
-    """The table, line by line. Raises :class:`StatusError`."""
+    """Yield the lines of the table. Raises :class:`StatusError`."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise StatusError(f"{path}: not there; the bridge has never run with this policy") from None
+        raise StatusError(f"{path}: does not exist; the bridge has never run with this policy") from None
     except (OSError, ValueError) as error:
         raise StatusError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     try:
         lines = list(_lines(content))
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
-        raise StatusError(f"{path}: not as this version writes it; is the running bridge another?") from None
+        raise StatusError(f"{path}: unknown format; the running bridge may be another version") from None
     yield from lines
 
 
 def _lines(content: Any) -> Iterator[str]:
     age = time.time() - content["time"]
-    alive = "runs" if age < _STALE_SECONDS else "does not run, or hangs"
-    yield f"the bridge {alive} (pid {content['pid']}, last sign {age:.0f} s ago); {len(content['pools'])} live pools"
+    alive = "is running" if age < _STALE_SECONDS else "is not running, or hangs"
+    yield f"the bridge {alive} (pid {content['pid']}, last update {age:.0f} s ago); {len(content['pools'])} live pools"
     if content["pools"]:
         yield from _table([Line(**pool) for pool in content["pools"]])
 
@@ -106,7 +106,7 @@ def _table(lines: Iterable[Line]) -> Iterator[str]:
 
 def _cells(line: Line) -> tuple[str, ...]:
     since = time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime(line.since))
-    # Messages may hold what a script printed: no control characters to the admin's terminal.
+    # Messages may hold a script's output: send no control characters to the terminal.
     why = "".join(character if character.isprintable() else " " for character in line.why)
     why = why if len(why) <= _LONGEST_WHY else why[: _LONGEST_WHY - 1] + "…"
     counts = (str(number) for number in (line.queued, line.running, line.succeeded, line.failed))

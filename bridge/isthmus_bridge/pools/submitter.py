@@ -1,4 +1,4 @@
-"""Brings a recorded pool to Slurm: the one place that runs sbatch."""
+"""Submission of recorded pools to Slurm. No other module submits jobs."""
 
 import logging
 import threading
@@ -22,15 +22,15 @@ from .journal import Entry, Journal, State
 
 log = logging.getLogger(__name__)
 
-# How often a submission is tried again that Slurm refuses for now (a submit limit, a full queue, a drained partition).
+# Pause before a submission is retried that Slurm refuses for now (a submit limit, a full queue, a drained partition).
 RETRY_SECONDS = 30.0
 _HOUR = 3600.0
-# A batch script's end needs some time, but not most of its run.
+# The warning comes at most this fraction (1/3) of the time limit before the end.
 _LARGEST_WARNING_SHARE = 3
 
 
 class Submitter:
-    """Turns RESERVED into SUBMITTED. Safe to call for any key at any time, from any thread."""
+    """The step of pools from RESERVED to SUBMITTED. May be called for any key at any time, from any thread."""
 
     def __init__(
         self,
@@ -53,13 +53,13 @@ class Submitter:
         return self._current_policy.policy
 
     def advance(self, key: str) -> None:
-        """Submits the pool if that is what it waits for; at most one thread at a time does so for a key."""
+        """Submit the pool if it is RESERVED. At most one thread at a time works on a key."""
         with self._claimed(key) as mine:
             if mine:
                 self._advance(key)
 
     def busy(self, key: str) -> bool:
-        """Return whether a thread is at work on that key."""
+        """Return whether a thread is working on that key."""
         with self._lock:
             return key in self._busy
 
@@ -70,14 +70,14 @@ class Submitter:
         if entry.cancel:
             self._finish(entry, State.CANCELLED, entry.message)
             return
-        # One that seems further away was noted before the clock was put back.
+        # A retry that is further away was recorded before the clock was set back.
         if 0 < entry.retry_at - self._clock() <= RETRY_SECONDS:
             return
         spec = entry.pool_spec()
         if (denial := self._drained(entry)) is not None:
             self._defer(entry, str(denial))
             return
-        # Decided anew: the policy may have changed since the pool was recorded.
+        # Decide again: the policy may have changed since the pool was recorded.
         grant = self._decide(entry, spec)
         if isinstance(grant, Denial):
             self._finish(entry, State.FAILED, str(grant))
@@ -97,7 +97,7 @@ class Submitter:
             self._submit(key, submission(self._policy, key, entry.identity, spec, grant, run))
 
     def _drained(self, entry: Entry) -> Denial | None:
-        """Return why what waits here goes on waiting."""
+        """Return the drain that makes this pool wait, or ``None``."""
         known = (identity for identity in self._policy.identities if identity.uri == entry.identity)
         return next((denial for identity in known if (denial := draining(self._policy, identity))), None)
 
@@ -113,10 +113,10 @@ class Submitter:
                 if entry.user and (why := fault(entry.user)):
                     return Denial("identities.user", f"{why}; {identity.uri} would become that user")
                 return decide(self._policy, identity, spec)
-        return Denial("identities", f"{entry.identity!r} is not known at this site any more")
+        return Denial("identities", f"{entry.identity!r} is no longer known at this site")
 
     def _record_intent(self, key: str, kept_replicas: int) -> bool:
-        """Makes the intent durable. False where the pool was cancelled or shrunk meanwhile: the next look goes on."""
+        """Record durably that sbatch is about to run. Return False if the pool was cancelled or shrunk meanwhile."""
         with self._journal.transaction():
             entry = self._journal.get(key)
             if (
@@ -135,9 +135,9 @@ class Submitter:
         except SubmissionRefused as error:
             self._refused(key, error)
         except Exception as error:
-            # Whatever happened, sbatch may have been heard.
+            # Whatever happened, the request may have reached Slurm.
             if not isinstance(error, SlurmError):
-                log.exception("submission broke off", extra={"key": key})
+                log.exception("submission failed unexpectedly", extra={"key": key})
             self._mark_unknown(key, error)
         else:
             self._metrics.submissions.labels("accepted").inc()
@@ -154,21 +154,21 @@ class Submitter:
             )  # fmt: skip
 
     def _mark_unknown(self, key: str, error: Exception) -> None:
-        """Records that only a look-up shows what became of a submission."""
+        """Record that only a look-up can tell whether the submission succeeded."""
         self._metrics.submissions.labels("ambiguous").inc()
         waiting = isinstance(error, SubmissionAmbiguous) and error.waiting
         entry = self._journal.get(key)
         assert entry is not None
-        # A full queue is no failure of the submission: however often that is found, it does not use up the tries.
+        # A full queue is not a failed submission, so it does not count towards the limit of submissions.
         submissions = entry.submissions - 1 if waiting and self._may_retry(entry, Patience.QUEUE) else entry.submissions
         self._journal.update(
             key, state=State.UNKNOWN, unknown_since=self._clock(), missed_lookups=0, submissions=submissions,
             message=str(error) if waiting else f"looking for the array in Slurm: {error}",
         )  # fmt: skip
-        log.warning("submission in doubt: %s", error, extra={"key": key})
+        log.warning("submission is ambiguous: %s", error, extra={"key": key})
 
     def _may_retry(self, entry: Entry, patience: Patience) -> bool:
-        """Return whether a refused submission is tried again."""
+        """Return whether a refused submission is to be retried."""
         if patience is Patience.NONE:
             return False
         longest = _HOUR
@@ -187,13 +187,13 @@ class Submitter:
             self._finish(entry, State.FAILED, str(error))
 
     def _defer(self, entry: Entry, message: str) -> None:
-        log.warning("will submit later: %s", message, extra={"key": entry.key, "caller": entry.identity})
+        log.warning("submission deferred: %s", message, extra={"key": entry.key, "caller": entry.identity})
         self._journal.update(entry.key, state=State.RESERVED, retry_at=self._clock() + RETRY_SECONDS, message=message)
 
     def _finish(self, entry: Entry, state: State, message: str) -> None:
         self._journal.update(entry.key, state=state, message=message, finished_at=self._clock())
         log.info(
-            "pool is over: %s",
+            "pool ended: %s",
             message or state,
             extra={"key": entry.key, "state": str(state), "caller": entry.identity},
         )
@@ -213,7 +213,7 @@ class Submitter:
 
 
 def forget_credentials(policy: Policy, key: str, user: str) -> None:
-    """Removes a finished pool's credentials; a failure is logged, and tried again within the hour."""
+    """Remove a finished pool's credentials; log a failure, which housekeeping retries within the hour."""
     try:
         pool_directory(policy, key, user).forget_credentials()
     except OSError as error:
@@ -221,14 +221,14 @@ def forget_credentials(policy: Policy, key: str, user: str) -> None:
 
 
 def warning_seconds(policy: Policy, spec: pb.PoolSpec) -> int:
-    """Return how long before its time limit a task of this pool is warned."""
+    """Return how many seconds before its time limit a task of this pool is warned."""
     return min(policy.slurm.warning_seconds, spec.time_limit_seconds // _LARGEST_WARNING_SHARE)
 
 
 def submission(
     policy: Policy, key: str, caller: str, spec: pb.PoolSpec, grant: Grant, run: PoolDirectory
 ) -> Submission:
-    """Return what Slurm is asked for, once the policy has granted it to that caller."""
+    """Return the submission of a pool that the policy has granted to that caller."""
     share = per_job(spec)
     return Submission(
         name=slurm_job_name(key),

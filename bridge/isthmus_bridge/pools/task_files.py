@@ -1,4 +1,4 @@
-"""What the pools' own files tell, and the queue does not: ends of clients that share a job, last lines of logs."""
+"""Information that only the pools' files hold: the ends of clients that share a job, and the last lines of logs."""
 
 import logging
 import math
@@ -18,13 +18,13 @@ from .observation import Observation
 log = logging.getLogger(__name__)
 
 _MAX_TAILS = 32
-# Files of another local user are looked into this often, and whenever the queue tells something new of the pool: each
-# time costs a process.
+# Files of another local user are read this often, and when the pool's tasks change in the queue: each time costs a
+# process. Seconds.
 _LOOK_AGAIN = 10.0
 
 
 class TaskFiles:
-    """Looks into the pools' directories."""
+    """Reader of the pools' directories."""
 
     def __init__(self, policy: Policy, monotonic: Callable[[], float]) -> None:
         self._policy = policy
@@ -32,11 +32,12 @@ class TaskFiles:
         self._looked: dict[str, tuple[float, dict[int, str]]] = {}
 
     def forget(self, key: str) -> None:
-        """The pool is over."""
+        """Drop what is kept about a pool that is over."""
         self._looked.pop(key, None)
 
     def add_to(self, entry: Entry, spec: pb.PoolSpec, observation: Observation) -> Observation:
-        """The observation, with what the files tell more. Without it where they cannot be read: the log says so."""
+        """Return the observation, completed from the pool's files; if they are unreadable, log it and change
+        nothing."""
         if entry.user and not self._due(entry.key, observation):
             return observation
         try:
@@ -57,14 +58,14 @@ class TaskFiles:
 
 
 def _with_exits(run: PoolDirectory, entry: Entry, spec: pb.PoolSpec, observation: Observation) -> Observation:
-    """Adds how clients ended that share a job: of them Slurm tells only once the whole job is over."""
+    """Add the ends of clients that share a job: Slurm reports them only when the whole job is over."""
     if per_job(spec) == 1 or not (wanted := without_exit(observation, spec)):
         return observation
     return with_exits(observation, entry.array_id, run.exits(wanted))
 
 
 def _with_tails(run: PoolDirectory, spec: pb.PoolSpec, observation: Observation) -> Observation:
-    """Adds the end of the log to each task that failed."""
+    """Add the last lines of its log to each failed task."""
     seen = by_client(observation, spec)
     lacking = [i for i, t in seen.tasks.items() if t.meaning is Meaning.FAILED and not t.tail][:_MAX_TAILS]
     if not lacking or sum(bool(task.tail) for task in seen.tasks.values()) >= _MAX_TAILS:

@@ -1,1 +1,1 @@
-"""Slurm behind one small interface: :class:`~isthmus_bridge.slurm.model.SlurmAdapter`."""
+"""Access to Slurm through one interface, :class:`~isthmus_bridge.slurm.model.SlurmAdapter`."""

@@ -22,11 +22,11 @@ from .model import (
 from .run_as import AsUserError, Delegate
 from .unix_users import uid_of
 
-# A site with a hundred thousand tasks in the queue stays far below this.
+# Limit of a program's output in bytes; a queue of a hundred thousand tasks is far below it.
 _MAX_LISTING = 64 << 20
-# An sbatch whose bridge has died gets this much longer than one whose bridge lives.
+# Additional time for an sbatch whose bridge has died. Seconds.
 _ORPHAN_SECONDS = 2.0
-# A site is upgraded while the bridge runs.
+# The description is read again after this time, since Slurm may be upgraded while the bridge runs. Seconds.
 _DESCRIBE_AGAIN = 3600.0
 _QUERY = {
     "LC_ALL": "C",
@@ -38,10 +38,10 @@ _QUERY = {
 _MEMORY = {"per-node": "--mem", "per-cpu": "--mem-per-cpu", "per-gpu": "--mem-per-gpu"}
 _GPUS = {"per-task": "--gpus-per-task", "per-node": "--gpus-per-node", "per-job": "--gpus"}
 
-# With --parsable the id, or the id and the cluster's name; some sites' wrappers drop --parsable.
+# With --parsable sbatch prints the id, or the id and the cluster; wrappers at some sites drop --parsable.
 _ANSWER = re.compile(r"(\d+)(?:;(.*))?|Submitted batch job (\d+)(?: on cluster (.+))?", re.ASCII)
 
-# Those of sbatch's arguments that a site's policy decides.
+# The arguments of sbatch that depend on a site's policy.
 OWN_ARGUMENTS = (
     "--partition", "--account", "--qos", "--mem", "--gres", "--gpus", "--constraint", "--reservation", "--exclusive",
     "--wckey", "--licenses", "--hint", "--switches", "--nodelist", "--exclude", "--nice", "--threads-per-core", "--tmp",
@@ -51,7 +51,7 @@ Observer = Callable[[str, float, bool], None]
 
 
 def arguments(submission: Submission) -> list[str]:
-    """sbatch's arguments. Every value stands behind its option's `=`, so none can pass for an option."""
+    """Return sbatch's arguments. Every value follows its option's `=`, so that none can be taken for an option."""
     minutes = -(-submission.time_limit_seconds // 60)
     listed = [
         "--parsable",
@@ -60,10 +60,10 @@ def arguments(submission: Submission) -> list[str]:
         f"--comment={submission.comment}",
         f"--chdir={submission.directory}",
         f"--output={submission.output}",
-        "--open-mode=append",  # a requeued task must not wipe out why it was requeued
+        "--open-mode=append",  # a requeued task must not overwrite the log of its earlier start
         "--input=none",
-        # All of sbatch's own environment, which is the short one that we made. NONE or a list of names would make
-        # Slurm add the user's login environment, and NIL needs 23.02.
+        # Export the whole environment of sbatch, which the bridge has made. With NONE or a list of names, Slurm would
+        # add the user's login environment, and NIL needs 23.02.
         "--export=ALL",
         "--propagate=NONE",
         "--requeue",
@@ -91,15 +91,15 @@ def arguments(submission: Submission) -> list[str]:
 
 
 def cancellation(uid: int, name: str, array_id: int, first: int, last: int | None) -> list[str]:
-    """scancel, and its arguments. Name and user are further conditions: after a crash Slurm gives ids to other jobs."""
+    """Return the command line of scancel. It states name and user too, since Slurm may reuse an id after a crash."""
     which = str(array_id) if last is None else f"{array_id}_[{first}-{last}]"
-    # A name that someone else gave the array may be longer than squeue was asked to show.
+    # A changed name may be longer than the width that squeue was set to show.
     condition = [f"--name={name}"] if len(name) < parse.NAME_WIDTH else []
     return ["scancel", f"--user={uid}", *condition, which]
 
 
 class CliAdapter:
-    """See :class:`~.model.SlurmAdapter`."""
+    """The :class:`~.model.SlurmAdapter` that runs Slurm's programs."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class CliAdapter:
         delegate: Delegate | None = None,
         operator: bool = False,
     ) -> None:
-        """``delegate``: who runs programs as other users. ``operator``: Slurm shows this user everybody's jobs."""
+        """``delegate``: runs programs as other users. ``operator``: Slurm shows this user the jobs of all users."""
         self._delegate = delegate
         self._operator = operator
         self._timeout = timeout
@@ -127,15 +127,15 @@ class CliAdapter:
         self._described = 0.0
 
     def submit(self, submission: Submission) -> int:
-        """Runs sbatch."""
+        """Run sbatch."""
         return self._submit_as_user(submission) if submission.user else self._submit(submission)
 
     def _submit(self, submission: Submission) -> int:
         last = self._timeout + _ORPHAN_SECONDS
         with in_flight.guarded(submission.directory, last) as locks:
             try:
-                # Slurm makes the job's environment from this one: nothing of the bridge's own is in it.
-                # `timeout` ends it also where this process is dead by then.
+                # Slurm makes the job's environment from this one, which holds nothing of the bridge's environment.
+                # `timeout` ends sbatch even if this process has died.
                 guard = [which("timeout", self._query_env["PATH"]), "--signal=KILL", f"{last:g}"]
                 argv = ["sbatch", *arguments(submission)]
                 result = self._run(argv, env=self._submit_env, inherit=locks, guard=guard)
@@ -144,15 +144,15 @@ class CliAdapter:
             except CommandOutputTooLong as error:
                 raise SubmissionAmbiguous(str(error)) from None
             except OSError as error:
-                # The program was never started.
+                # The program did not start.
                 raise SubmissionRefused(f"sbatch: {error.strerror}", Patience.QUEUE) from None
         return self._check_cluster(submitted(result), result, submission)
 
     def _check_cluster(self, job: int, result: Result, submission: Submission) -> int:
-        """Returns the job where it is on the cluster that the adapter follows.
+        """Return the job if it is on the cluster that the adapter observes.
 
-        Raises :class:`SubmissionRefused` where SLURM_CLUSTERS or a plug-in of the site has sent it to another one: it
-        would run there unseen, so it is cancelled.
+        If SLURM_CLUSTERS or a plug-in of the site has sent it to another cluster, cancel it, since the bridge cannot
+        observe it there, and raise :class:`SubmissionRefused`.
         """
         cluster = cluster_of(result)
         try:
@@ -161,7 +161,7 @@ class CliAdapter:
             return job
         if not cluster or not own or cluster == own:
             return job
-        message = f"sbatch sent it to the cluster {cluster!r} as job {job}, and this bridge follows {own!r}"
+        message = f"sbatch sent it to the cluster {cluster!r} as job {job}, but this bridge observes {own!r}"
         if submission.user:
             raise SubmissionRefused(f"{message}; cancel it by hand")
         _, *rest = cancellation(self._uid, submission.name, job, 0, None)
@@ -172,8 +172,8 @@ class CliAdapter:
         raise SubmissionRefused(f"{message}; it was cancelled")
 
     def _submit_as_user(self, submission: Submission) -> int:
-        # No lock can be inherited through sudo: as with a request over the network, a moment is written down by which
-        # it is over. Another user's process cannot be killed either: it ends itself by then.
+        # sudo passes no descriptors on, so a lock cannot be inherited: record the time by which the submission is over,
+        # as for a request over the network. Another user's process cannot be killed, so it ends itself by then.
         guard = submission.guard or submission.directory
         try:
             in_flight.announce(guard, self._timeout + _ORPHAN_SECONDS)
@@ -195,15 +195,15 @@ class CliAdapter:
 
     def _checked_delegate(self) -> Delegate:
         if self._delegate is None:
-            raise AsUserError("this policy has no settings `users`")
+            raise AsUserError("the policy has no settings `users`")
         return self._delegate
 
     def submission_may_run(self, directory: Path) -> bool:
-        """Return whether an sbatch from this directory may still run: it holds its lock, or was started lately."""
+        """Return whether an sbatch from this directory may still run: it holds its lock, or started recently."""
         return in_flight.may_run(directory)
 
     def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
-        """Runs squeue, once for everything."""
+        """Run squeue, once for all users."""
         owners = {self._uid: ""}
         if users:
             self._must_see(self.describe())
@@ -211,7 +211,7 @@ class CliAdapter:
         listed = ",".join(map(str, owners))
         argv = ["squeue", "--noheader", "--all", "--local", "--states=all", f"--user={listed}"]
         separator = parse.new_separator()
-        # Not among the arguments, which every user of this machine may read.
+        # In the environment, since every user of this machine can read arguments.
         env = {**self._query_env, "SQUEUE_FORMAT2": parse.squeue_format(separator)}
         return parse.squeue(self._ask(argv, env=env), separator, owners)
 
@@ -222,18 +222,18 @@ class CliAdapter:
         return uid
 
     def _must_see(self, description: SiteDescription) -> None:
-        """An answer from which Slurm has taken out other users' jobs is no evidence that there are none."""
+        """Raise :class:`SlurmError` if Slurm hides other users' jobs: their absence would then prove nothing."""
         if description.private_jobs and not self._operator:
             raise SlurmError(
                 "slurm.conf's PrivateData hides other users' jobs; make the bridge's user an operator of Slurm"
-                " (sacctmgr modify user ... set adminlevel=operator), and say `operator: true` in the policy's users"
+                " (sacctmgr modify user ... set adminlevel=operator), and set users.operator: true in the policy"
             )
 
     def history(self, names: Sequence[str], since: float, user: str = "") -> Sequence[TaskRecord]:
-        """Runs sacct."""
+        """Run sacct."""
         uid = self._uid_of(user) if user else self._uid
         if user:
-            # Who asks here has missed jobs: what PrivateData said an hour ago will not do.
+            # The caller misses jobs, so an hour-old value of PrivateData is not good enough.
             self._described = 0.0
             self._description = None
             self._must_see(self.describe())
@@ -243,13 +243,13 @@ class CliAdapter:
         separator = parse.new_separator()
         argv = [*accounting.split(), "--noheader", "--parsable", f"--delimiter={separator}", "--allocations"]
         argv += [f"--format={parse.SACCT_FORMAT}", f"--user={uid}", f"--name={','.join(names)}"]
-        # A day earlier than needed, for clocks that disagree. TZ is UTC.
+        # Start a day early, for clocks that disagree. TZ is UTC.
         argv.append("--starttime=" + time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(max(0.0, since - 86400))))
         return parse.sacct(self._ask(argv), separator, frozenset(names), uid, user)
 
     def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None, user: str = "") -> None:
-        """Runs scancel."""
-        # Its exit code says little: 1 also when the job is over. Whether the job ends shows in squeue.
+        """Run scancel."""
+        # The exit code is also 1 if the job is over. squeue shows whether the job ends.
         accepted = frozenset({0, 1})
         if not user:
             self._ask(cancellation(self._uid, name, array_id, first, last), accept=accepted)
@@ -262,7 +262,7 @@ class CliAdapter:
             raise SlurmError(f"scancel failed: {last_line(result.errors) or f'exit code {result.status}'}")
 
     def describe(self) -> SiteDescription:
-        """Runs scontrol, once an hour."""
+        """Run scontrol, at most once an hour."""
         if self._description is None or time.monotonic() > self._described + _DESCRIBE_AGAIN:
             settings = dict(_settings(self._ask(["scontrol", "show", "config"])))
             self._description = SiteDescription(
@@ -276,14 +276,14 @@ class CliAdapter:
         return self._description
 
     def partitions(self) -> list[str]:
-        """Names of the partitions. Runs sinfo."""
+        """Run sinfo, and return the names of the partitions."""
         return sorted(set(self._ask(["sinfo", "--noheader", "--all", "--format=%R"]).split()))
 
     def _accounting(self, settings: Mapping[str, str]) -> str:
         if settings.get("AccountingStorageType", "").endswith("slurmdbd"):
             return "sacct"
         if settings.get("JobCompType", "").endswith("filetxt"):
-            # Often only Slurm's own user may read that file.
+            # At many sites only the Slurm user may read that file.
             with contextlib.suppress(SlurmError):
                 self._ask(["sacct", "-c", "--noheader", "--parsable2", "--format=JobID"])
                 return "sacct -c"
@@ -292,7 +292,7 @@ class CliAdapter:
     def _ask(
         self, argv: list[str], accept: frozenset[int] = frozenset({0}), env: Mapping[str, str] | None = None
     ) -> str:
-        """Output of a program that changes nothing by being run twice. Raises :class:`SlurmError`."""
+        """Run an idempotent program and return its output. Raises :class:`SlurmError`."""
         try:
             result = self._run(argv, env=env)
         except (CommandTimeout, CommandOutputTooLong) as error:
@@ -329,13 +329,13 @@ class CliAdapter:
 
 
 def submitted(result: Result) -> int:
-    """The job id from sbatch's result. Raises :class:`SubmissionRefused` or :class:`SubmissionAmbiguous`."""
+    """Return the job id in sbatch's result. Raises :class:`SubmissionRefused` or :class:`SubmissionAmbiguous`."""
     if result.status == 0:
         if len(ids := {job for job, _ in _answers(result.output)}) == 1:
             return ids.pop()
         raise SubmissionAmbiguous(f"sbatch answered {result.output[:120]!r} instead of a job id")
     judgement = submission_errors.of_sbatch(result.errors)
-    # Only a clear no counts as one; a signal, a wrapper's error or a broken connection leaves it open.
+    # Only a clear refusal counts as one. After a signal, a wrapper's error or a broken connection it is open.
     if result.status < 0 or judgement.sent is not submission_errors.Sent.REFUSED:
         reason = judgement.reason or last_line(result.errors) or f"exit code {result.status}"
         raise SubmissionAmbiguous(f"sbatch failed: {reason}", waiting=judgement.sent is submission_errors.Sent.WAITING)
@@ -343,20 +343,20 @@ def submitted(result: Result) -> int:
 
 
 def cluster_of(result: Result) -> str:
-    """Returns the cluster that sbatch names behind the job's id, if it does."""
+    """Return the cluster that sbatch names after the job's id; empty if it names none."""
     named = (cluster for _, cluster in _answers(result.output))
     return next((name for name in named if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name)), "")
 
 
 def _answers(output: str) -> Iterator[tuple[int, str]]:
-    """Yields job and cluster (or nothing) of each line that is an answer of sbatch: a site's wrapper adds others."""
+    """Yield job and cluster (may be empty) of each line that is sbatch's answer; wrappers at sites add other lines."""
     for line in output.splitlines():
         if match := _ANSWER.fullmatch(line.strip()):
             yield int(match[1] or match[3]), (match[2] or match[4] or "").strip()
 
 
 def out_of_time(errors: str, message: str = "sbatch did not answer in time") -> SubmissionAmbiguous:
-    """Makes the error for an sbatch that was ended at its time limit. ``errors``: what it had written by then."""
+    """Return the error for an sbatch that was killed at its time limit. ``errors``: its output on standard error."""
     judgement = submission_errors.of_sbatch(errors)
     if judgement.sent is submission_errors.Sent.WAITING:
         return SubmissionAmbiguous(f"Slurm has no room for it: {judgement.reason}", waiting=True)
@@ -364,7 +364,7 @@ def out_of_time(errors: str, message: str = "sbatch did not answer in time") -> 
 
 
 def last_line(text: str) -> str:
-    """The last line with content, shortened."""
+    """Return the last line that is not blank, shortened; empty if there is none."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:400] if lines else ""
 
@@ -377,7 +377,7 @@ def _settings(text: str) -> Iterator[tuple[str, str]]:
 
 
 def which(program: str, path: str) -> str:
-    """The program's path. Raises ``OSError``."""
+    """Return a program's path. Raises ``OSError`` if it is not found."""
     for directory in path.split(":"):
         candidate = Path(directory or ".") / program
         if os.access(candidate, os.X_OK) and candidate.is_file():

@@ -1,4 +1,4 @@
-"""Runs one program with a time limit and bounded output, and without a shell."""
+"""Execution of a program with a time limit and bounded output, without a shell."""
 
 import os
 import selectors
@@ -14,10 +14,10 @@ _CHUNK = 65536
 
 
 class CommandTimeout(Exception):
-    """The program did not end in time, and was killed with all that it had started in its session."""
+    """The program did not end in time, and was killed together with its process group."""
 
     def __init__(self, message: str, errors: str = "") -> None:
-        """``errors``: what it had written to its standard error by then."""
+        """``errors``: its output on standard error so far."""
         super().__init__(message)
         self.errors = errors
 
@@ -28,7 +28,7 @@ class CommandOutputTooLong(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """How a program ended and what it wrote."""
+    """Exit status and output of a program."""
 
     status: int
     output: str
@@ -48,10 +48,10 @@ def run(
     directory: Path | None = None,
     content: bytes = b"",
 ) -> Result:
-    """Runs ``argv``. Raises ``OSError``, :class:`CommandTimeout` and :class:`CommandOutputTooLong`.
+    """Run ``argv``. Raises ``OSError``, :class:`CommandTimeout` and :class:`CommandOutputTooLong`.
 
-    Of the errors only the first 64 KiB are kept. ``inherit``: file descriptors that the program gets. ``content``: what
-    it reads from its standard input.
+    ``timeout``: seconds. ``max_output``: bytes; of standard error only the first 64 KiB are kept. ``inherit``: file
+    descriptors that the program inherits. ``content``: the program's standard input.
     """
     process = subprocess.Popen(
         list(argv),
@@ -60,7 +60,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=directory,
-        # A group of its own, so that a time-out ends a wrapper's children too.
+        # A process group of its own, so that a time-out kills the children of wrappers too.
         start_new_session=True,
         pass_fds=tuple(inherit),
     )
@@ -68,8 +68,8 @@ def run(
         output, errors = _collect(process, time.monotonic() + timeout, max_output, argv[0], content)
         return Result(process.returncode, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace"))
     except BaseException:
-        # A program that has become another user's cannot be killed: it ends by its own time limit, and is reaped later.
-        # The number of one that was reaped may be another's by now.
+        # A program that runs as another user cannot be killed: it ends by its own time limit, and is reaped later.
+        # Do not signal a reaped process: its pid may have been reused.
         if process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -78,7 +78,7 @@ def run(
     finally:
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
-                # What was not written went nowhere.
+                # Unwritten input is dropped.
                 with suppress(BrokenPipeError):
                     stream.close()
 
@@ -100,7 +100,7 @@ def _collect(
             left = deadline - time.monotonic()
             if left <= 0:
                 raise CommandTimeout(f"{name} did not answer in time", _words(taken, out))
-            # A program may end while a stray child of it still holds its output open.
+            # A program may end while one of its children holds the output open.
             ready = selector.select(min(left, 0.5))
             if not ready and process.poll() is not None:
                 break
@@ -133,7 +133,7 @@ def _words(taken: Mapping[int, bytearray], out: int) -> str:
 
 
 def _written(descriptor: int, content: memoryview) -> memoryview:
-    """Writes what fits; what is left. Nothing, where the program reads no more."""
+    """Write as much as fits, and return the rest; an empty rest if the program no longer reads."""
     try:
         return content[os.write(descriptor, content[:_CHUNK]) :]
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""The environment of a job: a short one that the bridge makes, with nothing of the bridge's own in it."""
+"""The environment of jobs and of Slurm's programs: a short one, with nothing of the bridge's own environment."""
 
 import os
 import pwd
@@ -9,15 +9,15 @@ DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
 def user_name(outer: Mapping[str, str]) -> str:
-    """The name of the user who owns the jobs: the one who runs the bridge."""
+    """Return the name of the user who runs the bridge, and owns its jobs."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # in a container that knows the user by number only
+    except KeyError:  # in a container without an entry for the uid
         return outer.get("USER", str(os.getuid()))
 
 
 def job_environment(path: str, outer: Mapping[str, str]) -> dict[str, str]:
-    """What every job has, whichever way it is submitted."""
+    """Return the environment of every job, whatever the adapter."""
     try:
         home = pwd.getpwuid(os.getuid()).pw_dir
     except KeyError:
@@ -27,7 +27,7 @@ def job_environment(path: str, outer: Mapping[str, str]) -> dict[str, str]:
 
 
 def program_environment(path: str, outer: Mapping[str, str], bin_dir: Path | None, conf: Path | None) -> dict[str, str]:
-    """The same for Slurm's own programs: ``bin_dir`` comes first, and they learn which cluster is meant."""
+    """Return the environment of Slurm's programs, with ``bin_dir`` first in PATH, and SLURM_CONF for ``conf``."""
     env = job_environment(f"{bin_dir}:{path}" if bin_dir else path, outer)
     if conf is not None or "SLURM_CONF" in outer:
         env["SLURM_CONF"] = str(conf) if conf is not None else outer["SLURM_CONF"]

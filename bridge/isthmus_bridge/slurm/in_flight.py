@@ -1,8 +1,8 @@
-"""Finds out if a submission from a pool's directory may still be under way, begun by this process or one that died.
+"""Tracking of submissions under way, including those of a bridge that has died.
 
-A program that submits inherits a lock, which lives as long as it does. Some shared file systems (Lustre without
-``-o flock``, some NFS) have no locks, and a request over the network leaves nothing here to hold one: such a submission
-is under way until a moment that is written down before it begins.
+A program that submits inherits a lock, and holds it while it runs. Some shared file systems (Lustre without
+``-o flock``, some NFS) have no locks, and a request over the network has no local process that could hold one: for such
+a submission, the time by which it is over is recorded before it starts.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOL
 
 
 def may_run(directory: Path) -> bool:
-    """Return whether one may be under way. Raises ``OSError``."""
+    """Return whether a submission from this directory may be under way. Raises ``OSError``."""
     return _locked(directory / _LOCK) or time.time() < _until(directory / _UNTIL)
 
 
 @contextlib.contextmanager
 def guarded(directory: Path, seconds: float) -> Iterator[Sequence[int]]:
-    """TaskMarker a submission as under way, for as long as the program lives that inherits the yielded descriptors.
+    """Mark a submission as under way while the program runs that inherits the yielded descriptors.
 
-    Where the file system has no locks it is under way for at most ``seconds``, unless the block ends before by itself
-    or with :class:`SubmissionRefused`. Raises that, before the block begins, where nothing can be written: the quota is
-    used up, or the file system read-only.
+    Without locks, it counts as under way for ``seconds`` at most, or until the block ends normally or with
+    :class:`SubmissionRefused`. Raises :class:`SubmissionRefused` before the block if the directory is not writable
+    (quota exceeded, file system read-only).
     """
     try:
         _refuse_second(directory)
@@ -61,19 +61,19 @@ def guarded(directory: Path, seconds: float) -> Iterator[Sequence[int]]:
     finally:
         os.close(descriptor)
         if over and not has_locks:
-            # Where it cannot be removed it expires.
+            # If it cannot be removed, it expires.
             with contextlib.suppress(OSError):
                 settle(directory)
 
 
 def lockable(directory: Path) -> bool:
-    """Return whether the file system of a folder has locks. Raises ``OSError`` where no file can be made in it."""
+    """Return whether the file system of a folder has locks. Raises ``OSError`` if no file can be made in it."""
     with tempfile.TemporaryFile(dir=directory) as file:
         return _take(file.fileno())
 
 
 def _take(descriptor: int) -> bool:
-    """Takes the lock. Returns False where the file system has none."""
+    """Take the lock. Return False if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -86,13 +86,13 @@ def _take(descriptor: int) -> bool:
 
 
 def announce(directory: Path, seconds: float) -> None:
-    """Writes down, durably, that a request is under way for at most so long. Raises ``OSError``."""
+    """Record durably that a request is under way for at most ``seconds``. Raises ``OSError``."""
     _refuse_second(directory)
     files.replace(directory / _UNTIL, f"{time.time() + seconds:.3f}\n".encode(), 0o600, sync=True)
 
 
 def settle(directory: Path) -> None:
-    """The request is over: its answer is known, or it was never sent."""
+    """Record that the request is over: its answer is known, or it was not sent."""
     (directory / _UNTIL).unlink(missing_ok=True)
 
 
@@ -123,5 +123,5 @@ def _until(path: Path) -> float:
         text = untrusted_files.read(path, _UNTIL_BYTES).decode("ascii", "replace").strip()
     except FileNotFoundError:
         return 0.0
-    # What is not understood was written by nobody we know: it says nothing about the past.
+    # Unknown content does not prove that a submission is over.
     return float(text) if re.fullmatch(r"\d{1,12}\.\d{3}", text) else float("inf")

@@ -1,6 +1,6 @@
-"""What a site's admin adds to each submission: a closed list of options, and the form of each value.
+"""The options that a site's admin can add to submissions, and the form of their values.
 
-No more than the standard library is imported: the helper that runs as other users checks values here too.
+Only the standard library is imported, because the helper that runs as other users checks values too.
 """
 
 import re
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-# Each form begins with a character that begins no option, and holds neither blanks nor control characters.
+# No value can begin like an option, or contain blanks or control characters.
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+@:-]*"
 # Features, with the operators that sbatch knows: a100&nvme, [rack1|rack2], (a|b)&c, node*2.
 CONSTRAINT = r"[A-Za-z0-9_(\[][A-Za-z0-9_.+:=&|,*()\[\]-]*"
@@ -35,7 +35,7 @@ _FORMS: Mapping[str, re.Pattern[str]] = {
 }
 _CHOICES = {"exclusive": EXCLUSIVE, "hint": HINTS, "gres_flags": GRES_FLAGS, "memory": MEMORY, "gpus": GPUS}
 _NUMBERS = {"nice": (-10_000, 2_147_483_645), "threads_per_core": (0, 64), "tmp_mib": (0, 1 << 30)}
-# What each adapter cannot ask for. The command line knows all of it.
+# Options that an adapter does not support.
 LACKING: Mapping[str, Sequence[str]] = {
     "cli": (),
     "rest": ("hint", "switches", "nodelist", "exclude", "gres_flags", "tmp_mib"),
@@ -45,7 +45,7 @@ LACKING: Mapping[str, Sequence[str]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """The site's own options of one submission; an empty value leaves its option out."""
+    """The site's own options of one submission. An empty value leaves the option out."""
 
     constraint: str = ""
     reservation: str = ""
@@ -61,21 +61,21 @@ class Options:
     threads_per_core: int = 0
     tmp_mib: int = 0
     memory: str = "per-node"
-    """How memory is asked for."""
+    """The way to request memory."""
     gpus: str = "gres"
-    """How GPUs are asked for."""
+    """The way to request GPUs."""
 
     def with_(self, changes: Mapping[str, Any]) -> "Options":
-        """Return these options, with others in the place of some."""
+        """Return a copy with some options replaced."""
         return replace(self, **changes)
 
     def stated(self) -> dict[str, Any]:
-        """Return those that differ from the defaults, by name."""
+        """Return the options that differ from the defaults, by name."""
         return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
 
 
 def read(content: Mapping[str, Any]) -> Options:
-    """Check what :meth:`Options.stated` gave, and return the options. Raises ``ValueError``."""
+    """Check the result of :meth:`Options.stated`, and return the options. Raises ``ValueError``."""
     for name, value in content.items():
         if name in _NUMBERS:
             least, most = _NUMBERS[name]
@@ -92,7 +92,7 @@ def read(content: Mapping[str, Any]) -> Options:
 
 
 def arguments(options: Options) -> Iterator[str]:
-    """Yield sbatch's arguments for all but memory and GPUs, whose amounts are the pool's."""
+    """Yield sbatch's arguments, without memory and GPUs, whose amounts depend on the pool."""
     for name in ("constraint", "reservation", "wckey", "licenses", "hint", "switches", "nodelist", "exclude"):
         if value := getattr(options, name):
             yield f"--{name}={value}"

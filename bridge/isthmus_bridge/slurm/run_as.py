@@ -1,4 +1,4 @@
-"""Running Slurm's programs as another local user: what the adapter needs of whoever can do that."""
+"""The interface for running Slurm's programs as another local user."""
 
 import errno
 from typing import Protocol
@@ -8,9 +8,10 @@ from .model import Submission
 
 
 class AsUserError(OSError):
-    """It could not be done as that user. ``strerror`` is one line. ``begun``: something may have been, all the same.
+    """An operation as another user failed. ``strerror`` is one line.
 
-    ``errors``: what a program that was ended at its time limit had written to its standard error.
+    ``begun``: the operation may have been executed all the same. ``errors``: the standard error of a program that was
+    killed at its time limit.
     """
 
     def __init__(self, message: str, *, begun: bool = False, errors: str = "") -> None:
@@ -20,12 +21,12 @@ class AsUserError(OSError):
 
 
 class Delegate(Protocol):
-    """Runs two of Slurm's programs as local users. Every method raises :class:`AsUserError`."""
+    """Access to Slurm's programs as local users. Every method raises :class:`AsUserError`."""
 
     def submit(self, submission: Submission, deadline: float) -> Result:
-        """Runs sbatch as the submission's user. No sbatch lives after ``deadline``, in seconds since the epoch."""
+        """Run sbatch as the submission's user. It has ended by ``deadline``, in seconds since the epoch."""
         ...
 
     def cancel(self, user: str, name: str, array_id: int, first: int, last: int | None) -> Result:
-        """Runs scancel as that user."""
+        """Run scancel as that user."""
         ...

@@ -1,10 +1,10 @@
-"""Every job state that Slurm documents, and what it means for a task of a pool."""
+"""All job states that Slurm documents, and their meaning for a task of a pool."""
 
 from enum import Enum
 
 
 class Meaning(Enum):
-    """What a state means for a task."""
+    """The meaning of a state for a task."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -14,11 +14,11 @@ class Meaning(Enum):
 
     @property
     def over(self) -> bool:
-        """Whether the task has ended and holds no resources."""
+        """True if the task has ended and holds no resources."""
         return self not in (Meaning.WAITING, Meaning.RUNNING)
 
 
-# squeue(1), "JOB STATE CODES", 22.05 to 25.11, base states and flags alike: squeue prints a flag in the state's place.
+# squeue(1), "JOB STATE CODES", 22.05 to 25.11, base states and flags: squeue prints a flag instead of the state.
 MEANINGS: dict[str, Meaning] = {
     "PENDING": Meaning.WAITING,
     "CONFIGURING": Meaning.WAITING,  # nodes are allocated and boot
@@ -30,12 +30,12 @@ MEANINGS: dict[str, Meaning] = {
     "SPECIAL_EXIT": Meaning.WAITING,  # requeued and held
     "EXPEDITING": Meaning.WAITING,  # requeued ahead of others
     "RUNNING": Meaning.RUNNING,
-    "COMPLETING": Meaning.RUNNING,  # how it ended shows when it has
+    "COMPLETING": Meaning.RUNNING,  # the final state follows
     "RESIZING": Meaning.RUNNING,
     "SIGNALING": Meaning.RUNNING,
     "STAGE_OUT": Meaning.RUNNING,
     "STOPPED": Meaning.RUNNING,  # keeps its processors
-    "SUSPENDED": Meaning.RUNNING,  # gave them up, goes on later
+    "SUSPENDED": Meaning.RUNNING,  # without processors, resumes later
     "UPDATE_DB": Meaning.RUNNING,
     "COMPLETED": Meaning.SUCCEEDED,
     "BOOT_FAIL": Meaning.FAILED,
@@ -51,20 +51,20 @@ MEANINGS: dict[str, Meaning] = {
     "CANCELLED": Meaning.CANCELLED,
 }
 
-# Not a word of Slurm's: neither queue, accounts nor the task's own marks tell how it ended.
+# Not a state of Slurm: neither the queue, accounting nor the task's own markers record how it ended.
 LOST = "LOST"
 MEANINGS[LOST] = Meaning.FAILED
 
-# States that need no mention of their own in a pool's status.
+# States that are not listed in a pool's status.
 PLAIN = frozenset({"PENDING", "RUNNING", "COMPLETED"})
 
 
 def normal(text: str) -> str:
-    """Slurm's word for a state, without additions: ``CANCELLED by 1000`` and ``RUNNING+`` lose theirs."""
+    """Return the name of a state without additions, as in ``CANCELLED by 1000`` and ``RUNNING+``."""
     words = text.split()
     return words[0].rstrip("+") if words else ""
 
 
 def meaning(state: str) -> Meaning:
-    """What the state means. One that this table does not know counts as running: nothing ends by a misunderstanding."""
+    """Return the meaning of a state. Unknown states count as running, so that they end no pool."""
     return MEANINGS.get(state, Meaning.RUNNING)

@@ -1,4 +1,4 @@
-"""Classifies a failed submission by the words of Slurm, whichever adapter they came through."""
+"""Classification of failed submissions by Slurm's error messages, for all adapters."""
 
 import errno
 import os
@@ -11,33 +11,33 @@ from .model import Patience
 
 
 class Sent(Enum):
-    """How far a failed submission came."""
+    """Possible ends of a failed submission."""
 
     REFUSED = "refused"
-    """The controller answered no, or sbatch never asked it: there is no job."""
+    """The controller refused it, or sbatch did not send it: there is no job."""
     PERHAPS = "perhaps"
-    """The controller may have heard it: only a look-up shows whether there is a job."""
+    """The controller may have received it: only a look-up shows whether there is a job."""
     WAITING = "waiting"
-    """sbatch was between two tries of its own when it was ended. The last try may have been heard."""
+    """sbatch was killed while it waited to retry. The controller may have received its last attempt."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict on a failed submission."""
+    """The classification of a failed submission."""
 
     sent: Sent
     reason: str
-    """All that sbatch, Slurm and the site's plug-ins said, in one line."""
+    """All messages of sbatch, Slurm and the site's plug-ins, in one line."""
     patience: Patience = Patience.NONE
 
 
 _LONGEST_REASON = 400
 _LINE = re.compile(r"^sbatch: (?:(?:error|fatal): )?(.*)$")
 _FAILED = re.compile(r"^(?:Batch job submission failed|Unable to allocate resources): *(.*)$")
-# sbatch says this once, and then tries again by itself for two minutes (sbatch.c, MAX_RETRIES).
+# sbatch prints this once, and then retries by itself for two minutes (sbatch.c, MAX_RETRIES).
 RETRYING = re.compile(r"sleeping and retrying|temporarily disabled, retrying")
 
-# Sentences of slurm_errno.c about the way to the controller, not of the controller.
+# Messages of slurm_errno.c about the communication with the controller, not from the controller.
 _COMMUNICATION = re.compile(
     r"timed? ?out|unable to contact|socket|connect|communicat|transport|zero bytes|unexpected message|i/o error"
     r"|interrupted|insane message|header lengths|protocol|credential|munge|incomplete message"
@@ -45,14 +45,14 @@ _COMMUNICATION = re.compile(
     re.IGNORECASE,
 )
 _UNSPECIFIED = re.compile(r"unspecified error", re.IGNORECASE)
-# Lines of Slurm's library about the way to the controller. A site's own sentence does not begin like this.
+# Lines of Slurm's library about the communication with the controller. Messages of sites do not begin like this.
 _LIBRARY = re.compile(
     r"^(?:slurm_\w+|_?slurm\w*_\w+|auth/?_?\w*|_\w+|munge|If munged|Munge|Unable to (?:contact|connect|establish)"
     r"|Error connecting|Failed to connect)\b.*",
 )
-# Words of the operating system tell what befell sbatch while it talked to the controller; one stands for "try again".
+# Errors of the operating system concern the communication with the controller, except EAGAIN ("try again").
 _OF_THE_SYSTEM = frozenset(os.strerror(number) for number in errno.errorcode if number != errno.EAGAIN)
-# sbatch could not read the configuration or find the controller's address: nothing was sent.
+# sbatch could not read the configuration or resolve the controller's address: nothing was sent.
 _BEFORE_SENDING = re.compile(
     r"configuration (?:source|file|server)|configless|resolve_ctls|fetch_config|DNS SRV|getaddrinfo|host name lookup"
     r"|Unable to resolve|name resolution|SlurmUser|slurm\.conf|plugin|passwd|getpwuid|user name|uid_from"
@@ -67,28 +67,28 @@ _QUEUE = re.compile(
     r"|currently (?:disabled|unavailable)|draining|inactive",
     re.IGNORECASE,
 )
-# Limits that no waiting changes: the request itself is above them.
+# Limits that the request itself exceeds, so that retrying is useless.
 _PERMANENT_LIMIT = re.compile(r"time limit|node limit|MaxArraySize|TimeLimit|MinSize|array spec", re.IGNORECASE)
-# Accounts and users reach the controller from a database and a directory service, sometimes minutes late; an expired
+# The controller gets accounts and users from a database and a directory service, sometimes minutes late; an expired
 # association may be renewed.
 _ASSOCIATION = re.compile(
     r"invalid account|account/partition combination|invalid qos|invalid user|user id|association", re.IGNORECASE
 )
-# "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)": one sentence for every limit
-# of an account or a QOS. sbatch may say before it which one it was; that on the number of jobs passes.
+# "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)": the same message for
+# all limits of an account or a QOS. sbatch may print before it which one it was; a limit on the number of jobs passes.
 _ACCOUNT_LIMIT = re.compile(r"violates (?:accounting/QOS )?policy", re.IGNORECASE)
 _WHICH = re.compile(r"\b(?:QOS|Assoc)(?:Max|Min|Grp)\w+")
-# Said beside "node configuration is not available" where no node of the site, up or down, could serve the request.
+# Printed with "node configuration is not available" if no node of the site, up or down, could serve the request.
 _IMPOSSIBLE = re.compile(
     r"(?:specification|per node|count) can ?not be satisfied|more processors requested|too many cpus", re.IGNORECASE
 )
 
 
 def of_sbatch(errors: str) -> Judgement:
-    """Judges sbatch's standard error, line by line.
+    """Classify sbatch's standard error.
 
-    Only Slurm's own sentence decides whether the controller may have heard the request: the words of a site's plug-in
-    (job_submit.lua, cli_filter) become part of the reason, whatever they are.
+    Only Slurm's own message decides whether the controller may have received the request. Messages of a site's plug-in
+    (job_submit.lua, cli_filter) only become part of the reason.
     """
     lines = [match[1].strip() for line in errors.splitlines() if (match := _LINE.match(line.strip()))]
     lines = [line for line in lines if line]
@@ -103,18 +103,18 @@ def of_sbatch(errors: str) -> Judgement:
         return Judgement(Sent.REFUSED, reason, Patience.QUEUE)
     if not others or any(_COMMUNICATION.search(line) for line in others):
         return Judgement(Sent.PERHAPS, reason)
-    # sbatch's own no, about its arguments and files.
+    # Refused by sbatch itself, because of its arguments or files.
     return Judgement(Sent.REFUSED, reason)
 
 
 def of_slurm(sentences: Sequence[str], others: Sequence[str] = ()) -> Judgement:
-    """Judges Slurm's own sentences about a submission. ``others``: what else was said, such as a site's own words."""
+    """Classify Slurm's own messages about a submission. ``others``: other messages, such as those of the site."""
     reason = in_one_line([*others, *sentences])
     for sentence in sentences:
         if _COMMUNICATION.search(sentence) or sentence in _OF_THE_SYSTEM or not sentence:
             return Judgement(Sent.PERHAPS, reason)
         if _UNSPECIFIED.search(sentence) and (not others or any(_LIBRARY.match(line) for line in others)):
-            # After a line of the site's plug-in it is the number that job_submit.lua returned (slurm.ERROR).
+            # After a message of the site's plug-in, it is the return value of job_submit.lua (slurm.ERROR).
             return Judgement(Sent.PERHAPS, reason)
     return Judgement(Sent.REFUSED, reason, _patience(" ".join(sentences), " ".join(others)))
 
@@ -131,7 +131,7 @@ def _patience(sentence: str, before: str) -> Patience:
 
 
 def in_one_line(lines: Sequence[str]) -> str:
-    """Joins lines without repetitions; the last one, Slurm's own, is kept where the whole is too long."""
+    """Join lines without repetitions. If the result is too long, keep the last line, which is Slurm's own."""
     words = list(dict.fromkeys(" ".join(line.split()) for line in lines))
     if not words:
         return ""

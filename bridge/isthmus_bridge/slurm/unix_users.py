@@ -1,10 +1,10 @@
-"""The users of this machine."""
+"""The Unix users of this machine."""
 
 import pwd
 
 
 def uid_of(user: str) -> int | None:
-    """The user's number; None: this machine does not know it, now."""
+    """Return the uid of a user; ``None`` if this machine does not know the user at the moment."""
     try:
         return pwd.getpwnam(user).pw_uid
     except KeyError:

@@ -1,1 +1,1 @@
-"""Pools of other local users: what must be done as one of them goes through sudo to :mod:`.helper`."""
+"""Pools of other local users. Operations as another user go through sudo to :mod:`.helper`."""

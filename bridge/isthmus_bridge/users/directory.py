@@ -1,7 +1,7 @@
 """The directory of a pool that belongs to another local user: a :class:`~..files.run_directory.RunDirectory` by proxy.
 
-In the bridge's own ``run_dir`` stands a folder of the same key. It holds the moment until which a submission may be
-under way, and ``credentials-of``, the user's name, as long as that user's directory may hold the pool's credentials.
+The bridge's own ``run_dir`` has a folder with the same key. It records the time until which a submission may be under
+way, and the user's name in ``credentials-of`` while that user's directory may hold the pool's credentials.
 """
 
 import re
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 class UserDirectory:
-    """Files of one pool, which belong to the given user."""
+    """Files of one pool, owned by the given user and accessed through the helper."""
 
     def __init__(self, root: Path, own_root: Path, key: str, user: str, as_user: AsUser) -> None:
-        """``root``: of the user's pools; ``own_root``: of the bridge's."""
+        """``root``: the directory of the user's pools; ``own_root``: that of the bridge's pools."""
         there = RunDirectory(root, key)
         self.path, self.script, self.client_script, self.tls = there.path, there.script, there.client_script, there.tls
         self.log_pattern, self.job_log_pattern = there.log_pattern, there.job_log_pattern
@@ -60,7 +60,7 @@ class UserDirectory:
         self._ask("scripts", batch=batch, client=client)
 
     def holds_credentials(self) -> bool:
-        """Return whether the directory may still hold the pool's credentials."""
+        """Return whether the pool's credentials may still be in the user's directory."""
         return (self.guard / _OWNER).exists()
 
     def submitted(self) -> bool:
@@ -91,39 +91,40 @@ class UserDirectory:
     ) -> dict[int, str]:
         """See :meth:`~..files.run_directory.RunDirectory.tails`."""
         wanted = list(indices)
-        told = self._ask("tails", indices=wanted, lines=lines, limit=limit, of_jobs=of_jobs) if wanted else {}
-        return {index: str(told.get(str(index), "")) for index in wanted}
+        answer = self._ask("tails", indices=wanted, lines=lines, limit=limit, of_jobs=of_jobs) if wanted else {}
+        return {index: str(answer.get(str(index), "")) for index in wanted}
 
     def log_tail(self, index: int, lines: int, limit: int) -> str:
         """See :meth:`~..files.run_directory.RunDirectory.log_tail`."""
         return str(self._ask("log", index=index, lines=lines, limit=limit))
 
 
-def _mark(told: Any) -> TaskMarker:
-    code = told["exit_code"]
-    return TaskMarker(int(told["array_id"]), str(told["node"]), None if code is None else _code(code))
+def _mark(answer: Any) -> TaskMarker:
+    code = answer["exit_code"]
+    return TaskMarker(int(answer["array_id"]), str(answer["node"]), None if code is None else _code(code))
 
 
-def _exit(told: Any) -> Exit:
-    return Exit(int(told["array_id"]), int(told["restarts"]), _code(told["code"]))
+def _exit(answer: Any) -> Exit:
+    return Exit(int(answer["array_id"]), int(answer["restarts"]), _code(answer["code"]))
 
 
-def _code(told: Any) -> int:
-    if (code := exit_code(str(told))) is None:
-        raise ValueError(told)
+def _code(answer: Any) -> int:
+    if (code := exit_code(str(answer))) is None:
+        raise ValueError(answer)
     return code
 
 
-def _read(one: Callable[[Any], T], told: Any) -> dict[int, T]:
-    """Check what that user's processes may have forged. Raises :class:`AsUserError` where it is malformed."""
+def _read(one: Callable[[Any], T], answer: Any) -> dict[int, T]:
+    """Validate an answer, which the user's processes may have forged. Raises :class:`AsUserError` if it is
+    malformed."""
     try:
-        return {int(index): one(fields) for index, fields in told.items()}
+        return {int(index): one(fields) for index, fields in answer.items()}
     except (AttributeError, LookupError, TypeError, ValueError):
-        raise AsUserError("an answer that is not understood", begun=True) from None
+        raise AsUserError("the helper's answer is malformed", begun=True) from None
 
 
 def owner(guard: Path) -> str:
-    """The user whose directory may hold the credentials of the pool of this folder; empty: nobody's."""
+    """Return the user whose directory may hold the credentials of the pool of this folder; empty if there is none."""
     try:
         text = untrusted_files.read(guard / _OWNER).decode("ascii")
     except (OSError, UnicodeDecodeError):

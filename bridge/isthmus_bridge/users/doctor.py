@@ -1,4 +1,4 @@
-"""Tells an admin whether the bridge can be other local users here, and whether sudo lets it do more than it must."""
+"""Checks for the doctor command: whether the bridge can act as its local users, and sudo allows nothing else."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ _PACKAGES = ("isthmus_bridge", "isthmus_contracts")
 
 
 def examine(policy: Policy) -> Iterator[tuple[bool, str]]:
-    """Lines, each with whether it is well; none where the policy names no local users."""
+    """Yield (good, message) for each check; nothing if the policy names no local users."""
     users = local_users(policy)
     if not users:
         return
@@ -37,29 +37,29 @@ def examine(policy: Policy) -> Iterator[tuple[bool, str]]:
 
 
 def visibility(policy: Policy, described: SiteDescription) -> Iterator[tuple[bool, str]]:
-    """Whether the queue shows other users' jobs to the bridge."""
+    """Yield whether the queue shows other users' jobs to the bridge, as (good, message)."""
     if not local_users(policy):
         return
     assert policy.users is not None
     if not described.private_jobs:
         yield True, "queue: shows other users' jobs (no PrivateData=jobs)"
     elif policy.users.operator:
-        yield True, "queue: PrivateData=jobs; the policy says that this user is an operator of Slurm (users.operator)"
+        yield True, "queue: PrivateData=jobs; the policy states that this user is a Slurm operator (users.operator)"
     else:
         yield (
             False,
-            "queue: PrivateData hides other users' jobs; make this user an operator, and say users.operator: true",
+            "queue: PrivateData hides other users' jobs; make this user a Slurm operator, and set users.operator: true",
         )
 
 
 def _becomes(policy: Policy, user: str) -> tuple[bool, str]:
     who = f"local user {user}"
     try:
-        told = AsUser(policy).ask(user, "hello")
+        answer = AsUser(policy).ask(user, "hello")
     except AsUserError as error:
-        return False, f"{who}: {error.strerror}; `isthmus-bridge sudoers` prints the rule that this takes"
-    if not isinstance(told, dict) or told.get("user") != user:
-        return False, f"{who}: sudo makes the bridge somebody else"
+        return False, f"{who}: {error.strerror}; `isthmus-bridge sudoers` prints the rule that this needs"
+    if not isinstance(answer, dict) or answer.get("user") != user:
+        return False, f"{who}: sudo runs the helper as another user"
     return True, f"{who}: the bridge can submit and cancel as that user; files in {run_dir(policy, user)}"
 
 
@@ -74,35 +74,35 @@ def _nothing_else(policy: Policy, users: Sequence[str]) -> tuple[bool, str]:
     except OSError as error:
         return False, f"sudo: {policy.users.sudo}: {error.strerror}"
     if result.status:
-        return False, "sudo: does not tell what it allows this user (`sudo --list`)"
+        return False, "sudo: does not list what it allows this user (`sudo --list`)"
     if more := surplus(result.output, policy, users):
         return False, f"sudo: allows this user more than the bridge needs: {'; '.join(more)}"
     return True, "sudo: allows this user nothing else"
 
 
 def _unchangeable() -> tuple[bool, str]:
-    """Whoever can change what sudo runs can run anything."""
+    """Check that only root can change the programs that sudo runs: others could run anything as those users."""
     if path := changeable(code_paths()):
-        message = f"{path} is not root's alone, and sudo runs what is there: let root install the bridge"
+        message = f"users other than root can change {path}, which sudo runs: let root install the bridge"
         return False, f"sudo: {message}"
-    return True, "sudo: what it runs can be changed by root only"
+    return True, "sudo: only root can change the programs that it runs"
 
 
 def code_paths() -> list[Path]:
-    """Where the helper's code comes from."""
+    """Return the paths from which the helper's code is loaded."""
     found = [Path(sys.executable), Path(sys.prefix), Path(os.__file__).parent]
     for name in _PACKAGES:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin is not None:
             found.append(Path(spec.origin).parent)
-    # What lies on the way is imported from, or is read at each start (*.pth).
+    # Python imports from each entry of the path, or reads it at each start (*.pth).
     return [*found, *(path for path in map(Path, sys.path) if _is_there(path))]
 
 
 def _is_there(path: Path) -> bool:
-    """Return whether an entry of the import path is a place: finders of editable installations are none.
+    """Return whether an entry of the import path exists as a file or folder. Finders of editable installations do not.
 
-    Where this user may not look, nothing is imported from.
+    Nothing can be imported from an entry that this user cannot access.
     """
     with suppress(PermissionError):
         return path.is_absolute() and path.exists()
@@ -110,7 +110,7 @@ def _is_there(path: Path) -> bool:
 
 
 def changeable(paths: Iterable[Path]) -> Path | None:
-    """The first of the paths, of what is above them or of what they link to, that others than root may change."""
+    """Return the first path that users other than root can change, among the paths, their parents and link targets."""
     todo, seen = list(paths), set[Path]()
     while todo:
         path = Path(os.path.normpath(todo.pop(0)))

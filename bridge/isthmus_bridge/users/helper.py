@@ -1,11 +1,11 @@
-"""The one program that sudo lets the bridge run as another user: it does what a request on its standard input asks for.
+"""The only program that sudo lets the bridge run as another user: it executes one request from standard input.
 
-Run as ``python -I -m isthmus_bridge.users.helper --run-dir DIR``. It keeps that user's pools' directories beneath DIR,
-submits the batch scripts in them, cancels jobs of that user's, and reads their logs; it has no other verb. Whoever
-may run it can have a job of that user's do anything, and can do nothing else as that user on this very machine.
+Run as ``python -I -m isthmus_bridge.users.helper --run-dir DIR``. It manages the directories of that user's pools
+beneath DIR, submits the batch scripts in them, cancels jobs of that user, and reads their logs; it can do nothing else.
+Anyone who may run it can run arbitrary jobs as that user, but nothing else as that user on this machine.
 
-A request and its answer are a JSON object each, bytes in base64. No more than the standard library and the bridge's
-lighter modules are imported: a poll may wait for this program.
+A request and its answer are one JSON object each, with bytes in base64. Only the standard library and light modules
+of the bridge are imported, because polls wait for this program.
 """
 
 import argparse
@@ -36,11 +36,11 @@ PROTOCOL = 2
 MAX_REQUEST = 16 << 20
 _LONGEST = 600.0
 _MAX_OUTPUT = 1 << 16
-# Of the time left: what sbatch gets.
+# Share of the time left that sbatch gets.
 _SHARE = 0.9
 _MAX_TAIL = 1 << 20
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-# The policy has decided what is allowed. Here no value may pass for an option, or hold what Slurm would expand.
+# The policy decides what is allowed. These patterns keep values from being options, or being expanded by Slurm.
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.+-]{0,63})?")
 _ACCOUNT = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.+@:/-]{0,63})?")
 _COMMENT = re.compile(r"[A-Za-z0-9 ./_-]{0,255}")
@@ -48,11 +48,11 @@ _NUMBERS = ("tasks", "time_limit_seconds", "warning_seconds", "cpus_per_task", "
 
 
 class RefusedError(Exception):
-    """The request is not one that this program takes. ``str()`` is one line."""
+    """The request is invalid. ``str()`` is one line."""
 
 
 class Helper:
-    """Does what requests ask for, beneath one directory."""
+    """Executor of requests, beneath one directory."""
 
     def __init__(self, root: Path, bin_dir: Path | None, conf: Path | None) -> None:
         self._root = root
@@ -80,10 +80,13 @@ class Helper:
         }  # fmt: skip
 
     def answer(self, request: Mapping[str, Any]) -> Any:
-        """Raises ``OSError``, :class:`RefusedError`, and what Python raises for a request of the wrong form."""
+        """Execute a request and return its result.
+
+        Raises ``OSError``, :class:`RefusedError`, and Python's own errors for a malformed request.
+        """
         if request["protocol"] != PROTOCOL:
-            raise RefusedError("another version of the bridge is installed than the one that runs; restart it")
-        # Whatever it is, it is over by then: by SIGALRM, which nobody catches.
+            raise RefusedError("the installed bridge is another version than the running one; restart it")
+        # SIGALRM, which has no handler, ends this process after the deadline.
         left = min(_LONGEST, float(request["deadline"]) - time.time())
         if left <= 0:
             raise RefusedError("the request came too late")
@@ -99,11 +102,11 @@ class Helper:
         return self._verbs[request["do"]](RunDirectory(self._root, key), request, left)
 
     def _own_root(self) -> None:
-        """Makes the directory of all pools where it is missing, and uses none that others may enter."""
+        """Make the directory of all pools if it is missing, and refuse one that others may enter."""
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = self._root.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise RefusedError(f"{self._root} must be a directory of this user's own, with mode 0700")
+            raise RefusedError(f"{self._root} must be a directory that this user owns, with mode 0700")
 
     def _submit(self, pool: RunDirectory, request: Mapping[str, Any], left: float) -> Any:
         job = request["job"]
@@ -118,12 +121,12 @@ class Helper:
         )  # fmt: skip
         timeout = which("timeout", self._env["PATH"])
         guard = [timeout, "--signal=KILL", f"{left:g}"]
-        # Some time is left for the answer, which says how far sbatch came.
+        # The rest of the time is for the answer, which reports sbatch's result.
         return self._run([*guard, which("sbatch", self._env["PATH"]), *arguments(wanted)], left * _SHARE)
 
     def _cancel(self, request: Mapping[str, Any], left: float) -> Any:
         last = request["last"]
-        # Someone may have renamed the pool's array: any name will do, and it stays behind its option's `=`.
+        # The pool's array may have been renamed, so any name is valid; it follows its option's `=`.
         name, array_id, first = _text(request["name"]), _number(request["array"]), _number(request["first"])
         program, *rest = cancellation(os.getuid(), name, array_id, first, None if last is None else _number(last))
         return self._run([which(program, self._env["PATH"]), *rest], left)
@@ -155,7 +158,7 @@ def _text(value: Any) -> str:
 
 
 def respond(helper: Helper, content: bytes) -> dict[str, Any]:
-    """The answer to what was read: a result, what kept it from being done, or what sbatch has left open."""
+    """Return the answer to a request: a result, an error, or that it is open whether sbatch submitted the job."""
     try:
         return {"result": helper.answer(json.loads(content))}
     except RefusedError as error:
@@ -172,14 +175,14 @@ def respond(helper: Helper, content: bytes) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Answers one request."""
+    """Answer one request. Return the exit code."""
     parser = argparse.ArgumentParser(prog="isthmus_bridge.users.helper")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--bin-dir", type=Path)
     parser.add_argument("--conf", type=Path)
     options = parser.parse_args()
     if 0 in os.getresuid():
-        print("isthmus-bridge: this is for ordinary users, never for root", file=sys.stderr)
+        print("isthmus-bridge: the helper never runs as root", file=sys.stderr)
         return 2
     os.umask(0o077)
     os.chdir("/")

@@ -1,4 +1,4 @@
-"""Asks the helper, as a user, through sudo."""
+"""Client of the helper, which it runs as another user through sudo."""
 
 import base64
 import json
@@ -16,13 +16,13 @@ from ..slurm.run_as import AsUserError
 from .helper import PROTOCOL
 from .sudoers import command
 
-# Of a hundred logs' ends, twice as long for what JSON escapes.
+# Enough for the ends of a hundred logs, doubled for JSON's escapes. Bytes.
 _MAX_ANSWER = 64 << 20
 _ENVIRONMENT = {"PATH": f"{DEFAULT_PATH}:/usr/sbin:/sbin", "LC_ALL": "C"}
 
 
 class AsUser:
-    """See :class:`~..slurm.run_as.Delegate`, and :meth:`ask`."""
+    """Operations as local users: a :class:`~..slurm.run_as.Delegate`, and further requests by :meth:`ask`."""
 
     def __init__(self, policy: Policy, runner: Runner = run, clock: Callable[[], float] = time.time) -> None:
         self._policy = policy
@@ -30,7 +30,10 @@ class AsUser:
         self._clock = clock
 
     def ask(self, user: str, do: str, key: str = "", deadline: float | None = None, **fields: Any) -> Any:
-        """The helper's result. Raises :class:`AsUserError`."""
+        """Send a request to the helper and return its result. ``deadline``: seconds since the epoch.
+
+        Raises :class:`AsUserError`.
+        """
         now = self._clock()
         deadline = now + self._policy.slurm.command_timeout_seconds if deadline is None else deadline
         request = {"protocol": PROTOCOL, "do": do, "key": key, "deadline": deadline, **fields}
@@ -46,7 +49,7 @@ class AsUser:
         return _result(user, result)
 
     def submit(self, submission: Submission, deadline: float) -> Result:
-        """Runs sbatch."""
+        """Run sbatch."""
         job = {
             name: getattr(submission, name)
             for name in (
@@ -59,12 +62,12 @@ class AsUser:
         return _finished(self.ask(submission.user, "submit", _key(submission.name), deadline, job=job))
 
     def cancel(self, user: str, name: str, array_id: int, first: int, last: int | None) -> Result:
-        """Runs scancel."""
+        """Run scancel."""
         return _finished(self.ask(user, "cancel", name=name, array=array_id, first=first, last=last))
 
 
 def encoded(files: Mapping[str, bytes]) -> dict[str, str]:
-    """Files as a request holds them."""
+    """Return the files as a request holds them, in base64."""
     return {name: base64.b64encode(content).decode("ascii") for name, content in files.items()}
 
 
@@ -76,7 +79,7 @@ def _finished(answer: Any) -> Result:
     try:
         return Result(int(answer["status"]), str(answer["output"]), str(answer["errors"]))
     except (LookupError, TypeError, ValueError):
-        raise AsUserError("an answer that is not understood", begun=True) from None
+        raise AsUserError("the helper's answer is malformed", begun=True) from None
 
 
 def _result(user: str, result: Result) -> Any:
@@ -88,7 +91,7 @@ def _result(user: str, result: Result) -> Any:
     if not isinstance(answer, dict):
         lines = [line.strip() for line in result.errors.splitlines() if line.strip()]
         words = lines[-1][:300] if lines else f"exit code {result.status}"
-        # sudo's own no, or the helper's before it has read anything.
+        # Refused by sudo itself, or by the helper before it read the request.
         no = result.status in (1, 2) and not result.output and words.startswith(("sudo: ", "isthmus-bridge: "))
         raise AsUserError(f"{who}: {words}", begun=not no)
     if "result" in answer:

@@ -1,4 +1,4 @@
-"""Where a pool's files lie: in a directory of the bridge's own, or in one of the local user whose pool it is."""
+"""The location of a pool's files: a directory of the bridge's own, or of the local user who owns the pool."""
 
 from ..files.run_directory import RunDirectory
 from ..policy.policy import Policy
@@ -10,9 +10,9 @@ PoolDirectory = RunDirectory | UserDirectory
 
 
 def pool_directory(policy: Policy, key: str, user: str) -> PoolDirectory:
-    """The directory of the pool with that key. ``user``: the local one; empty: who runs the bridge.
+    """Return the directory of a pool. ``user``: its local user; empty for the user who runs the bridge.
 
-    Raises ``OSError`` where the policy no longer says where that user's directories are.
+    Raises ``OSError`` if the policy no longer has the settings of local users.
     """
     if not user:
         return RunDirectory(policy.run_dir, key)

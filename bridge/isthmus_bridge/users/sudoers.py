@@ -1,4 +1,4 @@
-"""What sudo is asked to run, word by word, and the sudoers rule that allows that and nothing else. Pure."""
+"""The exact commands that the bridge runs through sudo, and the sudoers rule that allows only these. Pure functions."""
 
 import re
 import sys
@@ -14,34 +14,34 @@ MODULE = "isthmus_bridge.users.helper"
 
 
 class RuleError(ValueError):
-    """No rule can be written for that. ``str()`` is one line."""
+    """A path cannot be used in a sudoers rule. ``str()`` is one line."""
 
 
 def run_dir(policy: Policy, user: str) -> Path:
-    """Where that user's pools have their directories. Raises ``OSError``: the policy does not say it (any more)."""
+    """Return the directory of that user's pools. Raises ``OSError`` if the policy has no settings of local users."""
     if policy.users is None:
         raise AsUserError("the policy has no settings `users`")
     return Path(str(policy.users.run_dir).replace("{user}", user))
 
 
 def helper(policy: Policy, user: str, python: str = sys.executable) -> list[str]:
-    """The helper's whole command line for that user: nothing of a request is in it, and sudo takes no other."""
+    """Return the helper's command line for that user. It holds nothing of a request, and sudo allows no other."""
     slurm = policy.slurm
-    # -I: neither the environment nor the user's own packages come into it.
+    # -I ignores the environment and the user's own packages.
     argv = [python, "-I", "-m", MODULE, "--run-dir", str(run_dir(policy, user))]
     argv += ["--bin-dir", str(slurm.bin_dir)] if slurm.bin_dir else []
     return argv + (["--conf", str(slurm.conf)] if slurm.conf else [])
 
 
 def command(policy: Policy, user: str) -> list[str]:
-    """The same through sudo. Raises ``OSError``, as :func:`run_dir`."""
+    """Return the command line that runs the helper through sudo. Raises ``OSError``, as :func:`run_dir`."""
     if policy.users is None:
         raise AsUserError("the policy has no settings `users`")
     return [str(policy.users.sudo), "--non-interactive", f"--user={user}", "--", *helper(policy, user)]
 
 
 def fragment(policy: Policy, bridge_user: str, users: Sequence[str]) -> Iterator[str]:
-    """Lines of a file for /etc/sudoers.d. Raises :class:`RuleError`."""
+    """Yield the lines of a file for /etc/sudoers.d. Raises :class:`RuleError`."""
     commands = {user: " ".join(_plain(helper(policy, user))) for user in users}
     yield "# What isthmus-bridge may do as other users; made by `isthmus-bridge sudoers`. Install it as root:"
     yield "#   isthmus-bridge sudoers ... >isthmus-bridge && visudo -cf isthmus-bridge &&"
@@ -49,14 +49,14 @@ def fragment(policy: Policy, bridge_user: str, users: Sequence[str]) -> Iterator
     yield f"Cmnd_Alias {_ALIAS} = \\"
     for number, user in enumerate(users):
         yield f"    {commands[user]}" + (", \\" if number < len(users) - 1 else "")
-    # Certificates pass through its standard input: they must be in no log.
+    # Its standard input carries private keys, which must not be logged.
     yield f"Defaults!{_ALIAS} env_reset, !setenv, !requiretty, !log_input, !log_output"
     for user in users:
         yield f"{bridge_user} ALL = ({user}) NOPASSWD: NOSETENV: {commands[user]}"
 
 
 def surplus(listing: str, policy: Policy, users: Sequence[str]) -> list[str]:
-    """What `sudo --list` says that the bridge's user may do beyond its rules."""
+    """Return the lines of `sudo --list` that allow the bridge's user more than its rules."""
     wanted = {(user, " ".join(helper(policy, user))) for user in users}
     found = []
     for line in listing.partition("may run the following commands")[2].splitlines()[1:]:
@@ -73,5 +73,5 @@ def surplus(listing: str, policy: Policy, users: Sequence[str]) -> list[str]:
 def _plain(argv: Sequence[str]) -> Sequence[str]:
     for word in argv:
         if word.startswith("/") and PLAIN_PATH.fullmatch(word) is None:
-            raise RuleError(f"{word!r} cannot stand in sudoers; use a path of letters, digits and . _ - + @")
+            raise RuleError(f"{word!r} cannot be used in sudoers; use a path of letters, digits and . _ - + @")
     return argv

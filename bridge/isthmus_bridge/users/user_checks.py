@@ -1,4 +1,4 @@
-"""Which local users a policy names, and whether this machine lets them be used."""
+"""The local users that a policy names, and checks of these users on this machine."""
 
 import os
 import pwd
@@ -10,16 +10,16 @@ from ..policy.policy import Policy, PolicyError
 
 
 def local_users(policy: Policy) -> list[str]:
-    """The local users of the policy, each once."""
+    """Return the local users of the policy, each once."""
     return list(dict.fromkeys(identity.user for identity in policy.identities if identity.user))
 
 
 def fault(user: str) -> str:
-    """Why this machine's user cannot own pools; empty: it can."""
+    """Return why a user of this machine cannot own pools; empty if it can."""
     try:
         uid = pwd.getpwnam(user).pw_uid
     except KeyError:
-        return f"{user!r} is no user of this machine"
+        return f"{user!r} is not a user of this machine"
     if uid == 0:
         return f"{user!r} is root (uid 0): jobs never run as root"
     if uid == os.getuid():
@@ -28,7 +28,7 @@ def fault(user: str) -> str:
 
 
 def faults(policy: Policy) -> Iterator[str]:
-    """What keeps this machine's users from being used, one line each."""
+    """Yield why local users of the policy cannot be used on this machine, one line each."""
     first: dict[int, str] = {}
     for number, identity in enumerate(policy.identities):
         if not identity.user:
@@ -36,7 +36,7 @@ def faults(policy: Policy) -> Iterator[str]:
         if why := fault(identity.user):
             yield f"identities[{number}].user: {why}"
             continue
-        # Slurm tells whose a job is by the number alone.
+        # Slurm identifies the owner of a job by its uid alone.
         uid = pwd.getpwnam(identity.user).pw_uid
         if (other := first.setdefault(uid, identity.user)) != identity.user:
             yield f"identities[{number}].user: {identity.user!r} is the same user as {other!r} (uid {uid})"
@@ -52,7 +52,7 @@ def faults(policy: Policy) -> Iterator[str]:
 
 
 def require(policy: Policy) -> Policy:
-    """The same policy. Raises :class:`PolicyError`."""
+    """Return the policy. Raises :class:`PolicyError` if one of its local users cannot be used."""
     if found := list(faults(policy)):
         raise PolicyError("; ".join(found))
     return policy

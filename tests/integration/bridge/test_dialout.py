@@ -183,18 +183,18 @@ def test_the_doctor_tells_what_is_wrong_with_a_gateway(
     gateway: FakeGateway, authority: Authority, tmp_path: Path
 ) -> None:
     here = GatewaySettings(address=f"localhost:{gateway.port}")
-    assert reach(here, tmp_path) == (True, f"gateway {here.address}: can be reached, and its certificate is good")
+    assert reach(here, tmp_path) == (True, f"gateway {here.address}: can be reached, and its certificate is valid")
     good, line = reach(here.model_copy(update={"server_name": "other.example"}), tmp_path)
-    assert not good and "its certificate is not good: " in line and "other.example" in line
+    assert not good and "its certificate is invalid: " in line and "other.example" in line
     (tmp_path / GATEWAY_CA_FILE).write_bytes(Authority.create("another CA", DAY).certificate)
     good, line = reach(here, tmp_path)
-    assert not good and "its certificate is not good: " in line and GATEWAY_CA_FILE in line
+    assert not good and "its certificate is invalid: " in line and GATEWAY_CA_FILE in line
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     good, line = reach(GatewaySettings(address=f"localhost:{port}"), tmp_path)
     assert not good and "cannot be reached: " in line
     good, line = reach(GatewaySettings(address=f"localhost:{port}", ca=tmp_path / "absent"), tmp_path)
-    assert not good and "its authority cannot be read: " in line
+    assert not good and "its CA file cannot be read: " in line
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_it_dials_through_an_http_proxy(
     assert reach(settings, tmp_path) == (
         True,
         f"gateway gateway.invalid:7446: can be reached through the proxy http://localhost:{proxy.port}, and its"
-        " certificate is good",
+        " certificate is valid",
     )
     one = DialOut([settings], "lumi", tmp_path, metrics)
     one.start(tmp_path / "s")

@@ -162,7 +162,7 @@ def test_the_socket_behind_the_door_never_grows_old(
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("isthmus-bridge-*", r"/isthmus-bridge-\w+/bridge\.sock was removed, and no caller gets through without it;"),
+        ("isthmus-bridge-*", r"/isthmus-bridge-\w+/bridge\.sock was removed, and no caller can connect without it;"),
         ("journal.db", r"/journal\.db was removed, and is written again;"),
     ],
 )

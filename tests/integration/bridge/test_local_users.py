@@ -160,7 +160,7 @@ def test_who_becomes_somebody_else_meanwhile_is_denied(world: World, tmp_path: P
 @pytest.mark.parametrize(
     ("uid", "why"),
     [
-        (None, f"'{ALICE}' is no user of this machine"),
+        (None, f"'{ALICE}' is not a user of this machine"),
         (0, f"'{ALICE}' is root (uid 0): jobs never run as root"),
         (os.getuid(), f"'{ALICE}' is "),
     ],
@@ -312,8 +312,8 @@ def test_hostile_requests_are_refused(tmp_path_factory: pytest.TempPathFactory, 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: (root.mkdir(), root.chmod(0o755)), "must be a directory of this user's own, with mode 0700"),
-        (lambda root: root.symlink_to(root.parent), "must be a directory of this user's own"),
+        (lambda root: (root.mkdir(), root.chmod(0o755)), "must be a directory that this user owns, with mode 0700"),
+        (lambda root: root.symlink_to(root.parent), "must be a directory that this user owns"),
         (lambda root: root.parent.joinpath("pools").touch(), "File exists"),
     ],
 )
@@ -327,7 +327,7 @@ def test_the_helper_uses_no_directory_that_others_may_enter(
 
 def test_the_helper_refuses_what_comes_late_and_what_another_version_asks(root: Path) -> None:
     assert asked(root, do="submit", job=JOB, deadline=time.time() - 1) == {"refused": "the request came too late"}
-    assert "another version of the bridge" in asked(root, do="submit", job=JOB, protocol=99)["refused"]
+    assert "is another version than the running one" in asked(root, do="submit", job=JOB, protocol=99)["refused"]
     assert asked(root, do="spawn") == {"refused": "malformed request"}
     assert not (root / KEY).exists()
 
@@ -350,7 +350,7 @@ def test_two_names_of_one_user_are_refused(tmp_path: Path, monkeypatch: pytest.M
 def test_the_helper_never_runs_as_root(tmp_path: Path) -> None:
     argv = [sys.executable, "-I", "-m", sudoers.MODULE, "--run-dir", str(tmp_path)]
     done = subprocess.run(argv, input="{}", capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "isthmus-bridge: this is for ordinary users, never for root\n")
+    assert (done.returncode, done.stderr) == (2, "isthmus-bridge: the helper never runs as root\n")
 
 
 # -- asking through sudo

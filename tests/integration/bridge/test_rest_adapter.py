@@ -110,8 +110,8 @@ def test_the_newest_version_that_both_know(daemon: Daemon, adapter: RestAdapter)
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (http({"paths": {"/slurm/v0.0.99/job/submit": {}}}), "it offers v0.0.99, this bridge knows v0.0.36 to"),
-        (http(b"<html>"), "it names no version of its API"),
+        (http({"paths": {"/slurm/v0.0.99/job/submit": {}}}), "it offers v0.0.99, this bridge supports v0.0.36 to"),
+        (http(b"<html>"), "it offers no version of its API"),
     ],
     ids=["unknown", "none"],
 )

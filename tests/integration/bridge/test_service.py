@@ -190,7 +190,7 @@ def test_tails_are_bounded(connect: Connect, bridge: Bridge, tmp_path: Path) -> 
     log.write_bytes(b"")
     assert tail(5) == [], "it has said nothing yet"
     log.unlink()
-    assert tail(5) == [f"isthmus: there is no log of task 1: it has not begun, or {log} was removed"]
+    assert tail(5) == [f"isthmus: there is no log of task 1: it has not started, or {log} was removed"]
     log.symlink_to("/etc/passwd")
     (line,) = tail(5)
     assert line.startswith("isthmus: the log of task 1 cannot be read: ") and "root:" not in line

@@ -75,10 +75,10 @@ def test_a_pipe_for_the_moment_of_a_request_keeps_nobody_waiting_and_says_nothin
         except OSError as error:
             failures.append(error)
 
-    assert ends(look) and "is no regular file" in str(failures[0])
+    assert ends(look) and "is not a regular file" in str(failures[0])
     (tmp_path / "request.until").unlink()
     (tmp_path / "request.until").write_bytes(b"\xff\n")
-    assert in_flight.may_run(tmp_path), "what is not understood says nothing about the past"
+    assert in_flight.may_run(tmp_path), "unknown content does not prove that a submission is over"
     (tmp_path / "request.until").unlink()
     os.mkfifo(tmp_path / ".request.until.new")
     assert ends(lambda: in_flight.announce(tmp_path, 60.0)) and in_flight.may_run(tmp_path)

@@ -1,1 +1,1 @@
-"""The way from compute nodes to aggregators, for sites whose nodes cannot dial out: TLS bytes, passed on untouched."""
+"""The relay from compute nodes to aggregators, for sites whose nodes cannot dial out. It forwards TLS unchanged."""

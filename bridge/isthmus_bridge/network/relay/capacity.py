@@ -1,20 +1,20 @@
-"""How many connections the relay may hold: the bridge keeps descriptors for Slurm's commands and for its callers."""
+"""Limits on the relay's connections, so that descriptors stay free for Slurm's programs and for callers."""
 
 import resource
 
 BACKLOG = 256
-"""Connections that asyncio takes at one go, before any can be refused."""
-# Besides those, everything but the relay: callers, the journal, pipes to Slurm's commands.
+"""Connections that asyncio accepts at once, before any can be refused."""
+# Descriptors for these and for the rest of the bridge: callers, the journal, pipes to Slurm's programs.
 _OTHERS = 384 + BACKLOG
 _EACH = 2
-# Of connections that have not said yet where they go: anybody can open those.
+# At most this fraction (1/4) of the connections may not have named a server yet: anyone can open such connections.
 _UNNAMED_SHARE = 4
 
 
 def reserve_files(connections: int) -> int:
-    """Raises the limit of open files as far as so many need it, and returns how many there is room for.
+    """Raise the limit of open files as far as needed for ``connections``; return how many of them fit.
 
-    Not further: Slurm hands the limit on to jobs (PropagateResourceLimits).
+    It is not raised further, because Slurm passes the limit on to jobs (PropagateResourceLimits).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
@@ -28,5 +28,5 @@ def reserve_files(connections: int) -> int:
 
 
 def max_unnamed(connections: int) -> int:
-    """How many of them may be without a name."""
+    """Return how many of the connections may not have named a server yet."""
     return max(1, connections // _UNNAMED_SHARE)

@@ -1,4 +1,4 @@
-"""Finds the server's name in the first bytes that a TLS client sends (RFC 8446, 4.1.2; RFC 6066, 3). Pure."""
+"""Parser of a TLS ClientHello, for the server name (RFC 8446, 4.1.2; RFC 6066, 3). Without side effects."""
 
 _HANDSHAKE = 22
 _CLIENT_HELLO = 1
@@ -8,37 +8,37 @@ _RECORD_HEADER = 5
 _MESSAGE_HEADER = 4
 _LONGEST_RECORD = 1 << 14
 LONGEST = 64 << 10
-"""More than any honest client sends before it is answered. Bytes."""
+"""Limit of a ClientHello's length in bytes; honest clients stay below it."""
 MOST_RECORDS = 64
-"""Honest clients send one, or two."""
+"""Limit of TLS records in a ClientHello; honest clients send one or two."""
 
 
 class NotTls(ValueError):
-    """Nothing that a TLS client sends first."""
+    """The bytes are not a TLS ClientHello."""
 
 
 class ClientHello:
-    """The first bytes of a TLS client, taken in as they arrive: each is looked at once, in however small pieces."""
+    """Incremental parser of the first bytes of a TLS client. It looks at each byte once, whatever the chunks."""
 
     def __init__(self) -> None:
         self.data = bytearray()
-        """All that has arrived."""
-        self._record = 0  # where the record begins that is not complete yet
+        """All bytes received so far."""
+        self._record = 0  # start of the first incomplete record
         self._records = 0
         self._handshake = bytearray()
 
     def feed(self, more: bytes) -> str | None:
-        """Take in bytes. Return the name that the client asks for, in lower case; an empty one if it names none; None
-        while more bytes are needed.
+        """Parse more bytes. Return the requested server name in lower case (empty if there is none), or ``None`` while
+        more bytes are needed.
 
         Raises:
-            NotTls: the bytes are nothing that a TLS client sends first.
+            NotTls: the bytes are not a TLS ClientHello.
         """
         self.data += more
         while (record := self._next_record()) is not None:
             self._records += 1
             if self._records > MOST_RECORDS:
-                raise NotTls("a ClientHello in too many records")
+                raise NotTls("the ClientHello has too many records")
             self._handshake += record
             if self._handshake[0] != _CLIENT_HELLO:
                 raise NotTls("not a ClientHello")
@@ -46,13 +46,13 @@ class ClientHello:
                 continue
             wanted = _MESSAGE_HEADER + int.from_bytes(self._handshake[1:_MESSAGE_HEADER])
             if wanted > LONGEST:
-                raise NotTls("a ClientHello that is too long")
+                raise NotTls("the ClientHello is too long")
             if len(self._handshake) >= wanted:
                 return _server_name(bytes(self._handshake[_MESSAGE_HEADER:wanted]))
         return None
 
     def _next_record(self) -> bytes | None:
-        """The next record's content, once it is complete."""
+        """Return the content of the next record, or ``None`` if it is incomplete."""
         header = self.data[self._record : self._record + _RECORD_HEADER]
         if (header[:1] and header[0] != _HANDSHAKE) or (header[1:2] and header[1] != 3):
             raise NotTls("not a TLS handshake")
@@ -60,7 +60,7 @@ class ClientHello:
             return None
         length = int.from_bytes(header[3:5])
         if not 0 < length <= _LONGEST_RECORD:
-            raise NotTls("a TLS record of no valid length")
+            raise NotTls("invalid length of a TLS record")
         start = self._record + _RECORD_HEADER
         if len(self.data) < start + length:
             return None
@@ -72,7 +72,7 @@ def _server_name(message: bytes) -> str:
     try:
         return _host_name(_extensions(message))
     except IndexError:
-        raise NotTls("a ClientHello that ends too early") from None
+        raise NotTls("the ClientHello is truncated") from None
 
 
 class _Reader:
@@ -89,7 +89,7 @@ class _Reader:
         return taken
 
     def vector(self, width: int) -> "_Reader":
-        """Return what follows its own length, written in ``width`` bytes."""
+        """Take a vector that follows its length, which has ``width`` bytes."""
         return _Reader(self.take(int.from_bytes(self.take(width))))
 
     def rest(self) -> bytes:
@@ -115,6 +115,6 @@ def _host_name(extensions: _Reader) -> str:
             name_kind, name = names.take(1)[0], names.vector(2).rest()
             if name_kind == _HOST_NAME:
                 if not name.isascii() or b"\0" in name:
-                    raise NotTls("a server's name that is none")
+                    raise NotTls("invalid server name")
                 return name.decode("ascii").lower()
     return ""

@@ -1,7 +1,7 @@
-"""Takes connections from compute nodes and passes their bytes on to the aggregator that they ask for by name.
+"""The relay: forwards connections from compute nodes to the aggregator whose server name they request.
 
-TLS runs from the client to the aggregator: what goes through here is ciphertext, and only the name in the first message
-is read. It is looked up among the pools that live, so nobody can be taken anywhere else.
+TLS runs from the client to the aggregator, so the relay sees ciphertext, and reads only the server name in the first
+message. It looks the name up among the live pools, so it connects to no other address.
 """
 
 import asyncio
@@ -25,37 +25,37 @@ log = logging.getLogger(__name__)
 
 _HELLO_SECONDS = 10.0
 _DIAL_SECONDS = 15.0
-# gRPC pings every half minute: a connection that says nothing for so long is dead.
+# gRPC sends a ping every half minute: a connection without data for this long is dead. Seconds.
 _IDLE_SECONDS = 300.0
 _CHUNK = 64 << 10
-# Bytes that wait for a slow receiver before its sender is no longer read.
+# Bytes buffered for a slow receiver before reading from the sender pauses.
 _BUFFER = 256 << 10
 _SPARE_CONNECTIONS = 8
 _STOP_SECONDS = 5.0
-# Refusals of one kind are told once in this time, with their number: anybody can cause them.
+# Refusals for one reason are logged once in this time, with their number: anyone can cause them. Seconds.
 _QUIET_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Route:
-    """Where the clients of a pool go."""
+    """The aggregator to which the clients of a pool connect."""
 
     host: str
     port: int
     connections: int
-    """How many of them may be open at a time."""
+    """Limit of connections open at a time."""
 
 
 Lookup = Callable[[str], Route | None]
 
 
 def connections_of(replicas: int) -> int:
-    """Return how many connections the clients of a pool may have: two each, while one replaces the other."""
+    """Return how many connections the clients of a pool may have: two each, since a new one may replace an old one."""
     return 2 * replicas + _SPARE_CONNECTIONS
 
 
 class RefusedError(Exception):
-    """A connection that goes nowhere. ``reason`` is one of a few words for the metrics."""
+    """The connection is refused. ``reason``: the label for the metrics."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -63,17 +63,17 @@ class RefusedError(Exception):
 
 
 class Relay:
-    """A thread with an event loop of its own, so that bytes flow whatever the rest of the bridge does."""
+    """The relay, in an event loop and thread of its own, so that the rest of the bridge cannot delay it."""
 
     def __init__(self, settings: RelaySettings, lookup: Lookup, metrics: Metrics) -> None:
-        """``lookup`` finds the route of a server's name; it may read the disk, and runs in a thread."""
+        """``lookup`` returns the route of a server name. It may read the disk, and runs in a thread."""
         self._settings = settings
         self._lookup = lookup
         self._metrics = metrics
         self._most = settings.connections
         self._open = Counter[str]()
         self._unnamed = 0
-        # By reason: when the last one was told, and how many were not since.
+        # By reason: when the last refusal was logged, and how many were not logged since.
         self._reported: dict[str, tuple[float, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._thread = LoopThread("relay")
@@ -81,7 +81,7 @@ class Relay:
         self.port = 0
 
     def start(self) -> None:
-        """Listens. Raises ``OSError``."""
+        """Start to listen. Raises ``OSError``."""
         self._most = reserve_files(self._settings.connections)
         if self._most < self._settings.connections:
             log.warning(
@@ -96,14 +96,14 @@ class Relay:
             raise
 
     def stop(self) -> None:
-        """Ends every connection; clients come back to the next bridge."""
+        """Close every connection, and stop. Clients reconnect to the next bridge."""
         if self._server is not None:
             self._thread.run(self._close())
         self._thread.stop()
 
     async def _listen(self) -> None:
         host, port = split(self._settings.listen)
-        # asyncio takes `::` for IPv6 alone.
+        # asyncio would listen at `::` for IPv6 only.
         where: dict[str, Any] = {"sock": bound(host, port)} if host == "::" else {"host": host, "port": port}
         self._server = await asyncio.start_server(self._accept, **where, limit=_BUFFER, backlog=BACKLOG)
         self.port = self._server.sockets[0].getsockname()[1]
@@ -127,7 +127,8 @@ class Relay:
             first, name = await self._first(reader)
             route = await asyncio.to_thread(self._lookup, name)
             if route is None:
-                raise RefusedError("unknown", f"no live pool goes to {name or 'a server without a name'!r}")
+                why = f"no live pool has the server name {name!r}" if name else "no server name was sent"
+                raise RefusedError("unknown", why)
             if self._open[name] >= route.connections:
                 raise RefusedError("limit", f"{route.connections} connections to {name} are open")
             self._open[name] += 1
@@ -142,18 +143,18 @@ class Relay:
         except RefusedError as error:
             self._refused(error.reason, writer, str(error))
         except TimeoutError:
-            self._refused("timeout", writer, f"nothing was said for too long ({name or 'no name yet'})")
+            self._refused("timeout", writer, f"no data for too long ({name or 'no server name yet'})")
         except NotTls as error:
             self._refused("not-tls", writer, str(error))
         except (OSError, asyncio.IncompleteReadError) as error:
-            log.debug("a relayed connection broke: %s", error)
+            log.debug("a relayed connection failed: %s", error)
         finally:
             self._tasks.discard(task)
             _abort(writer)
 
     async def _first(self, reader: asyncio.StreamReader) -> tuple[bytes, str]:
         if self._unnamed >= max_unnamed(self._most):
-            raise RefusedError("limit", f"{self._unnamed} connections have not said yet where they go")
+            raise RefusedError("limit", f"{self._unnamed} connections have not sent a server name yet")
         self._unnamed += 1
         try:
             async with asyncio.timeout(_HELLO_SECONDS):
@@ -169,7 +170,7 @@ class Relay:
             self._reported[reason] = last, untold + 1
             return
         self._reported[reason] = now, 0
-        more = f" ({untold} more like it since the last line)" if untold else ""
+        more = f" ({untold} similar ones since the last message)" if untold else ""
         peer = writer.get_extra_info("peername")
         log.warning("relay: %s%s", message, more, extra={"peer": str(peer[0]) if peer else ""})
 
@@ -231,15 +232,15 @@ def _tune(writer: asyncio.StreamWriter) -> None:
 
 
 def _abort(writer: asyncio.StreamWriter) -> None:
-    # What was written goes out; nobody is waited for.
+    # Pending data is still sent, without waiting for it.
     writer.close()
 
 
 def routes(listed: Iterable[tuple[str, str, int]]) -> dict[str, Route]:
-    """Routes by server's name, from (name, host:port, clients) of the live pools, oldest first.
+    """Return the routes by server name, from (name, host:port, clients) of the live pools, oldest first.
 
-    The pools of a job share a name. Where two callers claim one, the older keeps it: TLS ends at the aggregator, so all
-    that a wrong address could do is to break a connection.
+    The pools of a job share a name. If two callers claim the same name, the older pool keeps it: TLS ends at the
+    aggregator, so a wrong address can only make connections fail.
     """
     found: dict[str, Route] = {}
     for name, endpoint, replicas in listed:

@@ -1,4 +1,4 @@
-"""The adapter that uses pyslurm, in a process of its own for each question: see :mod:`.worker`."""
+"""The adapter that uses pyslurm, in a new process for each request: see :mod:`.worker`."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from ..states import meaning, normal
 from . import worker
 
 _MAX_LISTING = 64 << 20
-# A worker whose bridge has died gets this much longer than one whose bridge lives.
+# Additional time for a worker whose bridge has died. Seconds.
 _ORPHAN_SECONDS = 2.0
 _DESCRIBE_AGAIN = 3600.0
 _NOTHING = frozenset({"", "None", "(null)"})
@@ -36,7 +36,7 @@ Observer = Callable[[str, float, bool], None]
 
 
 class PyslurmAdapter:
-    """See :class:`~..model.SlurmAdapter`. It speaks for this user only: the policy lets no other be named."""
+    """The :class:`~..model.SlurmAdapter` that uses pyslurm. It acts as this user only, which the policy enforces."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class PyslurmAdapter:
         self._described = 0.0
 
     def submit(self, submission: Submission) -> int:
-        """JobSubmitDescription(…).submit()."""
+        """Call JobSubmitDescription(…).submit()."""
         request = {"do": "submit", "job": description(submission, self._job_env)}
         last = self._timeout + _ORPHAN_SECONDS
         with in_flight.guarded(submission.directory, last) as locks:
@@ -74,44 +74,44 @@ class PyslurmAdapter:
         return submitted(result)
 
     def submission_may_run(self, directory: Path) -> bool:
-        """Return whether a worker from this directory still lives: it holds the lock that it inherited."""
+        """Return whether a worker from this directory still runs: it holds the lock that it inherited."""
         return in_flight.may_run(directory)
 
     def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
-        """Jobs.load()."""
+        """Call Jobs.load()."""
         return records(self._ask({"do": "jobs", "uid": self._uid}))
 
     def history(self, names: Sequence[str], since: float, user: str = "") -> Sequence[TaskRecord]:
-        """Nothing: finished jobs are known by the marks that their tasks leave."""
+        """Return nothing: the ends of finished jobs are known from their tasks' markers."""
         return []
 
     def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None, user: str = "") -> None:
-        """Job(id).cancel(), where name and owner are right. For part of an array pyslurm has nothing: scancel."""
+        """Call Job(id).cancel() if name and owner match. pyslurm cannot cancel a part of an array: use scancel."""
         if last is not None:
             self._cancel_tasks(name, array_id, first, last)
             return
         self._ask({"do": "cancel", "name": name, "array": array_id, "uid": self._uid})
 
     def describe(self) -> SiteDescription:
-        """slurmctld.Config.load(), once an hour."""
+        """Call slurmctld.Config.load(), at most once an hour."""
         if self._description is None or time.monotonic() > self._described + _DESCRIBE_AGAIN:
-            told = self._ask({"do": "describe"})
+            answer = self._ask({"do": "describe"})
             try:
                 self._description = SiteDescription(
-                    str(told["version"]), str(told["cluster"]), accounting="", max_array_size=int(told["arrays"])
+                    str(answer["version"]), str(answer["cluster"]), accounting="", max_array_size=int(answer["arrays"])
                 )
             except (KeyError, TypeError, ValueError):
-                raise SlurmError("pyslurm: an answer that is not understood") from None
+                raise SlurmError("pyslurm: malformed answer") from None
             self._described = time.monotonic()
         return self._description
 
     def partitions(self) -> list[str]:
-        """Partitions.load()."""
+        """Call Partitions.load()."""
         return [str(name) for name in self._ask({"do": "partitions"})]
 
     def _ask(self, request: Mapping[str, Any]) -> Any:
-        """The result of what changes nothing by being asked twice. Raises :class:`SlurmError`."""
-        # Lists of waiting tasks in full, which jobs that are submitted need not hear of.
+        """Send an idempotent request and return its result. Raises :class:`SlurmError`."""
+        # List waiting tasks in full. Not for submissions, since jobs would inherit the variable.
         env = {**self._env, "SLURM_BITSTR_LEN": "0"}
         try:
             result = self._run(request, env)
@@ -145,7 +145,7 @@ class PyslurmAdapter:
 
 
 def description(wanted: Submission, environment: Mapping[str, str]) -> dict[str, Any]:
-    """The arguments of pyslurm's JobSubmitDescription."""
+    """Return the arguments of pyslurm's JobSubmitDescription."""
     job: dict[str, Any] = {
         "name": wanted.name,
         "script": str(wanted.script),
@@ -161,7 +161,7 @@ def description(wanted: Submission, environment: Mapping[str, str]) -> dict[str,
         "cpus_per_task": wanted.cpus_per_task,
         "time_limit": -(-wanted.time_limit_seconds // 60),
         "signal": {"signal": 15, "time": wanted.warning_seconds, "batch_only": wanted.steps == 1},
-        # Never pyslurm's default, all of its own environment.
+        # pyslurm's default would be its whole own environment.
         "environment": dict(environment),
     }
     if wanted.account:
@@ -174,7 +174,7 @@ def description(wanted: Submission, environment: Mapping[str, str]) -> dict[str,
     if how != "none":
         job[f"memory_{how.replace('-', '_')}"] = f"{memory}M"
     asked, gpus = wanted.gpus
-    # pyslurm has no GPUs per node: as generic resources they mean the same.
+    # pyslurm has no option for GPUs per node; generic resources are equivalent.
     plain = wanted.gres if asked == "per-node" else wanted.plain_gres
     if plain:
         job["gres_per_node"] = ",".join(gres.words() for gres in plain)
@@ -198,7 +198,7 @@ def _options(options: Options) -> dict[str, Any]:
 
 
 def submitted(result: Result) -> int:
-    """The job id from the worker's answer. Raises :class:`SubmissionRefused` or :class:`SubmissionAmbiguous`."""
+    """Return the job id in the worker's answer. Raises :class:`SubmissionRefused` or :class:`SubmissionAmbiguous`."""
     answer = _answer(result)
     job = answer.get("result")
     if type(job) is int and job > 0:
@@ -209,7 +209,7 @@ def submitted(result: Result) -> int:
     error = answer.get("error")
     number = error[0] if isinstance(error, list) and error else -1
     judgement = submission_errors.of_slurm([words])
-    # Slurm's numbers for the controller's own clear no.
+    # The error numbers of refusals by the controller.
     if type(number) is not int or not 2000 <= number < 3000 or judgement.sent is not submission_errors.Sent.REFUSED:
         raise SubmissionAmbiguous(f"pyslurm: {words}")
     raise SubmissionRefused(f"Slurm refused: {judgement.reason}", judgement.patience)
@@ -220,7 +220,7 @@ def records(listed: Any) -> list[TaskRecord]:
     try:
         return [_record(job) for job in listed]
     except (KeyError, TypeError, ValueError):
-        raise SlurmError("pyslurm: an answer that is not understood") from None
+        raise SlurmError("pyslurm: malformed answer") from None
 
 
 def _record(job: Mapping[str, Any]) -> TaskRecord:
@@ -230,8 +230,8 @@ def _record(job: Mapping[str, Any]) -> TaskRecord:
     if waiting:
         indices = expand(waiting)
     elif job["array"] and (job["task"] or job["node"] or job["restarts"] or not meaning(state).over):
-        # pyslurm tells no 0. Nor does it tell anything of those that were cancelled before they started, together:
-        # that they are over and never had a node sets them apart from task 0.
+        # pyslurm returns no index for task 0, nor for tasks that were cancelled together before they started. The
+        # latter are over and never had a node.
         indices = (int(job["task"] or 0),)
     return TaskRecord(
         job_id=int(job["id"]),

@@ -1,9 +1,9 @@
-"""Asks Slurm one thing through pyslurm. A program of its own: standard library and pyslurm, whatever Python has it.
+"""Standalone program that sends one request to Slurm through pyslurm. Needs only the standard library and pyslurm.
 
-Run as ``python -I worker.py REQUEST``, REQUEST in JSON; the answer is one JSON object on standard output:
-``{"result": …}``, ``{"refused": …}`` (pyslurm cannot be used: nothing was asked) or ``{"error": [number, words]}``.
-libslurm ends the process where it does not like its configuration, and waits as long as it likes: neither may happen to
-the bridge, and pyslurm's licence (GPL-2.0) stays outside it.
+Run as ``python -I worker.py REQUEST``, with REQUEST in JSON; the answer is one JSON object on standard output:
+``{"result": …}``, ``{"refused": …}`` (pyslurm is unusable, nothing was sent) or ``{"error": [number, message]}``.
+libslurm ends the process if its configuration is invalid, and may block for any time. A separate process protects the
+bridge from both, and keeps pyslurm's licence (GPL-2.0) out of it.
 """
 
 import datetime
@@ -12,12 +12,12 @@ import os
 import sys
 from typing import Any
 
-# Importing pyslurm must not look for a configuration: without one, libslurm ends the process.
+# Keep pyslurm from loading a configuration when it is imported: without one, libslurm ends the process.
 os.environ["PYSLURM_DISABLE_AUTO_INIT"] = "1"
 
 
 def main(text: str) -> None:
-    """Answers one request."""
+    """Answer one request."""
     try:
         import pyslurm
     except Exception as error:
@@ -66,7 +66,7 @@ def _jobs(pyslurm: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _cancel(pyslurm: Any, request: dict[str, Any]) -> bool:
-    # By name and owner too: after a crash Slurm gives an id to another job.
+    # Match name and owner too, since Slurm may reuse an id after a crash.
     mine = [
         job
         for job in pyslurm.Jobs.load().values()
@@ -95,7 +95,7 @@ def _seconds(value: Any) -> float:
 def _say(answer: dict[str, Any]) -> None:
     json.dump(answer, sys.stdout)
     sys.stdout.flush()
-    # libslurm's threads have nothing left to do, and its own clearing up may abort.
+    # Skip libslurm's clean-up, which may abort.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""The adapter that asks slurmrestd, Slurm's own REST daemon: no program of Slurm's need be on this machine."""
+"""The adapter for slurmrestd, Slurm's REST daemon. It needs no Slurm programs on this machine."""
 
 import json
 import os
@@ -26,23 +26,23 @@ from . import format
 from .http import BrokenError, Endpoint, NotSentError, exchange
 from .token import TokenCommand, TokenFile
 
-# The whole queue of the cluster, in long words: some hundred thousand jobs stay below this.
+# Limit of an answer in bytes: the whole queue of the cluster, with some hundred thousand jobs, is below it.
 _MAX_ANSWER = 512 << 20
-# What slurmrestd began when its client had given up: its own time-out towards the controller, twice.
+# Time for which slurmrestd may continue after its client gave up: twice its time-out towards the controller. Seconds.
 _SETTLE = 30.0
 _DESCRIBE_AGAIN = 3600.0
 _VERSION = re.compile(rb"/slurm\\?/v0\.0\.(\d{2,3})\\?/job\\?/submit")
-# Slurm's numbers for a clear no: the controller's own, and those of slurmrestd about what it was sent.
+# The error numbers of clear refusals: by the controller, and by slurmrestd because of the request.
 _REFUSED = (range(2000, 3000), range(9000, 10000))
-_NO_SUCH_JOB = frozenset({2017, 2021})  # not known; over already
-# How some versions answer when the controller did not accept the token: "unspecified", and "zero bytes".
+_NO_SUCH_JOB = frozenset({2017, 2021})  # unknown; already over
+# Errors of some versions if the controller did not accept the token: "unspecified", and "zero bytes".
 _PERHAPS_TOKEN = frozenset({-1, 1007, 5005})
 
 Observer = Callable[[str, float, bool], None]
 
 
 class RestAdapter:
-    """See :class:`~..model.SlurmAdapter`. A token speaks for one user: the policy lets no other be named."""
+    """The :class:`~..model.SlurmAdapter` for slurmrestd. A token is of one user, so the policy allows no others."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class RestAdapter:
         self._described = 0.0
 
     def submit(self, submission: Submission) -> int:
-        """POST /slurm/…/job/submit, once: whatever goes wrong after it was sent leaves it open what Slurm did."""
+        """POST /slurm/…/job/submit, once. After an error it is unknown whether Slurm received the job."""
         try:
             version, token = self.version(), self._token.get()
             script = untrusted_files.read(submission.script).decode()
@@ -100,29 +100,29 @@ class RestAdapter:
             raise
         except SubmissionAmbiguous:
             self._token.invalidate(token)
-            # It has answered: what it began is over. Whether the controller heard it, the queue tells.
+            # slurmrestd has answered, so the request is over. The queue shows whether the controller received it.
             in_flight.settle(submission.directory)
             raise
         in_flight.settle(submission.directory)
         return job
 
     def submission_may_run(self, directory: Path) -> bool:
-        """Return whether a request from this directory may still be at work in slurmrestd."""
+        """Return whether slurmrestd may still be processing a request from this directory."""
         return in_flight.may_run(directory)
 
     def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
-        """GET /slurm/…/jobs: slurmrestd knows no filter by user, so the whole queue comes."""
+        """GET /slurm/…/jobs: slurmrestd cannot filter by user, so it sends the whole queue."""
         return format.jobs(self._ask("jobs", "slurm", "jobs"), self._uid)
 
     def history(self, names: Sequence[str], since: float, user: str = "") -> Sequence[TaskRecord]:
-        """GET /slurmdb/…/jobs, where the site has slurmdbd."""
+        """GET /slurmdb/…/jobs, if the site has slurmdbd."""
         if not self.describe().accounting:
             return []
         query = urllib.parse.urlencode(
             {
                 "job_name": ",".join(names),
                 "users": self._user,
-                # A day earlier than needed, for clocks that disagree.
+                # Start a day early, for clocks that disagree.
                 "start_time": str(int(max(0.0, since - 86400))),
             }
         )
@@ -130,18 +130,18 @@ class RestAdapter:
         return format.history(answer, frozenset(names), self._user)
 
     def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None, user: str = "") -> None:
-        """GET, then DELETE /slurm/…/job/ID. Name and owner are looked at first: an id may be given to another job."""
+        """GET, then DELETE /slurm/…/job/ID. Name and owner are checked first, since Slurm may reuse an id."""
         answer = self._ask("job", "slurm", f"job/{array_id}", accept=_NO_SUCH_JOB)
         if format.errors(answer):
             return
         found = format.owners(answer)
-        # Someone may have changed the names of some tasks: they are of one array all the same.
+        # The names of some tasks may have been changed: they belong to the same array.
         if (name, self._uid) in found:
             for which in self._named(array_id, first, last):
                 self._ask("cancel", "slurm", f"job/{which}", method="DELETE", accept=_NO_SUCH_JOB)
 
     def _named(self, array_id: int, first: int, last: int | None) -> list[str]:
-        """Return what to cancel, as the API's version wants it named."""
+        """Return the ids to cancel, in the notation of the API's version."""
         if last is None:
             return [str(array_id)]
         if self.version() < format.TYPED:
@@ -149,9 +149,9 @@ class RestAdapter:
         return [f"{array_id}_{index}" for index in range(first, last + 1)]
 
     def describe(self) -> SiteDescription:
-        """GET /slurm/…/partitions and /slurmdb/…/jobs, once an hour."""
+        """GET /slurm/…/partitions and /slurmdb/…/jobs, at most once an hour."""
         if self._description is None or time.monotonic() > self._described + _DESCRIBE_AGAIN:
-            # Not ping: that answers anybody, and says nothing of the controller.
+            # Not ping, which needs no valid token, and does not involve the controller.
             version, cluster = format.about(self._ask("describe", "slurm", "partitions"))
             self._description = SiteDescription(version, cluster, self._accounting(), max_array_size=0)
             self._described = time.monotonic()
@@ -162,7 +162,7 @@ class RestAdapter:
         return sorted(set(format.partitions(self._ask("describe", "slurm", "partitions"))))
 
     def version(self) -> int:
-        """The newest version of the API that both sides know, e.g. 38 for v0.0.38. Raises :class:`SlurmError`."""
+        """Return the newest API version that both sides support, e.g. 38 for v0.0.38. Raises :class:`SlurmError`."""
         with self._lock:
             if not self._version:
                 self._version = self._discover()
@@ -179,34 +179,34 @@ class RestAdapter:
         if known:
             return max(known)
         if not offered:
-            raise SlurmError("slurmrestd: it names no version of its API; is the address right?")
+            raise SlurmError("slurmrestd: it offers no version of its API; is the address right?")
         listed = ", ".join(f"v0.0.{number}" for number in sorted(offered))
         raise SlurmError(
-            f"slurmrestd: it offers {listed}, this bridge knows v0.0.{format.OLDEST} to v0.0.{format.NEWEST}"
+            f"slurmrestd: it offers {listed}, this bridge supports v0.0.{format.OLDEST} to v0.0.{format.NEWEST}"
         )
 
     def _accounting(self) -> str:
-        """Whether this slurmrestd speaks for slurmdbd: where it does not, it knows no such path."""
+        """Return "slurmdbd" if this slurmrestd has access to it, else an empty string: then it has no such path."""
         query = urllib.parse.urlencode({"job_name": self._prefix, "users": self._user, "start_time": int(time.time())})
         status, content = self._query("describe", "GET", f"/slurmdb/v0.0.{self.version()}/jobs?{query}")
         if status == 404:
             return ""
-        # One that fails now is not one that is not there.
+        # slurmdbd exists, even if it fails at the moment.
         _answer("describe", status, content, frozenset())
         return "slurmdbd"
 
     def _ask(
         self, what: str, part: str, path: str, *, method: str = "GET", accept: frozenset[int] = frozenset()
     ) -> Mapping[str, Any]:
-        """The answer to a request that changes nothing by being sent twice. Raises :class:`SlurmError`."""
+        """Send an idempotent request and return the answer. Raises :class:`SlurmError`."""
         status, content = self._query(what, method, f"/{part}/v0.0.{self.version()}/{path}")
         if status == 404 and what == "jobs":
-            # slurmrestd was upgraded: ask anew what it offers.
+            # slurmrestd was upgraded: query its versions again.
             self._version = 0
         return _answer(what, status, content, accept)
 
     def _query(self, what: str, method: str, path: str) -> tuple[int, bytes]:
-        """Asks, and once more where a newer token may be what it takes."""
+        """Send a request, and send it again if a new token may help."""
         for last in (False, True):
             token = self._token.get()
             try:
@@ -235,20 +235,20 @@ class RestAdapter:
 
 
 def submitted(status: int, content: bytes) -> int:
-    """The job id from slurmrestd's answer. Raises :class:`SubmissionRefused` or :class:`SubmissionAmbiguous`."""
+    """Return the job id in slurmrestd's answer. Raises :class:`SubmissionRefused` or :class:`SubmissionAmbiguous`."""
     answer = _json(content)
     if answer is None:
         raise SubmissionAmbiguous(f"slurmrestd answered HTTP {status}: {_excerpt(content)}")
-    told = format.errors(answer)
+    reported = format.errors(answer)
     job = answer.get("job_id")
     if status == 200 and type(job) is int and job > 0:
-        # An accepted job may come with a complaint: that its nodes are down at the moment, for instance.
+        # An accepted job may come with a warning, for instance that its nodes are down at the moment.
         return job
-    # Some versions name a cause first, and its number last.
-    numbers = [number for number, _ in told if number > 0]
-    # What comes without a number is a site's own words.
+    # Some versions list a cause first, and its number last.
+    numbers = [number for number, _ in reported if number > 0]
+    # Errors without a number are messages of the site.
     judgement = submission_errors.of_slurm(
-        [text for number, text in told if number > 0], [text for number, text in told if number <= 0]
+        [text for number, text in reported if number > 0], [text for number, text in reported if number <= 0]
     )
     clear = bool(numbers) and all(any(number in series for series in _REFUSED) for number in numbers)
     if status < 400 or not clear or judgement.sent is not submission_errors.Sent.REFUSED:
@@ -260,10 +260,10 @@ def _answer(what: str, status: int, content: bytes, accept: frozenset[int]) -> M
     answer = _json(content)
     if answer is None:
         raise SlurmError(f"slurmrestd: {what}: HTTP {status}: {_excerpt(content)}")
-    told = format.errors(answer)
-    if serious := [words for number, words in told if number not in accept]:
+    reported = format.errors(answer)
+    if serious := [words for number, words in reported if number not in accept]:
         raise SlurmError(f"slurmrestd: {what}: {serious[0]}")
-    if status >= 400 and not told:
+    if status >= 400 and not reported:
         raise SlurmError(f"slurmrestd: {what}: HTTP {status}")
     return answer
 

@@ -1,8 +1,8 @@
-"""What slurmrestd is sent and what it answers, in every version of its API from v0.0.36 on. Pure, and strict.
+"""Requests to slurmrestd and a strict parser of its answers, for its API from v0.0.36 on. Without side effects.
 
-Before v0.0.40 a number is a number and a state a word; since then a number may be an object that says whether it is
-set, and a state is a list of a word and its flags. An answer that is not understood raises: half of one must not look
-like the absence of a job.
+Before v0.0.40 numbers are plain numbers and a state is a string; since then a number may be an object that says whether
+it is set, and a state is a list of a base state and flags. A malformed answer raises an error: an incomplete answer
+must not look like the absence of a job.
 """
 
 import shlex
@@ -16,7 +16,7 @@ from ..states import normal
 
 OLDEST, NEWEST = 36, 45
 TYPED = 40
-# Of several words for a job's state, squeue shows the first of these; else the base state, which comes first.
+# Of a job's state and flags, squeue shows the first of these flags; else the base state, which comes first.
 _FLAGS = (
     "COMPLETING", "STAGE_OUT", "CONFIGURING", "RESIZING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT",
     "EXPEDITING", "STOPPED", "REVOKED", "RESV_DEL_HOLD", "SIGNALING", "LAUNCH_FAILED", "RECONFIG_FAIL",
@@ -25,7 +25,7 @@ _NOTHING = frozenset({"", "None", "(null)", "None assigned"})
 
 
 def submission(version: int, wanted: Submission, script: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """The body of a request that submits."""
+    """Return the body of a submission."""
     minutes = -(-wanted.time_limit_seconds // 60)
     array = f"0-{wanted.tasks - 1}" + (f"%{wanted.at_once}" if wanted.at_once else "")
     job: dict[str, Any] = {
@@ -69,7 +69,8 @@ def submission(version: int, wanted: Submission, script: str, environment: Mappi
 
 
 def _words(wanted: Submission) -> dict[str, Any]:
-    """Return memory, generic resources and the site's options before v0.0.40: named as sbatch's options are."""
+    """Return memory, generic resources and the site's options for versions before v0.0.40, named like sbatch's
+    options."""
     job: dict[str, Any] = {}
     how, memory = wanted.memory
     if how != "none":
@@ -81,13 +82,13 @@ def _words(wanted: Submission) -> dict[str, Any]:
         name = {"per-task": "gpus_per_task", "per-node": "gpus_per_node", "per-job": "gpus"}[asked]
         job[name] = ",".join(gres.words(named=False) for gres in gpus)
     if exclusive := wanted.options.exclusive:
-        # The schema says "true", and 22.05 takes this word alone.
+        # The schema says "true", but Slurm 22.05 accepts only this word.
         job["exclusive"] = "exclusive" if exclusive == "yes" else exclusive
     return job | _plain(wanted.options)
 
 
 def _typed(wanted: Submission) -> dict[str, Any]:
-    """Return the same since v0.0.40: named as in Slurm's own messages."""
+    """Return the same fields for versions since v0.0.40, named as in Slurm's own messages."""
     job: dict[str, Any] = {}
     how, memory = wanted.memory
     if how == "per-gpu":
@@ -107,7 +108,7 @@ def _typed(wanted: Submission) -> dict[str, Any]:
 
 
 def _plain(options: Options) -> dict[str, Any]:
-    """Return the site's options that are named alike in every version."""
+    """Return the site's options that have the same names in all versions."""
     job = {
         "constraints": options.constraint,
         "reservation": options.reservation,
@@ -120,9 +121,9 @@ def _plain(options: Options) -> dict[str, Any]:
 
 
 def _warned(wanted: Submission, limit: int) -> str:
-    """A script that warns itself: these versions refuse sbatch's `B:` in front of the signal.
+    """Return a script that warns itself, since these versions refuse sbatch's `B:` before the signal.
 
-    The process stays the same through `exec`, so the real script gets the signal; where it starts tasks, these do.
+    `exec` keeps the process, so the real script gets the signal; if it starts tasks, these get it.
     """
     wait = max(1, limit - wanted.warning_seconds)
     warn = 'kill -TERM "$$"' if wanted.steps == 1 else 'scancel --signal=TERM "$SLURM_JOB_ID"'
@@ -138,7 +139,7 @@ def _set(number: int) -> dict[str, Any]:
 
 
 def jobs(content: Mapping[str, Any], uid: int) -> list[TaskRecord]:
-    """This user's jobs, from /slurm/…/jobs. Raises :class:`SlurmError`."""
+    """Return this user's jobs from an answer of /slurm/…/jobs. Raises :class:`SlurmError`."""
     records = []
     for job in _listed(content):
         if _number(job, "user_id") != uid:
@@ -150,7 +151,7 @@ def jobs(content: Mapping[str, Any], uid: int) -> list[TaskRecord]:
         records.append(
             TaskRecord(
                 job_id=own,
-                # 0 where the job is no array.
+                # 0 if the job is not an array.
                 array_id=_number(job, "array_job_id") or own,
                 name=_text(job, "name"),
                 indices=_indices(job, task),
@@ -170,7 +171,7 @@ def jobs(content: Mapping[str, Any], uid: int) -> list[TaskRecord]:
 
 
 def history(content: Mapping[str, Any], names: frozenset[str], user: str) -> list[TaskRecord]:
-    """Jobs of these names and this user, from /slurmdb/…/jobs. Raises :class:`SlurmError`."""
+    """Return this user's jobs with these names from an answer of /slurmdb/…/jobs. Raises :class:`SlurmError`."""
     records = []
     for job in _listed(content):
         name = _text(job, "name")
@@ -200,17 +201,17 @@ def history(content: Mapping[str, Any], names: frozenset[str], user: str) -> lis
 
 
 def owners(content: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """Name and owner of each record of /slurm/…/job/ID. Raises :class:`SlurmError`."""
+    """Return name and owner of each record of /slurm/…/job/ID. Raises :class:`SlurmError`."""
     return [(_text(job, "name"), _number(job, "user_id")) for job in _listed(content)]
 
 
 def partitions(content: Mapping[str, Any]) -> list[str]:
-    """Names of the partitions. Raises :class:`SlurmError`."""
+    """Return the names of the partitions. Raises :class:`SlurmError`."""
     return [_text(each, "name") for each in _listed(content, "partitions")]
 
 
 def about(content: Mapping[str, Any]) -> tuple[str, str]:
-    """Version and name of the cluster, as far as the answer tells."""
+    """Return Slurm's version and the cluster's name; empty strings if the answer does not hold them."""
     meta = content.get("meta")
     meta = meta if isinstance(meta, dict) else {}
     slurm = meta.get("slurm") or meta.get("Slurm")
@@ -219,14 +220,14 @@ def about(content: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def errors(content: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """Number and words of each error that the answer tells."""
+    """Return number and message of each error in an answer."""
     found = content.get("errors")
     if not isinstance(found, list):
         return []
     listed = []
     for item in found:
         if not isinstance(item, dict):
-            return [(-1, "an error that is not understood")]
+            return [(-1, "malformed error")]
         number = item.get("error_number", item.get("error_code", -1))
         words = item.get("error") or item.get("description") or "no reason given"
         if item.get("description") and number in (-1, 0):
@@ -236,17 +237,17 @@ def errors(content: Mapping[str, Any]) -> list[tuple[int, str]]:
 
 
 def state_of(value: Any) -> str:
-    """One word, as squeue would show it. Raises :class:`SlurmError`."""
+    """Return a state as squeue would show it. Raises :class:`SlurmError`."""
     words = value if isinstance(value, list) else [value]
     if not words or not all(isinstance(word, str) and word for word in words):
-        raise SlurmError(f"slurmrestd: {str(value)[:80]!r} is no state of a job")
+        raise SlurmError(f"slurmrestd: {str(value)[:80]!r} is not a state of a job")
     return normal(next((flag for flag in _FLAGS if flag in words), words[0]))
 
 
 def _listed(content: Mapping[str, Any], key: str = "jobs") -> Iterable[Mapping[str, Any]]:
     items = content.get(key)
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise SlurmError(f"slurmrestd: an answer without a list of {key}")
+        raise SlurmError(f"slurmrestd: the answer has no list of {key}")
     return items
 
 
@@ -257,14 +258,14 @@ def _indices(job: Mapping[str, Any], task: int | None) -> tuple[int, ...] | None
 
 
 def _expanded(text: Any) -> tuple[int, ...] | None:
-    # slurmrestd cuts long lists off where its environment has no SLURM_BITSTR_LEN=0: then it does not say which.
+    # slurmrestd truncates long lists unless its environment has SLURM_BITSTR_LEN=0: then the indices are unknown.
     if not isinstance(text, str) or not text or "..." in text:
         return None
     return expand(text)
 
 
 def _exit(value: Any) -> tuple[int, int]:
-    """Exit code and signal: from a wait status, or from an object that holds both."""
+    """Return exit code and signal, from a wait status or from an object that holds both."""
     if isinstance(value, dict) and "return_code" in value:
         signal = value.get("signal")
         number = signal.get("id", signal.get("signal_id")) if isinstance(signal, dict) else None
@@ -279,27 +280,27 @@ def _optional(value: Any) -> int | None:
     if value is None:
         return None
     if type(value) is not int:
-        raise SlurmError(f"slurmrestd: {str(value)[:40]!r} is no number")
+        raise SlurmError(f"slurmrestd: {str(value)[:40]!r} is not a number")
     return value
 
 
 def _number(record: Mapping[str, Any], key: str) -> int:
     if key not in record:
-        raise SlurmError(f"slurmrestd: a record without {key}")
+        raise SlurmError(f"slurmrestd: a record has no {key}")
     return _optional(record[key]) or 0
 
 
 def _text(record: Mapping[str, Any], key: str) -> str:
     value = record.get(key)
     if not isinstance(value, str):
-        raise SlurmError(f"slurmrestd: a record without {key}")
+        raise SlurmError(f"slurmrestd: a record has no {key}")
     return value
 
 
 def _object(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = record.get(key)
     if not isinstance(value, dict):
-        raise SlurmError(f"slurmrestd: a record without {key}")
+        raise SlurmError(f"slurmrestd: a record has no {key}")
     return value
 
 

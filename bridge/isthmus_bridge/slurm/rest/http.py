@@ -1,4 +1,4 @@
-"""One HTTP request over a UNIX socket, TLS or the loopback, with a time limit over all of it and a bounded answer."""
+"""An HTTP request over a UNIX socket, TLS or the loopback, with an overall time limit and a bounded answer."""
 
 import http.client
 import re
@@ -17,16 +17,16 @@ _CHUNK = 1 << 16
 
 
 class NotSentError(Exception):
-    """Nobody was reached: the request was not sent."""
+    """The server was unreachable: the request was not sent."""
 
 
 class BrokenError(Exception):
-    """The request was sent, and no whole answer came."""
+    """The request was sent, but no complete answer was received."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a server listens."""
+    """The address of a server."""
 
     host: str
     port: int = 0
@@ -35,7 +35,7 @@ class Endpoint:
 
 
 def endpoint(url: str) -> Endpoint:
-    """From ``unix:/path``, ``https://host[:port]`` or ``http://`` of this machine. Raises ``ValueError``."""
+    """Parse ``unix:/path``, ``https://host[:port]`` or ``http://`` of this machine. Raises ``ValueError``."""
     if match := _UNIX.fullmatch(url):
         return Endpoint("localhost", socket=Path(match[1]))
     match = _URL.fullmatch(url)
@@ -43,7 +43,7 @@ def endpoint(url: str) -> Endpoint:
         raise ValueError(f"{url!r} is not unix:/PATH, https://HOST:PORT or http://HOST:PORT")
     tls = match[1] == "https"
     if not tls and match[2] not in _OWN:
-        raise ValueError(f"{url!r} would send tokens in the clear; http goes to localhost only, use https")
+        raise ValueError(f"{url!r} would send tokens in the clear; http is for localhost only, use https")
     return Endpoint(match[2], int(match[3] or (443 if tls else 80)), tls)
 
 
@@ -69,7 +69,8 @@ def exchange(
     limit: int,
     ca_file: Path | None = None,
 ) -> tuple[int, bytes]:
-    """Status and content of the answer. Raises :class:`NotSentError` and :class:`BrokenError`."""
+    """Send a request; return status and content of the answer. Raises :class:`NotSentError` and
+    :class:`BrokenError`."""
     try:
         connection = _connection(to, timeout, ca_file)
         connection.connect()
@@ -87,9 +88,9 @@ def exchange(
             content += chunk
             if len(content) > limit:
                 raise BrokenError(f"the answer is longer than {limit} bytes")
-        # A connection that is cut off in the middle of a body without a length looks like its end.
+        # If the body has no length, a closed connection looks like its end.
         if expired.is_set():
-            raise BrokenError("no whole answer in time")
+            raise BrokenError("no complete answer in time")
         if response.length:
             raise BrokenError("the answer was cut off")
         return response.status, bytes(content)

@@ -1,4 +1,4 @@
-"""Where slurmrestd's tokens (JWT) come from: a file that somebody renews, or a command such as ``scontrol token``."""
+"""Sources of slurmrestd's tokens (JWT): a file that is renewed by other means, or a command like ``scontrol token``."""
 
 import base64
 import binascii
@@ -11,25 +11,25 @@ from pathlib import Path
 
 from ..model import SlurmError
 
-# `scontrol token` writes the assignment, other programs the bare token.
+# `scontrol token` prints an assignment, other programs the bare token.
 _TOKEN = re.compile(r"(?:SLURM_JWT=)?([A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*)")
 _MAX_TOKEN = 16_384
-# Renewed when less is left: a minute, but never most of a short life.
+# A token is renewed this long before it expires (seconds), or after 4/5 of a short lifetime.
 _MARGIN = 60.0
 _MARGIN_SHARE = 5
-# A token that the server does not like is renewed this often at most: its dislike may have another reason.
+# A token that the server rejects is renewed at most this often, since the rejection may have another reason. Seconds.
 _PATIENCE = 30.0
 
 
 class TokenFile:
-    """Read at every use: whoever renews it need not tell."""
+    """A token in a file, which is read at every use."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._path = path
         self._clock = clock
 
     def get(self) -> str:
-        """A token that is valid now. Raises :class:`SlurmError`."""
+        """Return a valid token. Raises :class:`SlurmError`."""
         try:
             with self._path.open("rb") as file:
                 text = file.read(_MAX_TOKEN)
@@ -38,11 +38,11 @@ class TokenFile:
         token = _read(text.decode("utf-8", "replace"), str(self._path))
         ends = expiry(token)
         if ends is not None and ends <= self._clock():
-            raise SlurmError(f"token: the one in {self._path} has expired; renew the file")
+            raise SlurmError(f"token: the token in {self._path} has expired; renew the file")
         return token
 
     def invalidate(self, token: str) -> bool:
-        """The server may not accept this one. Whether :meth:`get` may now tell another."""
+        """Note that the server may have rejected a token. Return whether :meth:`get` may now return another."""
         try:
             return self.get() != token
         except SlurmError:
@@ -50,7 +50,7 @@ class TokenFile:
 
 
 class TokenCommand:
-    """Run when a token is needed: at first, and before the last one ends."""
+    """A command that prints a token. It runs at first use, and before the last token expires."""
 
     def __init__(
         self, argv: Sequence[str], run: Callable[[Sequence[str]], str], clock: Callable[[], float] = time.time
@@ -64,14 +64,14 @@ class TokenCommand:
         self._made = 0.0
 
     def get(self) -> str:
-        """A token that is valid now. Raises :class:`SlurmError`."""
+        """Return a valid token. Raises :class:`SlurmError`."""
         with self._lock:
             if not self._token or (self._until is not None and self._clock() >= self._until):
                 self._renew()
             return self._token
 
     def invalidate(self, token: str) -> bool:
-        """The server may not accept this one. Whether :meth:`get` will now tell another."""
+        """Note that the server may have rejected a token. Return whether :meth:`get` will return another."""
         with self._lock:
             if token == self._token:
                 if self._clock() < self._made + _PATIENCE:
@@ -84,13 +84,13 @@ class TokenCommand:
         now = self._clock()
         ends = expiry(token)
         if ends is not None and ends <= now:
-            raise SlurmError(f"token: {self._argv[0]} gave one that has expired")
+            raise SlurmError(f"token: {self._argv[0]} printed an expired token")
         self._token, self._made = token, now
         self._until = None if ends is None else ends - min(_MARGIN, (ends - now) / _MARGIN_SHARE)
 
 
 def expiry(token: str) -> float | None:
-    """When the token says that it ends; None: it does not say."""
+    """Return the expiry in the token, in seconds since the epoch; ``None`` if it has none."""
     claims = token.split(".")[1]
     try:
         content = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))
@@ -100,7 +100,7 @@ def expiry(token: str) -> float | None:
 
 
 def _read(text: str, source: str) -> str:
-    # Never the text itself in a message: it may be a secret.
+    # Do not quote the text in a message: it may be a secret.
     match = _TOKEN.fullmatch(text.strip())
     if match is None:
         raise SlurmError(f"token: {source} holds no token (JWT, with or without SLURM_JWT= before it)")

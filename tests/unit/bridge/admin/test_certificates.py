@@ -23,8 +23,7 @@ def test_an_authority_whose_key_is_kept_elsewhere_is_not_replaced(
     for options in (["--operator", "second"], ["--host", "login1.example"], ["--only-this-ca"]):
         assert certs(folder, *options) == 1
         assert capsys.readouterr().err == (
-            f"isthmus-bridge: {folder}: ca.key is not there: put it there for the moment, or make a new CA with"
-            " --new-ca\n"
+            f"isthmus-bridge: {folder}: ca.key is missing: put it there temporarily, or create a new CA with --new-ca\n"
         )
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     away.rename(folder / "ca.key")

@@ -130,7 +130,7 @@ def test_check_tells_of_what_this_user_may_not_look_at(
         ("run_dir", "/closed/run"),
         ("gateways[0].ca", "/closed/ca.crt"),
     ):
-        assert f"problem: {name}: {file} cannot be looked at by this user: Permission denied\n" in said
+        assert f"problem: {name}: {file} is not accessible to this user: Permission denied\n" in said
     assert "problem: environments.a: /nowhere/x.sif does not exist on this machine\n" in said
 
 
@@ -139,8 +139,8 @@ def test_check_tells_of_what_this_user_may_not_look_at(
     [
         ("retention_days: 2024-13-45", "not YAML: month must be in 1..12"),
         ("site: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
-        ("partitions: [main]\nlimits: {replicas: 8}\nlimits: {pools: 3}", "line 3: 'limits' stands in line 2 already"),
-        ("limits:\n  replicas: 8\n  'replicas': 900", "line 3: 'replicas' stands in line 2 already"),
+        ("partitions: [main]\nlimits: {replicas: 8}\nlimits: {pools: 3}", "line 3: 'limits' is already set in line 2"),
+        ("limits:\n  replicas: 8\n  'replicas': 900", "line 3: 'replicas' is already set in line 2"),
         ("a: 1\nb: [", "not YAML: while parsing"),
     ],
     ids=["date", "depth", "twice", "twice-below", "syntax"],
@@ -170,7 +170,7 @@ def test_a_mapping_may_be_merged_into_another_and_overrule_it(tmp_path: Path) ->
 @pytest.mark.parametrize("days", ["0", "-3", "3651", "100000000"])
 def test_certificates_of_no_sensible_lifetime(tmp_path: Path, capsys: pytest.CaptureFixture[str], days: str) -> None:
     assert main(["certs", "--dir", str(tmp_path / "certs"), "--operator", "prod", "--days", days]) == 2
-    assert capsys.readouterr().err == f"isthmus-bridge: --days: {days} is not from 1 to 3650, which the CA lasts\n"
+    assert capsys.readouterr().err == f"isthmus-bridge: --days: must be from 1 to 3650 (the CA's life), not {days}\n"
     assert not (tmp_path / "certs").exists()
 
 
@@ -245,7 +245,7 @@ def test_status_shows_what_the_bridge_wrote_down(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out.splitlines()[2].split()[2:4] == [OPERATOR, "alice"]
     file.update([], time.time() - 1000)
     main(["status", "--policy", str(path)])
-    assert "does not run, or hangs" in capsys.readouterr().out
+    assert "is not running, or hangs" in capsys.readouterr().out
     assert world.journal is not None
     world.journal.close()
 
@@ -261,7 +261,7 @@ def test_doctor_without_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     line, *others = capsys.readouterr().out.splitlines()
     # Adapters that are not in use are told too, and are no problem.
     assert [other.startswith("ok  ") for other in others] == [True, True]
-    assert "REST adapter (not in use): not set up; give slurm.rest" in others[0]
+    assert "REST adapter (not in use): not configured; set slurm.rest" in others[0]
     assert "pyslurm adapter (not in use): does not work: pyslurm: describe: cannot import pyslurm" in others[1]
     assert line.startswith("PROBLEM  CLI adapter (in use): does not work: scontrol failed")
     assert line.endswith("no controller")
@@ -291,7 +291,7 @@ def test_sudoers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all("*" not in line and "ALL)" not in line for line in rules)
     for name in ("root", "ALL", "a b", "%wheel"):
         assert main(["sudoers", "--policy", str(path), "--bridge-user", name]) == 2
-        assert "is no ordinary user" in capsys.readouterr().err
+        assert "is not an ordinary user" in capsys.readouterr().err
     plain = policy_file(tmp_path)
     assert main(["sudoers", "--policy", str(plain), "--bridge-user", "isthmus"]) == 1
     assert "no identity names a local user" in capsys.readouterr().err
@@ -305,15 +305,15 @@ def test_check_tells_who_a_caller_becomes_and_what_is_wrong_with_that(
     assert main(["check", "--policy", str(path), "--identity", "isthmus://operator/prod"]) == 1
     said = capsys.readouterr().out
     assert "  as the local user daemon (uid 1), with its files in /scratch/daemon/isthmus" in said
-    line = f"problem: policy: others may read {path}, and with it the site's rules"
+    line = f"problem: policy: other users can read {path} and so the site's rules"
     assert f"{line}; chgrp it to the bridge's group, chmod 640" in said
     lost = {**USERS, "identities": [{"uri": "isthmus://operator/prod", "user": "no-such-user"}]}
     path = policy_file(tmp_path, **lost)
     main(["check", "--policy", str(path)])
-    assert "problem: identities[0].user: 'no-such-user' is no user of this machine" in capsys.readouterr().out
+    assert "problem: identities[0].user: 'no-such-user' is not a user of this machine" in capsys.readouterr().out
     assert main(["serve", "--policy", str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "isthmus-bridge: identities[0].user: 'no-such-user' is no user of this machine"
+    assert line == "isthmus-bridge: identities[0].user: 'no-such-user' is not a user of this machine"
     path = policy_file(tmp_path, **{**USERS, "identities": [{"uri": "isthmus://operator/prod", "user": "root"}]})
     assert main(["check", "--policy", str(path)]) == 2
     assert "identities[0].user: 'root' is refused: jobs never run as root" in capsys.readouterr().err
@@ -322,7 +322,7 @@ def test_check_tells_who_a_caller_becomes_and_what_is_wrong_with_that(
 def test_a_proxy_goes_with_a_gateway(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = policy_file(tmp_path)
     assert main(["doctor", "--policy", str(path), "--proxy", "http://proxy:3128"]) == 2
-    assert "--proxy goes with --connect" in capsys.readouterr().err
+    assert "--proxy needs --connect" in capsys.readouterr().err
     assert main(["serve", "--policy", str(path), "--connect", "g:1", "--proxy", "socks5://me:secret@proxy:1"]) == 2
     said = capsys.readouterr().err
     assert "gateways[0].proxy: is not http://HOST:PORT" in said and "secret" not in said

@@ -42,7 +42,7 @@ def told(
 
 def test_partitions_that_take_everything(tmp_path: Path) -> None:
     (first, *rest) = told(tmp_path, [partition("main"), partition("debug", "2:00:00", "MaxMemPerCPU=2048")])
-    assert first == (True, "partitions: Slurm's MaxTime and memory limits take all that the policy allows")
+    assert first == (True, "partitions: Slurm's MaxTime and memory limits accept all that the policy allows")
     assert [well for well, _ in rest] == [None]
 
 
@@ -62,7 +62,7 @@ def test_a_limit_above_that_of_one_partition_is_a_note_and_of_all_a_problem(tmp_
 def test_memory_that_is_not_asked_for_and_partitions_that_are_not_named(tmp_path: Path) -> None:
     small = partition("main", "1-00:00:00", "MaxMemPerNode=4000")
     lines = told(tmp_path, [small], partitions=["main"], sbatch={"memory": "none"})
-    assert (True, "partitions: Slurm's MaxTime and memory limits take all that the policy allows") in lines
+    assert (True, "partitions: Slurm's MaxTime and memory limits accept all that the policy allows") in lines
     assert not [line for _, line in told(tmp_path, [small], partitions=[]) if "may also use" in line]
 
 
@@ -86,9 +86,9 @@ def test_associations_below_and_above_the_policy(tmp_path: Path) -> None:
     said = {line.partition(": ")[2] if line.startswith("user ") and ", account" not in line.partition(":")[0]
             else line.partition(", ")[2]: well for well, line in lines if line.startswith("user ")}  # fmt: skip
     assert said == {
-        "accounts of the policy that Slurm refuses to it: maths": False,
-        "Slurm gives its jobs more than the policy's accounts: chief; sacctmgr takes that away": None,
-        "Slurm gives its jobs more than the policy's qos: high; sacctmgr takes that away": None,
+        "accounts of the policy that Slurm does not allow: maths": False,
+        "Slurm allows its jobs more than the policy's accounts: chief; remove them with sacctmgr": None,
+        "Slurm allows its jobs more than the policy's qos: high; remove them with sacctmgr": None,
         "account physics: MaxWall is 3600 s, but limits.time_limit_seconds 7200": False,
         "account physics: MaxSubmitJobs is 4, but limits.replicas 8: each task counts": False,
         "account physics: MaxTRESPerJob has mem=2G, but limits.memory_mib is 4096": False,
@@ -97,14 +97,14 @@ def test_associations_below_and_above_the_policy(tmp_path: Path) -> None:
     # Not those of the database's other clusters.
     assert re.search(r"show assoc user=\S+ cluster=lab format=", (tmp_path / "asked").read_text())
     ((_, missing),) = (line for line in told(tmp_path, [partition("main")], "", WITH_ACCOUNTS) if line[0] is False)
-    assert "Slurm has no association of it" in missing
+    assert "has no association in Slurm" in missing
 
 
 def test_without_the_programs_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(site_limits, "DEFAULT_PATH", str(tmp_path))
     ((well, line),) = site_limits.examine(policy(tmp_path), WITHOUT)
     assert (well, line) == (
-        None, "limits: cannot be compared with Slurm's: scontrol is not in PATH; name its folder as slurm.bin_dir"
+        None, "limits: cannot compare them with Slurm's: scontrol is not in PATH; set slurm.bin_dir to its folder"
     )  # fmt: skip
 
 

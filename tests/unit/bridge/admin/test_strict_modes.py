@@ -198,7 +198,7 @@ def test_jobs_of_the_bridges_own_user_are_told_what_they_can_change(
     name = pwd.getpwuid(me).pw_name
     changes, reads = lines()
     assert changes.startswith(f"users: jobs run as {name}, the bridge's own user, and can change ")
-    assert str(site.file.parent) in changes and changes.endswith("; let root own that: chown -R root PATH")
+    assert str(site.file.parent) in changes and changes.endswith("; let root own them: chown -R root PATH")
     assert reads == (
         f"users: jobs run as {name}, the bridge's own user, and can read {site.tls}/tls.key and write the journal;"
         " map each identity to a local user (identities[].user)"

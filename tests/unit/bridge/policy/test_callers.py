@@ -214,7 +214,7 @@ def test_the_verb_reaches_the_bridge_that_runs(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_an_order_that_nobody_hears_is_withdrawn(tmp_path: Path) -> None:
-    with pytest.raises(orders.OrderError, match="does not run, or hangs; nothing was ended"):
+    with pytest.raises(orders.OrderError, match="is not running, or hangs; nothing was ended"):
         orders.end_all(tmp_path / "journal.db", OPERATOR, "gone", 0.2)
     assert list((tmp_path / "orders").iterdir()) == []
     # What is no order is left alone, and a malformed one is answered and gone.

@@ -56,7 +56,7 @@ def with_(**changes: object) -> dict[str, object]:
 
 
 BAD: list[tuple[object, str]] = [
-    ([], "a policy is a mapping"),
+    ([], "the policy must be a mapping"),
     (with_(site="two words"), "site: "),
     (with_(colour="red"), "colour: unknown field"),
     ({k: v for k, v in GOOD.items() if k != "run_dir"}, "run_dir: is missing"),
@@ -81,7 +81,7 @@ BAD: list[tuple[object, str]] = [
     ),
     (
         with_(identities=[{"uri": "x:y", "user": "alice"}], users=USERS, slurm={"conf": "/etc/a,b"}),
-        "slurm.conf: '/etc/a,b' cannot stand in sudoers, which identities[0].user: 'alice' needs",
+        "slurm.conf: '/etc/a,b' cannot be used in sudoers, which identities[0].user: 'alice' needs",
     ),
     (with_(users={"run_dir": "/scratch/isthmus"}), "users.run_dir: '/scratch/isthmus' must be an absolute path with"),
     (with_(users={"run_dir": "/scratch/x{user}"}), "users.run_dir: "),
@@ -100,7 +100,7 @@ BAD: list[tuple[object, str]] = [
     (with_(environments={"e": {"prefix": ["run", "{image}"]}}), "environments.e: a prefix with {image} needs images"),
     (with_(environments={"e": {"venv": "/v", "setup": ["a\nb"]}}), "environments.e.setup[0]: must not be empty or"),
     (with_(environments={"e": {"venv": "/v", "env": {"ISTHMUS_X": "1"}}}), "environments.e: env.ISTHMUS_X: "),
-    (with_(environments={"e": {"venv": "/v", "options": ["--nv"]}}), "environments.e: options goes with apptainer"),
+    (with_(environments={"e": {"venv": "/v", "options": ["--nv"]}}), "environments.e: options needs apptainer"),
     (with_(limits={"replicas": 0}), "limits.replicas: "),
 ]
 
@@ -211,7 +211,7 @@ TOO_MANY: list[tuple[dict[str, object], dict[str, object], str]] = [
     (
         {"pools_per_day": 4},
         {},
-        "policy limits.pools_per_day: isthmus://operator/prod has asked for 4 pools within a day; at most 4",
+        "policy limits.pools_per_day: isthmus://operator/prod has requested 4 pools within a day; at most 4",
     ),
     (
         {},

@@ -189,12 +189,14 @@ def test_what_an_adapter_cannot_ask_for_is_refused(tmp_path: Path, adapter: str,
     with pytest.raises(PolicyError) as caught:
         policy(tmp_path, slurm=slurm, partition_sbatch={"debug": {name: EVERYTHING[name]}})
     assert str(caught.value) == (
-        f"partition_sbatch.debug.{name}: slurm.adapter: {adapter} cannot ask for it; cli can"
+        f"partition_sbatch.debug.{name}: slurm.adapter: {adapter} does not support it; cli does"
     )  # fmt: skip
 
 
 def test_options_that_sbatch_refuses_together(tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match=r"^sbatch\.hint: sbatch takes no hint beside partition_sbatch\.debug\.thr"):
+    with pytest.raises(
+        PolicyError, match=r"^sbatch\.hint: sbatch does not accept hint with partition_sbatch\.debug\.thr"
+    ):
         policy(tmp_path, sbatch={"hint": "multithread"}, partition_sbatch={"debug": {"threads_per_core": 1}})
     with pytest.raises(PolicyError, match=r"^partition_sbatch\.gpu: 'gpu' is not among the site's partitions"):
         policy(tmp_path, partition_sbatch={"gpu": {}})

@@ -108,6 +108,6 @@ def test_marks_of_another_array_prove_nothing() -> None:
 def test_a_task_that_could_not_begin_says_why() -> None:
     """Its folder was purged while it waited: Slurm tells that by the number of no real signal."""
     could_not = TaskObservation("FAILED", "JobLaunchFailure", exit_code=15, signal=53)
-    why = "Slurm could not begin it: its folder or its log cannot be opened on that node"
+    why = "Slurm could not start it: its folder or its log cannot be opened on that node"
     assert describe_end(could_not) == f"FAILED, signal 53: {why}"
     assert describe_end(TaskObservation("FAILED", signal=9)) == "FAILED, signal 9"

@@ -219,7 +219,7 @@ def test_a_callers_tombstones_are_bounded(world: World, monkeypatch: pytest.Monk
     monkeypatch.setattr("isthmus_bridge.pools.pools.MAX_TOMBSTONES", 5)
     for number in range(5):
         world.pools.cancel(world.identity, f"{number:032d}", "")
-    with pytest.raises(Denied, match="has cancelled 5 keys that it never asked for"):
+    with pytest.raises(Denied, match="has cancelled 5 keys that it never requested"):
         world.pools.cancel(world.identity, "f" * 32, "")
     world.ensure()
     world.cancel()

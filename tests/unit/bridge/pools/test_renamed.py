@@ -95,6 +95,6 @@ def test_jobs_of_the_bridges_user_that_are_of_no_pool_are_counted(
     assert counted() == 2.0
     said = [record.message for record in caplog.records if "belong to no pool" in record.message]
     assert said == [
-        f"2 jobs of {user_name({})} belong to no pool, such as job 900, 'mine': the policy does not bind them"
+        f"2 jobs of {user_name({})} belong to no pool, such as job 900, 'mine': the policy does not limit them"
     ]
     assert world.slurm.arrays[1].states == ["RUNNING"], "they are not the bridge's to end"
