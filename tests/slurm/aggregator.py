@@ -44,12 +44,12 @@ class Aggregator:
             self._process.wait(120)
 
     def new_authority(self) -> None:
-        """Has the job another CA, and the aggregator a certificate of it."""
+        """Give the job another CA, and the aggregator a certificate of it."""
         self._authority = Authority.create("job", DAY)
         self._authority.issue("aggregator", DAY, hosts=[self.server_name]).write(self._folder / "server")
 
     def start(self) -> None:
-        """Serves."""
+        """Start to serve."""
         ports = self._folder / "ports.json"
         ports.unlink(missing_ok=True)
         with (self._folder / "aggregator.log").open("ab") as log:
@@ -69,11 +69,11 @@ class Aggregator:
         self._process.wait(120)
 
     def rounds(self) -> int:
-        """How many it has committed."""
+        """Return the number of committed rounds."""
         return len(self.records())
 
     def records(self) -> list[dict[str, Any]]:
-        """What each round came to; a later line about a round replaces the one before."""
+        """Return the record of each round; a later line about a round replaces an earlier one."""
         file = self._folder / "state" / "rounds.jsonl"
         lines = file.read_text().splitlines() if file.exists() else []
         return list({record["round"]: record for record in map(json.loads, lines)}.values())
@@ -87,7 +87,7 @@ class Aggregator:
         return self._authority.issue("client", DAY, uris=[ids.pool_identity(UID, "hpc")])
 
     def federation(self, *, via_bridge: bool = False) -> pb.Federation:
-        """What the clients need."""
+        """Return the federation settings for the clients."""
         client = self.credentials()
         return pb.Federation(
             endpoint=f"{self.address}:{self.port}", server_name=self.server_name, via_bridge=via_bridge,

@@ -1,6 +1,6 @@
 """Real Slurm: run these in the lab, `python -m lab exec -- python -m pytest tests/slurm`, or at a cluster of your own.
 
-In a lab the bridge runs as its unprivileged user, who owns the jobs; elsewhere as whoever runs the tests.
+In a lab the bridge runs as its unprivileged user, who owns the jobs; elsewhere as the user who runs the tests.
 """
 
 import os
@@ -26,7 +26,7 @@ HINT = "no Slurm: run `python -m lab exec -- python -m pytest tests/slurm`, or s
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Gives each test time, and leaves those of pyslurm to the lab that has it.
+    """Set the tests' time limits, and deselect pyslurm's tests where pyslurm is missing.
 
     Whatever a test waits for has its own deadline; on a slow machine they add up to more than other tests get. The
     lab's own Slurm is too old for pyslurm: tests/run.sh runs these tests once more, by `python -m lab newer-slurm`.
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _way(item: pytest.Item) -> str | None:
-    """Returns the adapter that a test of all adapters is for."""
+    """Return the adapter of a test that is parametrized by adapter."""
     spec = getattr(item, "callspec", None)
     return spec.params.get("make") if spec is not None else None
 
@@ -95,7 +95,7 @@ def lab(_cluster: None, require: Callable[[bool, str], None]) -> "Lab":
 
 @pytest.fixture
 def amnesia(lab: "Lab") -> Iterator[Callable[[], None]]:
-    """Makes the controller forget every job, at a site that keeps no accounts of any kind; in the end it does again."""
+    """Make the controller forget every job, at a site without accounting; restore the accounting in the end."""
     conf = lab.slurm_conf
     kept = conf.read_text()
 

@@ -55,11 +55,11 @@ class DisturbedCli(CliAdapter):
 
     @property
     def hangs(self) -> bool:
-        """Whether a slow sbatch has yet to submit."""
+        """Return whether a slow sbatch has not submitted yet."""
         return self._looks_left > 0
 
     def release(self) -> None:
-        """Lets each sbatch that outlived its bridge, or its bridge's patience, do its work; waits for its end."""
+        """Let each sbatch that outlived its bridge, or its time limit, finish its work; wait for its end."""
         self._looks_left = 0
         while self._orphans:
             self._orphans.pop().communicate(timeout=120)
@@ -86,7 +86,7 @@ class DisturbedCli(CliAdapter):
         if how == "unheard":
             raise CommandTimeout(f"{program} did not answer in time")
         if how == "late":
-            # Meanwhile something has happened that it does not tell of.
+            # In the meantime something happens that the answer does not show.
             self._interrupt()
         return Result(result.status, result.output * 2, result.errors) if how == "twice" else result
 
@@ -99,7 +99,7 @@ class DisturbedCli(CliAdapter):
         if what == "crash-before":
             raise Crash
         if what == "crash-after":
-            # The bridge dies while sbatch is at work.
+            # The bridge dies while sbatch runs.
             self._abandon(argv, **options)
             raise Crash
         if what == "slow":

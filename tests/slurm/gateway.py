@@ -1,4 +1,4 @@
-"""The operator's gateway in a thread of its own, for tests that call a bridge which nobody can dial."""
+"""The operator's gateway in a thread of its own, for tests of a bridge that cannot be dialled."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from .slurm_site import Site, until
 
 
 class Gateway:
-    """Takes the bridge of one site."""
+    """A gateway that accepts the bridge of one site."""
 
     def __init__(self, folder: Path) -> None:
         self._authority = Authority.create("gateway CA", DAY)
@@ -24,7 +24,7 @@ class Gateway:
         self._side = self._do(self._make(folder / "gateway")).result(60)
 
     def admit(self, site: Site) -> None:
-        """Lets the site's bridge in, and has it dial."""
+        """Accept the site's bridge, and make it dial."""
         self._side.knows(site.authority)
         site.name = f"{SITE}.bridge.isthmus.dev"
         site.authority.issue("bridge", DAY, hosts=[site.name]).write(site.folder / "tls")
@@ -40,7 +40,7 @@ class Gateway:
         return address
 
     def close(self) -> None:
-        """Stops."""
+        """Stop the gateway."""
         self._do(self._side.stop()).result(60)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

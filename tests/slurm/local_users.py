@@ -19,14 +19,14 @@ SUDOERS = Path("/etc/sudoers.d")
 
 
 def as_user(user: str, *argv: str, check: bool = False) -> subprocess.CompletedProcess[str]:
-    """Runs a program as a user, without PAM and without a shell."""
+    """Run a program as a user, without PAM and without a shell."""
     command = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--", *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=check, cwd="/")
 
 
 @contextmanager
 def accounts() -> Iterator[None]:
-    """Makes the users, for as long as it lasts."""
+    """Create the users; remove them in the end."""
     made = []
     try:
         for user in (ALICE, BOB):
@@ -52,12 +52,12 @@ class Rule:
         self.path.write_text(text)
 
     def remove(self) -> None:
-        """Takes the rule away."""
+        """Remove the rule."""
         self.path.unlink(missing_ok=True)
 
 
 def prepare(site: Site, conf: Path) -> None:
-    """Gives the site's policy local users, and these their directories, as its admin does."""
+    """Add local users to the site's policy, and create their directories, as its admin does."""
     site.folder.chmod(0o711)
     users = site.folder / "users"
     for user in CALLERS.values():

@@ -47,7 +47,7 @@ esac
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
-    """Waits for a true answer, and returns it."""
+    """Wait until the condition returns a true value, and return that."""
     deadline = time.monotonic() + seconds
     while True:
         if answer := condition():
@@ -105,7 +105,7 @@ class Site:
         self.own_files()
 
     def own_files(self) -> None:
-        """Gives everything to the user who runs the bridge."""
+        """Give all files to the user who runs the bridge."""
         if self._user is not None:
             # What is in the run directory is the user's own, and comes and goes.
             tops = [path for path in self.folder.iterdir() if path.name not in ("run", "users")]
@@ -115,21 +115,21 @@ class Site:
                     shutil.chown(path, self._user, self._user)
 
     def limit_files(self, most: int) -> None:
-        """Lets the bridge that starts next open so many files."""
+        """Set the limit of open files of the next bridge."""
         self._as_user = ["prlimit", f"--nofile={most}:{most}", *self._as_user]
 
     def let_all_misbehave(self) -> None:
-        """Lets the sbatch that misbehaves run as other users, too."""
+        """Let the misbehaving sbatch run as other users, too."""
         self._state.chmod(0o777)
 
     def mode(self, mode: str) -> None:
-        """How the next sbatch behaves."""
+        """Set the behaviour of the next sbatch."""
         (self._state / "began").unlink(missing_ok=True)
         (self._state / "mode").write_text(mode)
 
     @property
     def began(self) -> bool:
-        """Whether the misbehaving sbatch is at the point where it misbehaves."""
+        """Return whether the misbehaving sbatch has reached the point where it misbehaves."""
         return (self._state / "began").exists()
 
     def write_policy(self) -> Path:
@@ -150,7 +150,7 @@ class Site:
         return result.returncode, result.stdout + result.stderr
 
     def start(self) -> rpc.BridgeStub:
-        """Starts the bridge; a stub for the operator."""
+        """Start the bridge, and return a stub for the operator."""
         policy = self.write_policy()
         log = self.folder / "bridge.log"
         begin = log.stat().st_size if log.exists() else 0
@@ -192,7 +192,7 @@ class Site:
         self._process.wait(120)
 
     def reload(self, settings: Mapping[str, Any], message: str) -> None:
-        """Replaces the policy file and sends SIGHUP; waits until the log says so."""
+        """Replace the policy file and send SIGHUP; wait for the message in the log."""
         assert self._process is not None
         (self.folder / "policy.yaml").write_text(yaml.safe_dump(dict(settings)))
         log = self.folder / "bridge.log"
@@ -227,11 +227,11 @@ class Site:
         return set(slurm("squeue", "-h", "-r", f"--name={slurm_job_name(key)}", "-o", "%F").split())
 
     def vanish(self, key: str) -> None:
-        """Waits until Slurm has no living array of the key."""
+        """Wait until Slurm has no live array of the key."""
         until(lambda: not self.arrays(key), "the jobs are gone")
 
     def end_jobs(self) -> None:
-        """Cancels what bears the keys' names, whoever owns it."""
+        """Cancel the jobs named like the keys' arrays, of all owners."""
         if self._process is not None and self._process.poll() is None:
             self.kill()
         for key in self._keys:
@@ -240,7 +240,7 @@ class Site:
             self.vanish(key)
 
     def close(self) -> None:
-        """Leaves nothing behind."""
+        """Remove all files."""
 
         def removed() -> bool:
             # A program that outlived its bridge may still write into it.
@@ -304,14 +304,14 @@ def over(stub: rpc.BridgeStub, key: str, seconds: float = 180.0) -> pb.Pool:
 
 
 def running(stub: rpc.BridgeStub, key: str, tasks: int = 2) -> None:
-    """Waits until so many tasks run."""
+    """Wait until ``tasks`` tasks run."""
     until(lambda: get(stub, key).running == tasks, f"{tasks} tasks run")
 
 
 def started_again_while_submitting(
     site: Site, stub: rpc.BridgeStub, key: str, wanted: pb.PoolSpec, mode: str
 ) -> rpc.BridgeStub:
-    """Kills the bridge while its sbatch is at work in that mode, and waits until the next one has the pool running."""
+    """Kill the bridge while its sbatch runs in that mode, and wait until the next bridge reports the pool running."""
     site.mode(mode)
     threading.Thread(target=ask_one_that_dies, args=(stub, key, wanted), daemon=True).start()
     until(lambda: site.began, "sbatch is at work")
@@ -332,7 +332,7 @@ def ask_one_that_dies(stub: rpc.BridgeStub, key: str, wanted: pb.PoolSpec) -> No
 
 
 def wait_for_output(stub: rpc.BridgeStub, key: str, index: int, words: str) -> None:
-    """Waits until the script itself has said so: Slurm calls a task running before its script has begun."""
+    """Wait for output of the script itself: Slurm reports a task as running before its script has started."""
     until(lambda: words in tail(stub, key, index), f"task {index} says: {words}")
 
 

@@ -53,7 +53,7 @@ Make = Callable[..., SlurmAdapter]
 
 
 def settings(name: str, **changes: Any) -> SlurmSettings:
-    """What a policy would say."""
+    """Return the Slurm settings of a policy."""
     rest = {"url": os.environ.get("ISTHMUS_SLURMRESTD", "unix:/none"), "token_command": ["scontrol", "token"]}
     content = {
         "adapter": name, "command_timeout_seconds": 60, "rest": rest,
@@ -64,7 +64,7 @@ def settings(name: str, **changes: Any) -> SlurmSettings:
 
 @pytest.fixture(params=["cli", "rest", "pyslurm"])
 def make(request: pytest.FixtureRequest, _cluster: None, require: Callable[[bool, str], None]) -> Make:
-    """Makes an adapter: new, as after a start of the bridge."""
+    """Return a new adapter, as after a start of the bridge."""
     name: str = request.param
     if name == "rest":
         require("ISTHMUS_SLURMRESTD" in os.environ, REST_HINT)
@@ -105,7 +105,7 @@ def wanted(folder: Path) -> Iterator[Callable[..., Submission]]:
 
 
 def tasks(adapter: SlurmAdapter, name: str, count: int = 3) -> dict[int, TaskRecord]:
-    """What the queue says about the tasks of this name. A record without indices stands for all the others."""
+    """Return the queue's records of the tasks of this name. A record without indices stands for all others."""
     found = [record for record in adapter.jobs() if record.name == name]
     others = {index: record for record in found if record.indices is None for index in range(count)}
     return others | {index: record for record in found for index in record.indices or ()}
@@ -114,7 +114,7 @@ def tasks(adapter: SlurmAdapter, name: str, count: int = 3) -> dict[int, TaskRec
 def all_over(
     adapter: SlurmAdapter, name: str, count: int, ask: Callable[[], None] = lambda: None
 ) -> dict[int, TaskRecord]:
-    """The same, once all have ended."""
+    """Return the queue's records once all tasks have ended."""
 
     def ended() -> dict[int, TaskRecord] | None:
         ask()
@@ -131,7 +131,7 @@ def test_an_array_runs_and_ends(
 ) -> None:
     monkeypatch.setenv("ISTHMUS_SECRET", "of the bridge")
     adapter = make()
-    # A task that ends before the last one has begun could be forgotten by nobody yet: the queue keeps all of them.
+    # The queue keeps a task that ends before the last one has started.
     one = wanted('env; cat; pwd; [ "$SLURM_ARRAY_TASK_ID" != 1 ] || exit 3', at_once=2)
     array = adapter.submit(one)
     assert not adapter.submission_may_run(folder)
@@ -321,7 +321,7 @@ def test_a_token_that_is_not_accepted_is_an_error(rest: dict[str, Any], folder: 
 
 
 def test_a_frozen_slurmrestd_submits_once(rest: dict[str, Any], site: Site, lab: "Lab") -> None:
-    """It takes the request and answers nobody; the bridge dies; then it wakes up and does what it was asked."""
+    """slurmrestd receives the request and does not answer; the bridge dies; then slurmrestd executes the request."""
     pid = next(pid for name, pid, _ in lab.daemons() if name == "slurmrestd")
     assert pid is not None
     site.settings["slurm"] |= {

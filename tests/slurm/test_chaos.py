@@ -25,7 +25,7 @@ from tests.support.ports import free_port
 
 from .slurm_site import Site, over, slurm, spec, until
 
-# What a pool's tasks do, and how it ends where nobody cancels it.
+# The commands of pools, by the phase in which they end if they are not cancelled.
 COMMANDS = {
     "SUCCEEDED": ["true"],
     "FAILED": ["sh", "-c", "exit 3"],
@@ -68,7 +68,7 @@ class Queue:
 
 @dataclass
 class Demand:
-    """What the threads have asked for."""
+    """The requests of the threads."""
 
     wanted: dict[str, str] = field(default_factory=dict)
     cancelled: set[str] = field(default_factory=set)
@@ -123,12 +123,12 @@ def _disorder(site: Site, demand: Demand, threads: int, kills: int, dice: random
 
 
 def _spread(operations: int, kills: int) -> list[int]:
-    """How many operations are left at each kill."""
+    """Return how many operations are left at each kill."""
     return [operations - operations * number // (kills + 1) for number in range(1, kills + 1)]
 
 
 def _call(site: Site, demand: Demand, dice: random.Random) -> None:
-    """Ensures new pools, repeats and cancels others', until the operations are used up."""
+    """Ensure new pools, and repeat and cancel others, until the operations are used up."""
     operator = site.stub()
     while True:
         with demand.lock:

@@ -31,7 +31,7 @@ def test_the_bridge_dies_between_two_requests(site: Site, operator: rpc.BridgeSt
     second = ensure(operator, key, wanted)
     assert site.arrays(key) == {first.slurm_job_id} == {second.slurm_job_id}
     running(operator, key)
-    # The first answer may have come so late that it tells of running tasks already: something new must happen.
+    # The first answer may be so late that it includes running tasks: something new must happen.
     cancelled = operator.CancelPool(pb.CancelPoolRequest(key=key), timeout=60)
     assert cancelled.version > first.version
 
@@ -49,7 +49,7 @@ def test_the_bridge_dies_while_a_pool_ends(site: Site, operator: rpc.BridgeStub)
 
 @pytest.mark.parametrize("mode", ["slow", "hang-after"])
 def test_the_bridge_dies_while_sbatch_runs(site: Site, operator: rpc.BridgeStub, mode: str) -> None:
-    """slow: the orphan submits after the bridge is back. hang-after: it has submitted, and nobody heard the answer."""
+    """slow: the orphan submits after the bridge is back. hang-after: it has submitted, and the answer was lost."""
     key, wanted = site.key(), spec()
     operator = started_again_while_submitting(site, operator, key, wanted, mode)
     assert site.arrays(key) == {get(operator, key).slurm_job_id}

@@ -1,4 +1,4 @@
-"""What happens to jobs at a real site: limits, preemption, lost nodes, held jobs, a controller that goes."""
+"""Events at a real site: limits, preemption, lost nodes, held jobs, a controller that stops."""
 
 import re
 import time
@@ -137,7 +137,7 @@ def test_the_controller_goes_and_comes_back(site: Site, lab: "Lab") -> None:
         pool = until(lambda: (p := get(operator, key)).phase == pb.Pool.UNKNOWN and p, "the bridge says so", 180)
         assert "Slurm does not answer" in pool.message
         assert (pool.running, pool.failed) == (2, 0), "the last known counts stay"
-        # Asked for while nobody can submit: it waits, and is there once.
+        # Requested while Slurm accepts no jobs: it waits, and is submitted once.
         assert phase(ensure(operator, late, wanted)) == "UNKNOWN"
     finally:
         lab.start_slurm_daemon("slurmctld")

@@ -1,4 +1,4 @@
-"""Callers become local users: real sudo, real Slurm, and a bridge that is nobody special."""
+"""Callers become local users: real sudo, real Slurm, and a bridge that runs as an ordinary user."""
 
 import json
 import pwd
@@ -180,7 +180,7 @@ def test_a_job_of_that_name_that_somebody_else_owns_is_neither_taken_nor_ended(s
 
 
 def test_the_rule_permits_nothing_else(shared: Site, alice: rpc.BridgeStub) -> None:
-    """What the bridge's user might try with it, and what sudo says."""
+    """sudo refuses the bridge's user everything but the helper."""
     status, said = shared.command("doctor")
     lines = [line for line in said.splitlines() if "local user" in line or "sudo" in line]
     assert [line.startswith("ok ") for line in lines] == [True] * 4, said
@@ -222,7 +222,7 @@ def test_the_rule_permits_nothing_else(shared: Site, alice: rpc.BridgeStub) -> N
     ):
         assert _ask(bridge_user, [*mine], request) == {"refused": answer}
 
-    # A rule that is too wide is told.
+    # A rule that allows too much is reported.
     wide = Rule(f"{bridge_user} ALL = ({BOB}) NOPASSWD: /usr/bin/true\n")
     try:
         status, said = shared.command("doctor")

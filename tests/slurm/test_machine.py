@@ -74,7 +74,7 @@ class Machine(AnyMachine[DisturbedCli]):
         self.what_is_over_is_over()
 
     def _come_to(self, end: str, reached: Callable[[], bool]) -> None:
-        """What is cancelled in Slurm ends a moment later."""
+        """Cancelled jobs end in Slurm a moment later."""
 
         def looked() -> bool:
             self.world.tick(15.0)
@@ -88,7 +88,7 @@ class Machine(AnyMachine[DisturbedCli]):
 
 @pytest.fixture
 def arrays(_cluster: None) -> Iterator[list[str]]:
-    """Names, whose jobs are gone in the end."""
+    """Yield a list of job names, and cancel their jobs in the end."""
     names: list[str] = []
     yield names
     for name in names:

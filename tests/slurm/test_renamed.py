@@ -20,7 +20,7 @@ def test_a_renamed_array_is_neither_lost_nor_leaked(site: Site, operator: rpc.Br
     running(operator, key)
     slurm("scontrol", "update", f"jobid={array}", "name=better")
     assert site.arrays(key) == set(), "the bridge's name is gone"
-    # Longer than the time after which an array that nobody finds counts as lost.
+    # Longer than the time after which a missing array counts as lost.
     until_lost = time.monotonic() + 2 * float(site.settings["slurm"]["absence_seconds"])
 
     def stays() -> bool:

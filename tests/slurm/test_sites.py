@@ -50,7 +50,7 @@ Setup = Callable[..., None]
 
 @pytest.fixture
 def setup(lab: "Lab") -> Iterator[Setup]:
-    """Sets the lab's Slurm up in another way; in the end it is as before."""
+    """Change the configuration of the lab's Slurm; restore it in the end."""
     conf = lab.slurm_conf
     kept, plugin = conf.read_text(), conf.with_name("job_submit.lua")
 
@@ -76,7 +76,7 @@ def setup(lab: "Lab") -> Iterator[Setup]:
 
 
 def opened(site: Site, name: str, environment: dict[str, Any]) -> dict[str, Any]:
-    """Takes over the policy of a site, but for its folders, its way out and its modules."""
+    """Use the policy of a site, except for its folders, its connections and its modules."""
     content: dict[str, Any] = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     ours = ("site", "run_dir", "tls_dir", "listen", "metrics_listen", "slurm")
     for place in content["environments"].values():
@@ -89,7 +89,7 @@ def opened(site: Site, name: str, environment: dict[str, Any]) -> dict[str, Any]
 
 
 def shown(pool: pb.Pool) -> str:
-    """What Slurm says about the pool's array."""
+    """Return Slurm's description of the pool's array."""
     return slurm("scontrol", "show", "job", pool.slurm_job_id)
 
 

@@ -21,13 +21,13 @@ SECONDS = 15.0
 
 
 def processor_seconds(pid: int) -> float:
-    """Of the process and of all that it has started and waited for."""
+    """Return the processor time of the process and of its reaped children."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
 
 
 def runs(port: int) -> Counter[str]:
-    """How often the bridge has run each of Slurm's programs, from its metrics."""
+    """Return the bridge's runs of each of Slurm's programs, from its metrics."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     pattern = r'^isthmus_bridge_slurm_command_seconds_count{[^}]*program="([^"]+)"[^}]*} ([0-9.]+)$'

@@ -36,7 +36,7 @@ class DisturbedSlurm(SlurmAdapter, Protocol):
 
     @property
     def doubles(self) -> int:
-        """How many submissions were one too many."""
+        """Return the number of duplicate submissions."""
         ...
 
     def living(self, name: str) -> list[int]:
@@ -69,11 +69,11 @@ class AnyMachine(RuleBasedStateMachine, Generic[Slurm]):
 
     @abstractmethod
     def settle(self) -> None:
-        """Leaves the bridge alone until everything has come to its place: there is no disagreement."""
+        """Let the bridge run until its state agrees with Slurm's."""
 
     @property
     def name(self) -> str:
-        """Of the arrays."""
+        """The name of the arrays."""
         return slurm_job_name(self.key)
 
     @initialize(answers=st.lists(ANSWERS, min_size=1, max_size=4))

@@ -100,13 +100,13 @@ class Array:
 
     @property
     def lives(self) -> bool:
-        """Whether any task is not over."""
+        """Return whether any task is not over."""
         return any(not meaning(state).over for state in self.states)
 
 
 @dataclass
 class FakeSlurm:
-    """Keeps what it was told, answers as it is told to."""
+    """A Slurm in memory, whose answers the tests control."""
 
     clock: Callable[[], float]
     arrays: list[Array] = field(default_factory=list)
@@ -124,7 +124,7 @@ class FakeSlurm:
     ids: Iterator[int] = field(default_factory=lambda: itertools.count(100))
 
     def submit(self, submission: Submission) -> int:
-        """Does what the script says."""
+        """Submit, or fail as the script says."""
         self._interrupt()
         self.submissions += 1
         self.doubles += any(array.lives and array.visible for array in self.arrays if array.name == submission.name)
@@ -184,7 +184,7 @@ class FakeSlurm:
         return [record for record in records if meaning(record.state).over]
 
     def cancel(self, name: str, array_id: int, first: int = 0, last: int | None = None, user: str = "") -> None:
-        """Ends an array, or a range of its tasks, at once."""
+        """End an array, or a range of its tasks, at once."""
         if self.down:
             raise SlurmError(self.down)
         for array in self.arrays:
@@ -253,7 +253,7 @@ class CrashingJournal(Journal):
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Counts the outermost ones."""
+        """Count the outermost transactions."""
         outermost = not self._connection.in_transaction
         with super().transaction():
             yield
@@ -309,14 +309,14 @@ class AnyWorld(Generic[Slurm]):
         return self.pools.shrink(self.identity, key, replicas)
 
     def entry(self, key: str = KEY) -> Entry:
-        """What the journal knows."""
+        """Return the journal's entry."""
         assert self.journal is not None
         entry = self.journal.get(key)
         assert entry is not None
         return entry
 
     def pool(self, key: str = KEY) -> pb.Pool:
-        """What callers see."""
+        """Return the pool as callers see it."""
         return to_pool(self.entry(key))
 
     def phase(self, key: str = KEY) -> str:
@@ -324,7 +324,7 @@ class AnyWorld(Generic[Slurm]):
         return pb.Pool.Phase.Name(self.pool(key).phase)
 
     def tick(self, seconds: float = 1.0, times: int = 1) -> None:
-        """Lets time pass; the bridge looks after each step."""
+        """Advance the clock step by step, with a pass of the reconciler after each."""
         for _ in range(times):
             self.now += seconds
             self.reconciler.tick()

@@ -30,7 +30,7 @@ class Installation:
 
     @property
     def configuration(self) -> Path:
-        """What stands for /etc/isthmus-bridge."""
+        """The folder that stands for /etc/isthmus-bridge."""
         return self.root / "etc/isthmus-bridge"
 
     @property
@@ -64,9 +64,9 @@ def installed(
     wrapped: Callable[[list[str]], list[str]] = lambda argv: argv,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Installation]:
-    """Makes the users, and takes everything away in the end. ``instead``: what else stands for names of the page.
+    """Create the users, and remove everything in the end. ``instead``: further replacements for names of the page.
 
-    ``root`` is root's, and every user may pass it.
+    ``root`` belongs to root, and every user may pass through it.
     """
     sudoers = Path(f"/etc/sudoers.d/isthmus-test-{secrets.token_hex(4)}")
     port, metrics_port = ports
@@ -124,5 +124,5 @@ def _users() -> Iterator[None]:
 
 
 def remove(root: Path) -> None:
-    """Removes all of it: other users' files, too."""
+    """Remove the folder, including files of other users."""
     shutil.rmtree(root, ignore_errors=True)

@@ -55,7 +55,7 @@ def _user_name(text: str) -> str:
 def of_each_user(path: Path) -> Path:
     text = str(path)
     if USER not in path.parts or text.count(USER) != 1 or PLAIN_PATH.fullmatch(text.replace(USER, "user")) is None:
-        raise ValueError(f"{text!r} must be an absolute path of plain characters, with {USER} as one of its parts")
+        raise ValueError(f"{text!r} must be an absolute path with {USER} as one of its parts, of plain characters")
     return path
 
 

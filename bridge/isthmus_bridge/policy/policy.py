@@ -116,7 +116,7 @@ class Environment(Part):
             raise ValueError("prefix: the program itself must not be a placeholder")
         if ("image" in names) != bool(self.images):
             raise ValueError(
-                "images, the patterns allowed for {image}, is needed if the prefix contains {image}, and only then"
+                "a prefix with {image} needs images, the patterns allowed for it; other prefixes take none"
             )
         if reserved := [name for name in self.env if name.startswith(RESERVED_ENV_PREFIX)]:
             raise ValueError(f"env.{reserved[0]}: names that begin with {RESERVED_ENV_PREFIX} are reserved")

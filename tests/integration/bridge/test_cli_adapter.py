@@ -1,4 +1,4 @@
-"""What is run, and how its answers are taken, without Slurm."""
+"""Command lines of the CLI adapter, and handling of answers, without Slurm."""
 
 import os
 import subprocess
@@ -141,7 +141,7 @@ def test_an_array_on_another_cluster_is_cancelled_there_and_refused(tmp_path: Pa
     config = "echo 'ClusterName = alpha'; echo 'SLURM_VERSION = 22.05.8'"
     answer = "echo 'Welcome; enjoy'; echo '17;beta'; echo 'Thank you'"
     bin_dir = programs(tmp_path, sbatch=answer, scontrol=config, scancel=f'echo "$@" >>{tmp_path}/cancelled')
-    with pytest.raises(SubmissionRefused, match=r"cluster 'beta' as job 17.*follows 'alpha'; it was cancelled"):
+    with pytest.raises(SubmissionRefused, match=r"cluster 'beta' as job 17.*observes 'alpha'; it was cancelled"):
         adapter(bin_dir).submit(submission(tmp_path))
     assert (tmp_path / "cancelled").read_text() == f"--clusters=beta --user={os.getuid()} --name=isthmus-x 17\n"
     (tmp_path / "own").mkdir()

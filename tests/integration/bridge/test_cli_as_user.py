@@ -17,7 +17,7 @@ DAEMON = uid_of("daemon")
 
 
 class Delegate:
-    """Answers as it is told."""
+    """A delegate that gives a preset answer."""
 
     def __init__(self, answer: Result | AsUserError) -> None:
         self.answer = answer
@@ -49,7 +49,7 @@ def test_a_submission_goes_to_the_delegate_and_is_written_down_while_it_is_open(
     with pytest.raises(SubmissionRefused) as caught:
         one.submit(wanted)
     assert caught.value.patience is Patience.QUEUE and not one.submission_may_run(tmp_path)
-    # Something may have been: nobody submits, in this life or the next, before it is over.
+    # It may have been submitted: neither this bridge nor the next submits again before it is over.
     delegate.answer = AsUserError("no answer in time", begun=True)
     with pytest.raises(SubmissionAmbiguous, match="no answer in time"):
         one.submit(wanted)
@@ -117,7 +117,7 @@ def test_a_queue_that_hides_jobs_is_no_evidence_that_there_are_none(tmp_path: Pa
     with pytest.raises(SlurmError, match="PrivateData hides other users' jobs; make the bridge's user an operator"):
         adapter(bin_dir).jobs(["daemon"])
     assert list(adapter(bin_dir, operator=True).jobs(["daemon"])) == []
-    # Whoever looks for a lost job asks anew whether it could be seen.
+    # A look-up of a lost job checks again whether the job is visible.
     one = adapter(bin_dir)
     (bin_dir / "scontrol").write_text(f"#!/bin/sh\nprintf '{CONFIG.format('none')}'\n")
     assert list(one.jobs(["daemon"])) == []

@@ -29,7 +29,7 @@ DAY = dt.timedelta(days=1)
 
 
 class FakeGateway(rpc.GatewayServicer):
-    """Hands what it hears to the test, and says what the test tells it to."""
+    """A gateway that passes received frames to the test, and sends the frames that the test provides."""
 
     def __init__(self, tls: Path, authority: Authority) -> None:
         credentials = authority.issue("gateway", DAY, hosts=["localhost", "gateway.invalid"])
@@ -118,7 +118,7 @@ def up(metrics: Metrics) -> float:
 
 
 def question_and_answer(gateway: FakeGateway, local: socket.socket) -> socket.socket:
-    """Opens connection 1 at the gateway, and sends a few bytes either way; its end at the bridge's own server."""
+    """Open connection 1 at the gateway, send a few bytes each way, and return its end at the bridge's own server."""
     gateway.say.put(pb.Frame(open=1))
     gateway.say.put(pb.Frame(data=pb.Data(connection=1, content=b"question")))
     here, _ = local.accept()
@@ -252,7 +252,7 @@ def test_what_is_wrong_with_a_proxy_is_told_without_its_password(
     assert reach(here.model_copy(update={"proxy": None}), tmp_path) == (
         False, "gateway gateway.invalid:7446: cannot be reached: https_proxy is not http://HOST:PORT",
     )  # fmt: skip
-    # What no_proxy names is dialled directly, whoever named the proxy.
+    # Hosts in no_proxy are dialled directly, whatever the source of the proxy.
     monkeypatch.setenv("no_proxy", "localhost,.invalid")
     direct = GatewaySettings(address=f"localhost:{gateway.port}", proxy=url)
     assert proxy_for(direct) is None and proxy_for(here) is None

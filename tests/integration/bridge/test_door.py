@@ -62,7 +62,7 @@ def credentials(authority: Authority) -> Credentials:
 
 
 def ended(connections: list[socket.socket]) -> int:
-    """How many of them the bridge has closed."""
+    """Return how many of the connections the bridge has closed."""
     readable, _, _ = select.select(connections, [], [], 0)
     return len(readable)
 
@@ -143,7 +143,7 @@ def short() -> Iterator[Path]:
 def test_the_socket_behind_the_door_never_grows_old(
     many_files: None, tmp_path: Path, short: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cleaners of /tmp (systemd-tmpfiles after ten days, PrivateTmp or not) remove what nobody has touched."""
+    """Cleaners of /tmp (systemd-tmpfiles after ten days, PrivateTmp or not) remove files that have not been touched."""
     monkeypatch.setattr(tempfile, "tempdir", str(short))
     monkeypatch.setattr(server, "_CERTIFICATE_SECONDS", 0.05)
     authority.issue("localhost", DAY, hosts=["localhost"]).write(tmp_path / "tls")

@@ -32,7 +32,7 @@ from .test_script import NASTY
 OTHER = "isthmus://operator/other"
 # Two that every machine has.
 ALICE, BOB = "daemon", "nobody"
-# Runs the helper in this very user's name: what it is told of root is not so.
+# Runs the helper as the current user, pretending that it is not root.
 SUDO = """#!/bin/sh
 [ "$1" = --non-interactive ] && [ "$3" = -- ] || exit 99
 if [ -e "{folder}/no-rule" ]; then echo 'sudo: a password is required' >&2; exit 1; fi
@@ -189,7 +189,7 @@ def test_a_user_who_vanishes_makes_the_pool_unknown_and_no_other(world: World, m
     world.tick(15, times=20)
     assert (world.phase(), world.pool().message) == (
         "UNKNOWN",
-        f"the local user {ALICE} is not known on the site's machine",
+        f"the local user {ALICE} is not known on the bridge's machine",
     )
     monkeypatch.undo()
     world.tick()
@@ -333,7 +333,7 @@ def test_the_helper_refuses_what_comes_late_and_what_another_version_asks(root: 
 
 
 def test_two_names_of_one_user_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slurm tells of numbers: whose array it is could not be told."""
+    """Slurm reports uids only, so the owner of an array would be ambiguous."""
     site = policy(tmp_path, **settings(tmp_path))
     passwd = type("Passwd", (), {"pw_uid": 4711})
     monkeypatch.setattr(user_checks.pwd, "getpwnam", lambda name: passwd)

@@ -35,7 +35,7 @@ SETTINGS = RelaySettings(listen="127.0.0.1:0", address="login1:7445", destinatio
 
 
 def client_hello(name: str | None) -> bytes:
-    """What a real TLS client sends first."""
+    """Return the first bytes of a real TLS client."""
     context = ssl.create_default_context()
     if name is None:
         context.check_hostname = False
@@ -202,7 +202,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
 
 
 def ended(connection: socket.socket) -> bool:
-    """Whether the other side has closed, without a byte."""
+    """Return whether the other side has closed the connection without sending data."""
     try:
         return connection.recv(1) == b""
     except ConnectionError:
@@ -362,7 +362,7 @@ class Echo(grpc.GenericRpcHandler):
 
 
 def test_grpc_with_mutual_tls_through_a_whole_bridge(tmp_path: Path) -> None:
-    """The client trusts the job's CA and nobody else, so whoever answers holds the aggregator's key: not the relay."""
+    """The client trusts only the job's CA, so its peer holds the aggregator's key, which the relay does not."""
     job, site = Authority.create("job", DAY), Authority.create("site", DAY)
     site.issue("localhost", DAY, hosts=["localhost"]).write(tmp_path / "tls")
     pool = ThreadPoolExecutor(4)

@@ -1,4 +1,4 @@
-"""What is sent to slurmrestd, and how its answers are taken, without Slurm."""
+"""Requests to slurmrestd, and handling of its answers, without Slurm."""
 
 import base64
 import datetime as dt
@@ -35,7 +35,7 @@ def http(content: Any, status: int = 200) -> bytes:
 
 
 class Daemon:
-    """A server on a UNIX socket that says what it is told to, by path; None: nothing at all."""
+    """A server on a UNIX socket with preset answers by path; ``None`` for no answer."""
 
     def __init__(self, folder: Path) -> None:
         self.answers: dict[str, Any] = {"/openapi/v3": http(OPENAPI)}
@@ -225,7 +225,7 @@ def test_no_whole_answer_leaves_it_open(daemon: Daemon, tmp_path: Path, answer: 
     with pytest.raises(SubmissionAmbiguous, match=said):
         adapter.submit(submission(tmp_path))
     assert time.monotonic() - began < 60
-    # Whoever comes next, in this process or another, leaves it alone: slurmrestd may be at it.
+    # Neither this process nor another submits again: slurmrestd may still be processing the request.
     assert adapter.submission_may_run(tmp_path)
     with pytest.raises(SubmissionAmbiguous, match="an earlier submission"):
         adapter.submit(submission(tmp_path))

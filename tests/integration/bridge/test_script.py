@@ -21,7 +21,7 @@ from isthmus_bridge.slurm.model import Gres
 from isthmus_contracts.pb import bridge_pb2 as pb
 from tests.support.fake_slurm import KEY, policy, spec
 
-# Writes what it was given, and who it is told to be.
+# Writes its arguments, its environment and its working directory.
 PROBE = (
     "import json, os, sys; json.dump({'argv': sys.argv[1:], 'env': dict(os.environ), 'cwd': os.getcwd()},"
     " open(os.path.join(os.environ['ISTHMUS_TLS_DIR'], 'seen'), 'w'))"

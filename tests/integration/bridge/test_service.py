@@ -236,7 +236,7 @@ def test_renewed_credentials_reach_the_tasks_of_a_living_pool(
         assert path.stat().st_mode & 0o777 == 0o600
         assert path.stat().st_ino != before[path.name]
     assert slurm.submissions == 1
-    # Nobody else's, nothing that is no certificate, and nothing for a pool that is over.
+    # Other callers, malformed certificates and pools that are over are refused.
     other = connect("test")
     assert refused(lambda: other.RenewCredentials(request, timeout=60))[0] in (
         grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DENIED,

@@ -1,4 +1,4 @@
-"""What a job leaves in its pool's directory is its own pool's trouble at most."""
+"""Files that a job plants in its pool's directory affect its own pool at most."""
 
 import os
 import pwd
@@ -18,7 +18,7 @@ from tests.support.fake_slurm import KEY, World
 
 
 def ends(what: Callable[[], object]) -> bool:
-    """Whether it returns at all."""
+    """Return whether the call ends."""
     thread = threading.Thread(target=what, daemon=True)
     thread.start()
     thread.join(60)

@@ -31,7 +31,7 @@ async def until(condition: Callable[[], Any], what: str, seconds: float = 120.0)
 
 
 class Kube:
-    """Holds the Secrets."""
+    """A store of Secrets."""
 
     def __init__(self) -> None:
         self.secrets: dict[str, dict[str, Any]] = {}

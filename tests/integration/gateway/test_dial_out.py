@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class BridgeProcess:
-    """A site, with an authority of its own, whose bridge knows nobody but the gateway."""
+    """A site with a CA of its own, whose bridge knows only the gateway."""
 
     def __init__(
         self, folder: Path, gateway: Authority, port: int, authority: Authority | None = None, host: str = "localhost"
@@ -56,7 +56,7 @@ class BridgeProcess:
             self.process = subprocess.Popen(argv, cwd=ROOT, stderr=log)
 
     def said(self) -> list[dict[str, Any]]:
-        """What it has logged."""
+        """Return its log's JSON lines."""
         lines = (self.folder / "log").read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 

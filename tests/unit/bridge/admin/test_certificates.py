@@ -47,5 +47,5 @@ def test_a_key_without_its_certificate_is_not_overwritten(tmp_path: Path, capsys
     key = (folder / "ca.key").read_bytes()
     (folder / "ca.crt").unlink()
     assert certs(folder, "--operator", "prod") == 1
-    assert "ca.crt is not there" in capsys.readouterr().err
+    assert "ca.crt is missing" in capsys.readouterr().err
     assert (folder / "ca.key").read_bytes() == key

@@ -222,7 +222,7 @@ def test_status_shows_what_the_bridge_wrote_down(tmp_path: Path, capsys: pytest.
     file.update([world.entry()], time.time())
     assert main(["status", "--policy", str(path)]) == 0
     head, columns, row = capsys.readouterr().out.splitlines()
-    assert head.startswith("the bridge runs (pid ") and head.endswith("; 1 live pools")
+    assert head.startswith("the bridge is running (pid ") and head.endswith("; 1 live pools")
     assert columns.split() == [
         "KEY",
         "POOL",
@@ -259,7 +259,7 @@ def test_doctor_without_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (programs / name).chmod(0o755)
     assert main(["doctor", "--policy", str(path)]) == 1
     line, *others = capsys.readouterr().out.splitlines()
-    # Adapters that are not in use are told too, and are no problem.
+    # Adapters that are not in use are reported too, and are not problems.
     assert [other.startswith("ok  ") for other in others] == [True, True]
     assert "REST adapter (not in use): not configured; set slurm.rest" in others[0]
     assert "pyslurm adapter (not in use): does not work: pyslurm: describe: cannot import pyslurm" in others[1]

@@ -1,4 +1,4 @@
-"""What `doctor` tells of Slurm's own limits beside the policy's, from answers in the form of Slurm 22.05."""
+"""The comparison of Slurm's limits with the policy's in `doctor`, from answers in the format of Slurm 22.05."""
 
 import re
 import tempfile
@@ -77,7 +77,7 @@ def test_partitions_that_the_jobs_could_use_beyond_the_policy(tmp_path: Path) ->
     lines = told(tmp_path, [partition("main"), partition("urgent"), partition("closed", accounts="chief")])
     (further,) = (line for _, line in lines if "may also use" in line)
     assert "its jobs may also use the partitions urgent, which the policy does not name" in further
-    assert any("no associations (slurmdbd): Slurm sets no limit" in line for _, line in lines)
+    assert any("no associations (slurmdbd): Slurm does not limit" in line for _, line in lines)
 
 
 def test_associations_below_and_above_the_policy(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Who could change or read what governs the bridge: `check` tells it, and `serve` refuses what another user can use."""
+"""Users who could change or read the bridge's files: `check` reports them, and `serve` refuses if they can use it."""
 
 import os
 import pwd
@@ -13,7 +13,7 @@ import yaml
 from isthmus_bridge.admin import strict_modes
 from isthmus_bridge.cli import main
 from isthmus_bridge.policy.policy import Policy, PolicyError, load
-from isthmus_bridge.users.doctor import code
+from isthmus_bridge.users.doctor import code_paths
 from isthmus_contracts.identities import operator_identity
 
 Lines = Callable[[], dict[str, bool]]
@@ -54,7 +54,7 @@ class Site:
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setattr(strict_modes, "code", lambda: [])
+    monkeypatch.setattr(strict_modes, "code_paths", lambda: [])
     old = os.umask(0o022)
     folder = Path(tempfile.mkdtemp(prefix="strict-", dir="/tmp"))
     folder.chmod(0o755)
@@ -74,7 +74,7 @@ def others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def belongs_to_another(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
-    """Gives a path to another user, whose name it returns; not being root, one becomes root to the code instead."""
+    """Give a path to another user and return the name. Without root, pretend to be root to the code instead."""
 
     def give(path: Path) -> str:
         if os.getuid() == 0:
@@ -124,7 +124,7 @@ def test_a_group_of_ones_own_is_none(site: Site, monkeypatch: pytest.MonkeyPatch
     (site.folder / "scratch").chmod(0o775)
     (site.file).chmod(0o664)
     assert site.found() == {}
-    # Of a group whose members nobody tells, there is a warning.
+    # A group whose members are unknown gives a warning.
     monkeypatch.setattr(strict_modes, "_own_groups", lambda uid: frozenset())
     assert list(site.found().values()) == [False, False]
 
@@ -229,6 +229,6 @@ def test_entries_of_the_import_path_that_are_none_are_left_out(tmp_path: Path, m
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["", finder, str(tmp_path / "there"), str(tmp_path / "gone"), "\0"])
-    found = code()
+    found = code_paths()
     assert tmp_path / "there" in found
     assert all(path.is_absolute() for path in found) and tmp_path / "gone" not in found

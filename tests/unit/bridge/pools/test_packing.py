@@ -23,7 +23,7 @@ def world(tmp_path: Path) -> World:
 
 
 def leave(world: World, client: int, code: int, restarts: int = 0) -> None:
-    """What a client's script writes down in the end."""
+    """Write the marker of a client's end."""
     run = RunDirectory(world.policy.run_dir, KEY)
     (run.path / "tasks" / f"{client}.exit").write_text(f"{world.array().id} {restarts} {code}\n")
 
@@ -129,5 +129,5 @@ def test_caps_hold_for_the_whole_job(
 
 def test_totals_count_what_the_last_job_holds_idle(tmp_path: Path) -> None:
     site = policy(tmp_path, limits=Limits(total_cpus=5).model_dump())
-    denial = too_many(CurrentPolicy(site).current, site.identities[0], spec(**PACKED), [], 0)
+    denial = too_many(CurrentPolicy(site).policy, site.identities[0], spec(**PACKED), [], 0)
     assert denial is not None and denial.rule == "limits.total_cpus"

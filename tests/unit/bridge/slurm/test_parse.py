@@ -1,4 +1,4 @@
-"""Answers as Slurm 22.05 gave them, and answers that must not be believed."""
+"""Parsing of real answers of Slurm 22.05, and of forged ones."""
 
 import re
 
