@@ -8,6 +8,7 @@ from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.process import backoff
 
 from .. import names
+from ..render import kueue
 from ..render.client import ClientPods
 from ..state.job_record import ClientRecord, CloudRecord
 from ..state.observed import PodView
@@ -19,6 +20,7 @@ from .start_problems import why_not_started
 
 _FIRST_DELAY = 5.0  # seconds before the first restart after a failure; doubled each time
 _LONGEST_DELAY = 300.0
+_PATIENCE = dt.timedelta(seconds=60)  # after a pod's grace period
 _LEFT = (
     "ended with exit code 0 before training was complete, again: its command has to take part until then"
     " (task.command, or the command in the pool's template)"
@@ -49,6 +51,7 @@ class _CloudPool:
         self.can_start = ready_to_start
         self.record = context.record.cloud.setdefault(pool.name, CloudRecord())
         self.size = bursting.wanted(context, pool, self.record)
+        self.members = kueue.members(context.spec).get(pool.name, 0)
         self.outcome = PoolOutcome(pool.name, desired=self.size, possible=max(self.size, pool.replicas))
         self._pods: ClientPods | None = None
         self._newest_failure: tuple[dt.datetime, str] | None = None
@@ -105,7 +108,8 @@ class _CloudPool:
             self._start(index, entry.attempt if fresh or refused in context.observed.refusals else entry.attempt + 1)
         elif newest.deleting:
             self.outcome.queued += 1
-            self._start(index, newest.attempt + 1)
+            if not self._holds_place(index, newest):
+                self._start(index, newest.attempt + 1)
         elif newest.ended:
             self._restart(index, newest, entry)
         else:
@@ -115,6 +119,14 @@ class _CloudPool:
             if newest.phase == "Pending":
                 self.outcome.queued += 1
                 self._waiting = self._waiting or why_not_started(context, newest)
+
+    def _holds_place(self, index: int, pod: PodView) -> bool:
+        """Return whether a pod that is being deleted still counts in Kueue's group, which would exceed its size."""
+        context = self.context
+        if not context.job.queue or pod.ended or not pod.node or index >= self.members:
+            return False
+        # One whose node is lost does not go by itself.
+        return pod.overdue is None or not context.reached(pod.overdue + _PATIENCE)
 
     def _delete_obsolete(self, pods: Sequence[PodView]) -> None:
         """Keeps the newest pod of a client and, for its log, the last that ended; fenced and older ones go, and one
@@ -148,9 +160,10 @@ class _CloudPool:
         else:
             times = pod.attempt + 1
         if self.context.elapsed(pod.ended_at(self.context.now), restart_delay(times)):
-            self._start(index, pod.attempt + 1)
+            # Kueue counts a pod that ended with 0 as one of its group, and would delete another in its place.
+            self._start(index, pod.attempt + 1, alone=pod.phase == "Succeeded")
 
-    def _start(self, index: int, attempt: int) -> None:
+    def _start(self, index: int, attempt: int, *, alone: bool = False) -> None:
         context = self.context
         if not self.can_start:
             return
@@ -175,7 +188,7 @@ class _CloudPool:
                 context.job, context.spec, self.pool, seen.authority, seen.code, context.options.defaults
             )
         context.starts += 1
-        context.actions.append(CreatePod(self._pods.pod(index, attempt)))
+        context.actions.append(CreatePod(self._pods.pod(index, attempt, alone=alone)))
 
     def _entry(self, index: int) -> ClientRecord:
         return self.record.clients.setdefault(index, self.record.client(index))

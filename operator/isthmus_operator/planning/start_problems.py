@@ -4,6 +4,7 @@ import datetime as dt
 
 from isthmus_contracts.api.federated_job_status import Reason
 
+from ..render import kueue
 from ..state.observed import PodView
 from ..text import headline
 from .context import PlanContext
@@ -14,6 +15,11 @@ _PATIENCE = dt.timedelta(seconds=60)
 
 def why_not_started(context: PlanContext, pod: PodView) -> str:
     """Return what keeps a pod from starting; empty where it is merely on its way."""
+    if pod.waiting.startswith(kueue.GATED) and context.job.queue:
+        return (
+            f"{kueue.GATED}: waits for Kueue to admit it to the queue {context.job.queue}:"
+            f" `kubectl get workloads --namespace {context.job.namespace}` shows which wait"
+        )
     if pod.waiting:
         return pod.waiting
     if pod.phase != "Pending" or pod.placed is None or not context.reached(pod.placed + _PATIENCE):

@@ -9,6 +9,7 @@ from isthmus_contracts.api.federated_job import FederatedJobSpec, Pool
 
 from .. import names
 from ..state.observed import Job
+from . import kueue
 from .defaults import NONE, JobDefaults, templates
 from .pod import TLS_DIR, TLS_VOLUME, base_spec, finish, lay_code, metadata
 
@@ -37,6 +38,8 @@ class ClientPods:
         defaults: JobDefaults = NONE,
     ) -> None:
         self._job = job
+        self._spec = spec
+        self._members = kueue.members(spec).get(pool.name, 0)
         self._pool = pool
         self._first = spec.first_client(pool.name)
         container = {
@@ -68,11 +71,13 @@ class ClientPods:
         under = templates(defaults, "clients", CONTAINER, {item.name for item in spec.task.env})
         self._base = finish(pod_metadata, body, template, CONTAINER, reserved, under)
 
-    def pod(self, index: int, attempt: int) -> dict[str, Any]:
+    def pod(self, index: int, attempt: int, *, alone: bool = False) -> dict[str, Any]:
         """One start of one client."""
         body = copy.deepcopy(self._base)
         body["metadata"]["name"] = names.client(self._job, self._pool.name, index, attempt)
         body["metadata"]["labels"] |= {ids.LABEL_INDEX: str(index), ids.LABEL_ATTEMPT: str(attempt)}
+        if index < self._members and not alone:
+            kueue.join(body, self._job, self._spec)
         for volume in body["spec"]["volumes"]:
             if volume["name"] == TLS_VOLUME:
                 volume["secret"] |= self._own_certificate(index)
