@@ -10,7 +10,6 @@ import errno
 import fcntl
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,12 +63,6 @@ def guarded(directory: Path, seconds: float) -> Iterator[Sequence[int]]:
             # If it cannot be removed, it expires.
             with contextlib.suppress(OSError):
                 settle(directory)
-
-
-def lockable(directory: Path) -> bool:
-    """Return whether the file system of a folder has locks. Raises ``OSError`` if no file can be made in it."""
-    with tempfile.TemporaryFile(dir=directory) as file:
-        return _take(file.fileno())
 
 
 def _take(descriptor: int) -> bool:

@@ -31,12 +31,10 @@ def test_a_lock_lives_as_long_as_the_program_that_inherited_it(tmp_path: Path) -
         program.kill()
         program.wait()
     assert not in_flight.may_run(tmp_path)
-    assert in_flight.lockable(tmp_path)
 
 
 @pytest.mark.usefixtures("without_locks")
 def test_without_locks_a_moment_is_written_down(tmp_path: Path) -> None:
-    assert not in_flight.lockable(tmp_path)
     with in_flight.guarded(tmp_path, 1000) as locks:
         assert list(locks) == [] and in_flight.may_run(tmp_path)
     assert not in_flight.may_run(tmp_path)
