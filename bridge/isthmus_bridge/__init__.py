@@ -1,4 +1,4 @@
-"""The bridge: runs at an HPC site, takes declarative requests over mutual TLS, and speaks Slurm."""
+"""The bridge: a service at an HPC site that takes declarative requests over mutual TLS, and runs jobs in Slurm."""
 
 from importlib.metadata import version
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 20.0
 _DIAL_SECONDS = 15.0
-# Connections without a complete handshake, and all of them together.
+# Limits of connections without a complete handshake, and of all connections.
 MAX_HANDSHAKES = 32
 MAX_CONNECTIONS = 96
 # asyncio accepts this many at once, before any can be closed.

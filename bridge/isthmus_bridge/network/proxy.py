@@ -33,7 +33,7 @@ def proxy_for(gateway: GatewaySettings) -> str | None:
         return None
     url = url if "://" in url else f"http://{url}"
     if PROXY.fullmatch(url) is None:
-        # Not the text itself: it may hold a password.
+        # Do not quote the text: it may hold a password.
         raise ProxyError("https_proxy is not http://HOST:PORT")
     return url.rstrip("/")
 

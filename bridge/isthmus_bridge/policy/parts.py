@@ -42,7 +42,7 @@ class SbatchOptions(Part):
     reservation: Annotated[str, _form(options.NAMES), AfterValidator(_one_line)] | None = None
     """One reservation or several, separated by commas."""
     qos: SlurmName | None = None
-    """For jobs whose manifest names none."""
+    """QOS of jobs whose manifest names none."""
     exclusive: bool | Literal["user", "mcs"] | None = None
     """Whole nodes; ``user``: shared with jobs of the same user only."""
     wckey: Annotated[str, _form(options.NAMES), AfterValidator(_one_line)] | None = None

@@ -47,7 +47,7 @@ class Identity(Part):
     namespaces: list[Line] = ["*"]
     """Patterns (``*``, ``?``) of the Kubernetes namespaces whose jobs are accepted."""
     partitions: list[SlurmName] | None = None
-    """Default: the site's; likewise the following."""
+    """Partitions that this caller may use. Default: the site's, also for the following fields."""
     qos: list[SlurmName] | None = None
     environments: list[DnsLabel] | None = None
     data_sets: list[DnsLabel] | None = None
@@ -245,7 +245,7 @@ class Policy(Part):
     """Parent of the pools' private directories, on a file system shared with the nodes, writable by the bridge's
     user."""
     journal: AbsolutePath | None = None
-    """Default: journal.db in run_dir."""
+    """Path of the journal. Default: journal.db in run_dir."""
     tls_dir: AbsolutePath
     """Directory of the bridge's ca.crt, tls.crt and tls.key."""
     listen: Listen | None = None

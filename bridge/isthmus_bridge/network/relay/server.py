@@ -207,7 +207,7 @@ class Relay:
                 if not data:
                     break
                 writer.write(data)
-                # Waits while the receiver is behind: the sender is not read meanwhile, and its own window fills.
+                # Wait for a slow receiver. Its sender is not read in the meantime, so that TCP slows it down.
                 await writer.drain()
             counter.inc(len(data))
         with suppress(OSError):
@@ -215,7 +215,7 @@ class Relay:
 
 
 async def _hello(reader: asyncio.StreamReader) -> tuple[bytes, str]:
-    """The first bytes of a client, and the name in them."""
+    """Return the first bytes of a client, and the server name in them."""
     hello = ClientHello()
     while more := await reader.read(_CHUNK):
         name = hello.feed(more)
