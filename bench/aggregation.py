@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--strategies", nargs="*", default=STRATEGIES)
     parser.add_argument("--parameters", type=int, nargs="*", default=SIZES)
-    parser.add_argument("--repeat", type=int, default=9, help="turns; medians are shown")
+    parser.add_argument("--repeat", type=int, default=9, help="number of turns; medians are shown")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for parameters in options.parameters:

@@ -34,19 +34,17 @@ LAST_ROUNDS = 10
 def main() -> None:
     """Parse the command line and run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parameters", type=int, default=4_000_000, help="of the tensor that is encoded, float32")
-    parser.add_argument("--repeat", type=int, default=5, help="times; the fastest counts")
+    parser.add_argument("--parameters", type=int, default=4_000_000, help="size of the encoded float32 tensor")
+    parser.add_argument("--repeat", type=int, default=5, help="number of repetitions; the fastest counts")
     parser.add_argument("--chains", nargs="*", default=None)
     parser.add_argument("--top-k", default="0.01", help="TopK's fraction")
     parser.add_argument("--accuracy", action="store_true")
-    parser.add_argument(
-        "--download", action="store_true", help="the global model goes through the chain too (not TopK)"
-    )
+    parser.add_argument("--download", action="store_true", help="also encode the global model (except with TopK)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--clients", type=int, default=5)
-    parser.add_argument("--examples", type=int, default=5000, help="of the training data, over all clients")
-    parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet partition")
+    parser.add_argument("--examples", type=int, default=5000, help="examples of training data, over all clients")
+    parser.add_argument("--alpha", type=float, default=0.5, help="alpha of the Dirichlet partition")
     options = parser.parse_args()
     torch.set_num_threads(1)
     measure: Callable[[str, argparse.Namespace], dict[str, object]] = accuracy if options.accuracy else speed

@@ -45,10 +45,10 @@ CHAINS = ("None", "Int8", "TopK+Int8")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, nargs="*", default=[4, 16, 64])
-    parser.add_argument("--parameters", type=int, default=100_000_000, help="of the model, float32")
+    parser.add_argument("--parameters", type=int, default=100_000_000, help="float32 parameters of the model")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--library", action="store_true", help="measure the client library instead")
-    parser.add_argument("--chains", nargs="*", default=CHAINS, help="of the library's uploads")
+    parser.add_argument("--chains", nargs="*", default=CHAINS, help="codecs of the library's uploads")
     parser.add_argument("--participate", choices=["alone", "federated"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.participate:

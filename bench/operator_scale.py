@@ -202,7 +202,7 @@ def many_idle_jobs(api: Api, directory: Path, jobs: int, steady: float) -> dict[
             busy += running.value("isthmus_operator_workers_busy", text)
             return looks >= jobs and not busy
 
-        until("every job was looked at", looked, 600)
+        until("every job was reconciled", looked, 600)
         result["restart_all_looked_at_s"] = round(time.monotonic() - started, 1)
         result |= {f"restarted_{key}": value for key, value in running.at_rest(steady).items()}
         result["restarted_memory_mb"] = running.memory_mb()
@@ -213,13 +213,13 @@ def many_idle_jobs(api: Api, directory: Path, jobs: int, steady: float) -> dict[
 def main() -> None:
     """Parse the command line and run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=1000, help="of the large job; 0: none")
+    parser.add_argument("--clients", type=int, default=1000, help="clients of the large job; 0: none")
     parser.add_argument(
         "--turns", type=int, default=1, help="number of turns, each with a large job and with pods alone"
     )
-    parser.add_argument("--jobs", type=int, default=1000, help="idle ones; 0: none")
+    parser.add_argument("--jobs", type=int, default=1000, help="number of idle jobs; 0: none")
     parser.add_argument("--steady", type=float, default=60.0, help="seconds over which CPU is measured")
-    parser.add_argument("--patience", type=float, default=600.0, help="seconds after which it gives up on pods")
+    parser.add_argument("--patience", type=float, default=600.0, help="timeout for pods in seconds")
     options = parser.parse_args()
     Lab().require_up()
     with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as folder, namespace(NAMESPACE):

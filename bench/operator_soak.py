@@ -107,7 +107,7 @@ def main() -> None:
     """Parse the command line and run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=600)
-    parser.add_argument("--wave", type=int, default=30, help="jobs at the same time")
+    parser.add_argument("--wave", type=int, default=30, help="jobs per wave")
     options = parser.parse_args()
     Lab().require_up()
     with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as folder, namespace(NAMESPACE):

@@ -34,12 +34,14 @@ def main() -> None:
     """Parse the command line and run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", nargs="*", type=int, default=[100, 1000])
-    parser.add_argument("--noise", nargs="*", type=float, default=[0, 1, 2, 4, 8], help="multipliers; 0: no privacy")
+    parser.add_argument(
+        "--noise", nargs="*", type=float, default=[0, 1, 2, 4, 8], help="noise multipliers; 0: no privacy"
+    )
     parser.add_argument("--clip", type=float, default=0.5)
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--examples", type=int, default=20, help="of each client")
-    parser.add_argument("--alpha", type=float, default=1.0, help="of the Dirichlet partition")
+    parser.add_argument("--alpha", type=float, default=1.0, help="alpha of the Dirichlet partition")
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)

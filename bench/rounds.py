@@ -63,11 +63,11 @@ class Series:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--clients", type=int, help="of a case of your own")
-    parser.add_argument("--parameters", type=int, default=10_000, help="of the model, float32")
+    parser.add_argument("--clients", type=int, help="clients of another case")
+    parser.add_argument("--parameters", type=int, default=10_000, help="float32 parameters of the model")
     parser.add_argument("--rounds", type=int, help="of each turn")
-    parser.add_argument("--turns", type=int, help="of each side; medians over them are shown")
-    parser.add_argument("--processes", type=int, help="that the clients share; default: one for each, at most 16")
+    parser.add_argument("--turns", type=int, help="turns of each system; medians are shown")
+    parser.add_argument("--processes", type=int, help="processes of the clients; default: one each, at most 16")
     options = parser.parse_args()
     cases = {name: CASES[name] for name in options.cases}
     if options.clients:

@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--clients", type=int, default=10)
-    parser.add_argument("--examples", type=int, default=2000, help="of the training data, over all clients")
-    parser.add_argument("--alpha", type=float, default=0.1, help="of the Dirichlet partition")
+    parser.add_argument("--examples", type=int, default=2000, help="examples of training data, over all clients")
+    parser.add_argument("--alpha", type=float, default=0.1, help="alpha of the Dirichlet partition")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.strategies:

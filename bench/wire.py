@@ -39,7 +39,7 @@ SIZES = (10_000, 250_000, 2_500_000, 25_000_000, 100_000_000)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parameters", type=int, nargs="*", default=SIZES)
-    parser.add_argument("--repeat", type=int, default=7, help="rounds; medians are shown")
+    parser.add_argument("--repeat", type=int, default=7, help="number of rounds; medians are shown")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for parameters in options.parameters:

@@ -172,7 +172,7 @@ class Lab:
             try:
                 _together([starters[part] for part in starting])
             except LabError:
-                say("the lab did not come up; its logs stay for a look, and `python -m lab down` removes all of it")
+                say("the lab did not start; its logs are kept, and `python -m lab down` removes everything")
                 raise
         say(f"up at {self.paths.root} in {time.monotonic() - began:.0f} s")
 
@@ -184,7 +184,7 @@ class Lab:
                 say(f"no lab at {self.paths.root}")
                 return
             self._remove()
-        say(f"down; nothing is left of {self.paths.root}")
+        say(f"down; removed {self.paths.root}")
 
     def load_image(self, archive: Path) -> str:
         """Import an image archive into the cluster's containerd; return the names of its images."""
@@ -255,7 +255,7 @@ class Lab:
         """Remove the remains of a crashed lab or a reboot."""
         alive = any(pid for _, pid, _ in self.daemons())
         if not alive and (self.paths.root.exists() or self.network.exists()):
-            say("clearing what an earlier lab left")
+            say("removing the remains of an earlier lab")
             self._remove()
 
     def _clear(self, part: str) -> None:

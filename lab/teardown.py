@@ -80,10 +80,12 @@ def require_usable(paths: Paths) -> None:
     require_ours(paths)
     for covered in OVERLAID:
         if paths.root.is_relative_to(Path(covered).resolve()):
-            raise LabError(f"a lab cannot live under {covered}, which its daemons see replaced; give another --dir")
+            raise LabError(f"a lab cannot be below {covered}, which its daemons see replaced; give another --dir")
     for folder in paths.root.parents:
         if folder.exists() and not folder.stat().st_mode & 0o001:
-            raise LabError(f"{folder} lets no other user through, and Slurm jobs run unprivileged; give another --dir")
+            raise LabError(
+                f"{folder} cannot be entered by other users, and Slurm jobs run unprivileged; give another --dir"
+            )
 
 
 def require_outside(network: Network) -> None:

@@ -9,14 +9,14 @@ DASHBOARD = Dashboard(
     panels=(
         Panel(
             "Jobs running",
-            "FederatedJobs whose rounds go on.",
+            "FederatedJobs that are training.",
             (Query('sum(isthmus_operator_jobs{phase="Running"})'),),
             kind="stat",
             width=6,
         ),
         Panel(
             "Jobs failed",
-            "FederatedJobs that failed, and were not deleted yet.",
+            "FederatedJobs that failed and are not deleted yet.",
             (Query('sum(isthmus_operator_jobs{phase=~"Failed|Rejected"})'),),
             kind="stat",
             width=6,
@@ -24,7 +24,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Sites that do not answer",
-            "HPCSites whose bridge did not answer the operator last.",
+            "HPCSites whose bridge did not answer the operator's last request.",
             (Query("sum(1 - isthmus_operator_site_reachable)"),),
             kind="stat",
             width=6,
@@ -32,20 +32,20 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Rounds in the last hour",
-            "Rounds that aggregators committed, over all jobs.",
+            "Rounds committed by the aggregators of all jobs.",
             (Query("sum(increase(isthmus_round_seconds_count[1h]))"),),
             kind="stat",
             width=6,
         ),
         Panel(
             "Jobs by phase",
-            "A job that waits long in Pending or Starting tells why in its conditions: kubectl describe fj.",
+            "The conditions of a job in Pending or Starting give the reason: kubectl describe fj.",
             (Query("sum by (phase) (isthmus_operator_jobs)", "{{phase}}"),),
             stacked=True,
         ),
         Panel(
             "Rounds per hour",
-            "At the present speed, by namespace.",
+            "Rounds per hour at the current rate, by namespace.",
             (
                 Query(
                     "3600 * sum by (namespace) (rate(isthmus_round_seconds_count[$__rate_interval]))", "{{namespace}}"
@@ -54,19 +54,19 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Clients by state",
-            "Queued: pods that are pending, and tasks in the queue of Slurm. Ready: connected to their aggregators.",
+            "Queued: pending pods, and tasks in Slurm's queue. Ready: connected to their aggregators.",
             (Query("sum by (state) (isthmus_operator_pool_clients)", "{{state}}"),),
         ),
         Panel(
             "Sites",
-            "1: the bridge answered the operator last. 0: it did not.",
+            "1: the bridge answered the operator's last request. 0: it did not.",
             (Query("min by (site) (isthmus_operator_site_reachable)", "{{site}}"),),
             steps=True,
         ),
         Panel(
             "Wait in the sites' queues",
-            "From a pool's submission to the start of its tasks: of those that started within the hour, the median and"
-            " what nine of ten stay below.",
+            "Time from a pool's submission to the start of its tasks: median and 90th percentile of the last hour's"
+            " tasks.",
             tuple(
                 Query(
                     f"histogram_quantile({share}, sum by (site, le)"
@@ -79,7 +79,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Clients that failed or were late",
-            "Clients of rounds that are over, per second: gone or refused, or still at work when the round ended.",
+            "Clients per second, in finished rounds, that were lost, refused, or still training when the round ended.",
             (
                 Query(
                     "sum by (namespace, state)"
@@ -90,8 +90,8 @@ DASHBOARD = Dashboard(
             unit="cps",
         ),
         Panel(
-            "The operator's looks at jobs",
-            "How many, and how many an error cut short: those are repeated.",
+            "Reconciliations of jobs",
+            "Reconciliations per second, and those that ended with an error and are retried.",
             (
                 Query("sum(rate(isthmus_operator_reconcile_seconds_count[$__rate_interval]))", "looks"),
                 Query("sum(rate(isthmus_operator_reconcile_errors_total[$__rate_interval]))", "errors"),
@@ -100,7 +100,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "The operator's backlog",
-            "Jobs that wait for a worker, workers that are busy, and how late its event loop runs.",
+            "Jobs that wait for a worker, busy workers, and the delay of the event loop.",
             (
                 Query("max(isthmus_operator_queue_depth)", "waiting jobs"),
                 Query("max(isthmus_operator_workers_busy)", "busy workers"),
@@ -109,13 +109,13 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Requests to the API server",
-            "By their HTTP status; none: no answer.",
+            "Requests by HTTP status; none: no response.",
             (Query("sum by (code) (rate(isthmus_operator_api_requests_total[$__rate_interval]))", "{{code}}"),),
             unit="reqps",
         ),
         Panel(
             "Calls to bridges",
-            "By site and gRPC status.",
+            "Calls by site and gRPC status.",
             (
                 Query(
                     "sum by (site, code) (rate(isthmus_operator_bridge_calls_total[$__rate_interval]))",

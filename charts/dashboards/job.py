@@ -24,7 +24,7 @@ DASHBOARD = Dashboard(
     panels=(
         Panel(
             "Rounds",
-            "Committed, and asked for.",
+            "Committed rounds, and rounds in the manifest.",
             (
                 Query(f"max(isthmus_rounds_completed{{{_JOB}}})", "completed"),
                 Query(f"max(isthmus_rounds_planned{{{_JOB}}})", "planned"),
@@ -34,7 +34,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Best",
-            "The best value yet of the metric that the job aims at.",
+            "Best value so far of the objective's metric.",
             (Query(f"max by (metric) (isthmus_best_metric{{{_JOB}}})", "{{metric}}"),),
             kind="stat",
             width=6,
@@ -48,7 +48,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Model",
-            "The global model, uncompressed.",
+            "Size of the uncompressed global model.",
             (Query(f"max(isthmus_model_bytes{{{_JOB}}})"),),
             kind="stat",
             unit="bytes",
@@ -56,7 +56,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Accuracy and other metrics",
-            "What the evaluation function returns, as of the newest round, with the number of rounds at the right.",
+            "Results of the evaluation function in the newest round; the number of rounds is on the right axis.",
             (
                 Query(f'max by (metric) (isthmus_metric{{{_JOB},metric!~".*loss.*"}})', "{{metric}}"),
                 Query(f"max(isthmus_rounds_completed{{{_JOB}}})", "rounds", right=True),
@@ -65,7 +65,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Loss",
-            "As of the newest round, with the number of rounds at the right.",
+            "Values of the newest round; the number of rounds is on the right axis.",
             (
                 Query(f'max by (metric) (isthmus_metric{{{_JOB},metric=~".*loss.*"}})', "{{metric}}"),
                 Query(f"max(isthmus_rounds_completed{{{_JOB}}})", "rounds", right=True),
@@ -74,7 +74,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Time by stage",
-            "Mean time of a client (or, for push and fold, an update; for checkpoint, a round) in each stage.",
+            "Mean time in each stage: per client, or per update for push and fold, or per round for checkpoint.",
             (
                 Query(
                     f"sum by (stage) ({_rate('isthmus_stage_seconds_sum')})"
@@ -87,7 +87,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Round time",
-            "From a round's first offer to its commit: the mean, and what nineteen of twenty rounds stay below.",
+            "Time from a round's first offer to its commit: mean and 95th percentile.",
             (
                 Query(
                     f"sum({_rate('isthmus_round_seconds_sum')}) / sum({_rate('isthmus_round_seconds_count')})", "mean"
@@ -98,7 +98,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "The round in progress",
-            "Clients that were asked, and those that have handed in: a gap that stays is a straggler.",
+            "Clients that received an offer, and clients that submitted an update. A lasting gap means a straggler.",
             (
                 Query(f"max(isthmus_round_clients_selected{{{_JOB}}})", "selected"),
                 Query(f"max(isthmus_round_clients_submitted{{{_JOB}}})", "submitted"),
@@ -107,7 +107,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Clients by pool and state",
-            "As the aggregator sees them, and those that wait to be started.",
+            "Clients by state at the aggregator, and clients that are not started yet.",
             (
                 Query(f"sum by (pool, state) (isthmus_clients{{{_JOB}}})", "{{pool}} {{state}}"),
                 Query(
@@ -118,8 +118,9 @@ DASHBOARD = Dashboard(
             steps=True,
         ),
         Panel(
-            "How rounds ended for clients",
-            "Completed: handed in. Late: still at work when the round ended. Failed: gone, or the update was refused.",
+            "Results of clients in rounds",
+            "Completed: submitted an update. Late: still training when the round ended. Failed: lost, or the update was"
+            " refused.",
             (
                 Query(
                     f"sum by (pool, state) ({_rate('isthmus_clients_finished_total')})",
@@ -131,13 +132,13 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Updates by result",
-            "What became of what clients sent; docs/operating/metrics.md tells the reasons of refusals.",
+            "Updates by result; docs/operating/metrics.md lists the reasons of refusals.",
             (Query(f"sum by (result) ({_rate('isthmus_updates_total')})", "{{result}}"),),
             unit="cps",
         ),
         Panel(
             "Bytes",
-            "Of updates that came in and models that went out, by codec.",
+            "Received updates and sent models, by codec.",
             (
                 Query(f"sum by (codec) ({_rate('isthmus_received_bytes_total')})", "received {{codec}}"),
                 Query(f"sum by (codec) ({_rate('isthmus_sent_bytes_total')})", "sent {{codec}}"),
@@ -146,7 +147,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Compression of updates",
-            "Bytes that came in, as a share of what the same updates are uncompressed.",
+            "Received bytes as a share of the uncompressed size of the same updates.",
             (
                 Query(
                     f"sum({_rate('isthmus_received_bytes_total')})"
@@ -158,7 +159,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Staleness of updates",
-            "By how many rounds the models were behind from which the counted updates were trained, in the mean.",
+            "Mean age in rounds of the base models of accepted updates.",
             (
                 Query(
                     f"sum by (pool) ({_rate('isthmus_update_staleness_rounds_sum')})"
@@ -169,8 +170,8 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Privacy budget",
-            "Epsilon of all models that were published, and the budget, at which training ends. For jobs with"
-            " differential privacy.",
+            "Epsilon of all published models, and the budget at which training ends. For jobs with differential"
+            " privacy.",
             (
                 Query(f"max(isthmus_privacy_epsilon{{{_JOB}}})", "epsilon"),
                 Query(f"max(isthmus_privacy_epsilon_limit{{{_JOB}}})", "maxEpsilon"),
@@ -179,8 +180,8 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Clipped updates",
-            "Of the newest round, the share that was longer than clipNorm. None: the bound, and with it the noise, is"
-            " larger than it must be. All: it holds training back.",
+            "Share of the newest round's updates with a norm above clipNorm. If it is 0, clipNorm and the noise are"
+            " larger than necessary. If it is 1, clipping slows training.",
             (Query(f"max(isthmus_privacy_clipped_ratio{{{_JOB}}})", "clipped"),),
             unit="percentunit",
             steps=True,

@@ -17,7 +17,7 @@ DASHBOARD = Dashboard(
     panels=(
         Panel(
             "Slurm answers the bridge",
-            "1: yes. While it is 0, pools are UNKNOWN and nothing ends.",
+            "1: yes. While it is 0, pools are UNKNOWN and none is ended.",
             (Query(f"min(isthmus_bridge_slurm_up{{{_SITE}}})"),),
             kind="stat",
             width=6,
@@ -25,7 +25,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "The bridge answers the operator",
-            "1: yes. While it is 0, jobs go on, and their status tells.",
+            "1: yes. While it is 0, jobs continue, and their status reports it.",
             (Query(f"min(isthmus_operator_site_reachable{{{_SITE}}})"),),
             kind="stat",
             width=6,
@@ -33,7 +33,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Doubtful submissions",
-            "Pools of which the bridge does not know whether Slurm has them: it looks them up before anything else.",
+            "Pools that Slurm may or may not have accepted: the bridge looks them up first.",
             (Query(f'sum(isthmus_bridge_pools{{{_SITE},state="UNKNOWN"}})'),),
             kind="stat",
             width=6,
@@ -41,7 +41,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Certificates end in",
-            "The bridge's own, and the one with which the operator calls it.",
+            "Certificates of the bridge and of the operator's connection to it.",
             (
                 Query(f"min(isthmus_bridge_certificate_expiry_timestamp_seconds{{{_SITE}}}) - time()", "bridge"),
                 Query(
@@ -55,20 +55,20 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Tasks",
-            "Array tasks of the pools that are not over, by what Slurm says of them.",
+            "Array tasks of active pools, by state in Slurm.",
             (Query(f"sum by (state) (isthmus_bridge_tasks{{{_SITE}}})", "{{state}}"),),
             stacked=True,
         ),
         Panel(
             "Pools",
-            "That are not over, by the state in the bridge's journal.",
+            "Active pools, by state in the bridge's journal.",
             (Query(f"sum by (state) (isthmus_bridge_pools{{{_SITE}}})", "{{state}}"),),
             stacked=True,
         ),
         Panel(
             "Wait in the queue",
-            "From a pool's submission to the start of its tasks: of those that started within the hour, the median and"
-            " what nine of ten stay below.",
+            "Time from a pool's submission to the start of its tasks: median and 90th percentile of the last hour's"
+            " tasks.",
             tuple(
                 Query(
                     f"histogram_quantile({share}, sum by (le)"
@@ -81,19 +81,19 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Submissions in the last hour",
-            "Runs of sbatch by result. Deferred: tried again later. Ambiguous: looked up.",
+            "Runs of sbatch by result. Deferred: retried later. Ambiguous: looked up.",
             (Query(f"sum by (result) (increase(isthmus_bridge_submissions_total{{{_SITE}}}[1h]))", "{{result}}"),),
         ),
         Panel(
-            "What the policy denied",
-            "Requests since the bridge's start, by the rule that denied them.",
+            "Requests denied by the policy",
+            "Denied requests since the bridge's start, by rule.",
             (Query(f"sum by (rule) (isthmus_bridge_denials_total{{{_SITE}}})", "{{rule}}"),),
             steps=True,
         ),
         Panel(
-            "After doubtful submissions",
-            "Since the bridge's start: arrays that were found and adopted, surplus ones that were cancelled (should"
-            " stay 0), and look-ups that failed.",
+            "After ambiguous submissions",
+            "Since the bridge's start: arrays that were found and adopted, surplus arrays that were cancelled (should"
+            " stay 0), and failed look-ups.",
             (
                 Query(f"sum(isthmus_bridge_adoptions_total{{{_SITE}}})", "adopted"),
                 Query(f"sum(isthmus_bridge_extra_arrays_cancelled_total{{{_SITE}}})", "cancelled"),
@@ -103,7 +103,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Requests to the bridge",
-            "By method and gRPC status.",
+            "Requests by method and gRPC status.",
             (
                 Query(
                     f"sum by (method, code) ({_rate('isthmus_bridge_requests_total')})",
@@ -114,7 +114,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "Slurm's commands",
-            "Mean run time by program.",
+            "Mean run time of Slurm's programs.",
             (
                 Query(
                     f"sum by (program) ({_rate('isthmus_bridge_slurm_command_seconds_sum')})"
@@ -126,7 +126,7 @@ DASHBOARD = Dashboard(
         ),
         Panel(
             "The operator's calls",
-            "What nine of ten calls stay below, by method, as seen from the cluster.",
+            "90th percentile of the call time by method, measured by the operator.",
             (
                 Query(
                     "histogram_quantile(0.9, sum by (method, le)"

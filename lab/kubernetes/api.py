@@ -106,7 +106,7 @@ def follow(api: Api, path: str, changed: Callable[[dict[tuple[str, str], Object]
                     mirror[_key(item)] = item
                 changed(mirror)
         except (OSError, http.client.HTTPException, ValueError, ApiError) as error:
-            say(f"watching {path}: {error}; again in a second")
+            say(f"watching {path}: {error}; retrying in a second")
             time.sleep(1)
 
 

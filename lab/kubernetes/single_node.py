@@ -117,7 +117,7 @@ class KubernetesCluster:
             check=False,
         )
         if result.returncode:
-            raise LabError(f"containerd does not take {archive}: {result.stderr.strip()}")
+            raise LabError(f"containerd refuses {archive}: {result.stderr.strip()}")
         return result.stdout.strip()
 
     def _start(self, name: str, argv: Argv) -> None:

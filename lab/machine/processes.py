@@ -146,7 +146,7 @@ class Supervisor:
                     raise LabError(f"{name} ended while waiting for {what}; {self.log_tail(name)}")
             if time.monotonic() > deadline:
                 tails = "\n".join(self.log_tail(name) for name in needed)
-                raise LabError(f"{what}: not there after {timeout:.0f} s; {tails}")
+                raise LabError(f"{what}: not ready after {timeout:.0f} s; {tails}")
             time.sleep(0.1)
 
     def log_file(self, name: str) -> Path:

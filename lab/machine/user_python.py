@@ -33,7 +33,7 @@ def provide(folder: Path, as_user: Callable[[list[str]], list[str]]) -> Path:
     question = [str(SYSTEM_PYTHON), "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
     if subprocess.run(question, capture_output=True, text=True, check=False).stdout.strip() != version:
         raise LabError(
-            f"{own} is closed to the lab's user and {SYSTEM_PYTHON} is no Python {version}; use one outside /root"
+            f"{own} is unreadable for the lab's user, and {SYSTEM_PYTHON} is no Python {version}; use one outside /root"
         )
     subprocess.run([SYSTEM_PYTHON, "-m", "venv", "--without-pip", "--clear", folder], check=True)
     # addsitedir, not a plain line: it also follows the .pth files of packages installed with `pip install -e`.

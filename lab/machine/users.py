@@ -41,7 +41,7 @@ def remove(lab_name: str) -> None:
         return
     result = subprocess.run(["userdel", USER], capture_output=True, text=True, check=False)
     if result.returncode:
-        say(f"the user {USER} stays: {result.stderr.strip()}")
+        say(f"the user {USER} is kept: {result.stderr.strip()}")
 
 
 def _account() -> pwd.struct_passwd | None:

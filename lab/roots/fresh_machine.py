@@ -39,7 +39,7 @@ def _as_user(root: Root, suite: str, layers: Sequence[str]) -> None:
     root.ensure(["useradd", "--create-home", USER])
     copy_checkout(root.path / checkout[1:])
     root.ensure(["chown", "--recursive", f"{USER}:", checkout])
-    say(f"{suite}: make demo without python3-venv, as an ordinary user: one line says what is missing")
+    say(f"{suite}: make demo without python3-venv, as an ordinary user: expecting one line with the missing package")
     if not root.run(["sh", "-c", "make demo >/tmp/said 2>&1"], USER, checkout):
         raise LabError(f"{suite}: make demo succeeded without python3-venv")
     said = (root.path / "tmp/said").read_text().splitlines()

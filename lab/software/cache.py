@@ -22,7 +22,7 @@ def exclusive(name: str, directory: Path | None = None) -> Iterator[None]:
     except OSError as error:
         raise LabError(
             f"the cache {locks.parent} cannot be written ({error.strerror}); "
-            "set ISTHMUS_CACHE to a folder of yours, or correct its owner"
+            "set ISTHMUS_CACHE to your own folder, or correct its owner"
         ) from error
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -177,6 +177,6 @@ def _end_new_daemons(before: dict[int, str]) -> None:
         return
     if Path("/run/systemd/system").exists():
         units = sorted({PACKAGED_DAEMONS[program] for program in started.values()})
-        say(f"stopping what apt started: {' '.join(units)}")
+        say(f"stopping the daemons that apt started: {' '.join(units)}")
         subprocess.run(["systemctl", "disable", "--now", "--quiet", *units], check=False)
     end([pid for pid in _packaged_daemons_running() if pid not in before])

@@ -76,7 +76,7 @@ def _assets() -> dict[str, Path]:
     if not folder:
         return {}
     if not Path(folder).is_dir():
-        raise LabError(f"KUBEBUILDER_ASSETS names {folder}, which is no folder; correct or unset it")
+        raise LabError(f"KUBEBUILDER_ASSETS names {folder}, which is not a folder; correct or unset it")
     wanted = ("etcd", *PROGRAMS)
     return {name: Path(folder) / name for name in wanted if os.access(Path(folder) / name, os.X_OK)}
 
@@ -135,7 +135,7 @@ def _patch(source: Path) -> None:
         file = source / name
         text = file.read_text()
         if text.count(old) != 1:
-            raise LabError(f"{file} is not what the lab's patch is for: it lacks {old!r}")
+            raise LabError(f"{file} does not fit the lab's patch: it lacks {old!r}")
         file.write_text(text.replace(old, new))
 
 

@@ -24,19 +24,19 @@ ENVIRONMENT = "PATH=/opt/isthmus/bin:/usr/local/bin:/usr/bin:/bin\nPYTHONUNBUFFE
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="images/build", description="Build Isthmus' container images. Does only what is out of date."
+        prog="images/build", description="Build Isthmus' container images. Images that are up to date are skipped."
     )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help=f"{', '.join(IMAGES)}; all if none is named")
-    parser.add_argument("--engine", choices=engines.ENGINES, help="default: the first of these that runs")
-    parser.add_argument(
-        "--repository", default="localhost", help="what stands before /isthmus-IMAGE (default: %(default)s)"
-    )
+    parser.add_argument("--engine", choices=engines.ENGINES, help="default: the first that works")
+    parser.add_argument("--repository", default="localhost", help="prefix of /isthmus-IMAGE (default: %(default)s)")
     parser.add_argument("--tag", default=version(), help="default: the project's version, %(default)s")
     base = parser.add_mutually_exclusive_group()
     base.add_argument(
-        "--base-image", help=f"a Debian-like image (default: {DEFAULT_BASE}, or a local base where it cannot be pulled)"
+        "--base-image", help=f"a Debian-like image (default: {DEFAULT_BASE}, or a local base if it cannot be pulled)"
     )
-    base.add_argument("--local-base", action="store_true", help="make the base with debootstrap (root, Debian mirror)")
+    base.add_argument(
+        "--local-base", action="store_true", help="build the base with debootstrap (needs root and a Debian mirror)"
+    )
     parser.add_argument(
         "--build-arg", action="append", default=[], metavar="NAME=VALUE", help="such as TORCH_BUILD=cu126"
     )
@@ -67,7 +67,7 @@ def build(options: argparse.Namespace, scratch: Path) -> None:
         raise BuildError(f"no such image: {', '.join(unknown)} (there are {', '.join(IMAGES)})")
     chosen = [IMAGES[name] for name in options.images or IMAGES]
     if options.rootfs and IMAGES["runtime"] not in chosen:
-        raise BuildError("--rootfs unpacks the runtime image, which is not among those named")
+        raise BuildError("--rootfs unpacks the runtime image; name it too, or name no image")
     engine = engines.choose(options.engine)
     build_arguments = dict(word.partition("=")[::2] for word in options.build_arg)
     build_arguments["BASE_IMAGE"] = base_image(engine, options)
@@ -95,7 +95,7 @@ def base_image(engine: engines.Engine, options: argparse.Namespace) -> str:
             say(f"pulling {DEFAULT_BASE}")
             if engine.pull(DEFAULT_BASE):
                 return DEFAULT_BASE
-            say("it cannot be pulled; a base made on this machine takes its place")
+            say("it cannot be pulled; using a base built on this machine")
     return local_base.ensure(engine)
 
 
@@ -148,7 +148,7 @@ def unpack(engine: engines.Engine, reference: str, inputs: str, directory: Path)
     if stamp.is_file() and stamp.read_text() == state:
         return
     if directory.exists() and any(directory.iterdir()) and not (directory / "ch").is_dir():
-        raise BuildError(f"{directory} holds something else: it would be replaced; name an empty directory")
+        raise BuildError(f"{directory} has other contents, which would be replaced; name an empty directory")
     stamp.unlink(missing_ok=True)
     started = time.monotonic()
     engine.unpack(reference, directory)

@@ -168,9 +168,9 @@ def choose(wanted: str | None) -> Engine:
     """Return the named engine, or the first one that works on this machine."""
     if wanted is not None:
         if not ENGINES[wanted].runs():
-            raise BuildError(f"{wanted} does not run here (tried `{' '.join(ENGINES[wanted].probe)}`)")
+            raise BuildError(f"{wanted} does not work here (tried `{' '.join(ENGINES[wanted].probe)}`)")
         return ENGINES[wanted]
     for engine in ENGINES.values():
         if engine.runs():
             return engine
-    raise BuildError("none of docker, podman and buildah runs here; on Debian: apt-get install buildah")
+    raise BuildError("none of docker, podman and buildah works here; on Debian: apt-get install buildah")

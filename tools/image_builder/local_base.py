@@ -75,7 +75,7 @@ def _make(archive: Path) -> None:
     if shutil.which("debootstrap") is None:
         raise BuildError("making a base image needs debootstrap: apt-get install debootstrap")
     source = mirror()
-    say(f"making a Debian {SUITE} base from {source} (about a minute, once)")
+    say(f"making a Debian {SUITE} base from {source} (about a minute, only once)")
     archive.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="isthmus-base-", dir=archive.parent))
     try:
@@ -112,7 +112,7 @@ def _upgrade(root: Path) -> None:
         ["chroot", root, "sh", "-c", upgrade], env=environment, capture_output=True, text=True, check=False
     )
     if result.returncode:
-        say("the base lacks security updates: apt-get cannot reach deb.debian.org from within it")
+        say("the base lacks security updates: apt-get cannot reach deb.debian.org in it")
 
 
 def _neutralise(root: Path) -> None:

@@ -19,7 +19,7 @@ _HEAD = """\
 
 # Command lines
 
-Every command takes `--help`, and answers bad input with one line and exit status 2.
+Every command has `--help`. Invalid input gives one line and exit status 2.
 """
 
 

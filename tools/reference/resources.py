@@ -14,7 +14,7 @@ _INTRODUCTION = """\
 # {kind}
 
 {description} Group `{group}`, version `{version}`, {scope}; short name `{short}`.
-`kubectl explain {plural}.spec` tells the same.
+`kubectl explain {plural}.spec` shows the same.
 """
 
 

@@ -14,7 +14,7 @@ _INTRODUCTION = """\
 
 # The chart's values
 
-`helm show values charts/isthmus` shows the same. A key that is not here is refused.
+`helm show values charts/isthmus` shows the same. Other keys are refused.
 
 | Value | Default | Meaning |
 |---|---|---|

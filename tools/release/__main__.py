@@ -46,23 +46,21 @@ def _publish(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="release", description="Make a release; docs/development/releases.md explains."
-    )
+    parser = argparse.ArgumentParser(prog="release", description="Make a release; see docs/development/releases.md.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    one = commands.add_parser("version", help="tell the version and see that all files agree, or write a new one")
+    one = commands.add_parser("version", help="print the version and check that all files have it, or write a new one")
     one.add_argument("new", nargs="?", metavar="VERSION")
     one.set_defaults(command=_version)
-    one = commands.add_parser("dist", help="make what a release holds")
+    one = commands.add_parser("dist", help="build the parts of a release")
     one.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(dist.PARTS)}; all if none is named")
     one.add_argument("--output", type=Path, default=Path("dist"), help="default: %(default)s")
     one.set_defaults(command=_dist)
     one = commands.add_parser("check", help="install the wheels into clean virtual environments, and compare versions")
-    one.add_argument("--output", type=Path, default=Path("dist"), help="where they are (default: %(default)s)")
+    one.add_argument("--output", type=Path, default=Path("dist"), help="directory of the wheels (default: %(default)s)")
     one.set_defaults(command=_check)
     one = commands.add_parser("publish", help="push the chart to an OCI registry (helm registry login comes first)")
     one.add_argument("registry", metavar="REGISTRY", help="such as oci://registry.example/charts")
-    one.add_argument("--output", type=Path, default=Path("dist"), help="where the chart is (default: %(default)s)")
+    one.add_argument("--output", type=Path, default=Path("dist"), help="directory of the chart (default: %(default)s)")
     one.add_argument("--plain-http", action="store_true", help="the registry has no TLS")
     one.set_defaults(command=_publish)
     return parser

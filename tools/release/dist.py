@@ -58,7 +58,7 @@ def publish(output: Path, registry: str, plain_http: bool = False) -> str:
         raise ReleaseError(f"{registry!r} is no OCI registry; give one such as oci://registry.example/charts")
     package = output / "charts" / f"isthmus-{current()}.tgz"
     if not package.is_file():
-        raise ReleaseError(f"{package} is not there: run `make dist DIST=chart`")
+        raise ReleaseError(f"{package} is missing: run `make dist DIST=chart`")
     run([_helm(), "push", package, registry, *(["--plain-http"] if plain_http else [])], "helm push")
     return f"{registry.rstrip('/')}/isthmus:{current()}"
 
@@ -131,7 +131,7 @@ def _wheel(output: Path, package: str) -> Path:
     name = f"{package.replace('-', '_')}-{current()}-py3-none-any.whl"
     path = output / "wheels" / name
     if not path.is_file():
-        raise ReleaseError(f"{path} is not there: run `make dist`")
+        raise ReleaseError(f"{path} is missing: run `make dist`")
     return path
 
 
