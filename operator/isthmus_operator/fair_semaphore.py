@@ -1,5 +1,4 @@
-"""Turns: how many may do something at once, shared fairly between groups (namespaces), and given up while one waits
-for a party outside of the cluster."""
+"""A semaphore that is shared fairly between groups (namespaces), with slots that are released during remote calls."""
 
 import asyncio
 from collections import OrderedDict, deque
@@ -9,14 +8,17 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 OVERFLOW = 4
-"""A group that has nothing under way gets a turn even when all are taken, up to so many times their number."""
+"""A group without a slot gets one even if all are taken, up to this multiple of the semaphore's size."""
 
 Waiting = deque[asyncio.Future[None]]
 
 
 class FairSemaphore:
-    """At most ``size`` at once. Groups that wait take turns, and one that has none under way need not wait for the
-    others: however slow everything of one namespace is, another one's goes on."""
+    """A semaphore of ``size`` slots.
+
+    Waiting groups take turns. A group that holds no slot need not wait for the others (up to ``OVERFLOW`` times the
+    size), so a slow namespace cannot block another one.
+    """
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -27,11 +29,11 @@ class FairSemaphore:
 
     @property
     def taken(self) -> int:
-        """Turns that are under way."""
+        """The number of slots in use."""
         return self._total
 
     async def acquire(self, group: Hashable) -> None:
-        """Waits for a turn."""
+        """Wait for a slot."""
         if not self._waiting.get(group) and (self._spare(group) or (self._total < self._size and not self._waiting)):
             self._take(group)
             return
@@ -41,13 +43,13 @@ class FairSemaphore:
             await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
-                self.release(group)  # it was given at the same moment
+                self.release(group)  # it was granted at the same moment
             else:
                 self._forget(group, future)
             raise
 
     def release(self, group: Hashable) -> None:
-        """Ends a turn."""
+        """Return a slot."""
         left = self._taken[group] - 1
         if left:
             self._taken[group] = left
@@ -86,32 +88,32 @@ class FairSemaphore:
 
 @dataclass(eq=False)
 class Slot:
-    """One turn of a look, which may be given up for a while."""
+    """A slot held by one reconciliation, which can be released for a while."""
 
     semaphore: FairSemaphore
     group: Hashable
     held: bool = False
-    suspensions: int = 0  # calls under way for which it is given up
+    suspensions: int = 0  # remote calls in progress for which it is released
 
     async def acquire(self) -> None:
-        """Waits for it."""
+        """Wait until the slot is held."""
         await self.semaphore.acquire(self.group)
         self.held = True
 
     def release(self) -> None:
-        """Lets others have it."""
+        """Return the slot if it is held."""
         if self.held:
             self.held = False
             self.semaphore.release(self.group)
 
 
-CURRENT_SLOT: ContextVar[Slot | None] = ContextVar("turn", default=None)
-"""The turn of the look that is under way."""
+CURRENT_SLOT: ContextVar[Slot | None] = ContextVar("slot", default=None)
+"""The slot of the current reconciliation."""
 
 
 @asynccontextmanager
 async def slot_released() -> AsyncIterator[None]:
-    """Gives the look's turn up while it waits for a remote party, which may never answer."""
+    """Release the current slot during a call to a remote party, which may never answer."""
     slot = CURRENT_SLOT.get()
     if slot is None:
         yield
@@ -122,7 +124,7 @@ async def slot_released() -> AsyncIterator[None]:
         yield
     except asyncio.CancelledError:
         slot.suspensions -= 1
-        raise  # the look ends: no turn is needed any more
+        raise  # the reconciliation ends, so it needs no slot
     except BaseException:
         await _reacquire(slot)
         raise
@@ -132,6 +134,6 @@ async def slot_released() -> AsyncIterator[None]:
 
 async def _reacquire(slot: Slot) -> None:
     slot.suspensions -= 1
-    # The last of several calls side by side takes it again.
+    # Only the last of several concurrent calls reacquires it.
     if not slot.suspensions and not slot.held:
         await slot.acquire()

@@ -1,4 +1,4 @@
-"""Names of everything that the operator makes for a job: deterministic, so that a repeated step makes nothing twice."""
+"""Names of the objects that the operator creates for a job: deterministic, so that no step creates anything twice."""
 
 import hashlib
 import re
@@ -12,9 +12,9 @@ ANNOTATION_NAMES = f"{ids.GROUP}/names"  # likewise: which of these functions' s
 ANNOTATION_ADOPT = f"{ids.GROUP}/adopt"
 ANNOTATION_ADOPTED = f"{ids.GROUP}/adopted-from"
 ANNOTATION_OPERATOR = f"{ids.GROUP}/operator"  # likewise: see controllers/ownership.py
-# On pods: which CA signed what they mount; on the Secret of a renewed CA: that, and its key.
+# On pods: fingerprint of the CA that signed their certificate. On a renewed CA's Secret: fingerprint and key id.
 ANNOTATION_AUTHORITY = f"{ids.GROUP}/authority"
-ANNOTATION_RENDERED = f"{ids.GROUP}/rendered"  # on what is compared and mended: a hash of what was written
+ANNOTATION_RENDERED = f"{ids.GROUP}/rendered"  # on objects that are compared and restored: hash of what was applied
 ROLE_AGGREGATOR = "aggregator"
 ROLE_CLIENT = "client"
 JOB_FILE = "job.json"
@@ -37,56 +37,56 @@ class Named(Protocol):
 
 
 def aggregator(job: str) -> str:
-    """The aggregator's pod and Service."""
+    """Return the name of the aggregator's pod and Service."""
     return f"{job}-aggregator"
 
 
 def job_file(job: str) -> str:
-    """The ConfigMap that records the accepted job."""
+    """Return the name of the ConfigMap that records the accepted job."""
     return f"{job}-job"
 
 
 def clients_policy(job: str) -> str:
-    """The NetworkPolicy of the clients' pods."""
+    """Return the name of the client pods' NetworkPolicy."""
     return f"{job}-clients"
 
 
 def code(job: str) -> str:
-    """The ConfigMap with the job's own copy of its files."""
+    """Return the name of the ConfigMap with the job's own copy of its files."""
     return f"{job}-code"
 
 
 def checkpoints(job: str) -> str:
-    """The aggregator's PersistentVolumeClaim."""
+    """Return the name of the aggregator's PersistentVolumeClaim."""
     return f"{job}-checkpoints"
 
 
 def authority(job: str) -> str:
-    """The Secret with the job's CA and its key; no pod mounts it."""
+    """Return the name of the Secret with the job's CA and its key; no pod mounts it."""
     return f"{job}-ca"
 
 
 def aggregator_tls(job: str) -> str:
-    """The Secret with the aggregator's certificate."""
+    """Return the name of the Secret with the aggregator's certificate."""
     return f"{job}-aggregator-tls"
 
 
 def observer_tls(job: str) -> str:
-    """The Secret with the certificate with which the operator asks the aggregator."""
+    """Return the name of the Secret with the operator's certificate for calls to the aggregator."""
     return f"{job}-observer-tls"
 
 
 def hashed(pool: str) -> bool:
-    """Return whether the names of a pool's objects bear a hash.
+    """Return True if the names of a pool's objects contain a hash.
 
-    ``JOB-POOL`` tells job and pool apart by its last hyphen. A pool whose own name has one (job a and pool b-c, job a-b
-    and pool c), or looks like a hash, needs more.
+    ``JOB-POOL`` is ambiguous if the pool's name has a hyphen (job a and pool b-c, job a-b and pool c) or looks like
+    a hash.
     """
     return "-" in pool or re.fullmatch(f"[0-9a-f]{{{_HASH}}}", pool) is not None
 
 
 def of_pool(job: Named, pool: str) -> str:
-    """Return how the names of a pool's objects begin: no two pools of a namespace share it."""
+    """Return the prefix of the names of a pool's objects, which is unique in its namespace."""
     plain = f"{job.name}-{pool}"
     if job.old_names or not hashed(pool):
         return plain
@@ -94,21 +94,21 @@ def of_pool(job: Named, pool: str) -> str:
 
 
 def pool_tls(job: Named, pool: str) -> str:
-    """The Secret with the certificate of an HPC pool's clients."""
+    """Return the name of the Secret with the certificate of an HPC pool's clients."""
     return f"{of_pool(job, pool)}-tls"
 
 
 def clients_tls(job: Named, pool: str, index: int) -> str:
-    """The Secret with the certificate of a cloud pool's client, and of some others: a Secret holds a megabyte."""
+    """Return the name of the Secret with a cloud client's certificate. It holds those of up to 400 clients (1 MB)."""
     number, secret = index // CLIENTS_IN_SECRET, pool_tls(job, pool)
     return f"{secret}-{number}" if number else secret
 
 
 def client(job: Named, pool: str, index: int, attempt: int) -> str:
-    """One start of one cloud client."""
+    """Return the pod name of one attempt of a cloud client."""
     return f"{of_pool(job, pool)}-{index}-{attempt}"
 
 
 def labels(job: str, job_uid: str) -> dict[str, str]:
-    """Labels of every object of a job."""
+    """Return the labels of every object of a job."""
     return {ids.LABEL_MANAGED_BY: ids.MANAGED_BY, ids.LABEL_JOB: job, ids.LABEL_JOB_UID: job_uid}

@@ -1,4 +1,4 @@
-"""What the command line sets."""
+"""The settings of the command line."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from .render.defaults import NONE, JobDefaults
 
 @dataclass(frozen=True)
 class Settings:
-    """Every flag of the operator; see ``isthmus-operator --help``."""
+    """All flags of the operator; see ``isthmus-operator --help``."""
 
     namespaces: tuple[str, ...] = ()  # empty: all
-    excluded: frozenset[str] = frozenset()  # namespaces that are not served where all others are
+    excluded: frozenset[str] = frozenset()  # namespaces that are not served if all others are
     cluster: str = ""  # empty: the uid of kube-system
     sites: bool = True
     metrics: str = "[::]:8080"
@@ -22,10 +22,10 @@ class Settings:
     site_give_up: float = 3600.0
     network_policies: bool = True
     allow_in_templates: frozenset[str] = frozenset()  # see render/restrict.py
-    job_defaults: JobDefaults = NONE  # of the file --job-defaults
-    webhook: str = ""  # empty: none is served
+    job_defaults: JobDefaults = NONE  # from the file --job-defaults
+    webhook: str = ""  # empty: not served
     webhook_tls: str = "/etc/isthmus/webhook"
-    gateway: str = ""  # empty: no bridge can dial in
+    gateway: str = ""  # empty: bridges cannot dial in
     gateway_tls: str = "/etc/isthmus/gateway"
     log_level: str = "info"
     log_format: str = "plain"

@@ -1,4 +1,4 @@
-"""Words for people: short, printable, bounded."""
+"""Short, printable and bounded texts for users."""
 
 import re
 
@@ -11,26 +11,28 @@ _MAX = 1000
 
 
 def last_lines(text: str, count: int = 8, limit: int = _MAX) -> str:
-    """Return the last lines that are not empty, printable, cut at the front to a length."""
+    """Return the last non-empty lines, made printable and cut at the front to ``limit`` characters."""
     return _text.last_lines(text, count, limit)
 
 
 def plural(count: int, noun: str) -> str:
-    """``1 client``, ``2 clients``."""
+    """Return the count with its noun: ``1 client``, ``2 clients``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def headline(words: str) -> str:
-    """Return the first part of a reason, up to a colon and without numbers: what stays while details change."""
+    """Return a reason up to its first colon and without numbers: the part that stays while details change."""
     return re.sub(r"[0-9]+", "", words.partition(": ")[0])
 
 
 def exited(exit_code: int | None) -> str:
-    """Return words for an exit code, for where there are no others."""
+    """Describe an exit code, for use when there is no other message."""
     return "the cluster gives no reason" if exit_code is None else f"exit code {exit_code}"
 
 
 def killed(exit_code: int | None) -> str:
-    """What an exit code tells of a SIGKILL; empty for others. Not every runtime notices that it was the OOM killer's:
-    one that hit a process below the container's first is reported as an ordinary error."""
+    """Describe an exit code that stands for SIGKILL; return an empty string for others.
+
+    Not every runtime reports an OOM kill as such: if it hit a child process, it looks like an ordinary error.
+    """
     return "killed (exit code 137), perhaps out of memory" if exit_code == 137 else ""

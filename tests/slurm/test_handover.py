@@ -37,7 +37,7 @@ def time_to_queue_again(pool: pb.Pool, aggregator: Aggregator) -> bool:
         observed=SimpleNamespace(federation=SimpleNamespace(total_rounds=ROUNDS, completed_rounds=aggregator.rounds())),
         reached=lambda moment: dt.datetime.now(dt.UTC) >= moment,
     )
-    record: Any = SimpleNamespace(cancelling=False, over=False)
+    record: Any = SimpleNamespace(cancelling=False, given_up=None)
     return hpc_pool._ends_soon(context, SimpleNamespace(hpc=hpc), record, pool_view(pool, 1))  # type: ignore[arg-type]
 
 

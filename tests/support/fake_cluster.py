@@ -13,11 +13,11 @@ from isthmus_contracts.manifests.manifest import parse_site_spec, parse_spec
 from isthmus_operator import names
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning import desired
+from isthmus_operator.planning import plan as planning
 from isthmus_operator.planning.context import PlanOptions
-from isthmus_operator.planning.plan import plan
 from isthmus_operator.planning.status import merge_patch
 from isthmus_operator.render import hpc as render_hpc
-from isthmus_operator.state.job_record import Record
+from isthmus_operator.state.job_record import ArrayState, HpcRecord, Record, Submission
 from isthmus_operator.state.observed import (
     FederationView,
     Job,
@@ -30,6 +30,7 @@ from isthmus_operator.state.observed import (
     Refusal,
     ServiceView,
 )
+from isthmus_operator.state.stored_record import load_record
 
 NOW = dt.datetime(2030, 1, 1, tzinfo=dt.UTC)
 UID = "0f9a7c1e-0000-4000-8000-000000000001"
@@ -110,6 +111,17 @@ def standing(wanted: dict[str, Any] | None = None, **changes: Any) -> Observed:
     return replace(base, **changes)
 
 
+def array(*, authority: str = AUTHORITY, certificate: str = "", **changes: Any) -> HpcRecord:
+    """The record of an HPC pool's array of two clients that the site has accepted."""
+    made = HpcRecord("site", state=ArrayState.ACCEPTED, size=2, submission=Submission(0, authority, certificate))
+    return replace(made, **changes)
+
+
+def plan(job_: Job, observed: Observed, now: dt.datetime, options: PlanOptions) -> act.Plan:
+    """Plan with the record that the job's annotation holds."""
+    return planning.plan(job_, replace(observed, record=load_record(job_)), now, options)
+
+
 def of_kind(decided: act.Plan, kind: type) -> list[Any]:
     """The plan's actions of one kind."""
     return [item for item in decided.actions if isinstance(item, kind)]
@@ -143,14 +155,14 @@ class World:
         record = self._record()
         pools, problems = {}, dict(self.observed.problems)
         for name, entry in record.hpc.items():
-            if entry.ended or not (entry.authority or entry.seen):
+            if not entry.at_site:
                 continue
             if not self.site_up:
                 problems[name] = PoolProblem(ProblemKind.UNREACHABLE, "no route", self.now)
                 continue
             if name in problems and problems[name].kind is ProblemKind.UNREACHABLE:
                 del problems[name]
-            view = self.pools.get(self._key(name, entry.attempt))
+            view = self.pools.get(self._key(name.pool, entry.attempt))
             pools[name] = replace(view, attempt=entry.attempt) if view else PoolView(entry.attempt, PoolPhase.ABSENT)
         return replace(self.observed, pools=pools, problems=problems, federation=self._federation())
 
@@ -179,8 +191,6 @@ class World:
         raise AssertionError(f"does not converge: {self.job.status}, {self.look()}")
 
     def _record(self) -> Record:
-        from isthmus_operator.planning.plan import load_record
-
         return load_record(self.job)
 
     def _key(self, pool: str, attempt: int) -> str:
@@ -253,11 +263,11 @@ class World:
 
     def _ask_site(self, action: act.EnsurePool | act.RenewCredentials | act.CancelPool | act.ShrinkPool) -> None:
         problems = dict(self.observed.problems)
-        problems.pop(action.pool, None)
+        problems.pop(action.array, None)
         known = self.pools.get(action.key)
         later = self.now + dt.timedelta(seconds=30)
         if not self.site_up:
-            problems[action.pool] = PoolProblem(ProblemKind.UNREACHABLE, "no route", self.now)
+            problems[action.array] = PoolProblem(ProblemKind.UNREACHABLE, "no route", self.now)
         elif isinstance(action, act.CancelPool):
             if known is None or not known.ended:
                 self.pools[action.key] = PoolView(0, PoolPhase.CANCELLED)
@@ -272,7 +282,7 @@ class World:
                 known, desired=count, queued=min(known.queued, count), running=min(known.running, count)
             )
         elif self.denied:
-            problems[action.pool] = PoolProblem(ProblemKind.DENIED, "rule partitions: no", later)
+            problems[action.array] = PoolProblem(ProblemKind.DENIED, "rule partitions: no", later)
         elif known is None:
             count, moment = action.spec.replicas, self.now.timestamp()
             self.requests[action.key] = action.spec

@@ -1,7 +1,7 @@
-"""Which operator serves a job, where several could: an annotation names it, and is renewed while it does.
+"""Decides which of several operators serves a job: an annotation names it, and is renewed while it does. Pure.
 
 Two operators with different settings (a cluster-wide one and a namespace's own, or two names for one cluster) would
-undo each other's work for ever, and submit a pool twice. Pure.
+undo each other's work forever and submit a pool twice.
 """
 
 import datetime as dt
@@ -18,14 +18,14 @@ EXPIRES_AFTER = dt.timedelta(minutes=15)
 
 @dataclass(frozen=True)
 class Owner:
-    """What the annotation says."""
+    """The content of the annotation."""
 
     identity: str
     renewed: dt.datetime
 
     @classmethod
     def of(cls, job: Job) -> Self | None:
-        """Read a job's; None where it has none, or a copied or damaged one."""
+        """Parse a job's annotation; return None if it is missing, copied or damaged."""
         try:
             content = json.loads(job.operator)
             renewed = parse_timestamp(content["renewed"])
@@ -36,25 +36,27 @@ class Owner:
             return None
 
     def holds(self, now: dt.datetime) -> bool:
-        """Return whether it was renewed lately. A moment that is yet to come is none."""
+        """Return True if it was renewed recently. A time in the far future does not count."""
         return abs(now - self.renewed) < EXPIRES_AFTER
 
 
 def identity(cluster: str, namespace: str, namespaces: tuple[str, ...]) -> str:
-    """Return an operator's name for itself: alike for its replicas and after a restart. Outside of a cluster, where it
-    has no ``namespace`` of its own, the namespaces that it serves tell it from others."""
+    """Return an operator's identity, which is the same for its replicas and after a restart.
+
+    Outside a cluster it has no ``namespace`` of its own, and the namespaces that it serves identify it.
+    """
     where = namespace or ",".join(sorted(namespaces)) or "*"
     return f"{where}/{cluster}" if cluster else where
 
 
 def other(job: Job, mine: str, now: dt.datetime) -> str:
-    """Return which other operator serves the job; empty where none does."""
+    """Return the other operator that serves the job; empty if none does."""
     owner = Owner.of(job)
     return owner.identity if owner is not None and owner.identity != mine and owner.holds(now) else ""
 
 
 def renewal(job: Job, mine: str, now: dt.datetime) -> str:
-    """Return what the annotation shall say from now on; empty where it need not change."""
+    """Return the annotation's new content; empty if it need not change."""
     owner = Owner.of(job)
     if owner is not None and owner.identity == mine and abs(now - owner.renewed) < RENEWED_AFTER:
         return ""

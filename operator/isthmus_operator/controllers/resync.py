@@ -1,6 +1,7 @@
-"""Lists all FederatedJobs and HPCSites besides watching them: now and then, and soon after a watch had to begin anew.
+"""Lists all FederatedJobs and HPCSites in addition to watching them: periodically and after a watch was restarted.
 
-A watch tells nothing of what was deleted while it was away, and if all of a kind was, not even that it was away.
+A watch does not report deletions that happened while it was down. If all objects of a kind were deleted, it does not
+even show that it was down.
 """
 
 import asyncio
@@ -16,17 +17,17 @@ from ..state.job_store import JobStore, Key, SiteStore
 log = logging.getLogger(__name__)
 
 INTERVAL = 300.0  # seconds
-# Older than this, what is known is not to be relied on. Three lists in a row have failed by then.
+# Older data is not reliable: three lists in a row have failed by then.
 MAX_AGE = 3 * INTERVAL
 RETRY = 30.0
-# A watch that begins anew tells of each object.
+# A restarted watch reports each object; wait until it has. Seconds.
 _SETTLE = 1.0
 
 Body = Mapping[str, Any]
 
 
 class Resync:
-    """The lists, and how long ago they were made."""
+    """The periodic lists, and their age."""
 
     def __init__(
         self,
@@ -39,41 +40,41 @@ class Resync:
         site_seen: Callable[[Body], None],
         site_gone: Callable[[str], None],
     ) -> None:
-        """``sites``: None where none are served. ``namespaces``: none for all."""
+        """``sites``: None if no sites are served. ``namespaces``: empty for all."""
         self._jobs = jobs
         self._sites = sites
         self._namespaces = tuple(namespaces) or ("",)
         self._job_seen, self._job_gone = job_seen, job_gone
         self._site_seen, self._site_gone = site_seen, site_gone
         self.refused: dict[str, str] = {}
-        """Namespaces in which the operator may not list FederatedJobs or pods, and the API server's words."""
+        """Namespaces in which the operator may not list FederatedJobs or pods, with the API server's messages."""
         self._stale = asyncio.Event()
         self._made = self._try_change = time.monotonic()
 
     def mark_stale(self) -> None:
-        """A watch may have missed something."""
+        """Request a list soon, since a watch may have missed something."""
         self._stale.set()
 
     def refusal(self, namespace: str) -> None:
-        """Something was forbidden in a namespace: perhaps all of it is, since its roles are gone."""
+        """Handle a forbidden request: check whether the whole namespace is refused since its roles are gone."""
         if namespace in self._namespaces and namespace not in self.refused and self.idle() > RETRY:
             self.mark_stale()
 
     def serves(self) -> bool:
-        """Whether any namespace is served at all."""
+        """Return True if at least one namespace is served."""
         return len(self.refused) < len(self._namespaces)
 
     def age(self) -> float:
-        """Seconds since the last complete list, or since the start."""
+        """Return the seconds since the last complete list, or since the start."""
         return time.monotonic() - self._made
 
     def idle(self) -> float:
-        """Seconds since a list was last tried, with whatever success."""
+        """Return the seconds since the last attempt to list."""
         return time.monotonic() - self._try_change
 
     async def run(self, kube: Kube) -> None:
-        """Lists until cancelled."""
-        # Which of several namespaces refuse it is known from the start.
+        """List periodically until cancelled."""
+        # With named namespaces, list at once to learn which of them refuse.
         pause = INTERVAL if self._namespaces == ("",) else 0.0
         while True:
             try:
@@ -93,13 +94,13 @@ class Resync:
                 self._try_change = time.monotonic()
 
     async def once(self, kube: Kube) -> None:
-        """One list of everything that is not refused. Raises :class:`KubeError` where there was no answer."""
+        """List everything that is not refused. Raises :class:`KubeError` if the API server does not answer."""
         began, failure = time.monotonic(), None
         for namespace in self._namespaces:
             try:
                 await self._list_jobs(kube, namespace)
                 if namespace:
-                    # A cluster role lets us see jobs whose namespace has taken all else away.
+                    # A cluster role may still allow listing jobs in a namespace whose own roles are gone.
                     await kube.probe(path("Pod", namespace) + "?limit=1")
                 self._served(namespace)
             except KubeError as error:
@@ -129,7 +130,7 @@ class Resync:
             NAMESPACE_SERVED.labels(namespace).set(1)
 
     async def _list_jobs(self, kube: Kube, namespace: str) -> None:
-        # What comes while the list is being made is not in it, and no ghost.
+        # Objects that are added while the list is made are not in it, and must not be removed.
         known = {(job.namespace, job.name): job.uid for job in self._jobs.all() if namespace in ("", job.namespace)}
         seen = set()
         async for body in kube.all("FederatedJob", namespace):
@@ -137,7 +138,7 @@ class Resync:
             self._job_seen(body)
         for key, uid in known.items():
             if uid not in seen:
-                log.info("%s/%s was deleted while no watch told of it", *key)
+                log.info("%s/%s was deleted, which no watch reported", *key)
                 self._job_gone(key, uid)
 
     async def _list_sites(self, kube: Kube, sites: SiteStore) -> None:
@@ -149,5 +150,5 @@ class Resync:
         for name, uid in known.items():
             still = sites.bodies.get(name)
             if uid not in seen and still is not None and still["metadata"]["uid"] == uid:
-                log.info("site %s was deleted while no watch told of it", name)
+                log.info("site %s was deleted, which no watch reported", name)
                 self._site_gone(name)

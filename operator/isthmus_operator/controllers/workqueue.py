@@ -1,4 +1,4 @@
-"""A queue of keys: each is worked on by one worker at a time, at most so many at once, and later again if asked."""
+"""A queue of keys. A key is handled by one worker at a time, and again later if requested."""
 
 import asyncio
 import heapq
@@ -20,11 +20,11 @@ K = TypeVar("K", bound=Hashable)
 
 _FIRST_RETRY = 0.5  # seconds after an error; doubled each time
 _LONGEST_RETRY = 60.0
-_SLACK = 64  # outdated entries that are let be
+_SLACK = 64  # outdated entries that are tolerated in the heap
 
 
 class WorkQueue(Generic[K]):
-    """Calls ``handle`` for each key that is due; its answer says when the key is due again."""
+    """Work queue that calls ``handle`` for each due key; the result is the delay until it is due again."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class WorkQueue(Generic[K]):
         interval: float = 0.2,
         timeout: float = 600.0,
     ) -> None:
-        """``group``: of a key; groups that have keys waiting take turns."""
+        """``group``: group of a key, between which workers are shared fairly. ``interval``, ``timeout``: seconds."""
         self._handle = handle
         self._group = group
         self._slots = FairSemaphore(workers)
@@ -44,7 +44,7 @@ class WorkQueue(Generic[K]):
         self._due: dict[K, float] = {}
         self._heap: list[tuple[float, int, K]] = []
         self._sequence = 0
-        self._taken: dict[K, float] = {}  # keys that wait for a worker, and since when
+        self._taken: dict[K, float] = {}  # keys that wait for a worker, with the time since when
         self._running: dict[K, float] = {}
         self._finished: dict[K, float] = {}
         self._errors: dict[K, int] = {}
@@ -52,9 +52,9 @@ class WorkQueue(Generic[K]):
         self._changed = asyncio.Event()
 
     def add(self, key: K, delay: float = 0.0) -> None:
-        """Has the key looked at after a delay, or earlier if that is asked too."""
+        """Schedule a key after a delay in seconds, unless it is due earlier."""
         due = time.monotonic() + delay
-        # Keys that change all the time do not keep the others waiting.
+        # A key that changes all the time must not starve the others.
         due = max(due, self._finished.get(key, 0.0) + self._interval)
         if self._due.get(key, float("inf")) <= due:
             return
@@ -62,35 +62,35 @@ class WorkQueue(Generic[K]):
         self._sequence += 1
         heapq.heappush(self._heap, (due, self._sequence, key))
         if len(self._heap) > 2 * len(self._due) + _SLACK:
-            # Outdated ones go when they are due, which for many is in ten minutes.
+            # Outdated entries leave the heap when they are due, which may be in ten minutes.
             self._heap = [entry for entry in self._heap if self._due.get(entry[2]) == entry[0]]
             heapq.heapify(self._heap)
         self._changed.set()
 
     def count(self) -> int:
-        """How many keys it remembers anything of."""
+        """Return the number of keys about which anything is stored."""
         return max(len(self._due), len(self._taken) + len(self._running), len(self._finished), len(self._errors))
 
     def oldest(self) -> float:
-        """For how many seconds the longest look has been going on."""
+        """Return the age in seconds of the longest running call."""
         now = time.monotonic()
         return max((now - started for started in self._running.values()), default=0.0)
 
     def waiting(self) -> int:
-        """How many keys are due and wait for a worker."""
+        """Return the number of due keys that wait for a worker."""
         return len(self._taken)
 
     def busy(self) -> int:
-        """How many workers look at a key, and do not wait for a party outside of the cluster."""
+        """Return the number of busy workers, without those that wait for a remote party."""
         return self._slots.taken
 
     def waited(self) -> float:
-        """For how many seconds the key that has waited longest for a worker has done so."""
+        """Return for how many seconds the first key has waited for a worker."""
         now = time.monotonic()
         return max((now - since for since in list(self._taken.values())), default=0.0)
 
     async def run(self) -> None:
-        """Works until cancelled."""
+        """Process keys until cancelled."""
         try:
             while True:
                 await self._wait()
@@ -105,7 +105,7 @@ class WorkQueue(Generic[K]):
             await asyncio_tasks.end(self._tasks)
 
     async def _wait(self) -> None:
-        """Until some key is due."""
+        """Wait until a key is due."""
         while True:
             now = time.monotonic()
             self._discard_outdated()
@@ -152,7 +152,7 @@ class WorkQueue(Generic[K]):
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
                 raise
-            # Else something within the look was cancelled: that is an error like others.
+            # Otherwise something inside the call was cancelled, which is an error like any other.
             RECONCILE_ERRORS.inc()
             times = self._errors[key] = self._errors.get(key, 0) + 1
             again = backoff.delay(times, _FIRST_RETRY, _LONGEST_RETRY) * random.uniform(0.8, 1.2)  # noqa: S311
@@ -172,7 +172,7 @@ class WorkQueue(Generic[K]):
             self._errors.pop(key, None)
             return
         self._finished[key] = time.monotonic()
-        # What was asked for during the look is still due: its entry in the heap was dropped.
+        # A request made during the call is still due, but its heap entry was dropped.
         asked = self._due.pop(key, None)
         if asked is not None:
             self.add(key, max(0.0, asked - time.monotonic()))

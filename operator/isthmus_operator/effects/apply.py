@@ -225,7 +225,7 @@ class Effects:
             cache.record_refusal(key, one_line(str(error)), now)
             log.warning("%s is refused: %s", key, error)
         else:
-            cache.made(key)
+            cache.clear_refusal(key)
         # What is there is read anew before pods are made from it.
         if cache.dependents is not None:
             cache.dependents.loaded = -math.inf
@@ -244,7 +244,7 @@ class Effects:
             cache.record_refusal(key, one_line(str(error)), now)
             log.warning("%s/%s: %s cannot be mended (%s): %s", job.namespace, job.name, key, fields, error)
             return
-        cache.made(key)
+        cache.clear_refusal(key)
         if cache.dependents is not None:
             cache.dependents.loaded = -math.inf
         if left := tuple(unmet(action.body, body)):
@@ -275,7 +275,7 @@ class Effects:
                 cache.record_refusal(key, "a pod of that name exists and is not this job's", now)
                 return
             body = known
-        cache.made(key)
+        cache.clear_refusal(key)
         self._pods.put(body)
 
     async def _delete_pod(self, job: Job, action: DeletePod) -> None:
@@ -323,10 +323,10 @@ class Effects:
             # That it does not shrink, or takes no certificate, says nothing against the pool itself.
             lesser = isinstance(action, ShrinkPool | RenewCredentials)
             kind = ProblemKind.UNREACHABLE if lesser else error.kind
-            cache.record_problem(action.pool, kind, str(error), now, error.reason)
-            log.warning("%s/%s: pool %s at %s: %s", job.namespace, job.name, action.pool, action.site, error)
+            cache.record_problem(action.array, kind, str(error), now, error.reason)
+            log.warning("%s/%s: pool %s at %s: %s", job.namespace, job.name, action.array, action.site, error)
         else:
-            cache.answered(action.pool)
+            cache.clear_problem(action.array)
 
 
 def _steps(job: Job, actions: Sequence[Action]) -> list[list[Action]]:

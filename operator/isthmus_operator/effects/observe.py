@@ -13,14 +13,14 @@ from isthmus_contracts.api.federated_job_status import ConditionType
 
 from .. import names
 from ..planning.context import PlanOptions
-from ..planning.plan import load_record
 from ..planning.status import finished, is_true
 from ..render import hpc as render_hpc
 from ..state.job_cache import Dependents, JobCache
-from ..state.job_record import HpcRecord
+from ..state.job_record import ArrayKey, HpcRecord, Record
 from ..state.job_store import SiteStore
 from ..state.observed import FederationView, Job, Observed, PodView, PoolView, ServiceView
 from ..state.pod_store import PodStore
+from ..state.stored_record import load_record
 from . import dependents
 from .aggregators import Aggregators
 from .bridge import Bridges
@@ -59,13 +59,15 @@ class Observer:
         idle = job.deleted is not None or finished(job.status) is not None
         if not idle:
             await self._list_pods(job, cache)
+        record = load_record(job)
         pools, base = await asyncio.gather(
-            self._poll_sites(job, cache, now), self._load_dependents(job, cache, now, idle)
+            self._poll_sites(job, record, cache, now), self._load_dependents(job, cache, now, idle)
         )
         pods = self._pods.of(job.namespace, job.uid)
         aggregator = next((pod for pod in pods if pod.name == names.aggregator(job.name)), None)
         federation, error = await self._poll_aggregator(job, base, aggregator)
         return Observed(
+            record=record,
             pods=pods,
             accepted=base.accepted,
             present=base.present,
@@ -120,25 +122,26 @@ class Observer:
             )
         return known
 
-    async def _poll_sites(self, job: Job, cache: JobCache, now: dt.datetime) -> dict[str, PoolView]:
-        record = load_record(job)
-        pending = {name: pool for name, pool in record.hpc.items() if not pool.ended and (pool.authority or pool.seen)}
+    async def _poll_sites(
+        self, job: Job, record: Record, cache: JobCache, now: dt.datetime
+    ) -> dict[ArrayKey, PoolView]:
+        pending = {key: array for key, array in record.hpc.items() if array.at_site}
         views = await asyncio.gather(*(self._poll_site(job, cache, now, *item) for item in pending.items()))
-        return {name: view for name, view in zip(pending, views, strict=True) if view is not None}
+        return {key: view for key, view in zip(pending, views, strict=True) if view is not None}
 
     async def _poll_site(
-        self, job: Job, cache: JobCache, now: dt.datetime, name: str, record: HpcRecord
+        self, job: Job, cache: JobCache, now: dt.datetime, key: ArrayKey, array: HpcRecord
     ) -> PoolView | None:
-        problem = cache.problems.get(name)
+        problem = cache.problems.get(key)
         if problem is not None and not problem.due(now):
             return None
-        key = render_hpc.key(self._cluster, job, name, record.attempt)
+        request = render_hpc.key(self._cluster, job, key.pool, array.attempt)
         try:
-            view = await self._bridges.get(record.site, key, record.attempt, record.first)
+            view = await self._bridges.get(array.site, request, array.attempt, array.first)
         except BridgeError as error:
-            cache.record_problem(name, error.kind, str(error), now, error.reason)
+            cache.record_problem(key, error.kind, str(error), now, error.reason)
             return None
-        cache.answered(name)
+        cache.clear_problem(key)
         return view
 
     async def _poll_aggregator(

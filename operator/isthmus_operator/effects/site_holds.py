@@ -14,11 +14,10 @@ from typing import Any
 from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.identities import FINALIZER
 
-from ..planning.plan import load_record
-from ..render.hpc import pool_of
 from ..state.job_record import Record
 from ..state.job_store import JobStore, Key, SiteStore, parse_job
 from ..state.observed import Job, ProblemKind
+from ..state.stored_record import load_record
 from .bridge_channels import BridgeError
 from .kube import Kube, KubeError
 
@@ -161,9 +160,9 @@ class SiteHolds:
 def pools_by_site(record: Record) -> dict[str, str]:
     """Return the pools of a job that may run or wait at sites, by site: ``lumi`` or ``gpu, lumi``."""
     found: dict[str, set[str]] = {}
-    for part, entry in record.hpc.items():
-        if not entry.ended and (entry.authority or entry.seen):
-            found.setdefault(entry.site, set()).add(pool_of(part))
+    for key, array in record.hpc.items():
+        if array.at_site:
+            found.setdefault(array.site, set()).add(key.pool)
     return {site: ", ".join(sorted(pools)) for site, pools in found.items()}
 
 

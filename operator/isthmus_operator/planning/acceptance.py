@@ -1,4 +1,4 @@
-"""Whether a manifest is acceptable, and which later changes of it count. Pure."""
+"""Decides whether a manifest is accepted and which later changes take effect. Pure."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -20,17 +20,17 @@ from ..text import plural
 
 log = logging.getLogger(__name__)
 
-# What may change while a job lives. Everything else needs a new job.
+# Fields that may change during a job's life. Any other change needs a new job.
 LIVE_FIELDS = ("suspend", "backoff_limit", "active_deadline_seconds", "ttl_seconds_after_finished")
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why a manifest is not accepted."""
+    """The reason why a manifest is not accepted."""
 
     reason: Reason
     message: str
-    waits: bool = False  # for the admin rather than for a mended manifest
+    waits: bool = False  # an admin can resolve it without a change of the manifest
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Acceptance:
 def examine(
     job: Job, observed: Observed, allowed: frozenset[str] = frozenset(), defaults: JobDefaults = NONE
 ) -> Acceptance | Rejection:
-    """The one verdict over a manifest: the accepted spec stays in force whatever is edited later.
+    """Accept or reject a manifest. An accepted spec stays in force, whatever is edited later.
 
-    ``allowed``: what templates may ask for; see :mod:`.render.restrict`. ``defaults``: the admin's, below them.
+    ``allowed``: exceptions for pod templates, see :mod:`..render.restrict`. ``defaults``: the admin's job defaults.
     """
     if observed.accepted is not None:
-        # Its record is an object that the namespace's users can write: it is not believed in what matters.
+        # Users of the namespace can write the accepted spec's ConfigMap, so templates are checked again.
         if forbidden := [*_forbidden(job, observed.accepted, allowed, defaults), *observed.forbidden_references]:
             return Rejection(Reason.TEMPLATE_NOT_ALLOWED, "; ".join(forbidden), waits=True)
         try:
@@ -122,7 +122,7 @@ def _valid_spec(job: Job, defaults: JobDefaults) -> FederatedJobSpec:
 
 
 def _forbidden(job: Job, spec: FederatedJobSpec, allowed: frozenset[str], defaults: JobDefaults) -> list[str]:
-    """What templates ask for that the admin has not allowed."""
+    """Return what the templates ask for and the admin has not allowed."""
     invalid, forbidden = _check_templates(job, spec, allowed, defaults)
     templates = [("spec.aggregator.template", spec.aggregator.template)]
     templates += [
@@ -134,7 +134,7 @@ def _forbidden(job: Job, spec: FederatedJobSpec, allowed: frozenset[str], defaul
         f"{path}.{problem}" for path, template in templates for problem in references.not_allowed(template, allowed)
     ]
     if spec.task.code is not None:
-        # The operator copies it, whoever may read it.
+        # The operator copies it with its own rights, not with the user's.
         named = {"configMapRef": {"name": spec.task.code.config_map_ref.name}}
         not_allowed += [f"spec.task.code.{problem}" for problem in references.not_allowed(named, allowed)]
     return [*invalid, *forbidden, *not_allowed]
@@ -143,7 +143,7 @@ def _forbidden(job: Job, spec: FederatedJobSpec, allowed: frozenset[str], defaul
 def _check_templates(
     job: Job, spec: FederatedJobSpec, allowed: frozenset[str], defaults: JobDefaults
 ) -> tuple[list[str], list[str]]:
-    """Why templates make no pod, and what they ask for that the admin has not allowed."""
+    """Return the errors in templates, and what they ask for that the admin has not allowed."""
     invalid: list[str] = []
     forbidden: list[str] = []
     for path, render in _templates(job, spec, defaults):
@@ -152,8 +152,8 @@ def _check_templates(
         except TemplateError as error:
             invalid.append(f"{path}.{error}")
         except Exception as error:
-            # The CRD lets any mapping through. One that nobody thought of would else stop each look at the job, and the
-            # webhook, without a word to the user.
+            # The CRD accepts any mapping. An unforeseen one must not break the reconciliation and the webhook without
+            # a message to the user.
             log.exception("%s/%s: %s", job.namespace, job.name, path)
             invalid.append(f"{path}: no pod can be made from it: {type(error).__name__}: {error}")
     return invalid, forbidden
@@ -162,7 +162,7 @@ def _check_templates(
 def _templates(
     job: Job, spec: FederatedJobSpec, defaults: JobDefaults
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Each pod template that is not empty, by its path, and how to render a pod of it."""
+    """Yield the path of each non-empty pod template with a function that renders a pod from it."""
     if spec.aggregator.template:
         yield "spec.aggregator.template", lambda: aggregator.pod(job, spec, "", (), defaults)
     for number, pool in enumerate(spec.pools):
@@ -178,7 +178,7 @@ def _apply_live_changes(accepted: FederatedJobSpec, wanted: FederatedJobSpec) ->
     spec = accepted.model_copy(update={name: getattr(wanted, name) for name in LIVE_FIELDS})
     pools, problems = _resized_pools(accepted, wanted)
     compared = spec.model_copy(update={"pools": pools})
-    # A size or a quorum that is left to follow from replicas follows from the first ones: the aggregator knows those.
+    # A size or quorum that defaults to the replicas keeps its first value, which the aggregator knows.
     sized = [_of_size(new, old.size) for new, old in zip(pools, accepted.pools, strict=True)]
     selection = accepted.selection.model_copy(update={"min_clients": accepted.min_clients})
     spec = spec.model_copy(update={"pools": sized, "selection": selection})
@@ -195,8 +195,10 @@ def _apply_live_changes(accepted: FederatedJobSpec, wanted: FederatedJobSpec) ->
 
 
 def _apply_valid_changes(accepted: FederatedJobSpec, manifest: Mapping[str, Any]) -> FederatedJobSpec:
-    """The accepted spec with what may change as an invalid manifest has it, each where it is valid by itself: a mistake
-    elsewhere starts no job that is suspended, and brings no clients back that were let go."""
+    """Return the accepted spec with the live fields of an invalid manifest, each if it is valid by itself.
+
+    A mistake elsewhere must not resume a suspended job, or bring back clients of a pool that was shrunk.
+    """
     content = accepted.model_dump(mode="json", by_alias=True)
     spec = accepted
     for name in LIVE_FIELDS:
@@ -226,8 +228,10 @@ def _try_change(
 
 
 def _with_accepted_defaults(spec: FederatedJobSpec, accepted: FederatedJobSpec) -> FederatedJobSpec:
-    """The spec with what it leaves open as it was accepted: the webhook wrote it down when the job was made, and the
-    user's own manifest still leaves it open."""
+    """Return the spec with the accepted values of fields that it leaves open.
+
+    The webhook wrote them into the job when it was created; the user's own manifest still leaves them open.
+    """
     clients, updates = spec.selection.min_clients, spec.stragglers.min_updates
     selection = spec.selection.model_copy(update={"min_clients": clients or accepted.min_clients})
     stragglers = spec.stragglers.model_copy(update={"min_updates": updates or accepted.min_updates})
@@ -235,7 +239,7 @@ def _with_accepted_defaults(spec: FederatedJobSpec, accepted: FederatedJobSpec) 
 
 
 def _resized_pools(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> tuple[list[Pool], list[str]]:
-    """The accepted pools with as many clients as they shall have now, and why some cannot."""
+    """Return the accepted pools with their wanted sizes, and the problems of sizes that are not possible."""
     resized = [_resized(pool, wanted) for pool in accepted.pools]
     pools, problems = [pool for pool, _ in resized], [problem for _, problem in resized if problem]
     trainers, quorum = accepted.model_copy(update={"pools": pools}).trainers, accepted.min_clients
@@ -247,7 +251,7 @@ def _resized_pools(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> tupl
 
 
 def _resized(pool: Pool, wanted: FederatedJobSpec) -> tuple[Pool, str]:
-    """An accepted pool with as many clients as it shall have now, and why that is not possible, if so."""
+    """Return an accepted pool with its wanted size, and the problem if that is not possible."""
     new = next((other for other in wanted.pools if other.name == pool.name), None)
     if new is None or pool.hpc is None or new.replicas == pool.replicas:
         return pool, ""

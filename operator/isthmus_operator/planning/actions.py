@@ -1,4 +1,4 @@
-"""What a plan may ask for. Each action is data; effects/ carries it out, in order, and repeating one does no harm."""
+"""The actions of a plan, as data. :mod:`..effects.apply` carries them out in order; each one is idempotent."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,10 +7,12 @@ from typing import Any, Literal
 from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.pb import bridge_pb2
 
+from ..state.job_record import ArrayKey
+
 
 @dataclass(frozen=True)
 class SaveJob:
-    """Writes the record, the finalizers and the scheme of names of the FederatedJob itself."""
+    """Write the record, the finalizers and the scheme of names of the FederatedJob."""
 
     record: str | None = None
     finalizers: tuple[str, ...] | None = None
@@ -19,7 +21,7 @@ class SaveJob:
 
 @dataclass(frozen=True)
 class Apply:
-    """Server-side apply of a Service, ConfigMap or PersistentVolumeClaim."""
+    """Apply an object on the server's side."""
 
     body: Mapping[str, Any]
 
@@ -52,7 +54,7 @@ class Mend:
 
 @dataclass(frozen=True)
 class CopyCode:
-    """Copies a user's ConfigMap, so that every client of a job gets the same files whatever becomes of it."""
+    """Copy a user's ConfigMap, so that all clients of a job get the same files if it changes later."""
 
     source: str
     name: str
@@ -60,7 +62,7 @@ class CopyCode:
 
 @dataclass(frozen=True)
 class CreateAuthority:
-    """Makes the job's CA."""
+    """Create the job's CA."""
 
     secret: str
     days: int
@@ -68,7 +70,7 @@ class CreateAuthority:
 
 @dataclass(frozen=True)
 class RenewAuthority:
-    """Prolongs the job's CA, with the key that it has: what runs notices nothing."""
+    """Renew the job's CA certificate with its existing key, so running pods are unaffected."""
 
     secret: str
     days: int
@@ -76,7 +78,7 @@ class RenewAuthority:
 
 @dataclass(frozen=True)
 class IssueCertificate:
-    """Has the job's CA sign a certificate, or those of several clients."""
+    """Issue a certificate, or those of several clients, signed by the job's CA."""
 
     secret: str
     name: str
@@ -84,12 +86,12 @@ class IssueCertificate:
     hosts: tuple[str, ...] = ()
     uris: tuple[str, ...] = ()
     clients: tuple[tuple[int, str], ...] = ()
-    """Each client's index and identity; the Secret then holds a certificate and a key for each."""
+    """Index and identity of each client; the Secret then holds a certificate and a key for each."""
 
 
 @dataclass(frozen=True)
 class CreatePod:
-    """Makes a pod; one of that name that exists is left alone."""
+    """Create a pod, unless one of that name exists."""
 
     body: Mapping[str, Any]
 
@@ -100,7 +102,7 @@ class CreatePod:
 
 @dataclass(frozen=True)
 class DeletePod:
-    """Deletes exactly that pod."""
+    """Delete the pod with that uid."""
 
     name: str
     uid: str
@@ -108,21 +110,21 @@ class DeletePod:
 
 @dataclass(frozen=True)
 class EnsurePool:
-    """Has the site run a pool, or a part of it."""
+    """Request an array from the site's bridge."""
 
-    pool: str  # or the part
+    array: ArrayKey
     site: str
     key: str
-    secret: str  # with the pool's certificate
+    secret: str  # the pool's certificate
     spec: bridge_pb2.PoolSpec  # without the certificate and the files
     code: str = ""  # the ConfigMap with the files
 
 
 @dataclass(frozen=True)
 class RenewCredentials:
-    """Has the site hand a pool's renewed certificate to its clients."""
+    """Send a pool's renewed certificate to the site, for its running clients."""
 
-    pool: str  # or the part
+    array: ArrayKey
     site: str
     key: str
     secret: str
@@ -130,9 +132,9 @@ class RenewCredentials:
 
 @dataclass(frozen=True)
 class CancelPool:
-    """Has the site end a pool."""
+    """Cancel an array at its site."""
 
-    pool: str
+    array: ArrayKey
     site: str
     key: str
     reason: str
@@ -140,9 +142,9 @@ class CancelPool:
 
 @dataclass(frozen=True)
 class ShrinkPool:
-    """Has the site end the clients of a pool from an index on."""
+    """Cancel an array's clients at its site, except for the first ``replicas``."""
 
-    pool: str
+    array: ArrayKey
     site: str
     key: str
     replicas: int
@@ -150,7 +152,7 @@ class ShrinkPool:
 
 @dataclass(frozen=True)
 class RecordOrphan:
-    """Notes at the HPCSite what is still to be cancelled there once the site answers."""
+    """Note on the HPCSite what is to be cancelled there once the site can be reached."""
 
     pool: str
     site: str
@@ -159,12 +161,12 @@ class RecordOrphan:
 
 @dataclass(frozen=True)
 class DeleteJob:
-    """Deletes the FederatedJob (its time to live is over)."""
+    """Delete the FederatedJob, whose time to live is over."""
 
 
 @dataclass(frozen=True)
 class Emit:
-    """Writes a Kubernetes event."""
+    """Write a Kubernetes event."""
 
     type: Literal["Normal", "Warning"]
     reason: str
@@ -192,9 +194,9 @@ Action = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do now, what to show, and when to look again."""
+    """The result of planning: actions, the new status, events, and when to reconcile again."""
 
     actions: tuple[Action, ...] = ()
     status: Mapping[str, Any] = field(default_factory=dict)
-    events: tuple[Emit, ...] = ()  # once the actions and the status are through
+    events: tuple[Emit, ...] = ()  # written after the status
     requeue: float = 600.0  # seconds

@@ -1,4 +1,4 @@
-"""The aggregator's pod: start it, tell its crashes from its verdicts, replace it when it is lost."""
+"""Plans the aggregator's pod: starts it, tells crashes from results, and replaces it if it is lost."""
 
 import datetime as dt
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from .context import JobResult, PlanContext
 from .start_problems import why_not_started
 from .status import rounded_up
 
-# A pod that failed before its container could run (evicted, refused by the node) is kept this long, so that a node
-# that refuses every pod is not asked in a tight loop.
+# A pod that failed before its container could run (evicted, rejected by the node) is kept this long, so that a node
+# that rejects every pod does not cause a tight loop.
 _REPLACE_DELAY = dt.timedelta(seconds=5)
-# After the end of its grace period a pod takes seconds to go, where its node answers.
+# A pod is gone seconds after its grace period, if its node responds.
 _NODE_IS_LOST = dt.timedelta(minutes=2)
 _NO_PROOF = (
     "it ended with exit code 0 and did not report that training is complete: check that the command, wrapper or image"
@@ -31,24 +31,24 @@ _NO_PROOF = (
 
 @dataclass(frozen=True)
 class AggregatorOutcome:
-    """The AggregatorReady condition, what the aggregator says, and whether that ends the job."""
+    """The AggregatorReady condition, the aggregator's report, and the job's result if it has one."""
 
     status: Literal["True", "False"]
     reason: Reason
     message: str
     federation: FederationView | None = None
     verdict: JobResult | None = None
-    warn: bool = False  # the message says what keeps it from starting: worth an event
+    warn: bool = False  # the message says what keeps it from starting, and is worth an event
 
 
 def plan_aggregator(context: PlanContext, ready_to_start: bool) -> AggregatorOutcome:
-    """Plans the aggregator of a job that shall run."""
+    """Plan the aggregator of a job that is to run."""
     pod = aggregator_pod(context)
     if pod is None:
         if not ready_to_start:
             refused = [item for item in context.observed.refusals.items() if not item[0].startswith("Pod/")]
             words = "; ".join(_refused(key, refusal) for key, refusal in refused)
-            message = words or "its Secrets, Service and volume are being made"
+            message = words or "its Secrets, Service and volume are being created"
             return _not_ready(Reason.AGGREGATOR_STARTING, message, warn=bool(words))
         key = f"Pod/{names.aggregator(context.job.name)}"
         if not context.refused(key):
@@ -57,7 +57,7 @@ def plan_aggregator(context: PlanContext, ready_to_start: bool) -> AggregatorOut
             made = aggregator.pod(context.job, context.spec, seen.authority, seen.code, defaults, former)
             context.actions.append(CreatePod(made))
         refusal = context.observed.refusals.get(key)
-        message = f"the API server refused its pod: {refusal.message}" if refusal else "its pod is being made"
+        message = f"the API server refused its pod: {refusal.message}" if refusal else "its pod is being created"
         reason = Reason.AGGREGATOR_LOST if context.record.aggregator.pod else Reason.AGGREGATOR_STARTING
         return _not_ready(reason, message, warn=refusal is not None)
     verdict, federation = job_result(context, pod)
@@ -85,16 +85,16 @@ def plan_aggregator(context: PlanContext, ready_to_start: bool) -> AggregatorOut
 
 
 def _terminating(context: PlanContext, pod: PodView, federation: FederationView | None) -> AggregatorOutcome:
-    """Tell whether the pod's node still has to confirm that it is gone. One that is lost never does."""
+    """Return the outcome while the pod is being deleted. A lost node never confirms that it is gone."""
     node = pod.node or "?"
     if pod.overdue is None or not context.reached(pod.overdue + _NODE_IS_LOST):
         words = f"its pod is being deleted on node {node}; a new one follows"
         return _not_ready(Reason.AGGREGATOR_LOST, words, federation)
     words = (
         f"its pod is deleted, but node {node} does not confirm it, and no new one can start before; if that node"
-        f" is down for good, an admin may say so: kubectl taint node {node}"
-        " node.kubernetes.io/out-of-service=nodeshutdown:NoExecute (or kubectl delete node), which frees"
-        " its volume, too"
+        f" is down for good, an admin may declare it: kubectl taint node {node}"
+        " node.kubernetes.io/out-of-service=nodeshutdown:NoExecute (or kubectl delete node), which also frees"
+        " its volume"
     )
     return _not_ready(Reason.AGGREGATOR_LOST, words, federation, warn=True)
 
@@ -107,41 +107,41 @@ def _former(context: PlanContext) -> str:
 
 
 def aggregator_pod(context: PlanContext) -> PodView | None:
-    """The aggregator's pod, if there is one."""
+    """Return the aggregator's pod, if it exists."""
     name = names.aggregator(context.job.name)
     return next((pod for pod in context.observed.pods if pod.name == name), None)
 
 
 def job_result(context: PlanContext, pod: PodView) -> tuple[JobResult | None, FederationView | None]:
-    """Whether the aggregator has ended the job, by its own status or by its last words; and what it says."""
+    """Return the job's result, if the aggregator's status or termination message has one, and its report."""
     last = from_termination(pod.message if pod.ended else pod.last_message)
-    for said in (context.observed.federation, last):
-        if said is not None and said.phase == "COMPLETE":
-            return _complete(said.completed_rounds, context.spec, said.privacy), said
-        if said is not None and said.phase == "FAILED":
-            return _failed(said.message), said
+    for report in (context.observed.federation, last):
+        if report is not None and report.phase == "COMPLETE":
+            return _complete(report.completed_rounds, context.spec, report.privacy), report
+        if report is not None and report.phase == "FAILED":
+            return _failed(report.message), report
     federation = context.observed.federation or last
-    # Exit code 0 alone proves nothing: a wrong command, wrapper or image ends with it, too.
+    # Exit code 0 alone proves nothing: a wrong command, wrapper or image also exits with it.
     if pod.phase == "Succeeded" and last is None and not pod.deleting and _all_rounds_reported(context):
         return _complete(context.spec.rounds, context.spec), federation
     return None, federation
 
 
 def _all_rounds_reported(context: PlanContext) -> bool:
-    """Return whether the aggregator had reported its last round and that round's model before it ended."""
+    """Return True if the aggregator had reported its last round and that round's model before it ended."""
     rounds, model = context.job.status.get("rounds") or {}, context.job.status.get("model") or {}
     last = context.spec.rounds
     return rounds.get("completed") == last and model.get("round") == last and bool(model.get("sha256"))
 
 
 def _exited_without_proof(pod: PodView) -> bool:
-    """Return whether the aggregator ended with exit code 0 by itself. With a proof, the job would be complete."""
+    """Return True if the aggregator exited with code 0 by itself without proof that the job is complete."""
     return pod.phase == "Succeeded" and not pod.disrupted
 
 
 def _why_replaced(pod: PodView) -> str:
     if not pod.ended:
-        return "its certificates were made anew"
+        return "the job has a new CA"
     return _NO_PROOF if _exited_without_proof(pod) else one_line(pod.reason or pod.message or "it ended")
 
 
@@ -151,7 +151,7 @@ def _count_crashes(context: PlanContext, pod: PodView) -> JobResult | None:
         record.pod, record.restarts = pod.uid, 0
     ends = pod.restarts + _exited_without_proof(pod)
     if ends > record.restarts:
-        # A round that was completed since the last crash makes good for the crashes before.
+        # A round completed since the last crash resets the count.
         completed = int((context.job.status.get("rounds") or {}).get("completed", 0))
         if completed > record.round:
             record.round, record.crashes = completed, 0

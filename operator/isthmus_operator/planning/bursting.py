@@ -1,19 +1,19 @@
-"""How many clients a cloud pool has: more while HPC clients wait in their queues, fewer once all of them are there."""
+"""Sizes bursting cloud pools: more clients while HPC clients are queued, fewer once all of them are connected."""
 
 from isthmus_contracts.api.federated_job import Pool
 
 from ..state.job_record import CloudRecord
 from .context import PlanContext
-from .hpc_arrays import current, leaving_parts_of, parts_of
+from .hpc_arrays import arrays_of, current, retiring_arrays_of
 
 
 def wanted(context: PlanContext, pool: Pool, record: CloudRecord) -> int:
-    """The pool's number of clients now, which the record remembers."""
+    """Return the pool's current number of clients, and store it in the record."""
     if pool.size == pool.fewest:
         return pool.replicas
     before = pool.replicas if record.size is None else min(max(pool.fewest, record.size), pool.size)
     target = _target(context, pool, record)
-    # It grows at once; it shrinks only for clients that are there, not for such as are about to be.
+    # It grows at once, but shrinks only after the HPC clients are connected.
     now = target if target > before or _connected(context) else before
     record.size = None if now == pool.replicas else now
     return now
@@ -24,11 +24,11 @@ def _target(context: PlanContext, pool: Pool, record: CloudRecord) -> int:
     for other in context.spec.pools:
         if other.hpc is None:
             continue
-        views = [current(context, part) for part, _ in parts_of(context.record, other.name)]
+        views = [current(context, key) for key, _ in arrays_of(context.record, other.name)]
         known = [view for view in views if view is not None]
         all_known = all_known and bool(views) and len(known) == len(views)
-        ending = [current(context, part) for part, _ in leaving_parts_of(context.record, other.name)]
-        # Whose next attempt waits while the present one still runs is no client that is missing.
+        ending = [current(context, key) for key, _ in retiring_arrays_of(context.record, other.name)]
+        # A client whose next attempt is queued while the current one runs is not missing.
         there = sum(view.running for view in ending if view is not None)
         waiting += max(0, sum(view.queued for view in known) - there)
         running += sum(view.running for view in known) + there
@@ -38,7 +38,7 @@ def _target(context: PlanContext, pool: Pool, record: CloudRecord) -> int:
 
 
 def _smallest(context: PlanContext, pool: Pool, record: CloudRecord) -> int:
-    """How far the pool may shrink: clients that are out of restarts are not among the fewest that shall stay."""
+    """Return the smallest size of the pool. Clients without restarts left do not count towards the minimum."""
     size = pool.fewest
     while size < pool.replicas:
         lost = sum(record.client(index).failures > context.spec.backoff_limit for index in range(size))
@@ -49,11 +49,11 @@ def _smallest(context: PlanContext, pool: Pool, record: CloudRecord) -> int:
 
 
 def _connected(context: PlanContext) -> bool:
-    """Whether every HPC client is connected to the aggregator."""
-    said = context.observed.federation
-    if said is None:
+    """Return True if every HPC client is connected to the aggregator."""
+    federation = context.observed.federation
+    if federation is None:
         return False
-    there = sum(said.connected.get(pool.name, 0) for pool in context.spec.pools if pool.hpc is not None)
+    there = sum(federation.connected.get(pool.name, 0) for pool in context.spec.pools if pool.hpc is not None)
     return there >= _hpc_clients(context)
 
 

@@ -1,4 +1,4 @@
-"""Cloud pools: one pod per client, restarted within limits."""
+"""Plans cloud pools: one pod per client, restarted within limits."""
 
 import datetime as dt
 from collections.abc import Sequence
@@ -28,17 +28,17 @@ _LEFT = (
 
 
 def restart_delay(times: int) -> dt.timedelta:
-    """How long a client waits before it is started for the ``times``-th time after a failure."""
+    """Return the delay before the ``times``-th restart after a failure."""
     return dt.timedelta(seconds=backoff.delay(times, _FIRST_DELAY, _LONGEST_DELAY))
 
 
 def plan_cloud_pool(context: PlanContext, pool: Pool, ready_to_start: bool) -> PoolOutcome:
-    """Plans the pods of one cloud pool of a job that shall run."""
+    """Plan the pods of one cloud pool of a job that is to run."""
     return _CloudPool(context, pool, ready_to_start).plan()
 
 
 def _words(pod: PodView) -> str:
-    """Why a pod failed: its last words, with the cluster's reason where that says more than "Error"."""
+    """Return why a pod failed: its termination message, with the cluster's reason unless that is just "Error"."""
     label = pod.reason if pod.reason not in ("", "Error") else killed(pod.exit_code)
     words = last_lines(pod.message)
     return ": ".join(filter(None, (label, words))) or exited(pod.exit_code)
@@ -72,7 +72,7 @@ class _CloudPool:
         if self.record == CloudRecord():
             del self.context.record.cloud[self.pool.name]
         outcome = self.outcome
-        # What keeps clients from starting comes first; else the last failure stays visible.
+        # What keeps clients from starting takes precedence over the last failure.
         failure = (self._newest_failure or (None, ""))[1]
         outcome.reason = self._refused or self._waiting or failure or self._left
         outcome.warn = bool(outcome.reason) and outcome.reason != failure
@@ -86,11 +86,11 @@ class _CloudPool:
         self._delete_obsolete(pods)
         for pod in pods:
             self._note_failure(pod)
-            # The first time it may be that the job just completed.
+            # At the first attempt, the job may just have completed.
             if pod.phase == "Succeeded" and pod.attempt > 0 and not pod.disrupted:
                 self._left = f"{pod.name} {_LEFT}"
         if newest is not None and newest.attempt > entry.attempt:
-            # Started by an operator whose record was lost.
+            # The pod was started by an operator whose record was lost.
             entry = self._entry(index)
             entry.attempt = newest.attempt
         if newest is not None and newest.phase == "Failed" and not newest.deleting:
@@ -104,7 +104,7 @@ class _CloudPool:
             fresh = index >= self.record.started
             refused = f"Pod/{names.client(context.job, self.pool.name, index, entry.attempt)}"
             self.outcome.queued += 1
-            # One that the API server refused was never there: its number is still free.
+            # A pod that the API server refused never existed, so its number is still free.
             self._start(index, entry.attempt if fresh or refused in context.observed.refusals else entry.attempt + 1)
         elif newest.deleting:
             self.outcome.queued += 1
@@ -114,7 +114,7 @@ class _CloudPool:
             self._restart(index, newest, entry)
         else:
             if context.observed.authority and newest.authority != context.observed.authority:
-                # Its certificate is of another CA: it cannot join, and this is none of its doing.
+                # Its certificate is signed by another CA, so it cannot join. This is not its failure.
                 context.actions.append(DeletePod(newest.name, newest.uid))
             if newest.phase == "Pending":
                 self.outcome.queued += 1
@@ -129,8 +129,10 @@ class _CloudPool:
         return pod.overdue is None or not context.reached(pod.overdue + _PATIENCE)
 
     def _delete_obsolete(self, pods: Sequence[PodView]) -> None:
-        """Keeps the newest pod of a client and, for its log, the last that ended; fenced and older ones go, and one
-        that still takes up its node's resources."""
+        """Delete all pods of a client but the newest and, for its log, the last one that ended.
+
+        An ended pod whose sidecars still use resources is deleted as well.
+        """
         if len(pods) < 2:
             return
         ended = [pod for pod in pods if pod.ended and not pod.lingers]
@@ -153,7 +155,7 @@ class _CloudPool:
         self.context.emit("Warning", Reason.CLIENT_FAILED, f"{pod.name} failed; {then}: {_words(pod)}")
 
     def _restart(self, index: int, pod: PodView, entry: ClientRecord) -> None:
-        """Starts a client that ended, after a while. The while also lets a job that just completed say so first."""
+        """Restart a client after a delay, which also lets a job that just completed report that first."""
         if pod.phase == "Failed":
             self.outcome.failed += 1
             times = entry.failures if not pod.disrupted else 1
@@ -174,7 +176,7 @@ class _CloudPool:
         if context.refused(f"Pod/{name}"):
             return
         if context.starts >= context.options.starts_per_pass:
-            # The next pass goes on here; nothing with a higher index may be started before.
+            # The next pass continues here; no client with a higher index may be started before.
             self.can_start = False
             context.requeue_after(0.1)
             return

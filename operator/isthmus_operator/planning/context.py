@@ -1,4 +1,4 @@
-"""The plan while it is being made: what its parts read, and where they put what they decide."""
+"""The shared context of one planning pass: its inputs, and the actions and events collected so far."""
 
 import datetime as dt
 from dataclasses import dataclass, field
@@ -8,35 +8,35 @@ from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.api.federated_job_status import Reason
 
 from ..render.defaults import NONE, JobDefaults
-from ..state.job_record import Record
+from ..state.job_record import ArrayKey, Record
 from ..state.observed import Job, Observed, PoolProblem, Refusal
 from .actions import Action, Emit
 
-# Events of one pass: a thousand clients that fail alike are told once each up to here, and then counted.
+# Events of one pass. Further ones are counted, so that a thousand failing clients do not cause a thousand events.
 MAX_EVENTS = 10
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the operator's flags set."""
+    """The options of planning, from the operator's flags."""
 
     cluster: str = "cluster"
     resync: float = 3.0
     idle: float = 600.0
     site_give_up: float = 3600.0
-    grace: float = 30.0  # for clients to end by themselves once training is complete
+    grace: float = 30.0  # for clients to exit by themselves once training is complete
     starts_per_pass: int = 200
     aggregator_crashes: int = 8  # in a row, without a completed round
     network_policies: bool = False
-    identity: str = "operator"  # what it calls itself: see ownership.py
-    namespace: str = ""  # the operator's own, where it runs in the cluster
-    allowed: frozenset[str] = frozenset()  # what pod templates may ask for beyond the restricted standard
-    defaults: JobDefaults = NONE  # the admin's, under what manifests say
+    identity: str = "operator"  # the operator's identity, see controllers/ownership.py
+    namespace: str = ""  # the operator's own, if it runs in the cluster
+    allowed: frozenset[str] = frozenset()  # exceptions from the restricted standard for pod templates
+    defaults: JobDefaults = NONE  # the admin's job defaults, which manifests override
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """The job is over."""
+    """The result of a job that is over."""
 
     outcome: Literal["Complete", "Failed"]
     reason: Reason
@@ -45,23 +45,23 @@ class JobResult:
 
 @dataclass
 class PoolOutcome:
-    """What a part of the plan found out about one pool."""
+    """The state of one pool in this pass."""
 
     name: str
     desired: int
     queued: int = 0
     failed: int = 0
     reason: str = ""
-    warn: bool = False  # the reason keeps clients from starting, or from staying: worth an event
+    warn: bool = False  # the reason keeps clients from running, and is worth an event
     jobs: list[str] = field(default_factory=list)
     attempt: int = 0
-    possible: int = 0  # clients that are there or may yet come
-    blocked: Reason | None = None  # why the rest will not
+    possible: int = 0  # clients that take part or still may
+    blocked: Reason | None = None  # why the others cannot
 
 
 @dataclass
 class PlanContext:
-    """One pass over one job."""
+    """One planning pass over one job."""
 
     job: Job
     observed: Observed
@@ -73,44 +73,46 @@ class PlanContext:
     events: list[Emit] = field(default_factory=list)
     requeue: float = 600.0
     suppressed_events: int = 0
-    volume_lost: bool = False  # with the rounds that were on it
-    starts: int = 0  # client pods that this pass makes
+    volume_lost: bool = False  # together with the rounds stored on it
+    starts: int = 0  # client pods created by this pass
 
     def requeue_after(self, seconds: float) -> None:
-        """Looks again no later than that."""
+        """Reconcile again after at most that many seconds."""
         self.requeue = max(0.1, min(self.requeue, seconds))
 
     def requeue_at(self, moment: dt.datetime) -> None:
-        """Looks again no later than then."""
+        """Reconcile again at that time at the latest."""
         self.requeue_after((moment - self.now).total_seconds())
 
     def reached(self, moment: dt.datetime) -> bool:
-        """Whether the moment has come; if not, looks again when it has."""
+        """Return True if the time has come; otherwise reconcile again then."""
         if self.now >= moment:
             return True
         self.requeue_at(moment)
         return False
 
     def elapsed(self, since: dt.datetime, pause: dt.timedelta) -> bool:
-        """Whether a pause is over; if not, looks again when it is. One that has yet to begin was noted before a clock
-        was put back, and is over."""
+        """Return True if a pause is over; otherwise reconcile again when it is.
+
+        A pause that starts in the future was stored before a clock was set back, and counts as over.
+        """
         return since > self.now or self.reached(since + pause)
 
     def emit(self, type_: Literal["Normal", "Warning"], reason: Reason, message: str) -> None:
-        """Adds an event, up to a bound."""
+        """Add an event, up to ``MAX_EVENTS``."""
         if len(self.events) < MAX_EVENTS:
             self.events.append(Emit(type_, reason, message))
         else:
             self.suppressed_events += 1
 
     def refused(self, key: str) -> bool:
-        """Whether the API server refused this object a moment ago; looks again when it may be tried anew."""
+        """Return True if the object was refused and may not be retried yet; then reconcile again when it may."""
         refusal = self.observed.refusals.get(key)
         return refusal is not None and not self._due(refusal)
 
-    def may_call_site(self, part: str) -> bool:
-        """Whether a pool's site may be asked for something; looks again when it may."""
-        problem = self.observed.problems.get(part)
+    def may_call_site(self, array: ArrayKey) -> bool:
+        """Return True if the array's site may be called; otherwise reconcile again when it may."""
+        problem = self.observed.problems.get(array)
         return problem is None or self._due(problem)
 
     def _due(self, trouble: Refusal | PoolProblem) -> bool:

@@ -1,4 +1,4 @@
-"""Which changes of a status are worth a Kubernetes event: transitions, and nothing that is merely a beginning."""
+"""Selects the changes of a status that are worth a Kubernetes event: transitions, but not initial states."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ _BAD = {
     Reason.AGGREGATOR_LOST, Reason.AGGREGATOR_FAILED, Reason.QUORUM_IMPOSSIBLE, Reason.DEADLINE_EXCEEDED,
     Reason.QUEUE_TIMEOUT, Reason.POLICY_DENIED,
 }  # fmt: skip
-# Where the condition's own message speaks of the moment only, or is empty.
+# For conditions whose own message is empty or too volatile for an event.
 _WORDS = {
     Reason.VALID: "the manifest is accepted",
     Reason.AGGREGATOR_RUNNING: "the aggregator runs",
@@ -23,7 +23,7 @@ _WORDS = {
 
 
 def transition_events(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Emit, ...]:
-    """The events that belong to the change from one status to the next."""
+    """Return the events for the change from one status to the next."""
     events = [
         Emit(
             "Warning" if item["reason"] in _BAD else "Normal",
@@ -34,7 +34,7 @@ def transition_events(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[E
         if _is_news(old, item)
     ]
     before, after = condition(old, ConditionType.ACCEPTED) or {}, condition(new, ConditionType.ACCEPTED) or {}
-    # A manifest that was changed in vain: the condition stays True, its message says so.
+    # A change without effect: the condition stays True, and only its message changes.
     stays = before.get("status") == after.get("status") == "True"
     if stays and after.get("message") and after["message"] != before.get("message"):
         events.append(Emit("Warning", after["reason"], after["message"]))
@@ -44,10 +44,10 @@ def transition_events(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[E
 def _is_news(old: Mapping[str, Any], item: Mapping[str, Any]) -> bool:
     type_, reason = item["type"], item["reason"]
     if type_ in SUMMARY:
-        # They say in other words what another condition says.
+        # They summarize other conditions.
         return False
     if type_ == ConditionType.AGGREGATOR_READY:
-        # Its end is told by Complete, Failed or Suspended.
+        # Its end is reported by Complete, Failed or Suspended.
         return reason in (Reason.AGGREGATOR_RUNNING, Reason.AGGREGATOR_LOST)
     if type_ == ConditionType.QUORUM_REACHED:
         return bool(reason == Reason.ENOUGH_CLIENTS)

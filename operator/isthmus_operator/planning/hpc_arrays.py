@@ -1,114 +1,104 @@
-"""An HPC pool at its site: mostly one array, and more where it has grown, or where the next attempt waits already.
+"""The arrays of an HPC pool: usually one, and more after it has grown or while the next attempt is already queued.
 
-Each part has a record of its own. The one with the pool's own name covers its first clients; numbers of attempts rise
-over all parts, so that each key is used once and a client's newer start always fences its older ones.
+Each array has a record of its own for a range of the pool's clients. Attempt numbers rise over all arrays of a pool, so
+that each key is used once and a client's newer start always fences its older ones.
 """
-
-from dataclasses import replace
 
 from isthmus_contracts.api.federated_job import Pool
 
 from ..render import hpc as render
-from ..render.hpc import pool_of
-from ..state.job_record import HpcRecord, Record
+from ..state.job_record import ArrayKey, HpcRecord, Record
 from ..state.observed import PoolPhase, PoolView
 from .actions import ShrinkPool
 from .context import PlanContext
 
-Part = tuple[str, HpcRecord]
+Array = tuple[ArrayKey, HpcRecord]
 
 
-def parts_of(record: Record, pool: str) -> list[Part]:
-    """The pool's parts that run or shall run, by their first client."""
-    found = [item for item in _all_of(record, pool) if not item[1].leaving]
+def arrays_of(record: Record, pool: str) -> list[Array]:
+    """Return the pool's arrays that run or are to run, by their first client."""
+    found = [item for item in _all_of(record, pool) if not item[1].retiring]
     return sorted(found, key=lambda item: item[1].first)
 
 
-def leaving_parts_of(record: Record, pool: str) -> list[Part]:
-    """The pool's parts that end, and are not started again."""
-    return [item for item in _all_of(record, pool) if item[1].leaving]
+def retiring_arrays_of(record: Record, pool: str) -> list[Array]:
+    """Return the pool's arrays that are not submitted again once they end."""
+    return [item for item in _all_of(record, pool) if item[1].retiring]
 
 
 def holder(record: Record, pool: str, index: int) -> HpcRecord | None:
-    """The part that runs the pool's client of that index."""
-    parts = parts_of(record, pool)
-    return next((entry for _, entry in parts if entry.first <= index < entry.end), None)
+    """Return the array that runs the pool's client ``index``."""
+    return next((array for _, array in arrays_of(record, pool) if array.first <= index < array.end), None)
 
 
 def next_attempt(record: Record, pool: str) -> int:
-    """A number above every one that the pool has used."""
-    return 1 + max((max(entry.attempt, entry.newest) for _, entry in _all_of(record, pool)), default=-1)
+    """Return a number above every attempt of the pool so far."""
+    attempts = [array.attempt for _, array in _all_of(record, pool)]
+    return 1 + max([*attempts, record.attempts.get(pool, -1)])
 
 
-def current(context: PlanContext, part: str) -> PoolView | None:
-    """What the site says of the attempt that the part's record names."""
-    view, record = context.observed.pools.get(part), context.record.hpc.get(part)
-    return view if view is not None and record is not None and view.attempt == record.attempt else None
+def current(context: PlanContext, key: ArrayKey) -> PoolView | None:
+    """Return what the site reports of the array's current attempt."""
+    view, array = context.observed.pools.get(key), context.record.hpc.get(key)
+    return view if view is not None and array is not None and view.attempt == array.attempt else None
 
 
 def resize(context: PlanContext, pool: Pool) -> None:
-    """Has the parts cover as many clients as the manifest wants now, without touching those that stay."""
-    main = context.record.hpc.get(pool.name)
-    if main is None:
+    """Make the arrays cover the number of clients that the manifest wants, without disturbing those that stay."""
+    arrays = arrays_of(context.record, pool.name)
+    if not arrays:
         return
-    if not main.size:
-        # Of before pools could grow.
-        main.size = (context.observed.accepted or context.spec).pool(pool.name).replicas
+    _, main = arrays[0]
     _forget_ended(context, pool.name, main)
-    parts = parts_of(context.record, pool.name)
-    if len(parts) == 1 and _restful(main):
-        # Nothing of it is at the site: the next attempt simply has another size.
+    arrays = arrays_of(context.record, pool.name)
+    if len(arrays) == 1 and not main.at_site:
+        # Nothing is at the site, so the next attempt simply has the new size.
         main.size = pool.replicas
         return
-    for part, entry in _all_of(context.record, pool.name):
-        if entry.first >= pool.replicas:
-            entry.leaving = True
+    for key, array in _all_of(context.record, pool.name):
+        if array.first >= pool.replicas:
+            array.retiring = True
         else:
-            entry.size = min(entry.size, pool.replicas - entry.first)
-            _shrink(context, part, entry)
-    covered = max(entry.end for _, entry in parts)
-    if covered < pool.replicas and not main.cancelling:
+            array.size = min(array.size, pool.replicas - array.first)
+            _shrink(context, key, array)
+    covered = max(array.end for _, array in arrays)
+    if covered < pool.replicas and not main.cancelling and not main.ended:
         attempt = next_attempt(context.record, pool.name)
-        main.newest = attempt
         grown = HpcRecord(main.site, attempt=attempt, first=covered, size=pool.replicas - covered)
-        context.record.hpc[f"{pool.name}/{attempt}"] = grown
+        context.record.hpc[ArrayKey(pool.name, attempt)] = grown
 
 
-def replace_array(context: PlanContext, pool: str, part: str) -> None:
-    """Puts the next attempt into a part's place; the present one stays until it ends by itself."""
-    old = context.record.hpc[part]
-    attempt = next_attempt(context.record, pool)
-    context.record.hpc[f"{pool}/until-{old.attempt}"] = replace(old, leaving=True, newest=0)
-    context.record.hpc[part] = HpcRecord(
-        old.site, attempt=attempt, failures=old.failures, first=old.first, size=old.size, newest=old.newest
-    )
+def replace_array(context: PlanContext, key: ArrayKey) -> None:
+    """Add an array for the next attempt of ``key``, which keeps running until it ends by itself."""
+    old = context.record.hpc[key]
+    attempt = next_attempt(context.record, key.pool)
+    old.retiring = True
+    successor = HpcRecord(old.site, attempt=attempt, failures=old.failures, first=old.first, size=old.size)
+    context.record.hpc[ArrayKey(key.pool, attempt)] = successor
 
 
-def _all_of(record: Record, pool: str) -> list[Part]:
-    return [(part, entry) for part, entry in record.hpc.items() if pool_of(part) == pool]
-
-
-def _restful(entry: HpcRecord) -> bool:
-    return entry.ended or (not entry.authority and not entry.seen and not entry.cancelling)
+def _all_of(record: Record, pool: str) -> list[Array]:
+    return [(key, array) for key, array in record.hpc.items() if key.pool == pool]
 
 
 def _forget_ended(context: PlanContext, pool: str, main: HpcRecord) -> None:
-    """Drops parts of which nothing is left: those that leave; after a suspension all but the first."""
-    for part, entry in _all_of(context.record, pool):
-        if part == pool or not (entry.leaving or (main.ended and not main.over)):
+    """Drop arrays of which nothing is left: retiring ones and, after a suspension, all but the first."""
+    for key, array in _all_of(context.record, pool):
+        if array is main or not (array.retiring or (main.ended and not main.given_up)):
             continue
-        view = current(context, part)
-        gone = entry.ended or (view is not None and (view.ended or (view.phase is PoolPhase.ABSENT and entry.seen)))
-        if gone or (not entry.authority and not entry.seen):
-            main.newest = max(main.newest, entry.attempt)
-            del context.record.hpc[part]
+        view = current(context, key)
+        absent = view is not None and view.phase is PoolPhase.ABSENT and array.confirmed
+        if not array.at_site or absent or (view is not None and view.ended):
+            attempts = context.record.attempts
+            attempts[pool] = max(attempts.get(pool, -1), array.attempt)
+            del context.record.hpc[key]
 
 
-def _shrink(context: PlanContext, part: str, entry: HpcRecord) -> None:
-    view = current(context, part)
-    if view is None or view.ended or view.phase is PoolPhase.ABSENT or entry.cancelling or view.desired <= entry.size:
+def _shrink(context: PlanContext, key: ArrayKey, array: HpcRecord) -> None:
+    view = current(context, key)
+    if view is None or view.ended or view.phase is PoolPhase.ABSENT or array.cancelling or view.desired <= array.size:
         return
     context.requeue_after(context.options.resync)
-    if context.may_call_site(part):
-        key = render.key(context.options.cluster, context.job, part, entry.attempt)
-        context.actions.append(ShrinkPool(part, entry.site, key, entry.size))
+    if context.may_call_site(key):
+        request = render.key(context.options.cluster, context.job, key.pool, array.attempt)
+        context.actions.append(ShrinkPool(key, array.site, request, array.size))

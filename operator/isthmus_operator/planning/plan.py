@@ -1,7 +1,7 @@
-"""The plan: from what is wanted and what is seen to what to do next. A pure function, and the operator's heart.
+"""The plan: a pure function from the wanted and the observed state to the next actions, the core of the operator.
 
-Level-triggered: it asks for the difference between the two, whatever came before, so that repeating it from any state
-converges; in a state that has converged it asks for nothing.
+It is level-triggered: the actions follow from the difference between the two states, not from earlier passes. Repeating
+it from any state converges, and a converged state needs no actions.
 """
 
 import datetime as dt
@@ -13,8 +13,7 @@ from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
 
 from .. import names
 from ..render.hpc import key as hpc_key
-from ..render.hpc import pool_of
-from ..state.job_record import AggregatorRecord, HpcRecord, Record
+from ..state.job_record import AggregatorRecord, ArrayState
 from ..state.observed import Job, Observed
 from ..state.timestamps import parse_timestamp
 from ..text import one_line, plural
@@ -32,8 +31,8 @@ from .status import StatusDraft, condition, finished, is_true
 
 
 def plan(job: Job, observed: Observed, now: dt.datetime, options: PlanOptions) -> Plan:
-    """What to do about a job. Never raises for what users write or the cluster shows."""
-    record = load_record(job)
+    """Plan one pass over a job. Never raises, whatever users write or the cluster reports."""
+    record = observed.record.copy()
     if job.deleted is not None:
         return _plan_deletion(PlanContext(job, observed, now, options, _fallback_spec(job, observed), record))
     verdict = examine(job, observed, options.allowed, options.defaults)
@@ -46,25 +45,6 @@ def plan(job: Job, observed: Observed, now: dt.datetime, options: PlanOptions) -
     if verdict.spec.suspend:
         return _plan_suspended(context, verdict)
     return _plan_running(context, verdict)
-
-
-def load_record(job: Job) -> Record:
-    """The job's record; if someone damaged it, as much of it as the status still tells."""
-    try:
-        return Record.load(job.record, job.uid)
-    except ValueError:
-        record = Record()
-        sites = {
-            pool.get("name"): ((pool.get("hpc") or {}).get("siteRef") or {}).get("name")
-            for pool in job.spec.get("pools") or ()
-        }
-        for pool in job.status.get("pools") or ():
-            site = sites.get(pool.get("name"))
-            if site:
-                # Of another CA, as far as we know: it is cancelled, and the next attempt gets a number of its own.
-                attempt = int(pool.get("attempt", 0))
-                record.hpc[pool["name"]] = HpcRecord(site, attempt=attempt, seen=True, authority="lost")
-        return record
 
 
 def _plan_running(context: PlanContext, verdict: Acceptance) -> Plan:
@@ -83,7 +63,7 @@ def _plan_running(context: PlanContext, verdict: Acceptance) -> Plan:
     federation = aggregator.federation
     asked = context.observed.federation is not None
     alive = aggregator.status == "True"
-    # While an aggregator that runs does not answer, what it last said stands.
+    # While a running aggregator does not respond, its last report stays.
     ready = federation.connected if federation is not None and asked else ({} if not alive else None)
     _common_conditions(status, verdict)
     _warn_of_pools(context, pools)
@@ -102,7 +82,7 @@ def _plan_running(context: PlanContext, verdict: Acceptance) -> Plan:
         status.set(ConditionType.QUORUM_REACHED, False, Reason.WAITING_FOR_CLIENTS, "the job is over")
         status.completed()
         status.phase(end.outcome, end.message)
-        # The verdict is written first; the clean-up follows from it, whoever does it.
+        # The result is written first; any operator derives the clean-up from it.
         context.actions.clear()
         context.requeue_after(0.1)
         return _finish(context, status)
@@ -131,19 +111,19 @@ def _warn_of_pools(context: PlanContext, pools: list[PoolOutcome]) -> None:
 
 
 def _aggregator_condition(context: PlanContext, status: StatusDraft, aggregator: AggregatorOutcome) -> str:
-    """Sets AggregatorReady, and returns what a person should know of it."""
+    """Set AggregatorReady; return a message for users."""
     message = aggregator.message
     if context.observed.conflicting:
         taken = ", ".join(context.observed.conflicting)
-        message = f"waits for names that belong to something else: {taken}"
+        message = f"waits for object names that are taken: {taken}"
         if any(name.startswith("PersistentVolumeClaim/") for name in context.observed.conflicting):
             message += f" (to continue from this claim: kubectl annotate pvc {names.checkpoints(context.job.name)}"
             message += f" {names.ANNOTATION_ADOPT}={context.job.name} --namespace {context.job.namespace})"
     elif aggregator.status == "True" and context.observed.federation_error:
-        message = f"it does not answer the operator: {context.observed.federation_error}"
+        message = f"it does not respond to the operator: {context.observed.federation_error}"
     if aggregator.warn or context.observed.conflicting:
         before = condition(context.job.status, ConditionType.AGGREGATOR_READY) or {}
-        # The transition to AggregatorLost bears an event itself.
+        # The transition to AggregatorLost already causes an event.
         if aggregator.reason is not Reason.AGGREGATOR_LOST or before.get("reason") == Reason.AGGREGATOR_LOST:
             warn_once(context, aggregator.reason, "aggregator", str(before.get("message") or ""), message)
     status.set(ConditionType.AGGREGATOR_READY, aggregator.status == "True", aggregator.reason, message)
@@ -153,7 +133,7 @@ def _aggregator_condition(context: PlanContext, status: StatusDraft, aggregator:
 def _quorum_condition(status: StatusDraft, spec: FederatedJobSpec, connected: int) -> None:
     message = f"{plural(connected, _counted(spec))} connected, {spec.min_clients} needed"
     enough = connected >= spec.min_clients
-    # While it holds, the message keeps still: a thousand clients that come one by one are no thousand changes.
+    # The message is constant while the condition holds, so that each connecting client does not change the status.
     if enough:
         message = f"at least {plural(spec.min_clients, _counted(spec))} connected"
     reason = Reason.ENOUGH_CLIENTS if enough else Reason.WAITING_FOR_CLIENTS
@@ -161,7 +141,7 @@ def _quorum_condition(status: StatusDraft, spec: FederatedJobSpec, connected: in
 
 
 def _trainers(spec: FederatedJobSpec) -> frozenset[str]:
-    """The pools whose clients count towards the quorum, as they do for the aggregator: those that train."""
+    """Return the pools that train, whose clients count towards the quorum (as for the aggregator)."""
     return frozenset(pool.name for pool in spec.pools if pool.role == "Train")
 
 
@@ -172,7 +152,7 @@ def _counted(spec: FederatedJobSpec) -> str:
 def _quorum_impossible(
     context: PlanContext, aggregator: AggregatorOutcome, outcomes: list[PoolOutcome]
 ) -> JobResult | None:
-    """Whether too few clients can ever be there."""
+    """Return a failure if the job can never have enough clients."""
     needed = max(context.spec.min_clients, context.spec.min_updates)
     training = _trainers(context.spec)
     pools = [outcome for outcome in outcomes if outcome.name in training]
@@ -180,7 +160,7 @@ def _quorum_impossible(
     if possible >= needed:
         return None
     if aggregator.status == "True" and context.observed.federation is None:
-        # It may be complete, and its clients gone for that reason: ask first.
+        # The training may be complete and its clients gone for that reason: query the aggregator first.
         context.requeue_after(context.options.resync)
         return None
     lost = [pool for pool in pools if pool.blocked is not None]
@@ -199,14 +179,14 @@ def _deadline(context: PlanContext, started: dt.datetime) -> JobResult | None:
     seconds = context.spec.active_deadline_seconds
     if seconds is None or not context.reached(started + dt.timedelta(seconds=seconds)):
         return None
-    return JobResult("Failed", Reason.DEADLINE_EXCEEDED, f"not complete {seconds} s after it began")
+    return JobResult("Failed", Reason.DEADLINE_EXCEEDED, f"not complete {seconds} s after its start")
 
 
 def _plan_suspended(context: PlanContext, verdict: Acceptance) -> Plan:
     status = StatusDraft(context.job, context.now)
     if context.observed.accepted is None and not context.observed.conflicting:
         plan_base(context)
-    # It is not lost but stopped, and crashes of the past do not count against it when it comes back.
+    # It is stopped rather than lost, and earlier crashes do not count after it is resumed.
     context.record.aggregator = AggregatorRecord()
     stopped = _stop_pods(context)
     settled = plan_cancel(context, "the job is suspended")
@@ -222,7 +202,7 @@ def _plan_suspended(context: PlanContext, verdict: Acceptance) -> Plan:
 
 
 def _plan_finished(context: PlanContext) -> Plan:
-    """Cleans up after the end. Pods that ended by themselves stay for their logs, the volume for the model."""
+    """Clean up after the end. Pods that ended by themselves stay for their logs, the volume for the model."""
     status = StatusDraft(context.job, context.now)
     ended = parse_timestamp(context.job.status.get("completionTime")) or context.now
     complete = finished(context.job.status) is ConditionType.COMPLETE
@@ -240,11 +220,11 @@ def _plan_finished(context: PlanContext) -> Plan:
 
 
 def _note_ended_pools(context: PlanContext) -> None:
-    """Notes which pools ended by themselves while they may."""
+    """Record which arrays ended by themselves during the grace period."""
     for name, record in context.record.hpc.items():
         view = context.observed.pools.get(name)
         if view is not None and view.attempt == record.attempt and view.ended:
-            record.ended = True
+            record.state = ArrayState.ENDED
     if any(not record.ended for record in context.record.hpc.values()):
         context.requeue_after(context.options.resync)
 
@@ -263,9 +243,9 @@ def _plan_deletion(context: PlanContext) -> Plan:
     if context.reached(give_up):
         context.emit("Warning", Reason.SITE_UNREACHABLE, _give_up_message(context))
         context.actions = [
-            RecordOrphan(pool_of(name), record.site, hpc_key(context.options.cluster, job, name, record.attempt))
-            for name, record in context.record.hpc.items()
-            if not record.ended
+            RecordOrphan(key.pool, array.site, hpc_key(context.options.cluster, job, key.pool, array.attempt))
+            for key, array in context.record.hpc.items()
+            if not array.ended
         ]
         context.actions.append(SaveJob(finalizers=others))
         return Plan(tuple(context.actions), job.status, tuple(context.events))
@@ -274,21 +254,21 @@ def _plan_deletion(context: PlanContext) -> Plan:
 
 
 def _give_up_message(context: PlanContext) -> str:
-    """What may still run at sites, and who cancels it: where the HPCSite is gone, nobody but the site's own people."""
-    left = {name: record for name, record in context.record.hpc.items() if not record.ended}
-    pools = ", ".join(f"{name} at {record.site}" for name, record in left.items())
+    """Return what may still run at sites and who cancels it: the operator, or people if the HPCSite is gone."""
+    left = {key: array for key, array in context.record.hpc.items() if not array.ended}
+    pools = ", ".join(f"{key} at {array.site}" for key, array in left.items())
     message = f"gave up cancelling after {context.options.site_give_up:g} s; it may still run: pool {pools}"
-    gone = {name: record for name, record in left.items() if record.site not in context.observed.sites}
+    gone = {key: array for key, array in left.items() if array.site not in context.observed.sites}
     if not gone:
         return f"{message}; it is cancelled once the site answers"
     cluster, job = context.options.cluster, context.job
-    keys = ", ".join(f"isthmus-{hpc_key(cluster, job, name, record.attempt)}" for name, record in gone.items())
-    sites = ", ".join(sorted({record.site for record in gone.values()}))
-    return f"{message}; there is no HPCSite {sites} any more: cancel by hand at the site what is named {keys}"
+    keys = ", ".join(f"isthmus-{hpc_key(cluster, job, key.pool, array.attempt)}" for key, array in gone.items())
+    sites = ", ".join(sorted({array.site for array in gone.values()}))
+    return f"{message}; HPCSite {sites} no longer exists: cancel the Slurm jobs named {keys} at the site by hand"
 
 
 def _stop_pods(context: PlanContext) -> bool:
-    """Deletes every pod that has not ended. Returns whether there is none."""
+    """Delete every pod that has not ended. Return True if there is none."""
     running = [pod for pod in context.observed.pods if pod.active]
     context.actions += [DeletePod(pod.name, pod.uid) for pod in running]
     return not running
@@ -311,23 +291,24 @@ def _rejected(job: Job, now: dt.datetime, options: PlanOptions, rejection: Rejec
     status.phase("Rejected", rejection.message)
     assess_job(status)
     events = transition_events(job.status, status.content)
-    # A site that appears wakes its jobs; the look now and then is for a wake-up that was lost.
+    # A new site wakes its jobs; the periodic pass covers a lost wake-up.
     requeue = min(options.idle, 60.0) if rejection.waits else options.idle
     return Plan(status=status.content, events=events, requeue=requeue)
 
 
 def _finish(context: PlanContext, status: StatusDraft) -> Plan:
-    """Puts the plan together: what must be remembered is written before anything is done."""
+    """Assemble the plan. The record is saved before any other action."""
     job = context.job
     if job.deleted is None:
         assess_job(status)
+    stored = context.observed.record
     record = context.record.bounded(job.uid, job.record_room)
-    save = record != job.record and _differs(context.record, job)
+    save = stored.damaged or context.record != stored
     finalizers, outside = None, _has_external_resources(context)
     if job.deleted is None and FINALIZER not in job.finalizers and outside and context.actions:
         finalizers = (*job.finalizers, FINALIZER)
     elif job.deleted is None and FINALIZER in job.finalizers and not outside:
-        finalizers = tuple(name for name in job.finalizers if name != FINALIZER)  # of an earlier operator
+        finalizers = tuple(name for name in job.finalizers if name != FINALIZER)  # set by an earlier operator
     unnoted = not job.names and not job.old_names and job.deleted is None and context.actions
     scheme = names.HASHED if unnoted and any(names.hashed(pool.name) for pool in context.spec.pools) else ""
     if save or finalizers is not None or scheme:
@@ -342,21 +323,16 @@ def _finish(context: PlanContext, status: StatusDraft) -> Plan:
 
 
 def _has_external_resources(context: PlanContext) -> bool:
-    """Whether anything of the job is outside of the cluster, or may come to be: what is inside goes with the job by its
-    owner references, and a finalizer would only keep a namespace from going whose roles went first."""
+    """Return True if the job has or may get resources outside the cluster.
+
+    Owner references delete everything inside. A finalizer would only block the deletion of a namespace whose roles are
+    gone first.
+    """
     return bool(context.record.hpc) or any(pool.hpc is not None for pool in context.spec.pools)
 
 
-def _differs(record: Record, job: Job) -> bool:
-    """Whether the job's annotation tells something else, or nothing at all any more."""
-    try:
-        return record != Record.load(job.record, job.uid)
-    except ValueError:
-        return True
-
-
 def _fallback_spec(job: Job, observed: Observed) -> FederatedJobSpec:
-    """A spec for a job that is going: its content hardly matters any more."""
+    """Return a spec for a job that is being deleted or finished, whose content hardly matters."""
     if observed.accepted is not None:
         return observed.accepted
     try:

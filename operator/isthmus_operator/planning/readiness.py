@@ -1,7 +1,7 @@
-"""The conditions that tools for any resource go by: Ready, Reconciling and Stalled. Pure.
+"""The conditions for generic tools: Ready, Reconciling and Stalled. Pure.
 
-kstatus, which Flux and Helm read, takes Stalled for a failure, Reconciling for work under way, and Ready for what is as
-it should be. Exactly one of the three is True, and all bear the same reason and message.
+kstatus, which Flux and Helm use, treats Stalled as a failure, Reconciling as work in progress, and Ready as the wanted
+state. Exactly one of the three is True, and all have the same reason and message.
 """
 
 import datetime as dt
@@ -12,17 +12,17 @@ from isthmus_contracts.api.federated_job_status import ConditionType, Reason
 
 from .status import SUMMARY, StatusDraft, condition, finished, is_true, set_condition
 
-# Of an HPCSite: what passes by itself, or once the site's bridge is back.
+# Reasons of an HPCSite that pass without a change of its manifest.
 _PASSING = (Reason.SITE_UNREACHABLE, Reason.SITE_NOT_CONNECTED)
 
 
 def assess_job(status: StatusDraft) -> None:
-    """Sets the three from the rest of a job's status."""
+    """Set the three conditions from the rest of a job's status."""
     status.assess(*_of_job(status.content))
 
 
 def assess_site(status: dict[str, Any], generation: int, now: dt.datetime) -> None:
-    """Sets the three from an HPCSite's ``Reachable``."""
+    """Set the three conditions from an HPCSite's ``Reachable``."""
     reachable = condition(status, ConditionType.REACHABLE) or {}
     reason, message = str(reachable.get("reason") or Reason.PROGRESSING), str(reachable.get("message") or "")
     if reachable.get("status") == "True":
@@ -34,7 +34,7 @@ def assess_site(status: dict[str, Any], generation: int, now: dt.datetime) -> No
 
 
 def _of_job(status: Mapping[str, Any]) -> tuple[ConditionType, str, str]:
-    """Which of the three is True, with its reason and message."""
+    """Return which of the three is True, with its reason and message."""
     message = str(status.get("message") or "")
     ended, accepted = finished(status), condition(status, ConditionType.ACCEPTED) or {}
     if ended is not None:
@@ -44,7 +44,7 @@ def _of_job(status: Mapping[str, Any]) -> tuple[ConditionType, str, str]:
     if accepted.get("status") == "False":
         return ConditionType.STALLED, str(accepted.get("reason")), str(accepted.get("message") or "")
     if is_true(status, ConditionType.SUSPENDED):
-        # Its message says what has yet to stop.
+        # The message names what is still to be stopped.
         true = ConditionType.RECONCILING if message else ConditionType.READY
         return true, Reason.SUSPENDED, message
     if status.get("phase") == "Running":

@@ -1,4 +1,4 @@
-"""Why a pod does not start, and when that is worth an event."""
+"""Explains why a pod does not start, and decides when that is worth an event."""
 
 import datetime as dt
 
@@ -9,12 +9,12 @@ from ..state.observed import PodView
 from ..text import headline
 from .context import PlanContext
 
-# Kubernetes tells why a volume cannot be mounted in events only. Until then a pod may well be pulling its image.
+# Kubernetes reports failing mounts in events only. Before this time, the pod may still be pulling its image.
 _PATIENCE = dt.timedelta(seconds=60)
 
 
 def why_not_started(context: PlanContext, pod: PodView) -> str:
-    """Return what keeps a pod from starting; empty where it is merely on its way."""
+    """Return what keeps a pod from starting; empty while it is merely starting."""
     if pod.waiting.startswith(kueue.GATED) and context.job.queue:
         return (
             f"{kueue.GATED}: waits for Kueue to admit it to the queue {context.job.queue}:"
@@ -32,6 +32,6 @@ def why_not_started(context: PlanContext, pod: PodView) -> str:
 
 
 def warn_once(context: PlanContext, reason: Reason, subject: str, before: str, now: str) -> None:
-    """Emit a Warning for what keeps pods from starting, unless the status says the same already."""
+    """Emit a Warning for what keeps pods from starting, unless the status already reports the same."""
     if headline(now) != headline(before):
         context.emit("Warning", reason, f"{subject}: {now}")

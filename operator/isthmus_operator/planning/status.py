@@ -16,30 +16,30 @@ from ..state.timestamps import parse_timestamp, timestamp
 from ..text import headline
 from .context import PoolOutcome
 
-_DIGITS = 4  # significant: enough to compare models, and the status does not change with noise
-# Of them exactly one is True; see :mod:`.readiness`.
+_DIGITS = 4  # significant digits: enough to compare models, without changes of the status by noise
+# Exactly one of them is True, see :mod:`.readiness`.
 SUMMARY = (ConditionType.READY, ConditionType.RECONCILING, ConditionType.STALLED)
 _FINISHED = (ConditionType.COMPLETE, ConditionType.FAILED)
 
 
 def condition(status: Mapping[str, Any], type_: str) -> Mapping[str, Any] | None:
-    """One condition of a status."""
+    """Return the condition of that type, if the status has it."""
     return next((item for item in status.get("conditions") or () if item.get("type") == type_), None)
 
 
 def is_true(status: Mapping[str, Any], type_: str) -> bool:
-    """Whether a condition is there and True."""
+    """Return True if the status has the condition and it is True."""
     found = condition(status, type_)
     return found is not None and found.get("status") == "True"
 
 
 def finished(status: Mapping[str, Any]) -> ConditionType | None:
-    """How the job ended, if it has."""
+    """Return how the job ended; None if it has not."""
     return next((type_ for type_ in _FINISHED if is_true(status, type_)), None)
 
 
 class StatusDraft:
-    """Starts from the status that is there, so that what nobody touches stays."""
+    """A new status, which starts as a copy of the current one."""
 
     def __init__(self, job: Job, now: dt.datetime) -> None:
         self._job = job
@@ -48,21 +48,21 @@ class StatusDraft:
         self.content["observedGeneration"] = job.generation
 
     def set(self, type_: ConditionType, value: bool, reason: Reason, message: str = "") -> None:
-        """Sets a condition; its transition time moves only when its status does."""
+        """Set a condition; its transition time changes only with its status."""
         set_condition(self.content, type_, value, reason, message, self._job.generation, self._now)
 
     def assess(self, true: ConditionType, reason: str, message: str) -> None:
-        """Sets Ready, Reconciling and Stalled: which of them is True, and why."""
+        """Set Ready, Reconciling and Stalled, of which ``true`` is True."""
         for type_ in SUMMARY:
             set_condition(self.content, type_, type_ is true, reason, message, self._job.generation, self._now)
 
     def phase(self, phase: str, message: str = "") -> None:
-        """Sets the phase and the one line for people."""
+        """Set the phase and the message for users."""
         self.content["phase"] = phase
         self._set_or_drop("message", message)
 
     def started(self) -> dt.datetime:
-        """Notes that the job runs, and tells since when."""
+        """Set the start time unless it is set; return it."""
         known = parse_timestamp(self.content.get("startTime"))
         if known is None:
             known = self._now.replace(microsecond=0)
@@ -70,24 +70,24 @@ class StatusDraft:
         return known
 
     def reset_start(self) -> None:
-        """The deadline's clock stands still while a job is suspended, and starts anew."""
+        """Clear the start time: the deadline counts anew after a suspension."""
         self.content.pop("startTime", None)
 
     def completed(self) -> None:
-        """Notes when the job ended."""
+        """Set the completion time unless it is set."""
         self.content.setdefault("completionTime", timestamp(self._now))
 
     def forget_rounds(self) -> None:
-        """Drops what training came to: the volume that held it is lost. What privacy it cost stays spent."""
+        """Drop the results of training, whose volume is lost. The spent privacy budget stays."""
         for key in ("rounds", "metrics", "bestMetric", "model", "bestModel"):
             self.content.pop(key, None)
 
     def federation(self, spec: FederatedJobSpec, view: FederationView | None) -> None:
-        """Takes over what the aggregator says; what it does not say stays as it was."""
+        """Take over the aggregator's report; values that it lacks stay."""
         rounds = dict(self.content.get("rounds") or {"current": 0, "completed": 0})
         rounds["total"] = spec.rounds
         if view is not None:
-            # A restarted aggregator that still reads its checkpoint knows less than we do.
+            # A restarted aggregator that still reads its checkpoint reports less than is known.
             rounds["completed"] = max(int(rounds.get("completed", 0)), view.completed_rounds)
             rounds["current"] = max(view.current_round, rounds["completed"])
             if view.metrics:
@@ -107,7 +107,7 @@ class StatusDraft:
         return int((self.content.get("privacy") or {}).get("rounds", 0))
 
     def pools(self, outcomes: Iterable[PoolOutcome], ready: Mapping[str, int] | None) -> None:
-        """Shows the pools. ``ready``: connected clients by pool; None where that is not known at the moment."""
+        """Set the pools. ``ready``: connected clients by pool; None if that is currently unknown."""
         before = {pool.get("name"): pool for pool in self.content.get("pools") or ()}
         shown: list[dict[str, Any]] = []
         for outcome in outcomes:
@@ -129,7 +129,7 @@ class StatusDraft:
         self.content["clients"] = {"ready": connected, "total": total, "summary": f"{connected}/{total}"}
 
     def idle_pools(self) -> None:
-        """Nothing runs any more: what the pools last said stays, but for who is there."""
+        """Set the numbers of queued and connected clients to 0, and keep the rest."""
         for pool in self.content.get("pools") or ():
             pool["queued"] = pool["ready"] = 0
         clients = self.content.get("clients")
@@ -147,7 +147,7 @@ class StatusDraft:
 def set_condition(
     content: dict[str, Any], type_: str, value: bool, reason: str, message: str, generation: int, now: dt.datetime
 ) -> None:
-    """Sets one condition of a status, and leaves every other alone."""
+    """Set one condition of a status."""
     entry = {
         "type": str(type_),
         "status": "True" if value else "False",
@@ -167,7 +167,7 @@ def set_condition(
 
 
 def transitions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Conditions of ``new`` whose status or reason differs from ``old``'s."""
+    """Return the conditions of ``new`` whose status or reason differs from ``old``'s."""
     changed = []
     for item in new.get("conditions") or ():
         before = condition(old, item["type"])
@@ -177,7 +177,7 @@ def transitions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Mapping[
 
 
 def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON merge patch that turns ``old`` into ``new``; lists are replaced whole. Empty: nothing differs."""
+    """Return the JSON merge patch from ``old`` to ``new``; lists are replaced as a whole. Empty if they are equal."""
     patch: dict[str, Any] = {key: None for key in old if key not in new}
     for key, value in new.items():
         before = old.get(key)
@@ -191,20 +191,20 @@ def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
 
 
 def is_urgent(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a status change is a transition, which is written at once; counters may wait a little."""
+    """Return True if a change must be written at once: a transition, rather than mere counters."""
     changed = bool(transitions(old, new)) or old.get("phase") != new.get("phase")
     return changed or _troubles(old) != _troubles(new)
 
 
 def _troubles(status: Mapping[str, Any]) -> list[str]:
-    """Return the headlines of what keeps the aggregator and the pools: their changes bear events."""
+    """Return the headlines of the aggregator's and the pools' problems, whose changes cause events."""
     aggregator = condition(status, ConditionType.AGGREGATOR_READY) or {}
     words = [aggregator.get("message"), *(pool.get("reason") for pool in status.get("pools") or ())]
     return [headline(str(item or "")) for item in words]
 
 
 def model_uri(job: Job, spec: FederatedJobSpec, path: str) -> str:
-    """Where a model file lies: in the claim, or in the aggregator's pod as long as that exists."""
+    """Return the URI of a model file: in the claim or, without one, in the aggregator's pod."""
     relative = path.removeprefix(STATE_DIR).lstrip("/")
     if spec.aggregator.checkpoint.storage == "PersistentVolumeClaim":
         return f"pvc://{job.namespace}/{names.checkpoints(job.name)}/{relative}"
@@ -212,12 +212,12 @@ def model_uri(job: Job, spec: FederatedJobSpec, path: str) -> str:
 
 
 def decimal(value: float) -> str:
-    """A short decimal string: a CRD holds no floats."""
+    """Format a number as a short decimal string, since CRDs have no floats."""
     return f"{value:.{_DIGITS}g}"
 
 
 def rounded_up(value: float) -> str:
-    """The same for what must not look smaller than it is."""
+    """Format a number that must not look smaller than it is, rounded up."""
     return decimal(float(Context(prec=_DIGITS, rounding=ROUND_CEILING).create_decimal_from_float(value)))
 
 

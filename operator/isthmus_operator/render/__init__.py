@@ -1,1 +1,1 @@
-"""Pure builders of everything that the operator asks for."""
+"""Rendering: pure builders of Kubernetes objects and of requests to bridges."""

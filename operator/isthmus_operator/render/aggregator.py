@@ -1,4 +1,4 @@
-"""The aggregator: its job file, Service, claim and pod."""
+"""Renders the aggregator's job file, Service, claim and pod."""
 
 import json
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from .pod import TLS_DIR, base_spec, finish, lay_code, metadata, owned
 CONTAINER = "aggregator"
 JOB_DIR = "/etc/isthmus/job"
 STATE_DIR = "/var/lib/isthmus"
-# By the conventions of service meshes: a name that began with grpc would promise HTTP/2 without TLS.
+# Service meshes derive the protocol from the name: grpc would mean HTTP/2 without TLS.
 PORT = "tls-grpc"
 
 
 def job_file(job: Job, spec: FederatedJobSpec) -> dict[str, Any]:
-    """The ConfigMap with the accepted job. Immutable: it is also the record of what was accepted."""
+    """Render the ConfigMap with the accepted job. It is immutable, and also the record of what was accepted."""
     content = {
         "name": job.name,
         "namespace": job.namespace,
@@ -33,7 +33,7 @@ def job_file(job: Job, spec: FederatedJobSpec) -> dict[str, Any]:
 
 
 def service(job: Job, spec: FederatedJobSpec, defaults: ServiceDefaults | None = None) -> dict[str, Any]:
-    """The Service at which clients find the aggregator. ``defaults``: the admin's, where the manifest says nothing."""
+    """Render the Service of the aggregator. ``defaults``: the admin's, for fields that the manifest leaves open."""
     expose, under = spec.aggregator.expose, defaults or ServiceDefaults()
     port = {"name": PORT, "port": ids.AGGREGATOR_PORT, "targetPort": ids.AGGREGATOR_PORT, "protocol": "TCP"}
     body: dict[str, Any] = {
@@ -57,7 +57,7 @@ def service(job: Job, spec: FederatedJobSpec, defaults: ServiceDefaults | None =
 
 
 def claim(job: Job, spec: FederatedJobSpec, default_class: str | None = None) -> dict[str, Any]:
-    """The claim that holds checkpoints and the final model."""
+    """Render the claim for checkpoints and the final model."""
     checkpoint = spec.aggregator.checkpoint
     body: dict[str, Any] = {
         "accessModes": ["ReadWriteOnce"],
@@ -77,9 +77,11 @@ def pod(
     defaults: JobDefaults = NONE,
     former: str = "",
 ) -> dict[str, Any]:
-    """The aggregator's pod. ``authority``: the CA of the certificates that it mounts; ``code``: the names of the job's
-    files, which may hold a strategy of its own; ``former``: uid of the job whose checkpoints it continues. Raises
-    ``TemplateError``."""
+    """Render the aggregator's pod. Raises ``TemplateError``.
+
+    ``authority``: fingerprint of the CA of its certificates. ``code``: names of the job's files, which may contain a
+    custom strategy. ``former``: uid of the job whose checkpoints it continues.
+    """
     checkpoint = spec.aggregator.checkpoint
     container = {
         "name": CONTAINER,
@@ -103,7 +105,7 @@ def pod(
             {"name": "isthmus-state", "mountPath": STATE_DIR},
         ],
     }  # fmt: skip
-    # Restarted in place after a crash: quicker than a new pod, and an emptyDir keeps the checkpoints.
+    # Restarted in place after a crash: faster than a new pod, and an emptyDir keeps the checkpoints.
     body = base_spec(container, names.aggregator_tls(job.name), restart="OnFailure")
     state: dict[str, Any] = {"name": "isthmus-state"}
     if checkpoint.storage == "PersistentVolumeClaim":

@@ -1,4 +1,4 @@
-"""Client pods."""
+"""Renders the pods of cloud clients."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,15 @@ CONTAINER = "client"
 
 
 def endpoint(job: Job) -> str:
-    """Where clients in this cluster dial. Relative to the cluster's domain, which has no fixed name: with the usual
-    ndots of 5 the search list completes it."""
+    """Return the aggregator's address for clients in the cluster.
+
+    It is relative to the cluster's domain, which has no fixed name; the search list completes it (ndots is usually 5).
+    """
     return f"{names.aggregator(job.name)}.{job.namespace}.svc:{ids.AGGREGATOR_PORT}"
 
 
 class ClientPods:
-    """Renders the pods of one cloud pool: the template is merged once, each pod is a copy of it.
+    """Renderer of one cloud pool's pods: the template is merged once, and each pod is a copy.
 
     Raises ``TemplateError``.
     """
@@ -72,7 +74,7 @@ class ClientPods:
         self._base = finish(pod_metadata, body, template, CONTAINER, reserved, under)
 
     def pod(self, index: int, attempt: int, *, alone: bool = False) -> dict[str, Any]:
-        """One start of one client."""
+        """Render the pod of one attempt of a client."""
         body = copy.deepcopy(self._base)
         body["metadata"]["name"] = names.client(self._job, self._pool.name, index, attempt)
         body["metadata"]["labels"] |= {ids.LABEL_INDEX: str(index), ids.LABEL_ATTEMPT: str(attempt)}

@@ -1,4 +1,4 @@
-"""What the platform's admin sets for all jobs: merged into their pods and Services, under what each manifest says."""
+"""The admin's defaults for all jobs, merged into their pods and Services; manifests override them."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal
@@ -9,18 +9,20 @@ from isthmus_contracts.api.fields import PATTERN_STORAGE_CLASS, Cidr, PodTemplat
 
 
 class PodDefaults(Resource):
-    """Parts of a pod template."""
+    """Defaults for pods."""
 
     metadata: PodTemplate = {}
     """Labels and annotations."""
     spec: PodTemplate = {}
     container: PodTemplate = {}
-    """Of the container that does the work."""
+    """Fields of the main container."""
 
 
 class ServiceDefaults(Resource):
-    """Of the aggregators' Services, as in a manifest's aggregator.expose. What does not go with a Service's type is
-    left out of it."""
+    """Defaults for the aggregators' Services, as in a manifest's aggregator.expose.
+
+    Fields that do not apply to a Service's type are left out of it.
+    """
 
     annotations: dict[str, Text] = {}
     external_traffic_policy: Literal["Cluster", "Local"] | None = None
@@ -34,12 +36,12 @@ class JobDefaults(Resource):
     """The file that ``--job-defaults`` names."""
 
     all: PodDefaults = PodDefaults()
-    """Of all pods."""
+    """Defaults for all pods."""
     aggregator: PodDefaults = PodDefaults()
     clients: PodDefaults = PodDefaults()
     service: ServiceDefaults = ServiceDefaults()
     storage_class_name: Annotated[str, Field(pattern=PATTERN_STORAGE_CLASS)] | None = None
-    """Of the checkpoints' claims."""
+    """The storage class of the checkpoints' claims."""
 
 
 NONE = JobDefaults()
@@ -48,7 +50,7 @@ NONE = JobDefaults()
 def templates(
     given: JobDefaults, role: Literal["aggregator", "clients"], container: str, taken: Collection[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """The pod templates to merge, the later over the earlier. ``taken``: variables that the manifest sets."""
+    """Yield the pod templates to merge, in ascending precedence. ``taken``: variables that the manifest sets."""
     for one in (given.all, given.aggregator if role == "aggregator" else given.clients):
         template: dict[str, Any] = {"metadata": one.metadata, "spec": dict(one.spec)}
         if one.container:

@@ -1,4 +1,4 @@
-"""Reads the admin's defaults for jobs, and refuses what could make no pod, before any job meets it."""
+"""Reads the admin's job defaults, and rejects invalid ones before any job uses them."""
 
 import datetime as dt
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from .merge import TemplateError
 from .pod import refuse_reserved
 from .restrict import violations
 
-# A container's fields that every manifest sets itself.
+# Fields of a container that belong to the manifest.
 _OF_THE_MANIFEST = ("name", "image", "command", "args", "workingDir")
 
 
@@ -25,13 +25,13 @@ _NEVER = dt.datetime.min.replace(tzinfo=dt.UTC)
 
 
 class DefaultsError(ValueError):
-    """The defaults cannot be used. ``str()`` names the field."""
+    """The defaults are invalid. ``str()`` names the field."""
 
 
 def load(path: Path, allowed: frozenset[str]) -> JobDefaults:
     """Read the defaults from a YAML file. Raises :class:`DefaultsError`.
 
-    ``allowed``: what pod templates may ask for, see :mod:`.render.restrict`; defaults may not ask for more.
+    ``allowed``: exceptions for pod templates, see :mod:`.restrict`; they apply to the defaults as well.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def load(path: Path, allowed: frozenset[str]) -> JobDefaults:
 def _problems(given: JobDefaults, allowed: frozenset[str]) -> Iterator[str]:
     for name, part in (("all", given.all), ("aggregator", given.aggregator), ("clients", given.clients)):
         yield from (
-            f"jobDefaults.{name}.container.{field}: is the manifest's own"
+            f"jobDefaults.{name}.container.{field}: belongs to the manifest, not to the defaults"
             for field in _OF_THE_MANIFEST
             if field in part.container
         )
@@ -71,7 +71,7 @@ def _refuse_own_containers(part: PodDefaults) -> None:
 
 
 def _pods(given: JobDefaults) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The pods of a job that says nothing itself."""
+    """Render the pods of a minimal job with these defaults."""
     pools = [{"name": "pool", "cloud": {}}]
     spec = parse_spec({"rounds": 1, "task": {"image": "none", "command": ["none"]}, "pools": pools})
     job = Job("job", "namespace", "00000000-0000-0000-0000-000000000000", 1, _NEVER, {})

@@ -1,4 +1,4 @@
-"""What a site's bridge is asked for."""
+"""Requests to a site's bridge."""
 
 from isthmus_contracts import identities as ids
 from isthmus_contracts.api.federated_job import FederatedJobSpec, Pool
@@ -8,23 +8,17 @@ from isthmus_contracts.wire.addresses import joined
 from ..state.job_record import HpcRecord
 from ..state.observed import Job, Observed
 
-# The part of a pool's key that would tell changed pools of one job apart: the parts of a pool have attempts of their
-# own instead.
+# Constant: the arrays of a pool differ by their attempt numbers.
 GENERATION = 1
 
 
-def pool_of(part: str) -> str:
-    """The pool that a part belongs to."""
-    return part.partition("/")[0]
-
-
-def key(cluster: str, job: Job, part: str, attempt: int) -> str:
-    """The exactly-once key of one attempt of a pool, or of a part of it."""
-    return ids.pool_key(cluster, job.uid, pool_of(part), GENERATION, attempt)
+def key(cluster: str, job: Job, pool: str, attempt: int) -> str:
+    """Return the exactly-once key of one attempt of a pool's array."""
+    return ids.pool_key(cluster, job.uid, pool, GENERATION, attempt)
 
 
 def endpoint(spec: FederatedJobSpec, observed: Observed) -> str:
-    """Return where HPC clients dial; empty while it is not known."""
+    """Return the address that HPC clients connect to; empty while it is unknown."""
     expose, service = spec.aggregator.expose, observed.service
     if expose.address is not None:
         return expose.address
@@ -38,9 +32,9 @@ def endpoint(spec: FederatedJobSpec, observed: Observed) -> str:
 
 
 def pool_spec(
-    job: Job, spec: FederatedJobSpec, pool: Pool, part: HpcRecord, address: str, via_bridge: bool
+    job: Job, spec: FederatedJobSpec, pool: Pool, array: HpcRecord, address: str, via_bridge: bool
 ) -> bridge_pb2.PoolSpec:
-    """The request for one attempt, but for the certificate."""
+    """Return the request for one attempt of an array, without its certificate and files."""
     hpc = pool.hpc
     assert hpc is not None
     return bridge_pb2.PoolSpec(
@@ -48,12 +42,12 @@ def pool_spec(
         namespace=job.namespace,
         job=job.name,
         pool=pool.name,
-        attempt=part.attempt,
-        replicas=part.size,
-        first_index=part.first,
-        pool_size=pool.size if pool.size != part.size else 0,
+        attempt=array.attempt,
+        replicas=array.size,
+        first_index=array.first,
+        pool_size=pool.size if pool.size != array.size else 0,
         max_queue_seconds=hpc.max_queue_seconds,
-        first_client=spec.first_client(pool.name) + part.first,
+        first_client=spec.first_client(pool.name) + array.first,
         total_clients=spec.clients_beside(pool.name),
         partition=hpc.partition or "",
         account=hpc.account or "",
@@ -65,8 +59,8 @@ def pool_spec(
             bridge_pb2.GenericResource(name=item.name, type=item.type or "", count=item.count)
             for item in hpc.resources.gres
         ],
-        # Not set where it says nothing: a bridge that does not know the field then sees the same request.
-        clients_per_job=min(hpc.clients_per_job, part.size) if hpc.clients_per_job > 1 else 0,
+        # Left unset at its default, so that a bridge that does not know the field accepts the request.
+        clients_per_job=min(hpc.clients_per_job, array.size) if hpc.clients_per_job > 1 else 0,
         environment=hpc.environment,
         data_ref=hpc.data_ref or "",
         image=spec.task.image,

@@ -1,11 +1,11 @@
-"""Merges a user's pod template into ours, as a strategic merge patch would: maps deeply, known lists by their key."""
+"""Merges pod templates like a strategic merge patch: maps deeply, and known lists by the key of their items."""
 
 import copy
 from collections.abc import Mapping
 from typing import Any
 
 _PORT = "containerPort"
-# Lists that are merged item by item, and the field that tells their items apart. Any other list is replaced whole.
+# Lists that are merged item by item, with the field that identifies an item. Any other list is replaced.
 _KEYED = {
     "containers": "name",
     "initContainers": "name",
@@ -26,7 +26,7 @@ class TemplateError(ValueError):
 
 
 def merge(base: Any, patch: Any, path: str = "") -> Any:
-    """``base`` with ``patch`` merged into it, as new objects. A null in the patch removes the field."""
+    """Return ``base`` with ``patch`` merged into it, as new objects. A null in the patch removes the field."""
     if isinstance(patch, Mapping):
         if base is not None and not isinstance(base, Mapping):
             raise TemplateError(f"{path or 'template'}: must not be a mapping")
@@ -44,14 +44,14 @@ def merge(base: Any, patch: Any, path: str = "") -> Any:
 
 
 def merge_template(base: Mapping[str, Any], template: Mapping[str, Any], container: str) -> dict[str, Any]:
-    """A pod with a user's template merged into it. ``container``: the one that carries the work.
+    """Return a pod with a template merged into it. ``container``: name of the main container.
 
     Raises :class:`TemplateError`.
     """
     for key in template:
         if key not in ("metadata", "spec"):
             raise TemplateError(f"{key}: unknown field; a pod template has metadata and spec")
-    # One that is left empty asks for nothing, and takes nothing away.
+    # An empty metadata or spec changes nothing.
     template = {key: value for key, value in template.items() if value is not None}
     for part, value in template.items():
         if not isinstance(value, Mapping):
@@ -91,7 +91,7 @@ def _keyed(base: list[Any], patch: list[Any], key: str, path: str) -> list[Any]:
         if key == _PORT and (not isinstance(name, int) or isinstance(name, bool)):
             raise TemplateError(f"{where}.{key}: must be a number")
         if key != _PORT and not isinstance(name, str):
-            # YAML reads NO, on and 5 as something else.
+            # YAML does not read NO, on and 5 as strings.
             raise TemplateError(f"{where}.{key}: must be a string (put it in quotes)")
         result[name] = merge(result.get(name), item, where)
     return list(result.values())

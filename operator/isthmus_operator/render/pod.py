@@ -1,4 +1,4 @@
-"""What the aggregator's pod and the clients' pods have in common."""
+"""The common parts of the aggregator's and the clients' pods."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from .. import names
 from ..state.observed import Job
 from .merge import TemplateError, merge_template
 
-USER = 65532  # of the images; any other works that may read the mounted certificates through fsGroup
+USER = 65532  # of the images; any other user works if it can read the mounted certificates through fsGroup
 TLS_DIR = "/etc/isthmus/tls"
 TLS_VOLUME = "isthmus-tls"
 WORK_DIR = "/work"
@@ -36,7 +36,7 @@ _DEFAULT_ENV = (
 
 
 def owner_reference(job: Job) -> dict[str, Any]:
-    """Makes the FederatedJob the owner: what it owns goes with it."""
+    """Return the owner reference to the FederatedJob, with which owned objects are deleted."""
     return {
         "apiVersion": ids.API_VERSION,
         "kind": "FederatedJob",
@@ -48,14 +48,14 @@ def owner_reference(job: Job) -> dict[str, Any]:
 
 
 def metadata(job: Job, name: str, extra: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Metadata of an object of the job."""
+    """Return the metadata of an object of the job."""
     return {
         "name": name,
         "namespace": job.namespace,
         "labels": {
             **names.labels(job.name, job.uid),
             **(extra or {}),
-            # Kueue admits each pod by itself: only pods bear its label.
+            # Kueue admits single pods, so only pods have its label.
             **({ids.LABEL_QUEUE: job.queue} if job.queue and ids.LABEL_ROLE in (extra or {}) else {}),
         },
         "ownerReferences": [owner_reference(job)],
@@ -63,7 +63,7 @@ def metadata(job: Job, name: str, extra: Mapping[str, str] | None = None) -> dic
 
 
 def owned(job: Job, kind: str, name: str, content: Mapping[str, Any], group: str = "v1") -> dict[str, Any]:
-    """An object of the job: core/v1, if no other group is given."""
+    """Return an object of the job. ``group``: its API version."""
     return {"apiVersion": group, "kind": kind, "metadata": metadata(job, name), **content}
 
 
@@ -77,7 +77,7 @@ def stamped(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def base_spec(container: Mapping[str, Any], tls_secret: str, restart: str) -> dict[str, Any]:
-    """A pod spec that meets the restricted Pod Security Standard."""
+    """Return a pod spec that meets the restricted Pod Security Standard."""
     return {
         "restartPolicy": restart,
         "automountServiceAccountToken": False,
@@ -86,7 +86,7 @@ def base_spec(container: Mapping[str, Any], tls_secret: str, restart: str) -> di
         "containers": [
             {
                 "workingDir": WORK_DIR,
-                # The last lines of its output tell why it failed, unless it wrote its own message.
+                # Without a message of its own, the last lines of its output explain a failure.
                 "terminationMessagePolicy": "FallbackToLogsOnError",
                 "securityContext": dict(_CONTAINER_SECURITY),
                 **container,
@@ -108,7 +108,7 @@ def base_spec(container: Mapping[str, Any], tls_secret: str, restart: str) -> di
 
 
 def lay_code(spec: dict[str, Any], job: Job, files: Sequence[str]) -> None:
-    """Mounts the job's files, one by one, into the working directory: the rest of it stays writable."""
+    """Mount the job's files one by one into the working directory, so that the rest of it stays writable."""
     if not files:
         return
     spec["volumes"].append({"name": "isthmus-code", "configMap": {"name": names.code(job.name)}})
@@ -126,8 +126,7 @@ def finish(
     reserved_env: Sequence[Mapping[str, str]],
     defaults: Iterable[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Merges templates into a pod, the admin's ``defaults`` under the user's, and then restores what no template may
-    change.
+    """Merge the admin's ``defaults`` and the user's template into a pod, and restore what templates may not change.
 
     Raises :class:`TemplateError`.
     """
@@ -149,7 +148,7 @@ def finish(
 
 
 def _harden(container: dict[str, Any], path: str) -> None:
-    """A container that a template adds is no exception to the restricted standard, unless it says so."""
+    """Apply the restricted standard to a container that a template adds, unless the template overrides it."""
     security = container.get("securityContext")
     if security is None or isinstance(security, Mapping):
         base = {key: _CONTAINER_SECURITY[key] for key in ("allowPrivilegeEscalation", "capabilities")}
@@ -164,7 +163,7 @@ def _check_capabilities(capabilities: Any, path: str) -> None:
 
 
 def refuse_reserved(template: Mapping[str, Any]) -> None:
-    """Says so where a template sets what would be taken back silently."""
+    """Raise ``TemplateError`` if a template sets what would be restored silently."""
     spec = template.get("spec")
     if not isinstance(spec, Mapping):
         return

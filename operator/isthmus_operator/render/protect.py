@@ -1,4 +1,4 @@
-"""What keeps others away from a job: its NetworkPolicies, and the aggregator's PodDisruptionBudget."""
+"""Renders a job's NetworkPolicies and the aggregator's PodDisruptionBudget."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,15 +9,16 @@ from .. import names
 from ..state.observed import Job
 from .pod import owned
 
-# Kubernetes itself sets it on every namespace, from 1.21 on.
+# Set by Kubernetes on every namespace since 1.21.
 _NAMESPACE_LABEL = "kubernetes.io/metadata.name"
 _OPERATOR = {"app.kubernetes.io/component": "operator"}
 
 
 def aggregator_policy(job: Job, operator_namespace: str, outside: Iterable[str]) -> dict[str, Any]:
-    """Lets the job's own clients, the operator and, from ``outside`` (CIDRs), HPC clients reach the aggregator.
+    """Render the policy that lets the job's clients, the operator and HPC clients reach the aggregator.
 
-    ``operator_namespace``: empty where the operator does not run in the cluster; it is then let in from anywhere.
+    ``outside``: CIDRs of HPC clients. ``operator_namespace``: empty if the operator runs outside the cluster; then
+    connections from anywhere are allowed.
     """
     clients = {"podSelector": {"matchLabels": _labels(job, names.ROLE_CLIENT)}}
     peers: list[dict[str, Any]] = [clients, *({"ipBlock": {"cidr": cidr}} for cidr in sorted(set(outside)))]
@@ -29,18 +30,18 @@ def aggregator_policy(job: Job, operator_namespace: str, outside: Iterable[str])
         rules[0]["from"] = [*peers, operator]
     else:
         rules = [{"ports": port}]
-    # Prometheus may live in any namespace; the metrics name no client and hold no secret.
+    # Prometheus may run in any namespace; the metrics name no clients and contain no secrets.
     rules.append({"from": [{"namespaceSelector": {}}], "ports": [{"protocol": "TCP", "port": ids.METRICS_PORT}]})
     return _policy(job, names.aggregator(job.name), names.ROLE_AGGREGATOR, rules)
 
 
 def clients_policy(job: Job) -> dict[str, Any]:
-    """Nobody has to reach a client."""
+    """Render the policy that denies all connections to clients."""
     return _policy(job, names.clients_policy(job.name), names.ROLE_CLIENT, [])
 
 
 def disruption_budget(job: Job) -> dict[str, Any]:
-    """Keeps drains from evicting the aggregator."""
+    """Render the budget that keeps node drains from evicting the aggregator."""
     selector = {"matchLabels": _labels(job, names.ROLE_AGGREGATOR)}
     content = {"spec": {"minAvailable": 1, "selector": selector}}
     return owned(job, "PodDisruptionBudget", names.aggregator(job.name), content, "policy/v1")

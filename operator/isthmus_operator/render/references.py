@@ -1,7 +1,7 @@
-"""Which Secrets, ConfigMaps and claims a pod template names.
+"""Finds the Secrets, ConfigMaps and claims that a pod template names, and decides whether it may.
 
-The pod gets what they hold, whatever its author may read. So those that are Isthmus' own are refused: another job's
-keys, files, logs and model.
+A pod can read them with rights that its author may lack. So Isthmus' own objects are refused: other jobs' keys, files,
+logs and models.
 """
 
 import re
@@ -14,14 +14,14 @@ from isthmus_contracts import identities as ids
 from .. import names
 
 SECRET, CONFIG_MAP, CLAIM = "Secret", "ConfigMap", "PersistentVolumeClaim"
-# Fields whose value has the name in one of these keys.
+# Fields whose value contains the name under one of ``_KEYS``.
 _FIELDS = {
     "secret": SECRET, "secretRef": SECRET, "secretKeyRef": SECRET, "nodePublishSecretRef": SECRET, "azureFile": SECRET,
     "configMap": CONFIG_MAP, "configMapRef": CONFIG_MAP, "configMapKeyRef": CONFIG_MAP,
     "persistentVolumeClaim": CLAIM,
 }  # fmt: skip
 _KEYS = ("name", "secretName", "claimName")
-# As names.py makes them.
+# The names of Isthmus' own objects, see names.py.
 _OURS = {
     SECRET: re.compile(r".+-(ca|tls(-\d+)?)"),
     CONFIG_MAP: re.compile(r".+-(job|log|code)"),
@@ -32,7 +32,7 @@ _FLAGS = {SECRET: "--secrets-in-templates", CONFIG_MAP: "--config-maps-in-templa
 
 
 def references(template: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
-    """Each object that a template names: the field, its kind and its name."""
+    """Yield field, kind and name of each object that a template names."""
     if isinstance(template, Mapping):
         for key, value in template.items():
             where = f"{path}.{key}" if path else str(key)
@@ -41,7 +41,7 @@ def references(template: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
                 for field in _KEYS:
                     if isinstance(value.get(field), str) and value[field]:
                         yield f"{where}.{field}", kind, value[field]
-            if key != "imagePullSecrets":  # only the kubelet sees those
+            if key != "imagePullSecrets":  # visible to the kubelet only
                 yield from references(value, where)
     elif isinstance(template, list):
         for number, item in enumerate(template):
@@ -49,7 +49,7 @@ def references(template: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
 
 
 def not_allowed(template: Any, allowed: frozenset[str]) -> Iterator[str]:
-    """What a template names and the admin's lists do not."""
+    """Yield a problem for each object that a template names and the admin's lists do not allow."""
     for path, kind, name in references(template):
         option = _OPTIONS.get(kind, "")
         globs = [item.removeprefix(option) for item in allowed if option and item.startswith(option)]
@@ -58,14 +58,15 @@ def not_allowed(template: Any, allowed: frozenset[str]) -> Iterator[str]:
 
 
 def verdict(kind: str, name: str, body: Mapping[str, Any] | None, job: str, job_uid: str) -> str:
-    """Why an object may not be named in a job's template; empty where it may. ``body``: None where there is none."""
+    """Return why a job's template may not name an object; empty if it may. ``body``: None if it does not exist."""
     if body is None:
-        # It may come to be another job's after it was judged.
+        # It could be created for another job after this check.
         own = kind == CLAIM and name == names.checkpoints(job)
         if own or not _OURS[kind].fullmatch(name):
             return ""
         return (
-            f"the {kind} {name!r} does not exist, and is named as Isthmus' own are: make it first, or name it otherwise"
+            f"the {kind} {name!r} does not exist, and its name is reserved for Isthmus' own objects:"
+            " create it first, or choose another name"
         )
     labels = (body.get("metadata") or {}).get("labels") or {}
     if labels.get(ids.LABEL_JOB_UID) == job_uid and kind != SECRET:

@@ -1,6 +1,6 @@
-"""What users' pod templates may not ask for: what the restricted Pod Security Standard forbids, and other accounts.
+"""Checks pods against the restricted Pod Security Standard, and for other service accounts.
 
-The admin may allow it, in four parts. The check is of the whole pod, because a template may also take away.
+The admin can allow exceptions in four groups. The whole pod is checked, since a template can also remove settings.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ _VOLUMES = {
 _CAPABILITIES = {"NET_BIND_SERVICE"}
 _SECCOMP = ("RuntimeDefault", "Localhost")
 _APPARMOR = ("RuntimeDefault", "Localhost")
-# Kubernetes before 1.30, and later ones too, where the field is not set.
+# Used by Kubernetes before 1.30, and by later versions if the field is not set.
 _APPARMOR_ANNOTATION = "container.apparmor.security.beta.kubernetes.io/"
 _SELINUX_TYPES = (None, "", "container_t", "container_init_t", "container_kvm_t", "container_engine_t")
 _SYSCTLS = {
@@ -28,11 +28,11 @@ _SYSCTLS = {
     "net.ipv4.tcp_keepalive_probes", "net.ipv4.tcp_rmem", "net.ipv4.tcp_wmem",
 }  # fmt: skip
 
-_Finding = tuple[str, str, str]  # path, what it is, and which allowance it needs
+_Finding = tuple[str, str, str]  # path, description, and the allowance that it needs
 
 
 def violations(pod: Mapping[str, Any], allowed: frozenset[str]) -> list[str]:
-    """What a pod has that its template was not allowed to ask for: ``spec.…: what; how it could be allowed``."""
+    """Return a problem for each setting of a pod that needs an allowance: ``spec.…: what; how to allow it``."""
     spec = pod.get("spec") or {}
     return [
         f"{path}: {what} is not allowed here; the platform's admin can allow {need} (operator.allowInTemplates)"
@@ -87,7 +87,7 @@ def _of_containers(spec: Mapping[str, Any]) -> Iterator[_Finding]:
     around = _mapping(spec.get("securityContext"))
     for kind in ("initContainers", "containers", "ephemeralContainers"):
         for container in _mappings(spec.get(kind)):
-            # By name: the pod's own come first, so a number would not be the template's.
+            # By name: a number would differ from the template's, since the pod's own containers come first.
             path = f"spec.{kind}[{container.get('name')}]"
             for item, port in enumerate(_mappings(container.get("ports"))):
                 if port.get("hostPort"):
@@ -99,7 +99,7 @@ def _of_containers(spec: Mapping[str, Any]) -> Iterator[_Finding]:
 
 
 def _of_context(path: str, security: Mapping[str, Any]) -> Iterator[_Finding]:
-    """What pods and containers have in common."""
+    """Check the part of a security context that pods and containers share."""
     if security.get("runAsUser") == 0:
         yield f"{path}.runAsUser", "running as root", PRIVILEGED
     if _mapping(security.get("windowsOptions")).get("hostProcess"):

@@ -1,6 +1,6 @@
-"""What the API server is told at apply time: the reconciler's own verdict, earlier. Pure.
+"""Reviews manifests for the admission webhook with the reconciler's own checks. Pure.
 
-Nothing depends on it: where the webhook is off or down, the reconciler says the same words in the status.
+Nothing depends on it: without the webhook, the reconciler reports the same messages in the status.
 """
 
 import datetime as dt
@@ -21,7 +21,7 @@ from ..state.observed import Job, Observed
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether the object may be stored, and what the user reads."""
+    """The result of a review: whether the object may be stored, and messages for the user."""
 
     allowed: bool
     message: str = ""
@@ -36,18 +36,18 @@ def review_job(
     allowed: frozenset[str],
     given: JobDefaults = NONE,
 ) -> Answer:
-    """The verdict over a FederatedJob. ``accepted``: the spec that is in force, if the job has one already."""
+    """Review a FederatedJob. ``accepted``: the spec in force, if the job has one."""
     if old is not None and (new.get("spec") == old.get("spec") or _deleted(new)):
-        # Labels, finalizers, the operator's own record: whatever the spec is, it was there before.
+        # Only labels, finalizers or the operator's record changed.
         return Answer(True)
     if accepted is None and old is not None and is_true(old.get("status") or {}, ConditionType.ACCEPTED):
-        # Accepted, and not looked at since this operator started: what is stored is what was accepted, bar what
-        # came in while the webhook was away.
+        # Accepted, but not yet reconciled by this operator process: the stored spec is the accepted one, except for
+        # changes made while the webhook was down.
         accepted = _parsed(old)
     verdict = examine(_job(new), Observed(accepted=accepted, sites=sites), allowed, given)
     if isinstance(verdict, Rejection):
         if verdict.waits and accepted is None:
-            # The admin can still make the site; the job waits for that.
+            # The job waits until an admin creates or opens the site.
             return Answer(True, warnings=(f"{verdict.reason}: {verdict.message}; the job waits for it",))
         return Answer(False, f"{verdict.reason}: {verdict.message}")
     if verdict.ineffective is not None:
@@ -56,7 +56,7 @@ def review_job(
 
 
 def _masked(spec: FederatedJobSpec, sites: Mapping[str, HpcSiteSpec]) -> tuple[str, ...]:
-    """Return a warning where a Service hides from where clients come, and a site's clientCIDRs narrow that."""
+    """Return a warning if the Service hides client addresses that a site's clientCIDRs restrict."""
     expose = spec.aggregator.expose
     if expose.type == "ClusterIP" or expose.external_traffic_policy == "Local":
         return ()
@@ -65,13 +65,13 @@ def _masked(spec: FederatedJobSpec, sites: Mapping[str, HpcSiteSpec]) -> tuple[s
     if not narrow:
         return ()
     return (
-        "spec.aggregator.expose.externalTrafficPolicy: is Cluster, so that clients may come from a node's address,"
-        f" which the clientCIDRs of HPCSite {', '.join(narrow)} do not match; set Local where they cannot connect",
+        "spec.aggregator.expose.externalTrafficPolicy: is Cluster, so that clients may appear with a node's address,"
+        f" which the clientCIDRs of HPCSite {', '.join(narrow)} do not match; set Local if they cannot connect",
     )
 
 
 def review_site(new: Mapping[str, Any], old: Mapping[str, Any] | None) -> Answer:
-    """The verdict over an HPCSite."""
+    """Review an HPCSite."""
     if old is not None and (new.get("spec") == old.get("spec") or _deleted(new)):
         return Answer(True)
     try:
@@ -82,7 +82,7 @@ def review_site(new: Mapping[str, Any], old: Mapping[str, Any] | None) -> Answer
 
 
 def defaults(new: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A JSON patch that writes down what the manifest leaves to follow from the rest of it; empty for a bad one."""
+    """Return a JSON patch that sets derived fields which the manifest leaves open; empty for an invalid manifest."""
     spec = new.get("spec")
     try:
         parsed = parse_spec(spec)

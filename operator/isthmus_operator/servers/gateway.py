@@ -1,8 +1,8 @@
-"""The gateway: where bridges that nobody can dial keep a tunnel open, through which the operator calls them.
+"""The gateway for sites that accept no inbound connections: their bridges open a tunnel, through which they are called.
 
-Whoever dials it says the name of a site and is nobody yet. The operator then opens TLS to the bridge through that very
-tunnel, with the site's Secret, as it does where it dials: only the site's own bridge passes, and only then the tunnel
-counts. What a tunnel carries stays TLS between the operator and the bridge.
+A caller names its site and is not authenticated at first. The operator then opens TLS to the bridge through that tunnel
+with the site's Secret, as for a site that it dials. The tunnel is used only after the bridge has proven its identity,
+and all its traffic is TLS between the operator and the bridge.
 """
 
 import asyncio
@@ -33,8 +33,8 @@ from ..state.observed import ProblemKind
 log = logging.getLogger(__name__)
 
 _HELLO_SECONDS = 10.0
-# Callers that have not proven yet whose bridge they are: each may take ten seconds for its hello, and as many for the
-# proof. One more ends the oldest: an honest bridge is through in a moment, so strangers who wait do not keep it out.
+# Callers that have not proven their identity yet. Each has ten seconds for its hello and ten for the proof. A further
+# one evicts the oldest: an honest bridge needs only a moment, so idle strangers cannot keep it out.
 _MAX_UNPROVEN = 64
 _MAX_TUNNELS = 1024
 _STOP_SECONDS = 1.0
@@ -56,7 +56,7 @@ class _Tunnel:
     connections: Connections
     address: str = ""
     number: int = 0
-    # Why the gateway ends it, once it does.
+    # Resolved with the reason when the gateway ends the tunnel.
     over: "asyncio.Future[str]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def end(self, why: str) -> None:
@@ -68,22 +68,22 @@ class Gateway(rpc.GatewayServicer):
     """See gateway.proto."""
 
     def __init__(self, changed: Callable[[str], None]) -> None:
-        """``changed`` hears of each site whose bridge came or went."""
+        """``changed`` is called with the name of each site whose bridge connects or disconnects."""
         self.addresses: dict[str, str] = {}
-        """Of each connected site: a socket whose connections come out at its bridge."""
+        """By connected site: address of a socket whose connections lead to its bridge."""
         self._changed = changed
         self._prove: Prove | None = None
         self._tunnels: dict[str, _Tunnel] = {}
-        # The oldest first.
+        # Oldest first.
         self._exited_without_proof: dict[_Tunnel, None] = {}
         self._serial = 0
         self._directory = Path()
         self.port = 0
 
     async def serve(self, address: str, tls: Path, prove: Prove) -> None:
-        """Listens until cancelled; takes up renewed certificates. Raises ``OSError``.
+        """Serve until cancelled; renewed certificates are reloaded. Raises ``OSError``.
 
-        ``prove`` raises :class:`BridgeError` unless the site's bridge is behind an address.
+        ``prove`` raises :class:`BridgeError` unless the site's bridge is reached at an address.
         """
         self._prove = prove
         options = [
@@ -93,7 +93,7 @@ class Gateway(rpc.GatewayServicer):
         ]
         server = aio.server(options=options, maximum_concurrent_rpcs=_MAX_TUNNELS + 2 * _MAX_UNPROVEN)
         rpc.add_GatewayServicer_to_server(self, server)
-        # Private: what is written into these sockets reaches bridges.
+        # Private, since data written to these sockets reaches bridges.
         self._directory = Path(tempfile.mkdtemp(prefix="isthmus-gateway-"))
         try:
             try:
@@ -102,7 +102,7 @@ class Gateway(rpc.GatewayServicer):
                 raise OSError(f"the gateway cannot listen at {address}: {error}") from None
             await server.start()
             log.info("gateway at %s", address)
-            # Not wait_for_termination(): once that is cancelled, stop() ends nothing any more.
+            # Not wait_for_termination(): after its cancellation, stop() no longer works.
             await asyncio.get_running_loop().create_future()
         finally:
             for tunnel in self._tunnels.values():
@@ -111,19 +111,19 @@ class Gateway(rpc.GatewayServicer):
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def expect(self, site: str) -> None:
-        """The site dials out."""
+        """Export the connection state of a site that dials out."""
         GATEWAY_CONNECTED.labels(site).set(float(site in self._tunnels))
 
     def drop(self, site: str) -> None:
-        """The site does not dial out any more."""
+        """Close the tunnel of a site that no longer dials out."""
         tunnel = self._tunnels.get(site)
         if tunnel is not None:
-            tunnel.end("the HPCSite is gone, or does not dial out any more")
+            tunnel.end("the HPCSite is gone or no longer dials out")
         with suppress(KeyError):
             GATEWAY_CONNECTED.remove(site)
 
     async def Connect(self, request_iterator: AsyncIterator[pb.Frame], context: Context) -> None:  # type: ignore[override]
-        """One bridge's tunnel, from its hello until either side ends it."""
+        """Serve one bridge's tunnel, from its hello until either side ends it."""
         tunnel = _Tunnel("unknown", Connections(context.write))
         self._take_place(tunnel)
         try:
@@ -137,11 +137,11 @@ class Gateway(rpc.GatewayServicer):
             self._exited_without_proof.pop(tunnel, None)
 
     def _take_place(self, tunnel: _Tunnel) -> None:
-        """Counts a caller that has proven nothing yet, in the oldest one's place if there are too many."""
+        """Register an unauthenticated caller; if there are too many, evict the oldest."""
         if len(self._exited_without_proof) >= _MAX_UNPROVEN:
             oldest = next(iter(self._exited_without_proof))
             del self._exited_without_proof[oldest]
-            oldest.end("too many bridges are connecting; come back")
+            oldest.end("too many bridges are connecting; try again")
         self._exited_without_proof[tunnel] = None
 
     async def _hello(self, tunnel: _Tunnel, frames: AsyncIterator[pb.Frame]) -> str:
@@ -158,10 +158,10 @@ class Gateway(rpc.GatewayServicer):
         if first is None or first.WhichOneof("kind") != "hello":
             raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "the first frame must be a hello")
         if first.hello.protocol != PROTOCOL:
-            message = f"this gateway speaks the protocol {PROTOCOL}, the bridge {first.hello.protocol}"
+            message = f"the gateway supports protocol {PROTOCOL}, the bridge {first.hello.protocol}"
             raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, message)
         if _SITE.fullmatch(first.hello.site) is None:
-            raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "the site's name is no name of an HPCSite")
+            raise _RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "the site's name is not a valid HPCSite name")
         return first.hello.site
 
     async def _tunnel(self, tunnel: _Tunnel, frames: AsyncIterator[pb.Frame], context: Context) -> None:
@@ -184,7 +184,7 @@ class Gateway(rpc.GatewayServicer):
                 self._take(tunnel)
 
     async def _admit(self, tunnel: _Tunnel, reading: "asyncio.Task[None]") -> None:
-        """Returns once the bridge has proven that it is the site's."""
+        """Wait until the bridge has proven that it belongs to the site."""
         assert self._prove is not None
         proof = asyncio.ensure_future(self._prove(tunnel.site, tunnel.address))
         try:
@@ -224,7 +224,7 @@ class Gateway(rpc.GatewayServicer):
 
     @asynccontextmanager
     async def _socket(self, tunnel: _Tunnel) -> AsyncIterator[None]:
-        """A socket for gRPC's channels, each of whose connections becomes one of the tunnel."""
+        """Provide a socket for gRPC channels; each of its connections is forwarded through the tunnel."""
         self._serial += 1
         path = self._directory / f"{self._serial}.sock"
         pumps: set[asyncio.Task[Any]] = set()
@@ -264,7 +264,7 @@ async def _read(frames: AsyncIterator[pb.Frame], connections: Connections) -> No
 
 
 def _end(reading: "asyncio.Task[None]") -> str:
-    """Return why nothing comes any more."""
+    """Return why the bridge's stream ended."""
     error = None if reading.cancelled() else reading.exception()
     if error is None:
         return "the bridge closed it"

@@ -1,5 +1,4 @@
-"""Probes that mean something: whether the event loop turns, the work goes on and the API server was heard lately,
-answered from outside of all that."""
+"""Health probes, served outside the event loop: they check the loop, the queues and the lists of the API server."""
 
 import asyncio
 import json
@@ -15,27 +14,27 @@ from ..controllers.workqueue import WorkQueue
 from ..metrics import LOOP_LAG
 
 _BEAT = 1.0
-# Older than this, the loop hangs; a look that takes longer than this is stuck.
+# An older beat means that the loop hangs; a longer reconciliation or list is stuck. Seconds.
 MAX_BEAT_AGE = 30.0
 MAX_RECONCILE = 900.0
 
 
 class Health:
-    """What the probes look at."""
+    """The state that the probes report."""
 
     def __init__(self, resync: Resync) -> None:
         self._resync = resync
         self._beat = time.monotonic()
         self._queues: list[WorkQueue[str] | WorkQueue[tuple[str, str]]] = []
-        self.broken = False  # a part that should run for ever has ended
-        self.ready = threading.Event()  # the watches are up
+        self.broken = False  # a task that should never end has ended
+        self.ready = threading.Event()  # the watches are established
 
     def watch(self, queue: "WorkQueue[str] | WorkQueue[tuple[str, str]]") -> None:
-        """Includes a queue."""
+        """Include a queue in the checks."""
         self._queues.append(queue)
 
     async def run(self) -> None:
-        """Beats until cancelled."""
+        """Record beats of the event loop until cancelled."""
         while True:
             expected = time.monotonic() + _BEAT
             await asyncio.sleep(_BEAT)
@@ -43,17 +42,17 @@ class Health:
             LOOP_LAG.set(max(0.0, self._beat - expected))
 
     def report(self) -> dict[str, object]:
-        """The state, with the verdict of the liveness probe."""
+        """Return the state, with the results of both probes."""
         age = time.monotonic() - self._beat
         look = max((queue.oldest() for queue in self._queues), default=0.0)
         resynced = self._resync.age()
         return {
-            # An API server that is away for long is no reason to be restarted; a list that never ends is one.
+            # A long outage of the API server is no reason for a restart; a list that never ends is one.
             "alive": not self.broken
             and age < MAX_BEAT_AGE
             and look < MAX_RECONCILE
             and self._resync.idle() < MAX_RECONCILE,
-            # Where some namespaces are refused, the others are served.
+            # If some namespaces are refused, the others are still served.
             "ready": self.ready.is_set() and resynced < MAX_AGE and self._resync.serves(),
             "refused": dict(self._resync.refused),
             "secondsSinceBeat": round(age, 1),
@@ -67,7 +66,7 @@ class _Server(BoundedThreads, HTTPServer):
 
 
 def serve(health: Health, host: str, port: int) -> HTTPServer:
-    """Serves /healthz and /readyz from a thread of its own: a hung loop cannot keep it from saying so."""
+    """Serve /healthz and /readyz from a thread of its own, so that a hung event loop is reported."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -77,12 +76,12 @@ def serve(health: Health, host: str, port: int) -> HTTPServer:
             self.send_response(404 if good is None else 200 if good else 503)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
-            with suppress(ConnectionError):  # who asked is gone
+            with suppress(ConnectionError):  # the caller is gone
                 self.end_headers()
                 self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Probes are not worth a line."""
+            """Do not log probes."""
 
     server = _Server((host, port), Handler)
     threading.Thread(target=server.serve_forever, name="health", daemon=True).start()

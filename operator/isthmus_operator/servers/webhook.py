@@ -1,4 +1,4 @@
-"""Serves the admission webhook: HTTPS on the operator's own event loop, answers from what it already knows."""
+"""Serves the admission webhook over HTTPS on the operator's event loop, from cached data."""
 
 import asyncio
 import base64
@@ -22,16 +22,16 @@ from .admission import Answer, defaults, review_job, review_site
 
 log = logging.getLogger(__name__)
 
-_MAX_BODY = 8 << 20  # an object and its predecessor, each below etcd's limit
-# Kubelet takes a minute or so to bring a renewed Secret; certificates are renewed weeks before they end.
+_MAX_BODY = 8 << 20  # new and old object, each below etcd's limit
+# The kubelet updates a mounted Secret within about a minute; certificates are renewed weeks before they expire.
 _RELOAD_SECONDS = 30.0
 
-# namespace, name, uid: the spec in force, if the job was accepted and the operator has looked at it
+# From namespace, name and uid to the spec in force, if the job was accepted and has been reconciled.
 Accepted = Callable[[str, str, str], FederatedJobSpec | None]
 
 
 class Webhook:
-    """``/default`` and ``/validate``, over TLS with the files of one directory."""
+    """The server of ``/default`` and ``/validate``."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Webhook:
         self._runner: web.AppRunner | None = None
 
     async def serve(self, host: str, port: int, tls: Path) -> None:
-        """Listens, and takes up renewed certificates, until cancelled. Raises ``OSError``."""
+        """Serve until cancelled, with the TLS files of a directory, which are reloaded. Raises ``OSError``."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         loaded = _load(context, tls)
@@ -66,7 +66,7 @@ class Webhook:
                 await asyncio.sleep(_RELOAD_SECONDS)
                 try:
                     if _stamp(tls) != loaded:
-                        # New connections get the new certificate.
+                        # New connections use the new certificate.
                         loaded = _load(context, tls)
                         log.info("the webhook's certificate was renewed")
                 except OSError as error:
@@ -90,7 +90,7 @@ class Webhook:
         if (review.get("kind") or {}).get("kind") == "HPCSite":
             return review_site(new, old)
         metadata = new.get("metadata") or {}
-        # generateName: the name comes after admission.
+        # With generateName, the name is generated after admission.
         name = str(metadata.get("name") or review.get("name") or metadata.get("generateName", "") + "xxxxx")
         namespace = str(review.get("namespace") or metadata.get("namespace") or "")
         new = {**new, "metadata": {**metadata, "name": name, "namespace": namespace}}
@@ -98,7 +98,7 @@ class Webhook:
         return review_job(new, old, accepted, self._sites.specs, self._allowed, self._given)
 
     def _ours(self, review: Mapping[str, Any]) -> bool:
-        """Another operator may serve the object's namespace, with other allowances."""
+        """Return True if this operator serves the object's namespace; another one may have other allowances."""
         namespace = review.get("namespace")
         if review.get("object") is None or namespace in self._excluded:
             return False

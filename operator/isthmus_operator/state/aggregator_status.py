@@ -1,6 +1,6 @@
-"""Reads the aggregator's status, from a call or from its termination message.
+"""Converts the aggregator's status, from a call or from its termination message.
 
-The aggregator's image is the user's: what it says is made printable and bounded before it reaches a FederatedJob.
+The aggregator's image belongs to the user, so its texts are made printable and bounded before they are stored.
 """
 
 from google.protobuf import json_format
@@ -10,14 +10,14 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from ..text import last_lines, one_line
 from .observed import FederationView, Metric, ModelView, PrivacyView
 
-# A FederatedJob shows so many; names are as long as the aggregator takes them.
+# The limits of a FederatedJob's status; names may be as long as the aggregator accepts them.
 _MOST_METRICS = 256
 _LONGEST_NAME = 140
 _LONGEST_PATH = 300
 
 
 def view(status: pb.FederationStatus) -> FederationView:
-    """Cuts the aggregator's status down to what the plan looks at."""
+    """Reduce the aggregator's status to what the plan reads."""
     failures = {}
     for pool in status.pools:
         if pool.failures:
@@ -40,7 +40,7 @@ def view(status: pb.FederationStatus) -> FederationView:
 
 
 def from_termination(message: str) -> FederationView | None:
-    """Reads a termination message; None where it is not the aggregator's own (a traceback, or cut off)."""
+    """Parse a termination message; return None if it is not the aggregator's own (a traceback, or truncated)."""
     if not message.lstrip().startswith("{"):
         return None
     try:

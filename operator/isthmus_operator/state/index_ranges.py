@@ -1,4 +1,4 @@
-"""Whole numbers as text, runs of them together: ``0-4,7``."""
+"""Sets of non-negative integers as text with ranges: ``0-4,7``."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -7,7 +7,7 @@ _PART = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 def write(numbers: Iterable[int]) -> str:
-    """The text for numbers that are not negative."""
+    """Format non-negative numbers."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -18,10 +18,10 @@ def write(numbers: Iterable[int]) -> str:
 
 
 def read(text: str) -> Iterator[int]:
-    """The numbers of such a text, one after the other: there may be very many. Raises ``ValueError`` for any other."""
+    """Yield the numbers of a text one by one, since there may be many. Raises ``ValueError`` for malformed text."""
     for part in text.split(","):
         found = _PART.fullmatch(part)
         if found is None:
-            raise ValueError(f"{part!r} is no number or range of numbers")
+            raise ValueError(f"{part!r} is not a number or a range of numbers")
         first = int(found[1])
         yield from range(first, int(found[2] or first) + 1)

@@ -1,4 +1,4 @@
-"""What the operator keeps of a job between two looks. All of it can be lost: it is only spared work."""
+"""Data of a job that is cached between two reconciliations. All of it can be rebuilt."""
 
 import datetime as dt
 import math
@@ -11,6 +11,7 @@ from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.process import backoff
 from isthmus_contracts.wire.pki import Authority, Credentials
 
+from .job_record import ArrayKey
 from .observed import LONGEST_RETRY, PoolProblem, ProblemKind, Refusal, ServiceView
 
 _FIRST_RETRY = 5.0  # seconds; doubled each time
@@ -34,12 +35,12 @@ class Dependents:
     certificates: Mapping[str, str] = field(default_factory=dict)
     observer: Credentials | None = None
     service: ServiceView | None = None
-    forbidden_references: tuple[str, ...] = ()  # what templates name and may not
+    forbidden_references: tuple[str, ...] = ()  # references in templates that are not allowed
 
 
 @dataclass
 class JobCache:
-    """One job."""
+    """The cached data of one job."""
 
     uid: str
     dependents: Dependents | None = None
@@ -48,37 +49,42 @@ class JobCache:
     pods_listed: float = -math.inf  # by time.monotonic()
     refusals: dict[str, Refusal] = field(default_factory=dict)
     refused_times: dict[str, int] = field(default_factory=dict)
-    problems: dict[str, PoolProblem] = field(default_factory=dict)
-    problem_times: dict[str, int] = field(default_factory=dict)
-    delivered: dict[str, str] = field(default_factory=dict)  # by key: the certificate that the pool's site has
-    log_answered: str = ""  # the request that was answered last
-    other: str = ""  # the operator that serves it instead of this one
+    problems: dict[ArrayKey, PoolProblem] = field(default_factory=dict)
+    problem_times: dict[ArrayKey, int] = field(default_factory=dict)
+    delivered: dict[str, str] = field(default_factory=dict)  # version of the certificate that the site has, by key
+    log_answered: str = ""  # the last request that was answered
+    other: str = ""  # another operator that serves the job
     events: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)  # events by reason and message
     status_written: float = -math.inf  # likewise
     node_addresses: dict[str, str] = field(default_factory=dict)
 
     def record_refusal(self, key: str, message: str, now: dt.datetime, by_operator: bool = False) -> None:
-        """Remembers that an object could not be made."""
+        """Record that an object could not be created, and schedule a retry."""
         times = self.refused_times[key] = self.refused_times.get(key, 0) + 1
         self.refusals[key] = Refusal(message, now + _delay(times), by_operator)
 
-    def made(self, key: str) -> None:
-        """Forgets a refusal."""
+    def clear_refusal(self, key: str) -> None:
+        """Forget the refusal of an object."""
         self.refusals.pop(key, None)
         self.refused_times.pop(key, None)
 
     def record_problem(
-        self, pool: str, kind: ProblemKind, message: str, now: dt.datetime, reason: Reason = Reason.SITE_UNREACHABLE
+        self,
+        array: ArrayKey,
+        kind: ProblemKind,
+        message: str,
+        now: dt.datetime,
+        reason: Reason = Reason.SITE_UNREACHABLE,
     ) -> None:
-        """Remembers that a site did not do as it was asked."""
-        times = self.problem_times[pool] = self.problem_times.get(pool, 0) + 1
+        """Record a failed call for an array, and schedule a retry."""
+        times = self.problem_times[array] = self.problem_times.get(array, 0) + 1
         delay = _delay(times) if kind is ProblemKind.UNREACHABLE else dt.timedelta(seconds=LONGEST_RETRY)
-        self.problems[pool] = PoolProblem(kind, message, now + delay, reason)
+        self.problems[array] = PoolProblem(kind, message, now + delay, reason)
 
-    def answered(self, pool: str) -> None:
-        """Forgets a trouble."""
-        self.problems.pop(pool, None)
-        self.problem_times.pop(pool, None)
+    def clear_problem(self, array: ArrayKey) -> None:
+        """Forget the failed calls for an array."""
+        self.problems.pop(array, None)
+        self.problem_times.pop(array, None)
 
 
 def _delay(times: int) -> dt.timedelta:

@@ -1,4 +1,4 @@
-"""The FederatedJobs and HPCSites as they are known: the newest version of each, from the watch or from an answer."""
+"""Informer caches of FederatedJobs and HPCSites: the newest known version of each, from watches and responses."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,14 +26,14 @@ class JobStore:
 
     def __init__(self) -> None:
         self._jobs: dict[Key, Job] = {}
-        self._gone: dict[str, None] = {}  # uids, oldest first: a late answer must not bring a deleted job back
+        self._gone: dict[str, None] = {}  # uids, oldest first: a late response must not restore a deleted job
 
     def get(self, key: Key) -> Job | None:
-        """The job, if it is known."""
+        """Return the job, if it is known."""
         return self._jobs.get(key)
 
     def put(self, body: Mapping[str, Any]) -> bool:
-        """Takes in an object unless something newer is known; tells whether it was news."""
+        """Store an object unless a newer version is known; return True if it was stored."""
         job = parse_job(body)
         key = job.namespace, job.name
         if job.uid in self._gone:
@@ -46,7 +46,7 @@ class JobStore:
         return True
 
     def drop(self, key: Key, uid: str) -> bool:
-        """Takes in a deletion."""
+        """Remove a deleted object."""
         self._gone[uid] = None
         while len(self._gone) > _REMEMBERED:
             del self._gone[next(iter(self._gone))]
@@ -57,16 +57,16 @@ class JobStore:
         return True
 
     def count(self) -> int:
-        """How many there are."""
+        """Return the number of jobs."""
         return len(self._jobs)
 
     def all(self) -> list[Job]:
-        """Every job."""
+        """Return all jobs."""
         return list(self._jobs.values())
 
 
 class SiteStore:
-    """HPCSites by name: their manifests, and whether their bridges answered last."""
+    """HPCSites by name: their manifests, and whether the last call to their bridge succeeded."""
 
     def __init__(self) -> None:
         self.bodies: dict[str, Mapping[str, Any]] = {}
@@ -76,7 +76,7 @@ class SiteStore:
         self.leaving: set[str] = set()  # deleted, and held by jobs that have pools there
 
     def put(self, body: Mapping[str, Any]) -> bool:
-        """Takes in a site; tells whether its spec changed, or somebody deleted it."""
+        """Store a site; return True if its spec changed or it was deleted."""
         name = str(body["metadata"]["name"])
         known = self.bodies.get(name)
         if known is not None and _number(_version(known)) > _number(_version(body)):
@@ -97,7 +97,7 @@ class SiteStore:
         return self.specs.get(name) != before or known is None or leaving != (name in self.leaving)
 
     def drop(self, name: str) -> None:
-        """Takes in a deletion."""
+        """Remove a deleted object."""
         self.bodies.pop(name, None)
         self.specs.pop(name, None)
         self.errors.pop(name, None)
@@ -106,7 +106,7 @@ class SiteStore:
 
 
 def parse_job(body: Mapping[str, Any]) -> Job:
-    """Reads a FederatedJob object."""
+    """Convert a FederatedJob object."""
     metadata = body["metadata"]
     created = parse_timestamp(metadata.get("creationTimestamp"))
     assert created is not None

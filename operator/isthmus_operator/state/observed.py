@@ -1,4 +1,4 @@
-"""What the operator saw: immutable views, cut down to what the plan looks at."""
+"""Immutable views of observed objects, reduced to what the plan reads."""
 
 import datetime as dt
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.api.hpc_site import HpcSiteSpec
 
-from .job_record import ROOM
+from .job_record import ROOM, ArrayKey, Record
 
 ENDED_PHASES = ("Succeeded", "Failed")
-"""Of a pod."""
+"""Phases of a pod whose program has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +49,20 @@ class PodView:
     pool: str = ""
     index: int = 0
     attempt: int = 0
-    phase: str = "Pending"  # Succeeded or Failed as soon as its program has ended
-    lingers: bool = False  # its program has ended, and a container beside it lives on
+    phase: str = "Pending"  # Succeeded or Failed as soon as its main program has ended
+    lingers: bool = False  # its main program has ended, but a sidecar still runs
     deleting: bool = False
-    overdue: dt.datetime | None = None  # when it should have been gone, where it is being deleted
+    overdue: dt.datetime | None = None  # when a pod that is being deleted should have been gone
     ready: bool = False
     created: dt.datetime | None = None
     finished: dt.datetime | None = None  # when its main container ended
     exit_code: int | None = None
     reason: str = ""  # why it ended: Evicted, OOMKilled, Error, ...
     message: str = ""  # its termination message
-    disrupted: bool = False  # ended by the cluster, not by its own doing
-    waiting: str = ""  # why it does not run yet
-    placed: dt.datetime | None = None  # when it got its node, while none of its containers has started
-    mounts: tuple[str, ...] = ()  # likewise: what its template mounts, such as ``Secret token``
+    disrupted: bool = False  # ended by the cluster rather than by its own failure
+    waiting: str = ""  # reason why it does not run yet
+    placed: dt.datetime | None = None  # when it was scheduled, as long as none of its containers has started
+    mounts: tuple[str, ...] = ()  # likewise: objects that its template mounts, such as ``Secret token``
     restarts: int = 0
     last_exit_code: int | None = None  # of the container's previous run
     last_message: str = ""
@@ -74,16 +74,16 @@ class PodView:
 
     @property
     def ended(self) -> bool:
-        """True if its program is over for good."""
+        """True if its main program has ended and is not restarted."""
         return self.phase in ENDED_PHASES
 
     def ended_at(self, now: dt.datetime) -> dt.datetime:
-        """Return when it ended, as far as that is known."""
+        """Return when it ended, or the best known substitute."""
         return self.finished or self.created or now
 
     @property
     def active(self) -> bool:
-        """True if any of it runs or may yet run, and it is not being deleted."""
+        """True if any container runs or may still run, and the pod is not being deleted."""
         return (self.lingers or not self.ended) and not self.deleting
 
 
@@ -97,7 +97,7 @@ class ServiceView:
 
 
 class PoolPhase(StrEnum):
-    """The bridge's phases, and ABSENT: the site knows no such key."""
+    """The phases that a bridge reports, and ABSENT: the site does not know the key."""
 
     ABSENT = "ABSENT"
     SUBMITTING = "SUBMITTING"
@@ -111,7 +111,7 @@ class PoolPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """What the site said about one attempt of an HPC pool."""
+    """The site's report on one attempt of an HPC pool's array."""
 
     attempt: int
     phase: PoolPhase
@@ -125,32 +125,32 @@ class PoolView:
     expected_start: float = 0.0
     submitted_at: float = 0.0
     failure: str = ""  # the last lines of a failed task
-    timed_out: bool = False  # its time limit ended it
-    displaced: bool = False  # every task that failed was preempted, or lost its node
-    desired: int = 0  # its clients, less those that a shrinking ended
-    ends_at: float = 0.0  # when the time limit ends the first of its clients
+    timed_out: bool = False  # ended by its time limit
+    displaced: bool = False  # every failed task was preempted or lost its node
+    desired: int = 0  # clients, without those removed by shrinking
+    ends_at: float = 0.0  # when the time limit ends its first client
 
     @property
     def ended(self) -> bool:
-        """True if nothing of it is left in the queue or on a node."""
+        """True if none of its tasks is queued or running."""
         return self.phase in (PoolPhase.SUCCEEDED, PoolPhase.FAILED, PoolPhase.CANCELLED)
 
 
-# Seconds before what failed is tried again, at most.
+# The longest delay before a retry. Seconds.
 LONGEST_RETRY = 60.0
 
 
 class ProblemKind(StrEnum):
-    """Why a site gave no answer, or not the one that was asked for."""
+    """The kind of a failed call to a site."""
 
     UNREACHABLE = "unreachable"
     DENIED = "denied"
-    REFUSED = "refused"  # the site finds the request malformed
+    REFUSED = "refused"  # the site rejected the request as invalid
 
 
 @dataclass(frozen=True, slots=True)
 class PoolProblem:
-    """The newest trouble with a pool's site; gone once a call succeeds."""
+    """The last failed call for an array; cleared when a call succeeds."""
 
     kind: ProblemKind
     message: str
@@ -159,7 +159,7 @@ class PoolProblem:
     reason: Reason = Reason.SITE_UNREACHABLE
 
     def due(self, now: dt.datetime) -> bool:
-        """Return whether it may be tried again."""
+        """Return True if it may be retried."""
         return _due(self.retry_at, now)
 
 
@@ -172,12 +172,12 @@ class Refusal:
     by_operator: bool = False  # the operator refused it itself; else the API server did
 
     def due(self, now: dt.datetime) -> bool:
-        """Return whether it may be tried again."""
+        """Return True if it may be retried."""
         return _due(self.retry_at, now)
 
 
 def _due(retry_at: dt.datetime, now: dt.datetime) -> bool:
-    # One that seems further away than any pause is long was noted before a clock was put back.
+    # A time further ahead than the longest pause was stored before a clock was set back.
     return not now < retry_at <= now + dt.timedelta(seconds=LONGEST_RETRY)
 
 
@@ -201,17 +201,17 @@ class ModelView:
 
 @dataclass(frozen=True, slots=True)
 class PrivacyView:
-    """What differential privacy has cost."""
+    """The privacy budget spent so far."""
 
     epsilon: float
     delta: float
     rounds: int
-    spent: bool = False  # another round would pass the budget
+    spent: bool = False  # another round would exceed the budget
 
 
 @dataclass(frozen=True, slots=True)
 class FederationView:
-    """What the aggregator says of the training."""
+    """The aggregator's report on the training."""
 
     phase: str  # the name of a FederationStatus.Phase
     message: str = ""
@@ -231,29 +231,30 @@ class FederationView:
 class Observed:
     """Everything around a job at one moment."""
 
+    record: Record = field(default_factory=Record)  # the job's own, as stored
     pods: tuple[PodView, ...] = ()
     accepted: FederatedJobSpec | None = None  # from the job's ConfigMap
-    present: frozenset[str] = frozenset()  # names of other objects that exist and are this job's: Kind/name
-    live: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of these: metadata and spec, by Kind/name
-    adoptable: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # likewise: another job's claim, offered
-    vanished: frozenset[str] = frozenset()  # Kind/name of those that were there, and are not any more
+    present: frozenset[str] = frozenset()  # Kind/name of this job's other objects that exist
+    live: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # metadata and spec of these, by Kind/name
+    adoptable: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # likewise: another job's offered claim
+    vanished: frozenset[str] = frozenset()  # Kind/name of objects that existed and are gone
     # By Kind/name: the fields that the API server does not keep as they were applied.
     unmendable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     code: tuple[str, ...] = ()  # names of the files of task.code
-    forbidden_references: tuple[str, ...] = ()  # what templates name and may not, with the reasons
-    conflicting: tuple[str, ...] = ()  # Kind/name of objects that bear our names and are not this job's
+    forbidden_references: tuple[str, ...] = ()  # references in templates that are not allowed, with the reasons
+    conflicting: tuple[str, ...] = ()  # Kind/name of objects of the job's names that belong to something else
     authority: str = ""  # fingerprint of the job's CA; empty: there is none
     authority_ends: bool = False  # soon
-    certificates: Mapping[str, str] = field(default_factory=dict)  # by Secret: those that are good for a while
-    delivered: Mapping[str, str] = field(default_factory=dict)  # by key: the certificate that the pool's site has
+    certificates: Mapping[str, str] = field(default_factory=dict)  # valid certificates: version by Secret
+    delivered: Mapping[str, str] = field(default_factory=dict)  # version of the certificate that the site has, by key
     service: ServiceView | None = None
     node_address: str = ""  # of the aggregator's node
     sites: Mapping[str, HpcSiteSpec] = field(default_factory=dict)
-    leaving_sites: frozenset[str] = frozenset()  # deleted, and still held: nothing new is submitted there
-    pools: Mapping[str, PoolView] = field(default_factory=dict)
-    problems: Mapping[str, PoolProblem] = field(default_factory=dict)
+    leaving_sites: frozenset[str] = frozenset()  # deleted but still in use: nothing new is submitted there
+    pools: Mapping[ArrayKey, PoolView] = field(default_factory=dict)
+    problems: Mapping[ArrayKey, PoolProblem] = field(default_factory=dict)
     refusals: Mapping[str, Refusal] = field(default_factory=dict)  # by Kind/name
-    # Asked last, after everything above was seen: clients end once the aggregator is complete, so it is not concluded
-    # from their end that they are missing.
+    # Queried last, after everything above was observed. Clients end once the aggregator is complete, so an older report
+    # would make finished clients look as if they were missing.
     federation: FederationView | None = None
     federation_error: str = ""  # why the aggregator did not answer

@@ -1,8 +1,8 @@
-"""The pods of every job, as far as they are known: fed by the watch, by what was just created, and by lists.
+"""The cache of all jobs' pods, fed by the watch, by responses to creations, and by lists.
 
-A watch alone is not enough: an event may still be on its way when its pod's creation has long been answered, and a
-deletion may be missed while the watch is down. So answers count at once, and a list sweeps up ghosts: now and then, and
-whenever the watch had to begin anew.
+The watch alone is not enough: its event may arrive long after the response to a pod's creation, and it may miss a
+deletion while it is down. So responses are stored at once, and lists remove pods that no longer exist: periodically,
+and after every restart of the watch.
 """
 
 import datetime as dt
@@ -18,11 +18,11 @@ from .observed import ENDED_PHASES, PodView
 from .timestamps import parse_timestamp
 
 _CONTAINERS = {names.ROLE_AGGREGATOR: "aggregator", names.ROLE_CLIENT: "client"}
-# Reasons of a container, where the kubelet or the runtime lost sight of it: its program said nothing.
+# Reasons of a container that the kubelet or the runtime lost: they say nothing about its program.
 _LOST_SIGHT = ("ContainerStatusUnknown", "Unknown")
 _NODE_IS_SHORT = "The node was low on resource"
 _ON_THE_WAY = {"", "ContainerCreating", "PodInitializing"}
-# Volumes that have to exist before a pod starts: the field, the key of the name in it, and the kind.
+# Volume sources that must exist before a pod starts: field, key of the name, and kind.
 _MOUNTED = (
     ("secret", "secretName", "Secret"),
     ("secret", "name", "Secret"),  # in a projected volume
@@ -35,43 +35,43 @@ _JobKey = tuple[str, str]  # a job's namespace and uid
 
 
 class PodStore:
-    """Views of pods by job and pod name. Labels alone make no pod a job's: anybody can write them, in any namespace."""
+    """Views of pods by job and pod name. Labels do not prove ownership, since anyone can set them in any namespace."""
 
     def __init__(self, now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC)) -> None:
         self._now = now
         self._pods: dict[_JobKey, dict[str, PodView]] = {}
-        self._gone: dict[str, None] = {}  # uids, oldest first: what arrives late must not bring them back
+        self._gone: dict[str, None] = {}  # uids, oldest first: late news must not restore them
         self._stale: set[str] = set()
 
     def knows(self, body: Mapping[str, Any]) -> bool:
-        """Whether this very pod is known."""
+        """Return True if this pod, by its uid, is known."""
         known = self._pods.get(_key_of(body), {}).get(str(body["metadata"]["name"]))
         return known is not None and known.uid == body["metadata"]["uid"]
 
     def mark_stale(self, job_uid: str) -> None:
-        """The watch may have missed what became of a job's pods."""
+        """Note that the watch may have missed changes of a job's pods."""
         self._stale.add(job_uid)
 
     def take_stale(self, job_uid: str) -> bool:
-        """Whether a list is due; who asks makes it."""
+        """Return True if the job's pods must be listed, and clear the mark."""
         due = job_uid in self._stale
         self._stale.discard(job_uid)
         return due
 
     def count(self) -> int:
-        """How many pods are known, of any job."""
+        """Return the number of known pods."""
         return sum(map(len, list(self._pods.values())))
 
     def of(self, namespace: str, job_uid: str) -> tuple[PodView, ...]:
-        """The pods of a job."""
+        """Return the pods of a job."""
         return tuple(self._pods.get((namespace, job_uid), {}).values())
 
     def put(self, body: Mapping[str, Any]) -> None:
-        """Takes in an object of the API server, unless it is no job's, or something newer is known."""
+        """Store a pod unless it belongs to no job or a newer version is known."""
         key, pod = _key_of(body), view(body)
         known = self._pods.get(key, {}).get(pod.name)
         known = known if known is not None and known.uid == pod.uid else None
-        # One that is known stays so when its owner reference is taken away: ``kubectl delete --cascade=orphan`` does.
+        # A known pod is kept when its owner reference is removed, as ``kubectl delete --cascade=orphan`` does.
         if pod.uid in self._gone or (known is None and not belongs_to(body, key[1])):
             return
         if known is None or _newer(pod, known):
@@ -79,22 +79,22 @@ class PodStore:
             self._pods.setdefault(key, {})[pod.name] = kept
 
     def _finished(self, pod: PodView, known: PodView | None) -> dt.datetime:
-        """When a pod ended by our own clock: its node's may be wrong, and pauses are counted from then."""
+        """Return when a pod ended by the operator's clock, from which pauses count: the node's may be wrong."""
         if known is not None and known.finished is not None:
             return known.finished
         now = self._now()
-        # Of one that had ended before we first saw it only its node can tell.
+        # If it had ended before it was first observed, only its node knows.
         return now if known is not None else min(pod.finished or now, now)
 
     def drop(self, body: Mapping[str, Any]) -> None:
-        """Takes in a deletion."""
+        """Remove a deleted pod."""
         metadata = body.get("metadata") or {}
         self._forget(_key_of(body), str(metadata.get("name")), str(metadata.get("uid")))
 
     def replace(
         self, namespace: str, job_uid: str, bodies: Iterable[Mapping[str, Any]], known_before: Iterable[str]
     ) -> None:
-        """Takes in a list of all pods of a job. ``known_before``: uids known when the list was asked for."""
+        """Store a list of all pods of a job. ``known_before``: uids known when the list was requested."""
         seen = set()
         for body in bodies:
             seen.add(str(body["metadata"]["uid"]))
@@ -105,8 +105,7 @@ class PodStore:
                 self._forget((namespace, job_uid), pod.name, pod.uid)
 
     def forget_all_but(self, job_uids: Collection[str]) -> None:
-        """Forgets what is of no job that there is. Where one of these is merely not known yet, no harm is done: a job's
-        first look lists its pods."""
+        """Forget pods of other jobs. If a job is merely not known yet, its first reconciliation lists its pods."""
         for key in [key for key in self._pods if key[1] not in job_uids]:
             del self._pods[key]
         self._stale.intersection_update(job_uids)
@@ -123,18 +122,18 @@ class PodStore:
 
 
 def job_uid_of(body: Mapping[str, Any]) -> str:
-    """The uid of the job that an object's labels name."""
+    """Return the uid of the job in an object's labels."""
     return str(((body.get("metadata") or {}).get("labels") or {}).get(ids.LABEL_JOB_UID, ""))
 
 
 def belongs_to(body: Mapping[str, Any], job_uid: str) -> bool:
-    """Whether a pod is a job's by its labels and by its owner: a copy made by hand has the labels alone."""
+    """Return True if both labels and owner name the job: a copy made by hand has only the labels."""
     owners = (body.get("metadata") or {}).get("ownerReferences") or ()
     return bool(job_uid) and job_uid_of(body) == job_uid and any(owner.get("uid") == job_uid for owner in owners)
 
 
 def job_of(body: Mapping[str, Any]) -> tuple[str, str]:
-    """Namespace and name of the job that an object belongs to."""
+    """Return namespace and name of the job that an object belongs to."""
     metadata = body.get("metadata") or {}
     return str(metadata.get("namespace", "")), str((metadata.get("labels") or {}).get(ids.LABEL_JOB, ""))
 
@@ -144,7 +143,7 @@ def _key_of(body: Mapping[str, Any]) -> _JobKey:
 
 
 def view(body: Mapping[str, Any]) -> PodView:
-    """Cuts a pod down to what the plan looks at."""
+    """Reduce a pod to what the plan reads."""
     metadata, status = body["metadata"], body.get("status") or {}
     labels = metadata.get("labels") or {}
     role = labels.get(ids.LABEL_ROLE, "")
@@ -152,13 +151,13 @@ def view(body: Mapping[str, Any]) -> PodView:
     state = container.get("state") or {}
     ended, last = state.get("terminated") or {}, _last_end(container)
     conditions = {item.get("type"): item for item in status.get("conditions") or ()}
-    said = str(status.get("phase") or "Pending")
-    phase = _phase(said, status, role, ended)
+    reported = str(status.get("phase") or "Pending")
+    phase = _phase(reported, status, role, ended)
     target = conditions.get("DisruptionTarget", {})
     disrupted = target.get("status") == "True"
     if phase == "Failed" and not ended:
         ended = _failed_init(status)
-    placed = _placed(said, status, conditions)
+    placed = _placed(reported, status, conditions)
     return PodView(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -167,9 +166,9 @@ def view(body: Mapping[str, Any]) -> PodView:
         index=_number(labels.get(ids.LABEL_INDEX)),
         attempt=_number(labels.get(ids.LABEL_ATTEMPT)),
         phase=phase,
-        lingers=phase in ENDED_PHASES and said not in ENDED_PHASES,
+        lingers=phase in ENDED_PHASES and reported not in ENDED_PHASES,
         deleting=metadata.get("deletionTimestamp") is not None,
-        # Of the end of its grace period.
+        # The deletion timestamp includes the grace period.
         overdue=parse_timestamp(metadata.get("deletionTimestamp")),
         ready=conditions.get("Ready", {}).get("status") == "True",
         created=parse_timestamp(metadata.get("creationTimestamp")),
@@ -194,20 +193,22 @@ def view(body: Mapping[str, Any]) -> PodView:
     )
 
 
-def _phase(said: str, status: Mapping[str, Any], role: str, ended: Mapping[str, Any]) -> str:
-    """How a pod's program ended, where a container beside it (a log shipper, a mesh's proxy) may live on or end in
-    another way: Kubernetes speaks of all of them. Where there is none, its own word comes soon, and knows more."""
+def _phase(reported: str, status: Mapping[str, Any], role: str, ended: Mapping[str, Any]) -> str:
+    """Return the phase of a pod's main program, which may end before or unlike its sidecars (a log shipper, a proxy).
+
+    Kubernetes reports the phase of all containers together. Without sidecars that phase follows soon, and is exact.
+    """
     alone = len(status.get("containerStatuses") or ()) < 2
     if alone or "exitCode" not in ended:
-        return said
+        return reported
     if ended["exitCode"] == 0:
         return "Succeeded"
-    # The aggregator's is started again.
-    return said if role == names.ROLE_AGGREGATOR else "Failed"
+    # The kubelet restarts the aggregator's container.
+    return reported if role == names.ROLE_AGGREGATOR else "Failed"
 
 
 def _ended_by_the_cluster(status: Mapping[str, Any], ended: Mapping[str, Any]) -> bool:
-    """Return whether a kubelet or a controller ended a pod, and not its program.
+    """Return True if a kubelet or a controller ended a pod, rather than its program.
 
     Only these set a pod's own ``status.reason``: a kubelet that refuses it (before any container started), evicts it or
     shuts down, or the node controller. A program that fails leaves it empty, and shows in its container's state. The
@@ -219,8 +220,10 @@ def _ended_by_the_cluster(status: Mapping[str, Any], ended: Mapping[str, Any]) -
 
 
 def _own_excess(status: Mapping[str, Any]) -> bool:
-    """Whether the kubelet evicted a pod for what the pod itself used beyond its own limit: a node that is short of
-    something says so first."""
+    """Return True if the kubelet evicted a pod for exceeding its own limit.
+
+    The message starts with the node's shortage if that was the cause.
+    """
     message = str(status.get("message") or "")
     return status.get("reason") == "Evicted" and "exceed" in message and not message.startswith(_NODE_IS_SHORT)
 
@@ -238,8 +241,10 @@ def _finished(
 
 
 def _waiting(status: Mapping[str, Any], main: Mapping[str, Any], conditions: Mapping[Any, Mapping[str, Any]]) -> str:
-    """Return why a pod does not run, where that is more than that it is being started: the scheduler's words, or those
-    for the first of its containers that is held up."""
+    """Return why a pod does not run: the scheduler's message, or that of its first container that cannot start.
+
+    Empty while it is merely starting.
+    """
     scheduled = conditions.get("PodScheduled", {})
     if scheduled.get("status") == "False":
         return f"{scheduled.get('reason', 'Unschedulable')}: {scheduled.get('message', '')}".rstrip(": ")
@@ -271,7 +276,7 @@ def _last_end(container: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _failed_init(status: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how the first init container that failed ended; its message names the container. Empty: none failed."""
+    """Return the end of the first failed init container, whose message names it; empty if none failed."""
     for item in status.get("initContainerStatuses") or ():
         ended = (item.get("state") or {}).get("terminated") or {}
         if ended.get("exitCode"):
@@ -280,18 +285,20 @@ def _failed_init(status: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _placed(said: str, status: Mapping[str, Any], conditions: Mapping[Any, Mapping[str, Any]]) -> dt.datetime | None:
-    """Return when a pod got its node, if none of its containers has started since."""
+def _placed(
+    reported: str, status: Mapping[str, Any], conditions: Mapping[Any, Mapping[str, Any]]
+) -> dt.datetime | None:
+    """Return when a pod was scheduled, if none of its containers has started since."""
     containers = (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ()))
     begun = any((item.get("state") or {}).keys() & {"running", "terminated"} for item in containers)
     scheduled = conditions.get("PodScheduled", {})
-    if said != "Pending" or begun or scheduled.get("status") != "True":
+    if reported != "Pending" or begun or scheduled.get("status") != "True":
         return None
     return parse_timestamp(scheduled.get("lastTransitionTime"))
 
 
 def _mounts(spec: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the objects that a pod's template mounts, the operator's own aside."""
+    """Return the objects that a pod's template mounts, without the operator's own."""
     found: list[str] = []
     for volume in spec.get("volumes") or ():
         if str(volume.get("name", "")).startswith(names.VOLUME_PREFIX):

@@ -10,10 +10,9 @@ from isthmus_operator import names
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.context import PlanOptions
 from isthmus_operator.planning.desired import desired
-from isthmus_operator.planning.plan import plan
 from isthmus_operator.state.job_store import parse_job
 from isthmus_operator.state.observed import Job
-from tests.support.fake_cluster import NOW, UID, job, of_kind, site, spec, standing
+from tests.support.fake_cluster import NOW, UID, job, of_kind, plan, site, spec, standing
 
 WORDS = ("a", "b", "tls", "0", "1", "ca", "aggregator", "observer", "job", "clients", "abcdef0123", "x-tls")
 LIMITS = PlanOptions(network_policies=True)

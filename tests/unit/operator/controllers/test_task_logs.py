@@ -9,9 +9,11 @@ import pytest
 from isthmus_operator.controllers.task_logs import TaskLogs
 from isthmus_operator.effects.kube import KubeError
 from isthmus_operator.state.job_cache import JobCache
-from isthmus_operator.state.job_record import HpcRecord, Record
+from isthmus_operator.state.job_record import ArrayKey, Record
 from isthmus_operator.state.observed import Job
-from tests.support.fake_cluster import AUTHORITY, UID, job, spec
+from tests.support.fake_cluster import UID, array, job, spec
+
+LUMI = ArrayKey("lumi")
 
 NAME = "demo-log"
 
@@ -42,9 +44,9 @@ class Cluster:
 
 
 def asking(request: str = "") -> Job:
-    record = Record(hpc={"lumi": HpcRecord("site", authority=AUTHORITY, seen=True, size=2)})
+    record = Record(hpc={LUMI: array()})
     asked = request or json.dumps({"id": "1", "pool": "lumi", "index": 0})
-    return job(spec(cloud=0, hpc=2), record=record.dump(), log_request=asked)
+    return job(spec(cloud=0, hpc=2), record=record.dump(UID), log_request=asked)
 
 
 def config_map(uid: str = "") -> dict[str, Any]:

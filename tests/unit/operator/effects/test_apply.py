@@ -13,11 +13,10 @@ from isthmus_operator.effects.kube import Kube, KubeError
 from isthmus_operator.effects.site_holds import SiteHolds
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.context import PlanOptions
-from isthmus_operator.planning.plan import plan
 from isthmus_operator.state.job_cache import JobCache
 from isthmus_operator.state.job_store import JobStore, SiteStore
 from isthmus_operator.state.pod_store import PodStore
-from tests.support.fake_cluster import NOW, UID, aggregator, client, job, of_kind, standing
+from tests.support.fake_cluster import NOW, UID, aggregator, client, job, of_kind, plan, standing
 
 WEBHOOK_DOWN = KubeError(
     500, 'Internal error occurred: failed calling webhook "pods.example": refused', "InternalError"

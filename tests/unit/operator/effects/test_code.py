@@ -8,11 +8,10 @@ from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator.effects.code import copy, files_of
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.context import PlanOptions
-from isthmus_operator.planning.plan import plan
 from isthmus_operator.render import aggregator
 from isthmus_operator.render.client import ClientPods
 from isthmus_operator.state.observed import Refusal
-from tests.support.fake_cluster import NOW, World, job, of_kind, spec, standing
+from tests.support.fake_cluster import NOW, World, job, of_kind, plan, spec, standing
 
 
 def wanted(**changes: Any) -> dict[str, Any]:

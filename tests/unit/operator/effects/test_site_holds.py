@@ -14,12 +14,11 @@ from isthmus_operator.effects.bridge_channels import BridgeError
 from isthmus_operator.effects.kube import Kube, KubeError
 from isthmus_operator.effects.site_holds import SiteHolds, pools_by_site
 from isthmus_operator.planning.acceptance import Rejection, examine
-from isthmus_operator.planning.plan import plan
 from isthmus_operator.planning.status import merge_patch
-from isthmus_operator.state.job_record import HpcRecord, Record
+from isthmus_operator.state.job_record import ArrayKey, ArrayState, Record
 from isthmus_operator.state.job_store import JobStore, SiteStore
 from isthmus_operator.state.observed import Job, ProblemKind
-from tests.support.fake_cluster import NOW, UID, World, job, site, spec, standing
+from tests.support.fake_cluster import NOW, UID, World, array, job, plan, site, spec, standing
 
 KEY = ("team", "demo")
 
@@ -125,8 +124,8 @@ def body_of(one: Job, version: str = "1") -> dict[str, Any]:
 
 def using(**changes: Any) -> Job:
     """A job with a pool that was asked for at the site."""
-    entry = HpcRecord("site", **{"authority": "a", "size": 2, **changes})
-    return job(spec(hpc=2), record=Record(hpc={"lumi": entry}).dump(UID))
+    entry = array(**{"state": ArrayState.REQUESTED, **changes})
+    return job(spec(hpc=2), record=Record(hpc={ArrayKey("lumi"): entry}).dump(UID))
 
 
 def test_the_site_is_held_from_before_the_first_request_to_the_end_of_the_last_pool() -> None:
@@ -143,7 +142,7 @@ def test_the_site_is_held_from_before_the_first_request_to_the_end_of_the_last_p
         assert at.sites.put(at.server.delete()), "its jobs hear of it"
         await at.holds.settle("site")
         assert at.server.site is not None
-        at.put(using(ended=True), "2")
+        at.put(using(state=ArrayState.ENDED), "2")
         await at.holds.update(KEY)
         assert at.server.site is None
 
@@ -176,7 +175,7 @@ def test_a_site_in_use_of_an_earlier_version_gets_its_finalizer_and_an_unused_on
         at.put(using(), "1")
         await at.holds.settle("site")
         assert (at.server.finalizers(), at.server.in_use()) == ([FINALIZER], {"team/demo": "lumi"})
-        at.put(using(ended=True), "2")
+        at.put(using(state=ArrayState.ENDED), "2")
         await at.holds.settle("site")
         assert (at.server.finalizers(), at.server.in_use()) == ([], {})
 
@@ -191,7 +190,7 @@ def test_entries_of_jobs_that_this_operator_does_not_serve_are_read_from_the_job
         server.site["status"] = {"inUse": entries}
         server.site["metadata"]["finalizers"] = ["someone.else/keeps", FINALIZER]
         server.jobs["other", "runs"] = body_of(replace(using(), name="runs", namespace="other"))
-        server.jobs["other", "over"] = body_of(replace(using(ended=True), name="over", namespace="other"))
+        server.jobs["other", "over"] = body_of(replace(using(state=ArrayState.ENDED), name="over", namespace="other"))
         at = Setting(server)
         at.sites.put(server.delete())
         await at.holds.settle("site")
@@ -208,7 +207,7 @@ def test_another_writer_of_the_site_loses_nothing() -> None:
         at.server.meddle = 3
         await at.holds.hold("site", using())
         assert at.server.finalizers() == [FINALIZER]
-        at.put(using(ended=True), "2")
+        at.put(using(state=ArrayState.ENDED), "2")
         at.server.meddle = 1
         await at.holds.update(KEY)
         assert at.server.finalizers() == [FINALIZER], "it is removed on top of the version that was seen, or not at all"

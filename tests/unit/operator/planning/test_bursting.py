@@ -8,7 +8,7 @@ import pytest
 from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
 from isthmus_operator.state.job_record import CloudRecord, Record
 from isthmus_operator.state.observed import PoolPhase
-from tests.support.fake_cluster import World, spec
+from tests.support.fake_cluster import UID, World, spec
 
 
 def bursting(replicas: int = 2, least: int | None = 1, most: int | None = 5, hpc: int = 2) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def test_a_pool_that_has_shrunk_to_nothing_stays_so_while_the_aggregator_does_no
 @pytest.mark.parametrize("size", [4, 0, None])
 def test_the_record_remembers_the_size(size: int | None) -> None:
     record = Record(cloud={"cloud": CloudRecord(started=4, size=size)})
-    assert Record.load(record.dump()) == record
+    assert Record.load(record.dump(UID)) == record
 
 
 def test_a_client_that_is_lost_for_good_is_none_of_the_few_that_stay() -> None:
@@ -103,5 +103,5 @@ def test_a_client_that_is_lost_for_good_is_none_of_the_few_that_stay() -> None:
 
 
 def test_a_size_that_somebody_wrote_into_the_record_moves_the_pool_only_within_its_limits() -> None:
-    world = Queue(bursting(), record='{"cloud":{"cloud":{"started":0,"clients":{},"size":900000000}}}')
+    world = Queue(bursting(), record=Record({"cloud": CloudRecord(0, {}, 900000000)}).dump(UID))
     assert world.settle(0, 0) == {0, 1, 2, 3, 4}

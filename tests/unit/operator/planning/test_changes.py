@@ -7,9 +7,9 @@ import pytest
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.acceptance import Acceptance, examine
 from isthmus_operator.planning.context import PlanOptions
-from isthmus_operator.planning.plan import plan
 from isthmus_operator.planning.status import condition
-from tests.support.fake_cluster import NOW, job, of_kind, spec, standing
+from isthmus_operator.state.job_record import CloudRecord, Record
+from tests.support.fake_cluster import NOW, UID, job, of_kind, plan, spec, standing
 
 
 def grown(replicas: Any, **changes: Any) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def test_a_mistake_in_a_changed_manifest_leaves_what_may_change_in_force() -> No
     assert verdict.message.startswith(f"{begin}spec.selection.minClients: 99")
     assert (verdict.spec.suspend, verdict.spec.backoff_limit, verdict.spec.min_clients) == (True, 0, 2)
     assert (verdict.spec.pool("lumi").replicas, verdict.spec.pool("lumi").size) == (2, 8)
-    decided = plan(job(wrong, record='{"cloud":{"cloud":{"started":1,"clients":{}}}}'), observed, NOW, PlanOptions())
+    decided = plan(job(wrong, record=Record({"cloud": CloudRecord(1)}).dump(UID)), observed, NOW, PlanOptions())
     suspended = condition(decided.status, "Suspended")
     assert suspended is not None
     assert suspended["status"] == "True"

@@ -8,14 +8,13 @@ import pytest
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.cloud_pool import restart_delay
 from isthmus_operator.planning.context import PlanOptions
-from isthmus_operator.planning.plan import plan
 from isthmus_operator.planning.status import is_urgent
-from isthmus_operator.state.job_record import Record
+from isthmus_operator.state.job_record import ClientRecord, CloudRecord, Record
 from isthmus_operator.state.observed import Observed, PodView
-from tests.support.fake_cluster import NOW, World, aggregator, client, job, of_kind, spec, standing
+from tests.support.fake_cluster import NOW, UID, World, aggregator, client, job, of_kind, plan, spec, standing
 
 OPTIONS = PlanOptions(cluster="c")
-STARTED = '{"cloud":{"cloud":{"started":2,"clients":{}}}}'
+STARTED = Record({"cloud": CloudRecord(2)}).dump(UID)
 
 
 def started(decided: act.Plan) -> list[str]:
@@ -142,7 +141,7 @@ def test_no_verdict_while_a_running_aggregator_does_not_answer() -> None:
 
 
 def test_a_larger_limit_brings_a_client_back() -> None:
-    record = '{"cloud":{"cloud":{"started":2,"clients":{"0":[0,1,0]}}}}'
+    record = Record({"cloud": CloudRecord(2, {0: ClientRecord(0, 1, 0)})}).dump(UID)
     observed = standing(spec(backoffLimit=0), pods=(aggregator(), failed(0), client(1)))
     assert started(plan(job(spec(backoffLimit=1), record=record), observed, after(6), OPTIONS)) == ["demo-cloud-0-1"]
 

@@ -11,9 +11,20 @@ from hypothesis import strategies as st
 from isthmus_contracts.identities import FINALIZER
 from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator.planning.status import merge_patch
-from isthmus_operator.state.job_record import AggregatorRecord, ClientRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.state.job_record import (
+    AggregatorRecord,
+    ArrayKey,
+    ArrayState,
+    ClientRecord,
+    CloudRecord,
+    HpcRecord,
+    Record,
+    Submission,
+)
 from isthmus_operator.state.observed import Observed, PodView, PoolPhase, PoolView, ServiceView
-from tests.support.fake_cluster import AUTHORITY, NOW, World, aggregator, certificates, client, present, site, spec
+from tests.support.fake_cluster import AUTHORITY, NOW, UID, World, aggregator, certificates, client, present, site, spec
+
+LUMI = ArrayKey("lumi")
 
 PHASES = ("Pending", "Running", "Succeeded", "Failed")
 
@@ -61,7 +72,7 @@ records = st.one_of(
     st.just(""),
     st.just("not a record"),
     st.builds(
-        lambda cloud, hpc, crashes: Record(cloud, hpc, AggregatorRecord("uid-aggregator", 0, crashes, 0)).dump(),
+        lambda cloud, hpc, crashes: Record(cloud, hpc, AggregatorRecord("uid-aggregator", 0, crashes, 0)).dump(UID),
         st.dictionaries(
             st.just("cloud"),
             st.builds(
@@ -74,17 +85,14 @@ records = st.one_of(
             ),
         ),
         st.dictionaries(
-            st.just("lumi"),
+            st.just(LUMI),
             st.builds(
                 HpcRecord,
                 st.just("site"),
                 attempt=st.integers(0, 3),
                 failures=st.integers(0, 3),
-                seen=st.booleans(),
-                ran=st.booleans(),
-                cancelling=st.booleans(),
-                ended=st.booleans(),
-                authority=st.sampled_from(["", AUTHORITY, "c" * 16]),
+                state=st.sampled_from(ArrayState),
+                submission=st.builds(Submission, authority=st.sampled_from([AUTHORITY, "c" * 16])),
             ),
         ),
         st.integers(0, 3),
@@ -127,14 +135,14 @@ def worlds(draw: st.DrawFn) -> World:
         view = PoolView(0, phase, job_id="9", submitted_at=NOW.timestamp(), **tasks)
         world.pools[world._key("lumi", attempt)] = view
     # The record is written ahead: what it says was never asked for is not there, what it saw end stays ended.
-    entry = world._record().hpc.get("lumi")
+    entry = world._record().hpc.get(LUMI)
     for attempt in range(entry.attempt + 1 if entry is not None else 1, 3):
         world.pools.pop(world._key("lumi", attempt), None)  # an attempt is written down before it is asked for
     if entry is not None:
         current = world._key("lumi", entry.attempt)
         if entry.ended and current in world.pools:
             world.pools[current] = replace(world.pools[current], phase=PoolPhase.CANCELLED, queued=0, running=0)
-        elif not entry.authority and not entry.seen:
+        elif not entry.at_site:
             world.pools.pop(current, None)
     return world
 
@@ -207,7 +215,7 @@ def check_settled(world: World) -> None:
 
 def _known(world: World, key: str) -> bool:
     """Whether the operator can know of a pool: only attempts that its record tells of."""
-    return any(key == world._key(part, record.attempt) for part, record in world._record().hpc.items())
+    return any(key == world._key(array.pool, entry.attempt) for array, entry in world._record().hpc.items())
 
 
 @settings(max_examples=300, suppress_health_check=list(HealthCheck))

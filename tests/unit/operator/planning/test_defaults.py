@@ -11,14 +11,13 @@ from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator.__main__ import parse
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.context import PlanOptions
-from isthmus_operator.planning.plan import plan
 from isthmus_operator.render import aggregator
 from isthmus_operator.render.client import ClientPods
 from isthmus_operator.render.defaults import JobDefaults
 from isthmus_operator.render.defaults_file import DefaultsError, load
 from isthmus_operator.servers.admission import review_job
 from isthmus_operator.state.observed import Observed
-from tests.support.fake_cluster import NOW, job, of_kind, site, spec, standing
+from tests.support.fake_cluster import NOW, job, of_kind, plan, site, spec, standing
 
 GIVEN = JobDefaults.model_validate(
     {

@@ -16,13 +16,12 @@ from isthmus_operator.effects.site_holds import SiteHolds
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.context import PlanOptions
 from isthmus_operator.planning.desired import desired, unmet
-from isthmus_operator.planning.plan import plan
 from isthmus_operator.render.pod import metadata
 from isthmus_operator.state.job_cache import JobCache
 from isthmus_operator.state.job_store import JobStore, SiteStore
 from isthmus_operator.state.observed import Observed
 from isthmus_operator.state.pod_store import PodStore
-from tests.support.fake_cluster import NOW, UID, job, of_kind, site, spec, standing
+from tests.support.fake_cluster import NOW, UID, job, of_kind, plan, site, spec, standing
 
 SPEC = spec(
     aggregator={

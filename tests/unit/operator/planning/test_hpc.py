@@ -14,10 +14,16 @@ from isthmus_operator.effects.bridge import Bridges, pool_view
 from isthmus_operator.effects.observe import node_address
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.context import PlanOptions
-from isthmus_operator.planning.plan import plan
 from isthmus_operator.render import hpc as render_hpc
 from isthmus_operator.state.clock import Clock
-from isthmus_operator.state.job_record import AggregatorRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.state.job_record import (
+    AggregatorRecord,
+    ArrayKey,
+    ArrayState,
+    CloudRecord,
+    Record,
+    Submission,
+)
 from isthmus_operator.state.observed import (
     FederationView,
     Observed,
@@ -33,29 +39,32 @@ from tests.support.fake_cluster import (
     UID,
     World,
     aggregator,
+    array,
     client,
     job,
     of_kind,
+    plan,
     site,
     spec,
     standing,
 )
 
+LUMI = ArrayKey("lumi")
+
 OPTIONS = PlanOptions(cluster="c", site_give_up=3600)
 SPEC = spec(hpc=2)
 
 
-def record(**changes: Any) -> str:
-    """What is remembered while everything runs."""
-    pool = replace(
-        HpcRecord("site", authority=AUTHORITY, certificate="first of demo-lumi-tls", seen=True, size=2), **changes
-    )
-    return Record({"cloud": CloudRecord(2)}, {"lumi": pool}, AggregatorRecord("uid-aggregator")).dump(UID)
+def record(certificate: str = "first of demo-lumi-tls", requested_at: int = 0, **changes: Any) -> str:
+    """The stored record while everything runs."""
+    pool = array(**changes)
+    pool.submission = Submission(requested_at, AUTHORITY, certificate)
+    return Record({"cloud": CloudRecord(2)}, {LUMI: pool}, AggregatorRecord("uid-aggregator")).dump(UID)
 
 
 def around(view: PoolView | None = None, wanted: dict[str, Any] = SPEC, **changes: Any) -> Observed:
     pods = (aggregator(), client(0), client(1))
-    pools = {"lumi": view} if view is not None else {}
+    pools = {LUMI: view} if view is not None else {}
     return standing(wanted, pods=pods, pools=pools, **changes)
 
 
@@ -63,8 +72,8 @@ def pool_status(decided: act.Plan) -> dict[str, Any]:
     return next(dict(item) for item in decided.status["pools"] if item["name"] == "lumi")
 
 
-def unreachable(seconds: float = 5) -> dict[str, PoolProblem]:
-    return {"lumi": PoolProblem(ProblemKind.UNREACHABLE, "no route", NOW + dt.timedelta(seconds=seconds))}
+def unreachable(seconds: float = 5) -> dict[ArrayKey, PoolProblem]:
+    return {LUMI: PoolProblem(ProblemKind.UNREACHABLE, "no route", NOW + dt.timedelta(seconds=seconds))}
 
 
 def test_a_pool_is_asked_for_once_the_address_is_known() -> None:
@@ -79,7 +88,7 @@ def test_a_pool_is_asked_for_once_the_address_is_known() -> None:
     assert list(ensure.spec.command) == ["python", "t.py"]
     # The record is written first, so that the pool is found again whatever happens next.
     assert isinstance(decided.actions[0], act.SaveJob)
-    assert Record.load(decided.actions[0].record or "").hpc["lumi"].site == "site"
+    assert Record.load(decided.actions[0].record or "").hpc[LUMI].site == "site"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +138,7 @@ def test_the_site_says_how_its_nodes_reach_the_aggregator(access: str, via_bridg
 def test_the_same_attempt_has_the_same_key_after_a_restart() -> None:
     first = of_kind(plan(job(SPEC), around(), NOW, OPTIONS), act.EnsurePool)[0]
     absent = around(PoolView(0, PoolPhase.ABSENT))
-    again = of_kind(plan(job(SPEC, record=record(seen=False)), absent, NOW, OPTIONS), act.EnsurePool)[0]
+    again = of_kind(plan(job(SPEC, record=record(state=ArrayState.REQUESTED)), absent, NOW, OPTIONS), act.EnsurePool)[0]
     assert first.key == again.key
     assert first.spec == again.spec
 
@@ -141,7 +150,7 @@ def test_a_time_limit_is_no_failure_and_costs_no_delay() -> None:
     assert ensure.spec.attempt == 5
     saved = decided.actions[0]
     assert isinstance(saved, act.SaveJob)
-    assert Record.load(saved.record or "").hpc["lumi"].failures == 3
+    assert Record.load(saved.record or "").hpc[LUMI].failures == 3
 
 
 def test_a_waiting_pool_shows_slurms_words() -> None:
@@ -207,7 +216,7 @@ def test_what_the_site_took_away_is_no_failure_of_the_clients(states: list[str],
     decided = plan(job(SPEC, record=record(attempt=4, failures=1)), around(view), NOW, OPTIONS)
     saved = decided.actions[0]
     assert isinstance(saved, act.SaveJob)
-    after = Record.load(saved.record or "").hpc["lumi"]
+    after = Record.load(saved.record or "").hpc[LUMI]
     assert (after.attempt, after.failures) == (5, 1 if displaced else 2)
     assert ("Preempted" in {event.reason for event in decided.events}) is displaced
     # It is not submitted again at once: the nodes are gone.
@@ -219,7 +228,7 @@ def test_a_pool_that_never_comes_into_the_queue_ends_in_time(phase: PoolPhase) -
     wanted = spec(hpc=2)
     wanted["pools"][1]["hpc"]["maxQueueSeconds"] = 60
     view = PoolView(0, phase, queued=2, message="Slurm refused: the partition is drained")
-    asked = record(asked_at=int(NOW.timestamp()))
+    asked = record(requested_at=int(NOW.timestamp()))
     assert not of_kind(plan(job(wanted, record=asked), around(view, wanted), NOW, OPTIONS), act.CancelPool)
     late = plan(job(wanted, record=asked), around(view, wanted), NOW + dt.timedelta(seconds=61), OPTIONS)
     assert of_kind(late, act.CancelPool)
@@ -251,19 +260,19 @@ def test_a_site_that_is_down_is_shown_and_forgets_nothing() -> None:
 def test_a_site_that_takes_nothing_for_now_says_why_and_is_asked_again() -> None:
     words = "policy drain: this site takes no new jobs for now: maintenance on 3 June"
     problem = PoolProblem(ProblemKind.UNREACHABLE, words, NOW, Reason.POLICY_DENIED)
-    decided = plan(job(SPEC), around(problems={"lumi": problem}), NOW, OPTIONS)
+    decided = plan(job(SPEC), around(problems={LUMI: problem}), NOW, OPTIONS)
     assert pool_status(decided)["reason"] == f"PolicyDenied: {words}"
     assert of_kind(decided, act.EnsurePool)
 
 
 def test_a_denied_pool_names_the_rule_and_the_job_goes_on_if_it_can() -> None:
     problem = PoolProblem(ProblemKind.DENIED, "rule partitions: gpu is not yours", NOW + dt.timedelta(seconds=60))
-    decided = plan(job(SPEC, record=record(seen=False)), around(problems={"lumi": problem}), NOW, OPTIONS)
+    decided = plan(job(SPEC, record=record(state=ArrayState.REQUESTED)), around(problems={LUMI: problem}), NOW, OPTIONS)
     assert pool_status(decided)["reason"] == "PolicyDenied: rule partitions: gpu is not yours"
     assert "Failed" not in {item["type"] for item in decided.status["conditions"]}
     later = plan(
-        job(SPEC, record=record(seen=False)),
-        around(problems={"lumi": problem}),
+        job(SPEC, record=record(state=ArrayState.REQUESTED)),
+        around(problems={LUMI: problem}),
         NOW + dt.timedelta(seconds=61),
         OPTIONS,
     )
@@ -275,12 +284,12 @@ def test_a_pool_that_runs_is_not_lost_for_a_denied_question(kind: ProblemKind) -
     alone = spec(cloud=0, hpc=2)
     problem = PoolProblem(kind, "rule identities: unknown", NOW + dt.timedelta(seconds=60))
     said = FederationView("TRAINING", current_round=2, completed_rounds=1, connected={"lumi": 2})
-    observed = standing(alone, pods=(aggregator(),), federation=said, problems={"lumi": problem})
-    decided = plan(job(alone, record=record(ran=True)), observed, NOW, OPTIONS)
+    observed = standing(alone, pods=(aggregator(),), federation=said, problems={LUMI: problem})
+    decided = plan(job(alone, record=record(state=ArrayState.RAN)), observed, NOW, OPTIONS)
     assert decided.status["phase"] == "Running"
     assert pool_status(decided)["reason"] == "PolicyDenied: rule identities: unknown"
     # Of an attempt that the site has never taken on, nothing can come.
-    new = plan(job(alone, record=record(attempt=1, seen=False)), observed, NOW, OPTIONS)
+    new = plan(job(alone, record=record(attempt=1, state=ArrayState.REQUESTED)), observed, NOW, OPTIONS)
     assert "Failed" in {item["type"] for item in new.status["conditions"]}
 
 
@@ -297,42 +306,44 @@ def test_a_pool_that_ended_early_is_submitted_anew_within_limits() -> None:
     ended = PoolView(0, PoolPhase.FAILED, job_id="17", failed=2, failure="task 1 FAILED (exit code 1)\nValueError: x")
     first = plan(job(wanted, record=record()), around(ended, wanted), NOW, OPTIONS)
     assert not of_kind(first, act.EnsurePool)
-    assert "submitted anew in 10 s" in next(e.message for e in first.events if e.reason == "ClientFailed")
+    assert "submitted again in 10 s" in next(e.message for e in first.events if e.reason == "ClientFailed")
     saved = of_kind(first, act.SaveJob)[0].record
-    entry = Record.load(saved).hpc["lumi"]
+    entry = Record.load(saved).hpc[LUMI]
     assert (entry.attempt, entry.failures) == (1, 1)
     second = plan(job(wanted, record=saved), around(None, wanted), NOW + dt.timedelta(seconds=11), OPTIONS)
     (ensure,) = of_kind(second, act.EnsurePool)
     assert ensure.spec.attempt == 1
     again = record(attempt=1, failures=1)
     over = plan(job(wanted, record=again), around(replace(ended, attempt=1), wanted), NOW, OPTIONS)
-    assert Record.load(of_kind(over, act.SaveJob)[0].record).hpc["lumi"].over == "ClientFailed"
+    assert Record.load(of_kind(over, act.SaveJob)[0].record).hpc[LUMI].given_up is Reason.CLIENT_FAILED
     assert "ValueError: x" in pool_status(over)["reason"]
 
 
 def test_a_renewed_certificate_is_handed_on_to_what_runs() -> None:
     running = PoolView(0, PoolPhase.RUNNING, running=2, submitted_at=NOW.timestamp())
-    settled = plan(job(SPEC, record=record(ran=True)), around(running), NOW, OPTIONS)
+    settled = plan(job(SPEC, record=record(state=ArrayState.RAN)), around(running), NOW, OPTIONS)
     assert not settled.actions
     seen = around(running)
     renewed = replace(seen, certificates={**seen.certificates, "demo-lumi-tls": "second"})
     key = render_hpc.key("c", job(SPEC), "lumi", 0)
-    wanted = act.RenewCredentials("lumi", "site", key, "demo-lumi-tls")
-    assert plan(job(SPEC, record=record(ran=True)), renewed, NOW, OPTIONS).actions == (wanted,)
+    wanted = act.RenewCredentials(LUMI, "site", key, "demo-lumi-tls")
+    assert plan(job(SPEC, record=record(state=ArrayState.RAN)), renewed, NOW, OPTIONS).actions == (wanted,)
     # Nothing is asked of a site that does not answer, of a pool that is over, or while the Secret is being made.
     silent = PoolProblem(ProblemKind.UNREACHABLE, "no route", NOW + dt.timedelta(seconds=5))
     for changed in (
-        replace(renewed, problems={"lumi": silent}),
-        replace(renewed, pools={"lumi": replace(running, phase=PoolPhase.SUCCEEDED, running=0, succeeded=2)}),
+        replace(renewed, problems={LUMI: silent}),
+        replace(renewed, pools={LUMI: replace(running, phase=PoolPhase.SUCCEEDED, running=0, succeeded=2)}),
         replace(renewed, certificates={k: v for k, v in seen.certificates.items() if k != "demo-lumi-tls"}),
     ):
-        assert not of_kind(plan(job(SPEC, record=record(ran=True)), changed, NOW, OPTIONS), act.RenewCredentials)
+        assert not of_kind(
+            plan(job(SPEC, record=record(state=ArrayState.RAN)), changed, NOW, OPTIONS), act.RenewCredentials
+        )
     # Once the site has it, that is remembered, and nothing is left to do.
     (save,) = plan(
-        job(SPEC, record=record(ran=True)), replace(renewed, delivered={key: "second"}), NOW, OPTIONS
+        job(SPEC, record=record(state=ArrayState.RAN)), replace(renewed, delivered={key: "second"}), NOW, OPTIONS
     ).actions
-    assert save == act.SaveJob(record(ran=True, certificate="second"))
-    assert not plan(job(SPEC, record=record(ran=True, certificate="second")), renewed, NOW, OPTIONS).actions
+    assert save == act.SaveJob(record(state=ArrayState.RAN, certificate="second"))
+    assert not plan(job(SPEC, record=record(state=ArrayState.RAN, certificate="second")), renewed, NOW, OPTIONS).actions
 
 
 def test_a_pool_that_waits_too_long_is_given_up() -> None:
@@ -346,7 +357,12 @@ def test_a_pool_that_waits_too_long_is_given_up() -> None:
     assert "QueueTimeout" in {event.reason for event in late.events}
     # One that has run and was requeued is not.
     assert not of_kind(
-        plan(job(wanted, record=record(ran=True)), around(view, wanted), NOW + dt.timedelta(seconds=61), OPTIONS),
+        plan(
+            job(wanted, record=record(state=ArrayState.RAN)),
+            around(view, wanted),
+            NOW + dt.timedelta(seconds=61),
+            OPTIONS,
+        ),
         act.CancelPool,
     )
 
@@ -384,15 +400,15 @@ def test_deletion_gives_up_in_the_end_and_says_so() -> None:
 
 
 def test_an_unknown_key_is_cancelled_too_so_that_a_late_request_cannot_revive_it() -> None:
-    going = job(SPEC, record=record(seen=False), deleted=NOW)
+    going = job(SPEC, record=record(state=ArrayState.REQUESTED), deleted=NOW)
     decided = plan(going, around(PoolView(0, PoolPhase.ABSENT)), NOW, OPTIONS)
     assert of_kind(decided, act.CancelPool)
 
 
 def test_a_job_whose_site_never_let_it_in_can_go() -> None:
     problem = PoolProblem(ProblemKind.DENIED, "who are you", NOW)
-    going = job(SPEC, record=record(seen=False), deleted=NOW)
-    assert plan(going, around(problems={"lumi": problem}), NOW, OPTIONS).actions[-1] == act.SaveJob(finalizers=())
+    going = job(SPEC, record=record(state=ArrayState.REQUESTED), deleted=NOW)
+    assert plan(going, around(problems={LUMI: problem}), NOW, OPTIONS).actions[-1] == act.SaveJob(finalizers=())
 
 
 @pytest.mark.parametrize("accepted", [True, False])
@@ -422,5 +438,5 @@ def test_who_cancels_what_was_given_up_is_told_as_it_is(known: bool) -> None:
     (event,) = plan(going, observed if known else replace(observed, sites={}), NOW, OPTIONS).events
     assert ("it is cancelled once the site answers" in event.message) is known
     key = render_hpc.key("c", going, "lumi", 0)
-    told = f"there is no HPCSite site any more: cancel by hand at the site what is named isthmus-{key}"
+    told = f"HPCSite site no longer exists: cancel the Slurm jobs named isthmus-{key} at the site by hand"
     assert (told in event.message) is not known

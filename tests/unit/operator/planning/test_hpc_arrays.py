@@ -11,7 +11,7 @@ from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.acceptance import Acceptance, examine
 from isthmus_operator.planning.hpc_arrays import holder
-from isthmus_operator.state.job_record import Record
+from isthmus_operator.state.job_record import ArrayKey, Record
 from isthmus_operator.state.observed import Observed, PoolPhase
 from tests.support.fake_cluster import World, job, spec
 
@@ -106,7 +106,7 @@ def test_the_next_attempt_queues_before_the_time_limit_ends_the_present_one(worl
     go_on(world)
     # Its end is no failure, and nothing more follows from it.
     assert world.living() == [(1, 0, 2)]
-    assert list(Record.load(world.job.record).hpc) == ["lumi"]
+    assert list(Record.load(world.job.record).hpc) == [ArrayKey("lumi", 1)]
     assert not [event for event in world.events if event.reason == "ClientFailed"]
 
 

@@ -11,8 +11,7 @@ from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_operator import names
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.context import PlanOptions
-from isthmus_operator.planning.plan import plan
-from isthmus_operator.state.job_record import ClientRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.state.job_record import AggregatorRecord, ArrayKey, ClientRecord, CloudRecord, Record
 from isthmus_operator.state.observed import FederationView, Metric, ModelView, Observed, PodView, PrivacyView, Refusal
 from tests.support.fake_cluster import (
     AUTHORITY,
@@ -20,14 +19,18 @@ from tests.support.fake_cluster import (
     UID,
     World,
     aggregator,
+    array,
     client,
     job,
     of_kind,
+    plan,
     present,
     site,
     spec,
     standing,
 )
+
+LUMI = ArrayKey("lumi")
 
 OPTIONS = PlanOptions(cluster="c")
 
@@ -57,7 +60,7 @@ def test_a_job_that_has_nothing_outside_of_the_cluster_gets_no_finalizer_and_los
     old = plan(job(finalizers=("other", FINALIZER)), standing(), NOW, OPTIONS)
     assert of_kind(old, act.SaveJob)[0].finalizers == ("other",)
     # As long as something may be at a site, whatever the manifest says by now.
-    there = Record(hpc={"lumi": HpcRecord("site", attempt=2, authority=AUTHORITY, seen=True, size=2)})
+    there = Record(hpc={LUMI: array(attempt=2)})
     kept = plan(job(finalizers=(FINALIZER,), record=there.dump(UID)), standing(), NOW, OPTIONS)
     assert not [item for item in of_kind(kept, act.SaveJob) if item.finalizers is not None]
 
@@ -147,7 +150,7 @@ def test_a_running_aggregator_that_does_not_answer_keeps_what_it_said() -> None:
 
 def test_an_aggregator_on_a_lost_node_says_what_only_an_admin_can_do() -> None:
     pod = aggregator(deleting=True, overdue=NOW, node="n1")
-    going = job(record='{"aggregator":{"pod":"uid-aggregator"}}')
+    going = job(record=Record(aggregator=AggregatorRecord("uid-aggregator")).dump(UID))
     at_first = plan(going, standing(pods=(pod,)), NOW, OPTIONS)
     said = next(c["message"] for c in at_first.status["conditions"] if c["type"] == "AggregatorReady")
     assert said == "its pod is being deleted on node n1; a new one follows"
@@ -174,7 +177,7 @@ def test_an_aggregator_on_a_lost_node_says_what_only_an_admin_can_do() -> None:
     ],
 )
 def test_the_state_of_the_aggregator(pod: Any, reason: str) -> None:
-    going = job(record='{"aggregator":{"pod":"uid-aggregator"}}')
+    going = job(record=Record(aggregator=AggregatorRecord("uid-aggregator")).dump(UID))
     decided = plan(going, standing(pods=(pod, client(0), client(1))), NOW, OPTIONS)
     assert conditions(decided)["AggregatorReady"].endswith(f"/{reason}")
     assert not of_kind(decided, act.CreatePod)
@@ -305,7 +308,7 @@ def test_an_aggregator_that_keeps_crashing_fails_the_job_unless_it_gets_on() -> 
     # The same number of crashes, of which all but the last came before a round was completed.
     record = Record()
     record.aggregator.pod, record.aggregator.restarts, record.aggregator.crashes = "uid-aggregator", 7, 7
-    going = job(record=record.dump(), status={"rounds": {"completed": 3}})
+    going = job(record=record.dump(UID), status={"rounds": {"completed": 3}})
     assert "Failed" not in conditions(plan(going, standing(pods=(crashed,)), NOW, OPTIONS))
 
 
@@ -381,19 +384,19 @@ def test_changes_that_need_a_new_job_are_told_and_ignored() -> None:
 def test_names_that_belong_to_something_else_are_left_alone() -> None:
     decided = plan(job(), standing(present=frozenset(), conflicting=("Secret/demo-ca",)), NOW, OPTIONS)
     assert decided.actions == ()
-    assert decided.status["message"] == "aggregator: waits for names that belong to something else: Secret/demo-ca"
+    assert decided.status["message"] == "aggregator: waits for object names that are taken: Secret/demo-ca"
 
 
 def test_what_the_api_server_refuses_is_told_and_tried_again_later() -> None:
     refusals = {"Pod/demo-cloud-1-0": Refusal("exceeded quota: pods", NOW + dt.timedelta(seconds=10))}
     observed = standing(pods=(aggregator(), client(0)), refusals=refusals)
     record = Record.load('{"cloud":{"cloud":{"started":2,"clients":{}}}}')
-    decided = plan(job(record=record.dump()), observed, NOW, OPTIONS)
+    decided = plan(job(record=record.dump(UID)), observed, NOW, OPTIONS)
     assert not of_kind(decided, act.CreatePod)
     reason = decided.status["pools"][0]["reason"]
     assert reason == "the API server refused demo-cloud-1-0: exceeded quota: pods"
     # The same name again: it was never there.
-    later = plan(job(record=record.dump()), observed, NOW + dt.timedelta(seconds=11), OPTIONS)
+    later = plan(job(record=record.dump(UID)), observed, NOW + dt.timedelta(seconds=11), OPTIONS)
     assert [item.name for item in of_kind(later, act.CreatePod)] == ["demo-cloud-1-0"]
 
 
@@ -498,7 +501,7 @@ def test_clients_that_only_evaluate_make_no_quorum() -> None:
     assert waits.status["clients"]["summary"] == "3/5"
     # Nor do they keep a job alive whose trainers are out of restarts.
     lost = Record(cloud={"cloud": CloudRecord(2, {i: ClientRecord(0, 1, 0) for i in (0, 1)}), "ev": CloudRecord(3)})
-    ended = plan(job(wanted, record=lost.dump()), standing(wanted, pods=pods, federation=said), NOW, OPTIONS)
+    ended = plan(job(wanted, record=lost.dump(UID)), standing(wanted, pods=pods, federation=said), NOW, OPTIONS)
     assert conditions(ended)["Failed"] == "True/QuorumImpossible"
     assert ended.status["message"].startswith("0 training clients can still take part, 2 are needed")
 
@@ -517,15 +520,18 @@ def test_a_record_that_was_copied_with_a_manifest_tells_nothing_of_the_new_job()
     assert Record.load(saved, UID).cloud["cloud"].started == 2
     assert not of_kind(plan(copied, standing(certificates={}), NOW, OPTIONS), act.SaveJob)
     # One of before records bore a uid is the job's own, and is not written anew for the uid alone.
-    old = job(record=lost.dump())
+    old = job(record=lost.dump(UID))
     assert "Failed" in conditions(plan(old, standing(), NOW, OPTIONS))
     assert not of_kind(
-        plan(job(record='{"aggregator":{"round":1}}'), standing(certificates={}), NOW, OPTIONS), act.SaveJob
+        plan(
+            job(record=Record(aggregator=AggregatorRecord(round=1)).dump(UID)), standing(certificates={}), NOW, OPTIONS
+        ),
+        act.SaveJob,
     )
 
 
 def test_a_copied_record_cancels_nothing_when_the_new_job_goes() -> None:
-    there = Record(hpc={"lumi": HpcRecord("site", attempt=2, authority="b" * 16, seen=True, size=2)})
+    there = Record(hpc={LUMI: array(attempt=2, authority="b" * 16)})
     decided = plan(job(spec(hpc=2), record=there.dump(OTHER_UID), deleted=NOW), standing(spec(hpc=2)), NOW, OPTIONS)
     assert decided.actions == (act.SaveJob(finalizers=()),)
 

@@ -10,10 +10,9 @@ import pytest
 from isthmus_contracts.manifests.manifest import parse_site_spec
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.context import PlanOptions
-from isthmus_operator.planning.plan import plan
 from isthmus_operator.servers.admission import review_job
 from isthmus_operator.state.observed import Observed, Refusal
-from tests.support.fake_cluster import NOW, UID, job, of_kind, site, spec, standing
+from tests.support.fake_cluster import NOW, UID, job, of_kind, plan, site, spec, standing
 
 SITE = {"endpoint": "h:1", "tls": {"secretRef": {"name": "a", "namespace": "b"}}, "allowedNamespaces": ["*"]}
 

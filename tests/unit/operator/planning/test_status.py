@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from isthmus_contracts.api.federated_job_status import ConditionType, Reason
 from isthmus_operator.planning.status import StatusDraft, decimal, is_urgent, merge_patch, rounded_up
-from isthmus_operator.state.job_record import AggregatorRecord, ClientRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.state.job_record import (
+    AggregatorRecord,
+    ArrayKey,
+    ArrayState,
+    ClientRecord,
+    CloudRecord,
+    HpcRecord,
+    Record,
+    Setback,
+)
 from isthmus_operator.state.timestamps import parse_timestamp, timestamp
 from tests.support.fake_cluster import NOW, job
 
@@ -106,7 +115,15 @@ records = st.builds(
         max_size=3,
     ),
     st.dictionaries(
-        st.text(max_size=4), st.builds(HpcRecord, st.text(max_size=5), st.integers(0, 9), ran=st.booleans()), max_size=3
+        st.builds(ArrayKey, st.text("ab-", max_size=4), st.integers(0, 9)),
+        st.builds(
+            HpcRecord,
+            st.text(max_size=5),
+            st.integers(0, 9),
+            st.sampled_from(ArrayState),
+            setback=st.builds(Setback, st.text(max_size=4), given_up=st.sampled_from([None, Reason.QUEUE_TIMEOUT])),
+        ),
+        max_size=3,
     ),
     st.builds(AggregatorRecord, st.text(max_size=3), *[st.integers(0, 9)] * 3),
 )
@@ -121,15 +138,17 @@ def test_a_record_survives_writing(record: Record) -> None:
     "text",
     ["nonsense", "[]", '{"cloud":{"a":{}}}', '{"cloud":{"a":{"started":1,"clients":{"0":[1,2,3,4]}}}}',
      '{"hpc":{"a":{"attempt":1}}}', '{"hpc":{"a":{"site":"s","attempt":"1"}}}', '{"aggregator":{"x":1}}', "5",
-     '{"hpc":{"a":{"site":"s","ran":1}}}', '{"cloud":[]}', "[" * 100_000,
+     '{"hpc":{"a":{"site":"s","retiring":1}}}', '{"hpc":{"a":{"site":"s","state":"Lost"}}}',
+     '{"hpc":{"a/b":{"site":"s"}}}', '{"hpc":{"a":{"site":"s","ran":true}}}', '{"attempts":{"a":-1}}',
+     '{"cloud":[]}', "[" * 100_000,
      '{"cloud":{"a":{"started":Infinity,"clients":{}}}}', '{"cloud":{"a":{"started":-5,"clients":{}}}}',
      '{"cloud":{"a":{"started":1,"clients":{},"size":NaN}}}', '{"cloud":{"a":{"started":1,"clients":{"0":[-7,0,-1]}}}}',
      '{"cloud":{"a":{"started":1,"clients":{"0-":[1,0,-1]}}}}',
      '{"cloud":{"a":{"started":1,"clients":{"0-4,2":[1,0,1]}}}}',
      '{"cloud":{"a":{"started":1,"clients":{"0":[1,0,true]}}}}',
      '{"cloud":{"a":{"started":1,"clients":{"0-999999999":[1,0,-1]}}}}',
-     '{"hpc":{"a":{"site":"s","retry_at":-100000000000000000000}}}', '{"hpc":{"a":{"site":"s","size":-3}}}',
-     '{"hpc":{"a":{"site":"s","attempt":99999999999}}}', '{"hpc":{"a":{"site":"s","over":"Because"}}}'],
+     '{"hpc":{"a":{"site":"s","setback":{"retry_at":-100000000000000000000}}}}', '{"hpc":{"a":{"site":"s","size":-3}}}',
+     '{"hpc":{"a":{"site":"s","attempt":99999999999}}}', '{"hpc":{"a":{"site":"s","setback":{"given_up":"Because"}}}}'],
 )  # fmt: skip
 def test_a_damaged_record_is_told(text: str) -> None:
     with pytest.raises(ValueError, match="record"):

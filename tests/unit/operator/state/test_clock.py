@@ -10,15 +10,34 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_operator.effects.bridge import pool_view
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.context import PlanOptions
-from isthmus_operator.planning.plan import plan
 from isthmus_operator.state.clock import Clock
 from isthmus_operator.state.job_cache import JobCache
-from isthmus_operator.state.job_record import AggregatorRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.state.job_record import (
+    AggregatorRecord,
+    ArrayKey,
+    CloudRecord,
+    HpcRecord,
+    Record,
+    Setback,
+)
 from isthmus_operator.state.observed import PodView, PoolPhase, PoolProblem, PoolView, ProblemKind, Refusal
 from isthmus_operator.state.pod_store import PodStore
-from tests.support.fake_cluster import AUTHORITY, NOW, UID, aggregator, client, job, of_kind, spec, standing
+from tests.support.fake_cluster import (
+    NOW,
+    UID,
+    aggregator,
+    array,
+    client,
+    job,
+    of_kind,
+    plan,
+    spec,
+    standing,
+)
 
 from .test_pod_store import pod
+
+LUMI = ArrayKey("lumi")
 
 HOUR = dt.timedelta(hours=1)
 
@@ -109,8 +128,8 @@ def test_a_pause_begins_when_the_operator_sees_a_pod_end(node: dt.timedelta) -> 
 def test_what_failed_is_tried_again_after_the_clock_was_put_back() -> None:
     cache = JobCache(UID)
     cache.record_refusal("Secret/x", "no", NOW)
-    cache.record_problem("lumi", ProblemKind.DENIED, "no", NOW)
-    for trouble in (cache.refusals["Secret/x"], cache.problems["lumi"]):
+    cache.record_problem(LUMI, ProblemKind.DENIED, "no", NOW)
+    for trouble in (cache.refusals["Secret/x"], cache.problems[LUMI]):
         assert not trouble.due(NOW + dt.timedelta(seconds=1))
         assert trouble.due(NOW + dt.timedelta(seconds=61))
         assert trouble.due(NOW - HOUR)
@@ -118,12 +137,12 @@ def test_what_failed_is_tried_again_after_the_clock_was_put_back() -> None:
 
 def test_a_plan_does_not_wait_for_a_pause_noted_before_the_clock_was_put_back() -> None:
     wanted = spec(hpc=2)
-    entry = HpcRecord("site", attempt=1, failures=1, size=2, retry_at=int(NOW.timestamp()) + 40)
-    record = Record({"cloud": CloudRecord(2)}, {"lumi": entry}, AggregatorRecord("uid-aggregator"))
+    entry = HpcRecord("site", attempt=1, failures=1, size=2, setback=Setback("", int(NOW.timestamp()) + 40))
+    record = Record({"cloud": CloudRecord(2)}, {LUMI: entry}, AggregatorRecord("uid-aggregator"))
     seen = standing(wanted, pods=(aggregator(), client(0), client(1)))
 
     def asked(now: dt.datetime) -> bool:
-        return bool(of_kind(plan(job(wanted, record=record.dump()), seen, now, PlanOptions()), act.EnsurePool))
+        return bool(of_kind(plan(job(wanted, record=record.dump(UID)), seen, now, PlanOptions()), act.EnsurePool))
 
     assert not asked(NOW)
     assert asked(NOW + dt.timedelta(seconds=41))
@@ -143,7 +162,7 @@ def test_a_pod_that_seems_to_end_in_hours_is_replaced_at_once() -> None:
     record = Record({"cloud": CloudRecord(2)}, {}, AggregatorRecord("uid-aggregator"))
 
     def acts(now: dt.datetime) -> tuple[bool, bool]:
-        decided = plan(job(wanted, record=record.dump()), seen, now, PlanOptions())
+        decided = plan(job(wanted, record=record.dump(UID)), seen, now, PlanOptions())
         return bool(of_kind(decided, act.DeletePod)), bool(of_kind(decided, act.CreatePod))
 
     assert acts(NOW + dt.timedelta(seconds=1)) == (False, False)
@@ -162,9 +181,9 @@ def test_a_sites_moments_are_taken_as_ours(ahead: dt.timedelta) -> None:
     )  # fmt: skip
     wanted = spec(hpc=2)
     wanted["pools"][1]["hpc"]["maxQueueSeconds"] = 60
-    entry = HpcRecord("site", authority=AUTHORITY, certificate="first of demo-lumi-tls", seen=True, size=2)
-    record = Record({"cloud": CloudRecord(2)}, {"lumi": entry}, AggregatorRecord("uid-aggregator")).dump()
-    pools: dict[str, PoolView] = {"lumi": view}
+    entry = array(certificate="first of demo-lumi-tls")
+    record = Record({"cloud": CloudRecord(2)}, {LUMI: entry}, AggregatorRecord("uid-aggregator")).dump(UID)
+    pools: dict[ArrayKey, PoolView] = {LUMI: view}
     assert view.phase is PoolPhase.PENDING
     seen = standing(wanted, pods=(aggregator(), client(0), client(1)), pools=pools)
     assert not of_kind(plan(job(wanted, record=record), seen, NOW, PlanOptions()), act.CancelPool)

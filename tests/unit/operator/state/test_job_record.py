@@ -7,10 +7,9 @@ import pytest
 
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.context import PlanOptions
-from isthmus_operator.planning.plan import plan
-from isthmus_operator.state.job_record import ROOM, ClientRecord, CloudRecord, HpcRecord, Record
+from isthmus_operator.state.job_record import ROOM, ArrayKey, ClientRecord, CloudRecord, Record, Setback
 from isthmus_operator.state.job_store import parse_job
-from tests.support.fake_cluster import NOW, UID, job, of_kind, spec, standing
+from tests.support.fake_cluster import NOW, UID, array, job, of_kind, plan, spec, standing
 
 
 def of_clients(count: int) -> Record:
@@ -50,13 +49,13 @@ def test_the_worst_case_of_clients_fits_and_no_number_is_used_twice(count: int) 
 def test_the_words_of_hpc_pools_go_first() -> None:
     record = of_clients(20_000)
     for number in range(64):
-        record.hpc[f"pool-{number}"] = HpcRecord("site", attempt=3, seen=True, message="x" * 4000)
+        record.hpc[ArrayKey(f"pool-{number}")] = array(attempt=3, setback=Setback("x" * 4000))
     text = record.bounded(UID, ROOM)
     assert len(text) <= ROOM
     known = Record.load(text, UID)
     assert len(known.cloud["cloud"].clients) == 20_000
-    assert {len(part.message) for part in known.hpc.values()} == {80}
-    assert {part.attempt for part in known.hpc.values()} == {3}
+    assert {len(entry.setback.message) for entry in known.hpc.values()} == {80}
+    assert {entry.attempt for entry in known.hpc.values()} == {3}
 
 
 def test_a_client_that_was_dropped_from_the_record_starts_above_every_number_it_had() -> None:
