@@ -1,7 +1,7 @@
-"""What kopf does for us: it watches FederatedJobs, HPCSites and pods.
+"""The kopf handlers, which watch FederatedJobs, HPCSites and pods.
 
-Every event only wakes a queue; what is to be done follows from the state, never from the event. So kopf stores nothing
-on the objects, and needs no finalizer of its own.
+An event only adds a key to a queue; the actions follow from the state, not from the event. So kopf stores nothing on
+the objects and needs no finalizer of its own.
 """
 
 import itertools
@@ -17,21 +17,24 @@ from .app import App
 from .controllers.resync import RETRY
 from .state.pod_store import job_of, job_uid_of
 
-# The type of an event that comes from kopf's list before it watches. Where the object was known, the watch has begun
-# anew, because its place was too old for the API server (410), and nobody tells what was deleted meanwhile.
+# The type of an event from kopf's list before it watches. If the object was known, the watch was restarted because its
+# resource version was too old (410), and deletions in between are not reported.
 _LISTED = None
 
 
 class _Backoffs:
-    """Seconds before what the API server refused or did not answer is tried again, without end: where a watch gives
-    up, the operator ends, for all namespaces, and one namespace that takes our rights away does not decide that."""
+    """Endless delays in seconds between retries of failed requests.
+
+    When a watch gives up, the operator ends for all namespaces. One namespace that revokes its rights must not cause
+    that.
+    """
 
     def __iter__(self) -> Iterator[float]:
         return itertools.chain((1.0, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0), itertools.repeat(RETRY))
 
 
 def build_registry(app: App) -> kopf.OperatorRegistry:
-    """The handlers of one operator."""
+    """Return the handlers of one operator."""
     registry = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=registry)
@@ -91,25 +94,25 @@ def build_registry(app: App) -> kopf.OperatorRegistry:
 
 
 def configure(settings: kopf.OperatorSettings) -> None:
-    """kopf's own settings."""
-    # Only our pods are sent to us.
+    """Configure kopf."""
+    # Watch the operator's own pods only.
     settings.watching.label_selectors["pods"] = f"{ids.LABEL_MANAGED_BY}={ids.MANAGED_BY}"
-    # A watch that hears nothing for a while may be dead.
+    # A watch without news for a while may be dead.
     settings.watching.server_timeout = 300
     settings.watching.connect_timeout = 15
     settings.networking.request_timeout = 60
     settings.networking.error_backoffs = _Backoffs()
-    # Each object's news have a worker of their own, which only stores them, and ends when none came for a while. Were
-    # there fewer workers than objects, the news of the others would wait for that while, and fill the memory.
+    # kopf has a worker for each object with news, which ends when idle. With fewer workers than objects, the events of
+    # the others would wait for that and fill the memory.
     settings.queueing.worker_limit = None
     settings.queueing.idle_timeout = 0.5
-    # The resources are known, and namespaces are named: no rights to watch CRDs or namespaces are needed.
+    # The resources and namespaces are known, so no rights to watch CRDs or namespaces are needed.
     settings.scanning.disabled = True
     settings.posting.enabled = False
     settings.peering.standalone = True
 
 
 def _silence() -> None:
-    # One line per handled event says nothing here.
+    # kopf logs each handled event, which is of no use here.
     for name in ("kopf.objects", "kopf.activities"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,1 +1,1 @@
-"""The outside world: the API server, the bridges, the aggregators. Thin, bounded in time, and without decisions."""
+"""Effects: calls to the API server, the bridges and the aggregators. Thin, bounded in time, and without decisions."""

@@ -1,4 +1,4 @@
-"""Asks aggregators how the training goes."""
+"""Polls the status of aggregators."""
 
 import logging
 from dataclasses import dataclass, field
@@ -38,13 +38,13 @@ _SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 class Aggregators:
-    """One channel per running aggregator, kept open."""
+    """Open channels to running aggregators, one for each."""
 
     def __init__(self) -> None:
         self._connections: dict[str, _Connection] = {}
 
     async def ask(self, job_uid: str, ip: str, credentials: Credentials) -> FederationView | str:
-        """The aggregator's status, or why there is none. It is asked at its pod's address: no Service, no DNS."""
+        """Return the aggregator's status or an error message. The call goes to its pod's address, without DNS."""
         address = joined(ip, ids.AGGREGATOR_PORT)
         connection = self._connections.get(job_uid)
         if connection is None or connection.address != address or connection.credentials != credentials:
@@ -59,17 +59,17 @@ class Aggregators:
                 answer = await stub.GetStatus(pb.GetStatusRequest(job_uid=job_uid), timeout=CALL_SECONDS)
         except aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
-                # A refusal costs nobody time; only silence does.
+                # A refusal is fast; only silence costs time.
                 connection.breaker.succeeded()
             elif connection.breaker.failed(error.code().name):
-                log.warning("the aggregator at %s does not answer: it is asked less often", address)
+                log.warning("the aggregator at %s does not respond; polling it less often", address)
             self._count()
             OBSERVER_ERRORS.labels(error.code().name).inc()
             if error.code() is grpc.StatusCode.UNAVAILABLE:
-                # The next call dials at once, whatever this channel's back-off.
+                # With a new channel, the next call connects at once instead of waiting for this one's back-off.
                 await self.forget(job_uid)
             if error.code() in _SILENT:
-                # gRPC words this differently from call to call; a status that followed would be written each time.
+                # gRPC words this differently each time; a status with its words would be written each time.
                 log.debug("%s: %s: %s", address, error.code().name, error.details())
                 return f"no answer from {address}"
             return f"{error.code().name}: {one_line(error.details() or '', 200)}"
@@ -83,17 +83,17 @@ class Aggregators:
         SILENT_AGGREGATORS.set(sum(connection.breaker.is_open for connection in self._connections.values()))
 
     def count(self) -> int:
-        """How many channels are open."""
+        """Return the number of open channels."""
         return len(self._connections)
 
     async def forget(self, job_uid: str) -> None:
-        """Closes a channel."""
+        """Close the channel of a job's aggregator."""
         connection = self._connections.pop(job_uid, None)
         if connection is not None:
             self._count()
             await connection.channel.close()
 
     async def close(self) -> None:
-        """Closes every channel."""
+        """Close every channel."""
         for job_uid in list(self._connections):
             await self.forget(job_uid)

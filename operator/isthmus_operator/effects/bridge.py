@@ -1,4 +1,4 @@
-"""The sites' bridges, over gRPC with mutual TLS."""
+"""Calls to the sites' bridges, over gRPC with mutual TLS."""
 
 import asyncio
 import logging
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-# Slurm's words for tasks that are not over, and for those that the site itself ended.
+# Slurm's states of tasks that have not failed, and of those that the site itself ended.
 _LIVING = frozenset({
     "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
     "RESIZING", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD", "COMPLETED",
@@ -42,27 +42,27 @@ _NO_ANSWER = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE, gr
 _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT,)
 # Prefix of a bridge's message if its policy denies a request; see Denial in isthmus_bridge/policy/authorization.py.
 _POLICY = "policy "
-# A failure that took at least this long is silence; a quick one costs nobody anything.
+# A failure after at least this time counts as silence; a quick one costs nothing. Seconds.
 _SLOW_SECONDS = 1.0
 
 
-# Calls to one site at the same time; others wait for them as long as for an answer.
+# Concurrent calls to one site; others wait at most as long as for a response.
 _CALLS_PER_SITE = 16
-# A breaker that no call has tried for this long after its pause goes by what the site says of itself.
+# If no call has tried an open breaker for this time after its pause, a successful DescribeSite closes it. Seconds.
 _FORGIVEN_AFTER = 60.0
 
 
 @dataclass(eq=False)
 class _SiteState:
-    """What stands before one site."""
+    """The breaker and the call limit of one site."""
 
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
     calls: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_CALLS_PER_SITE))
-    silent: bool = False  # it did not even describe itself
+    silent: bool = False  # DescribeSite failed as well
 
 
 class Bridges:
-    """Every site's bridge. None of them holds a worker: a look that waits for one gives its turn up."""
+    """Calls to all bridges. A reconciliation that waits for one releases its worker slot."""
 
     def __init__(self, channels: BridgeChannels, clock: Clock) -> None:
         self._channels = channels
@@ -72,7 +72,7 @@ class Bridges:
     async def ensure(
         self, site: str, key: str, spec: pb.PoolSpec, credentials: Credentials, code: Mapping[str, bytes]
     ) -> PoolView:
-        """Has the site run a pool. ``code``: files by name."""
+        """Request a pool from the site. ``code``: files by name."""
         request = pb.EnsurePoolRequest(key=key, spec=spec)
         request.spec.code.update(code)
         request.spec.federation.ca_certificate = credentials.ca
@@ -82,7 +82,7 @@ class Bridges:
         return self._view(answer, spec.attempt)
 
     async def get(self, site: str, key: str, attempt: int, first: int = 0) -> PoolView:
-        """Asks for a pool, or the part of one that begins with the client ``first``."""
+        """Return the state of a pool's array whose first client is ``first``; ABSENT if the site does not know it."""
         request = pb.GetPoolRequest(key=key)
         try:
             answer = await self._call(site, "GetPool", lambda stub: stub.GetPool(request, timeout=CALL_SECONDS))
@@ -91,14 +91,13 @@ class Bridges:
         return self._view(answer, attempt, first)
 
     async def cancel(self, site: str, key: str, attempt: int, reason: str) -> PoolView:
-        """Has the site end a pool."""
+        """Cancel a pool at the site."""
         request = pb.CancelPoolRequest(key=key, reason=reason)
         answer = await self._call(site, "CancelPool", lambda stub: stub.CancelPool(request, timeout=CALL_SECONDS))
         return self._view(answer, attempt)
 
     async def renew(self, site: str, key: str, credentials: Credentials) -> None:
-        """Has the site hand new credentials to a pool's clients. One of before there were such calls cannot, and need
-        not be asked again."""
+        """Send new credentials for a pool's clients to the site. Bridges that are too old for this are not retried."""
         request = pb.RenewCredentialsRequest(
             key=key, ca_certificate=credentials.ca, certificate=credentials.certificate, private_key=credentials.key
         )
@@ -110,12 +109,12 @@ class Bridges:
             log.warning("the bridge of site %s is too old to renew the certificates of running pools", site)
 
     async def shrink(self, site: str, key: str, replicas: int) -> None:
-        """Has the site end a pool's clients but for the first so many."""
+        """Cancel a pool's clients at the site, except for the first ``replicas``."""
         request = pb.ShrinkPoolRequest(key=key, replicas=replicas)
         await self._call(site, "ShrinkPool", lambda stub: stub.ShrinkPool(request, timeout=CALL_SECONDS))
 
     async def tail(self, site: str, key: str, index: int, lines: int) -> bytes:
-        """The end of one task's log. ``lines``: 0 for as many as the site likes."""
+        """Return the end of one task's log. ``lines``: 0 for the site's default."""
         request = pb.TailLogRequest(key=key, index=index, lines=lines)
 
         async def read(stub: "BridgeAsyncStub") -> bytes:
@@ -124,7 +123,7 @@ class Bridges:
         return await self._call(site, "TailLog", read)
 
     async def describe(self, site: str) -> pb.Site:
-        """Asks the site about itself, whatever its breaker says. Raises also where it answers nothing else."""
+        """Return the site's description, even if its breaker is open; raise if the breaker stays open after that."""
         state = self._state(site)
         try:
             async with slot_released():
@@ -140,16 +139,16 @@ class Bridges:
             state.silent = False
             self._succeeded(site, state)
         if state.breaker.is_open:
-            message = f"{site} describes itself, but did not answer its last calls ({state.breaker.last_error})"
+            message = f"{site} describes itself, but did not respond to its last calls ({state.breaker.last_error})"
             raise BridgeError(ProblemKind.UNREACHABLE, message)
         return answer
 
     async def close(self) -> None:
-        """Closes every channel."""
+        """Close every channel."""
         await self._channels.close()
 
     async def forget(self, site: str) -> None:
-        """The site is gone."""
+        """Forget a site that is gone, and close its channel."""
         self._states.pop(site, None)
         with suppress(KeyError):
             CIRCUIT_OPEN.remove(site)
@@ -174,13 +173,13 @@ class Bridges:
 
     @asynccontextmanager
     async def _admitted(self, site: str, state: _SiteState) -> AsyncIterator[None]:
-        """A place among the calls to the site. Raises :class:`BridgeError` at once where its breaker is open."""
+        """Hold one of the site's call slots. Raises :class:`BridgeError` at once if its breaker is open."""
         self._check(site, state)
         try:
             async with asyncio.timeout(CALL_SECONDS):
                 await state.calls.acquire()
         except TimeoutError:
-            message = f"{site} is slow: {_CALLS_PER_SITE} calls to it are under way"
+            message = f"{site} is slow: {_CALLS_PER_SITE} calls to it are in progress"
             raise BridgeError(ProblemKind.UNREACHABLE, message) from None
         try:
             probe = state.breaker.is_open
@@ -201,11 +200,11 @@ class Bridges:
     def _failed(self, site: str, state: _SiteState, words: str) -> None:
         if state.breaker.failed(words):
             CIRCUIT_OPEN.labels(site).set(1)
-            log.warning("site %s is left alone for a while: it did not answer several times (%s)", site, words)
+            log.warning("site %s did not respond several times (%s); pausing calls to it", site, words)
 
     def _succeeded(self, site: str, state: _SiteState) -> None:
         if state.breaker.succeeded():
-            log.info("site %s answers again", site)
+            log.info("site %s responds again", site)
         CIRCUIT_OPEN.labels(site).set(0)
 
     async def _invoke(self, site: str, method: str, call: "Callable[[BridgeAsyncStub], Awaitable[Answer]]") -> Answer:
@@ -224,22 +223,22 @@ class Bridges:
             BRIDGE_SECONDS.labels(site, method).observe(time.monotonic() - started)
 
     def _view(self, pool: pb.Pool, attempt: int, first: int = 0) -> PoolView:
-        # To the minute: the way of an answer takes a while, and what is shown shall not tremble with it.
+        # To the minute: responses take time, and the times in the status must not vary with that.
         theirs = _moment(pool.now, 0.0)
         ahead = 60.0 * round((theirs - self._clock.now().timestamp()) / 60) if theirs else 0.0
         return pool_view(pool, attempt, first, ahead)
 
 
 class CircuitOpenError(BridgeError):
-    """The site did not answer others, and is not asked for now."""
+    """The site did not respond to earlier calls and is not called for now."""
 
 
 class _SilentError(BridgeError):
-    """No answer came."""
+    """The bridge did not respond."""
 
 
 class _AnsweredError(BridgeError):
-    """The bridge answered, with a failure."""
+    """The bridge responded with an error."""
 
 
 class _NotFoundError(_AnsweredError):
@@ -247,11 +246,11 @@ class _NotFoundError(_AnsweredError):
 
 
 class _UnknownCallError(_AnsweredError):
-    """The bridge is older than the call."""
+    """The bridge is too old for the call."""
 
 
 def pool_view(pool: pb.Pool, attempt: int, first: int = 0, ahead: float = 0.0) -> PoolView:
-    """Cuts a bridge's answer down to what the plan looks at. ``ahead``: of our clock, the site's, in seconds."""
+    """Reduce a bridge's response to what the plan reads. ``ahead``: seconds by which the site's clock is ahead."""
     failed = [task for task in pool.tasks if task.log_tail or task.exit_code or task.signal]
     ended = [task.state for task in pool.tasks if task.state not in _LIVING]
     failure = ""
@@ -281,7 +280,7 @@ def pool_view(pool: pb.Pool, attempt: int, first: int = 0, ahead: float = 0.0) -
 
 
 def _moment(theirs: float, ahead: float) -> float:
-    """Return when that is by our clock; 0 where the site says nothing, or what is no time."""
+    """Convert a site's time to the operator's clock; return 0 if it is missing or invalid."""
     ours = theirs - ahead if theirs else 0.0
     return ours if 0.0 < ours < LAST_SECOND else 0.0
 
@@ -308,5 +307,5 @@ def _translated(error: aio.AioRpcError, seconds: float) -> BridgeError:
 
 
 def _open(site: str, breaker: CircuitBreaker) -> CircuitOpenError:
-    message = f"{site} did not answer its last calls ({breaker.last_error}); one call tries it now and then"
+    message = f"{site} did not respond to its last calls ({breaker.last_error}); it is retried from time to time"
     return CircuitOpenError(ProblemKind.UNREACHABLE, message)

@@ -1,4 +1,4 @@
-"""Open channels to the sites' bridges: dialled, or through the tunnels of bridges that dialled the gateway."""
+"""Channels to the sites' bridges: direct ones, and those through tunnels of bridges that dialled the gateway."""
 
 import asyncio
 import hashlib
@@ -26,7 +26,7 @@ from .kube import Kube, KubeError
 if TYPE_CHECKING:
     from isthmus_contracts.pb.bridge_pb2_grpc import BridgeAsyncStub
 
-# A rotated Secret is noticed this soon.
+# A changed Secret is noticed within this time.
 _CREDENTIALS_SECONDS = 60.0
 _PROOF_SECONDS = 10.0
 CALL_SECONDS = 20.0
@@ -53,17 +53,17 @@ class NotConnectedError(BridgeError):
 class _Channel:
     """An open channel to one bridge."""
 
-    identity: str  # of place, Secret and credentials
+    identity: str  # of address, Secret and credentials
     checked: float
     channel: aio.Channel
     stub: "BridgeAsyncStub"
 
 
 class BridgeChannels:
-    """One channel per site, kept open."""
+    """Open channels to bridges, one per site."""
 
     def __init__(self, kube: Kube, sites: SiteStore, tunnels: Mapping[str, str] | None) -> None:
-        """``tunnels``: addresses by site, each of a socket that leads into the site's tunnel; None: no gateway runs."""
+        """``tunnels``: by site, the address of a socket that leads into its tunnel; None if no gateway runs."""
         self._kube = kube
         self._sites = sites
         self._tunnels = tunnels
@@ -72,7 +72,7 @@ class BridgeChannels:
         self._retiring: set[asyncio.Task[None]] = set()
 
     async def stub(self, site: str) -> "BridgeAsyncStub":
-        """The site's bridge. Raises :class:`BridgeError`."""
+        """Return a stub for the site's bridge. Raises :class:`BridgeError`."""
         async with self._locks.setdefault(site, asyncio.Lock()):
             spec = self._sites.specs.get(site)
             if spec is None:
@@ -88,7 +88,7 @@ class BridgeChannels:
                 if open_channel is not None:
                     self._retire(open_channel)
                 channel = aio_channel(place, credentials, spec.bridge_name(site))
-                with suppress(ValueError):  # no certificate at all: the call will say so
+                with suppress(ValueError):  # not a certificate: the call will report it
                     SITE_CERTIFICATE_EXPIRY.labels(site).set(expiry(credentials.certificate).timestamp())
                 stub: Any = BridgeStub(channel)
                 open_channel = self._channels[site] = _Channel(identity, 0.0, channel, stub)
@@ -96,10 +96,10 @@ class BridgeChannels:
             return open_channel.stub
 
     async def prove(self, site: str, address: str) -> None:
-        """Makes sure that the site's own bridge is behind an address, by TLS with it. Raises :class:`BridgeError`."""
+        """Verify by TLS that an address leads to the site's own bridge. Raises :class:`BridgeError`."""
         spec = self._sites.specs.get(site)
         if spec is None or spec.connection != "DialOut":
-            # One answer for both: who asks is not known yet.
+            # The same message for both cases, since the caller is not authenticated yet.
             raise BridgeError(ProblemKind.DENIED, f"no HPCSite {site!r} has connection: DialOut")
         credentials = await self._credentials(spec)
         name = spec.bridge_name(site)
@@ -119,7 +119,7 @@ class BridgeChannels:
             await channel.close()
 
     async def forget(self, site: str) -> None:
-        """The site is gone."""
+        """Close the channel of a site that is gone."""
         with suppress(KeyError):  # it was never called
             SITE_CERTIFICATE_EXPIRY.remove(site)
         open_channel = self._channels.pop(site, None)
@@ -127,14 +127,16 @@ class BridgeChannels:
             self._retire(open_channel)
 
     def _retire(self, open_channel: _Channel) -> None:
-        """Closes a channel once the calls have ended that other jobs have under way in it: cancelled ones would look as
-        if the operator itself were ending."""
+        """Close a channel after the calls of other jobs in it have ended.
+
+        Cancelled calls would look as if the operator itself were stopping.
+        """
         task = asyncio.create_task(open_channel.channel.close(CALL_SECONDS))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
     async def close(self) -> None:
-        """Closes every channel."""
+        """Close every channel."""
         for open_channel in list(self._channels.values()):
             await open_channel.channel.close()
         self._channels.clear()

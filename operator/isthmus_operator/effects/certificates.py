@@ -1,4 +1,4 @@
-"""The certificates in a job's Secrets: whether they still do, and how they are made."""
+"""Creates and checks the certificates in a job's Secrets."""
 
 import base64
 import binascii
@@ -19,7 +19,7 @@ RENEW_BEFORE = dt.timedelta(days=30)
 
 
 def decoded(secret: Mapping[str, Any] | None) -> dict[str, bytes]:
-    """A Secret's data. What does not decode is left out."""
+    """Return a Secret's data, without values that do not decode."""
     result = {}
     for key, value in ((secret or {}).get("data") or {}).items():
         try:
@@ -30,7 +30,7 @@ def decoded(secret: Mapping[str, Any] | None) -> dict[str, bytes]:
 
 
 def load_authority(secret: Mapping[str, Any] | None) -> Authority | None:
-    """The CA in a Secret, if there is one."""
+    """Return the CA in a Secret, if it contains one."""
     data = decoded(secret)
     try:
         return Authority.load(data[ids.CERTIFICATE_FILE], data[ids.KEY_FILE])
@@ -39,12 +39,12 @@ def load_authority(secret: Mapping[str, Any] | None) -> Authority | None:
 
 
 def ends_soon(authority: Authority, now: dt.datetime) -> bool:
-    """Return whether a CA is to be renewed."""
+    """Return True if a CA is to be renewed."""
     return authority.expires - now <= RENEW_BEFORE
 
 
 def load_credentials(secret: Mapping[str, Any] | None) -> Credentials | None:
-    """The credentials in a Secret, unchecked."""
+    """Return the credentials in a Secret, unchecked."""
     data = decoded(secret)
     try:
         return Credentials(data[ids.CA_FILE], data[ids.CERTIFICATE_FILE], data[ids.KEY_FILE])
@@ -53,7 +53,7 @@ def load_credentials(secret: Mapping[str, Any] | None) -> Credentials | None:
 
 
 def serves(credentials: Credentials | None, authority: Authority, now: dt.datetime) -> bool:
-    """Return whether a certificate is this CA's and good for a while."""
+    """Return True if a certificate is signed by this CA and does not expire soon."""
     if credentials is None or credentials.ca.strip() != authority.certificate.strip():
         return False
     try:
@@ -63,7 +63,7 @@ def serves(credentials: Credentials | None, authority: Authority, now: dt.dateti
 
 
 def stands(secret: Mapping[str, Any] | None, wanted: IssueCertificate, authority: Authority, now: dt.datetime) -> bool:
-    """Tell whether a Secret holds all that is wanted of it, of this CA and good for a while."""
+    """Return True if a Secret holds all wanted certificates, signed by this CA and not expiring soon."""
     if not wanted.clients:
         return serves(load_credentials(secret), authority, now)
     data = decoded(secret)
@@ -74,7 +74,7 @@ def stands(secret: Mapping[str, Any] | None, wanted: IssueCertificate, authority
 
 
 def version(secret: Mapping[str, Any] | None) -> str:
-    """A digest of the certificates in a Secret, the CA's aside."""
+    """Return a digest of the certificates in a Secret, without the CA's."""
     data = decoded(secret)
     return digest(b"".join(data[name] for name in sorted(data) if name.endswith(".crt") and name != ids.CA_FILE))
 
@@ -84,19 +84,19 @@ def _names(wanted: IssueCertificate) -> set[str]:
 
 
 def digest(certificate: bytes) -> str:
-    """Tells one certificate from the next."""
+    """Return a short digest that identifies a certificate."""
     return hashlib.sha256(certificate).hexdigest()[:16]
 
 
 def fingerprint(secret: Mapping[str, Any] | None, authority: Authority) -> str:
-    """Tells one CA from the next; a renewed one keeps that of its first certificate, as its Secret notes."""
+    """Return the fingerprint of a CA. A renewed CA keeps that of its first certificate, which its Secret stores."""
     annotations = ((secret or {}).get("metadata") or {}).get("annotations") or {}
     first, _, key_id = str(annotations.get(names.ANNOTATION_AUTHORITY, "")).partition(".")
     return first if key_id == authority.key_id else digest(authority.certificate)
 
 
 def authority_secret(job: Job, name: str, days: int, now: dt.datetime) -> dict[str, Any]:
-    """A new CA, as a Secret."""
+    """Create a CA, as a Secret."""
     authority = Authority.create(f"isthmus {job.namespace}/{job.name}", dt.timedelta(days=days), now)
     return _secret(job, name, {ids.CERTIFICATE_FILE: authority.certificate, ids.KEY_FILE: authority.key})
 
@@ -104,7 +104,7 @@ def authority_secret(job: Job, name: str, days: int, now: dt.datetime) -> dict[s
 def renewed_authority_secret(
     job: Job, name: str, authority: Authority, known_as: str, days: int, now: dt.datetime
 ) -> dict[str, Any]:
-    """The same CA for another while, as a Secret. ``known_as``: its fingerprint."""
+    """Renew a CA with its key, as a Secret. ``known_as``: its fingerprint."""
     renewed = authority.renewed(dt.timedelta(days=days), now)
     body = _secret(job, name, {ids.CERTIFICATE_FILE: renewed.certificate, ids.KEY_FILE: renewed.key})
     body["metadata"]["annotations"] = {names.ANNOTATION_AUTHORITY: f"{known_as}.{renewed.key_id}"}
@@ -112,7 +112,7 @@ def renewed_authority_secret(
 
 
 def leaf_secret(job: Job, authority: Authority, wanted: IssueCertificate, now: dt.datetime) -> dict[str, Any]:
-    """New certificates, as a Secret. For hundreds of clients this takes a tenth of a second."""
+    """Issue certificates, as a Secret. For hundreds of clients this takes 0.1 s."""
     lifetime = dt.timedelta(days=wanted.days)
     if wanted.clients:
         files = {ids.CA_FILE: authority.certificate}

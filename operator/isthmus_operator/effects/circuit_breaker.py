@@ -1,19 +1,19 @@
-"""Circuit breakers: a party that did not answer several times in a row is left alone, but for one call now and then.
+"""Circuit breaker: after several failures in a row, a remote party is called only once in a while.
 
-Without them each job would find out for itself, at the price of a deadline each time, that its site is dead.
+Without it, each job would wait for a deadline of its own to learn that its site is down.
 """
 
 import time
 from collections.abc import Callable
 
 FAILURES = 3
-"""In a row: more, and nobody else waits for it."""
+"""The number of failures in a row that opens the breaker."""
 FIRST_PAUSE = 5.0
 LONGEST_PAUSE = 60.0
 
 
 class CircuitBreaker:
-    """One party's. Closed: calls go through. Open: none does. Half-open, once its pause is over: one does."""
+    """The breaker of one party. Closed: calls pass. Open: none passes. Half-open, after a pause: one call passes."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -22,20 +22,20 @@ class CircuitBreaker:
         self._retry_at = 0.0
         self._probing = False
         self.last_error = ""
-        """What the newest failure was."""
+        """The message of the last failure."""
 
     @property
     def is_open(self) -> bool:
-        """True from so many failures in a row until a call succeeds."""
+        """True from ``FAILURES`` failures in a row until a call succeeds."""
         return self._failures >= FAILURES
 
     @property
     def overdue(self) -> float:
-        """For how many seconds a call might have tried it, and none did."""
+        """The seconds since a call may be tried again, without one having been made."""
         return max(0.0, self._clock() - self._retry_at) if self.is_open and not self._probing else 0.0
 
     def admits(self) -> bool:
-        """Whether a call may be made; it must end in one of the three below."""
+        """Return True if a call may be made, whose end is then reported by one of the three methods below."""
         if not self.is_open:
             return True
         if self._probing or self._clock() < self._retry_at:
@@ -44,13 +44,13 @@ class CircuitBreaker:
         return True
 
     def succeeded(self) -> bool:
-        """It answered. Returns whether that closed the breaker."""
+        """Report a response. Return True if it closed the breaker."""
         closed = self.is_open
         self._failures, self._pause, self._retry_at, self._probing, self.last_error = 0, FIRST_PAUSE, 0.0, False, ""
         return closed
 
     def failed(self, words: str) -> bool:
-        """It did not answer. Returns whether that opened the breaker."""
+        """Report a failure. Return True if it opened the breaker."""
         before, now = self.is_open, self._clock()
         self._failures += 1
         self.last_error = words
@@ -61,9 +61,9 @@ class CircuitBreaker:
         return self.is_open and not before
 
     def abandoned(self) -> None:
-        """The call ended without telling anything of the party."""
+        """Report a call that ended without information about the party."""
         self._probing = False
 
     def seconds_left(self) -> float:
-        """Seconds until a call may try it."""
+        """Return the seconds until a call may be tried."""
         return max(0.0, self._retry_at - self._clock())

@@ -1,4 +1,4 @@
-"""The files of ``task.code``, as they lie in ConfigMaps."""
+"""Converts the files of ``task.code`` in ConfigMaps."""
 
 import base64
 import binascii
@@ -14,7 +14,7 @@ from ..state.observed import Job
 
 
 def files_of(config_map: Mapping[str, Any] | None) -> dict[str, bytes]:
-    """The files of a ConfigMap. What does not decode is left out."""
+    """Return the files of a ConfigMap, without those that do not decode."""
     found = {str(name): str(text).encode() for name, text in ((config_map or {}).get("data") or {}).items()}
     for name, text in ((config_map or {}).get("binaryData") or {}).items():
         try:
@@ -25,7 +25,7 @@ def files_of(config_map: Mapping[str, Any] | None) -> dict[str, bytes]:
 
 
 def copy(job: Job, source: str, config_map: Mapping[str, Any] | None) -> dict[str, Any] | str:
-    """The job's own copy, or in one line why there can be none."""
+    """Return the job's own copy of a ConfigMap, or a one-line error."""
     if config_map is None:
         return f"spec.task.code.configMapRef.name: there is no ConfigMap {source!r} in namespace {job.namespace}"
     if ids.LABEL_JOB_UID in ((config_map.get("metadata") or {}).get("labels") or {}):

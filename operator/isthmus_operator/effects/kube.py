@@ -1,6 +1,6 @@
-"""The API server: plain JSON requests, in threads, because the client library blocks.
+"""The client of the API server: plain JSON requests in threads, because the client library blocks.
 
-The library's typed models are left aside: they cost memory, and every object here is a mapping anyway.
+The library's typed models are not used: they cost memory, and all objects here are mappings anyway.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ _PLURALS = {
     "HPCSite": "hpcsites",
 }
 _GROUPS = {"NetworkPolicy": "networking.k8s.io/v1", "PodDisruptionBudget": "policy/v1"}
-# With pauses that grow from the second that the API server usually asks for: together about half a minute.
+# The pauses grow from the usual Retry-After of one second; together they take about half a minute.
 _THROTTLED_ATTEMPTS = 7
 _LONGEST_RETRY_AFTER = 10.0
 _PAGE = 200  # objects
@@ -50,29 +50,31 @@ _OUR_KINDS = ("FederatedJob", "HPCSite")
 
 
 class KubeError(Exception):
-    """The API server said no, or nothing. ``code`` is 0 where there was no answer."""
+    """A request to the API server failed. ``code`` is 0 if there was no response."""
 
     def __init__(self, code: int, message: str, reason: str = "", retry_after: str | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.reason = reason
         self.retry_after = _seconds(retry_after)
-        """How soon the API server wants to be asked again, seconds."""
+        """The delay that the API server asks for before a retry. Seconds."""
 
     @property
     def definite(self) -> bool:
-        """Whether the request certainly had no effect, and will have none if it is merely repeated at once."""
+        """True if the request had no effect, and would have none if it were repeated at once."""
         return 400 <= self.code < 500 and self.code not in (408, 429)
 
     @property
     def answered(self) -> bool:
-        """True if the API server answered this very request with a failure, be it its own or that of an admission
-        webhook (500), rather than not at all or with the wish to be asked later."""
+        """True if the API server rejected the request, itself or by an admission webhook (500).
+
+        False if it did not respond or asked for a later retry.
+        """
         return self.code >= 400 and self.code not in (408, 429)
 
 
 def path(kind: str, namespace: str = "", name: str = "", subresource: str = "") -> str:
-    """The URL path of an object or a collection."""
+    """Return the URL path of an object or a collection."""
     group = ids.API_VERSION if kind in _OUR_KINDS else _GROUPS.get(kind)
     root = f"/apis/{group}" if group else "/api/v1"
     parts = [root, f"namespaces/{namespace}" if namespace else "", _PLURALS[kind], name, subresource]
@@ -90,7 +92,7 @@ class Kube:
         clock: Clock,
         reload: Callable[[], client.Configuration] | None = None,
     ) -> None:
-        """``clock`` is told the API server's time; ``reload`` reads the credentials anew."""
+        """``clock`` follows the API server's time. ``reload`` reads the credentials again."""
         self.clock = clock
         self._configuration = configuration
         self._reload = reload
@@ -102,19 +104,19 @@ class Kube:
 
     @classmethod
     def connect(cls, concurrency: int, timeout: float, clock: Clock) -> "Kube":
-        """Uses the pod's service account, or else the kubeconfig."""
+        """Connect with the pod's service account or, outside a cluster, the kubeconfig."""
         return cls(_configuration(), concurrency, timeout, clock, _configuration)
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Stop the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def probe(self, where: str) -> None:
-        """Raises unless the API server answers well at a path."""
+        """Raise :class:`KubeError` unless a GET of the path succeeds."""
         await self._request("GET", where)
 
     async def discover(self) -> None:
-        """Finds out how an older API server (before 1.21) calls what we make."""
+        """Detect the API version of PodDisruptionBudgets, which is another one before Kubernetes 1.21."""
         try:
             await self.probe(f"/apis/{self._policy}")
         except KubeError as error:
@@ -123,7 +125,7 @@ class Kube:
             self._policy = "policy/v1beta1"
 
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
-        """An object, or None where there is none."""
+        """Return an object, or None if it does not exist."""
         try:
             return await self._request("GET", path(kind, namespace, name))
         except KubeError as error:
@@ -132,11 +134,11 @@ class Kube:
             raise
 
     async def list(self, kind: str, namespace: str, labels: str) -> dict[str, Any]:
-        """The objects with these labels."""
+        """Return the list of objects with these labels."""
         return await self._request("GET", path(kind, namespace), query={"labelSelector": labels})
 
     async def all(self, kind: str, namespace: str) -> AsyncIterator[dict[str, Any]]:
-        """Every object of a kind, in one namespace or (empty) in all, page by page."""
+        """Yield every object of a kind, in one namespace or (empty) in all, page by page."""
         query = {"limit": str(_PAGE)}
         while True:
             page = await self._request("GET", path(kind, namespace), query=query)
@@ -148,12 +150,12 @@ class Kube:
             query = {**query, "continue": str(onward)}
 
     async def create(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Creates an object."""
+        """Create an object."""
         where = path(body["kind"], body["metadata"].get("namespace", ""))
         return await self._request("POST", where, body, query={"fieldManager": FIELD_MANAGER})
 
     async def apply(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Server-side apply."""
+        """Apply an object on the server's side."""
         if body["apiVersion"] == _GROUPS["PodDisruptionBudget"]:
             body = {**body, "apiVersion": self._policy}
         metadata = body["metadata"]
@@ -164,17 +166,17 @@ class Kube:
     async def patch(
         self, kind: str, namespace: str, name: str, body: Mapping[str, Any], subresource: str = ""
     ) -> dict[str, Any]:
-        """JSON merge patch."""
+        """Apply a JSON merge patch to an object."""
         where = path(kind, namespace, name, subresource)
         return await self._request("PATCH", where, body, {"fieldManager": FIELD_MANAGER}, _MERGE_PATCH)
 
     async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
-        """Deletes exactly the object with that uid; one that is gone is no error."""
+        """Delete the object with that uid, if it still exists."""
         body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         try:
             await self._request("DELETE", path(kind, namespace, name), body)
         except KubeError as error:
-            # 409: another object bears the name by now.
+            # 409: another object has the name by now.
             if error.code not in (404, 409):
                 raise
 
@@ -186,14 +188,14 @@ class Kube:
         query: Mapping[str, str] | None = None,
         content_type: str = "application/json",
     ) -> dict[str, Any]:
-        # By namespace: one whose admission webhooks are slow does not keep the others waiting.
+        # Shared by namespace, so that slow admission webhooks of one do not delay the others.
         loop, group, attempt = asyncio.get_running_loop(), _namespace(where), 0
         while True:
             await self._slots.acquire(group)
             try:
                 return await loop.run_in_executor(self._threads, self._send, method, where, body, query, content_type)
             except KubeError as error:
-                # What is throttled has had no effect, and costs time only; a job's whole look would be repeated.
+                # A throttled request had no effect. Retrying it here is cheaper than repeating the reconciliation.
                 if error.code != 429 or attempt == _THROTTLED_ATTEMPTS:
                     raise
                 pause = error.retry_after * 1.5**attempt
@@ -212,7 +214,7 @@ class Kube:
     ) -> dict[str, Any]:
         headers = {"Accept": "application/json", "Content-Type": content_type, "User-Agent": ids.MANAGED_BY}
         configuration = self._configuration
-        # Refreshes a token that rotates.
+        # Also refreshes a rotated token.
         token = configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
         if token:
             headers["Authorization"] = token
@@ -224,11 +226,11 @@ class Kube:
             answer = self._pool.request(method, url, body=data, headers=headers, timeout=self._timeout, retries=False)
         except (HTTPError, OSError) as error:
             API_REQUESTS.labels(method, "none").inc()
-            raise KubeError(0, f"no answer from the API server: {error}") from error
+            raise KubeError(0, f"no response from the API server: {error}") from error
         API_REQUESTS.labels(method, str(answer.status)).inc()
         self.clock.observe_date(answer.headers.get("Date"), sent)
         if answer.status == 401 and self._reload is not None:
-            # The library reads a rotating token every minute by the wall clock, which somebody may have put back.
+            # The library refreshes its token by the wall clock, which may have been set back.
             self._configuration = self._reload()
         content = _parsed(answer.data)
         if answer.status >= 400:
@@ -249,7 +251,7 @@ def _configuration() -> client.Configuration:
 
 
 def connections(configuration: client.Configuration, size: int) -> urllib3.PoolManager:
-    """Connections to the API server, as the library's configuration says."""
+    """Return a connection pool for the API server from the library's configuration."""
     options: dict[str, Any] = {
         "num_pools": 4,
         "maxsize": size,
@@ -271,7 +273,7 @@ def _namespace(where: str) -> str:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Of a Retry-After header (RFC 9110, 10.2.3); the API server gives whole seconds."""
+    """Parse a Retry-After header (RFC 9110, 10.2.3), which the API server sets in whole seconds."""
     return min(float(retry_after), _LONGEST_RETRY_AFTER) if retry_after and retry_after.isdecimal() else 1.0
 
 

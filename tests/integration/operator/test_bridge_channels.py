@@ -154,10 +154,10 @@ async def test_a_silent_site_is_left_alone_and_says_so(impatient: Site) -> None:
     calls = [asyncio.create_task(impatient.bridges.get("here", "key", 0)) for _ in range(FAILURES)]
     failed = await asyncio.gather(*calls, return_exceptions=True)
     assert all("DEADLINE_EXCEEDED" in str(error) for error in failed)
-    with pytest.raises(CircuitOpenError, match=r"here did not answer its last calls \(GetPool: DEADLINE_EXCEEDED"):
+    with pytest.raises(CircuitOpenError, match=r"here did not respond to its last calls \(GetPool: DEADLINE_EXCEEDED"):
         await impatient.bridges.get("here", "key", 0)
     assert REGISTRY.get_sample_value("isthmus_operator_circuit_open", {"site": "here"}) == 1
-    with pytest.raises(BridgeError, match="describes itself, but did not answer its last calls"):
+    with pytest.raises(BridgeError, match="describes itself, but did not respond to its last calls"):
         await impatient.bridges.describe("here")
     # One call tries it, and its answer opens the way for all.
     impatient.servicer.may.set()

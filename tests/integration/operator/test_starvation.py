@@ -61,7 +61,7 @@ def test_a_site_that_answers_nothing_but_about_itself_is_told_to_be_unreachable(
     def message() -> str:
         return str((api.get("hpcsites", "", "half").get("status") or {}).get("message", ""))
 
-    until(lambda: "describes itself, but did not answer its last calls" in message(), "the status says so")
+    until(lambda: "describes itself, but did not respond to its last calls" in message(), "the status says so")
     assert operator.metric('isthmus_operator_site_reachable{site="half"}') == 0
 
 

@@ -175,7 +175,10 @@ def test_the_file_is_what_it_says(tmp_path: Path) -> None:
         ("a: [", "cannot be read"),
         ({"every": {}}, "jobDefaults.every: unknown field"),
         ({"service": {"externalTrafficPolicy": "Both"}}, "jobDefaults.service.externalTrafficPolicy: must be one of"),
-        ({"all": {"container": {"image": "x"}}}, "jobDefaults.all.container.image: is the manifest's own"),
+        (
+            {"all": {"container": {"image": "x"}}},
+            "jobDefaults.all.container.image: belongs to the manifest, not to the defaults",
+        ),
         ({"all": {"spec": {"restartPolicy": "Always"}}}, "jobDefaults.all.spec.restartPolicy: is set by Isthmus"),
         ({"clients": {"spec": {"containers": [{"name": "client"}]}}}, "'client' is set by `container`"),
         ({"clients": {"spec": {"volumes": [{"name": "isthmus-x"}]}}}, "names that begin with isthmus- are reserved"),

@@ -145,7 +145,7 @@ def test_a_running_aggregator_that_does_not_answer_keeps_what_it_said() -> None:
     after = plan(job(status=before), standing(pods=pods, federation_error="DEADLINE_EXCEEDED: "), NOW, OPTIONS).status
     assert after["clients"]["summary"] == "2/2"
     assert after["phase"] == "Running"
-    assert "does not answer" in next(c["message"] for c in after["conditions"] if c["type"] == "AggregatorReady")
+    assert "does not respond" in next(c["message"] for c in after["conditions"] if c["type"] == "AggregatorReady")
 
 
 def test_an_aggregator_on_a_lost_node_says_what_only_an_admin_can_do() -> None:

@@ -68,7 +68,7 @@ async def test_another_jobs_key_is_refused_whichever_way_it_is_named(template: d
     assert said.endswith("the Secret 'victim-ca' is Isthmus' own: no template may name it")
     # One that is not there yet may come to be another job's.
     (early,) = await refused(Kube(), template)
-    assert "does not exist, and is named as Isthmus' own are" in early
+    assert "does not exist, and its name is reserved for Isthmus' own objects" in early
     # The user's own of such a name is fine.
     assert await refused(Kube(**{"victim-ca": None}), template) == ()
 
