@@ -174,7 +174,7 @@ def test_an_operator_that_was_away_takes_up_where_things_are(running: Namespace,
 
 
 def test_a_steady_job_costs_no_writes(running: Namespace) -> None:
-    eventually(lambda: "does not answer" in running.status().get("message", ""), "the stand-in was asked")
+    eventually(lambda: "does not respond" in running.status().get("message", ""), "the stand-in was asked")
     version, since = "", time.monotonic()
 
     def steady() -> bool:

@@ -92,9 +92,9 @@ async def end(call: Any) -> tuple[grpc.StatusCode, str]:
     [
         (pb.Frame(data=pb.Data(connection=1, content=b"x")), "must be a hello"),
         (pb.Frame(open=1), "must be a hello"),
-        (hello(protocol=2), "speaks the protocol 1, the bridge 2"),
-        (hello(site=""), "no name of an HPCSite"),
-        (hello(site="../x"), "no name of an HPCSite"),
+        (hello(protocol=2), "the gateway supports protocol 1, the bridge 2"),
+        (hello(site=""), "not a valid HPCSite name"),
+        (hello(site="../x"), "not a valid HPCSite name"),
     ],
     ids=["data", "open", "protocol", "nameless", "path"],
 )
@@ -159,7 +159,7 @@ async def test_a_newer_tunnel_takes_the_older_ones_place(world: World) -> None:
         assert not second.done() and not other.done()
         world.gateway.drop("lumi")
         code, details = await end(second)
-        assert code is grpc.StatusCode.ABORTED and "does not dial out any more" in details
+        assert code is grpc.StatusCode.ABORTED and "no longer dials out" in details
         await until(lambda: list(world.gateway.addresses) == ["leonardo"])
 
 
