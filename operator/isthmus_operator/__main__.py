@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Before gRPC is loaded: a peer that does not answer is told by status codes; lines of its own about each attempt are
-# noise, which callers of the gateway could cause at will.
+# Before gRPC is loaded: failures are reported by status codes. gRPC's own log lines about each attempt are noise, which
+# callers of the gateway could cause at will.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import kopf
@@ -30,7 +30,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the operator until it is told to stop."""
+    """Run the operator until it is stopped."""
     settings = parse(sys.argv[1:] if arguments is None else arguments)
     _log(settings)
     everywhere = not settings.namespaces
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str]) -> Settings:
-    """Reads flags, and the environment for those that are not given. Exits with 2 for what makes no sense."""
+    """Parse the flags, with the environment as defaults. Exit with status 2 if they are invalid."""
     parser = argparse.ArgumentParser(prog="isthmus-operator", description="Runs FederatedJobs.")
     default = Settings()
     where = parser.add_mutually_exclusive_group()
@@ -100,14 +100,14 @@ def parse(arguments: Sequence[str]) -> Settings:
         parser.error("give --all-namespaces, or --namespace for each namespace to serve")
     excluded = given.exclude_namespace or [item for item in _env("EXCLUDE_NAMESPACES", "").split(",") if item]
     if excluded and not everywhere:
-        parser.error("--exclude-namespace goes with --all-namespaces")
+        parser.error("--exclude-namespace needs --all-namespaces")
     for namespace in (*namespaces, *excluded):
         if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", namespace):
-            parser.error(f"--namespace: {namespace!r} is no namespace's name")
+            parser.error(f"--namespace: {namespace!r} is not a valid name of a namespace")
     if given.log_level not in _LEVELS or given.log_format not in ("plain", "json"):
         parser.error("ISTHMUS_LOG_LEVEL or ISTHMUS_LOG_FORMAT has an unknown value")
     if given.gateway and not given.sites:
-        parser.error("--gateway is for HPC sites, and --no-sites serves none")
+        parser.error("--gateway cannot be combined with --no-sites")
     try:
         defaults = load(Path(given.job_defaults), given.allow_in_templates) if given.job_defaults else NONE
     except DefaultsError as error:
@@ -139,7 +139,7 @@ def parse(arguments: Sequence[str]) -> Settings:
 
 
 def _env(name: str, default: object) -> str:
-    # Text, so that argparse checks it as it checks a flag.
+    # As text, so that argparse checks it like a flag.
     return os.environ.get(f"ISTHMUS_{name}") or str(default)
 
 
@@ -156,7 +156,7 @@ def _address(text: str) -> str:
 def _allowances(text: str) -> frozenset[str]:
     given = frozenset(part.strip() for part in text.split(",") if part.strip())
     if unknown := sorted(given - set(ALLOWANCES)):
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: unknown; choose of {', '.join(ALLOWANCES)}")
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: unknown; choose from {', '.join(ALLOWANCES)}")
     return given
 
 
@@ -187,7 +187,7 @@ def _log(settings: Settings) -> None:
         quiet=settings.log_level in ("warning", "error"),
         log_format=formats[settings.log_format],
     )
-    # Its request lines at debug level would drown everything else.
+    # Their debug lines about each request would hide everything else.
     for name in ("urllib3", "asyncio", "aiohttp", "kubernetes"):
         logging.getLogger(name).setLevel(logging.WARNING)
     limit_root()

@@ -1,4 +1,4 @@
-"""The operator's parts, put together."""
+"""The operator's components and their wiring."""
 
 import asyncio
 import logging
@@ -44,7 +44,7 @@ _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 
 class App:
-    """Everything that lives as long as the operator."""
+    """All components of the operator, with its lifetime."""
 
     queue: WorkQueue[Key]
     site_queue: WorkQueue[str]
@@ -72,7 +72,7 @@ class App:
         self._stops: list[Any] = []
 
     async def start(self) -> None:
-        """Connects, and starts the queues and the servers. Returns once there is something to watch."""
+        """Connect, and start the queues and servers. Return once the CRDs are installed."""
         settings = self.settings
         kube = Kube.connect(settings.api_concurrency, settings.request_timeout, self.clock)
         self._serve()
@@ -133,7 +133,7 @@ class App:
         log.info("serving %s as cluster %s", where, cluster)
 
     async def stop(self) -> None:
-        """Stops at once: whatever was under way is taken up again by the next operator."""
+        """Stop at once; the next operator resumes unfinished work."""
         await asyncio_tasks.end(self._tasks)
         for part in self._stops:
             closed = part.close()
@@ -141,7 +141,7 @@ class App:
                 await closed
 
     def _reconcile_served(self, jobs: JobReconciler) -> Callable[[Key], Awaitable[float | None]]:
-        """Looks at a job, unless all of its namespace is refused."""
+        """Return the reconcile function, which skips jobs in refused namespaces."""
 
         async def reconcile(key: Key) -> float | None:
             job = self.jobs.get(key)
@@ -157,32 +157,32 @@ class App:
         return reconcile
 
     def job_seen(self, body: Mapping[str, Any]) -> None:
-        """Takes in a FederatedJob, and looks at it where that is news."""
+        """Store a FederatedJob, and queue it if it changed."""
         if body["metadata"]["namespace"] in self.settings.excluded:
             return
         if self.jobs.put(body):
             self.queue.add((body["metadata"]["namespace"], body["metadata"]["name"]))
 
     def job_gone(self, key: Key, uid: str) -> None:
-        """Takes in a FederatedJob's end."""
+        """Remove a deleted FederatedJob, and queue its clean-up."""
         self.jobs.drop(key, uid)
         self.queue.add(key)
 
     def site_seen(self, body: Mapping[str, Any]) -> None:
-        """Takes in an HPCSite, and asks it about itself where its spec is news."""
+        """Store an HPCSite, and queue a poll if its spec changed."""
         if self.sites.put(body):
             name = body["metadata"]["name"]
             self.site_changed(name)
             self.site_queue.add(name)
 
     def site_gone(self, name: str) -> None:
-        """Takes in an HPCSite's end."""
+        """Remove a deleted HPCSite."""
         self.sites.drop(name)
         self.site_changed(name)
         self.site_queue.add(name)
 
     def site_changed(self, name: str) -> None:
-        """Wakes the jobs that use a site, and ends the tunnel of one that does not dial out any more."""
+        """Queue the jobs that use a site, and close its tunnel if it no longer dials out."""
         spec = self.sites.specs.get(name)
         if self.gateway is not None:
             if spec is not None and spec.connection == "DialOut":
@@ -197,9 +197,9 @@ class App:
         self.site_queue.add(name)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Nothing here ends by itself: if it does, the liveness probe has the operator restarted."""
+        """Handle the end of a task that should never end: the liveness probe restarts the operator."""
         if not task.cancelled():
-            log.critical("a part of the operator ended", exc_info=task.exception())
+            log.critical("a task of the operator ended unexpectedly", exc_info=task.exception())
             self.health.broken = True
 
     def _serve(self) -> None:
@@ -220,16 +220,16 @@ class App:
 
 
 async def _wait_for_resources(kube: Kube) -> None:
-    """Until the CRDs are there: kopf would not notice them later."""
-    told = False
+    """Wait until the CRDs are installed, since kopf would not notice them later."""
+    warned = False
     while True:
         try:
             await kube.probe(f"/apis/{ids.API_VERSION}")
             return
         except KubeError as error:
-            if not told:
+            if not warned:
                 log.warning("waiting for the API %s: %s", ids.API_VERSION, error)
-                told = True
+                warned = True
             await asyncio.sleep(2)
 
 
@@ -250,7 +250,7 @@ async def _cluster_uid(kube: Kube) -> str:
 
 
 def _own_namespace() -> str:
-    """Return where the operator's pod is; empty outside of a cluster."""
+    """Return the namespace of the operator's own pod; empty outside a cluster."""
     try:
         return _NAMESPACE_FILE.read_text(encoding="utf-8").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Metrics of the operator. One series per job's pool and state at most, never one per client."""
+"""Metrics of the operator: at most one series per job, pool and state, and never one per client."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
@@ -98,7 +98,7 @@ JobStatus = tuple[str, str, Mapping[str, Any]]  # namespace, name, status
 
 
 class JobsCollector(Collector):
-    """Reads the jobs' statuses when Prometheus asks, so that a deleted job leaves no series behind."""
+    """Collector of the jobs' statuses at each scrape, so that a deleted job leaves no series behind."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class JobsCollector(Collector):
         self._kept = kept
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        """The families, made anew for each scrape."""
+        """Build the metric families for one scrape."""
         phases = GaugeMetricFamily("isthmus_operator_jobs", "FederatedJobs by phase.", labels=["phase"])
         clients = GaugeMetricFamily(
             "isthmus_operator_pool_clients",

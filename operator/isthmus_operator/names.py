@@ -7,8 +7,8 @@ from typing import Protocol
 from isthmus_contracts import identities as ids
 
 ANNOTATION_RECORD = f"{ids.GROUP}/record"  # on the FederatedJob: see state/job_record.py
-ANNOTATION_NAMES = f"{ids.GROUP}/names"  # likewise: which of these functions' schemes its pools' objects have
-# On a claim of an earlier job: the name of the job that is to adopt it; afterwards, the uid of that earlier job.
+ANNOTATION_NAMES = f"{ids.GROUP}/names"  # likewise: naming scheme of its pools' objects
+# On the claim of an earlier job: name of the job that is to adopt it; afterwards, the uid of the earlier job.
 ANNOTATION_ADOPT = f"{ids.GROUP}/adopt"
 ANNOTATION_ADOPTED = f"{ids.GROUP}/adopted-from"
 ANNOTATION_OPERATOR = f"{ids.GROUP}/operator"  # likewise: see controllers/ownership.py
@@ -25,15 +25,15 @@ _HASH = 10  # hexadecimal digits
 
 
 class Named(Protocol):
-    """A job, as far as its names go."""
+    """The part of a job that its objects' names depend on."""
 
     @property
     def name(self) -> str:
-        """Its own name."""
+        """The job's own name."""
 
     @property
     def old_names(self) -> bool:
-        """True if it was accepted before there were hashes in names: what it has keeps its name."""
+        """True if it was accepted before names had hashes: its objects keep their names."""
 
 
 def aggregator(job: str) -> str:

@@ -1,4 +1,4 @@
-"""One look at one job: observe, plan, apply."""
+"""The reconciler of FederatedJobs: observe, plan, apply."""
 
 import asyncio
 import datetime as dt
@@ -27,15 +27,15 @@ from .task_logs import TaskLogs
 
 log = logging.getLogger(__name__)
 
-# Counters in the status are written at most this often; transitions at once.
+# Counters in the status are written at most this often; transitions are written at once.
 _STATUS_INTERVAL = 3.0  # seconds
 _AT_ONCE = 0.05
 _SOON = 0.3
-_OWNER_CHECK_INTERVAL = 60.0  # before a look at whether another operator still serves a job
+_OWNER_CHECK_INTERVAL = 60.0  # seconds between checks whether another operator still serves a job
 
 
 class JobReconciler:
-    """Brings jobs forward, each by one step per call."""
+    """The reconciler of jobs."""
 
     def __init__(
         self,
@@ -56,12 +56,12 @@ class JobReconciler:
         self._aggregators = aggregators
         self._holds = holds
         self._logs = logs
-        self._limits = options
+        self._options = options
         self._clock = clock
         self._caches: dict[Key, JobCache] = {}
 
     async def reconcile(self, key: Key) -> float | None:
-        """Looks at a job; returns after how many seconds to look again, or None: only when something happens."""
+        """Reconcile a job. Return the delay in seconds until the next time, or None to wait for an event."""
         job = self._jobs.get(key)
         cache = self._caches.get(key)
         if cache is not None and (job is None or job.uid != cache.uid):
@@ -69,7 +69,7 @@ class JobReconciler:
             await self._aggregators.forget(cache.uid)
             cache = None
         if cache is None:
-            # Also at the last news of a pod that outlived its job.
+            # This also handles the last event of a pod that outlived its job.
             self._pods.forget_all_but({known.uid for known in self._jobs.all()})
         if job is None:
             await self._holds.update(key)
@@ -84,36 +84,36 @@ class JobReconciler:
         except KubeError as error:
             if error.code not in (404, 409):
                 raise
-            # Someone was quicker, or the job is gone: look at what is there now.
+            # The job was changed or deleted concurrently: read its current version.
             await self._effects.refresh(job)
             return _SOON
         finally:
             RECONCILE_SECONDS.observe(time.monotonic() - started)
 
     def count(self) -> int:
-        """Of how many jobs something is kept."""
+        """Return the number of jobs with cached data."""
         return len(self._caches)
 
     def accepted(self, namespace: str, name: str, uid: str) -> FederatedJobSpec | None:
-        """The spec that is in force, as far as it was looked at since the operator started."""
+        """Return the spec in force, if the job has been reconciled since the operator started."""
         cache = self._caches.get((namespace, name))
         known = cache.dependents if cache is not None and cache.uid == uid else None
         return known.accepted if known is not None else None
 
     async def _step(self, job: Job, cache: JobCache) -> float:
-        if other := ownership.other(job, self._limits.identity, self._clock.now()):
+        if other := ownership.other(job, self._options.identity, self._clock.now()):
             return await self._yield_to(job, cache, other)
         cache.other = ""
         if finished(job.status) is None and (
-            renewed := ownership.renewal(job, self._limits.identity, self._clock.now())
+            renewed := ownership.renewal(job, self._options.identity, self._clock.now())
         ):
-            # On top of the version that was seen: of two that claim it at once, one is told so.
+            # With the resource version that was seen, only one of two concurrent claims succeeds.
             job = await self._effects.claim(job, renewed)
         await self._logs.answer(job, cache)
         observed = await self._observer.observe(job, cache, self._clock.now())
-        # Asking took a moment; what is decided now is decided by the clock of now.
+        # Observing took a while, so the plan uses the current time.
         now = self._clock.now()
-        decided = plan(job, observed, now, self._limits)
+        decided = plan(job, observed, now, self._options)
         actions = list(decided.actions)
         first = actions[0] if actions else None
         releases = job.deleted is not None and isinstance(actions[-1] if actions else None, SaveJob)
@@ -122,12 +122,12 @@ class JobReconciler:
             actions = actions[1:]
         shown = await self._write_status(job, cache, decided, now)
         if releases:
-            # Last of all: with the finalizer the job itself goes.
+            # Last, since the job is gone once its finalizer is removed.
             await self._effects.perform(job, cache, [item for item in actions if not isinstance(item, SaveJob)], now)
             final = actions[-1]
             assert isinstance(final, SaveJob)
             await self._effects.save(job, final)
-            return self._limits.idle
+            return self._options.idle
         if actions:
             log.info("%s/%s: %s", job.namespace, job.name, _summary(decided))
             await self._effects.perform(job, cache, actions, now)
@@ -137,17 +137,17 @@ class JobReconciler:
         return decided.requeue if shown else min(decided.requeue, _STATUS_INTERVAL)
 
     async def _yield_to(self, job: Job, cache: JobCache, other: str) -> float:
-        """Leaves a job to another operator, and says so once."""
+        """Leave a job to another operator, and report that once."""
         if cache.other != other:
             cache.other = other
-            words = f"another operator, {other}, serves this job; this one, {self._limits.identity}, leaves it alone"
+            words = f"another operator, {other}, serves this job; this one, {self._options.identity}, leaves it alone"
             log.warning("%s/%s: %s", job.namespace, job.name, words)
             event = Emit("Warning", "ServedByAnother", f"{words}: only one should serve a namespace")
             await self._effects.emit(job, cache, event, self._clock.now())
         return _OWNER_CHECK_INTERVAL
 
     async def _write_status(self, job: Job, cache: JobCache, decided: Plan, now: dt.datetime) -> bool:
-        """Writes the status and the events. Returns whether the status is up to date; if not, it was put off."""
+        """Write the status and the events. Return False if the write of the status was deferred."""
         patch = merge_patch(job.status, decided.status)
         recent = time.monotonic() - cache.status_written < _STATUS_INTERVAL
         put_off = bool(patch) and recent and not is_urgent(job.status, decided.status)

@@ -1,4 +1,4 @@
-"""Decides which of several operators serves a job: an annotation names it, and is renewed while it does. Pure.
+"""The choice between several operators of a job: an annotation names the current one, which renews it. Pure.
 
 Two operators with different settings (a cluster-wide one and a namespace's own, or two names for one cluster) would
 undo each other's work forever and submit a pool twice.

@@ -1,4 +1,4 @@
-"""Lists all FederatedJobs and HPCSites in addition to watching them: periodically and after a watch was restarted.
+"""Lists of all FederatedJobs and HPCSites in addition to the watches: periodic, and after a watch was restarted.
 
 A watch does not report deletions that happened while it was down. If all objects of a kind were deleted, it does not
 even show that it was down.

@@ -1,4 +1,4 @@
-"""HPCSites: asks each bridge about its site now and then, and shows the answer."""
+"""The reconciler of HPCSites, which polls each bridge for its site's description."""
 
 import copy
 import datetime as dt
@@ -21,14 +21,14 @@ from ..text import one_line
 
 log = logging.getLogger(__name__)
 
-# A site is asked this many times more seldom than a running job is looked at.
+# The poll interval of a site, as a multiple of the resync interval of running jobs.
 _WELL = 10
 _ILL = 3
 _SHOWN = 5  # jobs in a message; status.inUse has them all
 
 
 class SiteReconciler:
-    """Keeps the statuses of HPCSites."""
+    """The reconciler of HPCSites."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class SiteReconciler:
         self._resync = resync
 
     async def reconcile(self, name: str) -> float | None:
-        """Asks one site; returns after how many seconds to ask again."""
+        """Poll one site. Return the delay in seconds until the next poll."""
         body = self._sites.bodies.get(name)
         if body is None:
             await self._holds.settle(name)
@@ -74,11 +74,11 @@ class SiteReconciler:
         return self._resync * (_WELL if reachable else _ILL)
 
     async def _cancel_orphans(self, name: str, body: Mapping[str, Any]) -> None:
-        """Ends what jobs that are long gone left here."""
+        """Cancel the arrays that deleted jobs left at this site."""
         for key, orphan in dict((body.get("status") or {}).get("orphans") or {}).items():
             whose = f"{orphan.get('namespace')}/{orphan.get('job')} pool {orphan.get('pool')}"
             try:
-                view = await self._bridges.cancel(name, key, 0, "its job was deleted while the site was out of reach")
+                view = await self._bridges.cancel(name, key, 0, "its job was deleted while the site was unreachable")
             except BridgeError as problem:
                 if problem.kind is ProblemKind.UNREACHABLE:
                     return
@@ -107,7 +107,7 @@ class SiteReconciler:
 
 
 def site_status(body: Mapping[str, Any], answer: pb.Site | BridgeError, now: dt.datetime) -> dict[str, Any]:
-    """The status of a site after a call to its bridge. What an unreachable site last said of itself stays."""
+    """Return a site's status after a call to its bridge. An unreachable site keeps its last description."""
     status: dict[str, Any] = copy.deepcopy(dict(body.get("status") or {}))
     generation = int(body["metadata"].get("generation") or 0)
     status["observedGeneration"] = generation
@@ -136,7 +136,7 @@ def site_status(body: Mapping[str, Any], answer: pb.Site | BridgeError, now: dt.
 
 
 def _held(body: Mapping[str, Any]) -> str:
-    """Return what keeps a site that somebody deleted; empty for any other site."""
+    """Return what holds a site that is being deleted; empty for any other site."""
     if not being_deleted(body):
         return ""
     jobs = [f"{job} (pool {pools})" for job, pools in sorted(holders(body).items())]

@@ -1,4 +1,4 @@
-"""Serves Slurm task logs to users, who can annotate their FederatedJob but cannot call the site's bridge."""
+"""Slurm task logs for users, who can annotate their FederatedJob but cannot call the site's bridge."""
 
 import json
 import logging

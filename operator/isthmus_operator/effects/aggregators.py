@@ -1,4 +1,4 @@
-"""Polls the status of aggregators."""
+"""Calls to aggregators for their status."""
 
 import logging
 from dataclasses import dataclass, field

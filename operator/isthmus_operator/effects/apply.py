@@ -1,4 +1,4 @@
-"""Carries out a plan's actions, in their order; client pods, the many, several at a time."""
+"""Execution of a plan's actions in order; client pods are created and deleted concurrently."""
 
 import asyncio
 import datetime as dt
@@ -46,11 +46,11 @@ from .site_holds import SiteHolds
 log = logging.getLogger(__name__)
 
 _EVENTS_REMEMBERED = 50  # of a job
-_EVENT_MESSAGE = 1024  # what the API server takes
+_EVENT_MESSAGE = 1024  # limit of the API server
 
 
 class Effects:
-    """Changes the world."""
+    """The executor of actions."""
 
     def __init__(self, kube: Kube, jobs: JobStore, pods: PodStore, bridges: Bridges, holds: SiteHolds) -> None:
         self._kube = kube
@@ -60,7 +60,7 @@ class Effects:
         self._holds = holds
 
     async def save(self, job: Job, action: SaveJob) -> Job:
-        """Writes the job's record and finalizers, on top of exactly the version that the plan saw."""
+        """Write the job's record and finalizers; fails with a conflict unless the job is as the plan saw it."""
         metadata: dict[str, Any] = {"resourceVersion": job.resource_version}
         if action.record is not None:
             metadata["annotations"] = {names.ANNOTATION_RECORD: action.record}
@@ -73,21 +73,21 @@ class Effects:
         return self._renewed(job, body)
 
     async def claim(self, job: Job, annotation: str) -> Job:
-        """Writes which operator serves the job, on top of exactly the version that was seen."""
+        """Write which operator serves the job; fails with a conflict unless the job is as it was seen."""
         annotations = {names.ANNOTATION_OPERATOR: annotation}
         metadata = {"resourceVersion": job.resource_version, "annotations": annotations}
         body = await self._kube.patch("FederatedJob", job.namespace, job.name, {"metadata": metadata})
         return self._renewed(job, body)
 
     async def write_status(self, job: Job, patch: Mapping[str, Any]) -> Job:
-        """Writes the difference in the status: of this very job, not of a later one of its name."""
+        """Patch the status of this job, by its uid, and not that of a later job of its name."""
         STATUS_WRITES.inc()
         content = {"metadata": {"uid": job.uid}, "status": patch}
         body = await self._kube.patch("FederatedJob", job.namespace, job.name, content, "status")
         return self._renewed(job, body)
 
     async def refresh(self, job: Job) -> None:
-        """Reads the job anew: what is known of it is outdated."""
+        """Read the job again, since the cached version is outdated."""
         body = await self._kube.get("FederatedJob", job.namespace, job.name)
         if body is None:
             self._jobs.drop((job.namespace, job.name), job.uid)
@@ -99,7 +99,7 @@ class Effects:
         return self._jobs.get((job.namespace, job.name)) or job
 
     async def emit(self, job: Job, cache: JobCache, event: Emit, now: dt.datetime) -> None:
-        """Write a Kubernetes event, or count one of the same words up; one that is lost is only logged."""
+        """Write a Kubernetes event, or increase the count of an equal one. A failure is only logged."""
         EVENTS.labels(event.reason).inc()
         key = event.reason, event.message
         if key in cache.events:
@@ -226,7 +226,7 @@ class Effects:
             log.warning("%s is refused: %s", key, error)
         else:
             cache.clear_refusal(key)
-        # What is there is read anew before pods are made from it.
+        # Existing objects are read again before pods are created from them.
         if cache.dependents is not None:
             cache.dependents.loaded = -math.inf
 
@@ -242,20 +242,20 @@ class Effects:
             if not error.answered:
                 raise
             cache.record_refusal(key, one_line(str(error)), now)
-            log.warning("%s/%s: %s cannot be mended (%s): %s", job.namespace, job.name, key, fields, error)
+            log.warning("%s/%s: %s cannot be restored (%s): %s", job.namespace, job.name, key, fields, error)
             return
         cache.clear_refusal(key)
         if cache.dependents is not None:
             cache.dependents.loaded = -math.inf
         if left := tuple(unmet(action.body, body)):
-            # The API server does not know these fields, or somebody puts them right back: one does not fight.
+            # The API server does not know these fields, or another writer resets them: do not fight over them.
             cache.unmendable[key] = left
             log.warning("%s/%s: %s stays as it is in %s", job.namespace, job.name, key, ", ".join(left))
         elif action.reason is Reason.ADOPTED:
-            words = f"the {action.kind} {action.name} of an earlier job is this job's now"
+            words = f"the {action.kind} {action.name} of an earlier job now belongs to this job"
             await self.emit(job, cache, Emit("Normal", action.reason, words), now)
         elif action.reason is not None:
-            words = f"the {action.kind} {action.name} was edited ({fields}): it is put back"
+            words = f"the {action.kind} {action.name} was edited ({fields}) and is restored"
             await self.emit(job, cache, Emit("Warning", action.reason, words), now)
 
     async def _create_pod(self, job: Job, cache: JobCache, action: CreatePod, now: dt.datetime) -> None:
@@ -271,7 +271,7 @@ class Effects:
                 return
             known = await self._kube.get("Pod", job.namespace, action.name)
             if known is None or not belongs_to(known, job.uid):
-                # Of another job, or of an earlier one of this name that is still going.
+                # It belongs to another job, or to an earlier one of this name that is still being deleted.
                 cache.record_refusal(key, "a pod of that name exists and is not this job's", now)
                 return
             body = known
@@ -282,10 +282,16 @@ class Effects:
         try:
             await self._kube.delete("Pod", job.namespace, action.name, action.uid)
         except KubeError as error:
-            # The operator's roles went before the job, with their namespace, in which pods end by themselves.
+            # The namespace is being deleted and the operator's roles are gone; its pods end with it.
             if job.deleted is None or error.code != 403:
                 raise
-            log.info("%s/%s: pod %s is left to the namespace's end: %s", job.namespace, job.name, action.name, error)
+            log.info(
+                "%s/%s: pod %s is left to the deletion of the namespace: %s",
+                job.namespace,
+                job.name,
+                action.name,
+                error,
+            )
 
     async def _code(self, job: Job, action: EnsurePool) -> Mapping[str, Any]:
         if not action.code:
@@ -320,7 +326,7 @@ class Effects:
                     await self._bridges.ensure(action.site, action.key, action.spec, credentials, files)
                 cache.delivered[action.key] = certificates.version(secret)
         except BridgeError as error:
-            # That it does not shrink, or takes no certificate, says nothing against the pool itself.
+            # A failure to shrink or to renew does not concern the pool itself.
             lesser = isinstance(action, ShrinkPool | RenewCredentials)
             kind = ProblemKind.UNREACHABLE if lesser else error.kind
             cache.record_problem(action.array, kind, str(error), now, error.reason)
@@ -330,11 +336,11 @@ class Effects:
 
 
 def _steps(job: Job, actions: Sequence[Action]) -> list[list[Action]]:
-    """Return the actions in their order, those together that may go side by side: client pods, made and deleted."""
+    """Group the actions in order: consecutive creations and deletions of client pods run concurrently."""
     steps: list[list[Action]] = []
     side_by_side = False
     for action in actions:
-        # The aggregator goes first: where a quota is short, clients without it are of no use.
+        # The aggregator goes first: with a short quota, clients without it are of no use.
         leads = isinstance(action, CreatePod) and action.name == names.aggregator(job.name)
         pods = isinstance(action, CreatePod | DeletePod) and not leads
         if pods and side_by_side:

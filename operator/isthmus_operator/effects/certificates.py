@@ -1,4 +1,4 @@
-"""Creates and checks the certificates in a job's Secrets."""
+"""The certificates in a job's Secrets: creation and checks."""
 
 import base64
 import binascii

@@ -1,4 +1,4 @@
-"""Converts the files of ``task.code`` in ConfigMaps."""
+"""The files of ``task.code`` in ConfigMaps."""
 
 import base64
 import binascii

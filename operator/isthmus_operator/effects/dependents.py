@@ -1,4 +1,4 @@
-"""Reads a job's Secrets, Service, ConfigMap and claim: by name, so that the operator need not list Secrets."""
+"""A job's dependent objects, read by name, so that the operator needs no right to list Secrets."""
 
 import asyncio
 import datetime as dt
@@ -29,7 +29,7 @@ Objects = dict[str, Mapping[str, Any]]  # by Kind/name
 async def load(
     kube: Kube, job: Job, now: dt.datetime, options: PlanOptions, sites: SiteStore, resting: bool
 ) -> Dependents:
-    """Reads them all; of a job that rests only what was accepted, if that is there."""
+    """Read all dependents; of a suspended job only the accepted spec, if it exists."""
     began = time.monotonic()
     file = f"ConfigMap/{names.job_file(job.name)}"
     objects = await _get(kube, job, [file])
@@ -60,7 +60,7 @@ async def load(
         good = {}
         for wanted in wanted_certificates(job, spec):
             secret = ours.get(f"Secret/{wanted.secret}")
-            # Aside: those of hundreds of clients take a while to read.
+            # In a thread: certificates of hundreds of clients take a while to parse.
             if await asyncio.to_thread(certificates.stands, secret, wanted, result.authority, now):
                 good[wanted.secret] = certificates.version(secret)
                 if wanted.secret == names.observer_tls(job.name):
@@ -72,7 +72,7 @@ async def load(
 async def forbidden_references(
     kube: Kube, job: Job, accepted: FederatedJobSpec | None, sites: SiteStore
 ) -> tuple[str, ...]:
-    """What the job's templates name and may not: other jobs' Secrets, ConfigMaps and claims, and sites' credentials."""
+    """Return references in templates to other jobs' Secrets, ConfigMaps and claims, and to sites' credentials."""
     spec = accepted or _spec(job)
     if spec is None:
         return ()
@@ -99,7 +99,7 @@ def _templates(spec: FederatedJobSpec) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def service_view(body: Mapping[str, Any]) -> ServiceView:
-    """Cuts a Service down to its addresses."""
+    """Reduce a Service to its addresses."""
     spec = body.get("spec") or {}
     ports = spec.get("ports") or ()
     node_port = next((port.get("nodePort") or 0 for port in ports if port.get("port") == ids.AGGREGATOR_PORT), 0)
@@ -112,20 +112,19 @@ def service_view(body: Mapping[str, Any]) -> ServiceView:
 
 
 def _whose(key: str, body: Mapping[str, Any]) -> str:
-    """Return an object's key, with the job that it belongs to, if any: the names of two jobs' objects may be alike."""
+    """Return an object's key with the job that owns it, if any: names of two jobs' objects can collide."""
     other = (body["metadata"].get("labels") or {}).get(ids.LABEL_JOB)
     return f"{key} (of the job {other})" if other else key
 
 
 def _is_ours(body: Mapping[str, Any], job: Job) -> bool:
-    """Tell a job's object by its label or by its owner: somebody may have edited one of them."""
+    """Return True if an object's label or owner names the job; one of them may have been edited."""
     owners = (body.get("metadata") or {}).get("ownerReferences") or ()
     return job_uid_of(body) == job.uid or any(owner.get("uid") == job.uid for owner in owners)
 
 
 def _is_offered(key: str, body: Mapping[str, Any], job: Job) -> bool:
-    """Return whether the job may adopt a claim: somebody who may write it says so in an annotation, and no controller
-    of another kind has it."""
+    """Return True if the job may adopt a claim: an annotation offers it, and no other kind of controller owns it."""
     metadata = body.get("metadata") or {}
     controllers = {one.get("kind") for one in metadata.get("ownerReferences") or () if one.get("controller")}
     offered = (metadata.get("annotations") or {}).get(names.ANNOTATION_ADOPT) == job.name
@@ -134,7 +133,7 @@ def _is_offered(key: str, body: Mapping[str, Any], job: Job) -> bool:
 
 
 def _live(ours: Objects) -> dict[str, Mapping[str, Any]]:
-    """Return what is compared with what an object should be. Secrets' and ConfigMaps' data is not kept."""
+    """Return the parts of objects that are compared, without the data of Secrets and ConfigMaps."""
     kept = ("name", "namespace", "labels", "annotations", "ownerReferences")
     return {
         key: {
@@ -156,7 +155,7 @@ def _place(key: str, job: Job) -> tuple[str, str, str]:
 
 
 def _accepted(body: Mapping[str, Any] | None, job: Job) -> FederatedJobSpec | None:
-    """The spec that was accepted. One that does not parse any more (a newer operator) is taken from the manifest."""
+    """Return the accepted spec; if it no longer parses (after an upgrade), the manifest's."""
     if body is None or not _is_ours(body, job):
         return None
     try:

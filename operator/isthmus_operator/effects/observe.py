@@ -1,4 +1,4 @@
-"""Gathers what a plan looks at."""
+"""Collection of the state that a plan reads."""
 
 import asyncio
 import datetime as dt
@@ -27,14 +27,14 @@ from .bridge import Bridges
 from .bridge_channels import BridgeError
 from .kube import Kube, KubeError
 
-# Objects that nobody should touch are looked at every so many resyncs, in case somebody did.
+# Dependent objects, which only the operator should change, are checked every this many resyncs.
 _DEPENDENTS_RESYNCS = 20
-# A watch may lose a deletion while it is down: a list finds the ghosts.
+# A watch may miss a deletion while it is down; a list corrects that.
 _PODS_AGE = 600.0  # seconds
 
 
 class Observer:
-    """Sees a job's surroundings."""
+    """The observer of a job's state in the cluster, at its sites and in its aggregator."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Observer:
         self._dependents_age = _DEPENDENTS_RESYNCS * options.resync
 
     async def observe(self, job: Job, cache: JobCache, now: dt.datetime) -> Observed:
-        """Looks around. The aggregator is asked last: see ``Observed.federation``."""
+        """Collect the observed state. The aggregator is queried last, see ``Observed.federation``."""
         idle = job.deleted is not None or finished(job.status) is not None
         if not idle:
             await self._list_pods(job, cache)
@@ -97,7 +97,7 @@ class Observer:
         take_stale, began = self._pods.take_stale(job.uid), time.monotonic()
         if not take_stale and began - cache.pods_listed < _PODS_AGE:
             return
-        cache.pods_listed = -math.inf  # should the list fail, it is made at the next look
+        cache.pods_listed = -math.inf  # if the list fails, it is repeated with the next reconciliation
         known = [pod.uid for pod in self._pods.of(job.namespace, job.uid)]
         listed = await self._kube.list("Pod", job.namespace, f"{ids.LABEL_JOB_UID}={job.uid}")
         self._pods.replace(job.namespace, job.uid, listed.get("items") or (), known)
@@ -106,9 +106,9 @@ class Observer:
     async def _load_dependents(self, job: Job, cache: JobCache, now: dt.datetime, idle: bool) -> Dependents:
         known = cache.dependents
         if known is None and idle:
-            # Nothing is made for it any more.
+            # Nothing more is created for it.
             return Dependents(-math.inf)
-        # Until it is resumed, nothing is made of the rest.
+        # The other objects are not needed until it is resumed.
         resting = bool(job.spec.get("suspend")) and is_true(job.status, ConditionType.SUSPENDED)
         lacks = known is not None and (known.accepted is None if resting else _incomplete(known))
         old = known is None or time.monotonic() - known.loaded > self._dependents_age
@@ -156,14 +156,14 @@ class Observer:
     async def _node_address(
         self, spec: FederatedJobSpec | None, service: ServiceView | None, cache: JobCache, pod: PodView | None
     ) -> str:
-        """The address of the aggregator's node: what a NodePort needs."""
+        """Return the address of the aggregator's node, for a NodePort."""
         if pod is None or not pod.node or spec is None or spec.aggregator.expose.type != "NodePort":
             return ""
         if pod.node not in cache.node_addresses:
             try:
                 node = await self._kube.get("Node", "", pod.node)
             except KubeError:
-                # Not allowed to read nodes: the pod tells the internal address.
+                # Without the right to read nodes, use the internal address in the pod's status.
                 node = None
             addresses = ((node or {}).get("status") or {}).get("addresses") or ()
             address = node_address(addresses, service.cluster_ip if service is not None else "") or pod.host_ip
@@ -174,8 +174,10 @@ class Observer:
 
 
 def node_address(addresses: Iterable[Mapping[str, Any]], cluster_ip: str) -> str:
-    """Return the node's address for others: external before internal. Nodes of two families have one of each: it is
-    the one of the Service's first family, which its NodePort is opened in."""
+    """Return a node's address: external before internal.
+
+    Dual-stack nodes have addresses of both families; the Service's first family decides, since its NodePort uses it.
+    """
     known = [(str(item.get("type")), str(item["address"])) for item in addresses if item.get("address")]
     own = [item for item in known if (":" in item[1]) == (":" in cluster_ip)]
     for found in (dict(reversed(own)), dict(reversed(known))):
@@ -185,7 +187,7 @@ def node_address(addresses: Iterable[Mapping[str, Any]], cluster_ip: str) -> str
 
 
 def _incomplete(known: Dependents) -> bool:
-    """Whether something is still missing that may have come since: then the objects are looked at each time."""
+    """Return True if objects are still missing, in which case they are read every time."""
     service, accepted = known.service, known.accepted
     if (
         accepted is None

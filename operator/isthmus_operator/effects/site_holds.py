@@ -1,8 +1,8 @@
-"""The finalizer of an HPCSite in use: a site that is deleted stays until the last pool of any job there is over.
+"""The finalizer of an HPCSite in use: a deleted site stays until the last pool of any job there has ended.
 
 ``status.inUse`` of the site lists the jobs that hold it. An entry is written before a job's first pool is submitted,
-and removed when the job has nothing left at the site. The finalizer is there while there is an entry, or an orphan.
-Both are shared by all operators of the cluster: each one corrects the entries of jobs that it can read.
+and removed when the job has nothing left at the site. The finalizer is set while there is an entry or an orphan. Both
+are shared by all operators of the cluster: each one corrects the entries of jobs that it can read.
 """
 
 import asyncio
@@ -23,11 +23,11 @@ from .kube import Kube, KubeError
 
 log = logging.getLogger(__name__)
 
-_TRIES = 5  # at an HPCSite that others write to
+_TRIES = 5  # attempts to write an HPCSite that others change concurrently
 
 
 class SiteHolds:
-    """Keeps the finalizers of HPCSites."""
+    """The manager of the HPCSites' finalizers."""
 
     def __init__(self, kube: Kube, jobs: JobStore, sites: SiteStore) -> None:
         self._kube = kube
@@ -40,7 +40,7 @@ class SiteHolds:
     async def hold(self, site: str, job: Job) -> None:
         """Make sure that a site stays while the job has a pool there.
 
-        Raises :class:`BridgeError` if the site is being deleted, or others change it all the time.
+        Raises :class:`BridgeError` if the site is being deleted, or if concurrent changes do not end.
         """
         async with self._locks[site]:
             try:
@@ -65,7 +65,7 @@ class SiteHolds:
         raise BridgeError(ProblemKind.UNREACHABLE, f"HPCSite {site} is being changed by others")
 
     async def update(self, key: Key) -> None:
-        """Let go of the sites at which a job has nothing any more."""
+        """Release the sites at which a job has nothing left."""
         holder = "/".join(key)
         for name in [name for name, body in self._sites.bodies.items() if holder in holders(body)]:
             async with self._locks[name]:
@@ -74,7 +74,7 @@ class SiteHolds:
                     await self._release(name, {holder: None})
 
     async def settle(self, name: str) -> None:
-        """Compare a site's entries with the jobs that there are, and its finalizer with its entries."""
+        """Correct a site's entries by the existing jobs, and its finalizer by its entries."""
         async with self._locks[name]:
             body = self._sites.bodies.get(name)
             if body is None:
@@ -106,7 +106,7 @@ class SiteHolds:
             self._report(error)
 
     async def _still_held(self, site: str, holder: str) -> bool:
-        """Read a job that this operator does not serve, or that is gone."""
+        """Return True if a job that this operator does not know still holds the site."""
         namespace, _, job = holder.partition("/")
         try:
             body = await self._kube.get("FederatedJob", namespace, job)
@@ -126,7 +126,7 @@ class SiteHolds:
             return None
 
     async def _set_finalizer(self, name: str, body: Mapping[str, Any], *, held: bool) -> bool:
-        """Add or remove the finalizer on top of exactly this version. Returns False if that is outdated."""
+        """Add or remove the finalizer. Return False if ``body`` is outdated."""
         others = [item for item in _finalizers(body) if item != FINALIZER]
         wanted = [*others, FINALIZER] if held else others
         if held == (FINALIZER in _finalizers(body)):
@@ -172,7 +172,7 @@ def holders(body: Mapping[str, Any]) -> dict[str, str]:
 
 
 def being_deleted(body: Mapping[str, Any]) -> bool:
-    """Return whether somebody deleted the site."""
+    """Return True if the site is being deleted."""
     return bool(body["metadata"].get("deletionTimestamp"))
 
 

@@ -1,4 +1,4 @@
-"""Decides whether a manifest is accepted and which later changes take effect. Pure."""
+"""Acceptance of manifests and of later changes to them. Pure."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping

@@ -12,7 +12,7 @@ from ..state.job_record import ArrayKey
 
 @dataclass(frozen=True)
 class SaveJob:
-    """Write the record, the finalizers and the scheme of names of the FederatedJob."""
+    """A write of the FederatedJob's record, finalizers and naming scheme."""
 
     record: str | None = None
     finalizers: tuple[str, ...] | None = None
@@ -21,7 +21,7 @@ class SaveJob:
 
 @dataclass(frozen=True)
 class Apply:
-    """Apply an object on the server's side."""
+    """A server-side apply of an object."""
 
     body: Mapping[str, Any]
 
@@ -36,11 +36,11 @@ class Apply:
 
 @dataclass(frozen=True)
 class Mend:
-    """Puts back what somebody edited in an object."""
+    """The restoration of an object that was edited."""
 
     body: Mapping[str, Any]  # the whole object, or a merge patch of its metadata
     fields: tuple[str, ...]
-    reason: Reason | None = Reason.RESTORED  # of the event; None: only other settings, or another version, made it so
+    reason: Reason | None = Reason.RESTORED  # of the event; None after a change of settings or version
     whole: bool = False
 
     @property
@@ -54,7 +54,7 @@ class Mend:
 
 @dataclass(frozen=True)
 class CopyCode:
-    """Copy a user's ConfigMap, so that all clients of a job get the same files if it changes later."""
+    """A copy of a user's ConfigMap, so that all clients of a job get the same files if it changes later."""
 
     source: str
     name: str
@@ -62,7 +62,7 @@ class CopyCode:
 
 @dataclass(frozen=True)
 class CreateAuthority:
-    """Create the job's CA."""
+    """The creation of the job's CA."""
 
     secret: str
     days: int
@@ -70,7 +70,7 @@ class CreateAuthority:
 
 @dataclass(frozen=True)
 class RenewAuthority:
-    """Renew the job's CA certificate with its existing key, so running pods are unaffected."""
+    """The renewal of the job's CA certificate with its existing key, which does not affect running pods."""
 
     secret: str
     days: int
@@ -78,7 +78,7 @@ class RenewAuthority:
 
 @dataclass(frozen=True)
 class IssueCertificate:
-    """Issue a certificate, or those of several clients, signed by the job's CA."""
+    """A certificate, or those of several clients, to be signed by the job's CA."""
 
     secret: str
     name: str
@@ -91,7 +91,7 @@ class IssueCertificate:
 
 @dataclass(frozen=True)
 class CreatePod:
-    """Create a pod, unless one of that name exists."""
+    """The creation of a pod, unless one of that name exists."""
 
     body: Mapping[str, Any]
 
@@ -102,7 +102,7 @@ class CreatePod:
 
 @dataclass(frozen=True)
 class DeletePod:
-    """Delete the pod with that uid."""
+    """The deletion of the pod with that uid."""
 
     name: str
     uid: str
@@ -110,7 +110,7 @@ class DeletePod:
 
 @dataclass(frozen=True)
 class EnsurePool:
-    """Request an array from the site's bridge."""
+    """A request for an array to the site's bridge."""
 
     array: ArrayKey
     site: str
@@ -122,7 +122,7 @@ class EnsurePool:
 
 @dataclass(frozen=True)
 class RenewCredentials:
-    """Send a pool's renewed certificate to the site, for its running clients."""
+    """A renewed certificate for an array's running clients, to be sent to the site."""
 
     array: ArrayKey
     site: str
@@ -132,7 +132,7 @@ class RenewCredentials:
 
 @dataclass(frozen=True)
 class CancelPool:
-    """Cancel an array at its site."""
+    """The cancellation of an array at its site."""
 
     array: ArrayKey
     site: str
@@ -142,7 +142,7 @@ class CancelPool:
 
 @dataclass(frozen=True)
 class ShrinkPool:
-    """Cancel an array's clients at its site, except for the first ``replicas``."""
+    """The cancellation of an array's clients at its site, except for the first ``replicas``."""
 
     array: ArrayKey
     site: str
@@ -152,7 +152,7 @@ class ShrinkPool:
 
 @dataclass(frozen=True)
 class RecordOrphan:
-    """Note on the HPCSite what is to be cancelled there once the site can be reached."""
+    """A note on the HPCSite of an array that is to be cancelled there once the site can be reached."""
 
     pool: str
     site: str
@@ -161,12 +161,12 @@ class RecordOrphan:
 
 @dataclass(frozen=True)
 class DeleteJob:
-    """Delete the FederatedJob, whose time to live is over."""
+    """The deletion of the FederatedJob, whose time to live is over."""
 
 
 @dataclass(frozen=True)
 class Emit:
-    """Write a Kubernetes event."""
+    """A Kubernetes event."""
 
     type: Literal["Normal", "Warning"]
     reason: str

@@ -1,4 +1,4 @@
-"""Plans the aggregator's pod: starts it, tells crashes from results, and replaces it if it is lost."""
+"""Planning of the aggregator's pod: start, distinction of crashes and results, and replacement if it is lost."""
 
 import datetime as dt
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The objects that a job's pods need: what is missing is made, what was edited is put back."""
+"""Planning of the objects that a job's pods need: missing ones are created, edited ones are restored."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,17 +22,19 @@ from .desired import (
 
 
 def _note_lost_volume(context: PlanContext, missing: list[Desired]) -> None:
-    """Says that completed rounds are lost with the claim that held them, when a new one is to be made."""
+    """Report that completed rounds are lost with their claim, if a new one is to be created."""
     completed = int((context.job.status.get("rounds") or {}).get("completed") or 0)
     if completed and any(item.kind == "PersistentVolumeClaim" for item in missing):
         context.volume_lost = True
         claim = names.checkpoints(context.job.name)
-        words = f"the claim {claim} is gone, and {completed} completed rounds with it: a new one is made, and training"
-        context.emit("Warning", Reason.AGGREGATOR_LOST, f"{words} begins again with round 1")
+        words = (
+            f"the claim {claim} is gone, and {completed} completed rounds with it: a new one is created, and training"
+        )
+        context.emit("Warning", Reason.AGGREGATOR_LOST, f"{words} starts again with round 1")
 
 
 def plan_base(context: PlanContext) -> bool:
-    """Ask for what is missing or was edited. Returns whether everything is there, so that pods can be made."""
+    """Plan missing and edited objects. Return True if all exist, so that pods can be created."""
     observed = context.observed
     complete = True
     wanted = desired(context.job, context.spec, context.options, observed.sites)
@@ -43,17 +45,19 @@ def plan_base(context: PlanContext) -> bool:
             _mend(context, item)
             continue
         complete = False
-        # Once there is a CA: what it signs can be told from what an earlier one signed only then.
+        # Certificates need an existing CA, so that those of an earlier CA can be recognized.
         waits = isinstance(item.action, IssueCertificate) and not observed.authority
         if item.key in observed.adoptable:
             _adopt(context, item)
         elif not waits and not context.refused(item.key):
             if item.key in observed.vanished and not context.volume_lost:
-                context.emit("Warning", Reason.RESTORED, f"the {item.kind} {item.name} was deleted: it is made again")
+                context.emit(
+                    "Warning", Reason.RESTORED, f"the {item.kind} {item.name} was deleted and is created again"
+                )
             context.actions.append(item.action)
     authority = names.authority(context.job.name)
     if observed.authority and observed.authority_ends and not context.refused(f"Secret/{authority}"):
-        # What it signs is signed anew after that; until then all that is there serves.
+        # Afterwards all certificates are issued again; until then the existing ones are valid.
         context.actions.append(RenewAuthority(authority, authority_days(context.spec)))
     if not complete:
         context.requeue_after(context.options.resync)
@@ -70,14 +74,14 @@ def _present(item: Desired, observed: Observed) -> bool:
 
 
 def _mend(context: PlanContext, item: Desired) -> None:
-    """Put back what somebody edited in an object, and bring it up to date with sites and the admin's defaults."""
+    """Restore an edited object, and update it after changes of sites or the admin's defaults."""
     observed = context.observed
     live = observed.live.get(item.key)
     policy = item.kind == "NetworkPolicy"
     if live is None or context.refused(item.key):
         return
     if policy and not all(name in observed.sites for name in site_names(context.spec)):
-        return  # a site that is gone shuts nobody out: what runs there goes on
+        return  # if a site is gone, its policy stays, since arrays may still run there
     fields = differences(context.job, item, live)
     if not fields or tuple(fields) == observed.unmendable.get(item.key):
         return
@@ -92,7 +96,7 @@ def _mend(context: PlanContext, item: Desired) -> None:
 
 
 def _adopt(context: PlanContext, item: Desired) -> None:
-    """Take over the claim of an earlier job, which somebody offered by an annotation."""
+    """Take over an earlier job's claim that was offered by an annotation."""
     if context.refused(item.key):
         return
     patch = adoption_patch(context.job, item, context.observed.adoptable[item.key])

@@ -1,4 +1,4 @@
-"""Sizes bursting cloud pools: more clients while HPC clients are queued, fewer once all of them are connected."""
+"""The size of bursting cloud pools: more clients while HPC clients are queued, fewer once all of them are connected."""
 
 from isthmus_contracts.api.federated_job import Pool
 

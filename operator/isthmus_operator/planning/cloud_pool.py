@@ -1,4 +1,4 @@
-"""Plans cloud pools: one pod per client, restarted within limits."""
+"""Planning of cloud pools: one pod per client, restarted within limits."""
 
 import datetime as dt
 from collections.abc import Sequence

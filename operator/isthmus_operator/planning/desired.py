@@ -1,4 +1,4 @@
-"""The objects of a running job other than its pods, and how one that is there differs from what it should be."""
+"""The desired objects of a running job other than its pods, and their differences from existing ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from .context import PlanOptions
 
 _YEAR = 365
 _DAY_SECONDS = 86400
-# Kinds whose content is compared. The rest is immutable (the job file, the files of task.code), may grow (the claim),
-# or is judged by its certificates (Secrets): of these only labels and owners are compared.
+# Kinds whose content is compared. Of the others only labels and owners are compared: they are immutable (the job file,
+# the files of task.code), may grow (the claim), or are checked by their certificates (Secrets).
 COMPARED = ("Service", "NetworkPolicy", "PodDisruptionBudget")
-# Maps that mean something else when a key is added. Others may add to any other map.
+# Maps whose meaning changes if a key is added. Others may add keys to any other map.
 _WHOLE_MAPS = ("selector", "podSelector", "matchLabels")
-# Lists to which others may add, and the key by which we know our own items.
+# Lists to which others may add items, with the key that identifies our own.
 _OPEN_LISTS = {"metadata.ownerReferences": "uid", "spec.ports": "port"}
 
 
 @dataclass(frozen=True)
 class Desired:
-    """One object, and the action that makes it."""
+    """A desired object with the action that creates it."""
 
     kind: str
     name: str
@@ -41,7 +41,7 @@ class Desired:
 
 
 def desired(job: Job, spec: FederatedJobSpec, options: PlanOptions, sites: Mapping[str, HpcSiteSpec]) -> list[Desired]:
-    """Return everything that a running job's pods need, in the order in which it is made."""
+    """Return the objects that a running job's pods need, in order of creation."""
     bodies = [aggregator.job_file(job, spec), aggregator.service(job, spec, options.defaults.service)]
     if spec.aggregator.checkpoint.storage == "PersistentVolumeClaim":
         bodies.append(aggregator.claim(job, spec, options.defaults.storage_class_name))
@@ -62,18 +62,18 @@ def desired(job: Job, spec: FederatedJobSpec, options: PlanOptions, sites: Mappi
 
 
 def certificate_days(spec: FederatedJobSpec) -> int:
-    """Return the lifetime of a job's certificates: it outlives the job's deadline, and is never less than a year."""
+    """Return the lifetime of a job's certificates in days: longer than its deadline, and at least a year."""
     deadline = (spec.active_deadline_seconds or 0) // _DAY_SECONDS
     return max(_YEAR, deadline + 2 * 30)
 
 
 def authority_days(spec: FederatedJobSpec) -> int:
-    """Return the lifetime of a job's CA."""
+    """Return the lifetime of a job's CA in days."""
     return certificate_days(spec) + _YEAR
 
 
 def certificates(job: Job, spec: FederatedJobSpec) -> list[IssueCertificate]:
-    """Every certificate that the job needs."""
+    """Return every certificate that the job needs."""
     days, service = certificate_days(spec), names.aggregator(job.name)
     hosts = (
         ids.aggregator_server_name(job.uid),
@@ -107,28 +107,30 @@ def site_names(spec: FederatedJobSpec) -> list[str]:
 
 
 def differences(job: Job, item: Desired, live: Mapping[str, Any]) -> list[str]:
-    """Return the fields in which an object that is there differs from what it should be: ``spec.selector``."""
+    """Return the fields in which an existing object differs from the desired one, such as ``spec.selector``."""
     if isinstance(item.action, Apply) and item.kind in COMPARED:
         return unmet(item.action.body, live)
     return unmet({"metadata": metadata(job, item.name)}, live)
 
 
 def unmet(body: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
-    """Return the fields of ``body`` that an object lacks, or has otherwise; what it has beyond them counts only where
-    it changes their meaning."""
+    """Return the fields of ``body`` that an object lacks or has with another value.
+
+    Additional fields of the object count only if they change the meaning.
+    """
     wanted = {key: value for key, value in body.items() if key not in ("apiVersion", "kind")}
     return list(dict.fromkeys(_differences(wanted, live, "")))
 
 
 def metadata_patch(job: Job, item: Desired, live: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a merge patch that gives an object its labels and its owner back, and leaves other owners alone."""
+    """Return a merge patch that restores an object's labels and owner, and keeps other owners."""
     wanted = metadata(job, item.name)
     others = [one for one in (live.get("metadata") or {}).get("ownerReferences") or () if one.get("uid") != job.uid]
     return {"metadata": {"labels": wanted["labels"], "ownerReferences": [*others, *wanted["ownerReferences"]]}}
 
 
 def adoption_patch(job: Job, item: Desired, live: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a merge patch that makes an earlier job's claim this job's, and notes whose it was."""
+    """Return a merge patch that transfers an earlier job's claim to this job, and records the earlier job's uid."""
     found = live.get("metadata") or {}
     wanted = metadata(job, item.name)
     others = [one for one in found.get("ownerReferences") or () if one.get("kind") != "FederatedJob"]
@@ -154,7 +156,7 @@ def _differences(wanted: Any, found: Any, path: str) -> list[str]:
         return [one for part in inner for one in part]
     if isinstance(wanted, list) and isinstance(found, list):
         return [path] if _lists_differ(wanted, found, path) else []
-    # An empty map, list or rule set may be left out of an answer.
+    # The API server may omit an empty map, list or rule set.
     return [] if wanted == found or (not wanted and not found and wanted is not False) else [path]
 
 

@@ -1,4 +1,4 @@
-"""Selects the changes of a status that are worth a Kubernetes event: transitions, but not initial states."""
+"""The changes of a status that are worth a Kubernetes event: transitions, but not initial states."""
 
 from collections.abc import Mapping
 from typing import Any

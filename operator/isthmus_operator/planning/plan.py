@@ -117,7 +117,7 @@ def _aggregator_condition(context: PlanContext, status: StatusDraft, aggregator:
         taken = ", ".join(context.observed.conflicting)
         message = f"waits for object names that are taken: {taken}"
         if any(name.startswith("PersistentVolumeClaim/") for name in context.observed.conflicting):
-            message += f" (to continue from this claim: kubectl annotate pvc {names.checkpoints(context.job.name)}"
+            message += f" (to continue with this claim: kubectl annotate pvc {names.checkpoints(context.job.name)}"
             message += f" {names.ANNOTATION_ADOPT}={context.job.name} --namespace {context.job.namespace})"
     elif aggregator.status == "True" and context.observed.federation_error:
         message = f"it does not respond to the operator: {context.observed.federation_error}"

@@ -1,4 +1,4 @@
-"""Explains why a pod does not start, and decides when that is worth an event."""
+"""The reasons why a pod does not start, and when they are worth an event."""
 
 import datetime as dt
 

@@ -1,4 +1,4 @@
-"""Renders the aggregator's job file, Service, claim and pod."""
+"""The aggregator's job file, Service, claim and pod."""
 
 import json
 from collections.abc import Sequence

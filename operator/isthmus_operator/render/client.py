@@ -1,4 +1,4 @@
-"""Renders the pods of cloud clients."""
+"""The pods of cloud clients."""
 
 import copy
 from collections.abc import Mapping, Sequence

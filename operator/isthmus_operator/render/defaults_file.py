@@ -1,4 +1,4 @@
-"""Reads the admin's job defaults, and rejects invalid ones before any job uses them."""
+"""The file with the admin's job defaults, which is validated before any job uses them."""
 
 import datetime as dt
 from collections.abc import Iterator

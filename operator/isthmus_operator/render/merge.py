@@ -1,4 +1,4 @@
-"""Merges pod templates like a strategic merge patch: maps deeply, and known lists by the key of their items."""
+"""Strategic merge of pod templates: maps deeply, and known lists by the key of their items."""
 
 import copy
 from collections.abc import Mapping

@@ -68,7 +68,7 @@ def owned(job: Job, kind: str, name: str, content: Mapping[str, Any], group: str
 
 
 def stamped(body: dict[str, Any]) -> dict[str, Any]:
-    """Note in an annotation what is written: an object that differs from it later was edited by somebody."""
+    """Annotate an object with a hash of its content, by which later edits are recognized."""
     annotations = body["metadata"].get("annotations")
     content = [body["spec"], annotations] if annotations else body["spec"]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

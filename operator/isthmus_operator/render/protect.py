@@ -1,4 +1,4 @@
-"""Renders a job's NetworkPolicies and the aggregator's PodDisruptionBudget."""
+"""A job's NetworkPolicies and the aggregator's PodDisruptionBudget."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Finds the Secrets, ConfigMaps and claims that a pod template names, and decides whether it may.
+"""The Secrets, ConfigMaps and claims that a pod template names, and whether it is allowed to.
 
 A pod can read them with rights that its author may lack. So Isthmus' own objects are refused: other jobs' keys, files,
 logs and models.

@@ -1,4 +1,4 @@
-"""Checks pods against the restricted Pod Security Standard, and for other service accounts.
+"""Checks of pods against the restricted Pod Security Standard, and for other service accounts.
 
 The admin can allow exceptions in four groups. The whole pod is checked, since a template can also remove settings.
 """

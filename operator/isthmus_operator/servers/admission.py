@@ -1,4 +1,4 @@
-"""Reviews manifests for the admission webhook with the reconciler's own checks. Pure.
+"""Reviews of manifests for the admission webhook, with the reconciler's own checks. Pure.
 
 Nothing depends on it: without the webhook, the reconciler reports the same messages in the status.
 """

@@ -1,4 +1,4 @@
-"""Serves the admission webhook over HTTPS on the operator's event loop, from cached data."""
+"""The admission webhook: an HTTPS server on the operator's event loop that uses cached data."""
 
 import asyncio
 import base64

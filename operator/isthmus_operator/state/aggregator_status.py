@@ -1,4 +1,4 @@
-"""Converts the aggregator's status, from a call or from its termination message.
+"""Conversion of the aggregator's status, from a call or from its termination message.
 
 The aggregator's image belongs to the user, so its texts are made printable and bounded before they are stored.
 """

@@ -72,7 +72,7 @@ class ArrayKey:
 
 
 class ArrayState(StrEnum):
-    """How far an array's current attempt has come. The transitions are listed in :mod:`..planning.hpc_pool`."""
+    """The progress of an array's current attempt. The transitions are listed in :mod:`..planning.hpc_pool`."""
 
     WAITING = "Waiting"  # not requested yet
     REQUESTED = "Requested"  # requested from the site, which has not confirmed it yet

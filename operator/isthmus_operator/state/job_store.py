@@ -73,7 +73,7 @@ class SiteStore:
         self.specs: dict[str, HpcSiteSpec] = {}
         self.errors: dict[str, str] = {}  # of manifests that do not parse
         self.reachable: dict[str, bool] = {}
-        self.leaving: set[str] = set()  # deleted, and held by jobs that have pools there
+        self.leaving: set[str] = set()  # being deleted, and held by jobs with pools there
 
     def put(self, body: Mapping[str, Any]) -> bool:
         """Store a site; return True if its spec changed or it was deleted."""
@@ -136,7 +136,7 @@ def parse_job(body: Mapping[str, Any]) -> Job:
 
 
 def _accepted(body: Mapping[str, Any]) -> bool:
-    """Return whether a job was accepted: where its names are not noted, by an operator that had no hashes."""
+    """Return True if a job was accepted. Without a noted naming scheme, its names have no hashes."""
     conditions = (body.get("status") or {}).get("conditions") or ()
     return any(item.get("type") == ConditionType.ACCEPTED and item.get("status") == "True" for item in conditions)
 

@@ -1,4 +1,4 @@
-"""Reads a job's record, also if the annotation was damaged."""
+"""A job's stored record, recovered from the status if its annotation is damaged."""
 
 from .job_record import ArrayKey, ArrayState, HpcRecord, Record, Submission
 from .observed import Job

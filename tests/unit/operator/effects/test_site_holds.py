@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.identities import FINALIZER
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_operator.controllers.site import site_status
@@ -15,7 +16,7 @@ from isthmus_operator.effects.kube import Kube, KubeError
 from isthmus_operator.effects.site_holds import SiteHolds, pools_by_site
 from isthmus_operator.planning.acceptance import Rejection, examine
 from isthmus_operator.planning.status import merge_patch
-from isthmus_operator.state.job_record import ArrayKey, ArrayState, Record
+from isthmus_operator.state.job_record import ArrayKey, ArrayState, Record, Setback
 from isthmus_operator.state.job_store import JobStore, SiteStore
 from isthmus_operator.state.observed import Job, ProblemKind
 from tests.support.fake_cluster import NOW, UID, World, array, job, plan, site, spec, standing
@@ -272,10 +273,10 @@ def test_the_status_of_a_site_that_is_being_deleted_names_what_holds_it() -> Non
     ("changes", "pools"),
     [
         ({}, {"site": "lumi"}),
-        ({"authority": "", "seen": True}, {"site": "lumi"}),
-        ({"authority": ""}, {}),  # announced, or between two attempts
-        ({"ended": True}, {}),
-        ({"over": "QueueTimeout"}, {"site": "lumi"}),
+        ({"state": ArrayState.ACCEPTED}, {"site": "lumi"}),
+        ({"state": ArrayState.WAITING}, {}),  # not requested yet, or between two attempts
+        ({"state": ArrayState.ENDED}, {}),
+        ({"setback": Setback(given_up=Reason.QUEUE_TIMEOUT)}, {"site": "lumi"}),
     ],
 )
 def test_a_pool_holds_its_site_while_it_may_be_there(changes: dict[str, Any], pools: dict[str, str]) -> None:

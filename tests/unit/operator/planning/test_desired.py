@@ -135,7 +135,7 @@ def test_a_deleted_object_is_made_again_and_an_event_says_so() -> None:
     seen = around(present=frozenset(as_stored()) - {key}, vanished=frozenset({key}))
     decided = plan(job(SPEC), seen, NOW, LIMITS)
     assert [f"{item.kind}/{item.name}" for item in of_kind(decided, act.Apply)] == [key]
-    words = "the PodDisruptionBudget demo-aggregator was deleted: it is made again"
+    words = "the PodDisruptionBudget demo-aggregator was deleted and is created again"
     assert act.Emit("Warning", "Restored", words) in decided.events
     fresh = plan(job(SPEC), replace(seen, vanished=frozenset()), NOW, LIMITS)
     assert "Restored" not in [event.reason for event in fresh.events]
@@ -171,7 +171,7 @@ async def test_an_edit_that_comes_back_is_not_fought() -> None:
     (mend,) = mends(around(live=there)).values()
     server = Server()
     assert (await mended(server, mend)).unmendable == {}
-    assert server.events == ["the Service demo-aggregator was edited (spec.type): it is put back"]
+    assert server.events == ["the Service demo-aggregator was edited (spec.type) and is restored"]
     stubborn = Server(_set("spec.type", "ClusterIP"))
     cache = await mended(stubborn, mend)
     assert (cache.unmendable, stubborn.events) == ({"Service/demo-aggregator": ("spec.type",)}, [])
@@ -266,6 +266,6 @@ def test_the_status_says_how_to_continue_from_a_claim_that_is_in_the_way() -> No
     decided = plan(job(SPEC), around(conflicting=(f"{CLAIM} (of the job demo)",)), NOW, LIMITS)
     assert decided.status["message"] == (
         "aggregator: waits for names that belong to something else: PersistentVolumeClaim/demo-checkpoints (of the job"
-        " demo) (to continue from this claim: kubectl annotate pvc demo-checkpoints isthmus.dev/adopt=demo --namespace"
+        " demo) (to continue with this claim: kubectl annotate pvc demo-checkpoints isthmus.dev/adopt=demo --namespace"
         " team)"
     )
