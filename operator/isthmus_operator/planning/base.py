@@ -27,10 +27,9 @@ def _note_lost_volume(context: PlanContext, missing: list[Desired]) -> None:
     if completed and any(item.kind == "PersistentVolumeClaim" for item in missing):
         context.volume_lost = True
         claim = names.checkpoints(context.job.name)
-        words = (
-            f"the claim {claim} is gone, and {completed} completed rounds with it: a new one is created, and training"
-        )
-        context.emit("Warning", Reason.AGGREGATOR_LOST, f"{words} starts again with round 1")
+        lost = f"the claim {claim} is gone, and {completed} completed rounds with it"
+        message = f"{lost}: a new one is created, and training starts again with round 1"
+        context.emit("Warning", Reason.AGGREGATOR_LOST, message)
 
 
 def plan_base(context: PlanContext) -> bool:

@@ -14,10 +14,9 @@ import pytest
 from isthmus_contracts.manifests.manifest import MAX_JOB_NAME
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.context import PlanOptions
-from isthmus_operator.planning.plan import plan
 from isthmus_operator.render import kueue
 from isthmus_operator.state.observed import Job, PodView
-from tests.support.fake_cluster import NOW, UID, aggregator, client, job, of_kind, spec, standing
+from tests.support.fake_cluster import NOW, UID, aggregator, client, job, of_kind, plan, spec, standing
 
 QUEUE, GROUP = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/pod-group-name"
 COUNT = "kueue.x-k8s.io/pod-group-total-count"
