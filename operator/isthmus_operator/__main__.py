@@ -52,13 +52,15 @@ def parse(arguments: Sequence[str]) -> Settings:
     where.add_argument("-A", "--all-namespaces", action="store_true", help="serve every namespace")
     where.add_argument("-n", "--namespace", action="append", metavar="NS", help="serve this namespace; repeatable")
     parser.add_argument("--exclude-namespace", action="append", metavar="NS",
-                        help="with --all-namespaces: leave this one alone; repeatable")  # fmt: skip
-    parser.add_argument("--cluster", default=_env("CLUSTER", ""), help="what tells this cluster from others at a site")
+                        help="with --all-namespaces: do not serve this namespace; repeatable")  # fmt: skip
+    parser.add_argument(
+        "--cluster", default=_env("CLUSTER", ""), help="name of this cluster, which identifies it at sites"
+    )
     parser.add_argument("--no-sites", dest="sites", action="store_false", default=_env("NO_SITES", "") not in _YES,
-                        help="serve no HPC sites: then no cluster-scoped right is needed")  # fmt: skip
+                        help="serve no HPC sites, so that no cluster-scoped rights are needed")  # fmt: skip
     parser.add_argument("--no-network-policies", dest="network_policies", action="store_false",
                         default=_env("NO_NETWORK_POLICIES", "") not in _YES,
-                        help="make none: somebody else does, or the network does not enforce them")  # fmt: skip
+                        help="create no NetworkPolicies")  # fmt: skip
     parser.add_argument("--metrics", type=_address, default=_env("METRICS", default.metrics), metavar="HOST:PORT")
     parser.add_argument("--health", type=_address, default=_env("HEALTH", default.health), metavar="HOST:PORT")
     parser.add_argument("--workers", type=_positive, default=_env("WORKERS", default.workers), metavar="N",
@@ -69,25 +71,25 @@ def parse(arguments: Sequence[str]) -> Settings:
     parser.add_argument("--request-timeout", type=_seconds, metavar="SECONDS",
                         default=_env("REQUEST_TIMEOUT", default.request_timeout))  # fmt: skip
     parser.add_argument("--resync", type=_seconds, default=_env("RESYNC", default.resync), metavar="SECONDS",
-                        help="how often a running job is looked at")  # fmt: skip
+                        help="interval between reconciliations of a running job")  # fmt: skip
     parser.add_argument("--site-give-up", type=_seconds, metavar="SECONDS",
                         default=_env("SITE_GIVE_UP", default.site_give_up),
-                        help="how long a deleted job waits for a site that does not answer")  # fmt: skip
+                        help="how long a deleted job waits for a site that does not respond")  # fmt: skip
     parser.add_argument("--allow-in-templates", type=_allowances, metavar="WHAT,...",
                         default=_env("ALLOW_IN_TEMPLATES", ""),
-                        help=f"what users' pod templates may ask for: {', '.join(ALLOWANCES)}")  # fmt: skip
+                        help=f"exceptions that users' pod templates may use: {', '.join(ALLOWANCES)}")  # fmt: skip
     parser.add_argument("--secrets-in-templates", default=_env("SECRETS_IN_TEMPLATES", ""), metavar="GLOB,...",
-                        help="which Secrets users' pod templates may name (default: all but Isthmus' own)")  # fmt: skip
+                        help="Secrets that users' pod templates may name (default: all but Isthmus' own)")  # fmt: skip
     parser.add_argument("--config-maps-in-templates", default=_env("CONFIG_MAPS_IN_TEMPLATES", ""), metavar="GLOB,...",
-                        help="likewise for ConfigMaps, task.code's too")  # fmt: skip
+                        help="likewise for ConfigMaps, including that of task.code")  # fmt: skip
     parser.add_argument("--job-defaults", default=_env("JOB_DEFAULTS", ""), metavar="FILE",
-                        help="what pods and Services of all jobs get where manifests say nothing (YAML)")  # fmt: skip
+                        help="defaults for pods and Services of all jobs (YAML)")  # fmt: skip
     parser.add_argument("--webhook", type=_address, default=_env("WEBHOOK", "") or None, metavar="HOST:PORT",
                         help="serve the admission webhook here")  # fmt: skip
     parser.add_argument("--webhook-tls", default=_env("WEBHOOK_TLS", default.webhook_tls), metavar="DIR",
                         help="tls.crt and tls.key of the webhook")  # fmt: skip
     parser.add_argument("--gateway", type=_address, default=_env("GATEWAY", "") or None, metavar="HOST:PORT",
-                        help="let the bridges of sites that dial out connect here")  # fmt: skip
+                        help="serve the gateway for sites that dial out here")  # fmt: skip
     parser.add_argument("--gateway-tls", default=_env("GATEWAY_TLS", default.gateway_tls), metavar="DIR",
                         help="tls.crt and tls.key of the gateway")  # fmt: skip
     parser.add_argument("--log-level", choices=_LEVELS, default=_env("LOG_LEVEL", default.log_level))

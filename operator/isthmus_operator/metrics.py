@@ -18,20 +18,20 @@ API_REQUESTS = Counter(
 )
 RECONCILE_SECONDS = Histogram(
     "isthmus_operator_reconcile_seconds",
-    "Time that one look at one job took, effects included.",
+    "Duration of one reconciliation of one job.",
     registry=REGISTRY,
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
 )
 RECONCILE_ERRORS = Counter(
-    "isthmus_operator_reconcile_errors", "Looks at a job that an error cut short.", registry=REGISTRY
+    "isthmus_operator_reconcile_errors", "Reconciliations of a job that ended with an error.", registry=REGISTRY
 )
 ACTIONS = Counter("isthmus_operator_actions", "Actions carried out, by kind.", ["action"], registry=REGISTRY)
 QUEUE_DEPTH = Gauge("isthmus_operator_queue_depth", "Jobs that wait for a worker.", registry=REGISTRY)
 QUEUE_AGE = Gauge(
-    "isthmus_operator_queue_age_seconds", "How long the job has waited that waits longest for a worker.",
+    "isthmus_operator_queue_age_seconds", "Longest time that a job has waited for a worker.",
     registry=REGISTRY,
 )  # fmt: skip
-WORKERS_BUSY = Gauge("isthmus_operator_workers_busy", "Workers that look at a job.", registry=REGISTRY)
+WORKERS_BUSY = Gauge("isthmus_operator_workers_busy", "Workers that reconcile a job.", registry=REGISTRY)
 BRIDGE_CALLS = Counter(
     "isthmus_operator_bridge_calls",
     "Calls to bridges, by their outcome.",
@@ -39,17 +39,17 @@ BRIDGE_CALLS = Counter(
     registry=REGISTRY,
 )
 BRIDGE_SECONDS = Histogram(
-    "isthmus_operator_bridge_call_seconds", "Time that a call to a bridge took.", ["site", "method"], registry=REGISTRY
+    "isthmus_operator_bridge_call_seconds", "Duration of calls to bridges.", ["site", "method"], registry=REGISTRY
 )
 CIRCUIT_OPEN = Gauge(
     "isthmus_operator_circuit_open",
-    "1 while a site is left alone because it did not answer several calls in a row.",
+    "1 while calls to a site are paused because it did not respond to several calls in a row.",
     ["site"],
     registry=REGISTRY,
 )
 SILENT_AGGREGATORS = Gauge(
     "isthmus_operator_silent_aggregators",
-    "Running aggregators that did not answer several calls in a row.",
+    "Running aggregators that did not respond to several calls in a row.",
     registry=REGISTRY,
 )
 OBSERVER_ERRORS = Counter(
@@ -58,28 +58,28 @@ OBSERVER_ERRORS = Counter(
 STATUS_WRITES = Counter("isthmus_operator_status_writes", "Writes of a FederatedJob's status.", registry=REGISTRY)
 EVENTS = Counter("isthmus_operator_events", "Kubernetes events written.", ["reason"], registry=REGISTRY)
 ADMISSION = Counter(
-    "isthmus_operator_admission_reviews", "Manifests that the webhook judged.", ["verdict"], registry=REGISTRY
+    "isthmus_operator_admission_reviews", "Manifests reviewed by the webhook.", ["verdict"], registry=REGISTRY
 )
-LOOP_LAG = Gauge("isthmus_operator_loop_lag_seconds", "How late the event loop runs.", registry=REGISTRY)
+LOOP_LAG = Gauge("isthmus_operator_loop_lag_seconds", "Delay of the event loop.", registry=REGISTRY)
 CLOCK_SKEW = Gauge(
     "isthmus_operator_clock_skew_seconds",
-    "How far the clock of the operator's node is ahead of the API server's, by which jobs are kept.",
+    "Time by which the clock of the operator's node is ahead of the API server's, which the operator follows.",
     registry=REGISTRY,
 )
 RESYNC_AGE = Gauge(
     "isthmus_operator_resync_age_seconds",
-    "Time since all FederatedJobs and HPCSites were last listed, besides being watched.",
+    "Time since the last complete list of all FederatedJobs and HPCSites.",
     registry=REGISTRY,
 )
 NAMESPACE_SERVED = Gauge(
     "isthmus_operator_namespace_served",
-    "0 while the API server forbids the operator to list the FederatedJobs of a namespace that it shall serve.",
+    "0 while the API server forbids the operator to list the FederatedJobs of a namespace that it serves.",
     ["namespace"],
     registry=REGISTRY,
 )
 SITE_CERTIFICATE_EXPIRY = Gauge(
     "isthmus_operator_site_certificate_expiry_timestamp_seconds",
-    "When the certificate ends with which the operator calls a site.",
+    "Expiry of the certificate with which the operator calls a site.",
     ["site"],
     registry=REGISTRY,
 )
@@ -91,7 +91,7 @@ GATEWAY_TUNNELS = Counter(
     "isthmus_operator_gateway_tunnels", "Bridges that dialled the gateway: accepted, replaced, refused.", ["result"],
     registry=REGISTRY,
 )  # fmt: skip
-INFO = Gauge("isthmus_operator_info", "Always 1; tells the version.", ["version"], registry=REGISTRY)
+INFO = Gauge("isthmus_operator_info", "Always 1; the label is the version.", ["version"], registry=REGISTRY)
 INFO.labels(__version__).set(1)
 
 JobStatus = tuple[str, str, Mapping[str, Any]]  # namespace, name, status
@@ -140,11 +140,13 @@ class JobsCollector(Collector):
         for phase, count in sorted(counts.items()):
             phases.add_metric([phase], count)
         reachable = GaugeMetricFamily(
-            "isthmus_operator_site_reachable", "Whether a site's bridge answers.", labels=["site"]
+            "isthmus_operator_site_reachable", "1 if a site's bridge responds, else 0.", labels=["site"]
         )
         for site, value in sorted(self._sites().items()):
             reachable.add_metric([site], float(value))
-        kept = GaugeMetricFamily("isthmus_operator_kept", "What the operator keeps in memory.", labels=["kind"])
+        kept = GaugeMetricFamily(
+            "isthmus_operator_kept", "Objects that the operator keeps in memory, by kind.", labels=["kind"]
+        )
         for kind, number in self._kept().items():
             kept.add_metric([kind], number)
         return (phases, clients, conditions, rounds, reachable, kept)

@@ -265,7 +265,7 @@ def test_an_offered_claim_is_adopted_and_the_aggregator_continues_from_it() -> N
 def test_the_status_says_how_to_continue_from_a_claim_that_is_in_the_way() -> None:
     decided = plan(job(SPEC), around(conflicting=(f"{CLAIM} (of the job demo)",)), NOW, LIMITS)
     assert decided.status["message"] == (
-        "aggregator: waits for names that belong to something else: PersistentVolumeClaim/demo-checkpoints (of the job"
+        "aggregator: waits for object names that are taken: PersistentVolumeClaim/demo-checkpoints (of the job"
         " demo) (to continue with this claim: kubectl annotate pvc demo-checkpoints isthmus.dev/adopt=demo --namespace"
         " team)"
     )
