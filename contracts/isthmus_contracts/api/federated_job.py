@@ -342,10 +342,10 @@ class FederatedJobSpec(Resource):
                 f"stragglers.minUpdates: {self.min_updates} is more than the {size} with which a round of"
                 f" {self.strategy.algorithm} ends"
             )
-        if self.folds_late and self.strategy.one_voice:
+        if self.folds_late and self.strategy.one_update_per_client:
             raise ValueError(
-                f"stragglers.late: Fold does not go with {self.strategy.algorithm}, which gives each client one voice a"
-                " round"
+                f"stragglers.late: Fold does not go with {self.strategy.algorithm}, which counts one update per"
+                " client in a round"
             )
         if self.strategy.deterministic and (by_time := self._decided_by_time()):
             raise ValueError(

@@ -83,7 +83,7 @@ ALGORITHM_PARAMETERS: Mapping[Algorithm, Mapping[str, Parameter]] = {
     "Custom": {},
 }
 # Rules that give every client one vote a round. An update from an earlier round would be a second vote.
-_ONE_VOICE = frozenset({"CoordinateMedian", "TrimmedMean", "Krum", "MultiKrum", "GeometricMedian"})
+_ONE_UPDATE_PER_CLIENT = frozenset({"CoordinateMedian", "TrimmedMean", "Krum", "MultiKrum", "GeometricMedian"})
 # Client and server compute the same correction, each from the client's change.
 _TWO_SIDED = frozenset({"SCAFFOLD", "FedDyn"})
 
@@ -149,14 +149,14 @@ class Strategy(Resource):
         return int(self.values["bufferSize"]) if self.algorithm == "FedBuff" else None
 
     @property
-    def one_voice(self) -> bool:
+    def one_update_per_client(self) -> bool:
         """True if a client may have only one update in a round."""
-        return self.algorithm in _ONE_VOICE
+        return self.algorithm in _ONE_UPDATE_PER_CLIENT
 
     @property
     def against_sparse_updates(self) -> str | None:
         """Reason why the rule does not work with sparse updates; ``None`` if it does."""
-        if self.one_voice:
+        if self.one_update_per_client:
             return "may drop what a client sent, and with it what error feedback counts as delivered"
         if self.algorithm in _TWO_SIDED:
             return "needs each client's whole change at the server, as the client remembers it"

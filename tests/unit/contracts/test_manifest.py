@@ -198,7 +198,7 @@ def test_late_updates_and_their_limits() -> None:
         parse_federated_job(manifest)
     manifest["spec"] |= {"strategy": {"algorithm": "Krum", "parameters": {"byzantine": "0"}}}
     manifest["spec"]["stragglers"] = {"late": "Fold", "minUpdates": 3}
-    with pytest.raises(ManifestError, match="late: Fold does not go with Krum, which gives each client one voice"):
+    with pytest.raises(ManifestError, match="late: Fold does not go with Krum, which counts one update per client"):
         parse_federated_job(manifest)
 
 

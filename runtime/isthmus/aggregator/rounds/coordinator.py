@@ -272,7 +272,7 @@ class Coordinator:
         self.statistics.begin()
         self._offers.begin()
         self.training.round, self.training.round_started, self.training.closing = state, time.time(), False
-        self.training.means, self.training.examples = WeightedMeans(self.spec.strategy.one_voice), 0
+        self.training.means, self.training.examples = WeightedMeans(self.spec.strategy.one_update_per_client), 0
         self.training.phase, self.training.message = pb.FederationStatus.TRAINING, ""
         self.training.open.set()
         log.info("round %d: %d of %d ready clients", number, len(state.selected), len(ready))

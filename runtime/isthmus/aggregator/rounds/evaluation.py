@@ -51,7 +51,7 @@ class Evaluations:
 
     def begin(self) -> None:
         """Start over: there is a new model."""
-        self._means = WeightedMeans(self._spec.strategy.one_voice)
+        self._means = WeightedMeans(self._spec.strategy.one_update_per_client)
         self._refused: set[ClientId] = set()
         self._unasked: set[ClientId] = set()
         self._booked = 0
