@@ -122,7 +122,7 @@ def test_a_deleted_site_whose_bridge_is_dead_is_let_go_by_hand(
     eventually(lambda: held in site(namespace.name).get("message", ""), "the orphan holds it", 180)
     assert not site(namespace.name).get("inUse")
     assert finalizers(namespace.name) == ["isthmus.dev/cleanup"]
-    # As docs/operator.md says.
+    # As docs/operating/operator/lifecycle.md says.
     removal = '[{"op": "remove", "path": "/metadata/finalizers"}]'
     kubectl("patch", "hpcsite", namespace.name, "--type=json", "-p", removal)
     eventually(lambda: not site(namespace.name), "the site is gone")
