@@ -42,6 +42,16 @@ class Frame(Generic[Header]):
     """Checksum in the trailer, in the last message."""
 
 
+@dataclass(frozen=True)
+class FirstFrame:
+    """The content of the first message of a Push, which has the header."""
+
+    header: pb.UpdateHeader
+    data: Data
+    checksum: str | None
+    """Content of the trailer, if the update is a single message."""
+
+
 def model_messages(header: pb.ModelHeader, data: Iterable[Data], checksum: str) -> Iterator[tuple[bytes, int]]:
     """Yield the serialized messages of a Pull, each with its number of data bytes."""
     return _framed(pb.TensorChunk, pb.TensorChunk(header=header), data, checksum)
@@ -106,6 +116,14 @@ def update_frame(message: bytes) -> Frame[pb.UpdateHeader]:
     return Frame(chunk.header if chunk.HasField("header") else None, chunk.data, _checksum(chunk))
 
 
+def first_update_frame(message: bytes) -> FirstFrame:
+    """Parse the first message of a Push. Raise :class:`TransferError` if it has no header."""
+    frame = update_frame(message)
+    if frame.header is None:
+        raise TransferError("the first message must be a header")
+    return FirstFrame(frame.header, frame.data, frame.checksum)
+
+
 def _data_alone(message: bytes) -> memoryview | None:
     """Return the data of a message that holds nothing else, without a copy, or ``None``."""
     if not message or message[0] != _DATA_TAG:
@@ -155,7 +173,7 @@ def receive_model(messages: Iterable[bytes], reception_of: Callable[[pb.ModelHea
 
 
 async def receive_update(
-    first: Frame[pb.UpdateHeader],
+    first: FirstFrame,
     rest: AsyncIterator[bytes],
     reception: RawDecoder | Decoder,
     check: Callable[[], None] = lambda: None,
@@ -164,7 +182,7 @@ async def receive_update(
 
     ``check`` is called for every message, and may raise. Raises :class:`TransferError`.
     """
-    frame = first
+    frame: FirstFrame | Frame[pb.UpdateHeader] = first
     while True:
         check()
         if frame is not first and frame.header is not None:

@@ -1,7 +1,7 @@
-"""``python -m isthmus.aggregator``: serves one job until it is complete.
+"""``python -m isthmus.aggregator``: serve one job until it is complete.
 
-Exit codes: 0 complete; 1 failed for good, or by an error that nobody foresaw; 75 its port is taken; 143 stopped by
-SIGTERM. After the latter three it resumes when started again.
+Exit codes: 0 complete; 1 failed for good, or an unexpected error; 75 its port is taken; 143 stopped by SIGTERM. After
+an unexpected error, 75 and 143 a restarted aggregator resumes the job.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 from wsgiref.simple_server import WSGIServer
 
-# Before gRPC is loaded: what it writes of its own, past every limit, callers can cause at will.
+# Before gRPC is loaded: callers could make it write to stderr without limit.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from grpc import aio
@@ -34,12 +34,12 @@ from isthmus_contracts.wire.transport import HEADER_BYTES, renewed_server_creden
 
 from ..malloc_tuning import tune_malloc
 from ..strategies import StrategyError, make_strategy
+from .app import Aggregator
+from .clients.membership import Membership
 from .exits import EXIT_PORT_TAKEN
 from .job import load_job
-from .rounds.coordinator import Coordinator
 from .rounds.privacy_budget import protect
-from .rpc.connections import CONNECTIONS_OF_EACH, Connections
-from .rpc.service import FederationService, ObserverService
+from .rpc.connections import CONNECTIONS_OF_EACH
 from .storage.checkpoints import CheckpointError, CheckpointStore
 from .telemetry.metrics import AggregatorMetrics
 from .telemetry.tracking.tracker import make_tracker
@@ -49,28 +49,28 @@ log = logging.getLogger("isthmus.aggregator")
 
 T = TypeVar("T")
 
-# After completion: how long clients may take to hear it and go, and an observer to read it. Seconds.
-FAREWELL_SECONDS = 15.0
+# Longest wait after completion for the clients to disconnect, and for an observer to read the status. Seconds.
+CLOSE_SECONDS = 15.0
 LINGER_SECONDS = 30.0
-# How long the sinks of tracking may take for what they have not written yet: at the end, and when told to stop, which
-# must be over within a pod's grace period. Seconds.
+# Longest time for tracking sinks to write what is queued: at the end, and when stopped, where the process must exit
+# within a pod's grace period. Seconds.
 TRACKING_SECONDS = 30.0
 TRACKING_SECONDS_WHEN_STOPPED = 5.0
-# Beside those of the clients: observers' and strangers'.
+# Connections besides those of clients: of observers and unknown callers.
 _FURTHER_CONNECTIONS = 512
-# A client makes three or four at a time. What a hostile one can take by headers grows with them.
+# A client makes three or four calls at a time. The memory that a hostile one can occupy by headers grows with them.
 _CALLS_OF_A_CONNECTION = 8
-# Of an unexpected error's own text. Characters.
+# Longest text of an unexpected error. Characters.
 _LONGEST_ERROR = 500
 
 
 class PortTakenError(Exception):
-    """Another program holds a port. ``str()`` is one line."""
+    """A port is in use by another program. ``str()`` is one line."""
 
 
 def main() -> None:
-    """Parses the command line and serves."""
-    os.umask(0o077)  # models and records are the job's, and nobody else's on the machine
+    """Parse the command line and serve."""
+    os.umask(0o077)  # other users of the machine must not read models and records
     parser = argparse.ArgumentParser(prog="python -m isthmus.aggregator", description=__doc__)
     parser.add_argument("--job", type=Path, required=True, help="job file: JSON with name, namespace, uid and spec")
     parser.add_argument("--former-job", default="", help="uid of an earlier job whose checkpoints are continued")
@@ -78,13 +78,13 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="directory of the checkpoints and the final model")
     parser.add_argument("--listen", default="127.0.0.1:7443", help="host:port of the gRPC service; port 0 picks one")
     parser.add_argument("--metrics", default="127.0.0.1:9090", help="host:port of /metrics; port 0 picks one")
-    parser.add_argument("--ports-file", type=Path, help="where to write the ports, as JSON, once it listens")
+    parser.add_argument("--ports-file", type=Path, help="file for the port numbers, as JSON, written once it listens")
     parser.add_argument("--termination-log", type=Path, default=Path("/dev/termination-log"),
-                        help="the final status goes here, where the file exists")  # fmt: skip
+                        help="file for the final status, if it exists")  # fmt: skip
     parser.add_argument("--wait-for", type=int, default=0, metavar="CLIENTS",
-                        help="before the first round wait for so many clients, if the quorum is less")  # fmt: skip
+                        help="clients to wait for before the first round, if more than the quorum")  # fmt: skip
     parser.add_argument("--stay", action="store_true",
-                        help="serve on after completion, until SIGTERM: clients that come late hear of it")  # fmt: skip
+                        help="keep serving after completion, until SIGTERM, to tell late clients to stop")  # fmt: skip
     arguments = parser.parse_args()
     tune_malloc()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
@@ -97,19 +97,20 @@ def main() -> None:
         print(f"isthmus.aggregator: {error}", file=sys.stderr)
         sys.exit(1)
     except PortTakenError as error:
-        # No status either: a restart may find the port free.
+        # No status, which would end the job: after a restart the port may be free.
         _leave(arguments.termination_log, str(error))
         print(f"isthmus.aggregator: {error}", file=sys.stderr)
         sys.exit(EXIT_PORT_TAKEN)
     except Exception as error:
-        # No status: that would end the job, which a restart may go on with. Python writes the trace, and exits with 1.
+        # No status, which would end the job: it may resume after a restart. Python writes the traceback, and exits
+        # with 1.
         text = one_line(f"{type(error).__name__}: {error}", _LONGEST_ERROR)
         _leave(arguments.termination_log, f"unexpected error: {text}; see the aggregator's log")
         raise
 
 
 async def serve(arguments: argparse.Namespace) -> int:
-    """Serves until the job is complete or a signal arrives; returns the exit code."""
+    """Serve until the job is complete or a signal arrives; return the exit code."""
     job = load_job(arguments.job)
     try:
         credentials = renewed_server_credentials(arguments.tls)
@@ -120,10 +121,9 @@ async def serve(arguments: argparse.Namespace) -> int:
     rule = make_strategy(job.spec.strategy, arguments.state, job.spec.most_trainers)
     strategy, budget = protect(job.spec, rule)
     tracker = make_tracker(job, arguments.state)
-    coordinator = Coordinator(job, store, strategy, metrics, tracker, budget)
+    aggregator = Aggregator(job, store, strategy, metrics, tracker, budget)
+    coordinator = aggregator.coordinator
     coordinator.wait_for(arguments.wait_for)
-    connections = Connections(job.spec.total_clients)
-    observer = ObserverService(coordinator, connections)
     server = aio.server(
         options=[
             *server_options(_CALLS_OF_A_CONNECTION),
@@ -131,7 +131,7 @@ async def serve(arguments: argparse.Namespace) -> int:
             ("grpc.max_allowed_incoming_connections", _connections(job.spec.total_clients)),
         ]
     )
-    server.add_generic_rpc_handlers((FederationService(coordinator, connections).handler(), observer.handler()))
+    server.add_generic_rpc_handlers((aggregator.service.handler(), aggregator.observer.handler()))
     port = _bound(arguments.listen, lambda: server.add_secure_port(arguments.listen, credentials))
     metrics_server = _serve_metrics(arguments.metrics, metrics)
     await server.start()
@@ -142,12 +142,12 @@ async def serve(arguments: argparse.Namespace) -> int:
 
     stopped = _stop_signals()
     training = asyncio.create_task(coordinator.run())
-    watching = asyncio.create_task(connections.watch(port))
+    watching = asyncio.create_task(aggregator.connections.watch(port))
     stopping = asyncio.create_task(stopped.wait())
     try:
         await asyncio.wait({training, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not training.done():
-            log.info("stopped by a signal after round %d", coordinator.status().completed_rounds)
+            log.info("stopped by a signal after round %d", aggregator.training.completed)
             coordinator.stop_all(pb.Stop.RESTARTING, "the aggregator was told to stop")
             return 143
         try:
@@ -155,10 +155,10 @@ async def serve(arguments: argparse.Namespace) -> int:
         except StrategyError as error:
             coordinator.stop_all(pb.Stop.FAILED, str(error))
             tracker.fail(str(error))
-            await _clients_gone(coordinator)  # one that did not hear would call for half an hour
+            await _clients_gone(aggregator.members)  # a client without this message would retry for half an hour
             raise
-        _leave(arguments.termination_log, termination_message(coordinator.status()))
-        await (stopped.wait() if arguments.stay else _farewell(coordinator, observer, stopped))
+        _leave(arguments.termination_log, termination_message(aggregator.reporter.status()))
+        await (stopped.wait() if arguments.stay else _close(aggregator, stopped))
         return 0
     finally:
         for task in (training, stopping, watching):
@@ -170,7 +170,7 @@ async def serve(arguments: argparse.Namespace) -> int:
 
 
 def _bound(address: str, bind: Callable[[], T]) -> T:
-    """Takes a port. Raises :class:`PortTakenError`."""
+    """Call ``bind``, which binds a port. Raise :class:`PortTakenError`."""
     try:
         return bind()
     except (RuntimeError, OSError) as error:
@@ -178,14 +178,14 @@ def _bound(address: str, bind: Callable[[], T]) -> T:
 
 
 def _serve_metrics(address: str, metrics: AggregatorMetrics) -> WSGIServer:
-    """Serves ``/metrics``. Raises :class:`PortTakenError`."""
+    """Serve ``/metrics``. Raise :class:`PortTakenError`."""
     host, port = split(address)
     application = make_wsgi_app(metrics.registry)
     return _bound(address, lambda: serve_metrics(application, host, port))
 
 
 def _connections(clients: int) -> int:
-    """Return how many connections the aggregator takes: strangers' must leave descriptors for its files, too."""
+    """Return the number of connections to allow, which must leave file descriptors for the aggregator's files."""
     wanted = CONNECTIONS_OF_EACH * clients + _FURTHER_CONNECTIONS
     room = open_files.connections_within(open_files.raise_limit(), wanted)
     if room < wanted:
@@ -194,33 +194,33 @@ def _connections(clients: int) -> int:
 
 
 def _stop_signals() -> asyncio.Event:
-    """Is set by the signals that end the process."""
+    """Return an event that the signals SIGTERM and SIGINT set."""
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     return stopped
 
 
-async def _farewell(coordinator: Coordinator, observer: ObserverService, stopped: asyncio.Event) -> None:
-    """Stays until the clients have gone and somebody has read that the job is complete."""
-    await _clients_gone(coordinator)
-    seen = asyncio.create_task(observer.completion_seen.wait())
+async def _close(aggregator: Aggregator, stopped: asyncio.Event) -> None:
+    """Wait, for a limited time, until the clients have disconnected and an observer has read the complete status."""
+    await _clients_gone(aggregator.members)
+    seen = asyncio.create_task(aggregator.observer.completion_seen.wait())
     signalled = asyncio.create_task(stopped.wait())
     await asyncio.wait({seen, signalled}, timeout=LINGER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     for task in (seen, signalled):
         task.cancel()
 
 
-async def _clients_gone(coordinator: Coordinator) -> None:
-    """Waits until every client has hung up, for a while."""
+async def _clients_gone(members: Membership) -> None:
+    """Wait until every client has disconnected, for a limited time."""
     with suppress(TimeoutError):
-        async with asyncio.timeout(FAREWELL_SECONDS):
-            while any(client.connected for client in coordinator.members):  # noqa: ASYNC110 - a moment, at the very end
+        async with asyncio.timeout(CLOSE_SECONDS):
+            while any(client.connected for client in members):  # noqa: ASYNC110 - a moment, at the very end
                 await asyncio.sleep(0.05)
 
 
 def _leave(path: Path, text: str) -> None:
-    """Writes the termination message, where there is a file for it."""
+    """Write the termination message if its file exists."""
     with suppress(OSError):
         if path.exists():
             path.write_text(text, encoding="utf-8")

@@ -19,7 +19,7 @@ import torch
 
 from isthmus.aggregator import __main__ as aggregator
 from isthmus.aggregator.clients.membership import Client, Membership
-from isthmus.aggregator.rounds import coordinator
+from isthmus.aggregator.rounds import committer
 from isthmus.aggregator.rounds.coordinator import Coordinator
 from isthmus.aggregator.rounds.delivery import Delivery
 from isthmus.aggregator.rounds.evaluation import Evaluations
@@ -43,7 +43,7 @@ POINTS: list[tuple[Any, str]] = [
     (PushHandler, "_count"), (Intake, "early_reply"), (Intake, "_count"), (Intake, "_fold"),
     (Deterministic, "accept"), (Deterministic, "finish"), (FedAvg, "accept"), (FedAvg, "finish"), (Spill, "add"),
     (Private, "accept"), (Private, "finish"), (PrivacyBudget, "account"), (PrivacyBudget, "charge"),
-    (Coordinator, "_begin_round"), (coordinator, "record_of"), (Coordinator, "_updated_history"),
+    (Coordinator, "_begin_round"), (committer, "record_of"), (committer.RoundCommitter, "_updated_history"),
     (checkpoints.CheckpointStore, "save"), (checkpoints.CheckpointStore, "append"), (checkpoints, "_publishing"),
     (os, "fdatasync"), (os, "fsync"), (Path, "rename"), (Path, "unlink"),
     (Membership, "admit"), (Membership, "leave"), (Client, "send"),

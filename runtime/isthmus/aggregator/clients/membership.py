@@ -1,4 +1,4 @@
-"""Who is there: the clients of a job, their attempts and their control streams."""
+"""Membership of a job: its clients, their attempts and their control streams."""
 
 import time
 from collections import deque
@@ -14,34 +14,35 @@ from .outbox import Outbox
 ClientId = tuple[str, int]
 """(pool, index within the pool)"""
 
-# The newest failures of a pool that the status shows.
+# Number of failures of a pool that the status shows.
 _SHOWN_FAILURES = 5
 _REMEMBERED_OFFERS = 8
 
 
 @dataclass
 class Client:
-    """One client: a slot of a pool, whatever process fills it at the moment."""
+    """One client: a slot of a pool, whichever process currently fills it."""
 
     id: ClientId
     attempt: int = -1
     instance: str = ""
     evaluates: bool = False
     outbox: Outbox | None = None
-    """Messages for its control stream (``None`` ends it); ``None`` while it is not connected."""
+    """Messages for its control stream; ``None`` while it is not connected."""
     lost_at: float = 0.0
-    """When its stream ended (monotonic seconds); 0 if it never had one."""
+    """Monotonic time at which its stream ended; 0 if it never had one."""
     failed: bool = False
-    """Its script raised, and no newer process has come since."""
+    """True if its script raised and no newer process has connected since."""
     work: tuple[int, str] = (0, "")
-    """What it had in hand when it came: the round, and the digest of the model that it began with."""
+    """Unfinished work when it connected: the round, and the digest of its base model."""
     trains: bool = True
-    """It is not of a pool that only evaluates."""
+    """False in a pool that only evaluates."""
     offers: dict[int, float] = field(default_factory=dict)
-    """When it was first offered its newest rounds (monotonic seconds)."""
+    """By round, monotonic time of the first offer; newest rounds only."""
     last_heard: float = 0.0
+    """Monotonic time of its newest message."""
     successors: int = 0
-    """Newer processes that wait until it has handed in what it is at work on."""
+    """Number of newer processes that wait until it has submitted its current update."""
     stage: str = ""
 
     @property
@@ -58,27 +59,27 @@ class Client:
         return f"{self.id[0]}/{self.id[1]}"
 
     def send(self, message: pb.ServerMessage) -> None:
-        """Queues a message; one for a client that is gone is dropped, since it is told again when it comes back."""
+        """Queue a message. Messages for a disconnected client are dropped; it is told again when it reconnects."""
         if self.outbox is not None:
             self.outbox.put_nowait(message)
 
-    def offered(self, round_number: int, now: float) -> None:
-        """Notes an offer; repeated, the first one counts."""
+    def note_offer(self, round_number: int, now: float) -> None:
+        """Record an offer. For a repeated offer, the first time counts."""
         self.offers.setdefault(round_number, now)
         for old in sorted(self.offers)[:-_REMEMBERED_OFFERS]:
             del self.offers[old]
 
     def resumes(self, round_number: int, base_digest: str) -> bool:
-        """Return whether it said, when it came, that it has this round's work in hand."""
+        """Return whether it reported this round's work as unfinished when it connected."""
         return self.work == (round_number, base_digest)
 
-    def took(self, round_number: int, now: float) -> float:
-        """Seconds since it was offered a round; 0 where that was before a restart."""
+    def since_offer(self, round_number: int, now: float) -> float:
+        """Return the seconds since a round was offered; 0 if that was before a restart of the aggregator."""
         return now - self.offers.get(round_number, now)
 
 
 class Refusal(Exception):
-    """A hello that cannot be accepted; carries what to tell the client."""
+    """A hello that cannot be accepted, with the answer to the client."""
 
     def __init__(self, reason: "pb.Stop.Reason.ValueType", message: str) -> None:
         super().__init__(message)
@@ -87,17 +88,17 @@ class Refusal(Exception):
 
 @dataclass
 class Membership:
-    """All clients that were ever seen."""
+    """All clients that have ever connected."""
 
     spec: FederatedJobSpec
     _clients: dict[ClientId, Client] = field(default_factory=dict)
     _failures: dict[str, deque[pb.ClientFailure]] = field(default_factory=dict)
 
     def admit(self, hello: pb.Hello) -> Client:
-        """Take a client of the job in; an older process of the same client is told to stop. Raise :class:`Refusal`.
+        """Admit a client of the job; an older process of the same client is told to stop. Raise :class:`Refusal`.
 
-        An attempt fences the older ones while it is connected: one that nobody has issued, or that has ended, does not
-        keep the real next one out.
+        An attempt fences older ones only while it is connected: a made-up attempt number, or an attempt that has ended,
+        does not lock out the next real one.
         """
         client_id = (hello.pool, hello.index)
         trains = self.spec.pool(hello.pool).role == "Train"
@@ -116,19 +117,22 @@ class Membership:
         return client
 
     def predecessor(self, hello: pb.Hello) -> Client | None:
-        """The client as an older attempt of an HPC pool fills it now: in the cloud, the older is gone by then."""
+        """Return the client if an older attempt of an HPC pool fills it now.
+
+        In the cloud, the older attempt has ended by the time the newer one starts.
+        """
         client = self._clients.get((hello.pool, hello.index))
         if client is None or not client.ready or hello.attempt <= client.attempt:
             return None
         return client if self.spec.pool(hello.pool).hpc is not None else None
 
     def leave(self, client: Client, outbox: Outbox) -> None:
-        """The control stream that ``outbox`` fed has ended; a newer stream of the same client is not touched."""
+        """Note the end of the control stream that ``outbox`` fed. A newer stream of the same client is not affected."""
         if client.outbox is outbox:
             client.outbox, client.lost_at = None, time.monotonic()
 
     def fail(self, client: Client, failure: pb.Failure) -> None:
-        """The client's script raised."""
+        """Note that the client's script raised."""
         client.failed = True
         recent = self._failures.setdefault(client.id[0], deque(maxlen=_SHOWN_FAILURES))
         recent.append(
@@ -143,7 +147,7 @@ class Membership:
 
     @property
     def by_id(self) -> Mapping[ClientId, Client]:
-        """All of them."""
+        """All clients."""
         return self._clients
 
     def get(self, client_id: ClientId) -> Client | None:
@@ -153,17 +157,17 @@ class Membership:
         return iter(self._clients.values())
 
     def trainers(self) -> list[Client]:
-        """The clients that can be given a round's work, in a stable order."""
+        """Return the clients that can be given a round's work, in a stable order."""
         return [client for client in self.ready() if client.trains]
 
     def ready(self) -> list[Client]:
-        """The clients that can be given work, in a stable order; also those that only evaluate."""
+        """Return the clients that can be given work, including those that only evaluate, in a stable order."""
         order = {pool.name: number for number, pool in enumerate(self.spec.pools)}
         clients = [client for client in self if client.ready]
         return sorted(clients, key=lambda client: (order[client.id[0]], client.id[1]))
 
     def pool_statuses(self) -> list[pb.PoolStatus]:
-        """Counts by pool, in the manifest's order."""
+        """Return the counts of each pool, in the manifest's order."""
         statuses = {
             pool.name: pb.PoolStatus(name=pool.name, failures=self._failures.get(pool.name, ()))
             for pool in self.spec.pools

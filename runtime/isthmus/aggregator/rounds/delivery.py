@@ -1,4 +1,4 @@
-"""What a job delivers: its model, and the best one beside it. Until then their checkpoints are kept."""
+"""Delivery of a job's final model and of the best one, whose checkpoints are kept until then."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ _NOTE = "best"
 
 
 class Delivery:
-    """The job's model is the one that met the objective's target, or else the newest."""
+    """Delivers the model that met the objective's target, or else the newest one."""
 
     def __init__(
         self, store: CheckpointStore, training: TrainingState, progress: Progress, writer: DurableWriter,
@@ -35,35 +35,35 @@ class Delivery:
 
     @property
     def met(self) -> bool:
-        """Whether a model meets the objective's target."""
+        """True if a model meets the objective's target."""
         return self._progress.reached is not None
 
     @property
     def best(self) -> int | None:
-        """The best model's round, if a metric of the objective's name was measured."""
+        """Round of the best model; ``None`` if the objective's metric was never measured."""
         return self._progress.best.round if self._progress.best.name else None
 
     def notes(self) -> dict[str, str]:
-        """Return what is committed with each model: which one is the best so far."""
+        """Return the note that is committed with each model: the best model so far."""
         best = self._progress.best
         return {_NOTE: json.dumps({"metric": best.name, "round": best.round, "value": best.value})} if best.name else {}
 
     def noted(self, notes: Mapping[str, str]) -> tuple[int, float] | None:
-        """Return round and value of the best model, as a checkpoint has it."""
+        """Return round and value of the best model according to a checkpoint's notes."""
         best = json.loads(notes.get(_NOTE, "{}"))
         return (best["round"], best["value"]) if best.get("metric") == self._progress.objective.metric else None
 
     def show(self) -> None:
-        """Have the status name the best model."""
+        """Publish the best model in the status."""
         if self.best is not None:
             self._publisher.publish_best(self.best, self._store.path(self.best))
 
     async def retire(self) -> None:
-        """Drop the checkpoints that are not needed any more."""
+        """Remove the checkpoints that are no longer needed."""
         await self._writer.retire({number for number in (self.best, self._progress.reached) if number is not None})
 
     async def deliver(self, newest: Checkpoint) -> None:
-        """Write the models once training is over."""
+        """Write the final model and the best one after training."""
         await self.retire()
         final = newest
         if (number := self._progress.reached) is not None and number != newest.round:
@@ -74,10 +74,10 @@ class Delivery:
         try:
             await self._deliver_best(final)
         except (OSError, CheckpointError) as error:
-            # The job's model is there: this one is not worth failing for, and its checkpoint stays.
+            # The final model is written. A missing copy of the best one does not fail the job; its checkpoint stays.
             self._training.warnings.append(f"the best model, of round {self.best}, is in checkpoints/ only: {error}")
             log.warning("%s", self._training.warnings[-1])
-        self._training.phase, self._training.message = pb.FederationStatus.COMPLETE, ""
+        self._training.phase = pb.FederationStatus.COMPLETE
         log.info("complete: %d rounds, the model of round %d is in %s", newest.round, final.round, path)
 
     async def _deliver_best(self, final: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""Writes to the state directory, again and again while that fails: a full disk costs time, never a round."""
+"""Durable writes with retry: a full disk delays a round but never loses it."""
 
 import asyncio
 import logging
@@ -20,16 +20,12 @@ T = TypeVar("T")
 
 
 class DurableWriter:
-    """While something cannot be written, status and a metric tell."""
+    """Writes to the state directory. Failures are shown in the status and in a metric until a retry succeeds."""
 
     def __init__(
-        self,
-        store: CheckpointStore,
-        training: TrainingState,
-        statistics: RoundStatistics,
-        metrics: AggregatorMetrics,
+        self, store: CheckpointStore, training: TrainingState, statistics: RoundStatistics, metrics: AggregatorMetrics,
         tracker: Tracker,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._store = store
         self._training = training
         self._statistics = statistics
@@ -37,7 +33,7 @@ class DurableWriter:
         self._tracker = tracker
 
     async def checkpoint(self, write: Callable[[], T]) -> T:
-        """Has a checkpoint written, in a thread; returns when it is durable."""
+        """Call ``write`` in a thread, with retries; return its result once the checkpoint is durable."""
 
         async def in_thread() -> T:
             started = time.monotonic()
@@ -48,10 +44,10 @@ class DurableWriter:
         return await self._persistently("checkpoint", in_thread)
 
     async def record(self, record: RoundRecord) -> None:
-        """Writes a round's record down, and hands it to the trackers."""
+        """Write a round's record to disk, with retries, and hand it to the trackers."""
 
         async def here() -> None:
-            # A line, which is not synced: not worth a thread's errand.
+            # One line, which is not synced: handing it to a thread would take longer.
             self._store.append(record)
 
         await self._persistently("round's record", here)
@@ -63,16 +59,17 @@ class DurableWriter:
                 result = await write()
             except OSError as error:
                 self._metrics.checkpoint_failures.inc()
-                self._training.message = f"the {what} cannot be written: {error.strerror or error}; trying again"
-                log.error("%s", self._training.message)
+                message = f"the {what} cannot be written: {error.strerror or error}; trying again"
+                self._training.storage_faults[what] = message
+                log.error("%s", message)
                 self._training.changes.notify()
                 await asyncio.sleep(CHECKPOINT_RETRY)
             else:
-                self._training.message = ""
+                self._training.storage_faults.pop(what, None)
                 return result
 
     async def retire(self, wanted: Collection[int]) -> None:
-        """Drop old checkpoints but those of the ``wanted`` rounds. No client waits; what fails is tried again later."""
+        """Remove old checkpoints, except those of the ``wanted`` rounds. Failures are logged and retried later."""
         try:
             await asyncio.to_thread(self._store.retire, wanted)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What the clients measure of committed models on data of their own."""
+"""Evaluation of committed models by clients, on their own data."""
 
 import logging
 import math
@@ -9,9 +9,10 @@ from typing import Protocol
 from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 
-from ... import metric_names as metricnames
+from ... import metric_names
 from ...framing import MAX_EXAMPLES
 from ..clients.membership import Client, ClientId, Membership
+from ..model.global_model import GlobalModel
 from ..state.confirmation import ClientMeasurements
 from ..state.metrics_by_round import Progress, WeightedMeans
 from ..state.round_decision import LOST_CLIENT_GRACE
@@ -22,19 +23,19 @@ from .offers import Offers
 
 log = logging.getLogger(__name__)
 
-# The clients' last measurement, of the final model, may take this long. Seconds.
+# Longest time that the evaluation of the final model may take. Seconds.
 EVALUATION_DEADLINE = 300.0
 _LEFT_OUT = "%s: its evaluation of round %d is left out: %s"
 
 
-class Changed(Protocol):
-    """Waits for a change, or until the given time (monotonic seconds)."""
+class WaitForChange(Protocol):
+    """Callable that waits for a change, or until the given time (monotonic seconds)."""
 
     def __call__(self, until: float | None = None) -> Awaitable[None]: ...
 
 
 class Evaluations:
-    """Of one model at a time, the newest."""
+    """Evaluations of the newest committed model."""
 
     def __init__(
         self, spec: FederatedJobSpec, training: TrainingState, members: Membership, progress: Progress, offers: Offers,
@@ -50,24 +51,25 @@ class Evaluations:
         self.begin()
 
     def begin(self) -> None:
-        """Start over: there is a new model."""
+        """Start over with a new model."""
         self._means = WeightedMeans(self._spec.strategy.one_update_per_client)
         self._refused: set[ClientId] = set()
         self._unasked: set[ClientId] = set()
         self._booked = 0
-        self._offers.renew()
+        self._offers.begin_model()
 
     def take(self, client: Client, evaluation: pb.Evaluation) -> None:
-        """Take a client's measurement, once, if it was asked for it."""
+        """Record a client's evaluation, once, if the client was asked for it."""
         model = self._training.model
         if model is None or not model.round or evaluation.model_digest != model.digest:
             return
         if client.id in self._means.clients() or client.id in self._refused:
             return
         if not client.evaluates or client.id not in self._offers.offered:
-            # It may be an honest one, whose offer an aggregator made that was killed: it is asked again in a moment.
+            # This may be an honest client that was asked by an aggregator process that was killed. It will be asked
+            # again in a moment.
             if client.id not in self._unasked:
-                log.warning(_LEFT_OUT, client.name, model.round, "nobody asked this client for it")
+                log.warning(_LEFT_OUT, client.name, model.round, "this client was not asked for it")
             self._unasked.add(client.id)
             return
         if problem := _problem(evaluation):
@@ -83,8 +85,10 @@ class Evaluations:
 
     @property
     def missing(self) -> set[ClientId]:
-        """The clients that were asked, are still there and have not answered; none for the first model, which is not
-        measured."""
+        """Connected clients that were asked for an evaluation and have not sent it.
+
+        Empty for the initial model, which is not evaluated.
+        """
         if self._training.model is None or not self._training.model.round:
             return set()
         asked = {client.id for client in self._members.ready() if client.evaluates} & self._offers.offered
@@ -94,16 +98,16 @@ class Evaluations:
         return {client.id for client in self._members if client.evaluates and client.id in self._offers.offered}
 
     def _confirmed(self, asked: set[ClientId]) -> float | None:
-        """How good the model is at least by the objective's metric, as most of those that were asked have it."""
+        """Return the lower bound of the objective's metric that most of the ``asked`` clients confirm."""
         metric = self._spec.objective.metric
         mean = self._means.means().get(metric)
         present = {client.id for client in self._members.ready() if client.evaluates}
         return self._measurements.confirmed(self._means, (metric,), mean, asked, present)
 
     async def close(self, record: RoundRecord | None, asked: set[ClientId] | None = None) -> None:
-        """Book what was measured of the model, also in its own round's record.
+        """Add the evaluations of the newest model to the job's metrics and to ``record``, the record of its round.
 
-        ``asked``: whose measurements were waited for. Default: all who were asked for one.
+        ``asked``: the clients whose evaluations were awaited. Default: all clients that were asked.
         """
         model = self._training.model
         if model is None or not model.round:
@@ -123,9 +127,10 @@ class Evaluations:
         self._progress.look_for_objective()
         log.info("round %d: %s", model.round, ", ".join(f"{name}={value:.4f}" for name, value in means.items()))
 
-    async def conclude(self, contributors: Collection[ClientId], record: RoundRecord | None, changed: Changed) -> None:
-        """Have the clients measure the final model, to which ``contributors`` gave the last updates."""
-        assert self._training.model is not None
+    async def conclude(
+        self, model: GlobalModel, contributors: Collection[ClientId], record: RoundRecord | None, changed: WaitForChange
+    ) -> None:
+        """Have the clients evaluate the final model, whose last updates came from ``contributors``."""
         self._training.phase = pb.FederationStatus.EVALUATING
         offered: set[ClientId] = set()
         started = time.monotonic()
@@ -137,8 +142,8 @@ class Evaluations:
             for client in evaluators:
                 if client.id not in offered:
                     offered.add(client.id)
-                    self._offers.evaluate(client)
-            # After a restart of ours, the clients need a moment to come back.
+                    self._offers.evaluate(client, model)
+            # After a restart of the aggregator, the clients need a moment to reconnect.
             all_back = len(self._members.trainers()) >= self._spec.min_clients
             settled_at = started if all_back else started + LOST_CLIENT_GRACE
             if time.monotonic() < settled_at:
@@ -151,14 +156,14 @@ class Evaluations:
 
 
 def _problem(evaluation: pb.Evaluation) -> str | None:
-    """Return what is wrong with an evaluation, in one line; ``None`` if nothing is."""
+    """Return the reason why an evaluation is invalid, in one line; ``None`` if it is valid."""
     examples = evaluation.num_examples
     if not (math.isfinite(examples) and 0 <= examples <= MAX_EXAMPLES):
         return f"num_examples must be from 0 to 2**53, not {examples:g}"
-    return metricnames.problem_with(evaluation.metrics)
+    return metric_names.problem_with(evaluation.metrics)
 
 
 def _awaited(evaluators: list[Client], contributors: Collection[ClientId]) -> set[ClientId]:
-    """Whose evaluation of the final model is waited for: a straggler may be at an earlier round for long."""
+    """Return the clients whose final evaluation is awaited; stragglers may still be training an earlier round."""
     waited_for = {client.id for client in evaluators if client.id in contributors or not client.trains}
     return waited_for or {client.id for client in evaluators}

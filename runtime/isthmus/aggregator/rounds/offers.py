@@ -1,4 +1,4 @@
-"""The work that clients are offered."""
+"""Offers of work to clients."""
 
 import time
 
@@ -9,57 +9,51 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from ..clients.membership import Client, ClientId
 from ..model import messages
 from ..model.compression import Compression
-from ..state.round_decision import RoundState
-from ..state.training_state import TrainingState
+from ..model.global_model import GlobalModel
+from ..state.training_state import ActiveRound
 from ..telemetry.round_statistics import RoundStatistics
 
 
 class Offers:
-    """Makes them of the newest committed model, which must be there, and sends them."""
+    """Sends offers that start from the newest committed model."""
 
-    def __init__(
-        self, spec: FederatedJobSpec, training: TrainingState, compression: Compression, statistics: RoundStatistics
-    ) -> None:
+    def __init__(self, spec: FederatedJobSpec, compression: Compression, statistics: RoundStatistics) -> None:
         self._spec = spec
-        self._training = training
         self._compression = compression
         self._statistics = statistics
-        self._train_offer: pb.ServerMessage | None = None  # of the round in progress: the same for all
+        self._train_offer: pb.ServerMessage | None = None  # of the round in progress: the same for all clients
         self.offered: set[ClientId] = set()
-        """The clients that were offered the newest model."""
+        """Clients that were offered the newest model."""
 
-    def renew(self) -> None:
-        """Start over: there is a new model."""
+    def begin_model(self) -> None:
+        """Start over with a new model."""
         self.offered.clear()
 
-    def begin(self) -> None:
-        """A new round has begun."""
+    def begin_round(self) -> None:
+        """Start over with a new round."""
         self._train_offer = None
 
-    def train(self, client: Client, state: RoundState) -> None:
-        """Offers the round's work to a client."""
-        client.offered(state.number, time.monotonic())
+    def train(self, client: Client, current: ActiveRound) -> None:
+        """Offer the round's work to a client."""
+        client.note_offer(current.number, time.monotonic())
         if client.successors:
-            return  # its successor, which comes in a moment, is asked instead
+            return  # the offer goes to the successor, which takes over in a moment
         if self._train_offer is None:
-            assert self._training.model is not None
-            self._train_offer = messages.train(self._spec, state.number, self._training.model, self._compression)
-        self._send(client, self._train_offer)
+            self._train_offer = messages.train(self._spec, current.number, current.base, self._compression)
+        self._send(client, self._train_offer, current.base)
 
-    def evaluate(self, client: Client) -> None:
-        """Asks a client to measure the model."""
-        assert self._training.model is not None
-        self._send(client, messages.evaluate(self._training.model, self._compression))
+    def evaluate(self, client: Client, model: GlobalModel) -> None:
+        """Ask a client to evaluate the model."""
+        self._send(client, messages.evaluate(model, self._compression), model)
 
-    def watch(self, client: Client) -> None:
-        """A client that trains nothing measures every model."""
+    def evaluate_only(self, client: Client, model: GlobalModel) -> None:
+        """Ask a client to evaluate the model if it does not train: such a client evaluates every model."""
         if client.ready and client.evaluates and not client.trains:
-            self.evaluate(client)
+            self.evaluate(client, model)
 
-    def _send(self, client: Client, message: pb.ServerMessage) -> None:
-        if client.connected and message.offer.model:
-            assert self._training.model is not None
-            self._statistics.sent(client.id[0], NONE, self._training.model.size)
+    def _send(self, client: Client, message: pb.ServerMessage, model: GlobalModel) -> None:
         if client.connected:
+            if message.offer.model:
+                self._statistics.sent(client.id[0], NONE, model.size)
             self.offered.add(client.id)
         client.send(message)

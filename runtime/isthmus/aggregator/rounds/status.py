@@ -1,4 +1,4 @@
-"""What the world sees of a job's training: its status and its metrics."""
+"""Status and metrics of a job's training, as observers see them."""
 
 import asyncio
 
@@ -13,12 +13,12 @@ from ..telemetry.tracking.tracker import Tracker
 from .model_publisher import ModelPublisher
 from .privacy_budget import PrivacyBudget
 
-# Metrics follow the state at most this much later. Seconds.
+# Longest delay of the metrics behind the state. Seconds.
 _METRICS_PACE = 0.2
 
 
 class StatusReporter:
-    """Reads where training stands; changes nothing but metrics."""
+    """Reads the training state; writes metrics only."""
 
     def __init__(
         self, spec: FederatedJobSpec, training: TrainingState, members: Membership, progress: Progress,
@@ -33,24 +33,25 @@ class StatusReporter:
         self._metrics = metrics
         self._budget = budget
         self._due: asyncio.TimerHandle | None = None
+        metrics.rounds_planned.set(spec.rounds)
 
     def status(self) -> pb.FederationStatus:
-        """What the operator sees."""
-        training, state = self._training, self._training.round
+        """Return the status for observers, such as the operator."""
+        training, current = self._training, self._training.round
         completed = training.completed
         warnings = [*training.warnings, *filter(None, (self._progress.note, *self._tracker.notes))]
         status = pb.FederationStatus(
             phase=training.phase,
             message=training.message or next(iter(warnings), ""),
-            current_round=state.number if state else completed,
+            current_round=current.number if current else completed,
             completed_rounds=completed,
             total_rounds=self._spec.rounds,
             min_clients=self._spec.min_clients,
             pools=self._members.pool_statuses(),
             metrics=[self._progress.newest[name] for name in sorted(self._progress.newest)],
             best=self._progress.best,
-            selected=len(state.selected) if state else 0,
-            submitted=state.updates if state else 0,
+            selected=len(current.selected) if current else 0,
+            submitted=current.updates if current else 0,
             round_started=training.round_started,
             started=training.started,
             model=self._publisher.newest,
@@ -63,11 +64,11 @@ class StatusReporter:
         return status
 
     def refresh_soon(self) -> None:
-        """Brings the metrics up to date in a moment."""
+        """Schedule an update of the metrics."""
         if self._due is None:
             self._due = asyncio.get_running_loop().call_later(_METRICS_PACE, self.refresh)
 
     def refresh(self) -> None:
-        """Brings the metrics up to date."""
+        """Update the metrics."""
         self._due = None
         self._metrics.show(self.status(), self._training.round.number if self._training.round else 0)

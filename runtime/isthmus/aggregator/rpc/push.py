@@ -1,4 +1,4 @@
-"""How pushed updates are taken in, over whichever of the two ways they come: each is answered once."""
+"""Reception of pushed updates, on either of the two calls that carry them. Each update gets one reply."""
 
 import logging
 import time
@@ -9,11 +9,15 @@ from isthmus_contracts.api.compression import NONE
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ...codecs import CodecError
-from ...framing import Frame, receive_update, update_frame
+from ...framing import FirstFrame, first_update_frame, receive_update
 from ...tensors import State, TransferError
 from ..clients.membership import Client
-from ..rounds.coordinator import Coordinator
+from ..model.compression import Compression
+from ..state.training_state import TrainingState
+from ..telemetry.metrics import AggregatorMetrics
+from ..telemetry.round_statistics import RoundStatistics
 from ..updates import validation
+from ..updates.intake import Intake
 from ..updates.receive_slots import AHEAD_BYTES
 from ..updates.validation import Fault
 from .call_limit import CallLimit, SupersededError
@@ -31,7 +35,7 @@ _RESULTS = {
 
 
 class ResendError(Exception):
-    """An update was damaged on its way, or cannot be kept now: the client is to send it again."""
+    """An update was damaged in transit or cannot be kept now. The client has to send it again."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.message)
@@ -39,77 +43,79 @@ class ResendError(Exception):
 
 
 class _OutdatedError(Exception):
-    """The global model has changed while an update was on its way."""
+    """The base model of an update went out of use while the update was received."""
 
 
 class PushHandler:
-    """Takes in updates, and counts what becomes of each."""
+    """Receives updates, and counts the result of each."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
-        self._intake = coordinator.intake
-        self._metrics = coordinator.metrics
+    def __init__(
+        self, instance: str, training: TrainingState, intake: Intake, compression: Compression,
+        statistics: RoundStatistics, metrics: AggregatorMetrics,
+    ) -> None:  # fmt: skip
+        """``instance``: identity of this process, which is part of each reply."""
+        self._instance = instance
+        self._training = training
+        self._intake = intake
+        self._compression = compression
+        self._statistics = statistics
+        self._metrics = metrics
         self._calls = CallLimit()
 
     async def take(
-        self,
-        first: Frame[pb.UpdateHeader],
-        stream: AsyncIterator[bytes],
-        invite: Callable[[], Awaitable[None]],
+        self, first: FirstFrame, stream: AsyncIterator[bytes], invite: Callable[[], Awaitable[None]]
     ) -> pb.PushReply:
-        """An update, whose first message has a header, and the answer to it. Raises :class:`ResendError`, and
-        :class:`SupersededError` where the client sends another one meanwhile.
+        """Receive an update, given its first message, and return the reply.
 
-        ``invite`` is called where there is more to come, once there is room for it.
+        ``invite`` is called if more messages follow, as soon as there is room for them.
+
+        Raises:
+            ResendError: the client has to send the update again.
+            SupersededError: the client has begun another push meanwhile.
         """
         header = first.header
-        assert header is not None
-        # Who may not hand in anything must not end the call of who may.
-        if (answer := self._intake.permissions.check_update(header)) is not None:
-            return self._answered(header, answer)
-        return await self._calls.run((header.pool, header.index), self._take(first, header, stream, invite))
+        # Checked first: a caller without permission must not end the call of the real client.
+        if (reply := self._intake.permissions.check_update(header)) is not None:
+            return self._counted(header, reply)
+        return await self._calls.run((header.pool, header.index), self._take(first, stream, invite))
 
     async def _take(
-        self,
-        first: Frame[pb.UpdateHeader],
-        header: pb.UpdateHeader,
-        stream: AsyncIterator[bytes],
-        invite: Callable[[], Awaitable[None]],
+        self, first: FirstFrame, stream: AsyncIterator[bytes], invite: Callable[[], Awaitable[None]]
     ) -> pb.PushReply:
-        started = time.monotonic()
+        started, header = time.monotonic(), first.header
         await self._intake.wait_until_decidable(header)
         reply = self._intake.early_reply(header)
         repeated = reply is not None and reply.verdict == pb.PushReply.ACCEPTED
         if reply is None:
             try:
-                reply = await self._receive_in_turn(first, header, stream, started, invite)
-            except CodecError as error:  # sent again it would be the same
-                reply = self._intake.early_reply(header) or self._intake.reject(header, validation.fault_of(error))
+                reply = await self._receive_in_turn(first, stream, started, invite)
+            except CodecError as error:  # sending it again would not help
+                reply = await self._intake.refuse(header, validation.fault_of(error))
             except TransferError as error:
                 fault = validation.fault_of(error)
                 self._count(header, "corrupt", fault.reason)
                 log.warning("%s/%d: update of round %d refused: %s", header.pool, header.index, header.round, fault)
                 raise ResendError(fault) from None
-        return self._answered(header, reply, repeated=repeated)
+        return self._counted(header, reply, repeated=repeated)
 
-    def _answered(self, header: pb.UpdateHeader, reply: pb.PushReply, *, repeated: bool = False) -> pb.PushReply:
-        """Counts an answer, and signs it. Raises :class:`ResendError`."""
+    def _counted(self, header: pb.UpdateHeader, reply: pb.PushReply, *, repeated: bool = False) -> pb.PushReply:
+        """Count a reply, and add the identity of this process to it. Raise :class:`ResendError`."""
         if reply.verdict == pb.PushReply.RESEND:
             self._count(header, "unconnected", reply.reason)
             raise ResendError(Fault(validation.Reason(reply.reason), reply.message))
         self._count(header, "repeated" if repeated else _RESULTS[reply.verdict], reply.reason)
-        reply.instance = self._coordinator.instance
+        reply.instance = self._instance
         return reply
 
     async def answer(self, message: bytes, client: Client) -> pb.PushReply:
-        """The answer to an update that came whole, on a client's control stream. Never raises."""
+        """Return the reply to an update in one message, from a client's control stream. Never raises."""
         try:
-            frame = update_frame(message)
-            if frame.header is None or frame.checksum is None:
+            first = first_update_frame(message)
+            if first.checksum is None:
                 raise TransferError("an update on the control stream must be whole")
-            if (frame.header.pool, frame.header.index) != client.id:
+            if (first.header.pool, first.header.index) != client.id:
                 raise TransferError(f"this is the control stream of {client.name}")
-            return await self.take(frame, _nothing(), _nobody)
+            return await self.take(first, _no_messages(), _no_invitation)
         except ResendError as error:
             fault = error.fault
         except SupersededError as error:
@@ -128,61 +134,50 @@ class PushHandler:
             self._metrics.refused.labels(**self._metrics.bound, pool=header.pool, reason=reason).inc()
 
     async def _receive_in_turn(
-        self,
-        first: Frame[pb.UpdateHeader],
-        header: pb.UpdateHeader,
-        stream: AsyncIterator[bytes],
-        started: float,
-        invite: Callable[[], Awaitable[None]],
+        self, first: FirstFrame, stream: AsyncIterator[bytes], started: float, invite: Callable[[], Awaitable[None]]
     ) -> pb.PushReply:
-        """Takes in an update when there is room for it. Raises ``TransferError``."""
-        model, receive_slots = self._coordinator.training.model, self._intake.receive_slots
+        """Receive an update once there is room for it. Raise ``TransferError``."""
+        model, receive_slots = self._training.model, self._intake.receive_slots
         async with receive_slots.ticket(model) as file, AsyncExitStack() as stack:
             if first.checksum is None:
                 await invite()
             if file is not None:
-                return await self._receive(first, header, stream, file, started)
-            place = stack.enter_async_context(receive_slots.slot(model))
+                return await self._receive(first, stream, file, started)
+            slot = stack.enter_async_context(receive_slots.slot(model))
             if first.checksum is None:
-                room, stream = await read_ahead(stream, place, AHEAD_BYTES)
+                room, stream = await read_ahead(stream, slot, AHEAD_BYTES)
             else:
-                room = await place
-            return await self._receive(first, header, stream, room, started)
+                room = await slot
+            return await self._receive(first, stream, room, started)
 
     async def _receive(
-        self,
-        first: Frame[pb.UpdateHeader],
-        header: pb.UpdateHeader,
-        stream: AsyncIterator[bytes],
-        room: State,
-        started: float,
+        self, first: FirstFrame, stream: AsyncIterator[bytes], room: State, started: float
     ) -> pb.PushReply:
-        """Takes in a whole update; whatever is wrong with the stream refuses all of it. Raises ``TransferError``."""
-        reception = self._coordinator.compression.reception(header, self._intake.base(header), room)
-        model = self._coordinator.training.model
+        """Receive a whole update into the tensors of ``room``; any fault of the stream refuses all of it.
 
-        def still_wanted() -> None:
-            """A slow client must not hold the base model of a Delta for ever."""
-            nonlocal model
-            if self._coordinator.training.model is not model:
-                model = self._coordinator.training.model
-                if self._intake.early_reply(header) is not None:
-                    raise _OutdatedError
+        Raises ``TransferError``.
+        """
+        header, intake = first.header, self._intake
+        reception = self._compression.reception(header, intake.base(header), room)
+
+        def check() -> None:
+            # A slow client must not keep the base model of a Delta in memory for ever.
+            if not intake.is_current(header):
+                raise _OutdatedError
 
         try:
-            tensors, size = await receive_update(first, stream, reception, still_wanted)
+            tensors, size = await receive_update(first, stream, reception, check)
         except _OutdatedError:
-            reply = self._intake.early_reply(header)
-            return reply or validation.reply(pb.PushReply.STALE, "its round is over")
+            return intake.early_reply(header) or validation.reply(pb.PushReply.STALE, "its round is over")
         codec = "+".join(header.codecs) or NONE
-        self._coordinator.statistics.received(header.pool, codec, size, time.monotonic() - started)
-        return await self._intake.accept(header, tensors)
+        self._statistics.received(header.pool, codec, size, time.monotonic() - started)
+        return await intake.accept(header, tensors)
 
 
-async def _nothing() -> AsyncIterator[bytes]:
+async def _no_messages() -> AsyncIterator[bytes]:
     return
     yield b""
 
 
-async def _nobody() -> None:
+async def _no_invitation() -> None:
     pass

@@ -1,42 +1,42 @@
-"""Tells those who wait on one event loop that something has changed."""
+"""Change notification for waiters on one event loop."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator
 
-# Listeners hear of changes at most this often. Seconds.
+# Shortest time between two notifications of a listener. Seconds.
 _PACE = 0.1
 
 
 class Notifier:
-    """One waits for the next ring; any number of listeners hear that it rang."""
+    """Wakes one waiter, and any number of listeners, when something has changed."""
 
     def __init__(self) -> None:
-        self._rung = asyncio.Event()
+        self._changed = asyncio.Event()
         self._listeners: set[asyncio.Event] = set()
 
     def notify(self) -> None:
-        """Something has changed."""
-        self._rung.set()
+        """Wake the waiter and all listeners."""
+        self._changed.set()
         self.notify_listeners()
 
     def notify_listeners(self) -> None:
-        """Something has changed that only listeners care for."""
+        """Wake the listeners only."""
         for listener in self._listeners:
             listener.set()
 
     async def wait(self, until: float | None = None) -> None:
-        """Returns after a ring since the last return, or at the given time (monotonic seconds)."""
+        """Wait for a notification since the last return, or until the given time (monotonic seconds)."""
         timeout = None if until is None else max(until - time.monotonic(), 0.01)
         try:
             async with asyncio.timeout(timeout):
-                await self._rung.wait()
+                await self._changed.wait()
         except TimeoutError:
             return
-        self._rung.clear()
+        self._changed.clear()
 
     async def listen(self) -> AsyncIterator[None]:
-        """Yields at once, and then after changes, several of which may make one."""
+        """Yield at once, and then after changes. Changes in quick succession are reported together."""
         changed = asyncio.Event()
         self._listeners.add(changed)
         try:

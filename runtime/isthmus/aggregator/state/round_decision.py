@@ -1,4 +1,4 @@
-"""The decisions of a round, apart from everything that carries them out."""
+"""Decisions of a round, as pure functions of its state."""
 
 import math
 from asyncio import Future
@@ -11,14 +11,17 @@ from typing import Any, Protocol
 from ..clients.client_history import Report
 from ..clients.membership import ClientId
 
-# How long a client whose connection broke in the middle of a round may take to come back (or its successor to start)
-# before the round goes on without it, where enough others have handed in. Seconds.
+# If enough other updates are there, the round goes on without a client whose connection has been broken for this long
+# (or whose successor has not started by then). Seconds.
 LOST_CLIENT_GRACE = 30.0
+
+UpdateKey = tuple[ClientId, int]
+"""Client and round of an update."""
 
 
 @dataclass
 class RoundState:
-    """What has happened in the current round. Times are monotonic seconds."""
+    """Selection and updates of a round. Times are monotonic seconds."""
 
     number: int
     started: float
@@ -26,40 +29,38 @@ class RoundState:
     selected: set[ClientId] = field(default_factory=set)
     accepted: set[ClientId] = field(default_factory=set)
     rejected: set[ClientId] = field(default_factory=set)
-    """Clients whose update was invalid: they get another chance in the next round, or when this one starts over."""
+    """Clients whose update was invalid. They may try again in the next round, or when the deadline is extended."""
     target: int | None = None
-    """With so many updates it ends, whoever is still at work; ``None``: it waits for everybody."""
-    late: set[tuple[ClientId, int]] = field(default_factory=set)
-    """Updates of earlier rounds (their client and that round) that count in this one."""
+    """Number of updates that ends the round early; ``None`` waits for all selected clients."""
+    late: set[UpdateKey] = field(default_factory=set)
+    """Updates of earlier rounds that count in this one."""
     reports: list[tuple[ClientId, Report]] = field(default_factory=list)
-    """Of every update that counts."""
-    folding: dict[tuple[ClientId, int], Future[Any]] = field(default_factory=dict)
-    """Updates (their client and round) among those that count that are on their way into the result, and may yet fail
-    to be kept."""
+    """One entry for each update that counts."""
+    folding: dict[UpdateKey, Future[Any]] = field(default_factory=dict)
+    """Counted updates that are being added to the result ("folded"). This may still fail for lack of disk space."""
     fault: str = ""
-    """Who was refused last, and why."""
+    """Client and reason of the newest refusal."""
     diverged: Counter[ClientId] = field(default_factory=Counter)
-    """In how many of the round's runs at it each client's update was refused, since it held NaN, infinity or huge
-    numbers."""
+    """By client, the number of attempts at this round that ended in NaN, infinity or huge numbers."""
 
     @property
     def updates(self) -> int:
-        """How many count."""
+        """Number of updates that count."""
         return len(self.accepted) + len(self.late)
 
 
 def blocking_client(state: RoundState, chances: int, trainers: int, min_updates: int) -> ClientId | None:
-    """Return a client that has diverged in more than ``chances`` runs at the round, where no round can do without it.
+    """Return a client that has diverged more than ``chances`` times and without which no round can end, or ``None``.
 
-    ``None`` while the others of the job's ``trainers``, once they are all there, could hand in enough: no client ends a
-    job that others can go on with.
+    A client does not block the job if the other clients, of ``trainers`` in all, could submit ``min_updates`` updates
+    once they are connected.
     """
     diverged = [client for client, times in state.diverged.items() if times > chances and client not in state.accepted]
     return diverged[0] if diverged and trainers - len(diverged) < min_updates else None
 
 
 class Presence(Protocol):
-    """What a round needs to know of one client."""
+    """The part of a client's state that decisions depend on."""
 
     @property
     def ready(self) -> bool: ...
@@ -70,27 +71,27 @@ class Presence(Protocol):
 
 
 class Verdict(Enum):
-    """What to do with a round."""
+    """Next step of a round."""
 
     COMMIT = auto()
     WAIT = auto()
-    SELECT_MORE = auto()  # too few of the selected can still hand in: take others in, where there are any
-    EXTEND = auto()  # the deadline passed without enough updates: start the clock again
+    SELECT_MORE = auto()  # too few of the selected clients can still submit: select others, if there are any
+    EXTEND = auto()  # the deadline passed without enough updates: extend it
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A verdict, and when to look again at the latest (monotonic seconds)."""
+    """A verdict, and the latest time of the next decision (monotonic seconds)."""
 
     verdict: Verdict
     recheck_at: float
 
 
 def decide(state: RoundState, presence: Mapping[ClientId, Presence], min_updates: int, now: float) -> Decision:
-    """Return what to do with the round, given who is there.
+    """Return the next step of the round, given the presence of its clients.
 
-    A round that could end does so once nothing is being folded: an update that cannot be kept, since the disk is full,
-    does not count, and its client tries again.
+    A round is committed only when no update is being folded: an update that cannot be kept because the disk is full
+    does not count, and its client sends it again.
     """
     decision = _decide(state, presence, min_updates, now)
     if decision.verdict is Verdict.COMMIT and state.folding:
@@ -114,7 +115,7 @@ def _decide(state: RoundState, presence: Mapping[ClientId, Presence], min_update
 def _outstanding(
     state: RoundState, presence: Mapping[ClientId, Presence], now: float
 ) -> tuple[Collection[ClientId], float]:
-    """The selected clients that may still hand in, and when that may change by time alone."""
+    """Return the selected clients that may still submit, and when the passing of time may change that."""
     outstanding, recheck_at = [], state.deadline
     for client in state.selected - state.accepted - state.rejected:
         seen = presence.get(client)

@@ -1,13 +1,11 @@
-"""Updates: which are wanted, and how each is counted once."""
+"""Intake of updates: decides which are wanted, and counts each once."""
 
 import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TypeVar
 
 from isthmus_contracts.pb import federation_pb2 as pb
 
@@ -19,8 +17,8 @@ from ..clients.membership import ClientId, Membership
 from ..job import Job
 from ..model import messages
 from ..model.compression import Compression
-from ..state.round_decision import RoundState
-from ..state.training_state import TrainingState
+from ..state.round_decision import UpdateKey
+from ..state.training_state import UPDATE, ActiveRound, Contribution, TrainingState
 from ..telemetry.round_statistics import RoundStatistics
 from . import validation
 from .base_models import BaseModels, rebase
@@ -30,17 +28,19 @@ from .validation import Fault, Reason, StorageError
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 class Intake:
-    """Answers pushes. What it accepts has been folded, or waits for it in ``folder``, when it answers."""
+    """Answers pushed updates.
+
+    An accepted update is folded (added to the round's result by the strategy) before it is answered. Large updates are
+    folded one at a time, in the thread of ``folder``.
+    """
 
     def __init__(
         self, job: Job, training: TrainingState, members: Membership, compression: Compression, strategy: Strategy,
         statistics: RoundStatistics, folder: Executor, directory: Path | None = None,
     ) -> None:  # fmt: skip
-        """``directory``: where updates are received that would take too much memory."""
+        """``directory``: where to receive updates that would take too much memory."""
         self._spec = job.spec
         self._training = training
         self._members = members
@@ -54,58 +54,66 @@ class Intake:
         self.permissions = Permissions(job.uid, job.spec, members, training)
         self.base_models = BaseModels(job.spec.stragglers.max_staleness + 1 if self._folds_late else 1)
         self.client_history = ClientHistory()
-        """Of the committed rounds."""
+        """Covers the committed rounds."""
         self.receive_slots = ReceiveSlots(directory)
 
     def early_reply(self, header: pb.UpdateHeader) -> pb.PushReply | None:
-        """The answer to an update that need not even be received; ``None`` where it is wanted."""
-        if (answer := self.permissions.check_update(header)) is not None:
-            return answer
-        client_id = (header.pool, header.index)
-        if header.round == 0:
-            return self._early_reply_initial(client_id, header)
-        if (answer := self._early_reply_round(header, client_id)) is not None:
-            return answer
-        assert self._training.model is not None and self._training.round is not None
-        if self._training.closing:
-            return validation.reply(pb.PushReply.CLOSED, f"round {self._training.round.number} has ended without it")
-        fault = validation.examine(header, self._training.model, self._compression, self._strategy)
-        return self.reject(header, fault) if fault else None
+        """Return the reply to an update that is not wanted; ``None`` for one that is to be received and counted."""
+        found = self._admit(header)
+        return found if isinstance(found, pb.PushReply) else None
 
-    def _early_reply_initial(self, client_id: ClientId, header: pb.UpdateHeader) -> pb.PushReply | None:
+    def _admit(self, header: pb.UpdateHeader) -> pb.PushReply | ActiveRound | None:
+        """Return the round in which an update counts, ``None`` for initial weights, or the reply if it does not."""
+        if (reply := self.permissions.check_update(header)) is not None:
+            return reply
+        client_id = (header.pool, header.index)
+        return self._admit_to_round(client_id, header) if header.round else self._admit_initial(client_id, header)
+
+    def _admit_initial(self, client_id: ClientId, header: pb.UpdateHeader) -> pb.PushReply | None:
         if self._training.model is not None or self._training.initial is not None:
             return messages.reply(pb.PushReply.ACCEPTED, "the model has its initial weights")
         if not self.permissions.may_initialize(client_id):
-            message = "nobody asked this client for initial weights"
+            message = "this client was not asked for initial weights"
             return validation.reply(pb.PushReply.STALE, message, Reason.NOT_SELECTED)
         if (fault := validation.examine_initial(header, self._directory)) is not None:
             return self.reject(header, fault)
         self._training.initialization.begun(client_id)
         return None
 
-    def _early_reply_round(self, header: pb.UpdateHeader, client_id: ClientId) -> pb.PushReply | None:
-        """The answer to an update whose round, or whose turn, is not now."""
-        state, model = self._training.round, self._training.model
+    def _admit_to_round(self, client_id: ClientId, header: pb.UpdateHeader) -> pb.PushReply | ActiveRound:
+        current = self._training.round
         if self._folds_late and header.round in self.client_history.of(client_id).counted:
             return messages.reply(pb.PushReply.ACCEPTED, "counted before", self._training.completed)
-        if state is None or model is None or header.round > state.number:
+        if current is None or header.round > current.number:
             return validation.reply(pb.PushReply.STALE, f"round {header.round} is not in progress")
-        if header.round < state.number:
-            return self._early_reply_late(header, client_id, state)
-        if header.base_digest != model.digest:
+        if header.round < current.number:
+            reply = self._reply_to_late(client_id, header, current)
+        else:
+            reply = self._reply_to_current(client_id, header, current)
+        if reply is not None:
+            return reply
+        if current.closing:
+            return validation.reply(pb.PushReply.CLOSED, f"round {current.number} has ended without it")
+        fault = validation.examine(header, current.base, self._compression, self._strategy)
+        return self.reject(header, fault) if fault else current
+
+    def _reply_to_current(
+        self, client_id: ClientId, header: pb.UpdateHeader, current: ActiveRound
+    ) -> pb.PushReply | None:
+        if header.base_digest != current.base.digest:
             return validation.reply(pb.PushReply.STALE, "it was trained from another model than this round's")
         if not self.permissions.was_offered(header, self.client_history):
             return self._not_selected(header)
-        if client_id in state.accepted:
-            return messages.reply(pb.PushReply.ACCEPTED, "counted before", state.number)
+        if client_id in current.accepted:
+            return messages.reply(pb.PushReply.ACCEPTED, "counted before", current.number)
         return None
 
-    def _early_reply_late(self, header: pb.UpdateHeader, client_id: ClientId, state: RoundState) -> pb.PushReply | None:
+    def _reply_to_late(self, client_id: ClientId, header: pb.UpdateHeader, current: ActiveRound) -> pb.PushReply | None:
         if not self._folds_late:
             return validation.reply(pb.PushReply.STALE, f"round {header.round} is over")
-        if (client_id, header.round) in state.late:
-            return messages.reply(pb.PushReply.ACCEPTED, "counted before", state.number)
-        if state.number - header.round > self._spec.stragglers.max_staleness:
+        if (client_id, header.round) in current.late:
+            return messages.reply(pb.PushReply.ACCEPTED, "counted before", current.number)
+        if current.number - header.round > self._spec.stragglers.max_staleness:
             return validation.reply(
                 pb.PushReply.STALE, f"round {header.round} is over for more than stragglers.maxStaleness rounds"
             )
@@ -120,124 +128,139 @@ class Intake:
         return validation.reply(pb.PushReply.STALE, message, Reason.NOT_SELECTED)
 
     def base(self, header: pb.UpdateHeader) -> State | None:
-        """The model that an update was trained from, if it is the present one or a recent one."""
+        """Return the model that an update was trained from, if it is the current one or a recent one."""
         return self.base_models.find(header.round - 1, header.base_digest)
 
+    def is_current(self, header: pb.UpdateHeader) -> bool:
+        """Return whether the model that an update was trained from is still in use. Cheap; called for each message."""
+        return self.base(header) is not None if header.round else self._training.model is None
+
     async def wait_until_decidable(self, header: pb.UpdateHeader) -> None:
-        """Waits while an update's answer is not certain: between two rounds, and after a restart, where one that comes
-        then counts in the next one; and while the same one, sent before, is being folded."""
+        """Wait until the reply to an update is certain.
+
+        It is not between two rounds and after a restart, where late updates may count in the next round, nor while an
+        earlier copy of the update is being folded.
+        """
         waits = self._training.phase in (pb.FederationStatus.TRAINING, pb.FederationStatus.WAITING)
         if self._folds_late and self._training.model is not None and waits:
             await self._training.open.wait()
-        state = self._training.round
-        if state is not None and (folding := state.folding.get(_key(header))) is not None:
+        current = self._training.round
+        if current is not None and (folding := current.folding.get(_key(header))) is not None:
             await asyncio.wait([folding])
 
-    async def accept(self, header: pb.UpdateHeader, tensors: State) -> pb.PushReply:
-        """Takes a complete update: checks its values, then counts it once."""
-        bad = await self._in_thread(lambda state: self._examine_values(header, state), tensors)
+    async def refuse(self, header: pb.UpdateHeader, fault: Fault) -> pb.PushReply:
+        """Return the reply to a received update that cannot be decoded."""
         await self.wait_until_decidable(header)
-        if (reply := self.early_reply(header)) is not None:  # the world may have moved on meanwhile
-            return reply
-        if bad is not None:
-            return self.reject(header, bad)
-        if header.round == 0:
-            self._training.initial, self._training.buffers = tensors, frozenset(header.buffers)
-            self._training.frozen = frozenset(header.frozen)
-            self._training.views = views_of(header.views)
-            self._training.changes.notify()
-            return messages.reply(pb.PushReply.ACCEPTED, "")
-        state = self._training.round
-        assert state is not None
-        number = state.number
-        update = self._update(header, tensors, number - header.round)
-        # From here to the submission nothing awaits: whatever is accepted is folded before the round's result is made.
-        self._count(header, state)
-        base = self.base(header) if header.round < number else None
+        return self.early_reply(header) or self.reject(header, fault)
+
+    async def accept(self, header: pb.UpdateHeader, tensors: State) -> pb.PushReply:
+        """Check a received update, count it once, and return the reply. Raise :class:`StorageError`."""
+        fault = await self._examine_values(header, tensors)
+        await self.wait_until_decidable(header)
+        current = self._admit(header)  # again: the state may have changed while the update was received
+        if isinstance(current, pb.PushReply):
+            return current
+        if fault is not None:
+            return self.reject(header, fault)
+        if current is None:
+            return self._accept_initial(header, tensors)
+        update = self._update(header, tensors, current.number - header.round)
+        # No await between _count and the submission: each counted update is folded before the result is computed.
+        self._count(header, current)
+        base = self.base(header) if header.round < current.number else None
         if self._training.is_small:
-            problem = self._fold(header, update, base)
-            self._after_fold(header, state, problem)
+            problem = self._fold(header, update, current, base)
+            self._after_fold(header, current, problem)
         else:
-            folding = asyncio.get_running_loop().run_in_executor(self._folder, self._fold, header, update, base)
-            state.folding[_key(header)] = folding
+            folding = asyncio.get_running_loop().run_in_executor(
+                self._folder, self._fold, header, update, current, base
+            )
+            current.folding[_key(header)] = folding
 
             def over(done: "asyncio.Future[OSError | StrategyError | None]") -> None:
-                del state.folding[_key(header)]
-                self._after_fold(header, state, None if done.cancelled() else done.exception() or done.result())
+                del current.folding[_key(header)]
+                self._after_fold(header, current, None if done.cancelled() else done.exception() or done.result())
 
             folding.add_done_callback(over)
-            # A client that goes away meanwhile cancels its call, but not the folding.
+            # A client that disconnects cancels its call, but not the folding.
             problem = await asyncio.shield(folding)
         if self._training.broken is not None:
             return validation.reply(pb.PushReply.STALE, str(self._training.broken))
         if isinstance(problem, OSError):
-            # A rule that keeps updates on disk, and the disk is full: the client tries again.
-            self._training.message = f"an update cannot be kept: {problem.strerror or problem}; trying again"
-            raise StorageError(self._training.message)
-        return messages.reply(pb.PushReply.ACCEPTED, "", number)
+            raise StorageError(_storage_fault(problem))
+        return messages.reply(pb.PushReply.ACCEPTED, "", current.number)
 
-    def _examine_values(self, header: pb.UpdateHeader, tensors: State) -> Fault | None:
-        if (
-            (fault := validation.examine_values(tensors)) is not None
-            or not self._is_private
-            or not self._training.frozen
-        ):
-            return fault
-        base = self.base(header)
-        return validation.examine_frozen(tensors, base, self._training.frozen) if base is not None else None
+    def _accept_initial(self, header: pb.UpdateHeader, weights: State) -> pb.PushReply:
+        self._training.initial, self._training.buffers = weights, frozenset(header.buffers)
+        self._training.frozen = frozenset(header.frozen)
+        self._training.views = views_of(header.views)
+        self._training.changes.notify()
+        return messages.reply(pb.PushReply.ACCEPTED, "")
+
+    async def _examine_values(self, header: pb.UpdateHeader, tensors: State) -> Fault | None:
+        def examine() -> Fault | None:
+            fault = validation.examine_values(tensors)
+            if fault is not None or not self._is_private or not self._training.frozen:
+                return fault
+            base = self.base(header)
+            return validation.examine_frozen(tensors, base, self._training.frozen) if base is not None else None
+
+        return examine() if self._training.is_small else await asyncio.to_thread(examine)
 
     def _update(self, header: pb.UpdateHeader, tensors: State, staleness: int) -> Update:
         discount = self._spec.stragglers.weight(staleness) if staleness else 1.0
         name, scalars = f"{header.pool}/{header.index}", dict(header.scalars)
-        # What no client trains needs no noise.
+        # Tensors that no client trains need no noise.
         buffers = self._training.buffers | self._training.frozen if self._is_private else self._training.buffers
         return Update(name, header.num_examples, tensors, buffers, scalars, discount)
 
-    def _count(self, header: pb.UpdateHeader, state: RoundState) -> None:
+    def _count(self, header: pb.UpdateHeader, current: ActiveRound) -> None:
         client_id = (header.pool, header.index)
-        if header.round < state.number:
-            state.late.add((client_id, header.round))
+        if header.round < current.number:
+            current.late.add((client_id, header.round))
         else:
-            state.accepted.add(client_id)
-            state.rejected.discard(client_id)
+            current.accepted.add(client_id)
+            current.rejected.discard(client_id)
         client = self._members.get(client_id)
-        seconds = client.took(header.round, time.monotonic()) if client is not None else 0.0
+        seconds = client.since_offer(header.round, time.monotonic()) if client is not None else 0.0
         loss = header.metrics.get("loss", math.nan)
         report = Report(header.round, header.num_examples, loss if math.isfinite(loss) else None, seconds)
-        state.reports.append((client_id, report))
-        self._training.examples += header.num_examples
-        self._training.means.add(client_id, header.num_examples, header.metrics)
-        self._statistics.submitted(header, state.number - header.round)
+        current.reports.append((client_id, report))
+        current.contributions[_key(header)] = Contribution(header.num_examples, dict(header.metrics))
+        self._statistics.submitted(header, current.number - header.round)
 
-    def _after_fold(self, header: pb.UpdateHeader, state: RoundState, problem: BaseException | None) -> None:
-        """An update has been folded; or it could not be kept, and what :meth:`_count` did is taken back."""
+    def _after_fold(self, header: pb.UpdateHeader, current: ActiveRound, problem: BaseException | None) -> None:
+        """Note the outcome of a fold. If the update could not be kept, undo :meth:`_count`."""
         self._training.changes.notify()
         if isinstance(problem, StrategyError):
             self._training.broken = problem
         if not isinstance(problem, OSError):
+            self._training.storage_faults.pop(UPDATE, None)
             return
-        client_id = (header.pool, header.index)
-        if header.round < state.number:
-            state.late.discard((client_id, header.round))
+        self._training.storage_faults[UPDATE] = _storage_fault(problem)
+        client_id, key = (header.pool, header.index), _key(header)
+        if header.round < current.number:
+            current.late.discard(key)
         else:
-            state.accepted.discard(client_id)
-        state.reports[:] = [entry for entry in state.reports if (entry[0], entry[1].round) != (client_id, header.round)]
-        self._training.examples -= header.num_examples
+            current.accepted.discard(client_id)
+        current.reports[:] = [entry for entry in current.reports if (entry[0], entry[1].round) != key]
+        del current.contributions[key]
         self._statistics.withdrawn(header)
 
-    def _fold(self, header: pb.UpdateHeader, update: Update, base: State | None) -> OSError | StrategyError | None:
-        """Folds an update in, in any thread; returns what kept it from that. ``base``: a late one's."""
+    def _fold(
+        self, header: pb.UpdateHeader, update: Update, current: ActiveRound, base: State | None
+    ) -> OSError | StrategyError | None:
+        """Fold an update, in any thread; return the error that prevented it. ``base``: base model of a late update."""
         started = time.monotonic()
         try:
             if base is not None:
-                assert self._training.model is not None
-                present = self._training.model.checkpoint.state
-                rebase(update.tensors, base, present, update.buffers, self._strategy.rebases)
+                new_base = current.base.checkpoint.state
+                rebase(update.tensors, base, new_base, update.buffers, self._strategy.rebases)
             self._strategy.accept(update)
         except (OSError, StrategyError) as error:
             return error
         except Exception as error:
-            # Half of it may be in the sum, which nobody can trust any more.
+            # The sum may contain half of the update, so it cannot be used any more.
             log.exception("%s: the strategy failed", update.client)
             return StrategyError(
                 f"the strategy failed on the update of {update.client}: {type(error).__name__}: {error}; the "
@@ -248,26 +271,28 @@ class Intake:
         return None
 
     def reject(self, header: pb.UpdateHeader, fault: Fault) -> pb.PushReply:
-        """Refuses an update for good: the round does not wait for this client any longer."""
-        if self._training.round is not None and header.round == self._training.round.number:
-            client, rejected = (header.pool, header.index), self._training.round.rejected
-            if client not in rejected and fault.reason in (Reason.NON_FINITE, Reason.RANGE):
-                self._training.round.diverged[client] += 1
-            rejected.add(client)
-            self._training.round.fault = f"{header.pool}/{header.index}: {fault}"
+        """Refuse an update for good. The round no longer waits for its client."""
+        current = self._training.round
+        if current is not None and header.round == current.number:
+            client = (header.pool, header.index)
+            if client not in current.rejected and fault.reason in (Reason.NON_FINITE, Reason.RANGE):
+                current.diverged[client] += 1
+            current.rejected.add(client)
+            current.fault = f"{header.pool}/{header.index}: {fault}"
             self._training.changes.notify()
         if header.round == 0:
             self._training.initialization.refused((header.pool, header.index))
-            self._training.message = f"the initial weights of {header.pool}/{header.index} were refused: {fault}"
+            message = f"the initial weights of {header.pool}/{header.index} were refused: {fault}"
+            self._training.initial_fault = message
             self._training.changes.notify()
         log.warning("%s/%d: update of round %d refused: %s", header.pool, header.index, header.round, fault)
         return validation.reply(pb.PushReply.INVALID, fault.message, fault.reason)
 
-    async def _in_thread(self, work: Callable[[State], T], state: State) -> T:
-        """Does the work in a thread, unless the model is small."""
-        return work(state) if self._training.is_small else await asyncio.to_thread(work, state)
+
+def _storage_fault(error: OSError) -> str:
+    # Some strategies keep updates on disk. The client sends the update again.
+    return f"an update cannot be kept: {error.strerror or error}; trying again"
 
 
-def _key(header: pb.UpdateHeader) -> tuple[ClientId, int]:
-    """Return which update it is."""
+def _key(header: pb.UpdateHeader) -> UpdateKey:
     return (header.pool, header.index), header.round

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from isthmus.aggregator.app import Aggregator
 from isthmus.aggregator.job import Job
-from isthmus.aggregator.rounds.coordinator import Coordinator
 from isthmus.aggregator.storage.checkpoints import CheckpointStore
 from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
 from isthmus.aggregator.telemetry.tracking.tracker import make_tracker
@@ -57,9 +57,12 @@ class Trial:
         job = Job("job", "default", "uid", parse_spec(spec))
         self.store = CheckpointStore(directory, "uid", keep=2)
         self.strategy = strategy
-        self.coordinator = Coordinator(
+        self.aggregator = Aggregator(
             job, self.store, strategy, AggregatorMetrics("default", "job"), make_tracker(job, directory)
         )
+
+    def message(self) -> str:
+        return self.aggregator.reporter.status().message
 
     async def until(self, what: Callable[[], Any]) -> None:
         async with asyncio.timeout(SECONDS):
@@ -68,10 +71,10 @@ class Trial:
 
     async def begin(self) -> "asyncio.Task[None]":
         """Training, which has got to its first round."""
-        running = asyncio.create_task(self.coordinator.run())
-        training = self.coordinator.training
+        running = asyncio.create_task(self.aggregator.coordinator.run())
+        training = self.aggregator.training
         for index in range(2):
-            self.coordinator.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
+            self.aggregator.sessions.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
         await self.until(lambda: training.initialization.asked(("pool", 0)))
         await self.push(0, number=0, buffers=["statistics"])
         await self.until(lambda: training.round)
@@ -79,13 +82,13 @@ class Trial:
 
     def push(self, index: int, number: int = 1, value: float = 1.0, **changes: Any) -> Awaitable[pb.PushReply]:
         state = {"w": torch.full((VALUES,), value), "statistics": torch.ones(1)}
-        model = self.coordinator.training.model
+        model = self.aggregator.training.model
         header = pb.UpdateHeader(
             job_uid="uid", pool="pool", index=index, round=number, num_examples=5, tensors=specs_of(state),
             instance=str(index),
             base_digest=model.digest if model is not None else "", **changes,
         )  # fmt: skip
-        return asyncio.create_task(self.coordinator.intake.accept(header, state))
+        return asyncio.create_task(self.aggregator.intake.accept(header, state))
 
 
 @pytest.fixture
@@ -94,16 +97,16 @@ def trial(tmp_path: Path) -> Trial:
 
 
 async def test_the_first_round_waits_for_clients_beyond_the_quorum(trial: Trial) -> None:
-    coordinator, training = trial.coordinator, trial.coordinator.training
-    coordinator.wait_for(3)
-    running = asyncio.create_task(coordinator.run())
+    aggregator, training = trial.aggregator, trial.aggregator.training
+    aggregator.coordinator.wait_for(3)
+    running = asyncio.create_task(aggregator.coordinator.run())
     for index in range(2):
-        coordinator.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
-    await trial.until(lambda: coordinator.status().message == "2 of 3 clients are connected")
+        aggregator.sessions.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
+    await trial.until(lambda: aggregator.reporter.status().message == "2 of 3 clients are connected")
     assert training.phase == pb.FederationStatus.WAITING
-    coordinator.wait_for(2)  # one is given up
+    aggregator.coordinator.wait_for(2)  # one is given up
     await trial.until(lambda: training.phase == pb.FederationStatus.INITIALIZING)
-    coordinator.wait_for(3)  # too late
+    aggregator.coordinator.wait_for(3)  # too late
     await trial.push(0, number=0, buffers=["statistics"])
     await trial.until(lambda: training.round)
     running.cancel()
@@ -125,7 +128,7 @@ async def test_a_repetition_is_answered_once_the_first_is_folded(trial: Trial) -
     await trial.until(begun.is_set)
     again = trial.push(0)
     other = trial.push(1)
-    await trial.until(lambda: len(trial.coordinator.training.round.accepted) == 2)  # type: ignore[union-attr]
+    await trial.until(lambda: len(trial.aggregator.training.round.accepted) == 2)  # type: ignore[union-attr]
     full.set()
     with pytest.raises(StorageError, match="No space left on device; trying again"):
         await first
@@ -152,15 +155,15 @@ async def test_a_strategy_that_fails_on_an_update_ends_the_job(trial: Trial) -> 
 async def test_a_client_that_diverges_for_ever_ends_the_job_with_a_hint(tmp_path: Path) -> None:
     trial = Trial(tmp_path, Scripted(), stragglers={"roundDeadlineSeconds": 1}, backoffLimit=1)
     running = await trial.begin()
-    state = trial.coordinator.training.round
+    state = trial.aggregator.training.round
     assert state is not None
     await trial.push(1)
     for value in (math.nan, 2.0**70):
         await trial.until(lambda: not state.rejected)  # it is asked, or asked again
         assert (await trial.push(0, value=value)).verdict == pb.PushReply.INVALID
-        await trial.until(lambda: trial.coordinator.status().message.endswith("; a lower learning rate may help"))
+        await trial.until(lambda: trial.message().endswith("; a lower learning rate may help"))
     message = (
-        "round 1 cannot end: pool/0 has handed in NaN, infinity or huge numbers 2 times, and a round needs 2 updates;"
+        "round 1 cannot end: pool/0 has submitted NaN, infinity or huge numbers 2 times, and a round needs 2 updates;"
     )
     with pytest.raises(StrategyError, match=message):
         await asyncio.wait_for(running, SECONDS)
@@ -169,12 +172,14 @@ async def test_a_client_that_diverges_for_ever_ends_the_job_with_a_hint(tmp_path
 async def test_a_client_fails_once(trial: Trial, caplog: pytest.LogCaptureFixture) -> None:
     """It cannot fill the log, or push others' failures out of the status."""
     running = await trial.begin()
-    client = trial.coordinator.members.get(("pool", 1))
+    client = trial.aggregator.members.get(("pool", 1))
     assert client is not None
     for number in range(100):
         failure = pb.Failure(message=f"ValueError: {number}\nforged")
-        trial.coordinator.hear(client, pb.ClientMessage(failure=failure))
-    assert [failure.message for failure in trial.coordinator.status().pools[0].failures] == ["ValueError: 0 forged"]
+        trial.aggregator.sessions.receive(client, pb.ClientMessage(failure=failure))
+    assert [failure.message for failure in trial.aggregator.reporter.status().pools[0].failures] == [
+        "ValueError: 0 forged"
+    ]
     assert sum("failed: ValueError" in record.message for record in caplog.records) == 1
     running.cancel()
 
@@ -184,7 +189,7 @@ async def test_refusals_in_a_row_count_once_until_the_client_is_asked_again(tria
     running = await trial.begin()
     for _ in range(5):
         assert (await trial.push(0, value=math.nan)).verdict == pb.PushReply.INVALID
-    state = trial.coordinator.training.round
+    state = trial.aggregator.training.round
     assert state is not None and state.diverged == {("pool", 0): 1}
     running.cancel()
 
@@ -203,7 +208,7 @@ async def test_a_result_that_nobody_could_go_on_from_is_not_committed(trial: Tri
 async def test_what_no_optimizer_trains_is_the_same_for_all(trial: Trial) -> None:
     """One client cannot take a parameter away from the others' rule. It is known after a restart too."""
     running = await trial.begin()
-    training = trial.coordinator.training
+    training = trial.aggregator.training
     assert training.model is not None and training.model.checkpoint.notes["buffers"] == '["statistics"]'
     await trial.push(0, buffers=["w"])
     await trial.push(1)
@@ -216,35 +221,35 @@ async def test_a_loss_that_is_no_number_is_no_loss(trial: Trial, loss: float) ->
     running = await trial.begin()
     await trial.push(0, metrics={"loss": loss})
     await trial.push(1, metrics={"loss": 2.0})
-    assert trial.coordinator.training.round is not None
-    reports = {client[1]: report.loss for client, report in trial.coordinator.training.round.reports}
+    assert trial.aggregator.training.round is not None
+    reports = {client[1]: report.loss for client, report in trial.aggregator.training.round.reports}
     assert reports == {0: None, 1: 2.0}
     running.cancel()
 
 
 async def test_initial_weights_that_are_refused_leave_a_reason(trial: Trial) -> None:
-    running = asyncio.create_task(trial.coordinator.run())
+    running = asyncio.create_task(trial.aggregator.coordinator.run())
     for index in range(2):
-        trial.coordinator.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
-    initialization = trial.coordinator.training.initialization
+        trial.aggregator.sessions.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
+    initialization = trial.aggregator.training.initialization
     await trial.until(lambda: initialization.asked(("pool", 0)))
     mask = {"mask": torch.tensor([0.0, -math.inf])}
     header = pb.UpdateHeader(
         job_uid="uid", pool="pool", index=0, instance="0", num_examples=1, tensors=specs_of(mask)
     )  # fmt: skip
-    reply = await trial.coordinator.intake.accept(header, mask)
+    reply = await trial.aggregator.intake.accept(header, mask)
     assert (reply.verdict, reply.reason) == (pb.PushReply.INVALID, "non_finite")
     message = "the initial weights of pool/0 were refused: mask holds NaN or infinity"
-    assert trial.coordinator.status().message == message
+    assert trial.message() == message
     await trial.until(lambda: initialization.asked(("pool", 1)))
     running.cancel()
 
 
 async def test_a_client_without_held_out_data_has_no_say(trial: Trial) -> None:
-    coordinator, training = trial.coordinator, trial.coordinator.training
+    aggregator, training = trial.aggregator, trial.aggregator.training
     running = await trial.begin()
     clients = [
-        coordinator.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index), evaluates=True))
+        aggregator.sessions.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index), evaluates=True))
         for index in range(2)
     ]
     await asyncio.gather(trial.push(0), trial.push(1))
@@ -254,7 +259,61 @@ async def test_a_client_without_held_out_data_has_no_say(trial: Trial) -> None:
         evaluation = pb.Evaluation(
             model_round=1, model_digest=training.model.digest, num_examples=examples, metrics={"accuracy": accuracy}
         )
-        coordinator.hear(client, pb.ClientMessage(evaluation=evaluation))
+        aggregator.sessions.receive(client, pb.ClientMessage(evaluation=evaluation))
     async with asyncio.timeout(SECONDS):
         await running
-    assert coordinator.progress.newest["accuracy"].value == pytest.approx(0.9)
+    assert aggregator.progress.newest["accuracy"].value == pytest.approx(0.9)
+
+
+async def test_the_status_waits_for_clients_only_while_some_are_missing(trial: Trial) -> None:
+    aggregator = trial.aggregator
+    running = await trial.begin()
+    client = aggregator.members.get(("pool", 1))
+    assert client is not None
+    aggregator.sessions.receive(client, pb.ClientMessage(failure=pb.Failure(message="ValueError")))
+    missing = "round 1 has 0 of 2 needed updates; waiting for clients"
+    await trial.until(lambda: aggregator.reporter.status().message == missing)
+    await trial.push(0)
+    await trial.until(lambda: aggregator.reporter.status().message == missing.replace("0 of 2", "1 of 2"))
+    aggregator.sessions.join(pb.Hello(job_uid="uid", pool="pool", index=1, attempt=1, instance="again"))
+    await trial.until(lambda: aggregator.reporter.status().message == "")
+    running.cancel()
+
+
+async def test_the_status_forgets_a_full_disk_once_an_update_is_kept(trial: Trial) -> None:
+    running = await trial.begin()
+
+    def once_full() -> None:
+        trial.strategy.on_accept = lambda: None
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trial.strategy.on_accept = once_full
+    with pytest.raises(StorageError, match="No space left on device; trying again"):
+        await trial.push(0)
+    message = "an update cannot be kept: No space left on device; trying again"
+    assert trial.message() == message
+    assert (await trial.push(0)).verdict == pb.PushReply.ACCEPTED
+    assert trial.aggregator.training.round is not None
+    assert trial.message() == ""
+    running.cancel()
+
+
+async def test_metrics_of_an_update_that_was_not_kept_do_not_count(tmp_path: Path) -> None:
+    trial = Trial(tmp_path, Scripted(), selection={"minClients": 1})
+    running = await trial.begin()
+
+    def once_full() -> None:
+        trial.strategy.on_accept = lambda: None
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trial.strategy.on_accept = once_full
+    with pytest.raises(StorageError):
+        await trial.push(0, metrics={"loss": 100.0})
+    client = trial.aggregator.members.get(("pool", 0))
+    assert client is not None
+    trial.aggregator.sessions.receive(client, pb.ClientMessage(failure=pb.Failure(message="ValueError")))
+    assert (await trial.push(1, metrics={"loss": 2.0})).verdict == pb.PushReply.ACCEPTED
+    async with asyncio.timeout(SECONDS):
+        await running
+    (record,) = trial.store.records()
+    assert (record.updates, record.examples, record.metrics) == (1, 5, {"train_loss": 2.0})

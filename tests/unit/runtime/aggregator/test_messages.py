@@ -2,6 +2,7 @@
 
 import asyncio
 
+from isthmus.aggregator.clients.outbox import drain
 from isthmus.aggregator.model import messages
 from isthmus_contracts.pb import federation_pb2 as pb
 
@@ -16,7 +17,7 @@ async def said(*queued: pb.ServerMessage) -> list[pb.ServerMessage]:
     for message in (*queued, None):
         outbox.put_nowait(message)
     async with asyncio.timeout(60):
-        return [message async for message in messages.spoken(outbox)]
+        return [message async for message in drain(outbox)]
 
 
 async def test_an_offer_to_train_tells_of_the_commit_before_it() -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from isthmus.aggregator.app import Aggregator
 from isthmus.aggregator.clients.membership import Client
 from isthmus.aggregator.job import Job
-from isthmus.aggregator.rounds.coordinator import Coordinator
 from isthmus.aggregator.storage.checkpoints import CheckpointStore
 from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
 from isthmus.aggregator.telemetry.tracking.tracker import make_tracker
@@ -47,13 +47,13 @@ class Trial:
         store = CheckpointStore(self.directory, "uid", self.spec.checkpoints_kept)
         strategy = make_strategy(self.spec.strategy, self.directory, self.spec.most_trainers)
         tracker = make_tracker(job, self.directory)
-        self.coordinator = Coordinator(job, store, strategy, AggregatorMetrics("default", "job"), tracker)
-        self.running = asyncio.create_task(self.coordinator.run())
+        self.aggregator = Aggregator(job, store, strategy, AggregatorMetrics("default", "job"), tracker)
+        self.running = asyncio.create_task(self.aggregator.coordinator.run())
         for pool, index in (*self.trainers, *self.judges):
             hello = pb.Hello(
                 job_uid="uid", pool=pool, index=index, instance=f"{index}", evaluates=self.evaluates or pool == JUDGE
             )
-            self.clients[pool, index] = self.coordinator.join(hello)
+            self.clients[pool, index] = self.aggregator.sessions.join(hello)
             if early and index == 0:
                 await self.until(lambda: self.training.model)
                 self.say((pool, index), 0.9)
@@ -69,7 +69,7 @@ class Trial:
 
     @property
     def training(self) -> Any:
-        return self.coordinator.training
+        return self.aggregator.training
 
     async def until(self, what: Any) -> None:
         async with asyncio.timeout(SECONDS):
@@ -88,7 +88,7 @@ class Trial:
             tensors=specs_of(state),
             base_digest=self.training.model.digest if number else "", metrics={"loss": loss},
         )  # fmt: skip
-        reply = await self.coordinator.intake.accept(header, state)
+        reply = await self.aggregator.intake.accept(header, state)
         assert reply.verdict in (pb.PushReply.ACCEPTED, pb.PushReply.STALE, pb.PushReply.CLOSED), reply
 
     def say(self, client: tuple[str, int], value: float | None, weight: float = 1.0, **changes: Any) -> None:
@@ -97,7 +97,7 @@ class Trial:
         fields = {"model_round": model.round, "model_digest": model.digest, "num_examples": weight,
                   "metrics": {} if value is None else {"accuracy": value}} | changes  # fmt: skip
         message = pb.ClientMessage(evaluation=pb.Evaluation(**fields))
-        self.coordinator.hear(self.clients[client], message)
+        self.aggregator.sessions.receive(self.clients[client], message)
 
     async def train(self, number: int, *values: float | None, loss: float = 1.0) -> None:
         """A round, before whose updates the first clients measure the model that it began with."""
@@ -105,7 +105,7 @@ class Trial:
         for client, value in zip(self.trainers, values, strict=False):
             self.say(client, value)
         await asyncio.sleep(0)
-        if self.coordinator.progress.reached is None:
+        if self.aggregator.progress.reached is None:
             await asyncio.gather(*(self.push(client, number, loss) for client in self.trainers))
 
     async def measure_final(self, *values: float | None) -> None:
@@ -116,7 +116,7 @@ class Trial:
     async def finish(self) -> pb.FederationStatus:
         async with asyncio.timeout(SECONDS):
             await self.running
-        status = self.coordinator.status()
+        status = self.aggregator.reporter.status()
         assert status.phase == pb.FederationStatus.COMPLETE
         return status
 
@@ -320,7 +320,7 @@ async def test_two_of_four_cannot_either_and_three_can(tmp_path: Path) -> None:
     await trial.start()
     await trial.train(1)
     await trial.train(2, 1.0, 1.0, 0.8, 0.8)
-    assert trial.coordinator.progress.reached is None
+    assert trial.aggregator.progress.reached is None
     await trial.train(3, 1.0, 1.0, 1.0, 0.8)
     assert (await trial.finish()).model.round == 2
 
@@ -337,12 +337,12 @@ async def test_who_was_not_asked_is_not_heard(tmp_path: Path, caplog: pytest.Log
     await trial.train(2)
     await trial.begun(3)
     trial.say((JUDGE, 0), 0.95, model_digest="of another model")
-    assert [metric.name for metric in trial.coordinator.status().metrics] == ["accuracy", "train_loss"]
+    assert [metric.name for metric in trial.aggregator.reporter.status().metrics] == ["accuracy", "train_loss"]
     trial.say((JUDGE, 0), 0.9)
     status = await trial.finish()
     assert (status.target_round, status.model.round) == (2, 2)
     refusals = [record.message for record in caplog.records if "left out" in record.message]
-    assert refusals == ["pool/0: its evaluation of round 1 is left out: nobody asked this client for it"]
+    assert refusals == ["pool/0: its evaluation of round 1 is left out: this client was not asked for it"]
 
 
 async def test_untrained_weights_meet_no_target(tmp_path: Path) -> None:
@@ -401,9 +401,9 @@ async def test_an_objective_that_nobody_reports_is_warned_of_after_the_first_rou
     await trial.begun(2)
     for client in trial.trainers:
         trial.say(client, 0.5)
-    (warning,) = trial.coordinator.status().warnings
+    (warning,) = trial.aggregator.reporter.status().warnings
     expected = "objective.metric: no client reports 'acuracy'; reported: accuracy, train_loss; did you mean accuracy?"
-    assert warning == trial.coordinator.status().message == expected
+    assert warning == trial.aggregator.reporter.status().message == expected
     await trial.kill()
 
 

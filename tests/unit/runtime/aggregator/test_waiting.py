@@ -6,8 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from isthmus.aggregator.clients.outbox import MOST_MESSAGES, Outbox
-from isthmus.aggregator.model.messages import spoken
+from isthmus.aggregator.clients.outbox import MOST_MESSAGES, Outbox, drain
 from isthmus.aggregator.rpc import pace
 from isthmus.aggregator.rpc.call_limit import CallLimit, SupersededError
 from isthmus.aggregator.rpc.pace import paced
@@ -29,7 +28,7 @@ STOP = pb.ServerMessage(stop=pb.Stop(reason=pb.Stop.COMPLETE))
 
 
 async def said(outbox: Outbox) -> list[pb.ServerMessage]:
-    return [message async for message in spoken(outbox)]
+    return [message async for message in drain(outbox)]
 
 
 async def test_a_client_that_does_not_read_is_kept_the_newest_only() -> None:
@@ -46,7 +45,7 @@ async def test_a_client_that_does_not_read_is_kept_the_newest_only() -> None:
 
 async def test_a_client_that_reads_hears_everything() -> None:
     outbox, heard = Outbox(), []
-    reading = spoken(outbox)
+    reading = drain(outbox)
     for number in (1, 2):
         outbox.put_nowait(offer(number))
         heard.append(await anext(reading))
