@@ -52,7 +52,7 @@ T = TypeVar("T")
 # Longest wait after completion for the clients to disconnect, and for an observer to read the status. Seconds.
 CLOSE_SECONDS = 15.0
 LINGER_SECONDS = 30.0
-# Longest time for tracking sinks to write what is queued: at the end, and when stopped, where the process must exit
+# Longest time for tracking sinks to write their queues: at the end, and when stopped, where the process must exit
 # within a pod's grace period. Seconds.
 TRACKING_SECONDS = 30.0
 TRACKING_SECONDS_WHEN_STOPPED = 5.0

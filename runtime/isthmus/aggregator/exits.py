@@ -1,3 +1,3 @@
-"""Exit codes of the aggregator that its starter acts on."""
+"""Exit codes of the aggregator that the process which started it acts on."""
 
 EXIT_PORT_TAKEN = 75  # EX_TEMPFAIL of <sysexits.h>

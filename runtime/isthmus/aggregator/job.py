@@ -1,4 +1,4 @@
-"""The job file: what the operator (or the local runner) tells an aggregator."""
+"""Job file, which the operator or the local runner writes for an aggregator."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
 
 @dataclass(frozen=True)
 class Job:
-    """One FederatedJob, as its aggregator sees it."""
+    """The part of a FederatedJob that its aggregator needs."""
 
     name: str
     namespace: str
@@ -19,7 +19,7 @@ class Job:
 
 
 def load_job(path: Path) -> Job:
-    """Reads ``{"name", "namespace", "uid", "spec"}``. Raises :class:`ManifestError`."""
+    """Read ``{"name", "namespace", "uid", "spec"}``. Raise :class:`ManifestError`."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         name, namespace, uid, spec = (data[key] for key in ("name", "namespace", "uid", "spec"))

@@ -1,4 +1,4 @@
-"""The last status of an aggregator, as short as the kubelet wants it. Pure."""
+"""Termination message: the final status of an aggregator, within the kubelet's limit. Pure."""
 
 from google.protobuf.json_format import MessageToJson
 
@@ -6,8 +6,8 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.text import one_line
 
 MOST_BYTES = 4096
-"""Kubernetes keeps this much of a termination message, and cuts the rest, which would leave no JSON."""
-# Of what the message, the reason, says when everything has to be short. Characters.
+"""Limit of Kubernetes. It cuts longer messages, which would then be invalid JSON."""
+# Bounds of the status message. Characters.
 _LONGEST_MESSAGE = 1000
 _SHORTEST_MESSAGE = 100
 
@@ -15,7 +15,8 @@ _SHORTEST_MESSAGE = 100
 def termination_message(status: pb.FederationStatus) -> str:
     """Return a status as JSON of at most :data:`MOST_BYTES` bytes in UTF-8.
 
-    What does not fit is left out: the metrics first, then tracebacks, failures and pools; last, the reason is cut.
+    If it does not fit, parts are left out: first the metrics, then tracebacks, failures and pools. Then the message is
+    cut.
     """
     short = pb.FederationStatus()
     short.CopyFrom(status)

@@ -128,7 +128,7 @@ def test_a_refusal_reaches_both(federation: Make) -> None:
     ranks = start_ranks(job, wrong_certificate=True)
     assert exit_codes(ranks) == [1, 1], logs(job)
     for name in ("rank-0", "rank-1"):
-        assert "the certificate is not one of this client's of this job" in job.log(name)
+        assert "the certificate does not belong to this client of this job" in job.log(name)
     assert job.status().phase == pb.FederationStatus.WAITING
 
 

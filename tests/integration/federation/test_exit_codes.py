@@ -28,7 +28,7 @@ def test_a_client_that_the_job_does_not_have_is_refused_with_1(federation: Make)
     job.start_aggregator()
     client = job.start("client-5", [SCRIPT], {**job.client_environment(5), "DATA": "5"})
     assert client.wait() == 1
-    reason = "pool pool has 1 clients; index 5 is not one of them"
+    reason = "pool pool has 1 clients; there is no client with index 5"
     assert f"FederationError: the aggregator ended this client's participation: {reason}" in job.log("client-5")
     assert "Traceback" not in job.log("client-5")
 

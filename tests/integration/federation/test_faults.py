@@ -158,7 +158,7 @@ def test_a_certificate_for_something_else_is_refused(federation: Make, script: P
     job.start_aggregator()
     client = job.start_client(script, credentials=job.credentials(**other))
     assert client.wait() == 1
-    assert "the certificate is not one of this client's of this job" in job.log("client-0-0")
+    assert "the certificate does not belong to this client of this job" in job.log("client-0-0")
     assert job.status().phase == pb.FederationStatus.WAITING
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.aggregator.storage.checkpoints import RoundRecord
+from isthmus.aggregator.storage.round_record import RoundRecord
 from isthmus.aggregator.telemetry.tracking.tracker import numbers_of
 
 from .conftest import UID, Federation, eventually
@@ -88,9 +88,9 @@ def test_a_server_that_is_away_stops_nothing(federation: Make, script: Path) -> 
         job = federation(1, 100_000, tracking={"mlflow": {"trackingUri": uri}})
         job.start_aggregator()
         job.start_client(script, PAUSE="0.05")
-        status = job.wait_for(lambda status: "MLflow does not take the metrics" in status.message)
+        status = job.wait_for(lambda status: "MLflow does not accept metrics" in status.message)
         job.wait_for_round(status.completed_rounds + 3)
-        assert job.log("aggregator").count("MLflow does not take the metrics") == 1
+        assert job.log("aggregator").count("MLflow does not accept metrics") == 1
         assert job.aggregator is not None
         job.aggregator.send_signal(signal.SIGTERM)
         assert job.aggregator.wait() == 143

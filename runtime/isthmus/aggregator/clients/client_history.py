@@ -1,4 +1,4 @@
-"""What the aggregator knows of each client from earlier rounds; it is committed with each round's model."""
+"""History of each client over earlier rounds, committed with each round's model."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,41 +7,41 @@ from typing import Any
 
 from .membership import ClientId
 
-# How much the newest observation counts in a moving average.
+# Weight of the newest observation in a moving average.
 _NEWEST = 0.3
 
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """One client's past."""
+    """History of one client."""
 
     examples: int = 0
-    """Of its newest update."""
+    """Number of examples in its newest update."""
     loss: float | None = None
-    """The training loss that came with it."""
+    """Training loss reported with that update."""
     seconds: float | None = None
-    """From offer to update, as a moving average."""
+    """Seconds from offer to update, as a moving average."""
     reliability: float = 1.0
-    """Share of its rounds that it handed in for, as a moving average."""
+    """Share of its rounds in which it submitted an update, as a moving average."""
     asked: int = 0
-    """The newest round that it was asked to take part in; 0: none."""
+    """Newest round for which it was selected; 0: none."""
     counted: tuple[int, ...] = ()
-    """The rounds, not too long ago for an update to come late, for which it trained an update that is counted."""
+    """Rounds, recent enough for late updates, for which it trained an update that counts."""
     offered: tuple[int, ...] = ()
-    """The rounds, as many, that it was asked to take part in."""
+    """Rounds of the same period for which it was selected."""
 
     @property
     def known(self) -> bool:
-        """True if it has ever handed in."""
+        """True if it has ever submitted an update."""
         return self.seconds is not None
 
 
 @dataclass(frozen=True)
 class Report:
-    """One accepted update, as far as it tells of its client."""
+    """Per-client data of one accepted update."""
 
     round: int
-    """That it was trained for."""
+    """Round for which it was trained."""
     examples: int
     loss: float | None
     seconds: float
@@ -49,22 +49,23 @@ class Report:
 
 @dataclass
 class ClientHistory:
-    """The records of all clients that were ever asked."""
+    """Records of all clients that were ever selected."""
 
     records: dict[ClientId, ClientRecord] = field(default_factory=dict)
 
     def of(self, client: ClientId) -> ClientRecord:
-        """A client's record; an empty one for a client that is not known."""
+        """Return a client's record; an empty one for an unknown client."""
         return self.records.get(client, ClientRecord())
 
     def after_round(
         self, round_number: int, asked: Iterable[ClientId], missed: Mapping[ClientId, float | None],
         reports: Iterable[tuple[ClientId, Report]], horizon: int,
     ) -> "ClientHistory":  # fmt: skip
-        """The history after a round.
+        """Return the history including one more round.
 
-        ``missed``: who was asked and did not hand in, and for how many seconds it has been at work without having
-        failed, if it has not: such a client is slow, not unreliable. ``horizon``: how late updates may be.
+        ``missed``: clients that were asked and did not submit. The value is the time since the offer, in seconds, of a
+        client that is still training, which is slow and not unreliable; ``None`` for one that failed. ``horizon``: the
+        number of rounds by which an update may be late.
         """
         history = ClientHistory(dict(self.records))
         for client in asked:
@@ -90,12 +91,12 @@ class ClientHistory:
         return history
 
     def text(self) -> str:
-        """The history, to be written beside a model."""
+        """Return the history as text, for a checkpoint's notes."""
         return json.dumps([[*client, *astuple(record)] for client, record in sorted(self.records.items())])
 
     @classmethod
     def of_text(cls, text: str) -> "ClientHistory":
-        """Return what :meth:`text` wrote. Raises ``ValueError`` for anything else."""
+        """Parse the output of :meth:`text`. Raise ``ValueError`` for anything else."""
         try:
             return cls({(pool, index): _record(*values) for pool, index, *values in json.loads(text)})
         except TypeError as error:

@@ -1,32 +1,32 @@
-"""Which client is asked for the first weights, and how long it may take. Times are monotonic seconds."""
+"""Selection of the client that sends the initial weights. Times are monotonic seconds."""
 
 from collections.abc import Sequence
 
 from .membership import Client, ClientId
 
-# A client that is connected has its weights in memory: one that has not begun to send them by then is passed over.
+# A connected client has its weights in memory. If it has not begun to send them within this time, another is asked.
 SILENCE_SECONDS = 60.0
 
 
 class Initialization:
-    """Asks one client after the other, until the weights of one are taken.
+    """Asks one client after the other, until the weights of one are accepted.
 
-    Who was asked may still answer later: the first good weights count. When everybody has been asked in vain it starts
-    over.
+    Every client that was asked may still answer later: the first valid weights count. When all clients have been asked
+    without success, the selection starts over.
     """
 
     def __init__(self) -> None:
         self._current: ClientId | None = None
         self._asked: set[ClientId] = set()
-        self._passed: set[tuple[ClientId, str]] = set()  # with the process that was asked
+        self._passed: set[tuple[ClientId, str]] = set()  # client and instance
         self._deadline = 0.0
         self.until = 0.0
-        """When to look again at the latest."""
+        """Latest time of the next call of :meth:`choose`."""
 
     def choose(self, ready: Sequence[Client], now: float, seconds: float) -> Client | None:
-        """Return whom to ask now; ``None`` while somebody is at it, or nobody is there.
+        """Return the client to ask now; ``None`` while a client is sending, or if no client is connected.
 
-        ``seconds``: how long one that has begun to send may take.
+        ``seconds``: the longest time for sending, once a client has begun.
         """
         present = any(client.id == self._current for client in ready)
         if present and now < self.until:
@@ -48,15 +48,15 @@ class Initialization:
         return chosen
 
     def asked(self, client: ClientId) -> bool:
-        """Return whether the client was asked, and may answer."""
+        """Return whether the client was asked, and may therefore answer."""
         return client in self._asked
 
     def begun(self, client: ClientId) -> None:
-        """The client has begun to send: it may take as long as a round."""
+        """Note that the client has begun to send; extend its time to the deadline of a round."""
         if client == self._current:
             self.until = self._deadline
 
     def refused(self, client: ClientId) -> None:
-        """The client's weights are of no use: the next one is asked."""
+        """Note that the client's weights are invalid, so that the next client is asked."""
         if client == self._current:
             self._current = None

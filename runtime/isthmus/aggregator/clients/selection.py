@@ -1,4 +1,4 @@
-"""Which of the ready clients take part in a round."""
+"""Selection of the clients that take part in a round."""
 
 import math
 import random
@@ -13,24 +13,24 @@ from isthmus_contracts.api.fields import exactly
 from .client_history import ClientHistory, ClientRecord
 from .membership import ClientId
 
-# Oort's constants: the weight of time since the last round, and how hard slowness is punished.
+# Oort's constants: the weight of the time since the last round, and the exponent of the penalty for slow clients.
 _UNCERTAINTY, _SLOWNESS = 0.1, 2.0
-# Examples times loss count up to this quantile of all clients', as in Oort's section 4.4: both are what clients say.
+# Quantile at which examples times loss is clipped, as in Oort's section 4.4: clients report both without proof.
 _BELIEVED = 0.9
-# Nobody is passed over for more than so many times the rounds in which everybody could have had a turn.
+# A client is left out for at most this many times the number of rounds in which all could have been selected once.
 _TURNS = 2
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Who is asked in a round, and with how many updates it ends early (``None``: it waits for all of them)."""
+    """Selected clients of a round, and the number of updates that ends it early (``None`` waits for all)."""
 
     clients: list[ClientId]
     target: int | None
 
 
 def choose(spec: FederatedJobSpec, number: int, ready: Sequence[ClientId], history: ClientHistory) -> Choice:
-    """The clients of round ``number``; the same ones after a restart, where the same ones are ready.
+    """Return the clients of round ``number``: the same after a restart, if the same clients are ready.
 
     ``Random`` and ``Adaptive`` take max(fraction * ready, quorum) clients (McMahan et al. 2017, algorithm 1), and
     ``overSelect`` more, without waiting for these (Bonawitz et al., "Towards Federated Learning at Scale", 2019).
@@ -40,7 +40,7 @@ def choose(spec: FederatedJobSpec, number: int, ready: Sequence[ClientId], histo
         return Choice(list(ready), size)
     wanted = min(max(math.ceil(exactly(selection.fraction) * len(ready)), spec.min_clients, 1), len(ready))
     asked = min(math.ceil(wanted * (1 + exactly(selection.over_select))), len(ready))
-    # Not for secrecy: the choice must be the same one after a restart.
+    # Not for cryptography: the choice must be the same after a restart.
     generator = random.Random(f"{selection.seed}:{number}")  # noqa: S311
     if selection.policy == "Random":
         clients = generator.sample(list(ready), asked)
@@ -58,15 +58,15 @@ def adaptive(
     exploration: float,
     generator: random.Random,
 ) -> list[ClientId]:
-    """``count`` of the ready clients, by what is known of them.
+    """Return ``count`` of the ready clients, chosen by their history.
 
     After Lai et al., "Oort: Efficient Federated Learning via Guided Participant Selection" (2021), sections 4.2 to 4.4
     and algorithm 1, with three changes: places are drawn in proportion to utility rather than from the best alone,
     reliability is a factor, and there is a bound on how long a client may be passed over.
 
-    1. Who was not asked for more than 2 * ceil(ready / count) rounds has a place, those that waited longest first.
-    2. The share ``exploration`` of the places is for those that were never asked, then for those not asked longest.
-    3. The others are drawn without replacement (Efraimidis and Spirakis 2006) in proportion to :func:`utility`.
+    1. Clients that were not asked for more than 2 * ceil(ready / count) rounds come first, longest wait first.
+    2. The share ``exploration`` of the places goes to clients that were never asked, then by longest wait.
+    3. The other places are drawn without replacement (Efraimidis and Spirakis 2006) in proportion to :func:`utility`.
     """
     chosen: list[ClientId] = []
 
@@ -85,7 +85,7 @@ def adaptive(
     utilities = _utilities(known, number)
     keys = {client: generator.random() ** (1 / max(utilities[client], 1e-9)) for client in shuffled if client in known}
     take(sorted(keys, key=keys.__getitem__, reverse=True), count)
-    take(by_wait, count)  # where too few are known
+    take(by_wait, count)  # if too few clients have a history
     return chosen
 
 
@@ -109,16 +109,17 @@ def _utilities(records: dict[ClientId, ClientRecord], number: int) -> dict[Clien
 
 
 def _believed(values: list[float]) -> float:
-    """The quantile up to which values are believed; never the largest of several, which may be one liar's."""
+    """Return the bound at which values are clipped: a quantile, and never the largest of several values, which may be a
+    single false report."""
     highest = min(math.ceil(_BELIEVED * len(values)), max(len(values) - 1, 1))
     return sorted(values)[highest - 1]
 
 
 def utility(useful: float, record: ClientRecord, pace: float, number: int) -> float:
-    """(useful + sqrt(0.1 ln(round) / last round)) * min(1, pace / seconds)^2 * reliability; Oort, equation 1.
+    """Return (useful + sqrt(0.1 ln(round) / last round)) * min(1, pace / seconds)^2 * reliability (Oort, equation 1).
 
-    ``useful``: examples times training loss, from 0 to 1 in relation to the most that is believed of any client;
-    ``pace``: the median client's seconds from offer to update.
+    ``useful``: examples times training loss, scaled to 0..1 by the bound at which it is clipped. ``pace``: the median
+    over clients of the seconds from offer to update.
     """
     uncertainty = math.sqrt(_UNCERTAINTY * math.log(max(number, 1)) / max(record.asked, 1))
     speed = min(1.0, pace / record.seconds) if record.seconds else 1.0

@@ -1,4 +1,4 @@
-"""What a strategy sends along with the model."""
+"""Stream of a strategy's auxiliary tensors, which the protocol calls the companion of the model."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -11,10 +11,10 @@ from .global_model import GlobalModel
 
 
 async def auxiliary_messages(model: GlobalModel, companion: State) -> AsyncIterator[tuple[bytes, int]]:
-    """The answer to a Pull of it.
+    """Yield the messages of a Pull of auxiliary tensors, and the number of data bytes in each.
 
-    A strategy may change the tensors while a straggler still reads them, at the end of a round: then the checksum does
-    not fit, and the straggler finds on its next try that the model is not the current one any more.
+    At the end of a round a strategy may change the tensors while a straggler still reads them. The checksum then does
+    not match, and the straggler learns on its next attempt that the model is no longer current.
     """
     header = pb.ModelHeader(round=model.round, digest=model.digest, tensors=specs_of(companion))
     checksum = await asyncio.to_thread(checksum_of, companion)

@@ -1,4 +1,4 @@
-"""The job's compression, as its aggregator carries it out."""
+"""Compression of updates and of the global model, on the aggregator's side."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from ...tensors import RawDecoder, State, non_finite
 
 @dataclass(frozen=True)
 class Broadcast:
-    """A global model as it was encoded, once for all clients."""
+    """A global model, encoded once for all clients."""
 
     encoded: Encoded
     base_digest: str
-    """Of the model that a Delta is taken from; empty: there is no Delta."""
+    """Digest of the model from which a Delta is taken; empty without a Delta."""
 
     def suits(self, request: pb.PullRequest) -> bool:
-        """Return whether a client can decode it: it has the codecs and, for a Delta, the base."""
+        """Return whether the client can decode it: it has the codecs and, for a Delta, the base model."""
         chain = self.encoded.chain
         known = {name.split("=")[0] for name in chain.names} <= set(request.codecs)
         return known and (not chain.delta or request.base_digest == self.base_digest)
@@ -29,9 +29,9 @@ class Broadcast:
 class Compression:
     """Decodes updates, and encodes the global model.
 
-    With a lossy download the global model *is* what clients decode: it is settled before its checkpoint is written, so
-    that every client sees the same weights whether they came encoded or raw, updates are differences from exactly
-    these, and a restarted aggregator (which serves its newest model raw) needs nothing but the checkpoint.
+    With a lossy download the global model *is* the decoded one. It is computed before the checkpoint is written. So
+    every client gets the same weights, whether encoded or raw; updates are differences from exactly these; and a
+    restarted aggregator, which serves its newest model raw, needs only the checkpoint.
     """
 
     def __init__(self, spec: FederatedJobSpec) -> None:
@@ -40,16 +40,16 @@ class Compression:
 
     @property
     def upload(self) -> Chain:
-        """What clients are asked to apply to their updates."""
+        """Codecs that clients are asked to apply to their updates."""
         return self._upload
 
     @property
     def download(self) -> Chain:
-        """What becomes of the global model."""
+        """Codecs that are applied to the global model."""
         return self._download
 
     def problem(self, header: pb.UpdateHeader) -> str | None:
-        """Return what is wrong with an update's codecs. Raw updates are always welcome."""
+        """Return the reason why an update's codecs are invalid, or ``None``. Raw updates are always accepted."""
         if not header.codecs or tuple(header.codecs) == self._upload.names:
             return None
         if unknown := [name for name in header.codecs if name.split("=")[0] not in KNOWN]:
@@ -57,7 +57,10 @@ class Compression:
         return f"the job's uploads are {self._upload}, not {'+'.join(header.codecs)}"
 
     def reception(self, header: pb.UpdateHeader, base: State | None, room: State) -> RawDecoder | Decoder:
-        """Return what takes in an update that :meth:`problem` has nothing against. Raises :class:`TransferError`."""
+        """Return the receiver for an update that :meth:`problem` accepts. Raise :class:`TransferError`.
+
+        ``base``: the model that the update was trained from. ``room``: tensors whose memory may be reused.
+        """
         if not header.codecs:
             return RawDecoder(header.tensors, room)
         seed = upload_seed(header.round, header.pool, header.index)
@@ -66,16 +69,16 @@ class Compression:
     def next_model(
         self, finish: Callable[[], State], round_number: int, base: State, base_digest: str, buffers: Collection[str]
     ) -> tuple[State, Broadcast | None]:
-        """The next global model, as clients will see it, and its encoded form, if it has one.
+        """Return the next global model, as clients will see it, and its encoded form, if there is one.
 
-        ``buffers``, which no optimizer trains, travel raw.
-        Raises :class:`StrategyError` where nobody could go on from it.
+        ``finish``: computes the result. ``buffers``: names of the tensors that no optimizer trains; they are sent raw.
+        Raises :class:`StrategyError` if the result holds NaN or infinity.
         """
         result = finish()
         if (bad := non_finite(result)) is not None:
             raise StrategyError(
-                f"spec.strategy: round {round_number} came to NaN or infinity in {bad}: smaller steps may help "
-                "(the server's learning rate and the clients')"
+                f"spec.strategy: the result of round {round_number} holds NaN or infinity in {bad}: smaller steps may"
+                " help (the server's learning rate and the clients')"
             )
         if not self._download.names:
             return result, None
@@ -84,7 +87,7 @@ class Compression:
         broadcast = Broadcast(encoded, base_digest if self._download.delta else "")
         if self._download.codec is None:
             return result, broadcast
-        del result  # before the decoded model takes as much memory
+        del result  # before the decoded model occupies as much memory
         return self._decoded(encoded, seed, base), broadcast
 
     def _decoded(self, encoded: Encoded, seed: str, base: State) -> State:

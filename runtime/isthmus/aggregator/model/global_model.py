@@ -1,4 +1,4 @@
-"""The global model, as it is served."""
+"""The global model, in the form in which it is served."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from ..storage.checkpoints import Checkpoint
 from .compression import Broadcast
 from .raw_stream import RawStream
 
-# A model up to this size goes out with the offers: a call less for each client and round, against a message that stands
-# in a queue.
+# A model up to this size is sent with the offers, which saves a call for each client and round. Larger messages would
+# occupy memory in the queues.
 INLINE_BYTES = 256 << 10
 
 
@@ -27,19 +27,19 @@ class GlobalModel:
     checkpoint: Checkpoint
     specs: list[pb.TensorSpec]
     broadcast: Broadcast | None
-    """Its encoded form, where the job asks for one."""
+    """Its encoded form, if the job uses one."""
     chunk_bytes: int = CHUNK_BYTES
-    """Of a raw stream."""
+    """Bytes of data in each message of a raw stream."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, clients: int, broadcast: Broadcast | None = None) -> "GlobalModel":
-        """A checkpoint's model, for so many clients."""
+        """Return a checkpoint's model, for the given number of clients."""
         return cls(checkpoint, specs_of(checkpoint.state), broadcast, chunk_bytes(clients))
 
     def stream(self, request: pb.PullRequest) -> tuple[Iterable[tuple[bytes, int]], str]:
-        """The answer to a Pull, as framing makes it, and the name of its encoding.
+        """Return the messages of a Pull with the number of data bytes in each, and the name of the encoding.
 
-        Raw and not large: made once for all clients.
+        The messages of a raw model are shared by all clients.
         """
         if self.broadcast is not None and self.broadcast.suits(request):
             encoded = self.broadcast.encoded
@@ -51,7 +51,7 @@ class GlobalModel:
 
     @cached_property
     def inline(self) -> bytes:
-        """What an offer carries: the answer to a Pull, where it is small and the same for all; otherwise nothing."""
+        """The reply to a Pull, for an offer, if it is small and the same for all clients; otherwise empty."""
         if self.broadcast is None and self.size <= min(INLINE_BYTES, self.chunk_bytes):
             return self._raw[0][0]
         return b""
@@ -78,11 +78,11 @@ class GlobalModel:
 
     @cached_property
     def header_bytes(self) -> int:
-        """Of an update's header, those that name its tensors."""
+        """Size in bytes of the part of an update's header that announces the model's tensors."""
         views = self._header([]).ByteSize()
         return sum(spec.ByteSize() + 4 for spec in self.specs) + views
 
     @cached_property
     def size(self) -> int:
-        """Bytes."""
+        """Size of all tensors in bytes."""
         return sum(spec.size for spec in self.specs)

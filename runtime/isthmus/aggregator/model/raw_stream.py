@@ -1,4 +1,4 @@
-"""A committed model's raw stream, made once for all clients that pull it at about the same time."""
+"""Raw stream of a committed model, shared by the clients that pull it at about the same time."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -8,18 +8,18 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from ...framing import model_message
 from ..storage.safetensors_file import TensorFile
 
-# Messages up to this size together stay at hand. Clients begin a round at the same time, and are sent its model at
-# about the same pace; one that falls behind costs another read. Of a model up to this size everything is read once.
+# Bytes of recent messages that are kept. Clients begin a round at the same time and receive its model at about the same
+# pace; for one that falls behind, messages are read again. A model up to this size is read once.
 SHARED_BYTES = 32 << 20
 
 
 class RawStream:
-    """The messages of a Pull and how many bytes of data are in each, out of the checkpoint's file. For one thread."""
+    """Messages of a Pull, with the number of data bytes in each, read from the checkpoint's file. Not thread-safe."""
 
     def __init__(self, header: pb.ModelHeader, file: TensorFile, chunk_bytes: int) -> None:
         self._header = header
         self._file = file
-        self._opened = file.path.open("rb", buffering=0)  # the name may be gone before the last client has come
+        self._opened = file.path.open("rb", buffering=0)  # the file may be removed before the last client pulls
         self._chunk_bytes = chunk_bytes
         self._recent: OrderedDict[int, tuple[bytes, int]] = OrderedDict()
 

@@ -7,7 +7,8 @@ from ..clients.membership import ClientId
 from ..state.confirmation import ClientMeasurements
 from ..state.metrics_by_round import Progress
 from ..state.training_state import ActiveRound
-from ..storage.checkpoints import Checkpoint, RoundRecord
+from ..storage.checkpoints import Checkpoint
+from ..storage.round_record import RoundRecord
 from .privacy_budget import PrivacyBudget
 
 RECORD = "record"
@@ -42,7 +43,7 @@ def committed_record(checkpoint: Checkpoint | None) -> RoundRecord | None:
     """Return the record in a checkpoint; ``None`` if the checkpoint holds no round's result."""
     if checkpoint is None or not checkpoint.round:
         return None
-    return RoundRecord.of_text(checkpoint.notes.get(RECORD, RoundRecord(checkpoint.round, 0.0, 0, 0).text()))
+    return RoundRecord.of_text(checkpoint.notes[RECORD])
 
 
 def _train_name(name: str) -> str:

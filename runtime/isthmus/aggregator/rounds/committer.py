@@ -19,7 +19,8 @@ from ..model.global_model import GlobalModel
 from ..state.confirmation import ClientMeasurements
 from ..state.metrics_by_round import Progress
 from ..state.training_state import ActiveRound, TrainingState
-from ..storage.checkpoints import VIEWS, Checkpoint, CheckpointError, CheckpointStore, RoundRecord
+from ..storage.checkpoints import VIEWS, Checkpoint, CheckpointError, CheckpointStore
+from ..storage.round_record import RoundRecord
 from ..telemetry.metrics import AggregatorMetrics
 from ..telemetry.round_statistics import RoundStatistics
 from ..updates.intake import Intake
@@ -87,16 +88,17 @@ class RoundCommitter:
         self._strategy.load_state(checkpoint.strategy)
         self._training.resumed = checkpoint.round + 1
         await self._restore_history(checkpoint)
-        self._training.buffers = frozenset(json.loads(checkpoint.notes.get(_BUFFERS, "[]")))
-        self._training.frozen = frozenset(json.loads(checkpoint.notes.get(_FROZEN, "[]")))
+        self._training.buffers = frozenset(json.loads(checkpoint.notes[_BUFFERS]))
+        self._training.frozen = frozenset(json.loads(checkpoint.notes[_FROZEN]))
         self._training.views = checkpoint.views
 
     async def _records(self, checkpoint: Checkpoint) -> list[RoundRecord]:
         """Return the records up to a checkpoint, whose own record may be missing from the file after a crash."""
         records = self._store.records(checkpoint.round)
-        if RECORD in checkpoint.notes and (not records or records[-1].round < checkpoint.round):
-            records.append(RoundRecord.of_text(checkpoint.notes[RECORD]))
-            await self._writer.record(records[-1])
+        committed = committed_record(checkpoint)
+        if committed is not None and (not records or records[-1].round < checkpoint.round):
+            records.append(committed)
+            await self._writer.record(committed)
         self.record = records[-1] if records and records[-1].round == checkpoint.round else None
         return records
 
@@ -107,7 +109,9 @@ class RoundCommitter:
         try:
             self._intake.client_history = ClientHistory.of_text(checkpoint.notes.get(_CLIENTS, "[]"))
         except ValueError as error:
-            raise CheckpointError(f"{checkpoint.file.path}: {error}; remove it to go on from the one before") from None
+            raise CheckpointError(
+                f"{checkpoint.file.path}: {error}; remove it to continue from the previous one"
+            ) from None
         await asyncio.to_thread(self._intake.base_models.restore, self._store, checkpoint.round)
 
     async def commit_initial(self, weights: State) -> Checkpoint:

@@ -178,7 +178,7 @@ class Coordinator:
         if current.folding:
             await asyncio.wait(current.folding.values())
         self._training.end_round()
-        log.info("round %d meets the objective's target; round %d is given up", current.base.round, current.number)
+        log.info("round %d meets the objective's target; round %d is abandoned", current.base.round, current.number)
         return current.base
 
     def _expects_evaluations(self, current: ActiveRound) -> bool:
@@ -234,7 +234,7 @@ class Coordinator:
                 " a lower learning rate may help"
             )
         log.warning(
-            "round %d: %d of %d needed updates at the deadline; it goes on",
+            "round %d: %d of %d needed updates at the deadline, which is extended",
             current.number, current.updates, spec.min_updates,
         )  # fmt: skip
         current.deadline = time.monotonic() + spec.stragglers.round_deadline_seconds

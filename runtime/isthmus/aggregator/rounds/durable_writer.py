@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import TypeVar
 
 from ..state.training_state import TrainingState
-from ..storage.checkpoints import CheckpointStore, RoundRecord
+from ..storage.checkpoints import CheckpointStore
+from ..storage.round_record import RoundRecord
 from ..telemetry.metrics import AggregatorMetrics
 from ..telemetry.round_statistics import RoundStatistics
 from ..telemetry.tracking.tracker import Tracker

@@ -17,7 +17,7 @@ from ..state.confirmation import ClientMeasurements
 from ..state.metrics_by_round import Progress, WeightedMeans
 from ..state.round_decision import LOST_CLIENT_GRACE
 from ..state.training_state import TrainingState
-from ..storage.checkpoints import RoundRecord
+from ..storage.round_record import RoundRecord
 from .durable_writer import DurableWriter
 from .offers import Offers
 

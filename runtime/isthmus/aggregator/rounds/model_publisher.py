@@ -1,4 +1,4 @@
-"""The models that the status names: the newest and the best, each as soon as its file's SHA-256 is known."""
+"""Newest and best model in the status, each shown once its file's SHA-256 is known."""
 
 import asyncio
 import os
@@ -15,33 +15,33 @@ from ..storage.checkpoints import Checkpoint
 from ..storage.safetensors_file import SMALL_BYTES, sha256_of
 
 _NICENESS = 10
-# So many times as long as hashing took it rests: it shall not slow quick rounds of a large model down.
+# Pause after each hash, as a multiple of the time that it took, so that quick rounds of a large model are not slowed.
 _REST = 10
 
 
 class ModelPublisher:
-    """Hashes the files of large models aside, behind everything that a round waits for.
+    """Hashes the files of large models in a thread of low priority.
 
-    Where rounds are quick, models in between are passed over.
+    If rounds are quick, intermediate models are skipped.
     """
 
     def __init__(self, directory: Path, changes: Notifier) -> None:
-        """``directory``: what paths in the status are relative to; ``changes`` ring when there is news."""
+        """``directory``: base of the paths in the status. ``changes``: notified when a model is shown."""
         self._directory = directory
         self._changes = changes
         self._thread = ThreadPoolExecutor(1, "publish", initializer=_lower_priority)
-        self._next: dict[bool, tuple[int, Path]] = {}  # of the best one, and of the newest: round and file
+        self._next: dict[bool, tuple[int, Path]] = {}  # by whether it is the best: round and file
         self._hashing: asyncio.Task[None] | None = None
         self._best: int | None = None  # its round
         self.newest: pb.ModelStatus | None = None
         self.best: pb.ModelStatus | None = None
 
     def publish(self, checkpoint: Checkpoint) -> None:
-        """Take up a committed model."""
+        """Schedule a newly committed model for publication."""
         self._take(checkpoint.round, checkpoint.file.path, checkpoint.file.size, best=False)
 
     def publish_best(self, number: int, path: Path) -> None:
-        """Take up the best of the committed models."""
+        """Schedule the best committed model for publication."""
         if number == self._best:
             return
         self._best = number
@@ -53,19 +53,19 @@ class ModelPublisher:
             self._take(number, path, path.stat().st_size, best=True)
 
     def finish(self, path: Path, number: int, sha256: str) -> None:
-        """Take up the final model: nothing comes after it."""
+        """Publish the final model, and cancel everything that is scheduled."""
         self._next.clear()
         if self._hashing is not None:
             self._hashing.cancel()
         self.newest = self._status(path, number, sha256)
 
     def finish_best(self, path: Path, number: int, sha256: str) -> None:
-        """Take up the best model beside the final one."""
+        """Publish the copy of the best model beside the final one."""
         self.best = self._status(path, number, sha256)
 
     def _take(self, number: int, path: Path, size: int, *, best: bool) -> None:
         if size <= SMALL_BYTES:
-            with suppress(OSError):  # only the status misses it
+            with suppress(OSError):  # the model is then missing in the status only
                 self._show(number, path, sha256_of(path), best=best)
             return
         self._next[best] = number, path
@@ -74,7 +74,7 @@ class ModelPublisher:
 
     async def _hash(self) -> None:
         while self._next:
-            best = next(iter(self._next))  # the one that waits longest
+            best = next(iter(self._next))  # the oldest entry
             number, path = self._next.pop(best)
             started = time.monotonic()
             with suppress(OSError):  # it was retired meanwhile; a newer one follows
@@ -96,6 +96,6 @@ class ModelPublisher:
 
 
 def _lower_priority() -> None:
-    """Linux takes a thread's id for a process's."""
+    """Lower the priority of this thread. Linux accepts a thread's id in place of a process's."""
     with suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -47,7 +47,7 @@ class Offers:
         self._send(client, messages.evaluate(model, self._compression), model)
 
     def evaluate_only(self, client: Client, model: GlobalModel) -> None:
-        """Ask a client to evaluate the model if it does not train: such a client evaluates every model."""
+        """Ask a client that does not train to evaluate the model, as it does with every model."""
         if client.ready and client.evaluates and not client.trains:
             self.evaluate(client, model)
 

@@ -1,8 +1,8 @@
-"""The privacy budget of a job: what its published models have cost, and whether it pays for one more round.
+"""Privacy budget of a job: the privacy spent by its published models, and whether one more round fits the budget.
 
-The account is part of each round's record, which is committed with the round's model: a model that nobody has seen
-costs nothing, and one that is published is accounted for. The noise of a round that a crash ended before its commit was
-never published; the round is done again, with other noise.
+The account is part of each round's record, which is committed with the round's model. So an unpublished model costs
+nothing, and a published one is always accounted for. If a crash ends a round before its commit, its noise was never
+published; the round is repeated with new noise.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,11 +14,12 @@ from isthmus_contracts.pb import federation_pb2 as pb
 
 from ...privacy import Private
 from ...strategies import Strategy
-from ..storage.checkpoints import CheckpointError, RoundRecord
+from ..storage.checkpoints import CheckpointError
+from ..storage.round_record import RoundRecord
 
 
 class PrivacyBudget:
-    """Counts the rounds of a job with differential privacy."""
+    """Account of a job with differential privacy."""
 
     def __init__(self, spec: DifferentialPrivacy, mechanism: Private) -> None:
         self._noise = float(spec.noise_multiplier)
@@ -33,15 +34,14 @@ class PrivacyBudget:
 
     @property
     def spent(self) -> bool:
-        """Whether the next round would cost more than there is."""
+        """True if the next round would exceed the budget."""
         return not self._pays
 
     def restore(self, newest: RoundRecord | None, records: Iterable[RoundRecord]) -> None:
-        """Takes up the account of the newest checkpoint, in whose record it stands, or a higher one.
+        """Restore the account from the newest checkpoint's record, or from any record in which more was spent.
 
-        ``newest``: ``None`` where no round is committed. ``records``: of all rounds that ever were: where checkpoints
-        were removed, their models had been published nevertheless. Raises :class:`CheckpointError` for a checkpoint
-        without an account.
+        ``newest``: ``None`` if no round is committed. ``records``: the records of all rounds that ever ran; models of
+        removed checkpoints were published too. Raises :class:`CheckpointError` for a checkpoint without an account.
         """
         if newest is not None and not newest.privacy:
             raise CheckpointError(
@@ -54,7 +54,7 @@ class PrivacyBudget:
             self._clipped = newest.privacy.get("clipped_ratio", 0.0)
 
     def account(self) -> dict[str, float]:
-        """What the record of the round in progress, whose result is made, says of privacy."""
+        """Return the account including the round in progress, for its record."""
         return {
             "epsilon": self._next.epsilon(self._delta),
             "delta": self._delta,
@@ -64,12 +64,12 @@ class PrivacyBudget:
         }
 
     def charge(self) -> None:
-        """The round in progress is committed."""
+        """Charge the round in progress, which is committed."""
         self._clipped = self._mechanism.clipped_ratio
         self._take(self._next)
 
     def status(self) -> pb.PrivacyStatus:
-        """What the world sees."""
+        """Return the account as shown in the job's status."""
         return pb.PrivacyStatus(
             epsilon=self._epsilon, delta=self._delta, max_epsilon=self._limit or 0.0, rounds=self._spent.rounds,
             spent=self.spent, clipped_ratio=self._clipped,
@@ -82,7 +82,7 @@ class PrivacyBudget:
 
 
 def protect(spec: FederatedJobSpec, rule: Strategy) -> tuple[Strategy, PrivacyBudget | None]:
-    """A job's rule, made private where the manifest asks for it, and the budget of that."""
+    """Return a job's strategy, wrapped for differential privacy if the manifest asks for it, and the budget."""
     private = spec.privacy.differential_privacy
     if private is None:
         return rule, None

@@ -1,4 +1,4 @@
-"""How many calls of a kind one client may have under way: a newer one ends the oldest."""
+"""Limit on the concurrent calls of a client: a newer call ends the oldest."""
 
 import asyncio
 from collections.abc import Awaitable, Hashable
@@ -8,17 +8,17 @@ T = TypeVar("T")
 
 
 class SupersededError(Exception):
-    """A newer call of the same client has taken this one's place."""
+    """A newer call of the same client has ended this one."""
 
 
 class CallLimit:
-    """The calls that are under way, by client."""
+    """Calls in progress, by client."""
 
     def __init__(self) -> None:
-        self._tasks: dict[Hashable, dict[asyncio.Task[Any], None]] = {}  # the oldest first
+        self._tasks: dict[Hashable, dict[asyncio.Task[Any], None]] = {}  # oldest first
 
     async def run(self, client: Hashable, work: Awaitable[T], most: int = 1) -> T:
-        """Await ``work`` as one of at most ``most`` calls of a client, in place of its oldest one if need be.
+        """Await ``work`` as one of at most ``most`` calls of a client; cancel its oldest call if there are more.
 
         Raises:
             SupersededError: a newer call has ended this one.

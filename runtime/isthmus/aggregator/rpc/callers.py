@@ -1,4 +1,4 @@
-"""Identifies callers by their certificates: one client, or an HPC pool, whose clients share a certificate."""
+"""Identification of callers by their certificates: one client, or an HPC pool, whose clients share a certificate."""
 
 import re
 from collections.abc import Iterable
@@ -14,24 +14,24 @@ _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 
 @dataclass(frozen=True)
 class Caller:
-    """Identity that a certificate gives its caller."""
+    """Identity in a caller's certificate."""
 
     pool: str
     index: int | None
-    """``None``: any client of the pool."""
+    """Index of the client; ``None`` for any client of the pool."""
     clients: int
-    """How many clients it speaks for."""
+    """Number of clients that it may speak for."""
 
     def __str__(self) -> str:
         return self.pool if self.index is None else f"{self.pool}/{self.index}"
 
     def speaks_for(self, client: ClientId) -> bool:
-        """Return whether it may say that it is this client."""
+        """Return whether it may act as this client."""
         return client[0] == self.pool and self.index in (None, client[1])
 
 
 class Callers:
-    """The identities of one job."""
+    """Identities of one job."""
 
     def __init__(self, spec: FederatedJobSpec, job_uid: str) -> None:
         self._whole = {
@@ -42,7 +42,7 @@ class Callers:
         self._prefixes = {client_identity(job_uid, pool.name, 0)[:-1]: pool.name for pool in spec.pools}
 
     def find(self, uris: Iterable[str]) -> Caller | None:
-        """Return whom a certificate with these URIs is for; ``None``: nobody of this job."""
+        """Return the caller that a certificate with these URIs identifies; ``None`` if it is not of this job."""
         for uri in uris:
             if (whole := self._whole.get(uri)) is not None:
                 return whole

@@ -1,7 +1,7 @@
-"""How many connections one certificate may hold: each costs memory, and gRPC has no bound by who calls.
+"""Limit on the connections of each certificate. Each connection takes memory, and gRPC has no limit by caller.
 
-gRPC shows who calls, and from which address, but not its connections. One too many is found by that address among the
-sockets of this process, and shut down; gRPC then sees a peer that has hung up.
+gRPC shows the caller and address of a call, but not its connections. A connection beyond the limit is found by its
+address among the sockets of this process and shut down, which gRPC takes for a disconnect by the peer.
 """
 
 import asyncio
@@ -19,32 +19,32 @@ from ...malloc_tuning import release_free_memory
 log = logging.getLogger(__name__)
 
 CONNECTIONS_OF_EACH = 4
-"""Of a client: two while one replaces the other, and as many half-open ones."""
+"""Connections of a client: two while one replaces the other, and two half-open ones."""
 MOST_SILENT = 16
-"""Connections that have not brought a call yet, beside one for each client. Each may take 20 MB by its headers."""
+"""Connections without a call so far, besides one for each client. The headers of each may occupy 20 MB."""
 SILENT_SECONDS = 30.0
-"""How long such a connection stays."""
+"""Time after which a connection without a call is ended."""
 SWEEP_SECONDS = 2.0
-# Sweeps after one at which a connection without a call was found gone.
+# Sweeps that return freed memory to the system, after a connection without a call has ended.
 _TRIMS = 15
 
 
 class Connections:
-    """The connections that have brought a call, by who called; those used least recently come first."""
+    """Connections with at least one call, by caller, least recently used first."""
 
     def __init__(self, clients: int) -> None:
-        """``clients``: of the job, which may all connect at the same moment."""
+        """``clients``: number of clients of the job, which may all connect at the same moment."""
         self._most_silent = MOST_SILENT + clients
         self._by_caller: dict[Hashable, dict[str, None]] = {}
         self._caller_of: dict[str, Hashable] = {}
         self._silent: dict[str, float] = {}
 
     def admit(self, caller: Hashable, clients: int, peer: str) -> None:
-        """Book a call from an address, and end the caller's connections beyond its bound.
+        """Record a call from an address, and end the caller's connections beyond the limit.
 
-        ``clients``: how many the caller speaks for.
+        ``clients``: number of clients that the caller may speak for.
         """
-        self._forget(peer)  # an address may be another caller's by now
+        self._forget(peer)  # the address may belong to another caller now
         peers = self._by_caller.setdefault(caller, {})
         peers[peer] = None
         self._caller_of[peer] = caller
@@ -58,25 +58,25 @@ class Connections:
             _shut_down({oldest}.__contains__)
 
     async def watch(self, port: int) -> None:
-        """End connections to a port that bring no call: those that wait for long, and the oldest of too many."""
+        """End connections to a port that have no call: those that are overdue, and the oldest if there are too many."""
         trims = 0
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             found = await asyncio.to_thread(lambda: {peer for peer, local in _peers() if local == port})
             silent = set(self._silent)
             if ended := self.overdue(found, time.monotonic()):
-                log.warning("%d connections that have brought no call are ended", len(ended))
+                log.warning("ended %d connections without a call", len(ended))
                 await asyncio.to_thread(_shut_down, ended.__contains__)
             if silent - found:
                 trims = _TRIMS
             if trims:
-                # What their headers took would lie there, in pieces, and the next ones' would come on top of it. gRPC
-                # lets go of it bit by bit.
+                # The memory of their headers would stay allocated in fragments, and that of later ones would add to it.
+                # gRPC frees it gradually, so the trim is repeated.
                 trims -= 1
                 await asyncio.to_thread(release_free_memory)
 
     def overdue(self, found: set[str], now: float) -> set[str]:
-        """Return which of the connections that there are have to go. Those that are gone are forgotten."""
+        """Return the connections to end, of those that were ``found``. Forget connections that no longer exist."""
         for peer in self._caller_of.keys() - found:
             self._forget(peer)
         since = {peer: self._silent.get(peer, now) for peer in found - self._caller_of.keys()}
@@ -96,9 +96,9 @@ class Connections:
 
 
 def _sockets() -> Iterator[socket.socket]:
-    """Every socket of this process, as a copy that is closed after its turn."""
+    """Yield every socket of this process, as a duplicate that is closed afterwards."""
     for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):  # no socket, or gone meanwhile
+        with suppress(OSError):  # not a socket, or closed meanwhile
             copy = os.dup(int(entry.name))
             try:
                 found = socket.socket(fileno=copy)
@@ -111,9 +111,9 @@ def _sockets() -> Iterator[socket.socket]:
 
 
 def _peers() -> Iterator[tuple[str, int]]:
-    """Every TCP connection: the peer's address as gRPC writes it, and the port on our side."""
+    """Yield the peer's address, in gRPC's notation, and the local port of every TCP connection."""
     for each in _sockets():
-        with suppress(OSError):  # it listens
+        with suppress(OSError):  # a listening socket
             yield _address(each), each.getsockname()[1]
 
 
@@ -131,7 +131,7 @@ def _address(connection: socket.socket) -> str:
 
 
 def peer_address(peer: str) -> str:
-    """Return gRPC's name of a peer in the form that is compared here."""
+    """Return the address in gRPC's name of a peer, in the notation that this module compares."""
     address = unquote(peer)
     mapped = address.removeprefix("ipv6:[::ffff:")
     return address if mapped == address else f"ipv4:{mapped.replace(']', '', 1)}"

@@ -1,5 +1,8 @@
-"""The least rate of a stream: a client that sends a byte a second would keep its place from others for ever, and one
-that does not read the model that it pulls would keep that model, on the disk too, long after its round."""
+"""Minimum rate of streams.
+
+A client that sent one byte a second would occupy a receive slot for ever. One that did not read the model that it pulls
+would keep that model in memory and on disk long after its round.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -7,13 +10,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from ...tensors import TruncatedError
 
 LEAST_BYTES_PER_SECOND = 8 << 10
-"""A slower stream is ended once it is :data:`PATIENCE` seconds behind."""
+"""Minimum rate. A slower stream is ended once it is :data:`PATIENCE` seconds behind."""
 PATIENCE = 180.0
-"""Longer than a message of a megabyte takes at that rate. Only seconds in which the aggregator waits count."""
+"""Seconds. More than a message of 1 MB takes at that rate. Only time in which the aggregator waits counts."""
 
 
 async def paced(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield a stream's messages. Raises :class:`TruncatedError` where they come too slowly."""
+    """Yield a stream's messages. Raise :class:`TruncatedError` if they arrive too slowly."""
     loop, left = asyncio.get_running_loop(), PATIENCE
     while True:
         started = loop.time()
@@ -26,12 +29,12 @@ async def paced(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             return
         left += started - loop.time() + len(message) / LEAST_BYTES_PER_SECOND
         handed_on = [message]
-        del message  # who does not ask for the next one shall not keep this one
+        del message  # a paused consumer must not keep this one in memory
         yield handed_on.pop()
 
 
 async def send_paced(messages: AsyncIterator[bytes], write: Callable[[bytes], Awaitable[None]]) -> None:
-    """Write a stream's messages. Raises :class:`TruncatedError` where the peer reads them too slowly."""
+    """Write a stream's messages. Raise :class:`TruncatedError` if the peer reads them too slowly."""
     loop, left = asyncio.get_running_loop(), PATIENCE
     async for message in messages:
         started = loop.time()

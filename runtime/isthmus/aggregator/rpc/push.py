@@ -125,7 +125,7 @@ class PushHandler:
             log.warning("%s: update refused: %s", client.name, fault)
         except Exception as error:
             log.exception("%s: its update cannot be answered", client.name)
-            fault = Fault(validation.Reason.MALFORMED, f"{type(error).__name__}; the aggregator's log has more")
+            fault = Fault(validation.Reason.MALFORMED, f"{type(error).__name__}; see the aggregator's log")
         return pb.PushReply(verdict=pb.PushReply.RESEND, message=fault.message, reason=fault.reason)
 
     def _count(self, header: pb.UpdateHeader, result: str, reason: str = "") -> None:

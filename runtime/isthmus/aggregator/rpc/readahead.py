@@ -1,4 +1,4 @@
-"""Messages of a stream that are read before there is a place for what they hold."""
+"""Read-ahead of a stream while its receive slot is awaited."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
@@ -7,15 +7,15 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def read_ahead(stream: AsyncIterator[bytes], place: Awaitable[T], limit: int) -> tuple[T, AsyncIterator[bytes]]:
-    """Waits for a place and reads up to about ``limit`` bytes meanwhile; returns the place, and the whole stream."""
-    waiting = asyncio.ensure_future(place)
+async def read_ahead(stream: AsyncIterator[bytes], slot: Awaitable[T], limit: int) -> tuple[T, AsyncIterator[bytes]]:
+    """Wait for a slot, and read up to about ``limit`` bytes meanwhile; return the slot and the whole stream."""
+    waiting = asyncio.ensure_future(slot)
     early: list[bytes] = []
     size = 0
     try:
-        # A place that is free is had in the first turn of the loop.
+        # A free slot is available after one event-loop iteration.
         await asyncio.sleep(0)
-        # With a place or without one, there is nothing to be done before the next message is there.
+        # Wait for the next message in any case: even with a slot, nothing can be done before it arrives.
         while not waiting.done() and size < limit and (message := await anext(stream, None)) is not None:
             early.append(message)
             size += len(message)
@@ -29,6 +29,6 @@ async def read_ahead(stream: AsyncIterator[bytes], place: Awaitable[T], limit: i
 async def _joined(early: list[bytes], stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     early.reverse()
     while early:
-        yield early.pop()  # its memory is needed
+        yield early.pop()  # releases its memory
     async for message in stream:
         yield message

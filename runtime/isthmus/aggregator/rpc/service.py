@@ -216,8 +216,8 @@ class FederationService:
         if caller is not None and (client is None or caller.speaks_for(client)):
             return caller
         wanted = "" if client is None else f", not for {one_line(client[0], 60)}/{client[1]}"
-        log.warning("%s refused: its certificate is for %s%s", context.peer(), ", ".join(uris) or "nobody", wanted)
-        text = f"the certificate is not one of this client's of this job{wanted}"
+        log.warning("%s refused: its certificate is for %s%s", context.peer(), ", ".join(uris) or "no identity", wanted)
+        text = f"the certificate does not belong to this client of this job{wanted}"
         await _abort(context, grpc.StatusCode.PERMISSION_DENIED, text)
 
 

@@ -1,6 +1,6 @@
-"""How good a model is at least, as more than half of the clients have it: one voice each, whatever weight they claim.
+"""Confirmation of a model's quality by more than half of the clients, regardless of the weights that they claim.
 
-Weights and values are the clients' own word. By the mean alone, a single client could end a job that has a target.
+Clients report weights and values without proof. By the mean alone, a single client could end a job that has a target.
 """
 
 import math
@@ -13,10 +13,10 @@ from .metrics_by_round import WeightedMeans
 
 
 def confirmed(mean: float, own: Collection[float], asked: int, objective: Objective) -> float | None:
-    """Return the strictest target that a model meets; ``None`` while too few have measured it.
+    """Return the strictest target that a model meets; ``None`` while too few clients have measured it.
 
-    It meets a target if the metric does and if more than half of the ``asked`` clients measure as much themselves
-    (``own``).
+    A model meets a target if the ``mean`` does, and if the ``own`` values of more than half of the ``asked`` clients
+    do.
     """
     maximize = objective.goal == "Maximize"
     finite = sorted((value for value in own if math.isfinite(value)), reverse=maximize)
@@ -27,10 +27,10 @@ def confirmed(mean: float, own: Collection[float], asked: int, objective: Object
 
 
 class ClientMeasurements:
-    """Each client's newest value of the objective's metric, of whatever model."""
+    """Newest value of the objective's metric of each client, for any model."""
 
     def __init__(self, objective: Objective, few: bool) -> None:
-        """``few``: by its manifest the job has models that few clients measure, since the others are still at work."""
+        """``few``: true if models of the job are measured by few clients, since the others are still training."""
         self._objective = objective
         self._few = few
         self._newest: dict[ClientId, float] = {}
@@ -40,13 +40,14 @@ class ClientMeasurements:
         self, means: WeightedMeans, names: Collection[str], mean: float | None, asked: Set[ClientId],
         present: Set[ClientId],
     ) -> float | None:  # fmt: skip
-        """Return how good a model is at least by ``means``, in which the metric goes by any of the ``names``.
+        """Return the lower bound of a model's metric that most clients confirm, or ``None``.
 
-        ``asked``: who was asked to measure it; ``present``: all that could be. Where fewer than two were asked while
-        more are present, all take part with what they measured last.
+        ``means``: the clients' measurements, in which the metric has any of the ``names``. ``asked``: the clients that
+        were asked to measure the model. ``present``: those that could be asked. If fewer than two were asked while more
+        are present, all count with their newest measurement.
         """
         own = {client: value for name in names for client, value in means.of(name).items()}
-        # Those measure other things, or have no data to measure on.
+        # These clients measure other metrics, or have no data.
         self._silent = (self._silent | means.clients()) - set(own)
         self._newest |= own
         for client in self._silent:

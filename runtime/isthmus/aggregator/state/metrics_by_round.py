@@ -1,4 +1,4 @@
-"""Metrics by round: what the clients measured, the best of it, and whether the objective's target is met."""
+"""Metrics of each round, as measured by clients, with the best value and the objective's target."""
 
 import difflib
 import logging
@@ -13,33 +13,33 @@ from isthmus_contracts.text import one_line
 
 from ...metric_names import MAX_METRICS
 from ..clients.membership import ClientId
-from ..storage.checkpoints import RoundRecord
+from ..storage.round_record import RoundRecord
 
 log = logging.getLogger(__name__)
 
 MOST_NAMES = 4 * MAX_METRICS
-"""Of metrics, in a job's life."""
+"""Bound of the number of metric names in a job's life."""
 _SHOWN_NAMES, _SHOWN_CHARACTERS = 12, 64
 
 
 @dataclass
 class WeightedMeans:
-    """Means of named values over clients, weighted by examples. A client that reports twice counts once.
+    """Means of named values over clients, weighted by examples. Of a client's reports, the newest counts.
 
-    ``robust``: medians instead, with one voice a client, which no minority can move beyond what the others measure.
+    ``robust``: unweighted medians instead, which no minority can move beyond the values of the others.
     """
 
     robust: bool = False
     _reports: dict[ClientId, tuple[float, dict[str, float]]] = field(default_factory=dict)
 
     def add(self, client: ClientId, weight: float, values: Mapping[str, float]) -> None:
-        """Take one client's values. With weight 0 they count for nothing; what is not finite is left out."""
+        """Add one client's values. Values with weight 0 and values that are not finite are left out of the means."""
         self._reports[client] = (weight, dict(values))
 
     def means(self) -> dict[str, float]:
         """Return the mean of each name over the clients that reported it.
 
-        Names that most clients report come first, so that the names of one client alone are the first to be left out.
+        Names that most clients report come first, so that names reported by a single client are dropped first.
         """
         reports: dict[str, list[tuple[float, float]]] = {}
         for weight, values in self._reports.values():
@@ -48,7 +48,7 @@ class WeightedMeans:
                     reports.setdefault(name, []).append((weight, value))
         ordered = sorted(reports, key=lambda name: -len(reports[name]))
         means = {name: self._mean(reports[name]) for name in ordered}
-        return {name: mean for name, mean in means.items() if math.isfinite(mean)}  # of huge values it may not be
+        return {name: mean for name, mean in means.items() if math.isfinite(mean)}  # huge values may overflow
 
     def _mean(self, entries: list[tuple[float, float]]) -> float:
         if self.robust:
@@ -57,7 +57,7 @@ class WeightedMeans:
         return sum(weight * value for weight, value in entries) / total
 
     def of(self, name: str) -> dict[ClientId, float]:
-        """Return each client's own value of a metric. It may not be finite: that client has measured, and failed."""
+        """Return each client's own value of a metric. Values that are not finite are included."""
         return {client: values[name] for client, (weight, values) in self._reports.items() if weight and name in values}
 
     def clients(self) -> set[ClientId]:
@@ -70,27 +70,29 @@ class WeightedMeans:
 
 @dataclass
 class Progress:
-    """The newest value of each metric, the best of the objective's, and the model that met its target."""
+    """Newest value of each metric, best value of the objective's, and the model that met its target."""
 
     objective: Objective
     newest: dict[str, pb.MetricValue] = field(default_factory=dict)
     best: pb.MetricValue = field(default_factory=pb.MetricValue)
-    """Of the models that a majority of the clients asked has measured, and whose checkpoint is there."""
+    """Best value among models that most of the clients asked have measured, and whose checkpoint exists."""
     reached: int | None = None
-    """The round whose model meets the target, if there is one."""
+    """Round whose model meets the target, if there is one."""
     note: str = ""
-    """What should be mended about the objective, in one line."""
-    _settled: pb.MetricValue = field(default_factory=pb.MetricValue)  # the best of all rounds but the newest measured
+    """Problem of the objective, in one line; empty if there is none."""
+    _settled: pb.MetricValue = field(
+        default_factory=pb.MetricValue
+    )  # best of all rounds before the newest measured one
     _measured: int = -1
     _full: bool = False
 
     def restore(
         self, records: Iterable[RoundRecord], available: Collection[int], best: tuple[int, float] | None = None
     ) -> None:
-        """Take up the records of earlier rounds.
+        """Restore the metrics from the records of earlier rounds.
 
-        ``available``: the rounds whose models are there. ``best``: round and value of the best one, as it was committed
-        with the newest model; after a power failure the records may not tell.
+        ``available``: the rounds whose models exist. ``best``: round and value of the best model, as committed with the
+        newest one; after a power failure the records may be incomplete.
         """
         if best is not None and best[0] in available:
             self._settled = pb.MetricValue(name=self.objective.metric, round=best[0], value=best[1])
@@ -101,7 +103,7 @@ class Progress:
         self.note = ""
 
     def take(self, round_number: int, means: Mapping[str, float], confirmation: float | None = None) -> None:
-        """Take the metrics of a round's model, and how good it is at least (see :mod:`.confirmation`)."""
+        """Add the metrics of a round's model, and the confirmed bound of the objective's (:mod:`.confirmation`)."""
         for name, value in means.items():
             self.newest[name] = pb.MetricValue(name=name, value=value, round=round_number)
         if self.objective.metric not in means:
@@ -125,18 +127,20 @@ class Progress:
             )
 
     def admit(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Return those metrics that are kept: of the names that a job ever reports, the first :data:`MOST_NAMES`, and
-        the objective's. Each costs memory, a series and a line of the status until the job ends."""
+        """Return the metrics to keep: the first :data:`MOST_NAMES` names of the job's life, and the objective's metric.
+
+        Each name takes memory, a Prometheus series and a line of the status until the job ends.
+        """
         known = {name: value for name, value in means.items() if name in self.newest or name == self.objective.metric}
         fresh = [name for name in means if name not in known]
         room = max(MOST_NAMES - len(self.newest), 0)
         if len(fresh) > room and not self._full:
             self._full = True
-            log.warning("more than %d names of metrics: those that come now are left out", MOST_NAMES)
+            log.warning("more than %d names of metrics: further ones are left out", MOST_NAMES)
         return {**known, **{name: means[name] for name in fresh[:room]}}
 
     def look_for_objective(self) -> None:
-        """Note it where a model has been measured, and not by the objective's metric."""
+        """Set the note if models have been measured, but not by the objective's metric."""
         metric = self.objective.metric
         asked_for = self.objective.target is not None or metric != Objective().metric
         if not asked_for or metric in self.newest:

@@ -64,7 +64,7 @@ class TrainingState:
     initial_fault: str = ""
     """Why the newest initial weights were refused, in one line."""
     storage_faults: dict[str, str] = field(default_factory=dict)
-    """What cannot be written at the moment, and why, in a line each. Each writer removes its own entry."""
+    """Failed writes that are retried: one line for each kind of data. Each writer removes its own entry."""
     warnings: list[str] = field(default_factory=list)
     """Problems that did not stop training, in one line each."""
     started: float = field(default_factory=time.time)

@@ -1,7 +1,7 @@
-"""The file of a checkpoint that is not needed any more, written over by the next one.
+"""Reuse of a retired checkpoint's file, which the next checkpoint overwrites.
 
-Pages that the kernel has for a file already are several times as quick to write as new ones: most of what a checkpoint
-of a large model costs. And room that is taken is there when the disk is full.
+Pages that the kernel has already allocated to a file are several times as fast to write as new ones, which is most of
+the cost of a large checkpoint. The allocated space also remains available when the disk is full.
 """
 
 import fcntl
@@ -13,8 +13,10 @@ SUFFIX = ".spare"
 
 
 def recycle(spare: Path, path: Path) -> None:
-    """Gives the spare file, if there is one, a new name, to be written over; not if somebody still reads it. Raises
-    ``OSError``."""
+    """Rename the spare file, if there is one, to ``path``, where it will be overwritten. Raise ``OSError``.
+
+    A file that is still being read is removed instead.
+    """
     try:
         descriptor = os.open(spare, os.O_WRONLY)
     except FileNotFoundError:
@@ -26,16 +28,18 @@ def recycle(spare: Path, path: Path) -> None:
     if unread:
         spare.rename(path)
     else:
-        spare.unlink()  # it is gone once they have read it
+        spare.unlink()  # its content stays until the readers close it
 
 
 def _is_ours_alone(descriptor: int) -> bool:
-    """Whether nobody else has the file open or mapped, this process included: only then does the kernel grant a write
-    lease (fcntl(2), "Leases"). Where it cannot tell, somebody may."""
+    """Return whether the descriptor is the only one for the file, and no process has it mapped.
+
+    Only then does the kernel grant a write lease (fcntl(2), "Leases"). Returns false if the system has no leases.
+    """
     if not hasattr(fcntl, "F_SETLEASE"):
         return False
     try:
-        # Whoever opens it in between breaks the lease, and the signal of that ends a process unless it is another one.
+        # A process that opens the file now breaks the lease. The default signal for that would end this process.
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)

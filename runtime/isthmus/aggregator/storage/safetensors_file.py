@@ -1,7 +1,7 @@
-"""Safetensors files, written and read without a copy of the model in memory.
+"""Reading and writing of safetensors files without a copy of the model in memory.
 
-The library's own writer makes a second copy of every tensor; the format is simple enough to stream: the header's length
-(8 bytes, little-endian), the header (JSON), and the tensors' bytes. The library reads what this module writes.
+The library's own writer copies every tensor. This module streams the format instead: the header's length (8 bytes,
+little-endian), the header (JSON), and the tensors' bytes. The library can read the files.
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
@@ -22,40 +22,42 @@ from safetensors import safe_open
 from ...libc import libc_function
 from ...tensors import State, bytes_view, specs_of
 
-# Below this the errand of a thread takes longer than the work.
+# Below this size, handing the work to a thread takes longer than the work.
 SMALL_BYTES = 1 << 20
-# The library reads no longer ones: MAX_HEADER_SIZE in safetensors/src/tensor.rs.
+# The library rejects longer headers: MAX_HEADER_SIZE in safetensors/src/tensor.rs.
 MOST_HEADER_BYTES = 100_000_000
 _READ_BYTES = 16 << 20
-# A piece is still in the processor's cache when, written, it is summed up.
+# Small enough that a written piece is still in the processor's cache when its checksum is computed.
 _WRITTEN_BYTES = 1 << 20
-# The disk begins with so much at a time.
+# Number of pieces after which writing back to disk is started.
 _PIECES_AT_ONCE = 16
 _SYNC_FILE_RANGE_WRITE = 2  # fs.h of Linux
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file, as its writer or a first reading knows it."""
+    """Identity and layout of a file, known after it was written or read once."""
 
     path: Path
     digest: str
-    """xxh3-128 of the header and the checksum: what tells this model from others."""
+    """xxh3-128 of the header and the checksum; identifies the model."""
     checksum: str
-    """xxh3-128 of the tensors' bytes in the file's order: what a stream of them carries."""
+    """xxh3-128 of the tensors' bytes in the file's order; part of a stream's trailer."""
     data_offset: int
     size: int
-    """Bytes of the tensors."""
+    """Size of all tensors in bytes."""
 
 
 class HeaderError(ValueError):
-    """A file would have a header that its reader does not take. ``str()`` says why."""
+    """The header of a file would be too long for its readers. ``str()`` has the details."""
 
 
 def write(path: Path, state: State, metadata: Mapping[str, str]) -> TensorFile:
-    """Write a file, over what it may hold, and make its content durable; its name is not.
+    """Write a file, overwriting any old content, and make the content durable, but not its name.
 
-    Raises ``OSError``, and :class:`HeaderError` before anything is written.
+    Raises:
+        OSError: the file cannot be written.
+        HeaderError: the header would be too long. Nothing is written.
     """
     header, offset = {"__metadata__": dict(metadata)}, 0
     for spec in specs_of(state):
@@ -71,7 +73,7 @@ def write(path: Path, state: State, metadata: Mapping[str, str]) -> TensorFile:
         )
     lead, checksum = len(text).to_bytes(8, "little") + text, xxhash.xxh3_128()
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb", buffering=0) as file:
-        # Not file.write: unbuffered, it may write a part of it and not complain.
+        # Not file.write: an unbuffered file may write only a part, without an error.
         if offset <= SMALL_BYTES:
             data = memoryview(b"".join([lead, *map(_bytes, state.values())]))
             _write_all(file.fileno(), data)
@@ -89,7 +91,7 @@ def write(path: Path, state: State, metadata: Mapping[str, str]) -> TensorFile:
 
 
 def read(path: Path) -> tuple[TensorFile, State, dict[str, str]]:
-    """A file, its tensors (mapped, not read) and its metadata. Raises ``OSError`` or ``SafetensorError``."""
+    """Return a file's identity, its tensors (mapped) and its metadata. Raise ``OSError`` or ``SafetensorError``."""
     with safe_open(path, framework="pt") as opened:
         metadata = dict(opened.metadata() or {})
     checksum = xxhash.xxh3_128()
@@ -103,7 +105,7 @@ def read(path: Path) -> tuple[TensorFile, State, dict[str, str]]:
 
 
 def mapped(path: Path) -> State:
-    """The tensors, in the file's order, backed by the file: they take memory only where they are touched."""
+    """Return the tensors, in the file's order, backed by the file: only pages that are accessed occupy memory."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
@@ -113,7 +115,7 @@ def mapped(path: Path) -> State:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's content, in hexadecimal. Raises ``OSError``."""
+    """Return the SHA-256 of a file's content, in hexadecimal. Raise ``OSError``."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -139,10 +141,12 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 
 
 def _begin_writing_back(descriptor: int) -> None:
-    """Sets the disk to work on what has been written so far, and does not wait: the end, which does, is nearer then.
-    Where the system has no such call, nothing happens. Source: sync_file_range(2)."""
+    """Start writing back to disk, without waiting, so that the final sync takes less time.
+
+    Does nothing on systems without sync_file_range(2).
+    """
     if (begin := _sync_file_range()) is not None:
-        begin(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)  # from 0 to the end; its errors come again at the end
+        begin(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)  # the whole file; the final sync reports errors again
 
 
 @cache
@@ -154,16 +158,16 @@ def _sync_file_range() -> Any | None:
 
 
 def _synchronize(descriptor: int) -> None:
-    """Makes a file's content durable, and what it takes to read it. Not all systems tell that from its times."""
+    """Make a file's content durable. Its times need not be, on systems that make the difference."""
     os.fdatasync(descriptor) if hasattr(os, "fdatasync") else os.fsync(descriptor)
 
 
 def save_plain(path: Path, state: State) -> None:
-    """``torch.save``, made durable. Raises ``OSError``."""
+    """Write a file with ``torch.save`` and make it durable. Raise ``OSError``."""
     with path.open("wb") as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # so it calls what the file said
+        except RuntimeError as error:  # torch wraps the file's OSError
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise

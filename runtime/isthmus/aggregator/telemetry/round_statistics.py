@@ -1,4 +1,4 @@
-"""What a round costs and who took part, for the metrics and for the round's record."""
+"""Costs and participants of a round, for the metrics and for the round's record."""
 
 from collections import Counter
 from collections.abc import Set as AbstractSet
@@ -6,51 +6,51 @@ from collections.abc import Set as AbstractSet
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..clients.membership import ClientId
-from ..storage.checkpoints import RoundRecord
+from ..storage.round_record import RoundRecord
 from .metrics import AggregatorMetrics
 from .stage_times import StageTimes, sanitize
 
 
 class RoundStatistics:
-    """Books the round in progress. What clients report is booked when the round ends, of those whose update counts."""
+    """Statistics of the round in progress. Clients' reports are added at its end, for updates that count."""
 
     def __init__(self, metrics: AggregatorMetrics) -> None:
         self._metrics = metrics
         self.begin()
 
     def begin(self) -> None:
-        """A round begins: its books are empty."""
+        """Start over with a new round."""
         self._times = StageTimes()
         self._received = self._sent = 0
-        # By client and base model: an update that is handed in again counts once.
+        # By client and base model: an update that is submitted again counts once.
         self._submissions: dict[tuple[ClientId, str], tuple[dict[str, float], int]] = {}
 
     def received(self, pool: str, codec: str, size: int, seconds: float) -> None:
-        """A whole update came in: its encoded bytes, and how long that took."""
+        """Record the reception of a whole update: its encoded bytes and the seconds that it took."""
         self._metrics.received_bytes.labels(**self._metrics.bound, pool=pool, codec=codec).inc(size)
         self._received += size
         self._book("push", pool, seconds)
 
     def sent(self, pool: str, codec: str, size: int) -> None:
-        """Encoded bytes of a model went out."""
+        """Record encoded bytes of a model that are sent."""
         self._metrics.sent_bytes.labels(**self._metrics.bound, pool=pool, codec=codec).inc(size)
         self._sent += size
 
     def submitted(self, header: pb.UpdateHeader, staleness: int = 0) -> None:
-        """An update was accepted that was trained from a model ``staleness`` rounds older than the newest."""
+        """Record an accepted update, whose base model is ``staleness`` rounds older than the newest."""
         key = ((header.pool, header.index), header.base_digest)
         self._submissions[key] = (sanitize(header.seconds), staleness)
 
     def withdrawn(self, header: pb.UpdateHeader) -> None:
-        """An update that was accepted could not be kept."""
+        """Remove an accepted update that could not be kept."""
         self._submissions.pop(((header.pool, header.index), header.base_digest), None)
 
     def folded(self, pool: str, seconds: float) -> None:
-        """An update was folded in. From any thread."""
+        """Record the seconds that folding an update took. Thread-safe."""
         self._book("fold", pool, seconds)
 
     def checkpointed(self, seconds: float) -> None:
-        """A checkpoint is durable."""
+        """Record the seconds that writing a checkpoint took."""
         self._book("checkpoint", "", seconds)
 
     def close(
@@ -60,10 +60,10 @@ class RoundStatistics:
         completed: AbstractSet[ClientId],
         lost: AbstractSet[ClientId],
     ) -> None:
-        """Completes the record of a round that is over.
+        """Complete the record of a finished round.
 
-        ``lost``: clients that are away, have failed or were refused. Of those without an update they count as failed;
-        the others were too late.
+        ``lost``: clients that are disconnected, have failed or were refused. Without a completed update they count as
+        failed; other clients without one were late.
         """
         for ((pool, _), _), (seconds, staleness) in self._submissions.items():
             self._metrics.accepted(pool, staleness)

@@ -1,38 +1,38 @@
-"""How long the stages of a round took."""
+"""Durations of the stages of a round."""
 
 import math
 from collections.abc import Mapping
 from threading import Lock
 
 CLIENT_STAGES = ("wait", "pull", "evaluate", "train", "encode")
-"""What clients measure, each since its last update."""
+"""Stages that clients measure, each since its last update."""
 SERVER_STAGES = ("push", "fold", "checkpoint")
-"""What the aggregator measures."""
-# No stage takes longer; a clock that says so is wrong. Seconds.
+"""Stages that the aggregator measures."""
+# Longest plausible duration of a stage; above it the clock is wrong. Seconds.
 _LONGEST = 30 * 86400.0
 
 
 def sanitize(reported: Mapping[str, float]) -> dict[str, float]:
-    """What can be believed of a client's own measurements: known stages, finite seconds, none below zero."""
+    """Return the plausible part of a client's measurements: known stages with finite, non-negative seconds."""
     known = {stage: reported[stage] for stage in CLIENT_STAGES if stage in reported}
     return {stage: value for stage, value in known.items() if math.isfinite(value) and 0 <= value <= _LONGEST}
 
 
 class StageTimes:
-    """Counts, sums and maxima of seconds by stage. Any thread may add."""
+    """Counts, sums and maxima of seconds by stage. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._tallies: dict[str, tuple[int, float, float]] = {}
 
     def add(self, stage: str, seconds: float) -> None:
-        """Takes one measurement in."""
+        """Add one measurement."""
         with self._lock:
             count, total, longest = self._tallies.get(stage, (0, 0.0, 0.0))
             self._tallies[stage] = (count + 1, total + seconds, max(longest, seconds))
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Mean and maximum of each stage, in seconds, to the microsecond."""
+        """Return mean and maximum of each stage, in seconds rounded to microseconds."""
         with self._lock:
             tallies = dict(self._tallies)
         return {

@@ -1,7 +1,7 @@
 """Bounds on everything that clients send: number, length and characters of each string, list and map.
 
-They are checked before anything is kept. What passes here fits the checkpoints' headers, which hold names of tensors,
-buffers and metrics, and the status: no client can make a committed round unreadable, or the memory grow by names.
+They are checked before anything is stored. Data within the bounds fits the status and the headers of checkpoints, which
+hold the names of tensors, buffers and metrics. So no client can make a committed round unreadable or fill the memory.
 """
 
 import math
@@ -19,23 +19,23 @@ from ... import metric_names as metricnames
 MOST_TENSORS = 100_000
 LONGEST_TENSOR_NAME = 512
 MOST_ATTEMPT = 100_000
-"""No scheduler starts a client so often. An attempt that nobody can have issued would fence all that are issued."""
-# Of a model's part of a checkpoint's header: room is left for what else is in it, and for a strategy's state, which may
-# name each tensor twice.
+"""No scheduler starts a client this often. A made-up attempt number would fence all real ones."""
+# Bound of the model's part of a checkpoint's header. It leaves room for the other parts, and for a strategy's state,
+# which may name each tensor twice.
 _MOST_HEADER_BYTES = 40 << 20
-# A character of JSON text takes at most three times its bytes in UTF-8; offsets and punctuation come on top.
+# JSON text has at most three times the bytes of its UTF-8 source, plus offsets and punctuation for each tensor.
 _HEADER_FACTOR, _HEADER_BYTES_EACH = 3, 128
 _MOST_CODECS = 16
 _MOST_NUMBERS = 64
 _LONGEST_WORD = 128
 _LONGEST_VERSION = 64
 _HELLO_BYTES = 4096
-# Beside the tensors' specs and names: metrics, scalars, seconds, codecs.
+# Bound of a header apart from the tensors' specs and names: metrics, scalars, seconds, codecs.
 _OTHER_HEADER_BYTES = 1 << 20
 
 
 def problem_with_hello(hello: pb.Hello) -> str | None:
-    """Return what is wrong with a hello, in one line; ``None`` if nothing is."""
+    """Return the reason why a hello is invalid, in one line; ``None`` if it is valid."""
     if hello.ByteSize() > _HELLO_BYTES:
         return f"the hello has {hello.ByteSize()} bytes, more than {_HELLO_BYTES}"
     words = {
@@ -52,10 +52,10 @@ def problem_with_hello(hello: pb.Hello) -> str | None:
 
 
 def problem_with_header(header: pb.UpdateHeader) -> str | None:
-    """Return what is wrong with the strings, lists and maps of an update's header; ``None`` if nothing is.
+    """Return the reason why strings, lists or maps of an update's header are invalid, or ``None``.
 
-    Tensors' names are checked only for initial weights (:func:`problem_with_names`): those of later updates must be
-    the model's.
+    Names of tensors are checked only for initial weights (:func:`problem_with_names`); those of later updates must
+    equal the model's.
     """
     for name, word in (("instance", header.instance), ("base_digest", header.base_digest)):
         if not _is_word(word):
@@ -73,16 +73,17 @@ def problem_with_header(header: pb.UpdateHeader) -> str | None:
 
 
 def problem_with_size(header: pb.UpdateHeader, model_bytes: int) -> str | None:
-    """Return what is wrong with a header's size, where it takes ``model_bytes`` to announce the model's tensors.
+    """Return the reason why a header is too large, or ``None``.
 
-    It counts what the protocol does not know, too, which would be kept as long as the header.
+    ``model_bytes``: the bytes that announcing the model's tensors takes. Unknown fields count too, since they would be
+    stored with the header.
     """
     size, most = header.ByteSize(), _OTHER_HEADER_BYTES + 2 * model_bytes
     return None if size <= most else f"the header has {size} bytes, far more than it takes to announce the model"
 
 
 def problem_with_names(header: pb.UpdateHeader) -> str | None:
-    """Return what is wrong with the tensors of initial weights, as far as names and numbers go."""
+    """Return the reason why names or number of the tensors of initial weights are invalid, or ``None``."""
     specs = header.tensors
     if not specs:
         return "there are no tensors"
@@ -101,10 +102,10 @@ def problem_with_names(header: pb.UpdateHeader) -> str | None:
 
 
 def problem_with_room(header: pb.UpdateHeader, directory: Path | None) -> str | None:
-    """Return why initial weights cannot be kept, whatever else is: they are larger than the memory or the disk.
+    """Return the reason why initial weights do not fit into memory or on disk, or ``None``.
 
-    The final model is written with all names, those included that are views of others. ``directory``: of the
-    checkpoints.
+    The final model is written with all names, including those that are views of others. ``directory``: where
+    checkpoints are stored.
     """
     size = sum(spec.size for spec in header.tensors)
     elements = {spec.name: spec.size // max(math.prod(spec.shape), 1) for spec in header.tensors}
@@ -116,16 +117,16 @@ def problem_with_room(header: pb.UpdateHeader, directory: Path | None) -> str | 
 
 
 def _memory() -> float:
-    """The bytes that there are at most, of the machine or of the container."""
+    """Return the total memory of the machine or of the container, in bytes."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError):  # where there is no such file the limit is not known
+    with suppress(OSError):  # without this file the limit is unknown
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
         return min(machine, int(limit)) if limit.isdecimal() else machine
     return machine
 
 
 def _disk(directory: Path | None) -> float:
-    """The bytes that are free."""
+    """Return the free bytes on the disk."""
     with suppress(OSError):
         return shutil.disk_usage(directory).free if directory is not None else math.inf
     return math.inf
@@ -138,7 +139,7 @@ def _problem_with_numbers(name: str, numbers: Mapping[str, float]) -> str | None
 
 
 def _problem_with_parts(header: pb.UpdateHeader, kind: str, names: Sequence[str]) -> str | None:
-    """Return why ``names`` cannot be some of the tensors."""
+    """Return the reason why ``names`` are not a subset of the tensors, or ``None``."""
     if not names:
         return None
     if len(names) > len(header.tensors):

@@ -263,8 +263,8 @@ class Intake:
             # The sum may contain half of the update, so it cannot be used any more.
             log.exception("%s: the strategy failed", update.client)
             return StrategyError(
-                f"the strategy failed on the update of {update.client}: {type(error).__name__}: {error}; the "
-                "aggregator's log has more"
+                f"the strategy failed on the update of {update.client}: {type(error).__name__}: {error};"
+                " see the aggregator's log"
             )
         self._statistics.folded(header.pool, time.monotonic() - started)
         self.receive_slots.give_back(update.tensors)

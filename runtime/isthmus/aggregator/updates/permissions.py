@@ -1,7 +1,7 @@
-"""Who may do what, when: asked of every hello and every update, before anything else is done with it.
+"""Permissions of clients, checked for every hello and every update before it is processed.
 
-A certificate says which clients a caller may speak for. The rest follows from the job (pools, their sizes and roles),
-from who is connected, and from who was asked.
+A certificate determines which clients a caller may speak for. The rest follows from the job (pools, their sizes and
+roles), from the connected clients, and from the clients that were asked.
 """
 
 from isthmus_contracts.api.federated_job import FederatedJobSpec
@@ -16,7 +16,7 @@ from .validation import Reason
 
 
 class Permissions:
-    """Of one job."""
+    """Permissions of one job's clients."""
 
     def __init__(self, job_uid: str, spec: FederatedJobSpec, members: Membership, training: TrainingState) -> None:
         self._job_uid = job_uid
@@ -25,7 +25,7 @@ class Permissions:
         self._training = training
 
     def check_hello(self, hello: pb.Hello) -> None:
-        """Raise :class:`Refusal` for a client that is none of the job's."""
+        """Raise :class:`Refusal` for a client that does not belong to the job."""
         if (problem := bounds.problem_with_hello(hello)) is not None:
             raise Refusal(pb.Stop.REFUSED, problem)
         if hello.job_uid != self._job_uid:
@@ -34,9 +34,9 @@ class Permissions:
             raise Refusal(pb.Stop.REFUSED, problem)
 
     def check_update(self, header: pb.UpdateHeader) -> pb.PushReply | None:
-        """Return the answer to an update whose sender may not hand in anything; ``None`` for one who may.
+        """Return the reply to an update whose sender may not submit updates; ``None`` for a sender that may.
 
-        Updates are taken from the process that fills the client's place: the one that said hello last.
+        Updates are accepted from the process that currently fills the client's slot: the one that sent the last hello.
         """
         problem = self._unknown_client(header.pool, header.index)
         if header.job_uid != self._job_uid:
@@ -49,12 +49,14 @@ class Permissions:
         if client is not None and (header.attempt, header.instance) == (client.attempt, client.instance):
             return None
         if client is None or header.attempt > client.attempt:
-            message = "say hello first, on a control stream"  # after a restart of ours it takes a moment
+            message = (
+                "send a hello first, on a control stream"  # after a restart of the aggregator, clients need a moment
+            )
             return validation.reply(pb.PushReply.RESEND, message, Reason.NOT_CONNECTED)
         return validation.reply(pb.PushReply.FENCED, "a newer process of this client has taken over")
 
     def may_initialize(self, client: ClientId) -> bool:
-        """Return whether the client was asked for the first weights."""
+        """Return whether the client was asked for the initial weights."""
         return self._training.phase == pb.FederationStatus.INITIALIZING and self._training.initialization.asked(client)
 
     def was_offered(self, header: pb.UpdateHeader, history: ClientHistory) -> bool:
@@ -69,8 +71,10 @@ class Permissions:
         )
 
     def resumes(self, client: Client, number: int, digest: str) -> bool:
-        """Whether a client has a round's work in hand from before a restart of ours, which was not for nothing. In any
-        other round who takes part is not the client's to say."""
+        """Return whether a client continues work on a round that began before a restart of the aggregator.
+
+        For any other round, the client's own statement does not count.
+        """
         return client.trains and number == self._training.resumed and client.resumes(number, digest)
 
     def _unknown_client(self, pool_name: str, index: int) -> str | None:
@@ -79,5 +83,5 @@ class Permissions:
         except KeyError:
             return f"the job has no pool {pool_name!r}"
         if index >= pool.size:
-            return f"pool {pool.name} has {pool.size} clients; index {index} is not one of them"
+            return f"pool {pool.name} has {pool.size} clients; there is no client with index {index}"
         return None

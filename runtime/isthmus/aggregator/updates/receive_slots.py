@@ -1,4 +1,4 @@
-"""Updates that are being received: how many at a time, and the memory that they lie in."""
+"""Limits on concurrently received updates, and the memory that they are received into."""
 
 import asyncio
 import errno
@@ -21,17 +21,17 @@ from ..storage.safetensors_file import SMALL_BYTES
 
 log = logging.getLogger(__name__)
 
-# Updates being received at the same time take at most about this much memory; the others wait, held back by HTTP/2's
-# flow control.
+# Approximate bound of the memory for updates that are received concurrently, in bytes. Other updates wait, held back by
+# HTTP/2's flow control.
 RECEPTION_BYTES = 24 << 20
-# Of the one that comes next so much is read before it has a place.
+# Bytes of the next update that are read before it has a slot.
 AHEAD_BYTES = 32 << 20
 _MAX_RECEPTIONS = 64
-# So quickly an aggregator takes in the updates of clients on good links, one after the other, however busy it is. Who
-# is kept waiting for longer stands behind slow links, and is received beside them, into a file.
+# Lower bound of the speed at which updates are received over good links, one after the other. A client that waits for
+# longer is behind slow links: its update is received in parallel, into a file.
 SECONDS_OF_EACH, BYTES_PER_SECOND = 0.05, 50e6
 GRACE_SECONDS = 1.0
-# Files leave room on the disk for so many models: the checkpoints matter more.
+# Number of models for which files must leave room on the disk: checkpoints have priority.
 _MODELS_LEFT_FREE = 4
 _ALIGNMENT = 64
 
@@ -47,29 +47,30 @@ class _Limits:
 
 
 class ReceiveSlots:
-    """A place for each update that is received, with the memory of one that has been folded, if there is any.
+    """Slots for the reception of updates, each with the memory of an update that has been folded, if there is any.
 
-    Memory that is used again costs nothing; fresh memory is slower to touch than to fill.
+    Reused memory costs nothing; with fresh memory, the page faults take longer than the copy.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
-        """``directory``: of the files of those that a slow client would keep waiting."""
+        """``directory``: where to receive updates that would otherwise wait for a slow client."""
         self._directory = directory
         self._limits: _Limits | None = None
         self._spare: list[State] = []
         self._in_files: set[int] = set()
         self._waiting = 0
         self._moved = 0.0
-        """When a turn or a place was last given back (the loop's time)."""
+        """Time at which a ticket or slot was last released (the loop's time)."""
 
     @asynccontextmanager
     async def ticket(self, model: GlobalModel | None) -> AsyncIterator[State | None]:
-        """Waits until one more client may send. There is one turn more than there are places: an update shall be on its
-        way while the one before it is being folded.
+        """Wait until one more client may send.
 
-        A client on a slow link may take minutes. The others then wait for a while only, and are yielded tensors that
-        cost no memory: they lie in a file without a name, whose pages the kernel writes out when it is short of them.
-        Who is yielded none asks for a :meth:`place`.
+        There is one ticket more than there are slots, so that the next update is sent while one is being folded.
+
+        A client on a slow link may take minutes. Others then wait only for a limited time, and get tensors that occupy
+        no memory: they are mapped from an unnamed file, whose pages the kernel writes to disk when memory is short. If
+        ``None`` is yielded, call :meth:`slot` to wait for memory.
         """
         turns = self._limits_for(model).turns
         async with self._admitted(turns, model) as room:
@@ -77,14 +78,14 @@ class ReceiveSlots:
 
     @asynccontextmanager
     async def slot(self, model: GlobalModel | None) -> AsyncIterator[State]:
-        """Waits for a place, likewise; yields tensors that nobody needs any more, maybe none."""
+        """Wait for a slot, in the same way; yield tensors whose memory may be reused, possibly none."""
         places = self._limits_for(model).places
         async with self._admitted(places, model) as room:
             yield room if room is not None else self._spare.pop() if self._spare else {}
 
     @asynccontextmanager
     async def _admitted(self, semaphore: asyncio.Semaphore, model: GlobalModel | None) -> AsyncIterator[State | None]:
-        """Waits for the semaphore, but not behind slow links, if there is room for a file: its tensors are yielded."""
+        """Wait for the semaphore and yield ``None``, or yield a file's tensors if slow links block the queue."""
         if not await self._acquired(semaphore, model):
             room = None if model is None else await asyncio.to_thread(self._file, model)
             if room is not None:
@@ -103,8 +104,10 @@ class ReceiveSlots:
             semaphore.release()
 
     async def _acquired(self, semaphore: asyncio.Semaphore, model: GlobalModel | None) -> bool:
-        """Waits for it, but not behind slow links: for as long as the queue takes where it moves, and for one update's
-        time where it stands still, however long it is."""
+        """Wait for the semaphore, but not behind slow links; return whether it was acquired.
+
+        The wait is limited by the expected time for the whole queue, and by that for one update if the queue stops.
+        """
         if not semaphore.locked():
             return await semaphore.acquire()
         each = SECONDS_OF_EACH + (0 if model is None else model.size) / BYTES_PER_SECOND
@@ -129,19 +132,19 @@ class ReceiveSlots:
             waiting.cancel()
 
     def give_back(self, tensors: State) -> None:
-        """Takes tensors that nobody needs any more."""
+        """Take back tensors that are no longer needed."""
         if sum(tensor.nbytes for tensor in tensors.values()) <= SMALL_BYTES:
             return
         if self._in_files.isdisjoint(tensor.data_ptr() for tensor in tensors.values()):
             self._spare.append(tensors)
 
     def clear(self) -> None:
-        """Lets go of the memory: there is little more to be received."""
+        """Release the memory, after the last round."""
         self._spare.clear()
 
     def _limits_for(self, model: GlobalModel | None) -> "_Limits":
         if model is None:
-            return _Limits.of(1)  # the initial weights: one client is asked
+            return _Limits.of(1)  # initial weights: one client at a time is asked
         if self._limits is None:
             self._limits = _Limits.of(max(1, min(_MAX_RECEPTIONS, RECEPTION_BYTES // max(model.size, 1))))
         return self._limits
@@ -152,14 +155,14 @@ class ReceiveSlots:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return in_file(model.specs, self._directory)
         except OSError as error:
-            log.warning("no file to receive an update into, it waits instead: %s", error.strerror or error)
+            log.warning("no file to receive an update into, so it waits: %s", error.strerror or error)
             return None
 
 
 def in_file(specs: Iterable[TensorSpec], directory: Path | None) -> State:
-    """Tensors in a file that is gone with them. Raises ``OSError`` where there is no room for it.
+    """Return tensors in an unnamed file, which disappears with them. Raise ``OSError`` if the disk has no room.
 
-    The room is made sure of first: to touch a mapped page that the disk has no room for kills the process (SIGBUS,
+    The space is allocated first: access to a mapped page that the disk has no room for kills the process (SIGBUS,
     mmap(2)).
     """
     offsets, size = [], 0
@@ -171,7 +174,7 @@ def in_file(specs: Iterable[TensorSpec], directory: Path | None) -> State:
         return {}
     with tempfile.TemporaryFile(dir=directory, prefix="update-") as file:
         os.posix_fallocate(file.fileno(), 0, size)
-        # Unlike a map of Python's, one of torch's keeps no descriptor open.
+        # Unlike Python's mmap, torch's keeps no descriptor open.
         content = torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=size, dtype=torch.uint8)
     return {
         spec.name: content[offset : offset + spec.size].view(dtype_of(spec)).view(tuple(spec.shape))

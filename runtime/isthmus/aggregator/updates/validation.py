@@ -1,4 +1,4 @@
-"""Why an update is refused: a small closed set of reasons, which the reply and the metrics name alike."""
+"""Validation of updates, with a closed set of reasons for refusal that replies and metrics share."""
 
 import math
 from collections.abc import Collection
@@ -21,14 +21,14 @@ from ..model.global_model import GlobalModel
 from . import bounds
 
 RESERVED_NAME = "__metadata__"
-# Where a refusal is a gRPC status, because the stream is to be sent again, its trailing metadata bear the reason.
+# Key of the reason in the trailing metadata of a refusal by gRPC status, where the stream has to be sent again.
 REASON_METADATA = "isthmus-reason"
 
 
 class Reason(StrEnum):
-    """All there are: a metric has a series for each."""
+    """Reason for a refusal. A metric has a series for each."""
 
-    # For good: the round does not wait for this update any longer.
+    # Refused for good: the round no longer waits for this update.
     NON_FINITE = "non_finite"
     RANGE = "range"
     MISSING_TENSOR = "missing_tensor"
@@ -49,7 +49,7 @@ class Reason(StrEnum):
     MALFORMED = "malformed"
     STORAGE = "storage"
     NOT_CONNECTED = "not_connected"
-    # Nothing wrong with it, but nobody waits for it.
+    # Valid, but not awaited.
     STALE = "stale"
     CLOSED = "closed"
     FENCED = "fenced"
@@ -65,7 +65,7 @@ _OF_VERDICT = {
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with an update, in a word and in a line: names in it are the client's, so it is made printable."""
+    """Reason for a refusal, and one printable line of details, which may contain names that the client chose."""
 
     reason: Reason
     message: str
@@ -78,11 +78,11 @@ class Fault:
 
 
 class StorageError(TransferError):
-    """A complete update cannot be kept at the moment: it is to be sent again."""
+    """A complete update cannot be stored at the moment. It has to be sent again."""
 
 
 def examine(header: pb.UpdateHeader, model: GlobalModel, compression: Compression, strategy: Strategy) -> Fault | None:
-    """Return what is wrong with an update, as far as its header shows."""
+    """Return the fault of an update that its header shows, or ``None``."""
     if problem := bounds.problem_with_size(header, model.header_bytes) or bounds.problem_with_header(header):
         return Fault(Reason.BOUNDS, problem)
     if not 1 <= header.num_examples <= MAX_EXAMPLES:
@@ -101,11 +101,14 @@ def examine(header: pb.UpdateHeader, model: GlobalModel, compression: Compressio
 
 
 def examine_initial(header: pb.UpdateHeader, directory: Path | None = None) -> Fault | None:
-    """The same for initial weights, which there is no model yet to compare with. ``directory``: of the checkpoints."""
+    """Return the fault of initial weights that their header shows, or ``None``.
+
+    ``directory``: where checkpoints are stored.
+    """
     if problem := bounds.problem_with_names(header) or bounds.problem_with_header(header):
         return Fault(Reason.BOUNDS, problem)
     if header.codecs:
-        return Fault(Reason.CODEC, "initial weights travel raw")
+        return Fault(Reason.CODEC, "initial weights must be sent raw")
     if RESERVED_NAME in {*(spec.name for spec in header.tensors), *(view.name for view in header.views)}:
         return Fault(Reason.UNKNOWN_TENSOR, f"a tensor cannot be called {RESERVED_NAME}: safetensors keeps that name")
     if found := invalid_specs(header.tensors):
@@ -117,7 +120,7 @@ def examine_initial(header: pb.UpdateHeader, directory: Path | None = None) -> F
 
 
 def examine_values(tensors: State) -> Fault | None:
-    """Return what is wrong with an update's values."""
+    """Return the fault of an update's values, or ``None``."""
     found = first_beyond(GREATEST_WEIGHT, tensors)
     if found is None:
         return None
@@ -128,7 +131,10 @@ def examine_values(tensors: State) -> Fault | None:
 
 
 def examine_frozen(tensors: State, base: State, frozen: Collection[str]) -> Fault | None:
-    """Return what is wrong with an update of a job with differential privacy, where ``frozen`` gets no noise."""
+    """Return the fault of an update that changes ``frozen`` parameters, or ``None``.
+
+    With differential privacy these get no noise, so they must not change.
+    """
     changed = [name for name in tensors if name in frozen and not torch.equal(tensors[name], base[name])]
     if not changed:
         return None
@@ -140,7 +146,7 @@ def examine_frozen(tensors: State, base: State, frozen: Collection[str]) -> Faul
 
 
 def fault_of(error: TransferError) -> Fault:
-    """Return what a failed reception comes to."""
+    """Return the fault that corresponds to a failed reception."""
     match error:
         case ChecksumError():
             reason = Reason.CHECKSUM
@@ -158,7 +164,7 @@ def fault_of(error: TransferError) -> Fault:
 
 
 def reply(verdict: "pb.PushReply.Verdict.ValueType", message: str, reason: Reason | None = None) -> pb.PushReply:
-    """The answer to an update that is not taken. STALE, CLOSED and FENCED are reasons by themselves."""
+    """Return the reply to an update that is not accepted. STALE, CLOSED and FENCED imply the reason."""
     return pb.PushReply(verdict=verdict, message=message, reason=reason or _OF_VERDICT[verdict])
 
 

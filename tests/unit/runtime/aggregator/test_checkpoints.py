@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from isthmus.aggregator.storage import safetensors_file
-from isthmus.aggregator.storage.checkpoints import CheckpointError, CheckpointStore, RoundRecord
+from isthmus.aggregator.storage.checkpoints import CheckpointError, CheckpointStore
+from isthmus.aggregator.storage.round_record import RoundRecord
 
 
 def store(directory: Path, uid: str = "uid", keep: int = 2) -> CheckpointStore:

@@ -200,7 +200,7 @@ async def test_a_result_that_nobody_could_go_on_from_is_not_committed(trial: Tri
     trial.strategy.result["w"][7] = value
     for index in range(2):
         assert (await trial.push(index)).verdict == pb.PushReply.ACCEPTED
-    with pytest.raises(StrategyError, match="round 1 came to NaN or infinity in w: smaller steps may help"):
+    with pytest.raises(StrategyError, match="the result of round 1 holds NaN or infinity in w: smaller steps may help"):
         await running
     assert trial.store.numbers() == [0]
 

@@ -2,7 +2,7 @@
 
 import math
 
-from isthmus.aggregator.storage.checkpoints import RoundRecord
+from isthmus.aggregator.storage.round_record import RoundRecord
 from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
 from isthmus.aggregator.telemetry.round_statistics import RoundStatistics
 from isthmus_contracts.pb import federation_pb2 as pb

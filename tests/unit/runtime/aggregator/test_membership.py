@@ -50,8 +50,8 @@ def permissions(members: Membership) -> Permissions:
     [
         (hello(uid="other"), "not of other"),
         (hello(pool="moon"), "no pool 'moon'"),
-        (hello(index=2), "pool cloud has 2 clients; index 2 is not one of them"),
-        (hello(index=2**32 - 1), "index 4294967295 is not one of them"),
+        (hello(index=2), "pool cloud has 2 clients; there is no client with index 2"),
+        (hello(index=2**32 - 1), "there is no client with index 4294967295"),
         (hello(attempt=2**32 - 1), "attempt 4294967295 cannot be one that a scheduler has started"),
         (hello(instance="x" * 129), "instance must be at most 128 printable characters"),
         (hello(instance="a\nb"), "instance must be at most 128 printable characters, not 'a"),

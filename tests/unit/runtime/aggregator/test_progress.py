@@ -6,7 +6,7 @@ import pytest
 
 from isthmus.aggregator.state.confirmation import ClientMeasurements, confirmed
 from isthmus.aggregator.state.metrics_by_round import MOST_NAMES, Progress, WeightedMeans
-from isthmus.aggregator.storage.checkpoints import RoundRecord
+from isthmus.aggregator.storage.round_record import RoundRecord
 from isthmus_contracts.api.federated_job import Objective
 
 NAN = float("nan")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.aggregator.job import Job
-from isthmus.aggregator.storage.checkpoints import RoundRecord
+from isthmus.aggregator.storage.round_record import RoundRecord
 from isthmus.aggregator.telemetry.tracking.sink import Sink, Worker
 from isthmus.aggregator.telemetry.tracking.tensorboard import TensorBoardSink
 from isthmus.aggregator.telemetry.tracking.tracker import Tracker, numbers_of, parameters_of
@@ -74,8 +74,8 @@ def test_a_failing_sink_is_tried_again_and_warned_of_once(caplog: pytest.LogCapt
     assert sink.written == [(1, {"a": 1.0})]
     assert worker.note == ""
     assert [record.message for record in caplog.records] == [
-        "Recorder does not take the metrics: ConnectionError: nobody there; trying again",
-        "Recorder takes the metrics again",
+        "Recorder does not accept metrics: ConnectionError: nobody there; trying again",
+        "Recorder accepts metrics again",
     ]
 
 

@@ -1,1 +1,1 @@
-"""Sinks for a run's numbers: TensorBoard, MLflow. Their libraries are optional, and imported in a sink's own thread."""
+"""Experiment tracking: TensorBoard, MLflow. Their libraries are optional and imported in each sink's thread."""

@@ -1,4 +1,4 @@
-"""A run on an MLflow tracking server."""
+"""Sink for an MLflow tracking server."""
 
 import os
 from collections.abc import Mapping
@@ -7,21 +7,21 @@ from typing import Any
 from .sink import Sink
 
 _UID = "isthmus.job_uid"
-# Our own thread tries again; a call that does not come through should say so soon. The user's settings win.
+# The sink's thread retries by itself, so a failing call should fail soon. The user's settings take precedence.
 _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    # Nobody asked to tell a third party about this job.
+    # Do not send data about the job to third parties.
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
 
-# MLflow asks for this word before it writes plain files. Without a server it has no other store that needs no database.
+# MLflow requires this setting to write plain files, its only store that needs neither a server nor a database.
 _OF_FILES = {"MLFLOW_ALLOW_FILE_STORE": "true"}
 
 
 class MLflowSink(Sink):
-    """One run for each job, which a restarted aggregator finds by the job's uid."""
+    """Writes one run for each job. A restarted aggregator finds it by the job's uid."""
 
     name = "MLflow"
     requirement = "isthmus[mlflow]"

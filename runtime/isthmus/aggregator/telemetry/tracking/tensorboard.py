@@ -1,4 +1,4 @@
-"""Event files for TensorBoard."""
+"""Sink for TensorBoard event files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from .sink import Sink
 
 
 class TensorBoardSink(Sink):
-    """Writes into one directory; an aggregator that was restarted adds a file."""
+    """Writes into one directory. A restarted aggregator adds a file."""
 
     name = "TensorBoard"
     requirement = "isthmus[tensorboard]"

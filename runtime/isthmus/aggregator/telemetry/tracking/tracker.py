@@ -1,4 +1,4 @@
-"""What goes to the sinks that a job asks for."""
+"""Distribution of each round's numbers to the tracking sinks of a job."""
 
 import re
 import time
@@ -6,60 +6,60 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...job import Job
-from ...storage.checkpoints import RoundRecord
+from ...storage.round_record import RoundRecord
 from .mlflow import MLflowSink
 from .sink import Sink, Worker
 from .tensorboard import TensorBoardSink
 
 TENSORBOARD_DIRECTORY = "tensorboard"
-# What MLflow does not allow in a name.
+# Characters that MLflow does not allow in a name.
 _UNFIT = re.compile(r"[^\w.\- /]")
 
 
 class Tracker:
-    """Hands each round's numbers to all sinks, once. Never waits, never raises."""
+    """Sends each round's numbers to all sinks, once. Never waits, never raises."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._workers = [Worker(sink) for sink in sinks]
         self._round = 0
-        self._told: set[str] = set()  # of the newest round
+        self._sent: set[str] = set()  # names of the newest round
 
     @property
     def notes(self) -> list[str]:
-        """What is wrong with a sink at the moment, in one line each."""
+        """Current problems of the sinks, in one line each."""
         return [worker.note for worker in self._workers if worker.note]
 
     def take(self, record: RoundRecord) -> None:
-        """Takes a round's record in; of one that has grown, what is new."""
+        """Send a round's record; of a record that was sent before, only the new values."""
         if record.round != self._round:
-            self._round, self._told = record.round, set()
-        values = {name: value for name, value in numbers_of(record).items() if name not in self._told}
-        self._told |= set(values)
+            self._round, self._sent = record.round, set()
+        values = {name: value for name, value in numbers_of(record).items() if name not in self._sent}
+        self._sent |= set(values)
         if values:
             number, moment = record.round, record.time
             for worker in self._workers:
                 worker.put(lambda sink: sink.write(number, moment, values))
 
     def finish(self, model: Path, sha256: str) -> None:
-        """Training is complete."""
+        """Mark the run as finished."""
         tags = {"model.sha256": sha256, "model.uri": model.absolute().as_uri()}
         for worker in self._workers:
             worker.put(lambda sink: sink.finish(True, tags))
 
     def fail(self, message: str) -> None:
-        """The job has failed for good."""
+        """Mark the run as failed."""
         for worker in self._workers:
             worker.put(lambda sink: sink.finish(False, {"failure": message}))
 
     def close(self, seconds: float) -> None:
-        """Waits until everything is written, but no longer than that."""
+        """Wait until everything is written, for at most this time."""
         until = time.monotonic() + seconds
         for worker in self._workers:
             worker.close(max(until - time.monotonic(), 0.1))
 
 
 def numbers_of(record: RoundRecord) -> dict[str, float]:
-    """The metrics by their own names; what the round cost, under ``round/``."""
+    """Return the metrics by their own names, and the costs of the round under ``round/``."""
     costs = {"seconds": record.seconds, "updates": float(record.updates), "examples": float(record.examples)}
     costs |= {"late": float(record.late), "failed": float(record.failed)}
     costs |= {"received_bytes": float(record.received_bytes), "sent_bytes": float(record.sent_bytes)}
@@ -70,7 +70,7 @@ def numbers_of(record: RoundRecord) -> dict[str, float]:
 
 
 def make_tracker(job: Job, directory: Path) -> Tracker:
-    """The sinks of a job's manifest. ``directory``: the state directory."""
+    """Return a tracker with the sinks of a job's manifest. ``directory``: the state directory."""
     tracking, sinks = job.spec.tracking, list[Sink]()
     if tracking.tensor_board is not None:
         sinks.append(TensorBoardSink(directory / TENSORBOARD_DIRECTORY))
@@ -81,7 +81,7 @@ def make_tracker(job: Job, directory: Path) -> Tracker:
 
 
 def parameters_of(job: Job) -> dict[str, str]:
-    """What tells a job from others that train the same model."""
+    """Return the settings that distinguish a job from others that train the same model."""
     spec = job.spec
     parameters = {
         "namespace": job.namespace,
