@@ -1,4 +1,4 @@
-"""What clients may send, in number, length and characters."""
+"""Bounds on number, length and characters of everything that clients send."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_strings_lists_and_maps_of_an_update(changes: dict[str, object], problem
     assert fault is not None and fault.reason == Reason.BOUNDS
 
 
-def test_what_a_client_of_the_library_sends_is_within_bounds() -> None:
+def test_updates_of_the_client_library_are_within_bounds() -> None:
     full = header(
         metrics={f"accuracy of class {i}": 1.0 for i in range(256)}, scalars={"steps": 1.0}, seconds={"train": 1.0},
         codecs=["Delta", "TopK=0.01", "Int8", "Zstd"], instance="0" * 32, base_digest="0" * 32,
@@ -110,7 +110,7 @@ def test_initial_weights_that_no_checkpoint_could_hold(initial: pb.UpdateHeader,
     ],
 )
 def test_views_that_could_not_be_written_in_the_end(view: pb.View) -> None:
-    """The final model is written with them when all training is done."""
+    """The final model, which includes them, is written only after training."""
     assert examine_initial(header(views=[pb.View(name="v", of="w", shape=[3], stride=[1])])) is None
     fault = examine_initial(header(views=[view]))
     assert fault is not None and fault.message.startswith("v is announced as a view of w")
@@ -126,8 +126,8 @@ def test_views_take_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert problem.startswith(f"the model takes {100_000 * 4 * size} bytes, and the aggregator's disk has room for ")
 
 
-def test_the_longest_names_that_are_taken_can_be_read_back(tmp_path: Path) -> None:
-    """Characters that take twelve bytes in JSON, and as many tensors as their names let be."""
+def test_the_longest_accepted_names_can_be_read_back(tmp_path: Path) -> None:
+    """The most tensors with the longest names, whose characters take twelve bytes each in JSON."""
     name = "\U0001f600" * 505
     specs = [pb.TensorSpec(name=f"{name}{i:07}", dtype="F32", shape=[1], size=4) for i in range(3300)]
     more = [*specs, *(pb.TensorSpec(name=f"{name}x{i:06}", dtype="F32", shape=[1], size=4) for i in range(200))]
@@ -139,16 +139,14 @@ def test_the_longest_names_that_are_taken_can_be_read_back(tmp_path: Path) -> No
     store = CheckpointStore(tmp_path, "uid", keep=1)
     store.open()
     state = dict.fromkeys(names, torch.zeros(1))
-    # A strategy that keeps two tensors for each.
+    # The state of a strategy that keeps two tensors for each.
     twice = {f"{group}/{each}": torch.zeros(1) for group in ("first", "second") for each in names}
     store.save(1, state, twice, notes)
     read = store.load(1)
     assert set(read.state) == set(names) and len(read.strategy) == len(twice)
 
 
-def test_a_header_that_its_reader_would_not_take_is_never_committed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_header_that_cannot_be_read_back_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors_file, "MOST_HEADER_BYTES", 1000)
     store = CheckpointStore(tmp_path, "uid", keep=2)
     store.open()

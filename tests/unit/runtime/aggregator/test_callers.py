@@ -1,4 +1,4 @@
-"""For whom a certificate speaks."""
+"""Identification of callers by their certificates."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_a_clients_certificate_speaks_for_that_client_only() -> None:
     assert caller is not None and caller.speaks_for(("cloud", 1))
     for other in (("cloud", 0), ("cloud", 11), ("hpc", 1)):
         assert not caller.speaks_for(other)
-    # Also where the clients of an HPC pool have certificates of their own, as in a local run.
+    # Clients of an HPC pool may have certificates of their own too, as in a local run.
     assert CALLERS.find(["spiffe://else/where", client_identity("uid", "hpc", 12)]) == Caller("hpc", 12, 1)
 
 
@@ -47,5 +47,5 @@ def test_an_hpc_pools_certificate_speaks_for_its_clients() -> None:
         *(f"{CLOUD}/client/{index}" for index in ("", "-1", "01", "1x", "\u0661", "9" * 10, "1/2")),
     ],
 )
-def test_nobody_of_this_job(uri: str) -> None:
+def test_certificates_of_other_jobs_are_unknown(uri: str) -> None:
     assert CALLERS.find([uri]) is None

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, and only of our own job."""
+"""Checkpoints are complete or absent, and belong to their job only."""
 
 import errno
 import resource
@@ -29,7 +29,7 @@ def large(value: float, size: int = 700_000) -> dict[str, torch.Tensor]:
     return {"w": torch.arange(size, dtype=torch.float32) + value}
 
 
-def test_the_newest_comes_back_and_old_ones_go(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_loaded_and_old_ones_are_removed(tmp_path: Path) -> None:
     for number in range(4):
         saved = store(tmp_path).save(number, state(number))
         store(tmp_path).retire()
@@ -43,7 +43,7 @@ def test_the_newest_comes_back_and_old_ones_go(tmp_path: Path) -> None:
     ]
 
 
-def test_a_strategys_state_comes_and_goes_with_its_model(tmp_path: Path) -> None:
+def test_a_strategys_state_is_stored_and_removed_with_its_model(tmp_path: Path) -> None:
     for number in range(4):
         store(tmp_path).save(number, state(number), {"m/w": torch.full((3,), 10.0 * number)})
         store(tmp_path).retire()
@@ -54,7 +54,7 @@ def test_a_strategys_state_comes_and_goes_with_its_model(tmp_path: Path) -> None
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4  # two models, two states
 
 
-def test_a_retired_checkpoints_file_is_written_over(tmp_path: Path) -> None:
+def test_a_retired_checkpoints_file_is_overwritten(tmp_path: Path) -> None:
     checkpoints, files = store(tmp_path, keep=1), set()
     for number in range(6):
         saved = checkpoints.save(number, large(number, 700_000 - 100_000 * number), {"m/w": torch.ones(3)})
@@ -66,7 +66,7 @@ def test_a_retired_checkpoints_file_is_written_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reading", ["mapped", "opened"])
-def test_a_file_that_is_still_read_is_not_written_over(tmp_path: Path, reading: str) -> None:
+def test_a_file_that_is_still_read_is_not_overwritten(tmp_path: Path, reading: str) -> None:
     checkpoints = store(tmp_path, keep=1)
     first = checkpoints.save(0, large(0)).file.path
     mapped, opened = safetensors_file.mapped(first) if reading == "mapped" else {}, first.open("rb")
@@ -83,7 +83,7 @@ def test_a_file_that_is_still_read_is_not_written_over(tmp_path: Path, reading: 
     opened.close()
 
 
-def test_a_spare_file_does_not_outlive_training(tmp_path: Path) -> None:
+def test_spare_files_are_removed_after_training(tmp_path: Path) -> None:
     checkpoints = store(tmp_path, keep=1)
     for number in range(3):
         saved = checkpoints.save(number, state(number), {"m/w": torch.ones(3)})
@@ -109,11 +109,11 @@ def test_a_strategys_state_without_its_model_does_not_count(tmp_path: Path) -> N
     assert (latest.round, latest.strategy) == (2, {})
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_an_empty_directory(tmp_path: Path) -> None:
     assert store(tmp_path).latest() is None
 
 
-def test_what_a_crash_left_half_written_is_dropped(tmp_path: Path) -> None:
+def test_incomplete_files_of_a_crash_are_removed(tmp_path: Path) -> None:
     store(tmp_path).save(1, state(1))
     leftover = tmp_path / "checkpoints" / "round-000002.partial"
     leftover.write_bytes(b"half")
@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         store(tmp_path).latest()
 
 
-def test_the_final_model_loads_without_us(tmp_path: Path) -> None:
+def test_the_final_model_loads_with_plain_libraries(tmp_path: Path) -> None:
     saved = store(tmp_path).save(5, state(2))
     path, _ = store(tmp_path).write_final(saved)
     plain = torch.load(tmp_path / "model.pt", weights_only=True)
@@ -150,7 +150,7 @@ def test_the_final_model_loads_without_us(tmp_path: Path) -> None:
         assert loaded["n"].item() == 4
 
 
-def test_records_survive_a_torn_line_and_forget_uncommitted_rounds(tmp_path: Path) -> None:
+def test_an_incomplete_line_and_uncommitted_rounds_are_skipped(tmp_path: Path) -> None:
     records = store(tmp_path)
     records.append(RoundRecord(1, 0.5, 2, 10, {"train_loss": 1.0}))
     records.append(RoundRecord(1, 0.5, 2, 10, {"train_loss": 1.0, "accuracy": 0.5}))
@@ -174,7 +174,7 @@ def test_records_of_older_and_newer_versions_are_read(tmp_path: Path) -> None:
     ]
 
 
-def test_a_record_after_a_torn_one_is_whole(tmp_path: Path) -> None:
+def test_a_record_after_an_incomplete_line_is_complete(tmp_path: Path) -> None:
     records = store(tmp_path)
     records.append(RoundRecord(1, 0.5, 2, 10))
     with (tmp_path / "rounds.jsonl").open("a") as file:
@@ -185,13 +185,13 @@ def test_a_record_after_a_torn_one_is_whole(tmp_path: Path) -> None:
     assert (tmp_path / "rounds.jsonl").read_text().count("\n\n") == 0
 
 
-def test_a_full_disk_leaves_neither_a_torn_file_nor_its_remains(
+def test_a_full_disk_leaves_no_incomplete_file(
     tmp_path: Path, file_size_limit: Callable[[int], AbstractContextManager[None]]
 ) -> None:
     saved = store(tmp_path).save(1, {"w": torch.zeros(100_000)})
     large = {"w": torch.zeros(100_000)}
     with file_size_limit(100_000):
-        for state in (large, {"w": torch.zeros(1_000_000)}):  # written at once, and piece by piece
+        for state in (large, {"w": torch.zeros(1_000_000)}):  # written in one piece and in several
             with pytest.raises(OSError, match="File too large"):
                 store(tmp_path).save(2, state)
         with pytest.raises(OSError, match="File too large"):
@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_neither_a_torn_file_nor_its_remains(
 
 @pytest.fixture
 def file_size_limit() -> Callable[[int], AbstractContextManager[None]]:
-    """Makes the kernel refuse to let files of this process grow, as a full disk does: in the middle of a write."""
+    """Make writes of this process fail beyond a file size, as on a full disk, in the middle of a write."""
 
     @contextmanager
     def limited(size: int) -> Iterator[None]:
@@ -255,7 +255,7 @@ def test_the_best_model_beside_the_final_one(tmp_path: Path, links: bool, monkey
     written = store.write_best(1, 2)
     assert written is not None and written[1] == safetensors_file.sha256_of(tmp_path / "model-best.safetensors")
     assert best() == 1
-    store.write_final(models[0])  # whose file is a new one
+    store.write_final(models[0])  # writes a new file
     assert best() == 1
     assert store.write_best(None, 2) is None
     assert not (tmp_path / "model-best.pt").exists()

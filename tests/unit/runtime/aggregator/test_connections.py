@@ -1,4 +1,4 @@
-"""Connections that bring no call, and how peers are named."""
+"""Connections without a call, and the notation of peers."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_the_oldest_of_too_many_connections_without_a_call_are_ended() -> None:
     assert len(ended) == 5 and ended <= first
 
 
-def test_an_address_that_another_caller_has_by_now_is_not_the_first_ones_any_more() -> None:
+def test_an_address_belongs_to_its_newest_caller() -> None:
     connections = Connections(2)
     connections.admit("pool/0", 1, "ipv4:1.1.1.1:1")
     connections.admit("pool/1", 1, "ipv4:1.1.1.1:1")
@@ -40,5 +40,5 @@ def test_an_address_that_another_caller_has_by_now_is_not_the_first_ones_any_mor
         ("ipv6:[::ffff:10.0.0.1]:7", "ipv4:10.0.0.1:7"),
     ],
 )
-def test_peers_are_compared_in_one_form(peer: str, address: str) -> None:
+def test_peers_are_compared_in_one_notation(peer: str, address: str) -> None:
     assert peer_address(peer) == address

@@ -1,4 +1,4 @@
-"""When a round is committed."""
+"""Decisions of a round."""
 
 import asyncio
 from dataclasses import dataclass
@@ -35,18 +35,18 @@ def state(accepted: set[ClientId], selected: set[ClientId], rejected: set[Client
 @pytest.mark.parametrize(
     ("accepted", "presence", "min_updates", "now", "verdict"),
     [
-        # everybody is at work, or has handed in
+        # all clients are training or have submitted
         (set(), {A: READY, B: READY}, 2, NOW, Verdict.WAIT),
         ({A}, {A: READY, B: READY}, 1, NOW, Verdict.WAIT),
         ({A, B}, {A: READY, B: READY}, 2, NOW, Verdict.COMMIT),
-        # one failed for good: the round goes on if the quorum holds, else it needs more
+        # one failed for good: the round goes on if the quorum holds, otherwise it needs more clients
         ({A}, {A: READY, B: FAILED}, 1, NOW, Verdict.COMMIT),
         ({A}, {A: READY, B: FAILED}, 2, NOW, Verdict.SELECT_MORE),
-        # one is away: it has a while to come back
+        # one is disconnected, and may reconnect within the grace period
         ({A}, {A: READY, B: lost(1)}, 1, NOW, Verdict.WAIT),
         ({A}, {A: READY, B: lost(LOST_CLIENT_GRACE)}, 1, NOW, Verdict.COMMIT),
         ({A}, {A: READY, B: lost(LOST_CLIENT_GRACE)}, 2, NOW, Verdict.SELECT_MORE),
-        # a client may go once it has handed in
+        # a client may disconnect after it has submitted
         ({A, B}, {A: lost(50), B: lost(50)}, 2, NOW, Verdict.COMMIT),
         # the deadline
         ({A}, {A: READY, B: READY}, 1, DEADLINE, Verdict.COMMIT),
@@ -64,7 +64,7 @@ def test_a_refused_update_is_not_waited_for() -> None:
     assert decision.verdict is Verdict.COMMIT
 
 
-def test_it_looks_again_when_the_grace_of_a_lost_client_ends() -> None:
+def test_the_next_decision_is_due_when_the_grace_of_a_lost_client_ends() -> None:
     decision = decide(state({A}, {A, B}), {A: READY, B: lost(10)}, 1, NOW)
     assert decision.recheck_at == NOW - 10 + LOST_CLIENT_GRACE
 
@@ -77,12 +77,12 @@ def test_a_round_with_a_target_does_not_wait_for_the_rest() -> None:
     # An update of an earlier round counts as well.
     over_selected.late.add((C, 7))
     assert decide(over_selected, everybody, 2, NOW).verdict is Verdict.COMMIT
-    # But a target below the minimum does not lower it.
+    # A target below the minimum does not lower the minimum.
     assert decide(over_selected, everybody, 4, NOW).verdict is Verdict.WAIT
 
 
 @pytest.mark.parametrize("now", [NOW, DEADLINE])
-def test_a_round_ends_once_what_counts_has_been_folded(now: float) -> None:
+def test_a_round_ends_once_all_counted_updates_are_folded(now: float) -> None:
     presence, round_state = {A: READY, B: READY}, state({A, B}, {A, B})
     round_state.folding[A, 1] = asyncio.Future(loop=asyncio.new_event_loop())
     assert decide(round_state, presence, 1, now).verdict is Verdict.WAIT
@@ -90,7 +90,7 @@ def test_a_round_ends_once_what_counts_has_been_folded(now: float) -> None:
     assert decide(round_state, presence, 1, now).verdict is Verdict.COMMIT
 
 
-def test_one_client_that_diverges_ends_no_job_that_others_can_go_on_with() -> None:
+def test_a_diverging_client_does_not_end_a_job_that_others_can_continue() -> None:
     trying = state(set(), {A, B, C, D})
     trying.diverged[A] = 100
     assert blocking_client(trying, 3, trainers=4, min_updates=3) is None

@@ -1,4 +1,4 @@
-"""A job's rounds in this process, with a strategy that does what a test wants; clients are calls."""
+"""Rounds of a job in this process, with a scripted strategy. Clients are method calls."""
 
 import asyncio
 import errno
@@ -22,13 +22,13 @@ from isthmus.tensors import State, specs_of
 from isthmus_contracts.manifests.manifest import parse_spec
 from isthmus_contracts.pb import federation_pb2 as pb
 
-# Not small: it is folded in a thread.
+# Large enough to be folded in a thread.
 VALUES = 400_000
 SECONDS = 60
 
 
 class Scripted(Strategy):
-    """Takes what comes, as ``on_accept`` lets it; the result is zeros, or what a test puts into ``result``."""
+    """Calls ``on_accept``, then stores the update. The result is ``result``: zeros unless a test changes it."""
 
     def __init__(self) -> None:
         self.on_accept: Callable[[], None] = lambda: None
@@ -47,7 +47,7 @@ class Scripted(Strategy):
 
 
 class Trial:
-    """A federation of two clients whose first round is in progress."""
+    """An aggregator with two clients."""
 
     def __init__(self, directory: Path, strategy: Scripted, **changes: Any) -> None:
         pool = {"name": "pool", "replicas": 2, "cloud": {}}
@@ -66,11 +66,11 @@ class Trial:
 
     async def until(self, what: Callable[[], Any]) -> None:
         async with asyncio.timeout(SECONDS):
-            while not what():  # noqa: ASYNC110 - there is nothing to wait for but many things
+            while not what():  # noqa: ASYNC110 - conditions of many kinds
                 await asyncio.sleep(0.01)
 
     async def begin(self) -> "asyncio.Task[None]":
-        """Training, which has got to its first round."""
+        """Start training, and return once the first round is in progress."""
         running = asyncio.create_task(self.aggregator.coordinator.run())
         training = self.aggregator.training
         for index in range(2):
@@ -104,7 +104,7 @@ async def test_the_first_round_waits_for_clients_beyond_the_quorum(trial: Trial)
         aggregator.sessions.join(pb.Hello(job_uid="uid", pool="pool", index=index, instance=str(index)))
     await trial.until(lambda: aggregator.reporter.status().message == "2 of 3 clients are connected")
     assert training.phase == pb.FederationStatus.WAITING
-    aggregator.coordinator.wait_for(2)  # one is given up
+    aggregator.coordinator.wait_for(2)  # one client is not expected any more
     await trial.until(lambda: training.phase == pb.FederationStatus.INITIALIZING)
     aggregator.coordinator.wait_for(3)  # too late
     await trial.push(0, number=0, buffers=["statistics"])
@@ -113,7 +113,7 @@ async def test_the_first_round_waits_for_clients_beyond_the_quorum(trial: Trial)
 
 
 async def test_a_repetition_is_answered_once_the_first_is_folded(trial: Trial) -> None:
-    """Whoever is told that an update counts lets go of it."""
+    """A client that is told that its update counts releases it."""
     running = await trial.begin()
     full, begun = threading.Event(), threading.Event()
 
@@ -138,7 +138,7 @@ async def test_a_repetition_is_answered_once_the_first_is_folded(trial: Trial) -
 
 
 async def test_a_strategy_that_fails_on_an_update_ends_the_job(trial: Trial) -> None:
-    """Its sum may hold half of the update."""
+    """The sum may contain half of the update."""
 
     def fail() -> None:
         raise ZeroDivisionError("division by zero")
@@ -152,14 +152,14 @@ async def test_a_strategy_that_fails_on_an_update_ends_the_job(trial: Trial) -> 
         await running
 
 
-async def test_a_client_that_diverges_for_ever_ends_the_job_with_a_hint(tmp_path: Path) -> None:
+async def test_a_client_that_keeps_diverging_ends_the_job_with_a_hint(tmp_path: Path) -> None:
     trial = Trial(tmp_path, Scripted(), stragglers={"roundDeadlineSeconds": 1}, backoffLimit=1)
     running = await trial.begin()
     state = trial.aggregator.training.round
     assert state is not None
     await trial.push(1)
     for value in (math.nan, 2.0**70):
-        await trial.until(lambda: not state.rejected)  # it is asked, or asked again
+        await trial.until(lambda: not state.rejected)  # it is offered the round, or offered it again
         assert (await trial.push(0, value=value)).verdict == pb.PushReply.INVALID
         await trial.until(lambda: trial.message().endswith("; a lower learning rate may help"))
     message = (
@@ -169,8 +169,8 @@ async def test_a_client_that_diverges_for_ever_ends_the_job_with_a_hint(tmp_path
         await asyncio.wait_for(running, SECONDS)
 
 
-async def test_a_client_fails_once(trial: Trial, caplog: pytest.LogCaptureFixture) -> None:
-    """It cannot fill the log, or push others' failures out of the status."""
+async def test_repeated_failures_of_a_client_count_once(trial: Trial, caplog: pytest.LogCaptureFixture) -> None:
+    """A client can neither fill the log nor displace other clients' failures in the status."""
     running = await trial.begin()
     client = trial.aggregator.members.get(("pool", 1))
     assert client is not None
@@ -184,8 +184,8 @@ async def test_a_client_fails_once(trial: Trial, caplog: pytest.LogCaptureFixtur
     running.cancel()
 
 
-async def test_refusals_in_a_row_count_once_until_the_client_is_asked_again(trial: Trial) -> None:
-    """Otherwise one client that repeats itself would use up the chances of a job in a moment."""
+async def test_repeated_refusals_count_once_until_the_round_is_offered_again(trial: Trial) -> None:
+    """Otherwise a client that repeats its update would exhaust the job's back-off limit in a moment."""
     running = await trial.begin()
     for _ in range(5):
         assert (await trial.push(0, value=math.nan)).verdict == pb.PushReply.INVALID
@@ -195,7 +195,7 @@ async def test_refusals_in_a_row_count_once_until_the_client_is_asked_again(tria
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-async def test_a_result_that_nobody_could_go_on_from_is_not_committed(trial: Trial, value: float) -> None:
+async def test_a_result_that_is_not_finite_is_not_committed(trial: Trial, value: float) -> None:
     running = await trial.begin()
     trial.strategy.result["w"][7] = value
     for index in range(2):
@@ -205,8 +205,8 @@ async def test_a_result_that_nobody_could_go_on_from_is_not_committed(trial: Tri
     assert trial.store.numbers() == [0]
 
 
-async def test_what_no_optimizer_trains_is_the_same_for_all(trial: Trial) -> None:
-    """One client cannot take a parameter away from the others' rule. It is known after a restart too."""
+async def test_the_names_of_buffers_are_the_same_for_all_clients(trial: Trial) -> None:
+    """A client cannot exclude a parameter from the strategy. The names are stored for restarts."""
     running = await trial.begin()
     training = trial.aggregator.training
     assert training.model is not None and training.model.checkpoint.notes["buffers"] == '["statistics"]'
@@ -217,7 +217,7 @@ async def test_what_no_optimizer_trains_is_the_same_for_all(trial: Trial) -> Non
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-async def test_a_loss_that_is_no_number_is_no_loss(trial: Trial, loss: float) -> None:
+async def test_a_loss_that_is_not_finite_is_ignored(trial: Trial, loss: float) -> None:
     running = await trial.begin()
     await trial.push(0, metrics={"loss": loss})
     await trial.push(1, metrics={"loss": 2.0})
@@ -245,7 +245,7 @@ async def test_initial_weights_that_are_refused_leave_a_reason(trial: Trial) -> 
     running.cancel()
 
 
-async def test_a_client_without_held_out_data_has_no_say(trial: Trial) -> None:
+async def test_a_client_without_held_out_data_does_not_count(trial: Trial) -> None:
     aggregator, training = trial.aggregator, trial.aggregator.training
     running = await trial.begin()
     clients = [

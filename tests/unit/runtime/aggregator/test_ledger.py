@@ -1,4 +1,4 @@
-"""A round's books: what reaches its record and the metrics."""
+"""Statistics of a round in its record and in the metrics."""
 
 import math
 
@@ -12,7 +12,7 @@ def header(pool: str, index: int, digest: str = "base", **seconds: float) -> pb.
     return pb.UpdateHeader(pool=pool, index=index, base_digest=digest, seconds=seconds)
 
 
-def test_a_round_is_booked_once_for_each_client_that_counts() -> None:
+def test_each_counted_update_is_added_once() -> None:
     metrics = AggregatorMetrics("team", "job")
     statistics = RoundStatistics(metrics)
     statistics.sent("cloud", "None", 7)  # before the round
@@ -20,10 +20,10 @@ def test_a_round_is_booked_once_for_each_client_that_counts() -> None:
     statistics.sent("cloud", "None", 100)
     statistics.received("cloud", "Delta+Int8", 25, 0.5)
     statistics.submitted(header("cloud", 0, train=2.0, wait=1.0))
-    statistics.submitted(header("cloud", 0, train=2.0, wait=1.0))  # again, after it could not be kept
+    statistics.submitted(header("cloud", 0, train=2.0, wait=1.0))  # submitted again, after it could not be kept
     statistics.submitted(header("lumi", 0, train=4.0, wait=math.nan), staleness=2)
     statistics.submitted(header("lumi", 1, train=9.0))
-    statistics.withdrawn(header("lumi", 1))  # in the end it was not counted
+    statistics.withdrawn(header("lumi", 1))  # it could not be kept
     statistics.folded("cloud", 0.25)
     statistics.checkpointed(0.125)
     record = RoundRecord(3, 1.0, 2, 10)

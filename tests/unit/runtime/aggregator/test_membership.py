@@ -1,4 +1,4 @@
-"""Who may join, and who is fenced."""
+"""Admission, fencing and permissions of clients."""
 
 from typing import Any
 
@@ -58,7 +58,7 @@ def permissions(members: Membership) -> Permissions:
         (hello(uid="u" * 5000), "the hello has 5"),
     ],
 )
-def test_strangers_are_refused(permissions: Permissions, bad: pb.Hello, message: str) -> None:
+def test_clients_of_other_jobs_are_refused(permissions: Permissions, bad: pb.Hello, message: str) -> None:
     with pytest.raises(Refusal, match=message) as refusal:
         permissions.check_hello(bad)
     assert refusal.value.stop.reason == pb.Stop.REFUSED
@@ -69,8 +69,8 @@ def update(pool: str = "cloud", index: int = 0, attempt: int = 0, instance: str 
     return pb.UpdateHeader(job_uid=uid, pool=pool, index=index, attempt=attempt, instance=instance, round=1)
 
 
-def test_who_may_hand_in(members: Membership, permissions: Permissions) -> None:
-    """The process that said hello last in the client's name, and nobody else."""
+def test_permission_to_submit(members: Membership, permissions: Permissions) -> None:
+    """Only the process that sent the client's last hello may submit."""
 
     def reason(header: pb.UpdateHeader) -> str:
         reply = permissions.check_update(header)
@@ -84,13 +84,13 @@ def test_who_may_hand_in(members: Membership, permissions: Permissions) -> None:
     assert reason(update(attempt=2, instance="y")) == "not_connected"
     for header in (update(index=2), update("moon"), update("judge"), update(uid="other", attempt=1, instance="y")):
         assert reason(header) == "not_selected"
-    # A stream that has broken a moment ago does not matter.
+    # The permission outlasts the control stream.
     assert client.outbox is not None
     members.leave(client, client.outbox)
     assert reason(update(attempt=1, instance="y")) == ""
 
 
-def test_only_who_was_offered_a_round_is_in_it(members: Membership, permissions: Permissions) -> None:
+def test_only_clients_that_were_offered_a_round_take_part(members: Membership, permissions: Permissions) -> None:
     def offered(index: int, number: int, digest: str = "") -> bool:
         header = pb.UpdateHeader(pool="cloud", index=index, round=number, base_digest=digest)
         return permissions.was_offered(header, history)
@@ -103,8 +103,8 @@ def test_only_who_was_offered_a_round_is_in_it(members: Membership, permissions:
     assert [offered(1, number) for number in (1, 2, 3, 4)] == [False, True, True, True]
 
 
-def test_a_clients_word_counts_only_after_a_restart(members: Membership) -> None:
-    """And only of the round that was in progress then, of the model that it began with."""
+def test_a_clients_unfinished_round_counts_only_after_a_restart(members: Membership) -> None:
+    """It counts only for the round that was in progress then, and for that round's base model."""
     training = TrainingState(resumed=7)
     permissions = Permissions("uid", SPEC, members, training)
     for pool, trains in (("cloud", True), ("judge", False)):
@@ -118,7 +118,7 @@ def test_a_clients_word_counts_only_after_a_restart(members: Membership) -> None
 
 
 def test_an_attempt_fences_only_while_it_is_connected(members: Membership) -> None:
-    """One that nobody has issued does not keep the real next one out for ever."""
+    """A made-up attempt number does not lock out the next real attempt."""
     client = members.admit(hello(attempt=5000, instance="false"))
     assert client.outbox is not None
     with pytest.raises(Refusal, match="attempt 5000 of cloud/0 has taken over"):
@@ -127,7 +127,7 @@ def test_an_attempt_fences_only_while_it_is_connected(members: Membership) -> No
     assert members.admit(hello(attempt=1, instance="true")).attempt == 1
 
 
-def test_what_a_failing_client_says_is_made_printable(members: Membership) -> None:
+def test_messages_of_failures_are_made_printable(members: Membership) -> None:
     client = members.admit(hello())
     members.fail(client, pb.Failure(message="no\n\x1b[2Jforged" + "x" * 9000, traceback="  a\x1b[31m\nb" + "y" * 9000))
     failure = members.pool_statuses()[0].failures[0]
@@ -154,7 +154,7 @@ def test_a_reconnect_of_the_same_process_only_ends_the_old_stream(members: Membe
     assert old is not None
     members.admit(hello())
     assert old.get_nowait() is None
-    members.leave(client, old)  # the old stream's end, noticed late
+    members.leave(client, old)  # the end of the old stream is noticed late
     assert client.connected
 
 
@@ -164,7 +164,7 @@ def test_ready_is_in_the_manifests_order(members: Membership) -> None:
     assert [client.name for client in members.ready()] == ["cloud/0", "cloud/1", "a/0"]
 
 
-def test_failures_are_counted_until_a_newer_process_comes(members: Membership) -> None:
+def test_failures_count_until_a_newer_process_connects(members: Membership) -> None:
     client = members.admit(hello())
     members.fail(client, pb.Failure(message="ValueError: no", traceback="..."))
     status = members.pool_statuses()[0]
@@ -190,7 +190,7 @@ def test_the_best_follows_the_objective(goal: str, best: int) -> None:
     assert progress.newest["score"].value == 0.5
 
 
-def test_whom_an_heir_waits_for() -> None:
+def test_predecessors_of_a_new_attempt() -> None:
     manifest = {
         "rounds": 1,
         "task": {"image": "x", "command": ["python"]},

@@ -1,4 +1,4 @@
-"""What is queued for a client, and what of it is said."""
+"""Messages that are sent from a client's queue."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ EVALUATE = pb.ServerMessage(offer=pb.Offer(kind=pb.Offer.EVALUATE, base_round=3)
 STOP = messages.stop(pb.Stop.COMPLETE, "")
 
 
-async def said(*queued: pb.ServerMessage) -> list[pb.ServerMessage]:
+async def sent(*queued: pb.ServerMessage) -> list[pb.ServerMessage]:
     outbox: asyncio.Queue[pb.ServerMessage | None] = asyncio.Queue()
     for message in (*queued, None):
         outbox.put_nowait(message)
@@ -20,10 +20,10 @@ async def said(*queued: pb.ServerMessage) -> list[pb.ServerMessage]:
         return [message async for message in drain(outbox)]
 
 
-async def test_an_offer_to_train_tells_of_the_commit_before_it() -> None:
-    assert await said(COMMITTED, TRAIN) == [TRAIN]
+async def test_an_offer_to_train_replaces_the_commit_before_it() -> None:
+    assert await sent(COMMITTED, TRAIN) == [TRAIN]
 
 
-async def test_a_commit_is_told_before_anything_else_and_alone() -> None:
+async def test_a_commit_is_sent_before_other_messages_and_alone() -> None:
     for queued in ([COMMITTED], [COMMITTED, EVALUATE], [COMMITTED, COMMITTED, STOP], [TRAIN, COMMITTED]):
-        assert await said(*queued) == queued
+        assert await sent(*queued) == queued

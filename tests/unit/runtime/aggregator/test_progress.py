@@ -1,4 +1,4 @@
-"""When a job is good enough, and which of its models is the best."""
+"""The objective's target, and the best model of a job."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def test_the_target(objective: dict[str, str], values: list[float], reached: int
     assert job.reached == reached
 
 
-def test_a_target_that_is_not_confirmed_is_not_met_and_said_so() -> None:
+def test_an_unconfirmed_target_is_not_met_and_noted() -> None:
     job = progress(target="0.9")
     job.take(3, {"accuracy": 0.95}, 0.2)
     assert (job.reached, job.best.round) == (None, 3)
@@ -43,7 +43,7 @@ def test_a_target_that_is_not_confirmed_is_not_met_and_said_so() -> None:
     )
     job.take(4, {"accuracy": 0.5}, 0.5)
     assert job.note == ""
-    job.take(5, {"accuracy": 0.99})  # too few have measured it
+    job.take(5, {"accuracy": 0.99})  # too few clients have measured it
     assert (job.reached, job.best.round) == (None, 3)
 
 
@@ -65,11 +65,11 @@ def records(metric: str = "accuracy") -> list[RoundRecord]:
     ("available", "noted", "best", "reached"),
     [
         ({1, 2, 3}, None, 2, 3),
-        ({1, 3}, None, 3, 3),  # a model that is gone is not the best
+        ({1, 3}, None, 3, 3),  # a removed model cannot be the best
         ({1, 2}, None, 2, 2),
         ({1}, None, 1, None),
         ({1, 2, 3}, (2, 0.8), 2, 3),
-        ({0, 3}, (0, 0.9), 0, 3),  # of a round whose record was lost
+        ({0, 3}, (0, 0.9), 0, 3),  # the record of the best round was lost
     ],
 )
 def test_a_restart(available: set[int], noted: Any, best: int, reached: int | None) -> None:
@@ -87,7 +87,7 @@ def test_another_objective_after_a_restart() -> None:
 @pytest.mark.parametrize(
     ("objective", "metrics", "note"),
     [
-        ({}, {"score": 1.0}, ""),  # nobody asked for accuracy
+        ({}, {"score": 1.0}, ""),  # accuracy is only the default
         ({"metric": "score"}, {"score": 1.0}, ""),
         ({"metric": "acuracy"}, {"accuracy": 1.0, "loss": 0.1},
          "objective.metric: no client reports 'acuracy'; reported: accuracy, loss; did you mean accuracy?"),
@@ -98,7 +98,7 @@ def test_another_objective_after_a_restart() -> None:
         ({"metric": "a"}, {"\x1b[31m": 1.0}, "objective.metric: no client reports 'a'; reported: [31m"),
     ],
 )  # fmt: skip
-def test_an_objective_that_nobody_reports(objective: dict[str, str], metrics: dict[str, float], note: str) -> None:
+def test_an_objective_that_is_not_reported(objective: dict[str, str], metrics: dict[str, float], note: str) -> None:
     job = progress(**objective)
     job.take(1, metrics)
     job.look_for_objective()
@@ -108,8 +108,8 @@ def test_an_objective_that_nobody_reports(objective: dict[str, str], metrics: di
 
 
 @pytest.mark.parametrize(("goal", "partial", "whole"), [("Maximize", 1.0, 0.4), ("Minimize", 0.1, 0.7)])
-def test_what_all_clients_measured_replaces_what_some_did(goal: str, partial: float, whole: float) -> None:
-    """The clients that only evaluate come later than those that train."""
+def test_the_mean_of_all_clients_replaces_a_partial_one(goal: str, partial: float, whole: float) -> None:
+    """Clients that only evaluate report later than those that train."""
     target = {"metric": "value", "goal": goal, "target": str(partial)}
     progress = Progress(Objective.model_validate(target))
     progress.take(1, {"value": 0.5}, 0.5)
@@ -130,15 +130,15 @@ def test_a_client_without_examples_does_not_count() -> None:
     assert means.clients() == {("pool", 0), ("pool", 1)}
 
 
-def test_means_are_numbers() -> None:
-    """JSON has no others."""
+def test_means_are_finite() -> None:
+    """JSON has no NaN and no infinity."""
     means = WeightedMeans()
     means.add(("pool", 0), 3, {"loss": 1.0, "nan": NAN, "huge": 1e308})
     means.add(("pool", 1), 1, {"loss": 5.0, "huge": 1e308})
     assert means.means() == {"loss": 2.0}
 
 
-def test_fractions_weigh_and_zero_leaves_out() -> None:
+def test_weights_may_be_fractions_or_zero() -> None:
     means = WeightedMeans()
     means.add(("pool", 0), 0.25, {"accuracy": 0.0})
     means.add(("pool", 1), 0.75, {"accuracy": 1.0})
@@ -158,12 +158,12 @@ def test_a_robust_mean_is_a_median() -> None:
     ("goal", "mean", "own", "asked", "least"),
     [
         ("Maximize", 0.9, [0.9], 1, 0.9),
-        ("Maximize", 0.85, [0.8, 0.9], 2, 0.8),  # both of two
+        ("Maximize", 0.85, [0.8, 0.9], 2, 0.8),  # both clients
         ("Maximize", 0.86, [0.8, 0.85, 0.93], 3, 0.85),
         ("Maximize", 0.84, [0.8, 0.85, 0.93], 3, 0.84),  # never more than the metric
-        ("Maximize", 1.0, [1.0, 0.1, 0.1], 3, 0.1),  # one that lies
-        ("Maximize", 1e9, [1e9, 1e9, 0.1, 0.1], 4, 0.1),  # half of them
-        ("Maximize", 1.0, [1.0], 3, None),  # nobody else has answered
+        ("Maximize", 1.0, [1.0, 0.1, 0.1], 3, 0.1),  # one false report
+        ("Maximize", 1e9, [1e9, 1e9, 0.1, 0.1], 4, 0.1),  # half of the reports are false
+        ("Maximize", 1.0, [1.0], 3, None),  # the others have not answered
         ("Maximize", 1.0, [1.0, 1.0], 3, 1.0),
         ("Maximize", 1.0, [1.0, 1.0], 4, None),
         ("Maximize", 1.0, [1.0, NAN, NAN], 3, None),
@@ -172,7 +172,9 @@ def test_a_robust_mean_is_a_median() -> None:
         ("Minimize", 0.0, [0.0, 0.9, 0.9], 3, 0.9),
     ],
 )
-def test_what_most_clients_say(goal: str, mean: float, own: list[float], asked: int, least: float | None) -> None:
+def test_the_bound_that_most_clients_confirm(
+    goal: str, mean: float, own: list[float], asked: int, least: float | None
+) -> None:
     assert confirmed(mean, own, asked, Objective.model_validate({"goal": goal})) == least
 
 
@@ -187,13 +189,13 @@ def heard(values: dict[int, float | None]) -> WeightedMeans:
     return means
 
 
-def test_clients_that_measure_something_else_have_no_voice() -> None:
+def test_clients_that_measure_another_metric_do_not_count() -> None:
     measurements = ClientMeasurements(Objective(), few=False)
     means = heard({0: 0.9, 1: None, 2: None, 3: None})
     assert measurements.confirmed(means, ["accuracy"], 0.9, ids(0, 1, 2, 3), ids(0, 1, 2, 3)) == 0.9
 
 
-def test_where_one_client_measures_each_model_the_others_newest_values_count() -> None:
+def test_if_one_client_measures_a_model_the_newest_values_of_others_count() -> None:
     measurements, everybody = ClientMeasurements(Objective(), few=False), ids(0, 1, 2)
     assert measurements.confirmed(heard({0: 1.0}), ["accuracy"], 1.0, ids(0), everybody) is None
     assert measurements.confirmed(heard({1: 0.2}), ["accuracy"], 0.2, ids(1), everybody) == 0.2
@@ -201,7 +203,7 @@ def test_where_one_client_measures_each_model_the_others_newest_values_count() -
     assert measurements.confirmed(heard({2: 0.8}), ["accuracy"], 0.8, ids(2), everybody) == 0.8
 
 
-def test_asynchronous_rounds_ask_everybody() -> None:
+def test_asynchronous_rounds_count_all_clients() -> None:
     measurements, everybody = ClientMeasurements(Objective(), few=True), ids(0, 1, 2, 3, 4)
     assert measurements.confirmed(heard({0: 1.0, 1: 1.0}), ["accuracy"], 1.0, ids(0, 1), everybody) is None
     assert measurements.confirmed(heard({2: 0.7, 3: 0.9}), ["accuracy"], 0.8, ids(2, 3), everybody) == 0.8
@@ -213,11 +215,11 @@ def test_names_are_bounded_over_a_jobs_life() -> None:
         means = job.admit({f"m{number}.{i}": 1.0 for i in range(256)})
         job.take(number, means)
     assert len(job.newest) == MOST_NAMES
-    # What is known goes on, and so does what the job is about.
+    # Known names continue, and so does the objective's metric.
     assert job.admit({"new": 1.0, "accuracy": 0.5, "m0.7": 2.0}) == {"accuracy": 0.5, "m0.7": 2.0}
 
 
-def test_the_names_of_one_client_are_the_first_to_be_left_out() -> None:
+def test_names_of_a_single_client_are_left_out_first() -> None:
     job, means = progress(), WeightedMeans()
     for index in range(8):
         means.add(("evil", index), 1, {f"a{index}.{i}": 0.0 for i in range(256)})

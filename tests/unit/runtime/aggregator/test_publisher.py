@@ -1,4 +1,4 @@
-"""The status tells of a model with the hash of its very file, and of the newest one in the end."""
+"""Models in the status have the hash of their own file, and the newest is shown in the end."""
 
 import asyncio
 import hashlib
@@ -15,15 +15,15 @@ from isthmus.aggregator.storage.safetensors_file import sha256_of
 
 
 class Watched(ModelPublisher):
-    """Whose news one can wait for."""
+    """A publisher whose changes a test can wait for."""
 
     def __init__(self, directory: Path) -> None:
-        self.bell = Notifier()
-        super().__init__(directory, self.bell)
+        self.notifier = Notifier()
+        super().__init__(directory, self.notifier)
 
     async def shown(self, number: int) -> None:
         async with asyncio.timeout(30):
-            async for _ in self.bell.listen():
+            async for _ in self.notifier.listen():
                 if self.newest is not None and self.newest.round >= number:
                     return
 
@@ -47,7 +47,7 @@ def published(store: CheckpointStore) -> Watched:
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every model counts as one."""
+    """Treat every model as large."""
     monkeypatch.setattr(model_publisher, "SMALL_BYTES", 0)
 
 
@@ -76,7 +76,7 @@ async def test_a_large_one_is_shown_once_it_is_hashed_and_the_newest_in_the_end(
 
 
 @pytest.mark.usefixtures("large")
-async def test_a_model_that_was_retired_meanwhile_is_passed_over(published: Watched, store: CheckpointStore) -> None:
+async def test_a_model_that_was_removed_meanwhile_is_skipped(published: Watched, store: CheckpointStore) -> None:
     lost = saved(store, 1)
     lost.file.path.unlink()
     published.publish(lost)
@@ -86,7 +86,7 @@ async def test_a_model_that_was_retired_meanwhile_is_passed_over(published: Watc
 
 
 @pytest.mark.usefixtures("large")
-async def test_nothing_comes_after_the_final_model(published: Watched, store: CheckpointStore) -> None:
+async def test_the_final_model_is_the_last(published: Watched, store: CheckpointStore) -> None:
     checkpoint = saved(store, 3)
     published.publish(checkpoint)
     await asyncio.sleep(0)
@@ -98,7 +98,7 @@ async def test_nothing_comes_after_the_final_model(published: Watched, store: Ch
 
 
 async def test_the_best_is_shown_beside_the_newest(published: Watched, store: CheckpointStore) -> None:
-    """Also of an earlier process, which hashed it and is gone."""
+    """This includes a best model that an earlier process hashed."""
     first = saved(store, 1)
     published.publish(first)
     published.publish_best(1, first.file.path)
@@ -110,12 +110,12 @@ async def test_the_best_is_shown_beside_the_newest(published: Watched, store: Ch
     restarted.publish(second)
     restarted.publish_best(1, first.file.path)
     assert restarted.best == published.best
-    restarted.publish_best(7, store.path(7))  # it is gone
+    restarted.publish_best(7, store.path(7))  # its file does not exist
     assert restarted.newest is not None and restarted.newest.round == 2
 
 
 @pytest.mark.usefixtures("large")
-async def test_a_large_best_model_waits_for_no_end_of_newer_ones(
+async def test_a_large_best_model_does_not_wait_behind_newer_ones(
     published: Watched, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_publisher, "_REST", 0)

@@ -1,4 +1,4 @@
-"""What is read of a stream before there is a place for it."""
+"""Read-ahead of a stream that waits for a slot."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
@@ -11,7 +11,7 @@ MESSAGES = [bytes([number]) * 100 for number in range(10)]
 
 
 class Stream:
-    """Messages, and how many of them were asked for."""
+    """A stream of messages that counts how many were requested."""
 
     def __init__(self, fails_at: int = -1) -> None:
         self.read = 0
@@ -32,7 +32,7 @@ async def _at_once() -> str:
 
 @pytest.mark.parametrize("limit", [1, 350, 10_000])
 @pytest.mark.parametrize("waits", [True, False])
-def test_the_stream_is_whole_and_only_so_much_is_read_early(limit: int, waits: bool) -> None:
+def test_the_stream_is_complete_and_read_ahead_is_limited(limit: int, waits: bool) -> None:
     async def run() -> None:
         stream = Stream()
         place: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -51,7 +51,7 @@ def test_the_stream_is_whole_and_only_so_much_is_read_early(limit: int, waits: b
     asyncio.run(run())
 
 
-def test_a_stream_that_breaks_gives_its_place_up() -> None:
+def test_a_broken_stream_releases_its_slot() -> None:
     async def run() -> None:
         place: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         with pytest.raises(ConnectionError):
@@ -61,7 +61,7 @@ def test_a_stream_that_breaks_gives_its_place_up() -> None:
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
-def test_one_that_breaks_later_says_so_where_it_is_read() -> None:
+def test_a_stream_that_breaks_later_raises_where_it_is_read() -> None:
     async def run() -> None:
         _, rest = await read_ahead(aiter(Stream(fails_at=2)), _at_once(), 10_000)
         with pytest.raises(ConnectionError):
@@ -71,7 +71,7 @@ def test_one_that_breaks_later_says_so_where_it_is_read() -> None:
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
-def test_a_client_that_hangs_up_gives_its_place_up() -> None:
+def test_a_client_that_disconnects_releases_its_slot() -> None:
     async def run() -> None:
         place: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         reading = asyncio.create_task(read_ahead(aiter(Stream()), place, 200))

@@ -1,4 +1,4 @@
-"""Where updates are received: in memory, and beside a slow client in a file."""
+"""Slots for the reception of updates: in memory, or in a file if a slow client blocks the queue."""
 
 import asyncio
 import errno
@@ -27,7 +27,7 @@ STATE: State = {
 
 
 def large() -> Any:
-    """A model of which only one update has a place in memory."""
+    """A model so large that only one update has a slot in memory."""
     return SimpleNamespace(size=receive_slots.RECEPTION_BYTES, specs=specs_of(STATE))
 
 
@@ -36,7 +36,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receive_slots, "BYTES_PER_SECOND", math.inf)
 
 
-def test_an_update_received_into_a_file_is_as_it_was_sent(tmp_path: Path) -> None:
+def test_an_update_received_into_a_file_is_unchanged(tmp_path: Path) -> None:
     room = in_file(specs_of(STATE), tmp_path)
     assert not list(tmp_path.iterdir()), "the file has no name"
     reception = RawDecoder(specs_of(STATE), room)
@@ -48,7 +48,7 @@ def test_an_update_received_into_a_file_is_as_it_was_sent(tmp_path: Path) -> Non
     assert received["weight"].data_ptr() == room["weight"].data_ptr()
 
 
-def test_who_stands_behind_a_slow_client_is_received_into_a_file(
+def test_an_update_behind_a_slow_client_is_received_into_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     impatient(monkeypatch)
@@ -62,7 +62,7 @@ def test_who_stands_behind_a_slow_client_is_received_into_a_file(
             async with places.slot(model) as quick:
                 assert set(quick) == {"weight", "bias", "steps"}
                 places.give_back(quick)
-        # What lay in the file is not used again; what lay in memory is.
+        # Memory is reused, but not that of the file.
         kept = {name: tensor.clone() for name, tensor in STATE.items()}
         places.give_back(kept)
         async with places.slot(model) as room:
@@ -83,7 +83,7 @@ async def twelve_clients(places: ReceiveSlots, rooms: list[State], work: Callabl
     await asyncio.gather(*(client() for _ in range(12)))
 
 
-def test_a_queue_that_moves_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_wait_in_a_moving_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     impatient(monkeypatch)
     monkeypatch.setattr(receive_slots, "SECONDS_OF_EACH", 0.5)
     rooms: list[State] = []
@@ -92,7 +92,7 @@ def test_a_queue_that_moves_is_waited_for(tmp_path: Path, monkeypatch: pytest.Mo
     assert rooms == [{}] * 12, "each in memory, though the last waited for longer than the grace"
 
 
-def test_a_queue_that_stands_still_is_left_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_leave_a_blocked_queue_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     impatient(monkeypatch)
     monkeypatch.setattr(receive_slots, "SECONDS_OF_EACH", 0.001)
     rooms: list[State] = []
@@ -105,10 +105,8 @@ def test_a_queue_that_stands_still_is_left_for_files(tmp_path: Path, monkeypatch
     assert rooms.count({}) == 1
 
 
-def test_a_long_queue_that_stands_still_is_left_as_soon_as_a_short_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However many hang behind those that send nothing, a client waits for one update's time."""
+def test_a_long_blocked_queue_is_left_as_soon_as_a_short_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind clients that send nothing, each client waits for the time of one update, however long the queue is."""
     impatient(monkeypatch)
     monkeypatch.setattr(receive_slots, "SECONDS_OF_EACH", 0.5)
     times: list[float] = []
@@ -127,7 +125,7 @@ def test_a_long_queue_that_stands_still_is_left_as_soon_as_a_short_one(
             await asyncio.sleep(0.01)
         stop.set()
         await asyncio.gather(*clients)
-        # Told by their number they would have had up to 100 s.
+        # By the length of the queue they would have waited up to 100 s.
         assert max(times) - began < 50
 
     asyncio.run(run())
@@ -139,7 +137,7 @@ def test_files_keep_no_descriptors_open(tmp_path: Path) -> None:
     assert len(rooms) == 50 and len(list(Path("/proc/self/fd").iterdir())) < before + 10
 
 
-def test_one_more_than_there_are_places_may_send() -> None:
+def test_there_is_one_ticket_more_than_slots() -> None:
     async def run() -> None:
         places, model = ReceiveSlots(), large()
         async with places.ticket(model), places.ticket(model):
@@ -151,7 +149,7 @@ def test_one_more_than_there_are_places_may_send() -> None:
     asyncio.run(run())
 
 
-def test_who_hangs_up_while_it_waits_leaves_its_place_to_others() -> None:
+def test_a_client_that_disconnects_while_it_waits_leaves_its_slot_to_others() -> None:
     async def run() -> None:
         places, model = ReceiveSlots(), large()
 
@@ -171,14 +169,14 @@ def test_who_hangs_up_while_it_waits_leaves_its_place_to_others() -> None:
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         await holder.__aexit__(None, None, None)
-        late.cancel()  # at the moment when it is its turn
+        late.cancel()  # at the moment when its slot becomes free
         await asyncio.wait([late])
         await asyncio.wait_for(client(), 30)
 
     asyncio.run(run())
 
 
-def test_without_room_for_the_file_it_waits_for_its_place(
+def test_without_room_for_a_file_updates_wait_for_a_slot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     impatient(monkeypatch)

@@ -1,4 +1,4 @@
-"""Stage times: what a client measures, and what is believed of it."""
+"""Stage times: measurement by clients, and checks by the aggregator."""
 
 import math
 
@@ -16,7 +16,7 @@ class Clock:
         return self.now
 
 
-def test_a_client_tells_how_long_each_stage_took_since_its_last_update() -> None:
+def test_a_client_reports_the_time_of_each_stage_since_its_last_update() -> None:
     clock = Clock()
     stages = StageTimer(clock)
     for stage, seconds in (("pulling", 3.0), ("evaluating", 1.0), ("training", 2.0), ("encoding", 8.0)):
@@ -25,7 +25,7 @@ def test_a_client_tells_how_long_each_stage_took_since_its_last_update() -> None
     clock.now += 0.5
     assert stages.current == "encoding"
     assert stages.take() == {"wait": 3.0, "pull": 1.0, "evaluate": 2.0, "train": 8.0, "encode": 0.5}
-    # The push itself is not told: the aggregator measures it.
+    # The push is not reported: the aggregator measures it.
     stages.enter("pushing")
     clock.now += 5.0
     stages.enter("waiting")
@@ -34,7 +34,7 @@ def test_a_client_tells_how_long_each_stage_took_since_its_last_update() -> None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0, 1e300])
-def test_what_no_clock_says_is_not_believed(value: float) -> None:
+def test_impossible_times_are_ignored(value: float) -> None:
     assert sanitize({"train": value, "pull": 2.0, "made-up": 1.0}) == {"pull": 2.0}
 
 

@@ -1,4 +1,4 @@
-"""Which model a job delivers, and whose word counts for it: rounds in this process, whose clients are calls."""
+"""Delivered models, and the clients whose measurements count. Rounds in this process; clients are method calls."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ POOL, JUDGE = "pool", "judge"
 
 
 class Trial:
-    """A job whose clients each submit the number of the round: so does a model name the round that it is of."""
+    """A job whose clients submit the number of the round as weights, so that a model shows its round."""
 
     def __init__(self, directory: Path, clients: int = 3, judges: int = 0, evaluates: bool = True, **spec: Any) -> None:
         pools: list[dict[str, Any]] = [{"name": POOL, "replicas": clients, "cloud": {}}]
@@ -42,7 +42,7 @@ class Trial:
         self.clients: dict[tuple[str, int], Client] = {}
 
     async def start(self, *, early: bool = False) -> None:
-        """An aggregator, for the first time or after a kill. ``early``: a client says at once what it has measured."""
+        """Start an aggregator, or restart it after a kill. ``early``: a client reports its measurement at once."""
         job = Job("job", "default", "uid", self.spec)
         store = CheckpointStore(self.directory, "uid", self.spec.checkpoints_kept)
         strategy = make_strategy(self.spec.strategy, self.directory, self.spec.most_trainers)
@@ -63,7 +63,7 @@ class Trial:
             await self.push((POOL, 0), 0)
 
     async def kill(self) -> None:
-        """The process is gone, whatever it was about."""
+        """End the aggregator, as a kill at this point would."""
         self.running.cancel()
         await asyncio.gather(self.running, return_exceptions=True)
 
@@ -92,7 +92,7 @@ class Trial:
         assert reply.verdict in (pb.PushReply.ACCEPTED, pb.PushReply.STALE, pb.PushReply.CLOSED), reply
 
     def say(self, client: tuple[str, int], value: float | None, weight: float = 1.0, **changes: Any) -> None:
-        """A client's measurement of the newest model."""
+        """Report a client's measurement of the newest model."""
         model = self.training.model
         fields = {"model_round": model.round, "model_digest": model.digest, "num_examples": weight,
                   "metrics": {} if value is None else {"accuracy": value}} | changes  # fmt: skip
@@ -100,7 +100,7 @@ class Trial:
         self.aggregator.sessions.receive(self.clients[client], message)
 
     async def train(self, number: int, *values: float | None, loss: float = 1.0) -> None:
-        """A round, before whose updates the first clients measure the model that it began with."""
+        """Run a round. Before its updates, the first clients measure its base model."""
         await self.begun(number)
         for client, value in zip(self.trainers, values, strict=False):
             self.say(client, value)
@@ -121,7 +121,7 @@ class Trial:
         return status
 
     def weights(self, name: str) -> float:
-        """The round of a delivered model, which both of its files have."""
+        """Return the round of a delivered model, which both of its files contain."""
         plain = torch.load(self.directory / f"{name}.pt", weights_only=True)["w"]
         assert torch.equal(plain, load_file(self.directory / f"{name}.safetensors")["w"])
         return float(plain[0])
@@ -143,7 +143,7 @@ async def test_the_model_that_met_the_target_is_delivered(tmp_path: Path) -> Non
     await trial.train(1)
     await trial.train(2, 0.5, 0.5, 0.5)
     await trial.train(3, 0.9, 0.8, 0.84)  # a mean of 0.8467
-    await trial.train(4, 0.9, 0.85, 0.84)  # of round 3
+    await trial.train(4, 0.9, 0.85, 0.84)  # measured of round 3's model
     status = await trial.finish()
     assert (status.target_round, status.completed_rounds) == (3, 3)
     assert (status.model.path, status.model.round) == ("model.safetensors", 3)
@@ -157,8 +157,8 @@ async def test_the_model_that_met_the_target_is_delivered(tmp_path: Path) -> Non
     assert records[-1]["confirmed"] == {"accuracy": 0.85}
 
 
-async def test_it_is_known_when_the_round_would_end_at_the_latest(tmp_path: Path) -> None:
-    """One client never says anything: the others are the majority."""
+async def test_the_target_is_known_at_the_latest_when_the_round_would_end(tmp_path: Path) -> None:
+    """One client never reports: the others are the majority."""
     trial = Trial(tmp_path, **target())
     await trial.start()
     await trial.train(1)
@@ -166,13 +166,13 @@ async def test_it_is_known_when_the_round_would_end_at_the_latest(tmp_path: Path
     trial.say((POOL, 0), 0.9)
     trial.say((POOL, 1), 0.9)
     await asyncio.sleep(0.05)
-    assert trial.training.round.number == 2  # the third may yet
+    assert trial.training.round.number == 2  # the third client may still report
     await asyncio.gather(*(trial.push(client, 2) for client in trial.trainers))
     status = await trial.finish()
     assert (status.model.round, status.completed_rounds, trial.weights("model")) == (1, 1, 1)
 
 
-async def test_the_last_round_may_meet_it(tmp_path: Path) -> None:
+async def test_the_last_round_may_meet_the_target(tmp_path: Path) -> None:
     trial = Trial(tmp_path, rounds=2, **target())
     await trial.start()
     await trial.train(1)
@@ -197,7 +197,7 @@ async def test_without_a_target_the_last_model_is_delivered_and_the_best_beside_
 
 
 async def test_without_a_metric_nothing_is_best(tmp_path: Path) -> None:
-    (tmp_path / "model-best.pt").touch()  # of an earlier run
+    (tmp_path / "model-best.pt").touch()  # left by an earlier run
     trial = Trial(tmp_path, rounds=3, evaluates=False, **KEEP_ONE)
     await trial.start()
     for number in (1, 2, 3):
@@ -228,7 +228,7 @@ async def test_the_best_survives_kills(tmp_path: Path, killed_in: int) -> None:
 
 
 async def test_the_best_survives_the_loss_of_the_records(tmp_path: Path) -> None:
-    """They are not synced: after a power failure their end may be missing."""
+    """Records are not synced: after a power failure the last ones may be missing."""
     trial = Trial(tmp_path, rounds=4, **KEEP_ONE)
     await trial.start()
     await trial.train(1)
@@ -261,7 +261,7 @@ async def test_killed_once_the_target_is_met(tmp_path: Path, monkeypatch: pytest
     await trial.kill()
     monkeypatch.undo()
     await trial.start()
-    status = await trial.finish()  # nobody is measured again, but all clients hear that it is over
+    status = await trial.finish()  # no model is measured again, but all clients are told to stop
     for client in trial.clients.values():
         assert client.outbox is not None
         messages = [client.outbox.get_nowait() for _ in range(client.outbox.qsize())]
@@ -270,7 +270,7 @@ async def test_killed_once_the_target_is_met(tmp_path: Path, monkeypatch: pytest
     assert (status.target_round, status.model.round, trial.weights("model"), trial.kept()) == (1, 1, 1, [1])
 
 
-async def test_a_higher_target_goes_on_and_a_lower_one_finds_the_model_that_met_it(tmp_path: Path) -> None:
+async def test_a_higher_target_continues_and_a_lower_one_finds_the_model_that_met_it(tmp_path: Path) -> None:
     trial = Trial(tmp_path, **target())
     await trial.start()
     await trial.train(1)
@@ -304,7 +304,7 @@ async def test_one_client_alone_cannot_end_a_job(tmp_path: Path, weight: float, 
     for number in (2, 3):
         await trial.begun(number)
         trial.say((POOL, 2), value, weight)
-        trial.say((POOL, 2), value, 1.0)  # and once more
+        trial.say((POOL, 2), value, 1.0)  # repeated
         await trial.train(number, 0.1, 0.1)
     await trial.measure_final(0.1, 0.1)
     trial.say((POOL, 2), value, weight)
@@ -315,7 +315,7 @@ async def test_one_client_alone_cannot_end_a_job(tmp_path: Path, weight: float, 
     assert bool(told) == (newest.get("accuracy", 0.0) >= 0.85)
 
 
-async def test_two_of_four_cannot_either_and_three_can(tmp_path: Path) -> None:
+async def test_two_of_four_clients_cannot_end_a_job_and_three_can(tmp_path: Path) -> None:
     trial = Trial(tmp_path, clients=4, rounds=3, **target())
     await trial.start()
     await trial.train(1)
@@ -325,15 +325,17 @@ async def test_two_of_four_cannot_either_and_three_can(tmp_path: Path) -> None:
     assert (await trial.finish()).model.round == 2
 
 
-async def test_who_was_not_asked_is_not_heard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_measurements_of_clients_that_were_not_asked_are_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     trial = Trial(tmp_path, judges=1, evaluates=False, rounds=3, **target())
     await trial.start()
     await trial.train(1)
     await trial.begun(2)
     for _ in range(3):
-        trial.say((POOL, 0), 1.0, 2.0**53)  # trains, and said that it has no evaluation function
+        trial.say((POOL, 0), 1.0, 2.0**53)  # it trains, and has no evaluation function by its hello
     trial.say((JUDGE, 0), 0.3)
-    trial.say((JUDGE, 0), 1.0)  # the first counts
+    trial.say((JUDGE, 0), 1.0)  # the first report counts
     await trial.train(2)
     await trial.begun(3)
     trial.say((JUDGE, 0), 0.95, model_digest="of another model")
@@ -354,7 +356,7 @@ async def test_untrained_weights_meet_no_target(tmp_path: Path) -> None:
     assert (await trial.finish()).model.round == 2
 
 
-async def test_under_a_robust_rule_a_minority_does_not_choose_the_best(tmp_path: Path) -> None:
+async def test_with_a_robust_strategy_a_minority_does_not_choose_the_best(tmp_path: Path) -> None:
     trial = Trial(tmp_path, rounds=3, strategy={"algorithm": "CoordinateMedian"})
     await trial.start()
     await trial.train(1)
@@ -374,7 +376,7 @@ async def test_a_training_metric_as_objective(tmp_path: Path) -> None:
     await trial.start()
     await trial.train(1, loss=0.5)
     await trial.begun(2)
-    await trial.push((POOL, 0), 2, -1e9)  # one that lies
+    await trial.push((POOL, 0), 2, -1e9)  # a false report
     await trial.push((POOL, 1), 2, 0.3)
     await trial.push((POOL, 2), 2, 0.3)
     await trial.train(3, loss=0.05)
@@ -382,7 +384,7 @@ async def test_a_training_metric_as_objective(tmp_path: Path) -> None:
     assert (status.target_round, status.model.round, trial.weights("model")) == (3, 3, 3)
 
 
-async def test_clients_without_examples_have_no_voice(tmp_path: Path) -> None:
+async def test_clients_without_examples_do_not_count(tmp_path: Path) -> None:
     trial = Trial(tmp_path, **target())
     await trial.start()
     await trial.train(1)
@@ -394,7 +396,7 @@ async def test_clients_without_examples_have_no_voice(tmp_path: Path) -> None:
     assert (status.model.round, status.best.value) == (1, 0.9)
 
 
-async def test_an_objective_that_nobody_reports_is_warned_of_after_the_first_round(tmp_path: Path) -> None:
+async def test_an_objective_that_is_not_reported_gives_a_warning_after_the_first_round(tmp_path: Path) -> None:
     trial = Trial(tmp_path, objective={"metric": "acuracy"})
     await trial.start()
     await trial.train(1)
@@ -407,7 +409,7 @@ async def test_an_objective_that_nobody_reports_is_warned_of_after_the_first_rou
     await trial.kill()
 
 
-async def test_a_best_model_that_cannot_be_read_fails_nothing(tmp_path: Path) -> None:
+async def test_an_unreadable_best_model_does_not_fail_the_job(tmp_path: Path) -> None:
     trial = Trial(tmp_path, rounds=4, **KEEP_ONE)
     await trial.start()
     await trial.train(1)
@@ -422,14 +424,14 @@ async def test_a_best_model_that_cannot_be_read_fails_nothing(tmp_path: Path) ->
     assert "the best model, of round 1, is in checkpoints/ only" in status.warnings[0]
 
 
-async def test_after_a_restart_updates_may_come_before_what_was_measured(tmp_path: Path) -> None:
-    """A client sends the update that it has in hand at once, and its measurement when the round is offered again."""
+async def test_after_a_restart_updates_may_arrive_before_measurements(tmp_path: Path) -> None:
+    """A client sends a finished update at once, and its measurement when the round is offered again."""
     trial = Trial(tmp_path, **target())
     await trial.start()
     await trial.train(1)
     await trial.begun(2)
     await trial.kill()
-    # What one measured for the aggregator that was killed may reach the next one before that has asked.
+    # A measurement made for the killed aggregator may reach the next one before that has asked for it.
     await trial.start(early=True)
     await trial.begun(2)
     await asyncio.gather(*(trial.push(client, 2) for client in trial.trainers))

@@ -1,4 +1,4 @@
-"""The last status always fits the kubelet's limit, and the operator can read why a job failed."""
+"""The final status always fits the kubelet's limit, and contains the reason why a job failed."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def metrics(count: int, length: int = 20) -> list[pb.MetricValue]:
 @pytest.mark.parametrize("count", [0, 10, 60, 1024])
 @pytest.mark.parametrize("message", ["round 3 came to NaN", "\u00e4" * 900, "\U0001f600" * 5000, '"\\' * 3000])
 @pytest.mark.parametrize("pools", [0, 3, 64])
-def test_the_reason_is_always_there(count: int, message: str, pools: int) -> None:
+def test_the_reason_is_always_included(count: int, message: str, pools: int) -> None:
     failures = [pb.ClientFailure(index=i, message="ValueError: no", traceback="t" * 2000) for i in range(5)]
     status = pb.FederationStatus(
         phase=FAILED, message=message, metrics=metrics(count, 128),
@@ -29,13 +29,13 @@ def test_the_reason_is_always_there(count: int, message: str, pools: int) -> Non
     assert read.message[:19] == message[:19]
 
 
-def test_metrics_are_the_first_to_go() -> None:
+def test_metrics_are_left_out_first() -> None:
     pools = [pb.PoolStatus(name="cloud", connected=2, failures=[pb.ClientFailure(message="boom", traceback="boom")])]
     read = from_termination(termination_message(pb.FederationStatus(phase=FAILED, metrics=metrics(60), pools=pools)))
     assert read is not None
     assert (read.metrics, read.connected, read.failures) == ((), {"cloud": 2}, {"cloud": "boom"})
 
 
-def test_what_fits_stays() -> None:
+def test_a_status_that_fits_is_unchanged() -> None:
     read = from_termination(termination_message(pb.FederationStatus(phase=FAILED, metrics=metrics(10))))
     assert read is not None and len(read.metrics) == 10

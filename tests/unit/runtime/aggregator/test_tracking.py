@@ -1,4 +1,4 @@
-"""Sinks that fail, and what reaches those that do not."""
+"""Tracking sinks: failures, and the numbers that they receive."""
 
 import logging
 import sys
@@ -19,7 +19,7 @@ LONG = 60.0
 
 
 class Recorder(Sink):
-    """Fails as often as it is told, then writes down what it gets."""
+    """Fails the given number of times, then records its calls."""
 
     name = "Recorder"
     requirement = "nothing"
@@ -44,7 +44,7 @@ class Recorder(Sink):
         self.finished.append((succeeded, tags))
 
 
-def test_each_number_is_told_once() -> None:
+def test_each_number_is_sent_once() -> None:
     sink = Recorder()
     tracker = Tracker([sink])
     record = RoundRecord(1, 0.5, 2, 10, {"train_loss": 1.0}, 7.0, stages={"train": {"mean": 2.0, "max": 3.0}})
@@ -63,7 +63,7 @@ def test_each_number_is_told_once() -> None:
     assert sink.finished == [(True, {"model.sha256": "abc", "model.uri": "file:///state/model.safetensors"})]
 
 
-def test_a_failing_sink_is_tried_again_and_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_sink_is_retried_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     sink, seen = Recorder(failures=3), threading.Event()
     worker = Worker(sink, retry_seconds=0.01)
     with caplog.at_level(logging.INFO):
@@ -79,7 +79,7 @@ def test_a_failing_sink_is_tried_again_and_warned_of_once(caplog: pytest.LogCapt
     ]
 
 
-def test_a_missing_library_is_warned_of_once(
+def test_a_missing_library_is_logged_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
@@ -93,7 +93,7 @@ def test_a_missing_library_is_warned_of_once(
     assert sum("TensorBoard is off" in record.message for record in caplog.records) == 1
 
 
-def test_what_does_not_fit_is_lost_and_nobody_waits(caplog: pytest.LogCaptureFixture) -> None:
+def test_entries_beyond_the_queue_are_dropped_without_waiting(caplog: pytest.LogCaptureFixture) -> None:
     sink = Recorder()
     sink.gate.clear()
     worker = Worker(sink, backlog=2)
@@ -103,12 +103,12 @@ def test_what_does_not_fit_is_lost_and_nobody_waits(caplog: pytest.LogCaptureFix
 
     for number in range(10):
         worker.put(work(number))
-    worker.close(0.1)  # it hangs, and is left behind
+    worker.close(0.1)  # it hangs and is abandoned
     sink.gate.set()
     assert any("entries were not written" in record.message for record in caplog.records)
 
 
-def test_what_a_round_cost_in_privacy() -> None:
+def test_the_privacy_cost_of_a_round() -> None:
     private = {"epsilon": 2.5, "delta": 1e-5, "rounds": 3, "mu_squared": 0.1, "clipped_ratio": 0.25}
     numbers = numbers_of(RoundRecord(3, 1.0, 2, 20, privacy=private))
     assert (numbers["round/epsilon"], numbers["round/clipped_ratio"]) == (2.5, 0.25)
@@ -124,5 +124,5 @@ def test_a_private_jobs_parameters() -> None:
     assert told == {"privacy.clipNorm": "0.5", "privacy.noiseMultiplier": "2", "privacy.delta": "1e-5"}
 
 
-def test_names_that_no_sink_takes_are_mended() -> None:
+def test_invalid_names_are_replaced() -> None:
     assert "f1_macro___x" in numbers_of(RoundRecord(1, 0.0, 1, 1, {"f1:macro:?(x": 1.0}))

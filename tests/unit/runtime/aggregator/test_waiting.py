@@ -1,4 +1,4 @@
-"""What one client may keep the aggregator busy with: messages that it does not read, calls, and slow streams."""
+"""Limits on what one client can occupy: unread messages, calls, and slow streams."""
 
 import asyncio
 import queue
@@ -27,11 +27,11 @@ WELCOME = pb.ServerMessage(welcome=pb.Welcome(rounds=5))
 STOP = pb.ServerMessage(stop=pb.Stop(reason=pb.Stop.COMPLETE))
 
 
-async def said(outbox: Outbox) -> list[pb.ServerMessage]:
+async def sent(outbox: Outbox) -> list[pb.ServerMessage]:
     return [message async for message in drain(outbox)]
 
 
-async def test_a_client_that_does_not_read_is_kept_the_newest_only() -> None:
+async def test_for_a_client_that_does_not_read_only_the_newest_messages_are_kept() -> None:
     outbox = Outbox()
     outbox.put_nowait(WELCOME)
     for number in range(1, 300):
@@ -40,10 +40,10 @@ async def test_a_client_that_does_not_read_is_kept_the_newest_only() -> None:
     assert outbox.qsize() == 3
     outbox.put_nowait(STOP)
     outbox.put_nowait(None)
-    assert await said(outbox) == [WELCOME, offer(299), committed(299), STOP]
+    assert await sent(outbox) == [WELCOME, offer(299), committed(299), STOP]
 
 
-async def test_a_client_that_reads_hears_everything() -> None:
+async def test_a_client_that_reads_receives_everything() -> None:
     outbox, heard = Outbox(), []
     reading = drain(outbox)
     for number in (1, 2):
@@ -54,12 +54,12 @@ async def test_a_client_that_reads_hears_everything() -> None:
     assert heard == [offer(1), committed(1), offer(2), committed(2)]
 
 
-async def test_a_stream_that_nobody_reads_is_ended() -> None:
+async def test_an_unread_stream_is_ended() -> None:
     outbox = Outbox()
     for _ in range(10 * MOST_MESSAGES):
         outbox.put_nowait(pb.ServerMessage(reply=pb.PushReply(message="no")))
         assert outbox.qsize() <= MOST_MESSAGES
-    assert len(await said(outbox)) < MOST_MESSAGES
+    assert len(await sent(outbox)) < MOST_MESSAGES
 
 
 def test_a_script_that_is_busy_finds_the_newest_offer_only() -> None:
@@ -93,7 +93,7 @@ async def test_a_newer_call_of_a_client_ends_the_older() -> None:
     assert not calls._tasks
 
 
-async def test_a_client_that_hangs_up_is_not_told_of_a_newer_call() -> None:
+async def test_a_client_that_disconnects_is_not_superseded() -> None:
     calls = CallLimit()
     call = asyncio.create_task(calls.run("a", asyncio.sleep(3600)))
     await asyncio.sleep(0)
@@ -125,7 +125,7 @@ async def test_a_stream_that_trickles_is_ended(monkeypatch: pytest.MonkeyPatch) 
             assert received < 10_000
 
 
-async def test_seconds_in_which_nobody_waits_for_the_client_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_time_in_which_the_aggregator_does_not_wait_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "PATIENCE", 0.5)
 
     async def prompt() -> AsyncIterator[bytes]:
