@@ -9,7 +9,7 @@ SILENCE_SECONDS = 60.0
 
 
 class Initialization:
-    """Asks one client after the other, until the weights of one are accepted.
+    """Sequence of clients that are asked, one after the other, until the weights of one are accepted.
 
     Every client that was asked may still answer later: the first valid weights count. When all clients have been asked
     without success, the selection starts over.

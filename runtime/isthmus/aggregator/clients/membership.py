@@ -59,7 +59,7 @@ class Client:
         return f"{self.id[0]}/{self.id[1]}"
 
     def send(self, message: pb.ServerMessage) -> None:
-        """Queue a message. Messages for a disconnected client are dropped; it is told again when it reconnects."""
+        """Queue a message. Messages for a disconnected client are dropped; they are repeated on its return."""
         if self.outbox is not None:
             self.outbox.put_nowait(message)
 
@@ -95,7 +95,7 @@ class Membership:
     _failures: dict[str, deque[pb.ClientFailure]] = field(default_factory=dict)
 
     def admit(self, hello: pb.Hello) -> Client:
-        """Admit a client of the job; an older process of the same client is told to stop. Raise :class:`Refusal`.
+        """Admit a client of the job; stop an older process of the same client. Raise :class:`Refusal`.
 
         An attempt fences older ones only while it is connected: a made-up attempt number, or an attempt that has ended,
         does not lock out the next real one.

@@ -27,7 +27,7 @@ class Broadcast:
 
 
 class Compression:
-    """Decodes updates, and encodes the global model.
+    """Decoder of updates and encoder of the global model.
 
     With a lossy download the global model *is* the decoded one. It is computed before the checkpoint is written. So
     every client gets the same weights, whether encoded or raw; updates are differences from exactly these; and a

@@ -25,7 +25,7 @@ _POLL_SECONDS = 0.2
 
 
 class ClientSessions:
-    """Handles the control streams of all clients."""
+    """Handler of the control streams of all clients."""
 
     def __init__(
         self, job: Job, instance: str, training: TrainingState, members: Membership, permissions: Permissions,

@@ -39,7 +39,7 @@ _CLIENTS, _BUFFERS, _FROZEN = "clients", "buffers", "frozen"
 
 
 class RoundCommitter:
-    """Turns the updates of a round into a durable model."""
+    """Writer of a durable model from the updates of a round."""
 
     def __init__(
         self, spec: FederatedJobSpec, training: TrainingState, members: Membership, store: CheckpointStore,

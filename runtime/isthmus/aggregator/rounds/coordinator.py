@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Coordinator:
-    """Runs a job's rounds with the clients that are connected."""
+    """Runner of a job's rounds with the clients that are connected."""
 
     def __init__(
         self, spec: FederatedJobSpec, training: TrainingState, members: Membership, strategy: Strategy, intake: Intake,

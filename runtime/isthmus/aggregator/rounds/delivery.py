@@ -20,7 +20,7 @@ _NOTE = "best"
 
 
 class Delivery:
-    """Delivers the model that met the objective's target, or else the newest one."""
+    """Delivery of the model that met the objective's target, or else of the newest one."""
 
     def __init__(
         self, store: CheckpointStore, training: TrainingState, progress: Progress, writer: DurableWriter,

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class DurableWriter:
-    """Writes to the state directory. Failures are shown in the status and in a metric until a retry succeeds."""
+    """Writer to the state directory. Failures are shown in the status and in a metric until a retry succeeds."""
 
     def __init__(
         self, store: CheckpointStore, training: TrainingState, statistics: RoundStatistics, metrics: AggregatorMetrics,

@@ -20,7 +20,7 @@ _REST = 10
 
 
 class ModelPublisher:
-    """Hashes the files of large models in a thread of low priority.
+    """Publisher that hashes the files of large models in a thread of low priority.
 
     If rounds are quick, intermediate models are skipped.
     """

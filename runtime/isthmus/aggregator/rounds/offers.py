@@ -15,7 +15,7 @@ from ..telemetry.round_statistics import RoundStatistics
 
 
 class Offers:
-    """Sends offers that start from the newest committed model."""
+    """Sender of offers that start from the newest committed model."""
 
     def __init__(self, spec: FederatedJobSpec, compression: Compression, statistics: RoundStatistics) -> None:
         self._spec = spec

@@ -18,7 +18,7 @@ _METRICS_PACE = 0.2
 
 
 class StatusReporter:
-    """Reads the training state; writes metrics only."""
+    """Reader of the training state, as status and metrics."""
 
     def __init__(
         self, spec: FederatedJobSpec, training: TrainingState, members: Membership, progress: Progress,

@@ -47,7 +47,7 @@ class _OutdatedError(Exception):
 
 
 class PushHandler:
-    """Receives updates, and counts the result of each."""
+    """Receiver of updates, which counts the result of each."""
 
     def __init__(
         self, instance: str, training: TrainingState, intake: Intake, compression: Compression,

@@ -52,7 +52,7 @@ HELLO_SECONDS = 30.0
 
 
 class FederationService:
-    """Serves clients. Each presents its own certificate for this job, or that of its HPC pool."""
+    """Service for clients. Each presents its own certificate for this job, or that of its HPC pool."""
 
     def __init__(
         self, callers: Callers, connections: Connections, training: TrainingState, sessions: ClientSessions,
@@ -257,7 +257,7 @@ def _lenient(kind: type[Request]) -> Callable[[bytes], Request]:
 
 
 class ObserverService:
-    """Serves observers of the job: the operator, or the local runner."""
+    """Service for observers of the job: the operator, or the local runner."""
 
     def __init__(
         self, job_uid: str, connections: Connections, coordinator: Coordinator, reporter: StatusReporter,

@@ -9,7 +9,7 @@ _PACE = 0.1
 
 
 class Notifier:
-    """Wakes one waiter, and any number of listeners, when something has changed."""
+    """Notification of one waiter, and of any number of listeners, that something has changed."""
 
     def __init__(self) -> None:
         self._changed = asyncio.Event()

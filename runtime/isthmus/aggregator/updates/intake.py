@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Intake:
-    """Answers pushed updates.
+    """Decision on pushed updates, with the reply to each.
 
     An accepted update is folded (added to the round's result by the strategy) before it is answered. Large updates are
     folded one at a time, in the thread of ``folder``.

@@ -113,7 +113,7 @@ async def test_the_first_round_waits_for_clients_beyond_the_quorum(trial: Trial)
 
 
 async def test_a_repetition_is_answered_once_the_first_is_folded(trial: Trial) -> None:
-    """A client that is told that its update counts releases it."""
+    """After this reply, the client releases its update."""
     running = await trial.begin()
     full, begun = threading.Event(), threading.Event()
 

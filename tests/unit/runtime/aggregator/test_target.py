@@ -228,7 +228,7 @@ async def test_the_best_survives_kills(tmp_path: Path, killed_in: int) -> None:
 
 
 async def test_the_best_survives_the_loss_of_the_records(tmp_path: Path) -> None:
-    """Records are not synced: after a power failure the last ones may be missing."""
+    """After a power failure the last records, which are not synced, may be missing."""
     trial = Trial(tmp_path, rounds=4, **KEEP_ONE)
     await trial.start()
     await trial.train(1)
@@ -261,7 +261,7 @@ async def test_killed_once_the_target_is_met(tmp_path: Path, monkeypatch: pytest
     await trial.kill()
     monkeypatch.undo()
     await trial.start()
-    status = await trial.finish()  # no model is measured again, but all clients are told to stop
+    status = await trial.finish()  # no model is measured again, but all clients receive a stop
     for client in trial.clients.values():
         assert client.outbox is not None
         messages = [client.outbox.get_nowait() for _ in range(client.outbox.qsize())]

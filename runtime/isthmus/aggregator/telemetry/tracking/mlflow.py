@@ -21,7 +21,7 @@ _OF_FILES = {"MLFLOW_ALLOW_FILE_STORE": "true"}
 
 
 class MLflowSink(Sink):
-    """Writes one run for each job. A restarted aggregator finds it by the job's uid."""
+    """Sink for one run of each job. A restarted aggregator finds it by the job's uid."""
 
     name = "MLflow"
     requirement = "isthmus[mlflow]"

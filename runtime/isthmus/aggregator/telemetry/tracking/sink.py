@@ -15,7 +15,7 @@ _RETRY_SECONDS = 5.0
 
 
 class Sink(ABC):
-    """Receives a run's numbers. All calls come from one thread; they may block or raise, and are then repeated."""
+    """Receiver of a run's numbers. All calls come from one thread; they may block or raise, and are then repeated."""
 
     name: str
     requirement: str
@@ -35,7 +35,7 @@ class Sink(ABC):
 
 
 class Worker:
-    """Feeds one sink from its own thread. The caller never waits."""
+    """Queue of one sink, served by a thread. The caller never waits."""
 
     def __init__(self, sink: Sink, backlog: int = _BACKLOG, retry_seconds: float = _RETRY_SECONDS) -> None:
         self.note = ""

@@ -8,7 +8,7 @@ from .sink import Sink
 
 
 class TensorBoardSink(Sink):
-    """Writes into one directory. A restarted aggregator adds a file."""
+    """Sink for one directory. A restarted aggregator adds a file."""
 
     name = "TensorBoard"
     requirement = "isthmus[tensorboard]"

@@ -17,7 +17,7 @@ _UNFIT = re.compile(r"[^\w.\- /]")
 
 
 class Tracker:
-    """Sends each round's numbers to all sinks, once. Never waits, never raises."""
+    """Distributor of each round's numbers to all sinks, once. Never waits, never raises."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._workers = [Worker(sink) for sink in sinks]
