@@ -1,4 +1,4 @@
-"""Flags and their environment."""
+"""Tests of the flags and their environment variables."""
 
 import pytest
 

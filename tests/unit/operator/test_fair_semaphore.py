@@ -1,4 +1,4 @@
-"""Turns: fair between groups, and given up for calls to remote parties."""
+"""Tests of the semaphore: fair between groups, with slots released during remote calls."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from isthmus_operator.fair_semaphore import CURRENT_SLOT, FairSemaphore, Slot, s
 
 
 async def granted(semaphore: FairSemaphore, group: str) -> bool:
-    """Whether a turn is to be had at once."""
+    """Return True if a slot is granted at once."""
     task = asyncio.create_task(semaphore.acquire(group))
     await asyncio.sleep(0)
     if task.done():
@@ -55,7 +55,7 @@ async def test_one_that_was_waited_for_in_vain_is_not_lost() -> None:
     waiting = asyncio.create_task(semaphore.acquire("a"))
     await asyncio.sleep(0)
     semaphore.release("a")
-    waiting.cancel()  # at the moment when it is given
+    waiting.cancel()  # at the moment when it is granted
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert semaphore.taken == 0
@@ -78,7 +78,7 @@ async def test_a_remote_call_gives_the_turn_up_and_takes_it_again() -> None:
     await semaphore.acquire("a")
     may.set()
     await asyncio.sleep(0.01)
-    assert not calls.done()  # it waits for its turn
+    assert not calls.done()  # it waits for its slot
     semaphore.release("a")
     await calls
     assert (semaphore.taken, slot.held) == (1, True)

@@ -1,4 +1,4 @@
-"""Names of a job's objects: no two jobs share one, and those of jobs that run do not change."""
+"""Tests of the names of a job's objects: unique, and stable for running jobs."""
 
 import itertools
 from dataclasses import replace
@@ -19,13 +19,13 @@ LIMITS = PlanOptions(network_policies=True)
 
 
 def wanted(pool: str, kind: str) -> dict[str, Any]:
-    """A spec of one pool."""
+    """Return a spec with one pool."""
     content = {"cloud": {}} if kind == "cloud" else {"hpc": {"siteRef": {"name": "site"}, "environment": "py"}}
     return spec(cloud=0, pools=[{"name": pool, "replicas": 401 if kind == "cloud" else 1, **content}])
 
 
 def objects(name: str, pool: str, kind: str) -> set[str]:
-    """Every object of a job, pods included."""
+    """Return every object of a job, including pods."""
     one = replace(job(wanted(pool, kind)), name=name)
     found = {item.key for item in desired(one, parse_spec(one.spec), LIMITS, {"site": site()})}
     pods = {f"Pod/{names.client(one, pool, index, attempt)}" for index in (0, 1) for attempt in (0, 1)}
@@ -40,7 +40,7 @@ def test_no_two_jobs_have_an_object_of_the_same_name() -> None:
     for name, pool in itertools.product(jobs, pools):
         for kind in ("cloud", "hpc"):
             for key in objects(name, pool, kind):
-                # The fixed ones are the same for every pool of a job.
+                # The fixed names are the same for every pool of a job.
                 other = owners.setdefault(key, (name, pool))
                 assert other[0] == name, f"{key} of {other} and {(name, pool)}"
 

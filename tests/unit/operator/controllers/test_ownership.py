@@ -1,4 +1,4 @@
-"""Which of several operators serves a job."""
+"""Tests of the choice between several operators of a job."""
 
 import datetime as dt
 from dataclasses import replace
@@ -34,7 +34,7 @@ def test_a_copied_or_damaged_annotation_and_one_of_the_future_bind_nobody() -> N
 
 @pytest.mark.parametrize(
     ("one", "another", "same"),
-    [(("c", "isthmus", ()), ("c", "isthmus", ("team",)), True),  # the scope was changed by an upgrade
+    [(("c", "isthmus", ()), ("c", "isthmus", ("team",)), True),  # an upgrade changed the scope
      (("c", "isthmus", ()), ("c", "team", ("team",)), False),
      (("c", "isthmus", ()), ("d", "isthmus", ()), False),
      (("c", "", ("a", "b")), ("c", "", ("b", "a")), True),

@@ -1,4 +1,4 @@
-"""Lists beside the watches: what they find, and what the probes make of their age."""
+"""Tests of the periodic lists and of the probes' checks of their age."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -26,7 +26,7 @@ def site(name: str, uid: str = "") -> dict[str, Any]:
 
 
 class Cluster:
-    """An API server that lists, an operator's stores, and what becomes of them."""
+    """A fake API server with lists, and an operator's stores."""
 
     def __init__(self, *namespaces: str) -> None:
         self.jobs, self.sites = JobStore(), SiteStore()
@@ -118,7 +118,7 @@ async def test_a_list_that_fails_changes_nothing_and_is_tried_again(monkeypatch:
     running = asyncio.create_task(cluster.resync.run(cluster))  # type: ignore[arg-type]
     try:
         async with asyncio.timeout(30):
-            # Asked for by a watch that began anew.
+            # Requested by a watch that was restarted.
             cluster.resync.mark_stale()
             while cluster.lists < 3:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
@@ -137,10 +137,10 @@ async def test_the_probes_tell_an_api_server_that_is_away_from_an_operator_that_
     health = Health(cluster.resync)
     health.ready.set()
     assert (health.report()["alive"], health.report()["ready"]) == (True, True)
-    # Lists are tried, and fail: what is known gets old, and a restart would mend nothing.
+    # Lists are tried but fail: the data gets old, and a restart would not help.
     cluster.resync._made -= MAX_AGE
     assert (health.report()["alive"], health.report()["ready"]) == (True, False)
-    # Not even tried.
+    # No list was even tried.
     cluster.resync._try_change -= MAX_RECONCILE
     assert health.report()["alive"] is False
     await cluster.resync.once(cluster)  # type: ignore[arg-type]

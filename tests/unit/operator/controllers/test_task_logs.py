@@ -1,4 +1,4 @@
-"""Handing on a Slurm task's log."""
+"""Tests of requested Slurm task logs."""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ NAME = "demo-log"
 
 
 class Cluster:
-    """An API server that knows ConfigMaps, and a site that has a log."""
+    """A fake API server with ConfigMaps, and a site with a log."""
 
     def __init__(self, **there: Mapping[str, Any]) -> None:
         self.there: dict[str, Mapping[str, Any]] = dict(there)
@@ -67,7 +67,7 @@ async def test_somebody_elses_config_map_is_left_alone(uid: str, caplog: pytest.
     for _ in range(3):
         await cluster.logs().answer(asking(), cache)
     assert cluster.there[NAME] == config_map(uid)
-    assert cluster.tails == 1, "it is not tried at each look"
+    assert cluster.tails == 1, "it is not retried with each reconciliation"
     assert "the ConfigMap demo-log exists and is not this job's" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""The queue: one worker per key, bounded in all, and nobody forgotten."""
+"""Tests of the work queue: one worker per key, a bound for all, and no lost keys."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -135,7 +135,7 @@ async def test_what_is_cancelled_within_a_look_is_an_error_like_others() -> None
         nonlocal times
         times += 1
         if times == 1:
-            # As a call is that goes through a channel which somebody closes.
+            # Like a call through a channel that is closed.
             inner = asyncio.ensure_future(asyncio.sleep(60))
             inner.cancel()
             await inner

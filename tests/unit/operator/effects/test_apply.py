@@ -1,4 +1,4 @@
-"""What becomes of a look's actions when the API server fails some of them."""
+"""Tests of actions that the API server partly fails."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,7 +24,7 @@ WEBHOOK_DOWN = KubeError(
 
 
 class FakeKube:
-    """An API server that fails requests for objects of some names."""
+    """A fake API server that fails requests for objects of some names."""
 
     def __init__(self, failures: Mapping[str, KubeError]) -> None:
         self.failures = failures
@@ -47,7 +47,7 @@ class FakeKube:
 
 
 class FakeBridges:
-    """A site that takes what it is asked."""
+    """A fake site that accepts every request."""
 
     def __init__(self) -> None:
         self.cancelled: list[str] = []
@@ -64,7 +64,7 @@ def pod(name: str) -> act.CreatePod:
 
 
 def made(kube: Any, bridges: Any) -> Effects:
-    """Effects on an API server and sites that are stand-ins."""
+    """Effects on a fake API server and fake sites."""
     jobs = JobStore()
     holds = SiteHolds(cast(Kube, kube), jobs, SiteStore())
     return Effects(cast(Kube, kube), jobs, PodStore(), cast(Bridges, bridges), holds)
@@ -149,7 +149,7 @@ async def test_an_api_server_that_does_not_answer_is_asked_no_further(code: int)
 
 
 class Recorder:
-    """An API server that makes and patches events, until they are gone."""
+    """A fake API server with events, which can be removed."""
 
     def __init__(self) -> None:
         self.created = 0

@@ -1,4 +1,4 @@
-"""Certificates in Secrets: made once, remade in time."""
+"""Tests of certificates in Secrets: creation, and renewal in time."""
 
 import datetime as dt
 import json
@@ -44,7 +44,7 @@ def test_a_secret_of_a_full_pool_has_a_certificate_for_each_client() -> None:
     ca = authority()
     secret = certificates.leaf_secret(job(), ca, clients[0], NOW)
     assert secret["type"] == "Opaque"
-    # What a Secret, and an object in etcd, may hold.
+    # The limit of a Secret and of an object in etcd.
     assert sum(map(len, certificates.decoded(secret).values())) < 1 << 20
     assert len(json.dumps(secret)) < 1.2e6
     assert certificates.stands(secret, clients[0], ca, NOW)
@@ -100,11 +100,11 @@ def test_a_renewed_authority_is_the_same_one_for_longer() -> None:
         secret = certificates.renewed_authority_secret(job(), "demo-ca", first, name, 700, later)
         renewed = certificates.load_authority(secret)
         assert renewed is not None
-        # Pods that bear the fingerprint of the first are not replaced.
+        # Pods with the first fingerprint are not replaced.
         assert certificates.fingerprint(secret, renewed) == name
         assert abs(renewed.expires - later - dt.timedelta(days=700)) < dt.timedelta(seconds=2)
         first, later = renewed, later + dt.timedelta(days=680)
-    # What was signed before is signed anew, with the CA's newest certificate beside it.
+    # Earlier certificates are issued again, together with the CA's newest certificate.
     leaf = certificates.load_credentials(certificates.leaf_secret(job(), authority(), WANTED, NOW))
     assert not certificates.serves(leaf, first, later)
 

@@ -1,4 +1,4 @@
-"""The breaker before parties that do not answer."""
+"""Tests of the circuit breaker."""
 
 from isthmus_operator.effects.circuit_breaker import FAILURES, FIRST_PAUSE, LONGEST_PAUSE, CircuitBreaker
 

@@ -1,4 +1,4 @@
-"""task.code: a user's files on their way to the clients."""
+"""Tests of task.code: the path of a user's files to the clients."""
 
 import base64
 import datetime as dt

@@ -1,4 +1,4 @@
-"""A job's own objects, and those of others that bear the same names."""
+"""Tests of a job's own objects, and of others with the same names."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Which hosts the operator and the ``isthmus`` command reach past a proxy."""
+"""Tests of the hosts that the operator and the ``isthmus`` command reach without a proxy."""
 
 from collections.abc import Callable
 

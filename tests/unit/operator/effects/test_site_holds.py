@@ -1,4 +1,4 @@
-"""An HPCSite stays while jobs have pools there, and goes when the last one has none."""
+"""Tests of the finalizer of HPCSites: a site stays while jobs have pools there."""
 
 import asyncio
 import copy
@@ -25,7 +25,7 @@ KEY = ("team", "demo")
 
 
 class Server:
-    """An API server with one HPCSite and FederatedJobs, as far as merge patches, versions and finalizers go."""
+    """A fake API server with one HPCSite and FederatedJobs: merge patches, versions and finalizers."""
 
     def __init__(self) -> None:
         self.site: dict[str, Any] | None = {
@@ -38,7 +38,7 @@ class Server:
         }
         self.jobs: dict[tuple[str, str], dict[str, Any]] = {}
         self.failures: list[KubeError] = []
-        self.meddle = 0  # how many of the next patches another writer beats
+        self.meddle = 0  # number of next patches that lose against another writer
         self.writes: list[str] = []
 
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
@@ -69,7 +69,7 @@ class Server:
         return answer
 
     def delete(self) -> dict[str, Any]:
-        """Somebody deletes the site; as the watch shows it."""
+        """Delete the site, and return it as the watch reports it."""
         assert self.site is not None
         self.site["metadata"]["deletionTimestamp"] = "2030-01-01T00:00:00Z"
         self._next()
@@ -99,7 +99,7 @@ def _merged(before: Any, patch: Any) -> Any:
 
 
 class Setting:
-    """The stores of one operator at that server."""
+    """The stores of one operator with that server."""
 
     def __init__(self, server: Server | None = None) -> None:
         self.server = server or Server()
@@ -113,7 +113,7 @@ class Setting:
 
 
 def body_of(one: Job, version: str = "1") -> dict[str, Any]:
-    """A FederatedJob as the API server shows it."""
+    """Return a FederatedJob as the API server reports it."""
     return {
         "metadata": {
             "name": one.name, "namespace": one.namespace, "uid": one.uid, "resourceVersion": version,
@@ -124,7 +124,7 @@ def body_of(one: Job, version: str = "1") -> dict[str, Any]:
 
 
 def using(**changes: Any) -> Job:
-    """A job with a pool that was asked for at the site."""
+    """Return a job with a pool that was requested from the site."""
     entry = array(**{"state": ArrayState.REQUESTED, **changes})
     return job(spec(hpc=2), record=Record(hpc={ArrayKey("lumi"): entry}).dump(UID))
 
@@ -135,7 +135,7 @@ def test_the_site_is_held_from_before_the_first_request_to_the_end_of_the_last_p
         at.put(using(), "1")
         await at.holds.hold("site", using())
         assert (at.server.finalizers(), at.server.in_use()) == ([FINALIZER], {"team/demo": "lumi"})
-        # The entry comes first: no other operator then takes the finalizer away.
+        # The entry is written first, so that no other operator removes the finalizer.
         assert at.server.writes == ["status", "metadata"]
         await at.holds.hold("site", using())
         await at.holds.update(KEY)
@@ -265,7 +265,7 @@ def test_the_status_of_a_site_that_is_being_deleted_names_what_holds_it() -> Non
     assert site_status(body, pb.Site(), NOW)["message"] == words
     down = site_status(body, BridgeError(ProblemKind.UNREACHABLE, "no route"), NOW)
     assert down["message"] == f"{words}; no route"
-    # What another writer adds to inUse meanwhile is not in the patch.
+    # The patch does not contain what another writer adds to inUse.
     assert "inUse" not in merge_patch(body["status"], down)
 
 

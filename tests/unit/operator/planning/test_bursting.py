@@ -1,4 +1,4 @@
-"""Cloud pools that grow while HPC clients wait in their queues."""
+"""Tests of cloud pools that grow while HPC clients are queued."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,14 +20,14 @@ def bursting(replicas: int = 2, least: int | None = 1, most: int | None = 5, hpc
 
 
 class Queue(World):
-    """A world whose queue does not move by itself."""
+    """A fake cluster whose Slurm queue does not move by itself."""
 
     def queue(self, queued: int, running: int) -> None:
         phase = PoolPhase.RUNNING if running else PoolPhase.PENDING
         self.pools = {k: replace(v, phase=phase, queued=queued, running=running) for k, v in self.pools.items()}
 
     def settle(self, queued: int, running: int) -> set[int]:
-        """The indices of the cloud clients once nothing changes any more."""
+        """Return the indices of the cloud clients once nothing changes."""
         for _ in range(12):
             self.step()
             self.tick(5)
@@ -39,10 +39,10 @@ def test_it_grows_with_the_queue_and_shrinks_once_the_others_are_there() -> None
     world = Queue(bursting())
     assert world.settle(2, 0) == {0, 1, 2, 3}
     assert world.job.status["clients"]["total"] == 6
-    assert world.settle(1, 1) == {0, 1, 2, 3}  # one is not connected yet: nobody goes
+    assert world.settle(1, 1) == {0, 1, 2, 3}  # one is not connected yet, so no client is removed
     assert world.settle(0, 2) == {0}
     assert [pool["desired"] for pool in world.job.status["pools"]] == [1, 2]
-    # A requeue: they come back, as later attempts, and nothing of it counts as a failure.
+    # A requeue: they come back as later attempts, which does not count as a failure.
     assert world.settle(2, 0) == {0, 1, 2, 3}
     assert {pod.attempt for pod in world.observed.pods if pod.index == 3 and pod.role == "client"} == {1}
     assert not [event for event in world.events if event.reason == "ClientFailed"]

@@ -1,4 +1,4 @@
-"""Changes of a manifest that is in force."""
+"""Tests of changes to an accepted manifest."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def test_a_mistake_in_a_changed_manifest_leaves_what_may_change_in_force() -> No
     assert suspended is not None
     assert suspended["status"] == "True"
     assert not of_kind(decided, act.CreatePod)
-    # A value that is itself the mistake does not count, and takes no other with it.
+    # An invalid value has no effect, and does not affect the others.
     for mistake in (grown("many", suspend=True), grown(4, suspend=True, backoffLimit=-1), grown(99, suspend=True)):
         verdict = examine(job(mistake), observed)
         assert isinstance(verdict, Acceptance)

@@ -1,4 +1,4 @@
-"""Cloud clients: starts, restarts, limits."""
+"""Tests of cloud clients: starts, restarts, limits."""
 
 import datetime as dt
 from dataclasses import replace
@@ -50,7 +50,7 @@ def test_a_client_that_failed_is_told_counted_and_restarted() -> None:
     assert first.status["pools"][0]["failed"] == 1
     record = first.actions[0]
     assert isinstance(record, act.SaveJob)
-    # Told and counted once.
+    # Reported and counted once.
     second = plan(job(record=record.record, status=first.status), observed, after(1), OPTIONS)
     assert not second.events
     assert not second.actions
@@ -120,7 +120,7 @@ def test_out_of_restarts_the_rest_goes_on_while_the_quorum_can_be_met() -> None:
 
 def test_too_few_clients_can_ever_be_there() -> None:
     wanted = spec(backoffLimit=0)
-    # The aggregator was asked after the pods were seen: it is not that they ended because all is done.
+    # The aggregator was queried after the pods: they did not end because the training is complete.
     world = World(wanted)
     world.trains = False
     for _ in range(4):
@@ -172,7 +172,7 @@ def test_why_clients_do_not_start_is_shown() -> None:
     ("reason", "code", "said"),
     [
         ("OOMKilled", 137, "demo-cloud-0-0: OOMKilled: epoch 3"),
-        # As containerd tells it where the OOM killer hit a child of the container's first process.
+        # As reported by containerd if the OOM killer hit a child of the container's first process.
         ("Error", 137, "demo-cloud-0-0: killed (exit code 137), perhaps out of memory: epoch 3"),
         ("Error", 1, "demo-cloud-0-0: epoch 3"),
     ],
@@ -229,7 +229,7 @@ def test_a_client_that_leaves_again_and_again_says_so() -> None:
     reason = second.status["pools"][0]["reason"]
     assert reason.startswith("demo-cloud-0-1 ended with exit code 0 before training was complete, again")
     assert warnings(second) == [("ClientsNotRunning", f"pool cloud: {reason}")]
-    # The next attempt changes the number alone.
+    # The next attempt changes only the number.
     running = client(0, attempt=2)
     third = plan(job(record=STARTED, status=second.status), around(again, running, client(1)), NOW, OPTIONS)
     assert (third.status["pools"][0]["reason"], warnings(third)) == (reason, [])

@@ -1,4 +1,4 @@
-"""From any state, whatever is thrown at it on the way, the plan gets to where nothing is left to do."""
+"""Property tests: from any state and with any disturbance, the plan converges."""
 
 import datetime as dt
 from dataclasses import replace
@@ -134,10 +134,10 @@ def worlds(draw: st.DrawFn) -> World:
         tasks: dict[str, Any] = {PoolPhase.PENDING: {"queued": 2}, PoolPhase.RUNNING: {"running": 2}}.get(phase, {})
         view = PoolView(0, phase, job_id="9", submitted_at=NOW.timestamp(), **tasks)
         world.pools[world._key("lumi", attempt)] = view
-    # The record is written ahead: what it says was never asked for is not there, what it saw end stays ended.
+    # The record is written ahead: what it never requested does not exist, and what it saw end stays ended.
     entry = world._record().hpc.get(LUMI)
     for attempt in range(entry.attempt + 1 if entry is not None else 1, 3):
-        world.pools.pop(world._key("lumi", attempt), None)  # an attempt is written down before it is asked for
+        world.pools.pop(world._key("lumi", attempt), None)  # an attempt is recorded before it is requested
     if entry is not None:
         current = world._key("lumi", entry.attempt)
         if entry.ended and current in world.pools:
@@ -154,7 +154,7 @@ KINDS = (
 
 
 def disturb(world: World, data: st.DataObject) -> None:
-    """One thing that goes wrong."""
+    """Cause one disturbance."""
     names = [pod.name for pod in world.observed.pods]
     match data.draw(st.sampled_from(KINDS)):
         case "fail" if names:
@@ -175,7 +175,7 @@ def disturb(world: World, data: st.DataObject) -> None:
         case "replicas":
             world.resize(data.draw(st.integers(1, 4)))
         case "ends":
-            # Every array's time limit is near.
+            # The time limit of every array is near.
             soon = world.now.timestamp() + data.draw(st.sampled_from([1.0, 100.0]))
             for key, view in world.pools.items():
                 if view.phase is PoolPhase.RUNNING:
@@ -198,7 +198,7 @@ def disturb(world: World, data: st.DataObject) -> None:
 
 
 def check_settled(world: World) -> None:
-    """Nothing is left to do, and nothing runs that should not."""
+    """Check that nothing is left to do and that nothing runs that should not."""
     if world.gone:
         return
     before = world.job.status
@@ -214,7 +214,7 @@ def check_settled(world: World) -> None:
 
 
 def _known(world: World, key: str) -> bool:
-    """Whether the operator can know of a pool: only attempts that its record tells of."""
+    """Return True if the operator can know of a pool: only attempts in its record."""
     return any(key == world._key(array.pool, entry.attempt) for array, entry in world._record().hpc.items())
 
 
@@ -241,7 +241,7 @@ def test_the_ordinary_course(cloud: int, hpc: int) -> None:
     assert world.condition("Complete") == "True/RoundsCompleted"
     reasons = [event.reason for event in world.events]
     assert reasons == ["Valid", "AggregatorRunning", "EnoughClients", "RoundsCompleted"]
-    # Nobody was started twice.
+    # No client was started twice.
     assert {pod.attempt for pod in world.observed.pods} == {0}
     assert len(world.pools) == (1 if hpc else 0)
     check_settled(world)
@@ -258,7 +258,7 @@ def test_a_job_can_be_deleted_at_any_moment(data: st.DataObject, at: int) -> Non
     world.site_up, world.quota = True, None
     world.job = replace(world.job, deleted=world.now)
     if FINALIZER not in world.job.finalizers:
-        # Nothing was made yet: the job goes at once.
+        # Nothing was created yet, so the job is deleted at once.
         assert not world.pools
         return
     world.run()

@@ -1,4 +1,4 @@
-"""The admin's defaults for all jobs: under what a manifest says, and over Isthmus' own."""
+"""Tests of the admin's job defaults, which override Isthmus' own and are overridden by manifests."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def test_a_manifest_that_says_nothing_gets_the_defaults() -> None:
     assert pod["spec"]["runtimeClassName"] == "gvisor"
     assert pod["metadata"]["labels"]["cost"] == "shared" and pod["metadata"]["labels"]["isthmus.dev/role"] == "client"
     assert variables(pod)["HTTPS_PROXY"] == "http://proxy:3128"
-    # A null takes away what Isthmus itself sets, and the rest of that stays.
+    # A null removes a value that Isthmus sets, and the others stay.
     context = pod["spec"]["securityContext"]
     assert context["runAsUser"] == 1234 and context["runAsNonRoot"] is True
     assert not {"runAsGroup", "fsGroup"} & set(context)
@@ -114,7 +114,7 @@ def test_the_manifest_wins_over_all_of_them() -> None:
     assert [item["name"] for item in pod["spec"]["imagePullSecrets"]] == ["registry", "own"]
     assert pod["spec"]["securityContext"]["runAsUser"] == 4321
     assert main(pod)["resources"] == {"requests": {"cpu": "1", "memory": "1Gi"}, "limits": {"memory": "8Gi"}}
-    # A variable of task.env, too, though it is no part of a template.
+    # So does a variable of task.env, which is not part of a template.
     assert variables(pod)["MODE"] == "mine"
 
 
@@ -143,7 +143,7 @@ def test_the_plan_makes_objects_with_them() -> None:
 
 
 def test_a_template_is_judged_with_the_defaults_below_it() -> None:
-    # Of a sidecar that the admin adds to every pod, a user's template may change no more than of any other.
+    # A user's template may change a sidecar of the admin only like any other container.
     given = JobDefaults.model_validate({"all": {"spec": {"containers": [{"name": "logs", "image": "logs:1"}]}}})
     template = {"spec": {"containers": [{"name": "logs", "securityContext": {"privileged": True}}]}}
     wanted = spec(pools=[{"name": "cloud", "cloud": {"template": template}}])

@@ -1,4 +1,4 @@
-"""Objects that somebody edited or deleted are put back, and nothing else is a reason to write."""
+"""Tests of the restoration of edited and deleted objects, and that nothing else is written."""
 
 import copy
 from collections.abc import Callable
@@ -33,7 +33,7 @@ LIMITS = PlanOptions(network_policies=True, namespace="isthmus-system")
 
 
 def as_stored() -> dict[str, dict[str, Any]]:
-    """Every object of a job as an API server and its controllers show it: with what they add."""
+    """Return every object of a job as the API server reports it, with the additions of controllers."""
     found: dict[str, dict[str, Any]] = {}
     for item in desired(job(SPEC), parse_spec(SPEC), LIMITS, {"site": site()}):
         body = copy.deepcopy(dict(item.action.body)) if isinstance(item.action, act.Apply) else {}
@@ -45,7 +45,7 @@ def as_stored() -> dict[str, dict[str, Any]]:
     service |= {"clusterIP": "10.96.0.7", "sessionAffinity": "None", "ipFamilyPolicy": "PreferDualStack"}
     service["ports"][0]["nodePort"] = 31234
     service["ipFamilies"].append("IPv4")
-    found["NetworkPolicy/demo-clients"]["spec"].pop("ingress")  # an empty list is not shown
+    found["NetworkPolicy/demo-clients"]["spec"].pop("ingress")  # an empty list is omitted
     found["PersistentVolumeClaim/demo-checkpoints"]["spec"] |= {
         "volumeName": "pv-1", "storageClassName": "standard", "resources": {"requests": {"storage": "99Gi"}},
     }  # fmt: skip
@@ -142,7 +142,7 @@ def test_a_deleted_object_is_made_again_and_an_event_says_so() -> None:
 
 
 class Server:
-    """An API server that keeps what is applied, but for some fields."""
+    """A fake API server that stores applied objects without some fields."""
 
     def __init__(self, keeps: Callable[[dict[str, Any]], None] = lambda body: None) -> None:
         self.keeps = keeps
@@ -176,7 +176,7 @@ async def test_an_edit_that_comes_back_is_not_fought() -> None:
     cache = await mended(stubborn, mend)
     assert (cache.unmendable, stubborn.events) == ({"Service/demo-aggregator": ("spec.type",)}, [])
     assert mends(around(live=there, unmendable=cache.unmendable)) == {}
-    # Another edit is another matter.
+    # Another edit is restored.
     _set("spec.selector", {"app": "other"})(there["Service/demo-aggregator"])
     assert set(mends(around(live=there, unmendable=cache.unmendable))) == {"Service/demo-aggregator"}
 
@@ -201,7 +201,7 @@ CLAIM = "PersistentVolumeClaim/demo-checkpoints"
 
 
 def restored(**annotations: str) -> dict[str, Any]:
-    """The claim of an earlier job of this name, as it comes from a backup."""
+    """Return the claim of an earlier job of this name, as restored from a backup."""
     former = replace(job(SPEC), uid=OLD)
     return {
         "kind": "PersistentVolumeClaim",
@@ -211,7 +211,7 @@ def restored(**annotations: str) -> dict[str, Any]:
 
 
 class Holding:
-    """An API server with one claim."""
+    """A fake API server with one claim."""
 
     def __init__(self, claim: dict[str, Any]) -> None:
         self.claim = claim

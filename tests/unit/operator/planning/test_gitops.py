@@ -1,4 +1,4 @@
-"""What GitOps tools make of FederatedJobs and HPCSites: kstatus (Flux, Helm), and Argo CD's difference and health.
+"""Tests of FederatedJobs and HPCSites with GitOps tools: kstatus (Flux, Helm), and Argo CD's difference and health.
 
 The rules are ported from what these publish: kubernetes-sigs/cli-utils, pkg/kstatus/status (generic.go, core.go), and
 the three-way JSON merge patch of k8s.io/apimachinery, which Argo CD compares custom resources with.
@@ -44,7 +44,7 @@ def kstatus(body: Manifest) -> str:
 
 
 def with_defaults(value: Any, schema: Manifest) -> Any:
-    """What the API server stores of it: structural defaulting."""
+    """Return an object as the API server stores it, with structural defaults."""
     if isinstance(value, dict):
         result = dict(value)
         for name, field in schema.get("properties", {}).items():
@@ -59,7 +59,7 @@ def with_defaults(value: Any, schema: Manifest) -> Any:
 
 
 def difference(applied: Manifest, live: Manifest) -> Manifest:
-    """The patch from the cluster's object to git's, where git's was applied before: what Argo CD calls OutOfSync."""
+    """Return the patch from the cluster's object to git's, which Argo CD reports as OutOfSync if it is not empty."""
     patch: Manifest = {}
     for name, wanted in applied.items():
         found = live.get(name)
@@ -101,7 +101,7 @@ def test_argo_cd_sees_no_difference_in_what_is_defaulted(wanted: Manifest) -> No
         target[parts[-1]] = change["value"]
     assert stored != wanted, "nothing is defaulted: this test tests nothing"
     assert difference(wanted, stored) == {}
-    # And the operator reads the same out of both.
+    # The operator parses both alike.
     read = parse_spec(stored)
     written_down = {"selection": read.selection, "stragglers": read.stragglers}
     assert parse_spec(wanted).model_copy(update=written_down) == read
@@ -236,7 +236,7 @@ def test_the_three_bear_no_events_of_their_own() -> None:
 
 
 def health(kind: str, body: Manifest) -> tuple[str, str]:
-    """What Argo CD shows: its health check, run by Lua 5.1 as Argo CD's own is."""
+    """Return Argo CD's health: its check is run by Lua 5.1, as in Argo CD."""
     library = ctypes.util.find_library("lua5.1") or ctypes.util.find_library("lua-5.1")
     if library is None:
         pytest.skip("Lua 5.1's library is missing (Debian's liblua5.1-0)")
@@ -258,7 +258,7 @@ def health(kind: str, body: Manifest) -> tuple[str, str]:
 
 
 def literal(value: Any) -> str:
-    """A Lua table of JSON."""
+    """Convert JSON to a Lua table."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"[{json.dumps(key)}] = {literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""HPC pools: submissions, attempts, cancellation."""
+"""Tests of HPC pools: submissions, attempts, cancellation."""
 
 import datetime as dt
 import math
@@ -86,7 +86,7 @@ def test_a_pool_is_asked_for_once_the_address_is_known() -> None:
     assert ensure.spec.federation.endpoint == "10.96.0.7:7443"
     assert (ensure.spec.first_client, ensure.spec.total_clients, ensure.spec.replicas) == (2, 4, 2)
     assert list(ensure.spec.command) == ["python", "t.py"]
-    # The record is written first, so that the pool is found again whatever happens next.
+    # The record is written first, so that the pool is found after a crash.
     assert isinstance(decided.actions[0], act.SaveJob)
     assert Record.load(decided.actions[0].record or "").hpc[LUMI].site == "site"
 
@@ -122,7 +122,7 @@ def test_a_node_of_two_families_is_dialled_in_the_services_own(cluster_ip: str, 
     ]
     assert node_address(both, cluster_ip) == address
     assert node_address(both[:3], cluster_ip) == ("fd01::7" if ":" in cluster_ip else "10.0.0.7")
-    # One that has no address of that family is still a node.
+    # A node without an address of that family still has one.
     assert node_address(both[3:4], "fd00::7") == "192.0.2.7"
     assert node_address(both[:1], cluster_ip) == ""
 
@@ -288,7 +288,7 @@ def test_a_pool_that_runs_is_not_lost_for_a_denied_question(kind: ProblemKind) -
     decided = plan(job(alone, record=record(state=ArrayState.RAN)), observed, NOW, OPTIONS)
     assert decided.status["phase"] == "Running"
     assert pool_status(decided)["reason"] == "PolicyDenied: rule identities: unknown"
-    # Of an attempt that the site has never taken on, nothing can come.
+    # An attempt that the site never accepted cannot succeed.
     new = plan(job(alone, record=record(attempt=1, state=ArrayState.REQUESTED)), observed, NOW, OPTIONS)
     assert "Failed" in {item["type"] for item in new.status["conditions"]}
 
@@ -328,7 +328,7 @@ def test_a_renewed_certificate_is_handed_on_to_what_runs() -> None:
     key = render_hpc.key("c", job(SPEC), "lumi", 0)
     wanted = act.RenewCredentials(LUMI, "site", key, "demo-lumi-tls")
     assert plan(job(SPEC, record=record(state=ArrayState.RAN)), renewed, NOW, OPTIONS).actions == (wanted,)
-    # Nothing is asked of a site that does not answer, of a pool that is over, or while the Secret is being made.
+    # There is no request to an unreachable site, for an ended pool, or while the Secret is being created.
     silent = PoolProblem(ProblemKind.UNREACHABLE, "no route", NOW + dt.timedelta(seconds=5))
     for changed in (
         replace(renewed, problems={LUMI: silent}),
@@ -338,7 +338,7 @@ def test_a_renewed_certificate_is_handed_on_to_what_runs() -> None:
         assert not of_kind(
             plan(job(SPEC, record=record(state=ArrayState.RAN)), changed, NOW, OPTIONS), act.RenewCredentials
         )
-    # Once the site has it, that is remembered, and nothing is left to do.
+    # Once the site has it, that is recorded, and nothing is left to do.
     (save,) = plan(
         job(SPEC, record=record(state=ArrayState.RAN)), replace(renewed, delivered={key: "second"}), NOW, OPTIONS
     ).actions
@@ -355,7 +355,7 @@ def test_a_pool_that_waits_too_long_is_given_up() -> None:
     assert of_kind(late, act.CancelPool)
     assert pool_status(late)["reason"].startswith("QueueTimeout: waited in the queue for more than 60 s")
     assert "QueueTimeout" in {event.reason for event in late.events}
-    # One that has run and was requeued is not.
+    # A pool that has run and was requeued is not given up.
     assert not of_kind(
         plan(
             job(wanted, record=record(state=ArrayState.RAN)),

@@ -1,4 +1,4 @@
-"""An HPC pool grows, shrinks and goes on past its time limit without disturbing the clients that stay."""
+"""Tests of HPC pools that grow, shrink or reach their time limit without disturbing the clients that stay."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ def wanted(replicas: int = 2, most: int = 6, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def world() -> World:
-    """A pool of two clients that run."""
+    """A pool of two running clients."""
     one = World(wanted())
     one.trains = False
     go_on(one)
@@ -33,7 +33,7 @@ def world() -> World:
 
 
 def go_on(world: World, steps: int = 8, seconds: float = 5.0) -> list[act.Action]:
-    """Some passes; what they did."""
+    """Run some passes, and return their actions."""
     done: list[act.Action] = []
     for _ in range(steps):
         done += world.step().actions
@@ -56,7 +56,7 @@ def test_it_grows_by_an_array_of_its_own_and_shrinks_from_the_end(world: World) 
     go_on(world)
     assert world.living() == [(0, 0, 1)]
     assert [replicas for _, replicas in world.shrunk] == [1, 1]
-    # A client that comes back is a newer start than every earlier one of its index.
+    # A client that comes back has a higher attempt than all earlier ones of its index.
     world.resize(3)
     go_on(world)
     assert world.living() == [(0, 0, 1), (2, 1, 2)]
@@ -104,7 +104,7 @@ def test_the_next_attempt_queues_before_the_time_limit_ends_the_present_one(worl
     old = next(key for key, asked in world.requests.items() if asked.attempt == 0)
     world.pools[old] = replace(world.pools[old], phase=PoolPhase.FAILED, running=0, failed=2, timed_out=True)
     go_on(world)
-    # Its end is no failure, and nothing more follows from it.
+    # Its end is not a failure and has no further effect.
     assert world.living() == [(1, 0, 2)]
     assert list(Record.load(world.job.record).hpc) == [ArrayKey("lumi", 1)]
     assert not [event for event in world.events if event.reason == "ClientFailed"]
@@ -112,7 +112,7 @@ def test_the_next_attempt_queues_before_the_time_limit_ends_the_present_one(worl
 
 def test_it_queues_the_earlier_the_longer_the_queue_was(world: World) -> None:
     (key,) = world.pools
-    # It waited for an hour: it is asked for an hour and a half and some more before the end, but not before half-time.
+    # It was queued for an hour: the next is requested about 1.5 hours before the end, but not before half-time.
     hour, limit = 3600.0, 10 * 3600
     manifest = wanted()
     manifest["pools"][1]["hpc"]["timeLimitSeconds"] = limit
@@ -154,7 +154,7 @@ def test_whatever_the_sizes_each_client_runs_once_and_those_that_stay_stay(
             running = {index for _, first, count in world.living() for index in range(first, first + count)}
             assert {index for index in staying if index < size} <= running
     for key, view in world.pools.items():
-        # Arrays that were followed by another come to their time limit.
+        # Arrays that have a successor reach their time limit.
         if not view.ended and view.ends_at:
             world.pools[key] = replace(view, phase=PoolPhase.FAILED, running=0, queued=0, timed_out=True)
     go_on(world, steps=12)
@@ -182,7 +182,7 @@ def test_which_sizes_count(replicas: int, most: int | None, message: str) -> Non
     assert isinstance(verdict, Acceptance)
     assert message in verdict.message and bool(message) == bool(verdict.message)
     assert verdict.spec.pool("lumi").replicas == (2 if message else replicas)
-    # The clients' numbers stay what they were.
+    # The numbers of the clients stay the same.
     assert verdict.spec.total_clients == parse_spec(first).total_clients
 
 

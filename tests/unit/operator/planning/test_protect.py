@@ -1,4 +1,4 @@
-"""Who may reach a job's pods, and what a drain may do."""
+"""Tests of network policies and disruption budgets of a job's pods."""
 
 import datetime as dt
 from dataclasses import replace
@@ -117,10 +117,10 @@ def test_another_range_of_a_sites_clients_reaches_the_policies_of_jobs_that_run(
 
     assert applied(there) == []
     assert applied(replace(there, sites=narrow("198.51.100.0/24"))) == ["NetworkPolicy/demo-aggregator"]
-    # Written by an operator that noted nothing there.
+    # Written by an operator that stored no hash there.
     bare = {key: {**body, "metadata": {**body["metadata"], "annotations": {}}} for key, body in policies.items()}
     assert applied(replace(there, live=bare)) == ["NetworkPolicy/demo-aggregator", "NetworkPolicy/demo-clients"]
-    # A site that went shuts out nobody who still runs there.
+    # The deletion of a site does not shut out clients that still run there.
     assert applied(replace(there, sites={})) == []
     refusal = Refusal("no", NOW + dt.timedelta(seconds=10))
     refused = replace(there, sites=narrow("::/0"), refusals={"NetworkPolicy/demo-aggregator": refusal})

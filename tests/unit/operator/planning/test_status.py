@@ -1,4 +1,4 @@
-"""The status: conditions, patches, decimals; and the record beside it."""
+"""Tests of the status (conditions, patches, decimals) and of the record."""
 
 import datetime as dt
 from typing import Any
@@ -56,7 +56,7 @@ objects = st.dictionaries(st.text(max_size=2), json_values, max_size=4)
 
 
 def applied(old: Any, patch: dict[str, Any]) -> dict[str, Any]:
-    """RFC 7396."""
+    """Apply a merge patch as in RFC 7396."""
     result = dict(old) if isinstance(old, dict) else {}
     for key, value in patch.items():
         if value is None:

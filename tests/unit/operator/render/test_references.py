@@ -1,4 +1,4 @@
-"""What templates name: other jobs' keys, and what the admin's lists leave out."""
+"""Tests of references in templates to other jobs' objects and to objects that the admin does not allow."""
 
 from dataclasses import replace
 from typing import Any
@@ -36,7 +36,7 @@ WAYS = [
 
 
 class Kube:
-    """Holds objects by kind and name."""
+    """A fake API server with objects by kind and name."""
 
     def __init__(self, **labels: dict[str, str] | None) -> None:
         self.labels = labels
@@ -66,10 +66,10 @@ async def test_another_jobs_key_is_refused_whichever_way_it_is_named(template: d
     (said,) = await refused(kube, template)
     assert said.startswith("spec.pools[0].cloud.template.spec.")
     assert said.endswith("the Secret 'victim-ca' is Isthmus' own: no template may name it")
-    # One that is not there yet may come to be another job's.
+    # An object that does not exist yet may be created for another job.
     (early,) = await refused(Kube(), template)
     assert "does not exist, and its name is reserved for Isthmus' own objects" in early
-    # The user's own of such a name is fine.
+    # A user's own object with such a name is allowed.
     assert await refused(Kube(**{"victim-ca": None}), template) == ()
 
 

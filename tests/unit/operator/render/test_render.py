@@ -1,4 +1,4 @@
-"""What is asked of Kubernetes: objects, templates, Pod Security."""
+"""Tests of rendered objects, templates and Pod Security."""
 
 import itertools
 import json
@@ -126,7 +126,7 @@ def test_the_service_names_its_port_as_meshes_read_it() -> None:
     wanted = spec()
     made = aggregator.service(job(wanted), parse_spec(wanted))
     (port,) = made["spec"]["ports"]
-    # Istio goes by appProtocol, and else by the name up to the first dash: grpc would be HTTP/2 in the clear.
+    # Istio uses appProtocol or else the name up to the first dash: grpc would mean HTTP/2 without TLS.
     assert (port["name"].partition("-")[0], port["appProtocol"], port["port"]) == ("tls", "tls", 7443)
     assert made["spec"].keys() == {"type", "selector", "ports"} and "annotations" not in made["metadata"]
     (container,) = aggregator_pod()["spec"]["containers"]

@@ -1,4 +1,4 @@
-"""What users' templates are refused, and what the admin can allow."""
+"""Tests of forbidden settings in users' templates and of their allowances."""
 
 from typing import Any
 
@@ -69,7 +69,7 @@ FINE: list[dict[str, Any]] = [
               "serviceAccountName": "default"}},
     container(resources={"limits": {"nvidia.com/gpu": "1"}}),
     {"spec": {"volumes": [{"name": "d", "persistentVolumeClaim": {"claimName": "data"}}]}},
-    # Added containers are hardened as ours are.
+    # Added containers are hardened like the operator's own.
     {"spec": {"initContainers": [{"name": "fetch", "image": "i"}], "containers": [{"name": "side", "image": "i"}]}},
     container(securityContext=None),
     security(appArmorProfile={"type": "RuntimeDefault"}),
@@ -131,12 +131,12 @@ def test_a_template_that_nobody_thought_of_is_an_invalid_one(
         "spec.pools[0].cloud.template: no pod can be made from it: AttributeError: 'bool'"
     )
     assert "team/demo: spec.pools[0].cloud.template" in caplog.text
-    # Of one that is running already, too.
+    # This also holds for a running job.
     assert isinstance(examine(job(odd), standing(odd), NONE), Rejection)
 
 
 def test_a_forged_record_of_the_accepted_job_is_no_way_round() -> None:
-    # The ConfigMap lies in the user's namespace.
+    # The ConfigMap is in the user's namespace.
     forged = wanted({"spec": {"hostNetwork": True}})
     verdict = examine(job(spec()), standing(accepted=parse_spec(forged)), NONE)
     assert isinstance(verdict, Rejection)

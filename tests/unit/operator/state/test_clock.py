@@ -1,4 +1,4 @@
-"""Whose time counts, and what becomes of pauses when a clock is set."""
+"""Tests of the operator's clock, and of pauses after a clock was set."""
 
 import datetime as dt
 from dataclasses import replace
@@ -43,7 +43,7 @@ HOUR = dt.timedelta(hours=1)
 
 
 class Clocks:
-    """Those of the node: the steady one, and the one that somebody sets."""
+    """The clocks of a node: the monotonic one and the wall clock."""
 
     def __init__(self, ahead: dt.timedelta = dt.timedelta()) -> None:
         self.passed = 0.0
@@ -54,14 +54,14 @@ class Clocks:
         return NOW + self.ahead + dt.timedelta(seconds=self.passed)
 
     def answer(self, took: float = 0.1, moment: dt.datetime | None = None) -> None:
-        """The API server answers, by whose own clock it is ``moment``."""
+        """Let the API server respond at ``moment`` of its own clock."""
         sent = 5000.0 + self.passed
         self.passed += took
         said = moment or NOW + dt.timedelta(seconds=self.passed - took / 2)
         self.clock.observe_date(format_datetime(said.astimezone(dt.UTC), usegmt=True), sent)
 
     def off(self) -> float:
-        """How wrong the operator's time is, seconds."""
+        """Return the error of the operator's time in seconds."""
         return (self.clock.now() - NOW).total_seconds() - self.passed
 
 
@@ -71,7 +71,7 @@ def test_the_api_servers_time_counts(ahead: dt.timedelta) -> None:
     assert clocks.off() == pytest.approx(ahead.total_seconds())
     clocks.answer()
     assert abs(clocks.off()) < 1
-    # Whoever sets the node's clock changes nothing.
+    # A change of the node's clock has no effect.
     clocks.ahead += 3 * HOUR
     clocks.passed += 60
     assert abs(clocks.off()) < 1
@@ -86,7 +86,7 @@ def test_whole_seconds_and_slow_answers_move_nothing() -> None:
     for took in (0.01, 0.7, 3.0, 9.0):
         clocks.answer(took)
         assert abs(clocks.clock.now() - dt.timedelta(seconds=clocks.passed) - before) < dt.timedelta(milliseconds=1)
-    # Too slow to say anything, and nonsense.
+    # Too slow to be used, and malformed.
     clocks.answer(60.0, NOW + HOUR)
     clocks.clock.observe_date("yesterday", 0.0)
     clocks.clock.observe_date(None, 0.0)
@@ -102,7 +102,7 @@ def test_an_api_server_whose_clock_is_set_is_followed() -> None:
 
 @pytest.mark.parametrize("node", [-HOUR, dt.timedelta(), HOUR])
 def test_a_pause_begins_when_the_operator_sees_a_pod_end(node: dt.timedelta) -> None:
-    """A node's clock that is an hour ahead shall not hold a client up, nor one behind let it run in circles."""
+    """A node's clock that is an hour ahead must not delay a client, and one behind must not cause a restart loop."""
     now = NOW
     store = PodStore(lambda: now)
 
@@ -119,7 +119,7 @@ def test_a_pause_begins_when_the_operator_sees_a_pod_end(node: dt.timedelta) -> 
     now += dt.timedelta(seconds=30)
     store.put(pod(version=3, **status))
     assert ended().finished == NOW
-    # Seen for the first time by an operator that has just started: never later than now.
+    # Observed for the first time by an operator that has just started: not later than now.
     store = PodStore(lambda: now)
     store.put(pod(version=3, **status))
     assert ended().finished == min(NOW + node, now)
@@ -172,7 +172,7 @@ def test_a_pod_that_seems_to_end_in_hours_is_replaced_at_once() -> None:
 
 @pytest.mark.parametrize("ahead", [-2 * HOUR, 2 * HOUR])
 def test_a_sites_moments_are_taken_as_ours(ahead: dt.timedelta) -> None:
-    """A queue time-out neither comes two hours early nor late because of a site's clock."""
+    """A site's clock must not make a queue time-out come two hours early or late."""
     theirs = (NOW + ahead).timestamp()
     said = pb.Pool(phase=pb.Pool.PENDING, queued=2, submitted_at=theirs - 50, expected_start=theirs + 600, now=theirs)
     view = pool_view(said, 0, ahead=ahead.total_seconds())

@@ -1,4 +1,4 @@
-"""The record of a job fits into an annotation, whatever became of its clients and pools."""
+"""Tests that a job's record fits into an annotation."""
 
 import random
 from dataclasses import replace
@@ -13,7 +13,7 @@ from tests.support.fake_cluster import NOW, UID, array, job, of_kind, plan, spec
 
 
 def of_clients(count: int) -> Record:
-    """Clients that failed in no pattern."""
+    """Return a record of clients with random failures."""
     chance = random.Random(7)  # noqa: S311
     clients = {}
     for index in range(count):
@@ -39,7 +39,7 @@ def test_the_worst_case_of_clients_fits_and_no_number_is_used_twice(count: int) 
     dropped = set(before.clients) - set(known.clients)
     assert known.floor == max(before.clients[index].attempt for index in dropped)
     assert all(known.client(index).attempt >= before.client(index).attempt for index in range(count))
-    # Those with the most failures are remembered longest.
+    # The entries with the most failures are kept longest.
     assert max(before.clients[index].failures for index in dropped) <= min(
         entry.failures for entry in known.clients.values()
     )

@@ -1,4 +1,4 @@
-"""What is known of FederatedJobs and HPCSites, whatever order the news come in."""
+"""Tests of the caches of FederatedJobs and HPCSites with events in any order."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def test_a_late_answer_does_not_bring_a_deleted_job_back() -> None:
     assert jobs.drop(KEY, "u1")
     assert not jobs.put(body(6))
     assert jobs.get(KEY) is None
-    # A new job of that name is another matter.
+    # A new job of that name is stored.
     assert jobs.put(body(2, uid="u2"))
     assert not jobs.drop(KEY, "u1")
     assert [job.uid for job in jobs.all()] == ["u2"]

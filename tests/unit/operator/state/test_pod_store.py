@@ -1,4 +1,4 @@
-"""What is known of pods, whatever order the news come in."""
+"""Tests of the pod cache with events in any order."""
 
 from typing import Any
 
@@ -101,7 +101,7 @@ def test_a_failure_is_read_from_the_clients_own_container() -> None:
 
 
 def beside(role: str, main: dict[str, Any], phase: str = "Running") -> dict[str, Any]:
-    """A pod with a proxy that lives on."""
+    """Return a pod with a proxy that keeps running."""
     proxy = {"name": "proxy", "state": {"running": {}}}
     body = pod(phase=phase, containerStatuses=[proxy, {"name": role, "state": main}])
     body["metadata"]["labels"]["isthmus.dev/role"] = role
@@ -115,7 +115,7 @@ def beside(role: str, main: dict[str, Any], phase: str = "Running") -> dict[str,
         ("client", {"terminated": {"exitCode": 1}}, "Failed"),
         ("client", {"running": {}}, "Running"),
         ("aggregator", {"terminated": {"exitCode": 0}}, "Succeeded"),
-        # It is started again in place.
+        # It is restarted in place.
         ("aggregator", {"terminated": {"exitCode": 1}}, "Running"),
     ],
 )
@@ -135,7 +135,7 @@ def test_how_what_runs_beside_it_ended_says_nothing_of_the_program() -> None:
 
 
 def test_one_container_alone_is_judged_by_kubernetes() -> None:
-    # It may yet say that the node evicted it.
+    # It may still turn out that the node evicted it.
     assert view(pod(**terminated(exitCode=137), phase="Running")).phase == "Running"
 
 
@@ -143,21 +143,21 @@ def test_one_container_alone_is_judged_by_kubernetes() -> None:
     ("status", "disrupted"),
     [
         ({"reason": "Evicted", "message": "low on memory"}, True),
-        # Evicted for what it used beyond its own limit.
+        # Evicted for exceeding its own limit.
         ({"reason": "Evicted", "message": "Container client exceeded its local ephemeral storage limit"}, False),
         ({"conditions": [{"type": "DisruptionTarget", "status": "True"}]}, True),
-        # A kubelet refuses it: no container ever started. The reasons are an open set.
+        # Rejected by a kubelet: no container ever started. The reasons are an open set.
         ({"reason": "TopologyAffinityError", "message": "Resources cannot be allocated"}, True),
         ({"reason": "OutOfnvidia.com/gpu", "containerStatuses": []}, True),
         ({"reason": "NodePorts"}, True),
         ({"reason": "SomeReasonOfTomorrow", "containerStatuses": [
             {"name": "client", "state": {"waiting": {"reason": "ContainerCreating"}}}]}, True),
-        # A node failed, or shut down.
+        # The node failed or shut down.
         ({"reason": "NodeLost"}, True),
         ({"reason": "Terminated", **terminated(exitCode=137, reason="Error")}, True),
         (terminated(exitCode=137, reason="ContainerStatusUnknown"), True),
         (terminated(exitCode=255, reason="Unknown"), True),
-        # Its own doing: what its program did, and the limit that its template sets.
+        # Its own failure: its program, or the limit in its template.
         (terminated(exitCode=137, reason="OOMKilled"), False),
         (terminated(exitCode=1, reason="Error"), False),
         (terminated(exitCode=128, reason="StartError"), False),
