@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs the named projects (./FOLDER, below /build) for the venv /opt/isthmus, into /build/root: the layer on top of the
+# Install the named projects (./FOLDER, below /build) for the venv /opt/isthmus into /build/root: the layer on top of the
 # dependencies, which are not needed here.
 set -eu
 

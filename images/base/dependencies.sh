@@ -1,12 +1,12 @@
 #!/bin/sh
-# Installs into /opt/isthmus the third-party packages that the named projects (folders of /build) need, in the versions of
-# constraints.txt. Nothing of Isthmus itself: that is a later and smaller layer.
+# Install the third-party dependencies of the named projects (folders of /build) into /opt/isthmus, in the versions of
+# constraints.txt. Isthmus itself is a later, smaller layer.
 set -eu
 
 # shellcheck source=pip.sh
 . /build/base/pip.sh
 python3 /build/base/requirements.py "$@" >/build/requirements.txt
-# PyPI's torch for Linux is a CUDA build: the wanted one is on an index of its own, unless the wheel is at hand.
+# PyPI's torch for Linux is a CUDA build. Other builds are on separate indexes, unless a wheel is given.
 if grep -q '^torch==' /build/requirements.txt && ! ls /run/wheels/torch-*"+$TORCH_BUILD"-* >/dev/null 2>&1; then
     extra=$(/opt/tools/bin/pip config get global.extra-index-url 2>/dev/null || true)
     export PIP_EXTRA_INDEX_URL="$extra $TORCH_INDEX/$TORCH_BUILD"

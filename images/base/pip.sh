@@ -1,4 +1,4 @@
-# Sourced: how pip is used here. From the builder's machine it takes what it is given, and leaves none of it behind:
+# Sourced by the other scripts: pip's options. Files of the build host are used and not kept in the image:
 # /run/secrets/pip-conf (pip's configuration), /run/secrets/ca-bundle (certificates to trust) and /run/wheels (wheels).
 # shellcheck shell=sh
 export PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore

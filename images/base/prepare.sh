@@ -1,10 +1,10 @@
 #!/bin/sh
-# Brings any Debian-like base to one state: a python3 that can make venvs, the user that Isthmus runs as, and the
-# places where read-only roots and Charliecloud mount things. $APT_PACKAGES are installed on top.
+# Prepare any Debian-like base: a python3 that can create venvs, the user of Isthmus, and the mount points of read-only
+# roots and Charliecloud. $APT_PACKAGES are installed in addition.
 set -eu
 
 packages=${APT_PACKAGES:-}
-# Debian splits ensurepip off into python3-venv.
+# In Debian, ensurepip is in the package python3-venv.
 python3 -c 'import ensurepip, venv' 2>/dev/null || packages="python3 python3-venv $packages"
 [ -d /etc/ssl/certs ] && [ -n "$(ls -A /etc/ssl/certs)" ] || packages="ca-certificates $packages"
 

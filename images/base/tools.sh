@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes two venvs: /opt/tools with what builds, and /opt/isthmus, still empty, which the image will hold (and no pip).
+# Create two venvs: /opt/tools with the build tools, and the empty /opt/isthmus, which becomes part of the image.
 set -eu
 
 # shellcheck source=pip.sh

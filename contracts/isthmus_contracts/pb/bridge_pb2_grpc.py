@@ -75,7 +75,7 @@ class BridgeServicer:
     """Missing associated documentation comment in .proto file."""
 
     def EnsurePool(self, request, context):
-        """Makes the pool exist. A second call with the same key answers with its state and never submits again.
+        """Creates the pool. A second call with the same key returns its state and never submits again.
         INVALID_ARGUMENT: a field is malformed; PERMISSION_DENIED: the site's policy forbids it (the message names the rule).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -90,16 +90,16 @@ class BridgeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelPool(self, request, context):
-        """Idempotent; the answer's phase becomes CANCELLED once Slurm confirms. An unknown key is remembered as cancelled,
-        so that a delayed EnsurePool cannot bring it to life.
+        """Idempotent; the phase becomes CANCELLED once Slurm confirms. An unknown key is recorded as cancelled, so that a
+        delayed EnsurePool cannot create the pool.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ShrinkPool(self, request, context):
-        """Ends the clients from index `replicas` on, and only them: the others notice nothing. Idempotent, and never grows a
-        pool: more clients come as a pool of their own, with a key of its own.
+        """Ends the clients from index `replicas` on, without an effect on the others. Idempotent. It never grows a pool:
+        additional clients are another pool with another key.
         FAILED_PRECONDITION: fewer than 1; CancelPool ends them all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -107,7 +107,7 @@ class BridgeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RenewCredentials(self, request, context):
-        """Puts renewed credentials in the place of those that the pool's clients have: they read them when they connect again.
+        """Replaces the credentials of the pool's clients, which read them when they reconnect.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

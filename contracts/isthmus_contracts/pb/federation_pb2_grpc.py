@@ -231,7 +231,7 @@ class ObserverServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WaitFor(self, request, context):
-        """Changes how many clients the aggregator waits for before its first round, besides the quorum.
+        """Sets the number of clients, in addition to the quorum, that the aggregator waits for before its first round.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
