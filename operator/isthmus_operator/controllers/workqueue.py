@@ -120,7 +120,7 @@ class WorkQueue(Generic[K]):
                 continue
 
     def _discard_outdated(self) -> None:
-        """Drops entries that an earlier one has replaced, or whose key is being worked on."""
+        """Drop heap entries that were replaced, or whose key is being handled."""
         while self._heap:
             due, _, key = self._heap[0]
             if self._due.get(key) == due and key not in self._running and key not in self._taken:

@@ -141,7 +141,7 @@ class Effects:
             del cache.events[next(iter(cache.events))]
 
     async def perform(self, job: Job, cache: JobCache, actions: Sequence[Action], now: dt.datetime) -> None:
-        """Carry out every action but SaveJob, and remember refusals for the next plan.
+        """Carry out every action except SaveJob, and record refusals for the next plan.
 
         Raises :class:`KubeError` for trouble with the API server as such: at once where it does not answer, or another
         writer was quicker; after the last action where it fails one request, since others may well succeed.

@@ -52,7 +52,7 @@ def load_credentials(secret: Mapping[str, Any] | None) -> Credentials | None:
         return None
 
 
-def serves(credentials: Credentials | None, authority: Authority, now: dt.datetime) -> bool:
+def is_valid(credentials: Credentials | None, authority: Authority, now: dt.datetime) -> bool:
     """Return True if a certificate is signed by this CA and does not expire soon."""
     if credentials is None or credentials.ca.strip() != authority.certificate.strip():
         return False
@@ -62,15 +62,17 @@ def serves(credentials: Credentials | None, authority: Authority, now: dt.dateti
         return False
 
 
-def stands(secret: Mapping[str, Any] | None, wanted: IssueCertificate, authority: Authority, now: dt.datetime) -> bool:
+def is_current(
+    secret: Mapping[str, Any] | None, wanted: IssueCertificate, authority: Authority, now: dt.datetime
+) -> bool:
     """Return True if a Secret holds all wanted certificates, signed by this CA and not expiring soon."""
     if not wanted.clients:
-        return serves(load_credentials(secret), authority, now)
+        return is_valid(load_credentials(secret), authority, now)
     data = decoded(secret)
     if set(data) != _names(wanted):
         return False
     files = [ids.client_files(index) for index, _ in wanted.clients]
-    return all(serves(Credentials(data[ids.CA_FILE], data[crt], data[key]), authority, now) for crt, key in files)
+    return all(is_valid(Credentials(data[ids.CA_FILE], data[crt], data[key]), authority, now) for crt, key in files)
 
 
 def version(secret: Mapping[str, Any] | None) -> str:

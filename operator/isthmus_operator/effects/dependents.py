@@ -61,7 +61,7 @@ async def load(
         for wanted in wanted_certificates(job, spec):
             secret = ours.get(f"Secret/{wanted.secret}")
             # In a thread: certificates of hundreds of clients take a while to parse.
-            if await asyncio.to_thread(certificates.stands, secret, wanted, result.authority, now):
+            if await asyncio.to_thread(certificates.is_current, secret, wanted, result.authority, now):
                 good[wanted.secret] = certificates.version(secret)
                 if wanted.secret == names.observer_tls(job.name):
                     result.observer = certificates.load_credentials(secret)
@@ -84,7 +84,7 @@ async def forbidden_references(
     bodies = await asyncio.gather(*(kube.get(kind, job.namespace, name) for kind, name in named))
     found = []
     for ((kind, name), field), body in zip(named.items(), bodies, strict=True):
-        why = references.verdict(kind, name, body, job.name, job.uid)
+        why = references.forbidden_reason(kind, name, body, job.name, job.uid)
         if kind == references.SECRET and (job.namespace, name) in credentials:
             why = f"the Secret {name!r} holds a site's credentials: no template may name it"
         if why:

@@ -37,7 +37,7 @@ class AggregatorOutcome:
     reason: Reason
     message: str
     federation: FederationView | None = None
-    verdict: JobResult | None = None
+    result: JobResult | None = None
     warn: bool = False  # the message says what keeps it from starting, and is worth an event
 
 
@@ -60,17 +60,17 @@ def plan_aggregator(context: PlanContext, ready_to_start: bool) -> AggregatorOut
         message = f"the API server refused its pod: {refusal.message}" if refusal else "its pod is being created"
         reason = Reason.AGGREGATOR_LOST if context.record.aggregator.pod else Reason.AGGREGATOR_STARTING
         return _not_ready(reason, message, warn=refusal is not None)
-    verdict, federation = job_result(context, pod)
-    if verdict is not None:
-        reason = Reason.AGGREGATOR_FINISHED if verdict.outcome == "Complete" else Reason.AGGREGATOR_FAILED
-        return AggregatorOutcome("False", reason, verdict.message, federation, verdict)
+    result, federation = job_result(context, pod)
+    if result is not None:
+        reason = Reason.AGGREGATOR_FINISHED if result.outcome == "Complete" else Reason.AGGREGATOR_FAILED
+        return AggregatorOutcome("False", reason, result.message, federation, result)
     if pod.deleting and not context.record.aggregator.pod:
         return _not_ready(Reason.AGGREGATOR_STARTING, "the pod from before the suspension is still ending", federation)
     if pod.deleting:
         return _terminating(context, pod, federation)
     other_ca = _signed_by_other_ca(context, pod)
-    if not other_ca and (verdict := _count_crashes(context, pod)):
-        return AggregatorOutcome("False", Reason.AGGREGATOR_FAILED, verdict.message, federation, verdict)
+    if not other_ca and (result := _count_crashes(context, pod)):
+        return AggregatorOutcome("False", Reason.AGGREGATOR_FAILED, result.message, federation, result)
     if pod.ended or other_ca:
         delay = restart_delay(context.record.aggregator.crashes) if _exited_without_proof(pod) else _REPLACE_DELAY
         if not pod.ended or context.elapsed(pod.ended_at(context.now), delay):

@@ -74,7 +74,7 @@ def _plan_running(context: PlanContext, verdict: Acceptance) -> Plan:
     message = _aggregator_condition(context, status, aggregator)
     if ready is not None:
         _quorum_condition(status, spec, sum(ready.get(name, 0) for name in _trainers(spec)))
-    end = aggregator.verdict or _quorum_impossible(context, aggregator, pools) or _deadline(context, started)
+    end = aggregator.result or _quorum_impossible(context, aggregator, pools) or _deadline(context, started)
     if end is not None:
         status.set(ConditionType(end.outcome), True, end.reason, end.message)
         if end.outcome == "Failed":

@@ -57,7 +57,7 @@ def not_allowed(template: Any, allowed: frozenset[str]) -> Iterator[str]:
             yield f"{path}: the {kind} {name!r} is not allowed here; the platform's admin can allow it ({_FLAGS[kind]})"
 
 
-def verdict(kind: str, name: str, body: Mapping[str, Any] | None, job: str, job_uid: str) -> str:
+def forbidden_reason(kind: str, name: str, body: Mapping[str, Any] | None, job: str, job_uid: str) -> str:
     """Return why a job's template may not name an object; empty if it may. ``body``: None if it does not exist."""
     if body is None:
         # It could be created for another job after this check.

@@ -32,7 +32,7 @@ def test_a_secret_survives_the_api_server() -> None:
     secret = certificates.leaf_secret(job(), ca, WANTED, NOW)
     assert secret["type"] == "kubernetes.io/tls"
     credentials = certificates.load_credentials(secret)
-    assert certificates.serves(credentials, ca, NOW)
+    assert certificates.is_valid(credentials, ca, NOW)
 
 
 def test_a_secret_of_a_full_pool_has_a_certificate_for_each_client() -> None:
@@ -47,7 +47,7 @@ def test_a_secret_of_a_full_pool_has_a_certificate_for_each_client() -> None:
     # The limit of a Secret and of an object in etcd.
     assert sum(map(len, certificates.decoded(secret).values())) < 1 << 20
     assert len(json.dumps(secret)) < 1.2e6
-    assert certificates.stands(secret, clients[0], ca, NOW)
+    assert certificates.is_current(secret, clients[0], ca, NOW)
     data = certificates.decoded(secret)
     uris = []
     for index in (0, 399):
@@ -64,12 +64,12 @@ def test_a_secret_that_lacks_a_client_is_made_anew() -> None:
     more = replace(few, clients=(*few.clients, (1, "isthmus://job/x/pool/cloud/client/1")))
     ca = authority()
     secret = certificates.leaf_secret(job(), ca, few, NOW)
-    assert certificates.stands(secret, few, ca, NOW)
-    assert not certificates.stands(secret, more, ca, NOW)
-    assert not certificates.stands(secret, WANTED, ca, NOW)
-    assert not certificates.stands(None, few, ca, NOW)
-    assert not certificates.stands(secret, few, authority(), NOW)
-    assert not certificates.stands(secret, few, ca, NOW + dt.timedelta(days=336))
+    assert certificates.is_current(secret, few, ca, NOW)
+    assert not certificates.is_current(secret, more, ca, NOW)
+    assert not certificates.is_current(secret, WANTED, ca, NOW)
+    assert not certificates.is_current(None, few, ca, NOW)
+    assert not certificates.is_current(secret, few, authority(), NOW)
+    assert not certificates.is_current(secret, few, ca, NOW + dt.timedelta(days=336))
     renewed = certificates.leaf_secret(job(), ca, few, NOW)
     assert certificates.version(secret) == certificates.version(secret) != certificates.version(renewed)
 
@@ -79,13 +79,13 @@ def test_it_is_remade_a_month_before_it_ends() -> None:
     credentials = certificates.load_credentials(certificates.leaf_secret(job(), ca, WANTED, NOW))
     assert credentials is not None
     end = expiry(credentials.certificate)
-    assert certificates.serves(credentials, ca, end - dt.timedelta(days=31))
-    assert not certificates.serves(credentials, ca, end - dt.timedelta(days=29))
+    assert certificates.is_valid(credentials, ca, end - dt.timedelta(days=31))
+    assert not certificates.is_valid(credentials, ca, end - dt.timedelta(days=29))
 
 
 def test_a_certificate_of_another_authority_does_not_serve() -> None:
     credentials = certificates.load_credentials(certificates.leaf_secret(job(), authority(), WANTED, NOW))
-    assert not certificates.serves(credentials, authority(), NOW)
+    assert not certificates.is_valid(credentials, authority(), NOW)
 
 
 def test_a_renewed_authority_is_the_same_one_for_longer() -> None:
@@ -106,7 +106,7 @@ def test_a_renewed_authority_is_the_same_one_for_longer() -> None:
         first, later = renewed, later + dt.timedelta(days=680)
     # Earlier certificates are issued again, together with the CA's newest certificate.
     leaf = certificates.load_credentials(certificates.leaf_secret(job(), authority(), WANTED, NOW))
-    assert not certificates.serves(leaf, first, later)
+    assert not certificates.is_valid(leaf, first, later)
 
 
 def test_an_annotation_of_another_authority_says_nothing() -> None:
