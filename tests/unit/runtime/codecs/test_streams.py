@@ -246,7 +246,7 @@ def test_a_position_outside() -> None:
     encoded = encode({"w": torch.randn(1000)}, chain("TopK"), SEED, {"w": torch.zeros(1000)})
     data = bytearray(encoded.chunks[0])
     data[198:200] = (1000).to_bytes(2, "little")  # the last of a hundred positions
-    with pytest.raises(CodecError, match="lie outside"):
+    with pytest.raises(CodecError, match="are out of range"):
         decoded(forged(encoded, bytes(data)))
 
 
