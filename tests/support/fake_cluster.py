@@ -1,4 +1,4 @@
-"""A tiny cluster and a tiny HPC site, simulated: enough to see where a plan leads."""
+"""A simulated cluster and HPC site, in which plans are carried out."""
 
 import copy
 import datetime as dt
@@ -38,7 +38,7 @@ AUTHORITY = "a" * 16
 
 
 def spec(*, cloud: int = 2, hpc: int = 0, **changes: Any) -> dict[str, Any]:
-    """A manifest's spec with up to one pool of each kind."""
+    """Return a manifest's spec with up to one pool of each kind."""
     pools: list[dict[str, Any]] = []
     if cloud:
         pools.append({"name": "cloud", "replicas": cloud, "cloud": {}})
@@ -48,7 +48,7 @@ def spec(*, cloud: int = 2, hpc: int = 0, **changes: Any) -> dict[str, Any]:
 
 
 def site(*, namespaces: tuple[str, ...] = ("*",)) -> HpcSiteSpec:
-    """An HPCSite's spec."""
+    """Return an HPCSite's spec."""
     return parse_site_spec(
         {
             "endpoint": "bridge.example:7444",
@@ -59,7 +59,7 @@ def site(*, namespaces: tuple[str, ...] = ("*",)) -> HpcSiteSpec:
 
 
 def job(wanted: dict[str, Any] | None = None, **changes: Any) -> Job:
-    """A FederatedJob as the API server holds it."""
+    """Return a FederatedJob as the API server stores it."""
     wanted = spec() if wanted is None else wanted
     outside = '"hpc"' in json.dumps(wanted) + changes.get("record", "")
     base = Job("demo", "team", UID, 1, NOW, wanted, finalizers=(ids.FINALIZER,) if outside else ())
@@ -67,14 +67,14 @@ def job(wanted: dict[str, Any] | None = None, **changes: Any) -> Job:
 
 
 def client(index: int, attempt: int = 0, phase: str = "Running", **changes: Any) -> PodView:
-    """A client's pod."""
+    """Return a client's pod."""
     name = names.client(job(), "cloud", index, attempt)
     base = PodView(name, f"uid-{name}", names.ROLE_CLIENT, "cloud", index, attempt, phase, authority=AUTHORITY)
     return replace(base, created=NOW, ready=phase == "Running", **changes)
 
 
 def aggregator(phase: str = "Running", **changes: Any) -> PodView:
-    """The aggregator's pod."""
+    """Return the aggregator's pod."""
     base = PodView(
         "demo-aggregator", "uid-aggregator", names.ROLE_AGGREGATOR, phase=phase, authority=AUTHORITY, created=NOW
     )
@@ -82,7 +82,7 @@ def aggregator(phase: str = "Running", **changes: Any) -> PodView:
 
 
 def present(wanted: FederatedJobSpec) -> frozenset[str]:
-    """Everything that a running job's pods stand on, Secrets aside."""
+    """Return the keys of the objects that a running job's pods need, without Secrets."""
     keys = {"ConfigMap/demo-job", "Service/demo-aggregator"}
     if wanted.aggregator.checkpoint.storage == "PersistentVolumeClaim":
         keys.add("PersistentVolumeClaim/demo-checkpoints")
@@ -92,13 +92,13 @@ def present(wanted: FederatedJobSpec) -> frozenset[str]:
 
 
 def certificates(wanted: FederatedJobSpec) -> dict[str, str]:
-    """The certificates of a running job, by Secret."""
+    """Return the certificates of a running job, by Secret."""
     issued = desired.certificates(job(), wanted)
     return {item.secret: f"first of {item.secret}" for item in issued}
 
 
 def standing(wanted: dict[str, Any] | None = None, **changes: Any) -> Observed:
-    """Everything is there but for pods and pools."""
+    """Return a state in which all objects exist except for pods and pools."""
     parsed = parse_spec(spec() if wanted is None else wanted)
     base = Observed(
         accepted=parsed,
@@ -112,7 +112,7 @@ def standing(wanted: dict[str, Any] | None = None, **changes: Any) -> Observed:
 
 
 def array(*, authority: str = AUTHORITY, certificate: str = "", **changes: Any) -> HpcRecord:
-    """The record of an HPC pool's array of two clients that the site has accepted."""
+    """Return the record of an HPC pool's array of two clients that the site has accepted."""
     made = HpcRecord("site", state=ArrayState.ACCEPTED, size=2, submission=Submission(0, authority, certificate))
     return replace(made, **changes)
 
@@ -123,12 +123,12 @@ def plan(job_: Job, observed: Observed, now: dt.datetime, options: PlanOptions) 
 
 
 def of_kind(decided: act.Plan, kind: type) -> list[Any]:
-    """The plan's actions of one kind."""
+    """Return the plan's actions of one kind."""
     return [item for item in decided.actions if isinstance(item, kind)]
 
 
 class World:
-    """Holds a state, carries out plans in it, and lets time pass."""
+    """A simulated world that carries out plans and lets time pass."""
 
     options = PlanOptions(cluster="sim", starts_per_pass=3)
 
@@ -137,12 +137,12 @@ class World:
         self.now = NOW
         self.observed = observed or Observed(sites={"site": site()})
         self.pools: dict[str, PoolView] = {}  # at the site, by key
-        self.requests: dict[str, Any] = {}  # what they were asked to be
+        self.requests: dict[str, Any] = {}  # their requests
         self.shrunk: list[tuple[str, int]] = []
         self.site_up = True
         self.denied = False
         self.quota: int | None = None
-        self.trains = True  # rounds advance while the quorum is there
+        self.trains = True  # rounds advance while the quorum is reached
         self.rounds = 0
         self.gone = False
         self.events: list[act.Emit] = []
@@ -151,7 +151,7 @@ class World:
     # -- one step of the operator
 
     def look(self) -> Observed:
-        """What the operator would see now."""
+        """Return what the operator would observe now."""
         record = self._record()
         pools, problems = {}, dict(self.observed.problems)
         for name, entry in record.hpc.items():
@@ -167,7 +167,7 @@ class World:
         return replace(self.observed, pools=pools, problems=problems, federation=self._federation())
 
     def step(self) -> act.Plan:
-        """Observes, plans and applies once."""
+        """Observe, plan and apply once."""
         observed = self.look()
         decided = plan(self.job, observed, self.now, self.options)
         for action in decided.actions:
@@ -178,7 +178,7 @@ class World:
         return decided
 
     def run(self, steps: int = 400, seconds: float = 5.0) -> int:
-        """Steps while time passes until nothing is left to do; tells how many steps that took."""
+        """Step while time passes until nothing is left to do; return the number of steps."""
         quiet = 0
         for number in range(steps):
             before = self.job.status
@@ -300,7 +300,7 @@ class World:
     # -- the rest of the world
 
     def tick(self, seconds: float) -> None:
-        """Pods start and vanish, the queue moves, rounds pass."""
+        """Let time pass: pods start and vanish, the queue moves, rounds are completed."""
         self.now += dt.timedelta(seconds=seconds)
         refusals = {key: value for key, value in self.observed.refusals.items() if value.retry_at > self.now}
         self.observed = replace(self.observed, refusals=refusals)
@@ -317,7 +317,7 @@ class World:
         if enough and self.rounds < self._accepted().rounds:
             self.rounds += 1
         elif self.rounds >= self._accepted().rounds:
-            # Clients hear it and go, then the aggregator does.
+            # The clients end, then the aggregator does.
             ended: dict[str, Any] = {"phase": "Succeeded", "ready": False, "exit_code": 0, "finished": self.now}
             self._pods(*(replace(pod, **ended) if not pod.ended else pod for pod in self.observed.pods))
             said = f'{{"phase":"COMPLETE","completedRounds":{self.rounds}}}'
@@ -332,7 +332,7 @@ class World:
                     self.pools[key] = replace(view, phase=PoolPhase.SUCCEEDED, succeeded=view.running, running=0)
 
     def fail(self, name: str, code: int = 1, **changes: Any) -> None:
-        """A pod's program ends."""
+        """End a pod's program with a failure."""
         ended: dict[str, Any] = {
             "phase": "Failed",
             "ready": False,
@@ -343,7 +343,7 @@ class World:
         self._pods(*(replace(pod, **ended) if pod.name == name else pod for pod in self.observed.pods))
 
     def resize(self, replicas: int) -> None:
-        """Somebody changes the HPC pool's replicas."""
+        """Change the HPC pool's replicas in the manifest."""
         pools = copy.deepcopy(self.job.spec["pools"])
         for pool in pools:
             if "hpc" in pool:
@@ -351,20 +351,20 @@ class World:
         self.job = replace(self.job, spec={**self.job.spec, "pools": pools}, generation=self.job.generation + 1)
 
     def living(self) -> list[tuple[int, int, int]]:
-        """The site's living arrays: attempt, first client, number of clients."""
+        """Return the site's running arrays: attempt, first client, number of clients."""
         alive = [(self.requests[key], view) for key, view in self.pools.items() if not view.ended]
         return sorted((asked.attempt, asked.first_index, view.queued + view.running) for asked, view in alive)
 
     def vanish(self, name: str) -> None:
-        """A pod goes without a trace."""
+        """Remove a pod without a trace."""
         self._pods(*(pod for pod in self.observed.pods if pod.name != name))
 
     def pod(self, name: str) -> PodView:
-        """A pod by its name."""
+        """Return a pod by its name."""
         return next(pod for pod in self.observed.pods if pod.name == name)
 
     def condition(self, type_: str) -> str:
-        """``Status/Reason`` of a condition; empty where there is none."""
+        """Return ``Status/Reason`` of a condition; empty if it is not set."""
         for item in self.job.status.get("conditions") or ():
             if item["type"] == type_:
                 return f"{item['status']}/{item['reason']}"
@@ -377,7 +377,7 @@ class World:
         return self.observed.accepted or parse_spec(self.job.spec)
 
     def _moves(self) -> bool:
-        """Whether the world itself is still on its way."""
+        """Return True if pods are still starting or ending."""
         return any(pod.deleting or pod.phase == "Pending" for pod in self.observed.pods)
 
     def _federation(self) -> FederationView | None:

@@ -121,11 +121,11 @@ class _CloudPool:
                 self._waiting = self._waiting or why_not_started(context, newest)
 
     def _holds_place(self, index: int, pod: PodView) -> bool:
-        """Return whether a pod that is being deleted still counts in Kueue's group, which would exceed its size."""
+        """Return True if a pod that is being deleted still counts in Kueue's group, which a new one would exceed."""
         context = self.context
         if not context.job.queue or pod.ended or not pod.node or index >= self.members:
             return False
-        # One whose node is lost does not go by itself.
+        # A pod on a lost node is not removed by itself.
         return pod.overdue is None or not context.reached(pod.overdue + _PATIENCE)
 
     def _delete_obsolete(self, pods: Sequence[PodView]) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures: a stand-in API server, and operators as processes of their own against it."""
+"""Fixtures: a fake API server, and operators as processes that use it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +11,14 @@ from .operator_process import Operator
 
 @pytest.fixture
 def api() -> Iterator[ApiServer]:
-    """An API server that holds nothing but kube-system."""
+    """A fake API server with kube-system only."""
     with ApiServer() as server:
         yield server
 
 
 @pytest.fixture
 def operator(api: ApiServer, tmp_path: Path) -> Iterator[Operator]:
-    """The operator, not yet started."""
+    """An operator that is not started yet."""
     process = Operator(api.kubeconfig(tmp_path / "kubeconfig"), tmp_path / "operator.log")
     try:
         yield process

@@ -1,4 +1,4 @@
-"""Remote parties that accept calls and never answer: real gRPC servers with mutual TLS."""
+"""Remote parties that accept calls and never respond: real gRPC servers with mutual TLS."""
 
 import asyncio
 import base64
@@ -22,7 +22,7 @@ _DAY = dt.timedelta(days=1)
 
 
 class DeadBridge(BridgeServicer):
-    """Shakes hands, takes every call, and answers none."""
+    """A bridge that accepts every call and never responds."""
 
     def __init__(self, describes_itself: bool = False) -> None:
         self.describes_itself = describes_itself
@@ -41,7 +41,7 @@ class DeadBridge(BridgeServicer):
 
 
 class DeadObserver(ObserverServicer):
-    """An aggregator that answers nothing."""
+    """An aggregator that never responds."""
 
     async def _never(self, *_: Any) -> Any:
         await asyncio.get_running_loop().create_future()
@@ -50,7 +50,7 @@ class DeadObserver(ObserverServicer):
 
 
 def dead_site(api: ApiServer, name: str, bridge: DeadBridge) -> None:
-    """Serves a dead bridge, and makes its HPCSite."""
+    """Serve a dead bridge, and create its HPCSite."""
     authority = Authority.create("site", _DAY)
     client = authority.issue("operator", _DAY, uris=["isthmus://operator/test"])
     tls = server_credentials(authority.issue("bridge", _DAY, hosts=["127.0.0.1"]))
@@ -72,7 +72,7 @@ def dead_site(api: ApiServer, name: str, bridge: DeadBridge) -> None:
 
 
 def silent_aggregators(api: ApiServer, namespace: str) -> None:
-    """From now on each aggregator of a namespace runs, shakes hands with its own certificate, and answers nothing."""
+    """Let each new aggregator of a namespace accept TLS with its own certificate, and never respond."""
     addresses = (f"127.83.{number // 250}.{number % 250 + 1}" for number in itertools.count())
 
     async def started(pod: dict[str, Any]) -> str:
@@ -94,12 +94,12 @@ def silent_aggregators(api: ApiServer, namespace: str) -> None:
 
 
 def hpc_job(site: str) -> dict[str, Any]:
-    """The spec's difference of a job with one pool at a site."""
+    """Return the changes of a spec for a job with one pool at a site."""
     return {"pools": [{"name": "lumi", "replicas": 1, "hpc": {"siteRef": {"name": site}, "environment": "py"}}]}
 
 
 def made(api: ApiServer, namespace: str, count: int, condition: str) -> None:
-    """Waits until so many jobs of a namespace have a condition."""
+    """Wait until a number of jobs of a namespace have a condition."""
 
     def enough() -> bool:
         jobs = api.items("federatedjobs", namespace)

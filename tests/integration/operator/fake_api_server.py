@@ -1,4 +1,4 @@
-"""A stand-in for an API server, with a kubelet that runs everything at once; faulty on demand."""
+"""A fake API server with a kubelet that runs everything at once, and with faults on demand."""
 
 import asyncio
 import copy
@@ -31,20 +31,20 @@ _CLUSTER_WIDE = ("namespaces", "nodes", "hpcsites")
 
 
 class ApiServer:
-    """Objects in memory, watched; served from a thread of its own."""
+    """An API server with objects in memory and watches, served from its own thread."""
 
     def __init__(self) -> None:
         self.port = free_port()
         self.objects: dict[Place, Body] = {}
-        self.forbidden: set[str] = set()  # namespaces in which the operator may do nothing
+        self.forbidden: set[str] = set()  # namespaces in which the operator has no rights
         self.idle: set[str] = set()  # namespaces whose pods never start
-        self.slow: dict[str, float] = {}  # namespaces where pods are made this slowly
-        self.writes: list[str] = []  # what was asked for, as METHOD plural/name
+        self.slow: dict[str, float] = {}  # delay of pod creations by namespace
+        self.writes: list[str] = []  # requests, as METHOD plural/name
         self.watch_seconds = 300.0
         self.pod_started: Callable[[Body], Any] | None = None
-        """Called with each pod that starts, in the server's loop; returns the pod's address."""
+        """A function that is called in the server's loop with each pod that starts, and returns its address."""
         self.servers: list[Any] = []
-        """gRPC servers that end with this one."""
+        """gRPC servers that are stopped with this one."""
         self._version = 1
         self._log: list[tuple[int, str, str, Body]] = []
         self._loop = asyncio.new_event_loop()
@@ -77,11 +77,11 @@ class ApiServer:
         await asyncio.gather(*others, return_exceptions=True)
 
     def run(self, coroutine: Any) -> "Future[Any]":
-        """Runs something in the server's loop."""
+        """Run a coroutine in the server's loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def kubeconfig(self, path: Path) -> Path:
-        """Credentials for this server."""
+        """Return the credentials for this server."""
         content = {
             "apiVersion": "v1", "kind": "Config", "current-context": "x",
             "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{self.port}"}}],
@@ -91,37 +91,37 @@ class ApiServer:
         path.write_text(json.dumps(content), encoding="utf-8")
         return path
 
-    # -- as an admin, past every fault
+    # -- as an admin, without faults
 
     def put(self, plural: str, body: Body, namespace: str = "") -> Body:
-        """Makes an object."""
+        """Create an object."""
         body = copy.deepcopy(body)
         return dict(self.run(self._create(plural, namespace, body["metadata"]["name"], body)).result(30))
 
     def change(self, plural: str, namespace: str, name: str, patch: Body) -> Body:
-        """Changes an object by a merge patch, its status included."""
+        """Change an object by a merge patch, including its status."""
         return dict(self.run(self._changed((plural, namespace, name), patch)).result(30))
 
     def get(self, plural: str, namespace: str, name: str) -> Body:
-        """An object; empty where there is none."""
+        """Return an object; empty if it does not exist."""
         return copy.deepcopy(self.objects.get((plural, namespace, name)) or {})
 
     def items(self, plural: str, namespace: str = "") -> list[Body]:
-        """The objects of a kind."""
+        """Return the objects of a kind."""
         found = list(self.objects.items())
         return [copy.deepcopy(body) for (kind, where, _), body in found if kind == plural and namespace in ("", where)]
 
     def delete(self, plural: str, namespace: str, name: str) -> None:
-        """Deletes an object, once its finalizers are gone."""
+        """Delete an object once its finalizers are gone."""
         self.run(self._delete((plural, namespace, name))).result(30)
 
     def condition(self, namespace: str, name: str, type_: str) -> str:
-        """``Status/Reason`` of a job's condition; empty where there is none."""
+        """Return ``Status/Reason`` of a job's condition; empty if it is not set."""
         found = (self.get("federatedjobs", namespace, name).get("status") or {}).get("conditions") or ()
         return next((f"{item['status']}/{item['reason']}" for item in found if item["type"] == type_), "")
 
     def events(self, reason: str) -> list[str]:
-        """Messages of events."""
+        """Return the messages of events."""
         return [item["message"] for item in self.items("events") if item["reason"] == reason]
 
     # -- the objects

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def until(check: Callable[[], T], what: str, seconds: float = 120.0) -> T:
-    """The first true value of ``check``."""
+    """Wait for the first true value of ``check``, and return it."""
     deadline = time.monotonic() + seconds
     while not (value := check()):
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
@@ -29,7 +29,7 @@ def until(check: Callable[[], T], what: str, seconds: float = 120.0) -> T:
 
 @dataclass
 class Operator:
-    """One operator."""
+    """One operator process."""
 
     kubeconfig: Path
     log: Path
@@ -38,7 +38,7 @@ class Operator:
     health_port: int = field(default_factory=free_port)
 
     def start(self, *options: str) -> None:
-        """Starts it, and waits until it is ready."""
+        """Start the operator, and wait until it is ready."""
         command = [
             sys.executable, "-m", "isthmus_operator", "--resync", "1", "--metrics", f"127.0.0.1:{self.metrics_port}",
             "--health", f"127.0.0.1:{self.health_port}", *options,
@@ -49,7 +49,7 @@ class Operator:
         until(lambda: self.probe("/readyz") == 200, "the operator is ready")
 
     def probe(self, path: str) -> int:
-        """The status of a probe; 0 without an answer."""
+        """Return the HTTP status of a probe; 0 without a response."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}{path}", timeout=5) as answer:
                 return int(answer.status)
@@ -59,13 +59,13 @@ class Operator:
             return 0
 
     def metric(self, name: str) -> float:
-        """A metric's value; 0 where there is none. ``name``: with its labels."""
+        """Return a metric's value; 0 if it does not exist. ``name``: with its labels."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
         return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} ")), 0.0)
 
     def stop(self) -> None:
-        """Ends it."""
+        """Stop the operator."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
@@ -76,7 +76,7 @@ class Operator:
 
 
 def job(name: str, **spec: Any) -> dict[str, Any]:
-    """A FederatedJob of one client."""
+    """Return a FederatedJob with one client."""
     content = {
         "rounds": 3,
         "task": {"image": "img", "command": ["python", "t.py"]},
@@ -88,7 +88,7 @@ def job(name: str, **spec: Any) -> dict[str, Any]:
 
 
 def accepted_after(api: ApiServer, namespace: str, name: str, seconds: float = 300.0) -> float:
-    """Makes a job; after how many seconds it is accepted."""
+    """Create a job, and return after how many seconds it is accepted."""
     began = time.monotonic()
     api.put("federatedjobs", job(name), namespace)
     until(lambda: api.condition(namespace, name, "Accepted") == "True/Valid", f"{name} is accepted", seconds)

@@ -1,4 +1,4 @@
-"""The webhook's verdicts: the reconciler's, at apply time."""
+"""Tests of the webhook's reviews, which equal the reconciler's."""
 
 import datetime as dt
 import json
@@ -63,7 +63,7 @@ def test_changes_that_need_a_new_job_are_refused() -> None:
     answer = judge(spec(rounds=9), old=spec(), accepted=spec())
     assert answer == Answer(False, "changes of spec.rounds are refused: they need a new job")
     assert judge(spec(suspend=True), old=spec(), accepted=spec()) == Answer(True)
-    # Back to what is in force, after a change that was ignored while the webhook was down.
+    # A return to the accepted spec, after a change that was ignored while the webhook was down.
     assert judge(spec(), old=spec(rounds=9), accepted=spec()) == Answer(True)
     # An operator that has just started knows from the status that the job was accepted.
     known = {**body(spec()), "status": {"conditions": [{"type": "Accepted", "status": "True"}]}}
@@ -107,7 +107,7 @@ def test_the_users_own_manifest_is_taken_again_after_the_defaults_were_written_d
     stored = {**own, "selection": {"minClients": 2}, "stragglers": {"minUpdates": 2}}
     assert judge(own, old=stored, accepted=stored) == Answer(True)
     assert judge({**own, "suspend": True}, old=stored, accepted=stored) == Answer(True)
-    # The other way round, too: the webhook was away when the job was made.
+    # Also the other way round: the webhook was down when the job was created.
     assert judge(stored, old=own, accepted=own) == Answer(True)
     verdict = examine(job({**own, "suspend": True}), Observed(accepted=parse_spec(stored)))
     assert isinstance(verdict, Acceptance)
@@ -119,7 +119,7 @@ def test_the_users_own_manifest_is_taken_again_after_the_defaults_were_written_d
 
 
 async def call(webhook: Webhook, review: object, path: str, tmp: Path) -> dict[str, Any]:
-    """Over real TLS."""
+    """Test the webhook over real TLS."""
     import asyncio
     import socket
 

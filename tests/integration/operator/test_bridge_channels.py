@@ -1,4 +1,4 @@
-"""The channel to a site's bridge, when its Secret changes: over real gRPC with mutual TLS."""
+"""Tests of the channel to a site's bridge when its Secret changes, over real gRPC with mutual TLS."""
 
 import asyncio
 import base64
@@ -31,7 +31,7 @@ DAY = dt.timedelta(days=1)
 
 
 class Slow(BridgeServicer):
-    """Answers DescribeSite at once, and GetPool when it may."""
+    """A bridge that responds to DescribeSite at once and to GetPool when it is allowed to."""
 
     def __init__(self) -> None:
         self.may = asyncio.Event()
@@ -51,7 +51,7 @@ class Slow(BridgeServicer):
 
 
 class Site:
-    """A bridge, and the operator's side of it."""
+    """A bridge with the operator's side of it."""
 
     def __init__(self, tls: Path) -> None:
         self.tls = tls
@@ -122,7 +122,7 @@ async def test_a_site_changes_its_authority_step_by_step_and_is_never_out_of_rea
     site.calls_with(new, new.certificate)
     site.serves_with(new, new.certificate)
     await site.works_soon()
-    # The old one counts no more.
+    # The old one is no longer valid.
     site.calls_with(old, new.certificate)
     assert not await site.works()
 
@@ -144,7 +144,7 @@ async def test_calls_under_way_survive_a_change_of_the_secret_and_the_end_of_the
 
 @pytest.fixture
 async def impatient(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """The site, connected, whose calls get a moment each."""
+    """A connected site with short deadlines for calls."""
     assert await site.works()
     monkeypatch.setattr(bridge, "CALL_SECONDS", 0.3)
     return site
@@ -159,7 +159,7 @@ async def test_a_silent_site_is_left_alone_and_says_so(impatient: Site) -> None:
     assert REGISTRY.get_sample_value("isthmus_operator_circuit_open", {"site": "here"}) == 1
     with pytest.raises(BridgeError, match="describes itself, but did not respond to its last calls"):
         await impatient.bridges.describe("here")
-    # One call tries it, and its answer opens the way for all.
+    # One call tries it, and its response closes the breaker for all.
     impatient.servicer.may.set()
     impatient.bridges._state("here").breaker._retry_at = 0.0
     assert (await impatient.bridges.get("here", "key", 0)).running == 1

@@ -1,4 +1,4 @@
-"""The gateway over real gRPC and TLS, dialled by bridges that speak the protocol well or badly."""
+"""Tests of the gateway over real gRPC and TLS, with correct and faulty bridges."""
 
 import asyncio
 import datetime as dt
@@ -26,7 +26,7 @@ DAY = dt.timedelta(days=1)
 
 @dataclass
 class World:
-    """A gateway, and what its proof finds."""
+    """A gateway with a configurable result of its proof."""
 
     gateway: Gateway
     authority: Authority
@@ -41,7 +41,7 @@ class World:
 
     @asynccontextmanager
     async def dial(self) -> AsyncIterator[Any]:
-        """A stream to it."""
+        """Open a stream to the gateway."""
         channel = aio_public_channel(f"127.0.0.1:{self.gateway.port}", self.authority.certificate, "gateway.example")
         try:
             yield GatewayStub(channel).Connect()
@@ -77,12 +77,12 @@ async def connected(world: World, call: Any, site: str = "lumi") -> None:
     before = world.gateway.addresses.get(site)
     await call.write(hello(site))
     assert (await asyncio.wait_for(call.read(), 60)).HasField("welcome")
-    # It counts just after its welcome.
+    # It is registered just after its welcome.
     await until(lambda: world.gateway.addresses.get(site, before) != before)
 
 
 async def end(call: Any) -> tuple[grpc.StatusCode, str]:
-    """How the gateway ended the stream."""
+    """Return how the gateway ended the stream."""
     async with asyncio.timeout(60):
         return await call.code(), await call.details()
 

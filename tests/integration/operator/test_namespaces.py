@@ -1,4 +1,4 @@
-"""Several namespaces, of which one takes the operator's rights away."""
+"""Tests with several namespaces, one of which revokes the operator's rights."""
 
 import json
 import urllib.request
@@ -18,7 +18,7 @@ def test_one_namespace_that_is_refused_is_told_and_the_others_are_served(api: Ap
     for namespace in ("a", "b"):
         accepted_after(api, namespace, "before")
     api.forbidden.add("a")
-    # A change in b is noticed, in a as well: its look is refused.
+    # Changes in both are noticed; the reconciliation in a is refused.
     api.change("federatedjobs", "a", "before", {"spec": {"suspend": True}})
     until(lambda: "a" in refused(operator), "readiness tells of it")
     assert set(refused(operator)) == {"a"}
@@ -54,7 +54,7 @@ def test_it_is_not_ready_where_every_namespace_is_refused(api: ApiServer, operat
 
 
 def test_the_watch_of_a_refused_namespace_is_taken_up_again_however_late(api: ApiServer, operator: Operator) -> None:
-    """kopf gives up after 54 seconds by itself."""
+    """By default kopf gives up after 54 seconds."""
     api.watch_seconds = 1.0
     operator.start("-n", "a", "-n", "b", "--no-sites")
     api.forbidden.add("a")

@@ -1,4 +1,4 @@
-"""Asking an aggregator, over real gRPC with mutual TLS."""
+"""Tests of calls to an aggregator, over real gRPC with mutual TLS."""
 
 import datetime as dt
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ class FakeAggregator(ObserverServicer):
 
 @pytest.fixture
 def authority(monkeypatch: pytest.MonkeyPatch) -> Iterator[Authority]:
-    """A CA whose aggregator listens on this machine."""
+    """An aggregator on this machine with its CA."""
     ca = Authority.create("job", DAY)
     server = grpc.server(ThreadPoolExecutor(2))
     add_ObserverServicer_to_server(FakeAggregator(), server)
@@ -89,7 +89,7 @@ def test_other_last_words_are_not_its_status(message: str) -> None:
 
 
 def test_what_an_aggregator_says_is_printable_and_bounded() -> None:
-    """Its image is the user's, and all of this goes into a FederatedJob."""
+    """The image belongs to the user, and all of its report is stored in a FederatedJob."""
     forged = "a\n\x1b[2Jb" + "x" * 5000
     failure = pb.ClientFailure(message=forged, traceback=forged)
     metrics = [pb.MetricValue(name=f"{number}{forged}") for number in range(5000)]

@@ -1,4 +1,4 @@
-"""Remote parties that take calls and answer none: whoever does not need them does not notice."""
+"""Tests that remote parties which never respond do not delay jobs that do not need them."""
 
 from .dead_remotes import DeadBridge, dead_site, hpc_job, made, silent_aggregators
 from .fake_api_server import ApiServer

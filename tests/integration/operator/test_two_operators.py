@@ -1,4 +1,4 @@
-"""Two operators that could serve the same jobs."""
+"""Tests of two operators that could serve the same jobs."""
 
 from pathlib import Path
 
