@@ -185,8 +185,7 @@ def test_only_the_current_model_is_served(clients: list[HandMadeClient]) -> None
 
 
 def test_clients_on_slow_links_need_not_wait_for_each_other(federation: Callable[..., Federation]) -> None:
-    """Of a model as large as this one few updates have a place in memory, and here nobody is done before all are
-    half-way."""
+    """Only few updates of large models are received at a time, and here none is complete before all are half-way."""
     count, size = 6, 4_000_000
     assert 4 * size > RECEPTION_BYTES // 2
     job = federation(count, 1)
