@@ -21,13 +21,8 @@ CHECKED_PROSE = (
     "examples",
     "images",
     "lab",
-    "runtime/isthmus/client",
-    "runtime/isthmus/cluster",
-    "runtime/isthmus/codecs",
-    "runtime/isthmus/integrations",
-    "runtime/isthmus/local",
-    "runtime/isthmus/privacy",
-    "runtime/isthmus/strategies",
+    "operator",
+    "runtime",
     "tools",
 )
 

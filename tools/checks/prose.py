@@ -23,14 +23,14 @@ _VERBS = (
     " Ends Ensures Enters Expects Feeds Fetches Fills Finds Follows Forgets Gets Gives Goes Handles Has Holds Is Joins"
     " Keeps Launches Leaves Lets Listens Loads Looks Makes Marks Moves Opens Parses Passes Prepares Prints Provides"
     " Pulls Puts Raises Reads Receives Recycles Refuses Registers Rejects Releases Removes Renders Replaces Resolves"
-    " Returns Rings Says Sees Sends Serves Sets Shows Solves Speaks Starts Stops Stores Submits Subtracts Takes Tells"
+    " Returns Rings Says Sees Sends Serves Shows Solves Speaks Starts Stops Stores Submits Subtracts Takes Tells"
     " Terminates Tries Turns Validates Verifies Waits Wakes Watches Wraps Writes Yields"
 )
 # Third-person verbs that may also be plural nouns: wrong at the beginning of a function's docstring.
 _AMBIGUOUS = (
     "Builds Calls Changes Checks Counts Cuts Draws Extracts Folds Forks Frames Limits Lists Locks Logs Measures Merges"
     " Names Notes Offers Orders Plans Polls Publishes Pushes Queries Records Replays Reports Requests Resets Restarts"
-    " Runs Samples Saves Scales Signs Splits States Steps Tests Trains Updates Uses Walks Works"
+    " Runs Samples Saves Scales Sets Signs Splits States Steps Tests Trains Updates Uses Walks Works"
 )
 VERBS = frozenset(_VERBS.split())
 FUNCTION_VERBS = VERBS | frozenset(_AMBIGUOUS.split())

@@ -118,7 +118,7 @@ def _whose(key: str, body: Mapping[str, Any]) -> str:
 
 
 def _is_ours(body: Mapping[str, Any], job: Job) -> bool:
-    """Return True if an object's label or owner names the job; one of them may have been edited."""
+    """Return True if an object's label or owner names the job; either may have been edited."""
     owners = (body.get("metadata") or {}).get("ownerReferences") or ()
     return job_uid_of(body) == job.uid or any(owner.get("uid") == job.uid for owner in owners)
 

@@ -17,7 +17,7 @@ from ..text import headline
 from .context import PoolOutcome
 
 _DIGITS = 4  # significant digits: enough to compare models, without changes of the status by noise
-# Exactly one of them is True, see :mod:`.readiness`.
+# Exactly one is True, see :mod:`.readiness`.
 SUMMARY = (ConditionType.READY, ConditionType.RECONCILING, ConditionType.STALLED)
 _FINISHED = (ConditionType.COMPLETE, ConditionType.FAILED)
 
@@ -70,7 +70,7 @@ class StatusDraft:
         return known
 
     def reset_start(self) -> None:
-        """Clear the start time: the deadline counts anew after a suspension."""
+        """Clear the start time: after a suspension the deadline starts again."""
         self.content.pop("startTime", None)
 
     def completed(self) -> None:

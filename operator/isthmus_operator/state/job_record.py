@@ -182,8 +182,8 @@ class Record:
         """Return :meth:`dump`'s text in at most ``room`` bytes, and drop what does not fit.
 
         Messages of HPC arrays are cut first, then dropped. Then entries of cloud clients are dropped, those with the
-        fewest failures first. The failures of such a client are forgiven, and its next attempt gets a number above all
-        dropped ones, so that no number is used twice.
+        fewest failures first. The failures of these clients are forgiven, and their next attempts get a number above
+        all dropped ones, so that no number is used twice.
         """
         for longest in (_MESSAGE, 0):
             if len(text := self.dump(uid)) <= room:
