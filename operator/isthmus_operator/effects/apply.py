@@ -30,7 +30,7 @@ from ..planning.actions import (
     SaveJob,
     ShrinkPool,
 )
-from ..planning.desired import unmet
+from ..planning.desired import removals, unmet
 from ..state.job_cache import JobCache
 from ..state.job_store import JobStore
 from ..state.observed import Job, ProblemKind
@@ -235,6 +235,8 @@ class Effects:
         try:
             if action.whole:
                 body = await self._kube.apply(action.body)
+                if extra := removals(action.body, body):
+                    body = await self._kube.patch(action.kind, job.namespace, action.name, extra)
             else:
                 patch = {"metadata": action.body["metadata"]}
                 body = await self._kube.patch(action.kind, job.namespace, action.name, patch)

@@ -122,6 +122,21 @@ def unmet(body: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(_differences(wanted, live, "")))
 
 
+def removals(wanted: Mapping[str, Any], live: Mapping[str, Any], whole: bool = False) -> dict[str, Any]:
+    """Return a merge patch without the keys that others added to maps such as a selector.
+
+    Server-side apply leaves such keys alone where an API server treats these maps as open (Kubernetes before 1.22).
+    """
+    patch: dict[str, Any] = {key: None for key in live if key not in wanted} if whole else {}
+    for key, value in wanted.items():
+        found = live.get(key)
+        nested = isinstance(value, Mapping) and isinstance(found, Mapping)
+        inner = removals(value, found, key in _WHOLE_MAPS) if nested else {}
+        if inner:
+            patch[key] = inner
+    return patch
+
+
 def metadata_patch(job: Job, item: Desired, live: Mapping[str, Any]) -> dict[str, Any]:
     """Return a merge patch that restores an object's labels and owner, and keeps other owners."""
     wanted = metadata(job, item.name)

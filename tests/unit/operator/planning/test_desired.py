@@ -181,6 +181,30 @@ async def test_an_edit_that_comes_back_is_not_fought() -> None:
     assert set(mends(around(live=there, unmendable=cache.unmendable))) == {"Service/demo-aggregator"}
 
 
+async def test_a_key_that_apply_leaves_in_a_selector_is_removed() -> None:
+    there = as_stored()
+    _set("spec.selector.canary", "1")(there["Service/demo-aggregator"])
+    (mend,) = mends(around(live=there)).values()
+
+    class Open(Server):
+        """Merges selectors, as API servers before Kubernetes 1.22 do."""
+
+        async def apply(self, body: dict[str, Any]) -> dict[str, Any]:
+            self.stored = copy.deepcopy(body)
+            self.stored["spec"]["selector"]["canary"] = "1"
+            return copy.deepcopy(self.stored)
+
+        async def patch(self, kind: str, namespace: str, name: str, patch: dict[str, Any]) -> dict[str, Any]:
+            assert (kind, namespace, name) == ("Service", "team", "demo-aggregator")
+            assert patch == {"spec": {"selector": {"canary": None}}}
+            del self.stored["spec"]["selector"]["canary"]
+            return self.stored
+
+    server = Open()
+    assert (await mended(server, mend)).unmendable == {}
+    assert server.events == ["the Service demo-aggregator was edited (spec.selector) and is restored"]
+
+
 async def test_a_refused_mend_is_tried_again_later() -> None:
     there = as_stored()
     _set("spec.type", "ClusterIP")(there["Service/demo-aggregator"])
