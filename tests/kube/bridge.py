@@ -1,4 +1,4 @@
-"""A bridge in this process: real gRPC with mutual TLS, and a queue that moves when the test says so."""
+"""A fake bridge in this process, with real gRPC and mutual TLS, and a queue that the test controls."""
 
 import datetime as dt
 import threading
@@ -21,7 +21,7 @@ _Context = Any
 
 
 class FakeBridge(BridgeServicer):
-    """Remembers what it is asked."""
+    """Fake bridge that records the requests it receives."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -29,8 +29,8 @@ class FakeBridge(BridgeServicer):
         self.requests: list[pb.EnsurePoolRequest] = []
         self.cancelled: list[str] = []
         self.renewed: dict[str, pb.RenewCredentialsRequest] = {}
-        self.ahead = 0.0  # seconds, its clock
-        self.looks = 0  # how often it was asked for a pool
+        self.ahead = 0.0  # offset of its clock, in seconds
+        self.get_calls = 0  # number of GetPool calls
         self.deny = ""
         self._lock = threading.Lock()
         self._server: grpc.Server | None = None
@@ -44,30 +44,30 @@ class FakeBridge(BridgeServicer):
         self.down()
 
     def new_certificates(self) -> None:
-        """Makes a CA and what it signs; the bridge has them from its next start on."""
+        """Create a CA and certificates; the bridge uses them after its next start."""
         authority = Authority.create("site", _DAY)
         self._server_side = authority.issue("bridge", _DAY, hosts=["127.0.0.1"])
         self._client_side = authority.issue("operator", _DAY, uris=["isthmus://operator/test"])
 
     def up(self) -> None:
-        """Serves."""
+        """Start serving."""
         self._server = grpc.server(ThreadPoolExecutor(4), options=SERVER_OPTIONS)
         add_BridgeServicer_to_server(self, self._server)
         self._server.add_secure_port(f"127.0.0.1:{self.port}", server_credentials(self._server_side))
         self._server.start()
 
     def down(self) -> None:
-        """Does not answer any more."""
+        """Stop answering."""
         if self._server is not None:
             self._server.stop(0).wait()
             self._server = None
 
     def secret(self) -> dict[str, Any]:
-        """The operator's certificate."""
+        """Return a Secret with the operator's certificate."""
         return tls_secret("bridge", self._client_side.files())
 
     def site(self, namespace: str, **spec: Any) -> dict[str, Any]:
-        """The HPCSite, named like the namespace that may use it."""
+        """Return the HPCSite. It is named like the namespace that may use it."""
         return {
             "apiVersion": "isthmus.dev/v1alpha1",
             "kind": "HPCSite",
@@ -82,11 +82,11 @@ class FakeBridge(BridgeServicer):
 
     @staticmethod
     def pool(namespace: str, replicas: int = 2) -> dict[str, Any]:
-        """A pool at this site."""
+        """Return a pool at this site."""
         return {"name": "lumi", "replicas": replicas, "hpc": {"siteRef": {"name": namespace}, "environment": "py"}}
 
     def move(self, phase: int, **changes: Any) -> None:
-        """Changes every pool that has not ended."""
+        """Change every pool that has not ended."""
         ended = (pb.Pool.SUCCEEDED, pb.Pool.FAILED, pb.Pool.CANCELLED)
         with self._lock:
             for pool in self.pools.values():
@@ -102,7 +102,7 @@ class FakeBridge(BridgeServicer):
     def _now(self) -> float:
         return dt.datetime.now(dt.UTC).timestamp() + self.ahead
 
-    def _told(self, key: str) -> pb.Pool:
+    def _reply(self, key: str) -> pb.Pool:
         self.pools[key].now = self._now()
         return self.pools[key]
 
@@ -124,19 +124,19 @@ class FakeBridge(BridgeServicer):
                     reason="Resources",
                     submitted_at=self._now(),
                 )
-            return self._told(request.key)
+            return self._reply(request.key)
 
     def RenewCredentials(self, request: pb.RenewCredentialsRequest, context: _Context) -> pb.Pool:
         with self._lock:
             self.renewed[request.key] = request
-            return self._told(request.key)
+            return self._reply(request.key)
 
     def GetPool(self, request: pb.GetPoolRequest, context: _Context) -> pb.Pool:
         with self._lock:
-            self.looks += 1
+            self.get_calls += 1
             if request.key not in self.pools:
                 context.abort(grpc.StatusCode.NOT_FOUND, "no such pool")
-            return self._told(request.key)
+            return self._reply(request.key)
 
     def CancelPool(self, request: pb.CancelPoolRequest, context: _Context) -> pb.Pool:
         with self._lock:

@@ -1,4 +1,4 @@
-"""A real cluster by way of kubectl, and the operator as a process of its own."""
+"""A real cluster, accessed with kubectl, and the operator in a process of its own."""
 
 import base64
 import functools
@@ -27,7 +27,7 @@ IMAGE = "isthmus.lab/busybox:1"
 ACCOUNT = "isthmus-operator"
 T = TypeVar("T")
 
-# Stands in for the aggregator: is ready at once, and ends as it is told to through its volume.
+# Stand-in for the aggregator. It is ready at once, and ends when a file in its volume says so.
 AGGREGATOR = """\
 trap 'exit 143' TERM
 httpd -p 7443
@@ -45,7 +45,7 @@ while true; do
   sleep 0.2
 done
 """
-# Stands in for a client: waits until it is told to end.
+# Stand-in for a client. It runs until a file asks it to fail.
 CLIENT = """\
 trap 'exit 143' TERM
 while true; do
@@ -64,7 +64,10 @@ def eventually(
     every: float = 0.2,
     show: Callable[[], object] | None = None,
 ) -> T:
-    """The first true value of ``check``; fails after a while, showing the last one or what ``show`` finds."""
+    """Wait until ``check`` returns a true value, and return it.
+
+    On time-out, fail with the last value or the output of ``show``.
+    """
     until = time.monotonic() + seconds
     while True:
         value = check()
@@ -76,7 +79,7 @@ def eventually(
 
 
 def kubectl(*arguments: str, stdin: Any = None, check: bool = True) -> str:
-    """Runs kubectl; its output. Without ``check``, what it complains about comes with it."""
+    """Run kubectl and return its output. Without ``check``, the output includes standard error."""
     text = None if stdin is None else json.dumps(stdin)
     done = subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True, timeout=300, check=False)
     if check and done.returncode:
@@ -85,7 +88,7 @@ def kubectl(*arguments: str, stdin: Any = None, check: bool = True) -> str:
 
 
 def remove_site(name: str) -> None:
-    """Deletes an HPCSite, whatever the jobs of a test have left there."""
+    """Delete an HPCSite, even if jobs of a test still have pools there."""
     kubectl("delete", "hpcsite", name, "--wait=false", "--ignore-not-found")
     kubectl("patch", "hpcsite", name, "--type=merge", "-p", '{"metadata":{"finalizers":null}}', check=False)
 
@@ -102,8 +105,11 @@ def _api() -> tuple[str, urllib3.PoolManager]:
 
 
 def read(path: str) -> dict[str, Any]:
-    """What the API server holds at a path; empty where there is nothing. Tests look often: a kubectl each time would
-    keep the processors busy with itself. An API server that has just come back, or is overloaded, is asked again."""
+    """Return the object or list at an API path; empty if it does not exist.
+
+    Tests poll often, and one kubectl process per poll would be slow. Retries while the API server restarts or is
+    overloaded.
+    """
     host, pool = _api()
     retries = urllib3.Retry(6, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
     answer = pool.request("GET", host + path, timeout=30, retries=retries)
@@ -128,12 +134,12 @@ _PLACES = {
 
 
 def pod_template(container: str, **spec: Any) -> dict[str, Any]:
-    """A template whose pods end soon when they are told to."""
+    """Return a pod template whose pods end quickly when they are stopped."""
     return {"spec": {"terminationGracePeriodSeconds": 1, "containers": [{"name": container}], **spec}}
 
 
 def manifest(name: str = "demo", *, cloud: int = 2, **spec: Any) -> dict[str, Any]:
-    """A FederatedJob that runs with stand-ins."""
+    """Return a FederatedJob that runs with stand-ins."""
     client = pod_template("client")
     aggregator = pod_template("aggregator")
     aggregator["spec"]["containers"][0]["command"] = ["sh", "-c", AGGREGATOR]
@@ -154,7 +160,7 @@ def manifest(name: str = "demo", *, cloud: int = 2, **spec: Any) -> dict[str, An
 
 @dataclass(frozen=True)
 class Namespace:
-    """One namespace of a test."""
+    """Namespace of a test."""
 
     name: str
 
@@ -167,7 +173,7 @@ class Namespace:
         )
 
     def get(self, kind: str, name: str) -> dict[str, Any]:
-        """An object; empty where there is none."""
+        """Return an object; empty if it does not exist."""
         return read(f"{_PLACES[kind]}/{name}".format(self.name))
 
     def items(self, kind: str, labels: str = "app.kubernetes.io/managed-by=isthmus-operator") -> list[dict[str, Any]]:
@@ -175,11 +181,11 @@ class Namespace:
         return list(read(f"{_PLACES[kind]}?{query}".format(self.name))["items"])
 
     def names(self, kind: str) -> set[str]:
-        """Names of the operator's objects of a kind."""
+        """Return the names of the operator's objects of a kind."""
         return {item["metadata"]["name"] for item in self.items(kind)}
 
     def running(self) -> set[str]:
-        """Names of pods that run and are not being deleted."""
+        """Return the names of the pods that run and are not being deleted."""
         return {
             item["metadata"]["name"]
             for item in self.items("pod")
@@ -190,7 +196,7 @@ class Namespace:
         return dict(self.get("fj", name).get("status") or {})
 
     def condition(self, type_: str, name: str = "demo") -> str:
-        """``Status/Reason``; empty where there is none."""
+        """Return a condition as ``Status/Reason``; empty if it is not set."""
         for item in self.status(name).get("conditions") or ():
             if item["type"] == type_:
                 return f"{item['status']}/{item['reason']}"
@@ -200,7 +206,7 @@ class Namespace:
         return next((dict(item) for item in self.status(name).get("pools") or () if item["name"] == pool), {})
 
     def until(self, type_: str, wanted: str, name: str = "demo", seconds: float = 120.0) -> None:
-        """Waits for a condition."""
+        """Wait for a condition."""
         eventually(
             lambda: self.condition(type_, name) == wanted,
             f"{name} {type_}={wanted}",
@@ -209,33 +215,33 @@ class Namespace:
         )
 
     def events(self, reason: str) -> list[str]:
-        """Messages of a FederatedJob's events."""
+        """Return the messages of events about FederatedJobs."""
         return [
             item["message"]
             for item in self.items("event", "")
             if item["involvedObject"]["kind"] == "FederatedJob" and item["reason"] == reason
         ]
 
-    def tell(self, pod: str, path: str) -> None:
-        """Makes a stand-in do something: makes a file in its pod.
+    def touch(self, pod: str, path: str) -> None:
+        """Control a stand-in by creating a file in its pod.
 
-        The stand-in may end before kubectl hears how the command ended (137, or other words), so that what it then
-        does is what tests wait for.
+        The stand-in may end before kubectl reads the command's exit status (137, for example). So the status is not
+        checked; tests wait for the effect.
         """
         print(self.kubectl("exec", pod, "--", "touch", path, check=False))
 
     def leftovers(self) -> list[str]:
-        """Everything of the operator's that is still there."""
+        """Return the operator's remaining objects."""
         kinds = ("pod", "service", "secret", "configmap", "persistentvolumeclaim", "networkpolicy")
         return [f"{kind}/{name}" for kind in kinds for name in self.names(kind)]
 
     def until_bare(self, seconds: float = 240.0) -> None:
-        """Waits until nothing of the operator's is left."""
+        """Wait until none of the operator's objects is left."""
         eventually(lambda: not self.leftovers(), "nothing is left", seconds, show=self.leftovers)
 
 
 def documented_rules() -> dict[str, list[dict[str, Any]]]:
-    """Return the RBAC rules that docs/operating/operator/install.md lists: the tests run with exactly these."""
+    """Return the RBAC rules that docs/operating/operator/install.md lists. The tests run with exactly these."""
     text = (ROOT / "docs" / "operating" / "operator" / "install.md").read_text(encoding="utf-8")
     section = text.split("## RBAC", 1)[1].split("\n## ", 1)[0]
     served, cluster = section.split("Cluster-scoped", 1)
@@ -261,7 +267,10 @@ def _rule(cells: list[str]) -> dict[str, Any]:
 
 
 def grant(namespace: str) -> str:
-    """Makes a service account with exactly the documented rights; tells the name of its cluster role and binding."""
+    """Create a service account with exactly the documented rights.
+
+    Return the name of its ClusterRole and ClusterRoleBinding.
+    """
     rules = documented_rules()
     subject = [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": namespace}]
     api = "rbac.authorization.k8s.io"
@@ -283,7 +292,7 @@ def grant(namespace: str) -> str:
 
 
 def until_granted(namespace: str, *, wide: bool = True) -> None:
-    """Waits until the API server goes by the service account's rights: it learns of new roles a little later."""
+    """Wait until the API server applies the service account's rights, which takes a moment."""
     account = f"--as=system:serviceaccount:{namespace}:{ACCOUNT}"
 
     def may(*what: str) -> bool:
@@ -295,7 +304,7 @@ def until_granted(namespace: str, *, wide: bool = True) -> None:
 
 
 def kubeconfig(namespace: str, path: Path) -> Path:
-    """Credentials of the service account."""
+    """Write a kubeconfig for the service account, and return its path."""
     config = yaml.safe_load(kubectl("config", "view", "--minify", "--raw", "-o", "yaml"))
     token = kubectl("-n", namespace, "create", "token", ACCOUNT, "--duration=1h").strip()
     config["users"] = [{"name": "operator", "user": {"token": token}}]
@@ -321,7 +330,7 @@ class Operator:
     health_port: int = field(default_factory=free_port)
 
     def start(self, *options: str) -> None:
-        """Starts it and waits until it is ready."""
+        """Start the operator and wait until it is ready."""
         command = [
             sys.executable, "-m", "isthmus_operator", "--namespace", self.namespace, "--resync", "1",
             "--metrics", f"127.0.0.1:{self.metrics_port}", "--health", f"127.0.0.1:{self.health_port}",
@@ -349,7 +358,7 @@ class Operator:
             return ""
 
     def kill(self) -> None:
-        """As a node would lose it."""
+        """Kill the operator as the loss of its node would."""
         assert self.process is not None
         self.process.kill()
         self.process.wait(60)
@@ -365,6 +374,6 @@ class Operator:
 
 
 def tls_secret(name: str, files: dict[str, bytes]) -> dict[str, Any]:
-    """A Secret with certificates."""
+    """Return a Secret with certificates."""
     data = {key: base64.b64encode(value).decode() for key, value in files.items()}
     return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "type": "kubernetes.io/tls", "data": data}

@@ -1,4 +1,4 @@
-"""Fixtures: CRDs, a namespace of the test's own, the operator in it, and a bridge that does as it is told."""
+"""Fixtures: CRDs, a namespace per test, the operator in it, and a bridge that the test controls."""
 
 import base64
 import datetime as dt
@@ -41,11 +41,11 @@ _made: list[str] = []
 
 @pytest.fixture(scope="session")
 def crds(require: Callable[[bool, str], None]) -> None:
-    """The resources are known to the cluster."""
+    """Install the CRDs and wait until the cluster serves them."""
     present = bool(os.environ.get("KUBECONFIG")) and shutil.which("kubectl") is not None
     require(present, "no cluster: run `python -m lab exec -- pytest tests/kube`, or set KUBECONFIG")
     before = kubectl("get", "crd", "-o", "name", check=False)
-    if "PYTEST_XDIST_WORKER" not in os.environ:  # others may still need them: who began it all removes them
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # with xdist, others may need them
         _made.extend(name for name in CRDS if name not in before)
     kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
     for name in CRDS:
@@ -60,9 +60,9 @@ def crds(require: Callable[[bool, str], None]) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever a test waits for has its own deadline; on a slow machine they add up to more than other tests get.
+    """Raise the time limit: each wait has its own deadline, and their sum is larger than for other tests.
 
-    The longest comes first: where several run at a time, nothing waits for it in the end.
+    Run the longest test first, so that it is not the last to end when several run in parallel.
     """
     places = [place for place, item in enumerate(items) if Path(__file__).parent in item.path.parents]
     ours = [items[place] for place in places]
@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Leaves the cluster as it was, before tests elsewhere install the chart with its own CRDs."""
+    """Remove the CRDs that the tests created, before tests elsewhere install the chart with its own CRDs."""
     if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
         while _made:
             kubectl("delete", "crd", _made.pop(), "--timeout=240s")
@@ -83,11 +83,11 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 @contextmanager
 def made_namespace() -> Iterator[Namespace]:
-    """A namespace that is gone afterwards, whatever was left in it."""
+    """Create a namespace, and delete it with its contents at the end."""
     name = f"kube-{uuid.uuid4().hex[:8]}"
     kubectl("create", "namespace", name)
     space = Namespace(name)
-    # Pods wait for it on some versions.
+    # Some Kubernetes versions admit pods only once it exists.
     eventually(lambda: space.get("serviceaccount", "default"), "the default service account")
     try:
         yield space
@@ -101,21 +101,21 @@ def made_namespace() -> Iterator[Namespace]:
 
 @pytest.fixture
 def namespace(crds: None) -> Iterator[Namespace]:
-    """A namespace of the test's own."""
+    """Yield a namespace for one test."""
     with made_namespace() as space:
         yield space
 
 
 @pytest.fixture(scope="module")
 def bare(crds: None) -> Iterator[Namespace]:
-    """A namespace for tests that leave nothing in it, and need no operator."""
+    """Yield a namespace for tests that leave nothing in it and need no operator."""
     with made_namespace() as space:
         yield space
 
 
 @pytest.fixture
 def operator(namespace: Namespace, tmp_path: Path) -> Iterator[Operator]:
-    """The operator, with the rights that the documentation lists and no more."""
+    """Yield the operator, running with exactly the rights that the documentation lists."""
     wide = grant(namespace.name)
     process = Operator(namespace.name, kubeconfig(namespace.name, tmp_path / "kubeconfig"), tmp_path / "operator.log")
     try:
@@ -135,7 +135,7 @@ def second(crds: None) -> Iterator[Namespace]:
 
 @pytest.fixture
 def both(namespace: Namespace, second: Namespace, tmp_path: Path) -> Iterator[Operator]:
-    """An operator in one namespace that serves the other one, too, as scope.type=Namespaces sets it up."""
+    """Yield an operator in one namespace that also serves the other one, as scope.type=Namespaces sets it up."""
     wide = grant(namespace.name)
     meta = {"name": ACCOUNT, "namespace": second.name}
     subjects = [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": namespace.name}]
@@ -162,7 +162,7 @@ def both(namespace: Namespace, second: Namespace, tmp_path: Path) -> Iterator[Op
 
 @pytest.fixture
 def bridge(namespace: Namespace) -> Iterator[FakeBridge]:
-    """An HPC site named like the namespace, whose bridge does as the test says."""
+    """Yield the bridge of an HPC site named like the namespace; the test controls it."""
     with FakeBridge() as fake:
         namespace.apply(fake.secret())
         kubectl("apply", "-f", "-", stdin=fake.site(namespace.name))
@@ -172,7 +172,7 @@ def bridge(namespace: Namespace) -> Iterator[FakeBridge]:
 
 @pytest.fixture
 def webhook(namespace: Namespace, operator: Operator, tmp_path: Path) -> Iterator[None]:
-    """The operator's admission webhook, as the chart sets it up, for the test's namespace."""
+    """Enable the operator's admission webhook for the test's namespace, as the chart sets it up."""
     authority = Authority.create("webhook", dt.timedelta(days=1))
     authority.issue("webhook", dt.timedelta(days=1), hosts=["127.0.0.1"]).write(tmp_path / "webhook")
     address = f"127.0.0.1:{free_port()}"
@@ -180,7 +180,7 @@ def webhook(namespace: Namespace, operator: Operator, tmp_path: Path) -> Iterato
     operator.options += ("--webhook", address, "--webhook-tls", str(tmp_path / "webhook"))
     operator.start()
     bundle = base64.b64encode(authority.certificate).decode()
-    # Other tests' namespaces have no such webhook.
+    # The webhook must not be called for other tests' namespaces.
     selector = {"matchLabels": {"isthmus.dev/test": namespace.name}}
     kubectl("label", "namespace", namespace.name, f"isthmus.dev/test={namespace.name}")
     kinds = {"MutatingWebhookConfiguration": "default", "ValidatingWebhookConfiguration": "validate"}
@@ -197,7 +197,7 @@ def webhook(namespace: Namespace, operator: Operator, tmp_path: Path) -> Iterato
         hook["clientConfig"] = {"url": f"https://{address}/{kinds[item['kind']]}", "caBundle": bundle}
         hook["namespaceSelector"] = selector
         hook["rules"][0]["scope"] = "Namespaced"
-        # Where the webhook is not heard in time, the object passes.
+        # If the webhook does not answer in time, the object is admitted.
         hook["timeoutSeconds"] = 30
     names = [f"{item['kind']}/{item['metadata']['name']}" for item in objects]
     kubectl("create", "-f", "-", stdin={"apiVersion": "v1", "kind": "List", "items": objects})

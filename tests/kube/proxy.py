@@ -1,4 +1,4 @@
-"""A way to the API server that a test can cut, or make silent as a firewall does that has forgotten a connection."""
+"""A proxy to the API server that a test can cut, or silence like a firewall that dropped its connection state."""
 
 import contextlib
 import select
@@ -8,7 +8,7 @@ from typing import Self
 
 
 class Proxy:
-    """Passes TCP connections on to one address, TLS and all."""
+    """Proxy that forwards TCP connections, including TLS, to one address."""
 
     def __init__(self, host: str, port: int) -> None:
         self._target = (host, port)
@@ -31,14 +31,14 @@ class Proxy:
                 _close(pair)
 
     def cut(self) -> int:
-        """Closes all connections; tells how many. New ones go through."""
+        """Close all connections and return their number; new ones are accepted."""
         with self._lock:
             for pair in self._pairs:
                 _shut(pair)
             return len(self._pairs)
 
     def silence(self) -> int:
-        """From now on nothing comes through the connections that are there, and nobody is told; tells how many."""
+        """Silence the open connections without closing them, and return their number."""
         with self._lock:
             self._silent |= self._pairs
             return len(self._pairs)
@@ -64,7 +64,7 @@ class Proxy:
             while True:
                 ready, _, _ = select.select(pair, (), (), 1)
                 if pair in self._silent:
-                    return  # both sides stay open, and hear nothing
+                    return  # both sides stay open and receive nothing
                 for end in ready:
                     if not (data := end.recv(1 << 16)):
                         raise OSError("closed")

@@ -1,4 +1,4 @@
-"""Certificates that are renewed while jobs run: the job's, the site's, the webhook's."""
+"""Renewal of certificates while jobs run: the job's, the site's and the webhook's."""
 
 import base64
 import datetime as dt
@@ -24,8 +24,8 @@ def pem(namespace: Namespace, secret: str, key: str = "tls.crt") -> bytes:
     return base64.b64decode((namespace.get("secret", secret).get("data") or {}).get(key, ""))
 
 
-def left(certificate: bytes) -> dt.timedelta:
-    """How long a certificate is still good."""
+def remaining_validity(certificate: bytes) -> dt.timedelta:
+    """Return the remaining validity of a certificate."""
     return x509.load_pem_x509_certificate(certificate).not_valid_after_utc - dt.datetime.now(dt.UTC)
 
 
@@ -45,23 +45,23 @@ def test_a_jobs_authority_is_renewed_and_no_pod_notices(
     authority = certificates.load_authority(secret)
     assert authority is not None
     first = pem(namespace, "demo-cloud-tls", "0.crt")
-    # As it will be in two years: ten days are left of it.
+    # Simulate a CA that was created long ago and has ten days left.
     old = certificates.renewed_authority_secret(
         parse_job(namespace.get("fj", "demo")), "demo-ca", authority, certificates.fingerprint(secret, authority), 10,
         dt.datetime.now(dt.UTC),
     )  # fmt: skip
     namespace.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=old)
-    eventually(lambda: left(pem(namespace, "demo-ca")) > 300 * DAY, "the CA is renewed", 240)
+    eventually(lambda: remaining_validity(pem(namespace, "demo-ca")) > 300 * DAY, "the CA is renewed", 240)
     for name in ("demo-cloud-tls", "demo-lumi-tls", "demo-aggregator-tls", "demo-observer-tls"):
         newest = pem(namespace, "demo-ca").strip()
         eventually(lambda n=name, c=newest: pem(namespace, n, "ca.crt").strip() == c, f"{name} is made anew")  # type: ignore[misc]
-    # The site has it too, for the array that it has already.
+    # The site gets it too, for the array that exists already.
     eventually(lambda: bridge.renewed, "the site is told", 240)
     (request,) = bridge.requests
     (renewal,) = bridge.renewed.values()
     assert renewal.key == request.key
     assert renewal.certificate == pem(namespace, "demo-lumi-tls") != request.spec.federation.certificate
-    # The kubelet brings it to the pods, which are the same as ever.
+    # The kubelet updates it in the pods, which are unchanged.
     newest = pem(namespace, "demo-cloud-tls", "0.crt")
     assert newest != first
 
@@ -70,12 +70,12 @@ def test_a_jobs_authority_is_renewed_and_no_pod_notices(
 
     eventually(lambda: mounted().strip() == newest.decode().strip(), "the client's pod has it", 600, every=5.0)
     assert uids(namespace) == before
-    # The next operator neither renews anything nor tells the site again.
+    # The next operator neither renews anything nor sends certificates to the site again.
     operator.kill()
     bridge.renewed.clear()
-    looks = bridge.looks
+    calls = bridge.get_calls
     operator.start()
-    eventually(lambda: bridge.looks >= looks + 3, "the site is asked")
+    eventually(lambda: bridge.get_calls >= calls + 3, "the site is asked")
     assert not bridge.renewed
     assert pem(namespace, "demo-cloud-tls", "0.crt") == newest
     assert uids(namespace) == before
@@ -108,7 +108,7 @@ def test_the_webhooks_new_certificate_is_taken_up(
                 json.dumps(patch))  # fmt: skip
     bad: dict[str, Any] = manifest("probe")
     bad["spec"]["pools"][0]["name"] = "observer"
-    # Until then it cannot be heard, and the object passes.
+    # Until the API server trusts the new CA, it cannot call the webhook and admits the object.
     eventually(
         lambda: "denied the request" in namespace.kubectl("create", "--dry-run=server", "-f", "-", stdin=bad,
                                                           check=False),

@@ -1,4 +1,4 @@
-"""Clocks that are wrong by hours, on a real API server and kubelet: no job ends before its time, and none hangs."""
+"""Clocks that are wrong by hours, on a real API server and kubelet: no job ends too early, and none hangs."""
 
 import datetime as dt
 from collections.abc import Callable
@@ -16,7 +16,7 @@ HOURS = [-3.0, 3.0]
 
 
 def skew(operator: Operator) -> float:
-    """What the operator tells of its node's clock, seconds."""
+    """Return the clock skew of its node that the operator reports, in seconds."""
     lines = operator.metrics().splitlines()
     found = next((line for line in lines if line.startswith("isthmus_operator_clock_skew_seconds ")), "x 0")
     return float(found.split()[1])
@@ -34,19 +34,19 @@ def test_an_operator_that_moves_to_a_node_whose_clock_is_wrong(
     operator.environment = faketime.wrong_by(hours)
     operator.start()
     eventually(lambda: abs(skew(operator) - hours * 3600) < 60, "it knows that its clock is wrong")
-    # Its kubelet's clock is another than its own: the client that fails is started again after seconds, not hours.
-    namespace.tell("demo-cloud-0-0", "/tmp/fail")  # noqa: S108 - in the pod
+    # The kubelet's clock differs from the operator's: the failed client restarts after seconds, not hours.
+    namespace.touch("demo-cloud-0-0", "/tmp/fail")  # noqa: S108 - in the pod
     eventually(lambda: "demo-cloud-0-1" in namespace.running(), "it is started again")
-    # A job that begins now, with certificates made now, whatever "now" is there.
+    # Start a job and make its certificates now, by the cluster's clock.
     namespace.apply(manifest("other", cloud=1, activeDeadlineSeconds=3600))
     eventually(lambda: "other-cloud-0-0" in namespace.running(), "another job runs", 180)
     started = dt.datetime.fromisoformat(namespace.status("other")["startTime"])
     assert abs(started - dt.datetime.now(dt.UTC)) < dt.timedelta(minutes=10)
     assert namespace.status()["startTime"] == began
     assert "demo-aggregator" in namespace.running()
-    namespace.tell("demo-aggregator", "/var/lib/isthmus/complete")
+    namespace.touch("demo-aggregator", "/var/lib/isthmus/complete")
     namespace.until("Complete", "True/RoundsCompleted")
-    # Its hour is not over: a right operator finds it, and so did the wrong one.
+    # The deadline has not passed, by the correct clock or by the wrong one.
     operator.kill()
     operator.environment = {}
     operator.start()
@@ -67,13 +67,13 @@ def test_a_site_whose_clock_is_wrong(
     job["spec"]["pools"].append(pool)
     namespace.apply(job)
     eventually(lambda: namespace.pool("lumi").get("reason") == "Resources", "it waits in the queue")
-    looks = bridge.looks
-    eventually(lambda: bridge.looks >= looks + 3, "it is looked at again")
+    calls = bridge.get_calls
+    eventually(lambda: bridge.get_calls >= calls + 3, "it is looked at again")
     assert namespace.pool("lumi")["reason"] == "Resources", "the hour is not over"
-    # Nor is its time limit near: no next attempt is queued.
+    # Its time limit is not near either: no next attempt is queued.
     bridge.move(pb.Pool.RUNNING, queued=0, running=2, reason="", ends_at=bridge._now() + 7200)
     eventually(lambda: namespace.pool("lumi")["queued"] == 0, "it runs")
-    looks = bridge.looks
-    eventually(lambda: bridge.looks >= looks + 3, "it is looked at again")
+    calls = bridge.get_calls
+    eventually(lambda: bridge.get_calls >= calls + 3, "it is looked at again")
     assert [request.spec.attempt for request in bridge.requests] == [0]
     namespace.kubectl("delete", "fj", "demo", "--timeout=120s")

@@ -15,7 +15,7 @@ PODS = {"demo-aggregator", "demo-cloud-0-0", "demo-cloud-1-0"}
 
 @pytest.fixture
 def connection(namespace: Namespace, tmp_path: Path) -> Iterator[tuple[Proxy, Operator]]:
-    """An operator that reaches the API server through a proxy only."""
+    """Yield an operator that reaches the API server only through a proxy, and that proxy."""
     wide = grant(namespace.name)
     path = kubeconfig(namespace.name, tmp_path / "kubeconfig")
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -45,7 +45,7 @@ def test_a_connection_that_is_cut_or_silent_costs_nothing(
     namespace.kubectl("delete", "pod", "demo-cloud-0-0", "--wait=false")
     eventually(lambda: "demo-cloud-0-1" in namespace.running(), "the watches are back after the cut", 240)
 
-    # Nobody tells that nothing will ever come: the API server's own signs of life are missed after a minute.
+    # The silent connection sends no error; the operator detects it after a minute without signs of life.
     assert proxy.silence()
     namespace.kubectl("delete", "pod", "demo-cloud-1-0", "--wait=false")
     eventually(lambda: "demo-cloud-1-1" in namespace.running(), "the silence is noticed", 300)
@@ -57,7 +57,7 @@ def test_a_connection_that_is_cut_or_silent_costs_nothing(
 
 
 def test_an_api_server_that_throttles_slows_down_only(namespace: Namespace, operator: Operator) -> None:
-    """API Priority and Fairness answers 429 to what is above the operator's share, here the smallest there is."""
+    """API Priority and Fairness answers 429 above the operator's share, which is minimal here."""
     name = f"throttled-{namespace.name}"
     api = eventually(_flow_control, "the API server tells its versions")
     account = {"kind": "ServiceAccount", "serviceAccount": {"name": ACCOUNT, "namespace": namespace.name}}
@@ -86,6 +86,6 @@ def test_an_api_server_that_throttles_slows_down_only(namespace: Namespace, oper
 
 
 def _flow_control() -> str:
-    """The newest version of the API that the server has."""
+    """Return the newest version of the flow control API that the server has."""
     versions = [line for line in kubectl("api-versions").split() if line.startswith("flowcontrol.apiserver.k8s.io/")]
     return max(versions, key=lambda version: ("beta" not in version, version), default="")

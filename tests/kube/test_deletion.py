@@ -13,7 +13,7 @@ def test_an_orphaning_deletion_cancels_the_array_and_the_next_job_names_what_is_
     namespace.until("AggregatorReady", "True/AggregatorRunning")
     eventually(lambda: bridge.pools, "the pool is submitted")
     namespace.kubectl("delete", "fj", "demo", "--cascade=orphan", "--timeout=120s")
-    # Kubernetes leaves what is in the cluster, as it was told; nobody else could end what is at the site.
+    # With --cascade=orphan, Kubernetes keeps the objects; the operator must still cancel the pools.
     assert bridge.cancelled == list(bridge.pools)
     left = {item["metadata"]["uid"] for item in namespace.items("pod")}
     assert len(left) == 2

@@ -29,7 +29,7 @@ DAY = dt.timedelta(days=1)
 
 
 class DialledOut(FakeBridge):
-    """Does as it is told, and listens nowhere: it dials the gateway."""
+    """Bridge under the test's control that dials the gateway and listens nowhere else."""
 
     def __init__(self, name: str, gateway_port: int, gateway_authority: bytes) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class DialledOut(FakeBridge):
 
 @pytest.fixture
 def bridge(namespace: Namespace, operator: Operator, tmp_path: Path) -> Iterator[DialledOut]:
-    """An HPC site that dials out, and an operator with a gateway. The bridge does not run yet."""
+    """Yield the bridge of an HPC site that dials out, to an operator with a gateway. The bridge does not run yet."""
     authority = Authority.create("gateway CA", DAY)
     authority.issue("gateway", DAY, hosts=["127.0.0.1"]).write(tmp_path / "gateway")
     port = free_port()
@@ -94,7 +94,7 @@ def test_a_pool_at_a_site_that_dials_out(namespace: Namespace, operator: Operato
     eventually(lambda: namespace.pool("lumi").get("reason") == "Resources", "the pool is submitted", 120)
     assert f"{connected}1.0" in operator.metrics()
     (request,) = bridge.requests
-    # A new operator finds the bridge again, because the bridge finds it, and asks for nothing anew.
+    # The bridge reconnects to the new operator, which requests no new pools.
     operator.kill()
     operator.start()
     eventually(lambda: f"{connected}1.0" in operator.metrics(), "the bridge is back", 120)

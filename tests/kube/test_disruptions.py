@@ -1,4 +1,4 @@
-"""What clusters do to pods, on the real kubelet: drains, evictions, the OOM killer, a failing API server or etcd."""
+"""Disruptions on a real kubelet: drains, evictions, the OOM killer, a failing API server or etcd."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ PODS = {"demo-aggregator", "demo-cloud-0-0", "demo-cloud-1-0"}
 
 @pytest.fixture
 def running(namespace: Namespace, operator: Operator) -> Namespace:
-    """A job whose clients have limits."""
+    """Start a job whose clients have limits."""
     job = manifest(backoffLimit=3)
     (client,) = job["spec"]["pools"][0]["cloud"]["template"]["spec"]["containers"]
     client["resources"] = {"limits": {"memory": "32Mi", "ephemeral-storage": "4Mi"}, "requests": {"cpu": "1m"}}
@@ -28,7 +28,7 @@ def running(namespace: Namespace, operator: Operator) -> Namespace:
 
 @pytest.fixture
 def lab() -> Lab:
-    """The lab that we run in: only there do daemons stop when a test says so."""
+    """Return the lab, the only place where tests can stop daemons."""
     if "ISTHMUS_LAB" not in os.environ:
         pytest.skip("stops the cluster's own daemons: only in the lab")
     return Lab()
@@ -36,19 +36,19 @@ def lab() -> Lab:
 
 @pytest.fixture
 def node(running: Namespace) -> Iterator[str]:
-    """The aggregator's node; open for pods again afterwards."""
+    """Yield the aggregator's node, and make it schedulable again afterwards."""
     name = str(running.get("pod", "demo-aggregator")["spec"]["nodeName"])
     yield name
     kubectl("uncordon", name)
 
 
 def until_back() -> None:
-    """Waits for the API server. Its words about what is not ready yet have an "ok" in them too."""
+    """Wait for the API server. Its not-ready message also contains "ok"."""
     eventually(lambda: kubectl("get", "--raw", "/readyz", check=False).strip() == "ok", "the API server is back")
 
 
 def delete(namespace: Namespace, pod: str) -> None:
-    """Deletes a pod; the API server may still stumble."""
+    """Delete a pod. The API server may still fail requests."""
     said = ""
 
     def deleted() -> bool:
@@ -75,7 +75,7 @@ def test_a_drained_node_costs_no_restarts(running: Namespace, node: str) -> None
 
 
 def test_a_client_that_is_killed_for_its_memory_counts_as_failed(running: Namespace) -> None:
-    running.tell("demo-cloud-0-0", "/tmp/hoard")  # noqa: S108 - in the pod
+    running.touch("demo-cloud-0-0", "/tmp/hoard")  # noqa: S108 - in the pod
     eventually(lambda: "OOMKilled" in running.pool().get("reason", ""), "the pool names the cause")
     (event,) = eventually(lambda: running.events("ClientFailed"), "it is counted")
     assert "OOMKilled" in event
@@ -84,7 +84,7 @@ def test_a_client_that_is_killed_for_its_memory_counts_as_failed(running: Namesp
 
 
 def test_a_client_that_fills_the_disk_is_evicted_and_counts_as_failed(running: Namespace) -> None:
-    running.tell("demo-cloud-1-0", "/tmp/fill")  # noqa: S108
+    running.touch("demo-cloud-1-0", "/tmp/fill")  # noqa: S108
     eventually(lambda: "Evicted" in running.pool().get("reason", ""), "the kubelet evicts it", 240)
     (event,) = eventually(lambda: running.events("ClientFailed"), "its own limit: it is counted")
     assert "exceed" in event
@@ -108,7 +108,7 @@ def test_an_api_server_that_restarts_costs_nothing(running: Namespace, operator:
     try:
         until_back()
         assert uids(running) == before
-        # The new API server does not tell of what came before its own beginning: this deletion no watch reports.
+        # The new API server reports no events from before its start, so no watch sees this deletion.
         delete(running, "demo-cloud-0-0")
         kubectl("delete", "hpcsite", site)
         eventually(lambda: "demo-cloud-0-0" not in uids(running), "it is gone")

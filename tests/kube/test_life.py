@@ -13,7 +13,7 @@ PODS = {"demo-aggregator", "demo-cloud-0-0", "demo-cloud-1-0"}
 
 @pytest.fixture
 def running(namespace: Namespace, operator: Operator) -> Namespace:
-    """A job whose pods run."""
+    """Start a job, and wait until its pods run."""
     namespace.apply(manifest(backoffLimit=1))
     eventually(lambda: namespace.running() >= PODS, "the pods run", 180)
     namespace.until("AggregatorReady", "True/AggregatorRunning")
@@ -36,14 +36,14 @@ def test_from_apply_to_delete(running: Namespace, operator: Operator) -> None:
     assert running.condition("Accepted") == "True/Valid"
     assert running.condition("Suspended") == "False/NotSuspended"
     assert running.status()["clients"]["summary"] == "0/2"
-    # The clients' certificates are readable to them, and to nobody else.
+    # Only the clients can read their certificates.
     seen = running.kubectl("exec", "demo-cloud-0-0", "--", "sh", "-c", "id -u; ls -lL /etc/isthmus/tls; env")
     assert seen.startswith("65532\n")
     assert "-r--r-----" in seen
     assert "ISTHMUS_CLIENT=0" in seen
     assert f"ISTHMUS_ENDPOINT=demo-aggregator.{running.name}.svc:7443" in seen
 
-    running.tell("demo-aggregator", "/var/lib/isthmus/complete")
+    running.touch("demo-aggregator", "/var/lib/isthmus/complete")
     running.kubectl("wait", "--for=condition=Complete", "fj/demo", "--timeout=120s")
     status = running.status()
     assert status["phase"] == "Complete"
@@ -77,17 +77,18 @@ def test_foreground_deletion_leaves_nothing(running: Namespace) -> None:
     running.until_bare()
 
 
-def test_a_client_that_fails_tells_why_and_is_restarted_within_limits(running: Namespace) -> None:
-    running.tell("demo-cloud-0-0", "/tmp/fail")  # noqa: S108 - in the pod
+def test_a_failed_client_shows_its_error_and_is_restarted_within_limits(running: Namespace) -> None:
+    running.touch("demo-cloud-0-0", "/tmp/fail")  # noqa: S108 - in the pod
     eventually(lambda: "ValueError: no data" in running.pool().get("reason", ""), "the traceback is shown")
     eventually(lambda: "demo-cloud-0-1" in running.running(), "the client is started again")
     (event,) = eventually(lambda: running.events("ClientFailed"), "an event says so")
     assert "ValueError: no data" in event
-    # Its log is still there.
+    # Its log still exists.
     assert "ValueError: no data" in running.kubectl("logs", "demo-cloud-0-0")
-    running.tell("demo-cloud-0-1", "/tmp/fail")  # noqa: S108
+    running.touch("demo-cloud-0-1", "/tmp/fail")  # noqa: S108
     eventually(lambda: len(running.events("ClientFailed")) == 2, "the second failure is told")
-    # The aggregator, a stand-in, cannot say whether it is complete: no verdict while it runs, and no restart either.
+    # The aggregator is a stand-in and cannot report that training is complete. While it runs, the job neither fails nor
+    # restarts it.
     assert "demo-cloud-0-2" not in running.names("pod")
     eventually(lambda: running.pool()["failed"] == 1, "it is counted")
 
@@ -123,12 +124,12 @@ def test_a_lost_aggregator_comes_back(running: Namespace) -> None:
     eventually(replaced, "a new aggregator runs")
     running.until("AggregatorReady", "True/AggregatorRunning")
     eventually(lambda: running.events("AggregatorLost"), "an event says so")
-    # Its clients stay.
+    # The clients keep running.
     assert running.running() >= PODS
 
 
 def test_a_crash_of_the_aggregator_is_not_its_verdict(running: Namespace) -> None:
-    running.tell("demo-aggregator", "/var/lib/isthmus/crash")
+    running.touch("demo-aggregator", "/var/lib/isthmus/crash")
 
     def restarted() -> bool:
         statuses = running.get("pod", "demo-aggregator")["status"].get("containerStatuses") or [{}]
@@ -140,7 +141,7 @@ def test_a_crash_of_the_aggregator_is_not_its_verdict(running: Namespace) -> Non
 
 
 def test_the_aggregators_verdict_fails_the_job(running: Namespace) -> None:
-    running.tell("demo-aggregator", "/var/lib/isthmus/fail")
+    running.touch("demo-aggregator", "/var/lib/isthmus/fail")
     running.until("Failed", "True/AggregatorFailed")
     assert running.status()["message"] == "the models do not fit"
     eventually(lambda: running.events("AggregatorFailed"), "an event says so")
@@ -182,7 +183,7 @@ def test_a_steady_job_costs_no_writes(running: Namespace) -> None:
         seen = running.get("fj", "demo")["metadata"]["resourceVersion"]
         if seen != version:
             version, since = seen, time.monotonic()
-        return time.monotonic() - since > 5  # a few looks of the operator's
+        return time.monotonic() - since > 5  # a few reconcile passes
 
     eventually(steady, "nothing is written for 5 s")
 
@@ -195,12 +196,13 @@ def test_the_deadline_and_the_time_to_live(namespace: Namespace, operator: Opera
     namespace.until_bare()
 
 
-def test_a_quota_is_told_and_waited_for(namespace: Namespace, operator: Operator) -> None:
+def test_a_quota_is_reported_and_waited_for(namespace: Namespace, operator: Operator) -> None:
     quota = {
         "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "few"}, "spec": {"hard": {"pods": "2"}},
     }  # fmt: skip
     namespace.apply(quota)
-    # Until it is counted, every pod is refused: the clients could then come before the aggregator.
+    # Until the quota controller has counted usage, every pod is refused, and clients could be created before the
+    # aggregator.
     hard = ("get", "resourcequota", "few", "-o", "jsonpath={.status.hard.pods}/{.status.used.pods}")
     eventually(lambda: namespace.kubectl(*hard) == "2/0", "the quota is in force")
     namespace.apply(manifest())
@@ -210,7 +212,7 @@ def test_a_quota_is_told_and_waited_for(namespace: Namespace, operator: Operator
     eventually(lambda: namespace.running() >= PODS, "the last client starts", 240)
 
 
-def test_a_missing_image_is_told(namespace: Namespace, operator: Operator) -> None:
+def test_a_missing_image_is_reported(namespace: Namespace, operator: Operator) -> None:
     job = manifest()
     job["spec"]["pools"][0]["cloud"]["template"] = pod_template("client")
     job["spec"]["pools"][0]["cloud"]["template"]["spec"]["containers"][0]["image"] = "isthmus.lab/absent:1"
@@ -242,7 +244,7 @@ def test_what_was_deleted_by_hand_is_made_again(running: Namespace) -> None:
     assert running.running() >= PODS
 
 
-def test_changes_that_need_a_new_job_are_refused_with_words(running: Namespace) -> None:
+def test_changes_that_need_a_new_job_are_ignored_and_reported(running: Namespace) -> None:
     running.kubectl("patch", "fj", "demo", "--type=merge", "-p", json.dumps({"spec": {"rounds": 9}}))
     words = "changes of spec.rounds are ignored: they need a new job"
     eventually(lambda: words in running.events("Valid"), "an event says so")
@@ -250,7 +252,8 @@ def test_changes_that_need_a_new_job_are_refused_with_words(running: Namespace) 
 
 
 def test_a_job_that_is_written_by_others_all_the_time(namespace: Namespace, operator: Operator) -> None:
-    """The operator writes on top of what it saw, or not at all (409), and then looks anew: nothing is made twice."""
+    """The operator writes only if the object is unchanged (else 409), and then reads it again. Nothing is created
+    twice."""
     stop = threading.Event()
 
     def write() -> None:
@@ -260,12 +263,12 @@ def test_a_job_that_is_written_by_others_all_the_time(namespace: Namespace, oper
             namespace.kubectl("annotate", "fj", "demo", f"example.com/n={number}", "--overwrite", check=False)
 
     def entries() -> list[list[int]]:
-        """The operator's own, of clients."""
+        """Return the operator's records of clients."""
         record = json.loads(namespace.get("fj", "demo")["metadata"]["annotations"].get("isthmus.dev/record", "{}"))
         return list(record.get("cloud", {}).get("cloud", {}).get("clients", {}).values())
 
     writers = [threading.Thread(target=write) for _ in range(2)]
-    # Clients that end at once: each start of one is written down first.
+    # Clients that end at once: each start is recorded before it happens.
     job = manifest(backoffLimit=20)
     job["spec"]["task"]["command"] = ["sh", "-c", "exit 3"]
     namespace.apply(job)
@@ -279,7 +282,7 @@ def test_a_job_that_is_written_by_others_all_the_time(namespace: Namespace, oper
         for writer in writers:
             writer.join()
     assert namespace.condition("Accepted") == "True/Valid"
-    # Each failure counted once.
+    # Each failure is counted once.
     for attempt, failures, counted in entries():
         assert failures == counted + 1
         assert attempt - counted in (0, 1)

@@ -1,4 +1,4 @@
-"""Bad manifests: what `kubectl apply` says, and what the operator says where a schema cannot."""
+"""Bad manifests: the messages of `kubectl apply`, and those of the operator for faults that a schema cannot express."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Spoil = Callable[[dict[str, Any]], object]
 
 
 def _pod(spec: dict[str, Any]) -> dict[str, Any]:
-    """The clients' pod template."""
+    """Return the clients' pod template."""
     template: dict[str, Any] = spec["pools"][0]["cloud"]["template"]["spec"]
     return template
 
@@ -21,7 +21,7 @@ def _hpc(name: str = "lumi") -> dict[str, Any]:
     return {"name": name, "hpc": {"siteRef": {"name": "no-such-site"}, "environment": "py"}}
 
 
-# What is wrong, how to spoil a good manifest so, and a part of the message.
+# Each case: the fault, a function that puts it into a good manifest, and a part of the message.
 SCHEMA: list[tuple[str, Spoil, str]] = [
     ("unknown algorithm", lambda s: s.update(strategy={"algorithm": "FedMagic"}), "spec.strategy.algorithm"),
     ("zero rounds", lambda s: s.update(rounds=0), "spec.rounds"),
@@ -45,7 +45,7 @@ SCHEMA: list[tuple[str, Spoil, str]] = [
     ("unknown storage", lambda s: s["aggregator"].update(checkpoint={"storage": "Tape"}), "spec.aggregator.checkpoint"),
 ]  # fmt: skip
 
-# What a schema cannot say: the reason and the whole message that the operator shows.
+# Faults that a schema cannot express, with the reason and the whole message that the operator shows.
 REJECTED: list[tuple[str, Spoil, str, str]] = [
     ("minClients above the total", lambda s: s.update(selection={"minClients": 5}), "InvalidSpec",
      "spec.selection.minClients: 5 is more than the 2 clients of all pools; it could never start"),
@@ -78,7 +78,7 @@ REJECTED: list[tuple[str, Spoil, str, str]] = [
 ]  # fmt: skip
 
 
-# What the webhook does not refuse: it is for the platform's admin to mend.
+# The webhook does not refuse these: only the platform's admin can fix them.
 WAITS = {"unknown site"}
 DOCUMENT = ROOT / "docs" / "training" / "manifest-errors.md"
 
@@ -116,14 +116,14 @@ def test_the_webhook_refuses_it_when_it_is_applied(namespace: Namespace, operato
         if what in WAITS:
             assert f"Warning: {reason}: {message}; the job waits for it" in said
             namespace.kubectl("delete", "fj", "demo", "--timeout=120s")
-    # A good one passes, and what follows from the rest of it is written down.
+    # A valid manifest is admitted, and derived defaults are stored.
     namespace.apply(manifest())
     assert namespace.get("fj", "demo")["spec"]["selection"]["minClients"] == 2
     namespace.until("Accepted", "True/Valid")
     said = namespace.kubectl("patch", "fj", "demo", "--type=merge", "-p", '{"spec":{"rounds":9}}', check=False)
     assert "changes of spec.rounds are refused: they need a new job" in said
     namespace.kubectl("patch", "fj", "demo", "--type=merge", "-p", '{"spec":{"suspend":true}}')
-    # Down, it keeps nobody from anything: the reconciler says the same in the status.
+    # If the webhook is down, manifests are admitted; the reconciler reports the same message in the status.
     operator.kill()
     namespace.apply(spoiled(REJECTED[0][1], "bad"))
     operator.start()
@@ -138,7 +138,7 @@ def test_every_bad_manifest_is_documented_with_its_message() -> None:
         assert f"| {what} | `{reason}: {message}" in text, what
 
 
-def test_a_mended_manifest_is_picked_up(namespace: Namespace, operator: Operator) -> None:
+def test_a_corrected_manifest_is_picked_up(namespace: Namespace, operator: Operator) -> None:
     namespace.apply(spoiled(lambda s: s.update(selection={"minClients": 5})))
     namespace.until("Accepted", "False/InvalidSpec")
     namespace.apply(manifest())
@@ -152,7 +152,7 @@ def test_the_table_and_the_explanation(namespace: Namespace, operator: Operator)
     header, row = namespace.kubectl("get", "federatedjobs").splitlines()
     assert header.split() == ["NAME", "PHASE", "ROUND", "ROUNDS", "CLIENTS", "BEST", "AGE"]
     assert row.split()[0] == "demo"
-    # What kubectl explains is published a while after the resource itself.
+    # The API server publishes the text of kubectl explain a while after the resource itself.
     eventually(
         lambda: "Number of rounds" in namespace.kubectl("explain", "fj.spec.rounds", check=False), "it is explained"
     )

@@ -18,7 +18,7 @@ def alive(operator: Operator) -> bool:
     return operator.process is not None and operator.process.poll() is None
 
 
-def test_a_namespace_that_takes_the_rights_away_is_told_and_the_other_is_served(
+def test_a_namespace_that_revokes_the_rights_is_reported_and_the_other_is_served(
     namespace: Namespace, second: Namespace, both: Operator
 ) -> None:
     second.apply(manifest("before"))
@@ -40,7 +40,7 @@ def test_a_namespace_that_takes_the_rights_away_is_told_and_the_other_is_served(
 def test_a_namespace_with_running_jobs_can_be_deleted(
     namespace: Namespace, second: Namespace, both: Operator, bridge: FakeBridge
 ) -> None:
-    """Its Role goes before its jobs do."""
+    """Kubernetes may delete the operator's Role before its jobs."""
     patch = {"spec": {"allowedNamespaces": [second.name]}}
     kubectl("patch", "hpcsite", namespace.name, "--type=merge", "-p", json.dumps(patch))
     second.apply(manifest("cloud"))

@@ -9,7 +9,7 @@ KINDS = ("service", "configmap", "secret", "persistentvolumeclaim", "networkpoli
 
 
 def versions(namespace: Namespace) -> dict[str, str]:
-    """Return the resource version of each object of the operator's."""
+    """Return the resource version of each of the operator's objects."""
     return {
         f"{kind}/{item['metadata']['name']}": item["metadata"]["resourceVersion"]
         for kind in KINDS
@@ -46,18 +46,18 @@ def test_edited_and_deleted_objects_are_put_back_and_the_rest_is_left_alone(
     eventually(lambda: label(namespace, "configmap", "demo-job", "isthmus.dev/job-uid"), "the label is back")
     eventually(lambda: namespace.get("secret", "demo-ca")["metadata"].get("ownerReferences"), "the owner is back")
 
-    def told() -> bool:
+    def reported() -> bool:
         words = " ".join(namespace.events("Restored"))
         return all(name in words for name in ("Service", "NetworkPolicy", "ConfigMap", "Secret", "Disruption"))
 
-    eventually(told, "events say so")
-    # When the next edit is put back, everything has been compared again, and the rest was not written.
+    eventually(reported, "events say so")
+    # Once the next edit is reverted, everything has been compared again, and the other objects were not written.
     settled = versions(namespace)
     patch(namespace, "service", "demo-aggregator", {"metadata": {"labels": {"isthmus.dev/job": None}}})
     eventually(lambda: label(namespace, "service", "demo-aggregator", "isthmus.dev/job"), "the label is back")
     after = versions(namespace)
     changed = {key for key in settled if settled[key] != after[key]}
-    # Controllers write the statuses of the last two.
+    # Other controllers write the statuses of the last two.
     others = {"persistentvolumeclaim/demo-checkpoints", "poddisruptionbudget/demo-aggregator"}
     assert changed - others == {"service/demo-aggregator"}
     assert namespace.condition("AggregatorReady") == "True/AggregatorRunning"
@@ -98,6 +98,6 @@ def test_a_restored_claim_is_adopted_once_it_is_offered(namespace: Namespace, op
     assert adopted["annotations"]["isthmus.dev/adopted-from"] == "of-an-earlier-job"
     assert "isthmus.dev/adopt" not in adopted["annotations"]
     eventually(lambda: namespace.events("Adopted"), "an event says so")
-    # It goes with the job from now on.
+    # From now on the job owns it.
     namespace.kubectl("delete", "fj", "demo", "--timeout=120s")
     namespace.until_bare()

@@ -1,4 +1,4 @@
-"""The operator's rights: what the documentation lists suffices (every test here runs with it), and gives no more."""
+"""The operator's rights: the documented rights suffice (every test here runs with them), and permit nothing more."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ FORBIDDEN = [
 
 @pytest.fixture
 def granted(namespace: Namespace) -> Iterator[Namespace]:
-    """A namespace where the operator's service account has its rights."""
+    """Yield a namespace where the operator's service account has its rights."""
     wide = grant(namespace.name)
     yield namespace
     kubectl("delete", "clusterrole,clusterrolebinding", wide)
@@ -34,7 +34,7 @@ def may(namespace: Namespace, verb: str, resource: str, where: str | None = None
     account = f"--as=system:serviceaccount:{namespace.name}:{ACCOUNT}"
     scope = ["-n", where or namespace.name]
     said = kubectl("auth", "can-i", verb, kind, f"--subresource={sub}", account, *scope, check=False).split()
-    # The answer comes first; a warning that follows is none.
+    # Ignore warnings after the answer.
     assert said[:1] in (["yes"], ["no"]), said
     return said[0] == "yes"
 
@@ -48,12 +48,12 @@ def test_the_documentation_lists_rules() -> None:
     assert not [rule for rule in (*rules["served"], *rules["cluster"]) if "*" in str(rule)]
 
 
-def test_what_it_may_not(granted: Namespace) -> None:
+def test_it_lacks_the_forbidden_rights(granted: Namespace) -> None:
     assert may(granted, "get", "secrets")
     assert [what for what in FORBIDDEN if may(granted, *what)] == []
 
 
-def test_it_may_nothing_in_other_namespaces(granted: Namespace) -> None:
-    """But for jobs' finalizers: a namespace that is deleted takes its Role first."""
+def test_it_has_no_rights_in_other_namespaces(granted: Namespace) -> None:
+    """Except for jobs' finalizers, because a deleted namespace loses its Role first."""
     elsewhere = [("get", "secrets"), ("create", "pods"), ("list", "pods"), ("delete", "federatedjobs")]
     assert [what for what in elsewhere if may(granted, *what, "kube-system")] == []

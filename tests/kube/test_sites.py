@@ -1,4 +1,4 @@
-"""HPC pools and HPCSites, with a bridge that does as it is told behind real gRPC and mutual TLS."""
+"""HPC pools and HPCSites, with a bridge that the test controls behind real gRPC and mutual TLS."""
 
 import json
 from typing import Any
@@ -57,12 +57,12 @@ def test_a_pool_from_submission_to_deletion(namespace: Namespace, operator: Oper
     assert (request.spec.first_client, request.spec.total_clients) == (2, 4)
     bridge.move(pb.Pool.RUNNING, queued=0, running=2, reason="")
     eventually(lambda: namespace.pool("lumi")["queued"] == 0, "it runs")
-    # A new operator finds it and asks for nothing anew.
+    # A new operator finds it and requests no new pool.
     operator.kill()
-    looks = bridge.looks
+    calls = bridge.get_calls
     operator.start()
-    # By its second look, what followed from the first is done.
-    eventually(lambda: bridge.looks >= looks + 2, "the site is asked")
+    # At the second poll, the effects of the first are complete.
+    eventually(lambda: bridge.get_calls >= calls + 2, "the site is asked")
     assert len(bridge.requests) == 1
     namespace.kubectl("delete", "fj", "demo", "--timeout=120s")
     assert set(bridge.cancelled) == {request.key}
@@ -97,7 +97,7 @@ def test_a_site_that_is_deleted_stays_until_its_last_array_is_over(
     held = f"is being deleted, and held by jobs {namespace.name}/demo (pool lumi)"
     eventually(lambda: site(namespace.name).get("message") == held, "the site says what holds it")
     assert not bridge.cancelled
-    # A job that comes later waits, as if the site were gone.
+    # A later job waits, as if the site were gone.
     late = mixed(namespace)
     late["metadata"]["name"] = "late"
     namespace.apply(late)
@@ -122,7 +122,7 @@ def test_a_deleted_site_whose_bridge_is_dead_is_let_go_by_hand(
     eventually(lambda: held in site(namespace.name).get("message", ""), "the orphan holds it", 180)
     assert not site(namespace.name).get("inUse")
     assert finalizers(namespace.name) == ["isthmus.dev/cleanup"]
-    # As docs/operating/operator/lifecycle.md says.
+    # This is the documented procedure in docs/operating/operator/lifecycle.md.
     removal = '[{"op": "remove", "path": "/metadata/finalizers"}]'
     kubectl("patch", "hpcsite", namespace.name, "--type=json", "-p", removal)
     eventually(lambda: not site(namespace.name), "the site is gone")
@@ -131,7 +131,8 @@ def test_a_deleted_site_whose_bridge_is_dead_is_let_go_by_hand(
 def test_a_denied_pool_names_the_rule(namespace: Namespace, operator: Operator, bridge: FakeBridge) -> None:
     bridge.deny = "partitions: gpu is not for you"
     job = mixed(namespace, selection={"minClients": 3})
-    # One that never is ready: while a ready aggregator does not answer, as the stand-in, there is no verdict.
+    # Use an aggregator that never becomes ready: with a ready one that does not answer (the stand-in), the operator
+    # waits.
     (aggregator,) = job["spec"]["aggregator"]["template"]["spec"]["containers"]
     aggregator["command"] = ["sh", "-c", AGGREGATOR.replace("httpd -p 7443\n", "")]
     namespace.apply(job)
@@ -140,7 +141,7 @@ def test_a_denied_pool_names_the_rule(namespace: Namespace, operator: Operator, 
     namespace.kubectl("delete", "fj", "demo", "--timeout=120s")
 
 
-def test_a_failed_array_is_submitted_anew(namespace: Namespace, operator: Operator, bridge: FakeBridge) -> None:
+def test_a_failed_array_is_submitted_again(namespace: Namespace, operator: Operator, bridge: FakeBridge) -> None:
     namespace.apply(mixed(namespace))
     eventually(lambda: bridge.requests, "the pool is asked for")
     task = pb.Task(index=1, state="FAILED", exit_code=1, log_tail="Traceback\nValueError: no data")
@@ -158,7 +159,7 @@ def test_deletion_while_the_site_is_down(namespace: Namespace, operator: Operato
     eventually(lambda: "SiteUnreachable" in namespace.pool("lumi").get("reason", ""), "the site is down", 180)
     namespace.kubectl("delete", "fj", "demo", "--wait=false")
     eventually(lambda: "cancelling pool lumi" in namespace.status().get("message", ""), "the job waits")
-    # The rest of it does not.
+    # The pods do not wait.
     eventually(lambda: not namespace.running(), "its pods end")
     operator.kill()
     bridge.up()
@@ -177,7 +178,7 @@ def test_deletion_gives_up_after_the_stated_time(namespace: Namespace, operator:
     namespace.kubectl("delete", "fj", "demo", "--timeout=180s")
     message = eventually(lambda: namespace.events("SiteUnreachable"), "an event says so")[0]
     assert f"pool lumi at {namespace.name}" in message
-    # Recorded, and cleaned up once the site is back, whichever operator runs by then.
+    # The pool is recorded, and cancelled once the site is back, by any operator that runs then.
     (key,) = bridge.pools
     orphan = site(namespace.name)["orphans"][key]
     assert (orphan["namespace"], orphan["job"], orphan["pool"]) == (namespace.name, "demo", "lumi")
@@ -214,7 +215,7 @@ def test_a_slurm_tasks_log_is_handed_on(namespace: Namespace, operator: Operator
 
     assert ask("lumi", "a")["log"] == "task 1: 7 lines\nepoch 1\n"
     assert "has not been submitted" in ask("other", "b")["error"]
-    # What makes no sense harms nobody.
+    # An invalid request is ignored.
     namespace.kubectl("annotate", "fj", "demo", "isthmus.dev/log-request={]", "--overwrite")
     assert ask("lumi", "c")["attempt"] == "0"
     namespace.kubectl("delete", "fj", "demo", "--timeout=120s")

@@ -1,4 +1,4 @@
-"""Jobs at a dead bridge and silent aggregators in real pods: a job elsewhere is served as if they were not there.
+"""Jobs at a dead bridge and silent aggregators in real pods: a job elsewhere is served without delay.
 
 ``ISTHMUS_DEAD_JOBS`` and ``ISTHMUS_SILENT_AGGREGATORS`` set their numbers; each silent aggregator is a pod.
 """
@@ -18,11 +18,11 @@ from .cluster import Namespace, Operator, eventually, kubectl, manifest
 JOBS = int(os.environ.get("ISTHMUS_DEAD_JOBS", "50"))
 SILENT = int(os.environ.get("ISTHMUS_SILENT_AGGREGATORS", "12"))
 SAMPLES = 3
-# On a quiet machine 2 s. With workers that wait for dead parties it is a minute and more.
+# 2 s on a quiet machine. If workers waited for unresponsive peers, it would take a minute or more.
 ACCEPTED_SECONDS = 10.0
 RUNNING_SECONDS = 40.0
 
-# An aggregator that is connected to, reads, and answers nothing.
+# An aggregator that accepts connections, reads, and never answers.
 SILENCE = """\
 trap 'exit 143' TERM
 nc -ll -p 7443 -e sh -c 'cat >/dev/null' &
@@ -31,7 +31,7 @@ wait
 
 
 class DeadBridge(FakeBridge):
-    """Shakes hands, takes calls, and answers none."""
+    """Server that accepts connections and calls without answering."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -51,7 +51,7 @@ class DeadBridge(FakeBridge):
 
 @pytest.fixture
 def dead(namespace: Namespace) -> Iterator[DeadBridge]:
-    """A site, named like the namespace, whose bridge answers nothing."""
+    """Yield a site, named like the namespace, whose bridge never answers."""
     with DeadBridge() as bridge:
         namespace.apply(bridge.secret())
         kubectl("apply", "-f", "-", stdin=bridge.site(namespace.name))
@@ -60,7 +60,7 @@ def dead(namespace: Namespace) -> Iterator[DeadBridge]:
 
 
 def at_dead_site(name: str, site: str, **aggregator: Any) -> dict[str, Any]:
-    """A job whose only clients are at a site, and which keeps nothing."""
+    """Return a job whose only clients are at a site, and which has no volume."""
     job = manifest(name, cloud=0, pools=[FakeBridge.pool(site, 1)])
     job["spec"]["aggregator"]["checkpoint"] = {"storage": "EmptyDir"}
     job["spec"]["aggregator"]["template"]["spec"] |= aggregator
@@ -68,7 +68,7 @@ def at_dead_site(name: str, site: str, **aggregator: Any) -> dict[str, Any]:
 
 
 def served_after(namespace: Namespace, name: str) -> tuple[float, float]:
-    """Seconds from apply until a job is accepted, and until its aggregator runs."""
+    """Return the seconds from apply until a job is accepted, and until its aggregator runs."""
     job = manifest(name, cloud=1)
     job["spec"]["aggregator"]["checkpoint"] = {"storage": "EmptyDir"}
     namespace.apply(job)
@@ -80,14 +80,14 @@ def served_after(namespace: Namespace, name: str) -> tuple[float, float]:
 
 
 def served(namespace: Namespace, what: str) -> tuple[float, float]:
-    """The medians over several jobs, one after the other."""
+    """Return the medians over several jobs, run one after the other."""
     samples = [served_after(namespace, f"{what}-{number}") for number in range(SAMPLES)]
     print(f"{what}: accepted after, running after (s): {samples}")
     return statistics.median(a for a, _ in samples), statistics.median(b for _, b in samples)
 
 
-def having(namespace: Namespace, prefix: str, condition: str) -> int:
-    """Number of jobs of a name that have a condition."""
+def count_with(namespace: Namespace, prefix: str, condition: str) -> int:
+    """Return the number of jobs with this name prefix that have a condition."""
     found = namespace.items("fj", "")
     return sum(
         any(item["type"] == condition for item in (job.get("status") or {}).get("conditions", ()))
@@ -96,22 +96,22 @@ def having(namespace: Namespace, prefix: str, condition: str) -> int:
     )
 
 
-def test_dead_parties_keep_no_other_namespace_waiting(
+def test_unresponsive_peers_delay_no_other_namespace(
     namespace: Namespace, second: Namespace, both: Operator, dead: DeadBridge
 ) -> None:
     quiet = served(second, "quiet")
-    # They cost a pod each that no node takes.
+    # Each costs a pod that is not scheduled.
     nowhere = {"nodeSelector": {"isthmus.dev/nowhere": "true"}}
     namespace.apply(*(at_dead_site(f"dead-{number}", namespace.name, **nowhere) for number in range(JOBS)))
     at_once = served(second, "at-once")
-    eventually(lambda: having(namespace, "dead", "Accepted") >= JOBS, "all jobs at the dead site are accepted", 300)
+    eventually(lambda: count_with(namespace, "dead", "Accepted") >= JOBS, "all jobs at the dead site are accepted", 300)
     eventually(lambda: dead.calls > 2, "the bridge is called")
     at_dead = served(second, "dead-bridge")
     template = [{"name": "aggregator", "command": ["sh", "-c", SILENCE]}]
     silent = [at_dead_site(f"silent-{number}", namespace.name, containers=template) for number in range(SILENT)]
     namespace.apply(*silent)
     eventually(lambda: len(namespace.running()) >= SILENT, "the silent aggregators run", 600)
-    eventually(lambda: having(namespace, "silent", "AggregatorReady") >= SILENT, "the operator has seen them", 300)
+    eventually(lambda: count_with(namespace, "silent", "AggregatorReady") >= SILENT, "the operator has seen them", 300)
     with_both = served(second, "silent")
     for accepted, running in (at_once, at_dead, with_both):
         assert accepted < ACCEPTED_SECONDS and running < RUNNING_SECONDS, (quiet, at_once, at_dead, with_both)

@@ -1,4 +1,4 @@
-"""An operator of one namespace, installed by that namespace's admin with the chart's rights, and no more."""
+"""An operator of one namespace, installed by that namespace's admin with exactly the chart's rights."""
 
 import json
 import subprocess
@@ -15,8 +15,10 @@ CHART = ROOT / "charts" / "isthmus"
 
 @pytest.fixture
 def tenant(namespace: Namespace) -> Iterator[str]:
-    """A user with the cluster's own role `admin` in the namespace; the platform's admin has made the CRDs, and the
-    chart's roles for users."""
+    """Yield a user with the cluster role `admin` in the namespace.
+
+    The platform's admin has installed the CRDs and the chart's roles for users.
+    """
     user = f"tenant-{namespace.name}"
     rendered = subprocess.run(
         ["helm", "template", "isthmus", CHART, "-n", namespace.name, "--show-only", "templates/user-roles.yaml"],
@@ -27,7 +29,7 @@ def tenant(namespace: Namespace) -> Iterator[str]:
     namespace.kubectl("create", "rolebinding", "tenant", "--clusterrole=admin", f"--user={user}")
 
     def aggregated() -> bool:
-        # Into the cluster's own roles: a controller does that.
+        # A controller aggregates the rules into the cluster roles.
         said = namespace.kubectl("auth", "can-i", "update", "federatedjobs.isthmus.dev", "--subresource=finalizers",
                                  f"--as={user}", check=False)  # fmt: skip
         return said.strip().endswith("yes")
@@ -52,10 +54,10 @@ def test_a_namespaces_admin_installs_an_operator_of_their_own(
                tmp_path / "values.yaml"]  # fmt: skip
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    # What the tenant may not do, the release has not done.
+    # The release contains nothing that the tenant may not create.
     said = kubectl("auth", "can-i", "create", "clusterroles", f"--as={tenant}", check=False)
     assert said.split()[0] == "no"
-    # The release's own account, with the flags of its Deployment: only the image is this checkout.
+    # Use the release's own account and the flags of its Deployment; only the image is replaced by this checkout.
     deployment = json.loads(namespace.kubectl("get", "deployment", "isthmus-operator", "-o", "json"))
     arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
     assert "--no-sites" in arguments

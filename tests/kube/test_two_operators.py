@@ -12,12 +12,12 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from .bridge import FakeBridge
 from .cluster import Namespace, Operator, eventually, kubectl, manifest
 
-LOOKS = 8  # at the pool, by the operator that serves it
+GET_CALLS = 8  # seen at the pool, by the operator that serves it
 
 
 @pytest.fixture
 def tenant(both: Operator, second: Namespace, tmp_path: Path) -> Iterator[Operator]:
-    """Another operator, of another cluster name, that serves the second namespace alone."""
+    """Yield another operator, of another cluster name, that serves the second namespace only."""
     process = Operator(second.name, both.config, tmp_path / "tenant.log", ("--cluster", "tenants"))
     try:
         process.start()
@@ -28,7 +28,7 @@ def tenant(both: Operator, second: Namespace, tmp_path: Path) -> Iterator[Operat
 
 
 def counted(namespace: Namespace) -> dict[str, int]:
-    """Number of events of each reason, repetitions included, about FederatedJobs."""
+    """Return the number of events of each reason about FederatedJobs, repetitions included."""
     counts: dict[str, int] = {}
     for event in namespace.items("event", ""):
         if event["involvedObject"]["kind"] == "FederatedJob":
@@ -55,15 +55,15 @@ def test_one_of_two_operators_serves_a_job_and_the_other_says_so_once(
     eventually(lambda: counted(second).get("ServedByAnother"), "the other one says so")
     first, before = owner(second), counted(second)
     uids = {item["metadata"]["uid"] for item in second.items("pod")}
-    looks = bridge.looks
-    eventually(lambda: bridge.looks > looks + LOOKS, "time has gone by")
-    # Nothing is made twice or undone, and nobody says anything more.
+    calls = bridge.get_calls
+    eventually(lambda: bridge.get_calls > calls + GET_CALLS, "time has gone by")
+    # Nothing is created twice or undone, and no further events appear.
     assert len(bridge.pools) == 1 and not bridge.cancelled
     assert {item["metadata"]["uid"] for item in second.items("pod")} == uids and len(uids) == 2
     assert owner(second)["operator"] == first["operator"]
     assert counted(second) == before
     assert before["ServedByAnother"] == before["Valid"] == 1
-    # The job's end is the winner's, too.
+    # The end of the job is reported by the owner, too.
     second.kubectl("delete", "fj", "demo", "--timeout=120s")
     second.until_bare()
     assert bridge.cancelled == list(bridge.pools)
