@@ -1,4 +1,4 @@
-"""A real aggregator, whose clients are Slurm's tasks."""
+"""A real aggregator whose clients are Slurm tasks."""
 
 import json
 import subprocess
@@ -17,7 +17,10 @@ SCRIPT = Path(__file__).parents[1] / "integration" / "federation" / "linear_mode
 
 
 class Aggregator:
-    """For two clients of the pool `hpc`. One process at a time; started again, it listens at the same port."""
+    """Aggregator for two clients of the pool `hpc`.
+
+    It is one process at a time; after a restart it listens at the same port.
+    """
 
     def __init__(self, folder: Path, address: str, rounds: int) -> None:
         self.server_name = ids.aggregator_server_name(UID)
@@ -44,12 +47,12 @@ class Aggregator:
             self._process.wait(120)
 
     def new_authority(self) -> None:
-        """Give the job another CA, and the aggregator a certificate of it."""
+        """Give the job a new CA, and the aggregator a certificate from it."""
         self._authority = Authority.create("job", DAY)
         self._authority.issue("aggregator", DAY, hosts=[self.server_name]).write(self._folder / "server")
 
     def start(self) -> None:
-        """Start to serve."""
+        """Start the aggregator, and wait until it serves."""
         ports = self._folder / "ports.json"
         ports.unlink(missing_ok=True)
         with (self._folder / "aggregator.log").open("ab") as log:
@@ -63,7 +66,7 @@ class Aggregator:
         self.port = int(json.loads(ports.read_text())["port"])
 
     def kill(self) -> None:
-        """As a node would lose it."""
+        """Kill the aggregator as the loss of its node would."""
         assert self._process is not None
         self._process.kill()
         self._process.wait(120)
@@ -79,11 +82,11 @@ class Aggregator:
         return list({record["round"]: record for record in map(json.loads, lines)}.values())
 
     def log(self) -> str:
-        """Its words."""
+        """Return the aggregator's log."""
         return (self._folder / "aggregator.log").read_text()
 
     def credentials(self) -> Credentials:
-        """A client's."""
+        """Issue credentials for a client."""
         return self._authority.issue("client", DAY, uris=[ids.pool_identity(UID, "hpc")])
 
     def federation(self, *, via_bridge: bool = False) -> pb.Federation:

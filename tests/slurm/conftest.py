@@ -1,4 +1,4 @@
-"""Real Slurm: run these in the lab, `python -m lab exec -- python -m pytest tests/slurm`, or at a cluster of your own.
+"""Tests with a real Slurm: run them in the lab, `python -m lab exec -- python -m pytest tests/slurm`, or at a cluster.
 
 In a lab the bridge runs as its unprivileged user, who owns the jobs; elsewhere as the user who runs the tests.
 """
@@ -28,8 +28,8 @@ HINT = "no Slurm: run `python -m lab exec -- python -m pytest tests/slurm`, or s
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Set the tests' time limits, and deselect pyslurm's tests where pyslurm is missing.
 
-    Whatever a test waits for has its own deadline; on a slow machine they add up to more than other tests get. The
-    lab's own Slurm is too old for pyslurm: tests/run.sh runs these tests once more, by `python -m lab newer-slurm`.
+    Each wait has its own deadline, and their sum is larger than for other tests. The lab's own Slurm is too old for
+    pyslurm: tests/run.sh runs these tests once more, with `python -m lab newer-slurm`.
     """
     if "ISTHMUS_LAB" in os.environ and "ISTHMUS_PYSLURM" not in os.environ:
         elsewhere = [item for item in items if _way(item) == "pyslurm"]
@@ -70,7 +70,7 @@ def site(_cluster: None) -> Iterator[Site]:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Where the nodes can write."""
+    """Yield a directory that the nodes can write to."""
     parent = tempfile.gettempdir()
     with suppress(KeyError):
         parent = f"{os.environ['ISTHMUS_LAB']}/home"
@@ -80,13 +80,13 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def operator(site: Site) -> rpc.BridgeStub:
-    """A stub for the operator at a bridge that runs."""
+    """Start the bridge, and return the operator's stub for it."""
     return site.start()
 
 
 @pytest.fixture
 def lab(_cluster: None, require: Callable[[bool, str], None]) -> "Lab":
-    """The lab that the tests run in: its daemons can be stopped and started, and its nodes taken down."""
+    """Return the lab that the tests run in. Tests can stop and start its daemons and take down its nodes."""
     require("ISTHMUS_LAB" in os.environ and os.getuid() == 0, f"faults of Slurm itself need the lab, as root: {HINT}")
     from lab import Lab
 
@@ -95,7 +95,10 @@ def lab(_cluster: None, require: Callable[[bool, str], None]) -> "Lab":
 
 @pytest.fixture
 def amnesia(lab: "Lab") -> Iterator[Callable[[], None]]:
-    """Make the controller forget every job, at a site without accounting; restore the accounting in the end."""
+    """Yield a function that makes the controller forget every job, as at a site without accounting.
+
+    Accounting is restored at the end.
+    """
     conf = lab.slurm_conf
     kept = conf.read_text()
 

@@ -1,4 +1,4 @@
-"""The bridge's own adapter at a real Slurm, whose programs lose, delay and repeat their answers on demand."""
+"""The bridge's CLI adapter with a real Slurm, whose programs lose, delay and repeat their answers on demand."""
 
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -12,20 +12,20 @@ from tests.support.fake_slurm import Crash
 from .slurm_site import slurm
 
 PROGRAMS = ("sbatch", "squeue", "sacct", "scancel", "scontrol")
-# Slurm's words.
+# Slurm's message.
 FULL = (
     "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: "
     "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
 )
-# A slow sbatch submits once the queue has been looked at so often: far more often than proves an absence.
+# A slow sbatch submits after this number of squeue calls, far more than absence_lookups.
 LOOKS = 16
 
 
 class DisturbedCli(CliAdapter):
-    """Runs Slurm's real programs; what goes wrong goes wrong around them."""
+    """Adapter that runs Slurm's real programs and injects faults around them."""
 
     def __init__(self, first: str = "") -> None:
-        """``first``: what the first sbatch does, whatever the script says."""
+        """Create the adapter. ``first`` is the fault of the first sbatch; it precedes those of ``script``."""
         super().__init__(runner=self._program)
         self._first = first
         self.script: list[str] = []
@@ -34,32 +34,32 @@ class DisturbedCli(CliAdapter):
         self.accounts_down = ""
         self.keeps_accounts = True
         self.names: set[str] = set()
-        """Of every array that was asked for."""
+        """Names of all requested arrays."""
         self.astray: dict[str, str] = {}
-        """How a program's next answer goes astray: unasked, unheard, twice, late."""
+        """Fault of each program's next answer: "unasked" (never sent), "unheard" (lost), "twice" or "late"."""
         self._orphans: list[subprocess.Popen[bytes]] = []
         self._looks_left = 0
 
     @property
     def doubles(self) -> int:
-        """Arrays beyond the first that Slurm has ever had of a name: the first never leaves its memory so soon."""
+        """Number of arrays per name beyond the first. Slurm does not forget the first that quickly."""
         return sum(max(0, len(_arrays(name, "all")) - 1) for name in self.names)
 
     def living(self, name: str) -> list[int]:
-        """Ids of the arrays of that name that are not over, from squeue itself."""
+        """Return the ids of the live arrays of that name, as squeue shows them."""
         return _arrays(name)
 
     def living_tasks(self, name: str) -> list[int]:
-        """Indices of their tasks that are not over."""
+        """Return the indices of their live tasks."""
         return [int(index) for index in slurm("squeue", "-h", "-r", f"--name={name}", "-o", "%K").split()]
 
     @property
     def hangs(self) -> bool:
-        """Return whether a slow sbatch has not submitted yet."""
+        """True while a slow sbatch has not submitted yet."""
         return self._looks_left > 0
 
     def release(self) -> None:
-        """Let each sbatch that outlived its bridge, or its time limit, finish its work; wait for its end."""
+        """Let each sbatch that outlived its bridge or its time limit finish, and wait for its end."""
         self._looks_left = 0
         while self._orphans:
             self._orphans.pop().communicate(timeout=120)
@@ -86,7 +86,7 @@ class DisturbedCli(CliAdapter):
         if how == "unheard":
             raise CommandTimeout(f"{program} did not answer in time")
         if how == "late":
-            # In the meantime something happens that the answer does not show.
+            # The state changes after the answer was produced.
             self._interrupt()
         return Result(result.status, result.output * 2, result.errors) if how == "twice" else result
 

@@ -1,4 +1,4 @@
-"""The operator's gateway in a thread of its own, for tests of a bridge that cannot be dialled."""
+"""The operator's gateway in its own thread, for tests of a bridge that cannot be dialled."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from .slurm_site import Site, until
 
 
 class Gateway:
-    """A gateway that accepts the bridge of one site."""
+    """Gateway that accepts the bridge of one site."""
 
     def __init__(self, folder: Path) -> None:
         self._authority = Authority.create("gateway CA", DAY)
@@ -24,7 +24,7 @@ class Gateway:
         self._side = self._do(self._make(folder / "gateway")).result(60)
 
     def admit(self, site: Site) -> None:
-        """Accept the site's bridge, and make it dial."""
+        """Accept the site's bridge, and configure it to dial the gateway."""
         self._side.knows(site.authority)
         site.name = f"{SITE}.bridge.isthmus.dev"
         site.authority.issue("bridge", DAY, hosts=[site.name]).write(site.folder / "tls")
@@ -34,7 +34,7 @@ class Gateway:
         del site.settings["listen"]
 
     def connected(self) -> str:
-        """The address behind which the bridge is, once it is there."""
+        """Wait for the bridge to connect, and return the address at which it can be reached."""
         address = until(lambda: self._side.gateway.addresses.get(SITE), "the bridge is connected", 120)
         assert isinstance(address, str)
         return address

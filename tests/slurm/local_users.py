@@ -1,4 +1,4 @@
-"""Local users of this machine, and a site whose bridge becomes them by a real sudo rule."""
+"""Local users of this machine, and a site whose bridge acts as them through a real sudo rule."""
 
 import pwd
 import secrets
@@ -13,7 +13,7 @@ from isthmus_contracts.identities import operator_identity
 from .slurm_site import Site
 
 ALICE, BOB = "isthmus-alice", "isthmus-bob"
-# Callers, and who they become.
+# Callers and their local users.
 CALLERS = {"prod": ALICE, "other": BOB}
 SUDOERS = Path("/etc/sudoers.d")
 
@@ -26,7 +26,7 @@ def as_user(user: str, *argv: str, check: bool = False) -> subprocess.CompletedP
 
 @contextmanager
 def accounts() -> Iterator[None]:
-    """Create the users; remove them in the end."""
+    """Create the users, and remove them at the end."""
     made = []
     try:
         for user in (ALICE, BOB):
@@ -44,7 +44,7 @@ def accounts() -> Iterator[None]:
 
 
 class Rule:
-    """A file in /etc/sudoers.d."""
+    """File in /etc/sudoers.d."""
 
     def __init__(self, text: str) -> None:
         self.path = SUDOERS / f"isthmus-test-{secrets.token_hex(4)}"
@@ -63,12 +63,12 @@ def prepare(site: Site, conf: Path) -> None:
     for user in CALLERS.values():
         (users / user).mkdir(parents=True, mode=0o700)
     users.chmod(0o755)
-    site.let_all_misbehave()
+    site.let_all_users_inject_faults()
     site.settings["users"] = {"run_dir": f"{users}/{{user}}"}
     site.settings["slurm"]["conf"] = str(conf)
     site.settings["identities"] = [{"uri": operator_identity(caller), "user": user} for caller, user in CALLERS.items()]
     site.write_policy()
-    # Not to the bridge's user, who owns the rest.
+    # The bridge's user owns everything else, but must not own this directory.
     shutil.chown(users, 0, 0)
     for user in CALLERS.values():
         shutil.chown(users / user, user, user)

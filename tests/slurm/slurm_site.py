@@ -1,4 +1,4 @@
-"""A bridge process at a real Slurm, and what a test needs to look at both."""
+"""A bridge process with a real Slurm, and helpers that inspect both."""
 
 import datetime as dt
 import json
@@ -27,7 +27,7 @@ from isthmus_contracts.wire.transport import channel
 DAY = dt.timedelta(days=1)
 OVER = (pb.Pool.SUCCEEDED, pb.Pool.FAILED, pb.Pool.CANCELLED)
 
-# Stands before the real sbatch, and misbehaves as the file `mode` in a folder for that says.
+# Wrapper of sbatch that injects the fault named in the file `mode`.
 SBATCH = """#!/bin/bash
 here={state}
 mode=$(cat "$here/mode" 2>/dev/null)
@@ -47,7 +47,7 @@ esac
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
-    """Wait until the condition returns a true value, and return that."""
+    """Wait until the condition returns a true value, and return it."""
     deadline = time.monotonic() + seconds
     while True:
         if answer := condition():
@@ -57,7 +57,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> An
 
 
 def slurm(*argv: str, check: bool = True) -> str:
-    """Output of one of Slurm's programs. Those that only ask do so again where a busy controller does not answer."""
+    """Run one of Slurm's programs and return its output. Queries are retried if the controller is busy."""
     tries = 5 if argv[0] in ("squeue", "sinfo") else 1
     while True:
         result = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
@@ -69,12 +69,12 @@ def slurm(*argv: str, check: bool = True) -> str:
 
 
 class Site:
-    """One policy, one run directory, one bridge process at a time."""
+    """A site: one policy, one run directory, and one bridge process at a time."""
 
     def __init__(self, folder: Path, user: str | None, python: Path, environ: Mapping[str, str]) -> None:
         self.folder = folder
         self._user = user
-        # Not Popen's own way to another user: that forks, which gRPC's threads in this process do not survive.
+        # Do not use Popen(user=...), which forks; that is unsafe with gRPC's threads.
         self._as_user = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--"] if user else []
         self._python = python
         self._environ = dict(environ)
@@ -107,10 +107,10 @@ class Site:
     def own_files(self) -> None:
         """Give all files to the user who runs the bridge."""
         if self._user is not None:
-            # What is in the run directory is the user's own, and comes and goes.
+            # The content of the run directory belongs to the user and may vanish.
             tops = [path for path in self.folder.iterdir() if path.name not in ("run", "users")]
             for path in (self.folder, *tops, *(below for top in tops for below in top.rglob("*"))):
-                # An sbatch whose bridge was killed still renames what it writes.
+                # An sbatch whose bridge was killed may still rename its output.
                 with suppress(FileNotFoundError):
                     shutil.chown(path, self._user, self._user)
 
@@ -118,22 +118,22 @@ class Site:
         """Set the limit of open files of the next bridge."""
         self._as_user = ["prlimit", f"--nofile={most}:{most}", *self._as_user]
 
-    def let_all_misbehave(self) -> None:
-        """Let the misbehaving sbatch run as other users, too."""
+    def let_all_users_inject_faults(self) -> None:
+        """Let the wrapper of sbatch run as other users, too."""
         self._state.chmod(0o777)
 
     def mode(self, mode: str) -> None:
-        """Set the behaviour of the next sbatch."""
+        """Set the fault of the next sbatch."""
         (self._state / "began").unlink(missing_ok=True)
         (self._state / "mode").write_text(mode)
 
     @property
     def began(self) -> bool:
-        """Return whether the misbehaving sbatch has reached the point where it misbehaves."""
+        """True once the wrapper of sbatch has reached the point of its fault."""
         return (self._state / "began").exists()
 
     def write_policy(self) -> Path:
-        """The policy file, as the settings are now."""
+        """Write the policy file from the current settings."""
         policy = self.folder / "policy.yaml"
         policy.touch(mode=0o600)
         policy.write_text(yaml.safe_dump(self.settings))
@@ -141,7 +141,7 @@ class Site:
         return policy
 
     def command(self, verb: str, *options: str) -> tuple[int, str]:
-        """Exit code and output of one of the bridge's commands, run as the bridge's user."""
+        """Run one of the bridge's commands as the bridge's user, and return its exit code and output."""
         argv = [*self._as_user, str(self._python), "-m", "isthmus_bridge.cli", verb]
         result = subprocess.run(
             [*argv, "--policy", str(self.folder / "policy.yaml"), *options], capture_output=True, text=True, cwd="/",
@@ -160,7 +160,7 @@ class Site:
                 stderr=errors, text=True, cwd="/", env={**os.environ, **self._environ},
             )  # fmt: skip
         line = until(lambda: self._log_line(log, begin, "serving"), f"the bridge serves; its log: {log}", 180)
-        # A bridge that only dials out is reached through the gateway: the test sets where.
+        # A bridge that only dials out is reached through the gateway; the test sets the address.
         self.address = line["listen"] or self.address
         return self.stub()
 
@@ -173,12 +173,12 @@ class Site:
 
     @property
     def pid(self) -> int:
-        """The bridge's."""
+        """Process id of the bridge."""
         assert self._process is not None
         return self._process.pid
 
     def listens(self) -> list[str]:
-        """Where it takes TCP connections, as Linux sees it (IPv4 only: the tests use nothing else)."""
+        """Return the addresses at which the bridge listens, according to Linux (IPv4 only, as in the tests)."""
         links = [entry.readlink() for entry in Path(f"/proc/{self.pid}/fd").iterdir() if entry.is_symlink()]
         inodes = {str(link)[8:-1] for link in links if str(link).startswith("socket:[")}
         rows = [row.split() for row in Path(f"/proc/{self.pid}/net/tcp").read_text().splitlines()[1:]]
@@ -186,7 +186,7 @@ class Site:
         return [f"{socket.inet_ntoa(bytes.fromhex(host)[::-1])}:{int(port, 16)}" for host, port in found]
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL, and wait for the end of the bridge."""
         assert self._process is not None
         self._process.kill()
         self._process.wait(120)
@@ -201,29 +201,29 @@ class Site:
         until(lambda: self._log_line(log, begin, message), f"the bridge says: {message}")
 
     def stop(self) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM and return the exit code."""
         assert self._process is not None
         self._process.terminate()
         return self._process.wait(120)
 
     def stub(self, cluster: str = "prod", credentials: Credentials | None = None) -> rpc.BridgeStub:
-        """A connection of its own."""
+        """Open a new connection, and return its stub."""
         shown = credentials or self.authority.issue(cluster, DAY, uris=[operator_identity(cluster)])
         self._channels.append(channel(self.address, shown, self.name))
         return rpc.BridgeStub(self._channels[-1])
 
     def foreign(self) -> rpc.BridgeStub:
-        """A connection with the right name in a certificate of another authority."""
+        """Open a connection with the right name in a certificate of another CA."""
         forged = Authority.create("another", DAY).issue("prod", DAY, uris=[operator_identity("prod")])
         return self.stub(credentials=Credentials(self.authority.certificate, forged.certificate, forged.key))
 
     def key(self) -> str:
-        """A new key; its arrays are cancelled in the end."""
+        """Return a new key. Its arrays are cancelled at the end."""
         self._keys.append(secrets.token_hex(16))
         return self._keys[-1]
 
     def arrays(self, key: str) -> set[str]:
-        """Ids of the living arrays that bear the key's name, from squeue itself."""
+        """Return the ids of the live arrays with the key's name, as squeue shows them."""
         return set(slurm("squeue", "-h", "-r", f"--name={slurm_job_name(key)}", "-o", "%F").split())
 
     def vanish(self, key: str) -> None:
@@ -243,7 +243,7 @@ class Site:
         """Remove all files."""
 
         def removed() -> bool:
-            # A program that outlived its bridge may still write into it.
+            # A program that outlived its bridge may still write to it.
             shutil.rmtree(self.folder, ignore_errors=True)
             return not self.folder.exists()
 
@@ -252,14 +252,14 @@ class Site:
         if self._process is not None and self._process.poll() is None:
             self.kill()
         if (log := self.folder / "bridge.log").exists():
-            # pytest shows it where a test has failed.
+            # pytest shows the output if a test fails.
             print(log.read_text()[-400_000:])
         self.end_jobs()
         until(removed, f"{self.folder} is removed")
 
 
 def spec(**changes: object) -> pb.PoolSpec:
-    """A request for two short tasks."""
+    """Return a request for two short tasks."""
     credentials = Authority.create("job", DAY).issue("client", DAY, uris=["isthmus://job/u/pool/p"])
     fields: dict[str, object] = {
         "job_uid": "6f9619ff-8b86-d011-b42d-00cf4fc964ff", "namespace": "default", "job": "fashion", "pool": "hpc",
@@ -275,7 +275,7 @@ def spec(**changes: object) -> pb.PoolSpec:
 
 
 def ensure(stub: rpc.BridgeStub, key: str, wanted: pb.PoolSpec) -> pb.Pool:
-    """EnsurePool, as the operator does it: again, where Slurm takes longer to answer than the bridge lets us wait."""
+    """Call EnsurePool as the operator does, repeated until Slurm has answered."""
 
     def answered() -> pb.Pool | None:
         pool = stub.EnsurePool(pb.EnsurePoolRequest(key=key, spec=wanted), timeout=60)
@@ -287,12 +287,12 @@ def ensure(stub: rpc.BridgeStub, key: str, wanted: pb.PoolSpec) -> pb.Pool:
 
 
 def get(stub: rpc.BridgeStub, key: str) -> pb.Pool:
-    """GetPool."""
+    """Call GetPool."""
     return stub.GetPool(pb.GetPoolRequest(key=key), timeout=60)
 
 
 def over(stub: rpc.BridgeStub, key: str, seconds: float = 180.0) -> pb.Pool:
-    """The pool, once it is over."""
+    """Wait for the end of the pool and return it."""
 
     def finished() -> pb.Pool | None:
         pool = get(stub, key)
@@ -308,12 +308,12 @@ def running(stub: rpc.BridgeStub, key: str, tasks: int = 2) -> None:
     until(lambda: get(stub, key).running == tasks, f"{tasks} tasks run")
 
 
-def started_again_while_submitting(
+def restart_while_submitting(
     site: Site, stub: rpc.BridgeStub, key: str, wanted: pb.PoolSpec, mode: str
 ) -> rpc.BridgeStub:
     """Kill the bridge while its sbatch runs in that mode, and wait until the next bridge reports the pool running."""
     site.mode(mode)
-    threading.Thread(target=ask_one_that_dies, args=(stub, key, wanted), daemon=True).start()
+    threading.Thread(target=ensure_at_dying_bridge, args=(stub, key, wanted), daemon=True).start()
     until(lambda: site.began, "sbatch is at work")
     site.kill()
     site.mode("")
@@ -323,8 +323,8 @@ def started_again_while_submitting(
     return stub
 
 
-def ask_one_that_dies(stub: rpc.BridgeStub, key: str, wanted: pb.PoolSpec) -> None:
-    """EnsurePool at a bridge that may be killed before it answers."""
+def ensure_at_dying_bridge(stub: rpc.BridgeStub, key: str, wanted: pb.PoolSpec) -> None:
+    """Call EnsurePool at a bridge that may be killed before it answers."""
     try:
         stub.EnsurePool(pb.EnsurePoolRequest(key=key, spec=wanted), timeout=60)
     except grpc.RpcError as error:
@@ -332,11 +332,11 @@ def ask_one_that_dies(stub: rpc.BridgeStub, key: str, wanted: pb.PoolSpec) -> No
 
 
 def wait_for_output(stub: rpc.BridgeStub, key: str, index: int, words: str) -> None:
-    """Wait for output of the script itself: Slurm reports a task as running before its script has started."""
+    """Wait for output of the script itself, since Slurm reports a task as running before its script has started."""
     until(lambda: words in tail(stub, key, index), f"task {index} says: {words}")
 
 
 def tail(stub: rpc.BridgeStub, key: str, index: int, lines: int = 200) -> str:
-    """TailLog."""
+    """Call TailLog, and return the text."""
     chunks = stub.TailLog(pb.TailLogRequest(key=key, index=index, lines=lines), timeout=60)
     return b"".join(chunk.data for chunk in chunks).decode()

@@ -1,7 +1,7 @@
-"""One contract for every way to Slurm: what the bridge builds on must hold whichever adapter the site's policy names.
+"""Contract tests of all Slurm adapters.
 
 The pyslurm adapter is tested where ISTHMUS_PYSLURM names a Python that has pyslurm for the cluster's version of Slurm:
-`python -m lab newer-slurm` makes one, beside a newer Slurm than the lab's, for all three adapters.
+`python -m lab newer-slurm` creates one, beside a Slurm newer than the lab's, for all three adapters.
 """
 
 import base64
@@ -64,7 +64,7 @@ def settings(name: str, **changes: Any) -> SlurmSettings:
 
 @pytest.fixture(params=["cli", "rest", "pyslurm"])
 def make(request: pytest.FixtureRequest, _cluster: None, require: Callable[[bool, str], None]) -> Make:
-    """Return a new adapter, as after a start of the bridge."""
+    """Return a new adapter, as after a restart of the bridge."""
     name: str = request.param
     if name == "rest":
         require("ISTHMUS_SLURMRESTD" in os.environ, REST_HINT)
@@ -83,7 +83,7 @@ def make(request: pytest.FixtureRequest, _cluster: None, require: Callable[[bool
 
 @pytest.fixture
 def wanted(folder: Path) -> Iterator[Callable[..., Submission]]:
-    """A submission, whose jobs are gone in the end."""
+    """Yield a function that builds submissions; their jobs are cancelled at the end."""
     names: list[str] = []
 
     def build(script: str, **changes: Any) -> Submission:
@@ -105,7 +105,7 @@ def wanted(folder: Path) -> Iterator[Callable[..., Submission]]:
 
 
 def tasks(adapter: SlurmAdapter, name: str, count: int = 3) -> dict[int, TaskRecord]:
-    """Return the queue's records of the tasks of this name. A record without indices stands for all others."""
+    """Return the queue's records of the tasks with this name. A record without indices stands for all others."""
     found = [record for record in adapter.jobs() if record.name == name]
     others = {index: record for record in found if record.indices is None for index in range(count)}
     return others | {index: record for record in found for index in record.indices or ()}
@@ -142,7 +142,7 @@ def test_an_array_runs_and_ends(
     assert {each.array_id for each in ended.values()} == {array}
     assert len({each.job_id for each in ended.values()}) == 3
     assert all(each.node and each.submitted and each.start >= each.submitted for each in ended.values())
-    # Another adapter, as after a start of the bridge, finds them by their name.
+    # A new adapter, as after a restart of the bridge, finds them by their name.
     assert {record.array_id for record in make().jobs() if record.name == one.name} == {array}
     said = (folder / "0.log").read_text().splitlines()
     assert said[-1] == str(folder)
@@ -157,43 +157,43 @@ def test_an_array_runs_and_ends(
         assert adapter.history([one.name], time.time()) == []
 
 
-def test_the_queue_tells_why_and_until_when(make: Make, wanted: Callable[..., Submission]) -> None:
+def test_the_queue_shows_the_reason_and_the_expected_start(make: Make, wanted: Callable[..., Submission]) -> None:
     adapter = make()
-    # More than the lab's two nodes of four CPUs have.
+    # More than the lab's two nodes with four CPUs each can run.
     one = wanted("sleep 300", cpus_per_task=4)
     array = adapter.submit(one)
 
-    def told() -> TaskRecord | None:
+    def reported() -> TaskRecord | None:
         now = tasks(adapter, one.name)
         waits = [each for each in now.values() if each.state == "PENDING"]
         runs = [each for each in now.values() if each.state == "RUNNING"]
         return waits[0] if len(runs) == 2 and len(waits) == 1 and waits[0].reason and waits[0].start else None
 
-    waiting = until(told, "two run, and the third has a reason and an expected start", 90)
+    waiting = until(reported, "two run, and the third has a reason and an expected start", 90)
     assert waiting.reason in ("Resources", "Priority")
     running_ones = [each for each in tasks(adapter, one.name).values() if each.state == "RUNNING"]
     assert all(500 < each.ends - each.start <= 660 for each in running_ones)
     adapter.cancel("isthmus-of-somebody-else", array)
     assert sum(each.state == "RUNNING" for each in tasks(adapter, one.name).values()) == 2
-    # The scancel of 26.05 ends one task after the other, and misses one that starts meanwhile: the bridge asks again.
+    # In Slurm 26.05, scancel ends the tasks one by one and misses one that starts meanwhile, so the bridge repeats it.
     ended = all_over(adapter, one.name, 3, lambda: adapter.cancel(one.name, array))
     assert {each.state for each in ended.values()} == {"CANCELLED"}
-    # Asked again, as after a crash: nothing is wrong with that.
+    # A repeated cancel, as after a crash, succeeds.
     adapter.cancel(one.name, array)
     adapter.cancel(one.name, 99_999_999)
 
 
-# sbatch's own warning is tested with pools: Slurm looks at the limits every half minute only.
+# sbatch's own warning is tested with pools, because Slurm checks the limits only every half minute.
 @pytest.mark.parametrize("make", ["rest", "pyslurm"], indirect=True)
 def test_a_task_is_warned_before_its_limit(make: Make, wanted: Callable[..., Submission], folder: Path) -> None:
-    """Slurm's limits count in minutes, and its warning may come a minute early: at once, for this one."""
+    """Slurm's limits count in minutes, and its warning may come a minute early, which is at once for this task."""
     adapter = make()
     one = wanted("trap 'echo warned; exit 0' TERM; sleep 300 & wait", tasks=1, time_limit_seconds=60,
                  warning_seconds=55)  # fmt: skip
     adapter.submit(one)
     ended = all_over(adapter, one.name, 1)
     assert ended[0].state == "COMPLETED"
-    # slurmd may add lines of its own.
+    # slurmd may add lines.
     assert "warned" in (folder / "0.log").read_text().splitlines()
 
 
@@ -204,13 +204,13 @@ def test_nothing_in_a_submission_is_code(make: Make, wanted: Callable[..., Submi
     one = wanted("squeue -h -j $SLURM_JOB_ID -o %k; pwd", directory=odd, comment=HOSTILE, tasks=1)
     adapter.submit(one)
     assert all_over(adapter, one.name, 1)[0].state == "COMPLETED"
-    # Slurm's own words for the comment; older versions ended them with a blank.
+    # Slurm prints the comment; older versions add a trailing blank.
     first, where = (odd / "0.log").read_text().splitlines()
     assert (first.rstrip(), where) == (HOSTILE, str(odd))
     assert not list(folder.rglob("pwned")) and not Path("pwned").exists()
 
 
-# What `scontrol show job` says of each, in the versions that the tests know.
+# Expected output of `scontrol show job` for each option, in the versions that the tests support.
 SHOWN = {
     "Features": r"Features=of-n2 ",
     "Licenses": r"Licenses=scratch:2",
@@ -234,14 +234,14 @@ def test_the_sites_own_options_reach_slurm(make: Make, wanted: Callable[..., Sub
     until(lambda: {each.state for each in tasks(adapter, one.name, 1).values()} == {"RUNNING"}, "it runs", 90)
     text = slurm("scontrol", "show", "job", str(array))
     assert {name for name, pattern in SHOWN.items() if not re.search(pattern, text)} == set(), text
-    # Memory that is not asked for at all: the site's default.
+    # Without a memory request, the site's default applies.
     bare = wanted("sleep 300", tasks=1, partition="", options=Options(memory="none"))
     text = slurm("scontrol", "show", "job", str(adapter.submit(bare)))
     assert re.search("MinMemoryCPU=100M|MinMemoryNode=0", text), text
 
 
 @pytest.mark.parametrize("partition", ["nowhere", "--help", "$(touch pwned)", "main\nexit"])
-def test_a_refusal_is_one(make: Make, wanted: Callable[..., Submission], partition: str) -> None:
+def test_a_refusal_is_not_ambiguous(make: Make, wanted: Callable[..., Submission], partition: str) -> None:
     adapter = make()
     one = wanted("true", partition=partition)
     with pytest.raises(SubmissionRefused) as caught:
@@ -259,7 +259,7 @@ def test_the_cluster_is_described(make: Make) -> None:
 
 
 def test_a_controller_that_is_down_says_nothing(make: Make, wanted: Callable[..., Submission], lab: "Lab") -> None:
-    """An error, never "there is no such job"; what was submitted before is there again afterwards."""
+    """A controller that is down is an error, not an empty queue; earlier jobs reappear afterwards."""
     adapter, hasty = make(), make(command_timeout_seconds=2)
     one, another = wanted("sleep 300", tasks=1), wanted("sleep 300", tasks=1)
     array = adapter.submit(one)
@@ -285,7 +285,7 @@ def test_a_controller_that_is_down_says_nothing(make: Make, wanted: Callable[...
 
 @pytest.fixture
 def rest(_cluster: None, require: Callable[[bool, str], None]) -> dict[str, Any]:
-    """The settings of slurmrestd, without a source of tokens."""
+    """Return the settings of slurmrestd, without a source of tokens."""
     require("ISTHMUS_SLURMRESTD" in os.environ, REST_HINT)
     return {"url": os.environ["ISTHMUS_SLURMRESTD"]}
 
@@ -297,7 +297,7 @@ def test_a_token_is_renewed_before_it_ends(rest: dict[str, Any], folder: Path) -
     assert chosen.rest is not None
     adapter = slurm_adapters.rest(chosen, chosen.rest)
     began = time.monotonic()
-    # Beyond the life of two tokens, every question is answered.
+    # Requests succeed for longer than two token lifetimes.
     until(lambda: adapter.jobs() is not None and time.monotonic() > began + 7, "the tokens end", 60)
     assert 2 <= made.read_text().count("\n") <= 8
 
@@ -387,7 +387,7 @@ def test_some_tasks_of_an_array_end_and_the_others_run_on(make: Make, wanted: Ca
     adapter.cancel("isthmus-of-somebody-else", array, 1, 4)
     running = {index for index, state in states().items() if state == "RUNNING"}
     assert len(running) == 4
-    # Running ones and the one that waits.
+    # The running tasks and the pending one.
     until(
         lambda: adapter.cancel(one.name, array, 2, 4) or {i for i, s in states().items() if s == "RUNNING"} == {0, 1},
         "the last three are over",

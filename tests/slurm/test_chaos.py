@@ -1,7 +1,7 @@
-"""Requests from several threads, a bridge that is killed again and again, an sbatch that misbehaves at random.
+"""Requests from several threads, a bridge that is killed repeatedly, and an sbatch with random faults.
 
-The suite runs a short one. ISTHMUS_CHAOS=full runs 200 operations from 8 threads and kills the bridge 20 times; a
-number after a colon seeds the dice (``full:7``).
+The suite runs a short version. ISTHMUS_CHAOS=full runs 200 operations from 8 threads and kills the bridge 20 times; a
+number after a colon seeds the random generator (``full:7``).
 """
 
 import json
@@ -29,20 +29,20 @@ from .slurm_site import Site, over, slurm, spec, until
 COMMANDS = {
     "SUCCEEDED": ["true"],
     "FAILED": ["sh", "-c", "exit 3"],
-    "CANCELLED": ["sleep", "600"],  # in the end all of these are
+    "CANCELLED": ["sleep", "600"],  # all of these are cancelled at the end
 }
-SLURMS_WORD = {"SUCCEEDED": {"COMPLETED"}, "FAILED": {"FAILED"}}
+SLURM_STATES = {"SUCCEEDED": {"COMPLETED"}, "FAILED": {"FAILED"}}
 DEAD = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-# How the bridge gives a pool up whose every sbatch left nothing behind: the dice may fall so.
+# Message of a pool whose submissions all left no array, which can happen by chance.
 GIVEN_UP = "times and left no array"
 
 
 @dataclass
 class Queue:
-    """All that Slurm's queue ever said about our keys."""
+    """Everything that Slurm's queue has shown of the test's keys."""
 
     states: dict[str, dict[str, dict[str, str]]] = field(default_factory=lambda: defaultdict(dict))
-    """Name, array, task: its last known state. "N/A" are the tasks of an array that was cancelled as a whole."""
+    """Last known state by name, array and task. "N/A" stands for the tasks of an array cancelled as a whole."""
     doubles: list[str] = field(default_factory=list)
     looks: int = 0
 
@@ -61,14 +61,14 @@ class Queue:
 
     def watch(self, stop: threading.Event) -> None:
         while not stop.wait(0.3):
-            # A busy controller may leave one look unanswered: the next one follows.
+            # A busy controller may not answer one poll; the next one follows.
             with suppress(AssertionError, subprocess.TimeoutExpired):
                 self.look()
 
 
 @dataclass
 class Demand:
-    """The requests of the threads."""
+    """Requests of the threads."""
 
     wanted: dict[str, str] = field(default_factory=dict)
     cancelled: set[str] = field(default_factory=set)
@@ -82,7 +82,7 @@ def test_chaos(site: Site) -> None:
     operations, threads, kills = (200, 8, 20) if size == "full" else (40, 8, 4)
     site.settings["slurm"]["command_timeout_seconds"] = 2
     site.settings["limits"] = {"pools": 1000}
-    site.settings["listen"] = f"127.0.0.1:{free_port()}"  # the same after each kill
+    site.settings["listen"] = f"127.0.0.1:{free_port()}"  # the same port after each kill
     site.start()
     site.mode("random")
     queue, demand, done = Queue(), Demand(left=operations), threading.Event()
@@ -115,7 +115,7 @@ def _disorder(site: Site, demand: Demand, threads: int, kills: int, dice: random
         callers = [pool.submit(_call, site, demand, random.Random(seed)) for seed in seeds]  # noqa: S311
         for left in _spread(demand.left, kills):
             until(lambda: demand.left <= left, f"{left} operations are left", 300)  # noqa: B023
-            time.sleep(dice.uniform(0.0, 0.6))  # a moment by chance: there is no condition to wait for
+            time.sleep(dice.uniform(0.0, 0.6))  # a random moment: there is no condition to wait for
             site.kill()
             site.start()
         for caller in callers:
@@ -123,7 +123,7 @@ def _disorder(site: Site, demand: Demand, threads: int, kills: int, dice: random
 
 
 def _spread(operations: int, kills: int) -> list[int]:
-    """Return how many operations are left at each kill."""
+    """Return the number of operations left at each kill."""
     return [operations - operations * number // (kills + 1) for number in range(1, kills + 1)]
 
 
@@ -149,15 +149,15 @@ def _call(site: Site, demand: Demand, dice: random.Random) -> None:
             _cancel(operator, key)
         else:
             wanted = spec(replicas=2, memory_mib=10, command=COMMANDS[end])
-            _persistently(lambda: operator.EnsurePool(pb.EnsurePoolRequest(key=key, spec=wanted), timeout=60))  # noqa: B023
+            _repeat_until_answered(lambda: operator.EnsurePool(pb.EnsurePoolRequest(key=key, spec=wanted), timeout=60))  # noqa: B023
 
 
 def _cancel(operator: rpc.BridgeStub, key: str) -> None:
-    _persistently(lambda: operator.CancelPool(pb.CancelPoolRequest(key=key), timeout=60))
+    _repeat_until_answered(lambda: operator.CancelPool(pb.CancelPoolRequest(key=key), timeout=60))
 
 
-def _persistently(call: object) -> None:
-    """As the operator does: again, until there is an answer."""
+def _repeat_until_answered(call: object) -> None:
+    """Repeat a call until it is answered, as the operator does."""
     assert callable(call)
 
     def answered() -> bool:
@@ -172,7 +172,7 @@ def _persistently(call: object) -> None:
 
 
 def _disagreement(queue: Queue, demand: Demand, key: str, pool: pb.Pool) -> str:
-    """Where the bridge's last word differs from Slurm's, if it does."""
+    """Return the difference between the bridge's final state and Slurm's; empty if they agree."""
     phase, arrays = pb.Pool.Phase.Name(pool.phase), queue.states[slurm_job_name(key)]
     said = f"{key}: {phase} ({pool.message}), job {pool.slurm_job_id!r}; Slurm: {json.dumps(arrays)}"
     if len(arrays) > 1:
@@ -183,9 +183,9 @@ def _disagreement(queue: Queue, demand: Demand, key: str, pool: pb.Pool) -> str:
     if phase == "FAILED" and not arrays and GIVEN_UP in pool.message:
         return ""
     if key in demand.cancelled or end == "CANCELLED":
-        # One that ended by itself before the bridge heard of the cancellation has ended so.
+        # A pool that ended by itself before the bridge received the cancellation keeps that end.
         return "" if phase == "CANCELLED" or (arrays and phase == end) else f"should be cancelled: {said}"
     if set(arrays) != {pool.slurm_job_id}:
         return f"lost: {said}"
     states = set(arrays[pool.slurm_job_id].values())
-    return "" if phase == end and states == SLURMS_WORD[end] else f"they disagree: {said}"
+    return "" if phase == end and states == SLURM_STATES[end] else f"they disagree: {said}"

@@ -1,4 +1,4 @@
-"""A command prefix that the admin wrote: the script runs in a charliecloud container, inside a Slurm job."""
+"""A command prefix from the policy: the script runs in a charliecloud container inside a Slurm job."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ SCRIPT = (
 
 @pytest.fixture
 def image(site: Site, require: Callable[[bool, str], None]) -> Path:
-    """A directory with a shell and little else."""
+    """Return a directory with a shell and little else."""
     require(shutil.which("ch-run") is not None, "install Debian's package charliecloud")
     root = site.folder / "image"
     for name in ("dev", "proc", "sys", "tmp", "home", "root", "mnt/0", "mnt/1", "etc", "bin", "usr/bin"):

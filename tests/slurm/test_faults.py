@@ -15,7 +15,7 @@ from .slurm_site import Site, ensure, get, over, running, slurm, spec, tail, unt
 if TYPE_CHECKING:
     from lab import Lab
 
-# Says who it is at every start, hands in what it has when it is warned, and goes on as long as it may.
+# Prints its attempt at every start, submits on the warning, and continues until the limit.
 PATIENT = ["sh", "-c", "trap 'echo partial' TERM; echo attempt $ISTHMUS_ATTEMPT; while :; do sleep 0.2; done"]
 
 
@@ -24,13 +24,13 @@ def phase(pool: pb.Pool) -> str:
 
 
 def alone(**changes: object) -> pb.PoolSpec:
-    """One task that fills the node n2."""
+    """Return a request for one task that fills the node n2."""
     return spec(replicas=1, total_clients=5, partition="debug", cpus_per_task=4, command=PATIENT, **changes)
 
 
 @pytest.fixture
 def n2(lab: "Lab") -> Iterator[str]:
-    """The only node of the partition debug; in the end it is up."""
+    """Yield the only node of the partition debug, and wait until it is up at the end."""
     yield "n2"
     up = ("idle", "mixed", "allocated")
     until(lambda: slurm("sinfo", "-h", "-n", "n2", "-N", "-o", "%T").split()[0] in up, "n2 is back")
@@ -41,9 +41,9 @@ def test_the_time_limit(site: Site, operator: rpc.BridgeStub, lab: "Lab") -> Non
     asked = time.time()
     pool = ensure(operator, key, alone(time_limit_seconds=120))
     running(operator, key, 1)
-    # Known from the start, so that the next attempt can be there before this one ends.
+    # Known from the start, so that the next attempt can start before this one ends.
     seen = get(operator, key)
-    # Two minutes after the start, which was between these two; Slurm counts whole seconds.
+    # Two minutes after the start, which was between the request and this poll; Slurm counts whole seconds.
     assert asked + 118 < seen.ends_at < time.time() + 122
     wait_for_output(operator, key, 0, "attempt 1000")
     slurm("scontrol", "update", f"jobid={pool.slurm_job_id}", "EndTime=now+2")
@@ -79,7 +79,7 @@ def test_a_node_that_dies_and_comes_back(site: Site, operator: rpc.BridgeStub, l
     wait_for_output(operator, key, 0, "attempt 1000")
     lab.stop_slurm_daemon(f"slurmd-{n2}", kill=True)
     try:
-        # The controller would need SlurmdTimeout, 20 seconds, to see it.
+        # The controller would notice it only after SlurmdTimeout, 20 seconds.
         slurm("scontrol", "update", f"nodename={n2}", "state=down", "reason=test")
         waiting = until(lambda: (p := get(operator, key)).queued == 1 and p.reason and p, "the task waits again")
     finally:
@@ -101,8 +101,8 @@ def test_held_waiting_and_suspended(site: Site, operator: rpc.BridgeStub, n2: st
     wanted.replicas = 2
     job = ensure(operator, key, wanted).slurm_job_id
     running(operator, key, 1)
-    # Slurm's main and backfill schedulers write the reason and the expected start at different times; before the one
-    # task runs, the other is expected to start at once too.
+    # Slurm's main and backfill schedulers write the reason and the expected start at different times. Before one task
+    # runs, the other is expected to start at once too.
     pool = until(
         lambda: (
             (p := get(operator, key)).expected_start > p.submitted_at and p.reason in ("Resources", "Priority") and p
@@ -130,14 +130,14 @@ def test_the_controller_goes_and_comes_back(site: Site, lab: "Lab") -> None:
     wanted = spec()
     ensure(operator, key, wanted)
     running(operator, key)
-    # Not from the first answer: sbatch may have taken longer than these two seconds, and the array was found later.
+    # Do not use the first answer: sbatch may have taken longer than these two seconds, and the array was found later.
     first = get(operator, key)
     lab.stop_slurm_daemon("slurmctld")
     try:
         pool = until(lambda: (p := get(operator, key)).phase == pb.Pool.UNKNOWN and p, "the bridge says so", 180)
         assert "Slurm does not answer" in pool.message
         assert (pool.running, pool.failed) == (2, 0), "the last known counts stay"
-        # Requested while Slurm accepts no jobs: it waits, and is submitted once.
+        # A request while Slurm accepts no jobs waits, and is submitted once.
         assert phase(ensure(operator, late, wanted)) == "UNKNOWN"
     finally:
         lab.start_slurm_daemon("slurmctld")
@@ -147,7 +147,7 @@ def test_the_controller_goes_and_comes_back(site: Site, lab: "Lab") -> None:
     assert site.arrays(late) == {get(operator, late).slurm_job_id}
 
 
-def test_without_accounts_the_tasks_own_marks_tell(
+def test_without_accounting_the_task_markers_show_the_end(
     site: Site, operator: rpc.BridgeStub, amnesia: Callable[[], None]
 ) -> None:
     key = site.key()

@@ -1,4 +1,4 @@
-"""The time limit ends a pool's array, and the next one carries on: both overlap, and no round counts anybody twice."""
+"""The next array continues when the time limit ends the first: they overlap, and no client counts twice in a round."""
 
 import datetime as dt
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from .slurm_site import Site, ensure, get, over, running, slurm, spec, tail, unt
 if TYPE_CHECKING:
     from lab import Lab
 
-# A second each, and the operator queues again after sixty.
+# A round takes a second, and the operator queues the next attempt after sixty.
 ROUNDS = 80
 LIMIT = 120
 
@@ -31,7 +31,7 @@ def aggregator(lab: "Lab", tmp_path: Path) -> Iterator[Aggregator]:
 
 
 def time_to_queue_again(pool: pb.Pool, aggregator: Aggregator) -> bool:
-    """The operator's own decision, from what the bridge tells."""
+    """Return the operator's decision to queue the next attempt, based on the bridge's report."""
     hpc = SimpleNamespace(time_limit_seconds=LIMIT)
     context: Any = SimpleNamespace(
         observed=SimpleNamespace(federation=SimpleNamespace(total_rounds=ROUNDS, completed_rounds=aggregator.rounds())),
@@ -42,13 +42,13 @@ def time_to_queue_again(pool: pb.Pool, aggregator: Aggregator) -> bool:
 
 
 def trained(site: Site, key: str, client: int) -> set[int]:
-    """Rounds that this array's client began."""
+    """Return the rounds that this array's client began."""
     file = site.folder / "run" / key / "work" / str(client) / f"trained-{client}"
     return {int(line) for line in file.read_text().split()} if file.exists() else set()
 
 
-def that_run(*keys: str) -> set[str]:
-    """Those keys of which a task runs, by one look at Slurm's own queue."""
+def with_running_task(*keys: str) -> set[str]:
+    """Return the keys with a running task, from one squeue call."""
     named = {slurm_job_name(key): key for key in keys}
     listed = slurm("squeue", "-h", "-r", f"--name={','.join(named)}", "--states=RUNNING", "-O", "Name:128").split()
     return {named[name] for name in listed}
@@ -74,12 +74,12 @@ def test_the_next_array_carries_on_before_the_time_limit_ends_the_first(
 
     wanted.attempt, wanted.time_limit_seconds = 2, 600
     ensure(operator, second, wanted)
-    until(lambda: that_run(first, second) == {first, second}, "both arrays run")
+    until(lambda: with_running_task(first, second) == {first, second}, "both arrays run")
     before = aggregator.rounds()
     assert 0 < before < ROUNDS
     ended = over(operator, first)
     logs = [tail(operator, key, index) for key in (first, second) for index in range(2)]
-    # Warned and ended by its time, or sent away because the newer attempt was there: never cancelled by anybody.
+    # Warned and ended by its time limit, or fenced by the newer attempt, but never cancelled.
     assert ended.phase in (pb.Pool.SUCCEEDED, pb.Pool.FAILED), (ended, logs)
     site.vanish(first)
     done = over(operator, second, 400)
@@ -93,5 +93,5 @@ def test_the_next_array_carries_on_before_the_time_limit_ends_the_first(
     for client in range(2):
         old, new = trained(site, first, client), trained(site, second, client)
         assert old | new == set(range(1, ROUNDS + 1)), "nobody missed a round"
-        # At most the one that the older was at when the newer came.
+        # At most one round: the one in progress when the newer attempt connected.
         assert len(old & new) <= 1 and max(old) <= min(new) and max(new) == ROUNDS, (old, new)

@@ -1,4 +1,4 @@
-"""Callers become local users: real sudo, real Slurm, and a bridge that runs as an ordinary user."""
+"""Callers mapped to local users: real sudo, real Slurm, and a bridge that runs as an ordinary user."""
 
 import json
 import pwd
@@ -24,10 +24,10 @@ from .slurm_site import (
     ensure,
     get,
     over,
+    restart_while_submitting,
     running,
     slurm,
     spec,
-    started_again_while_submitting,
     tail,
     until,
     wait_for_output,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def shared(site: Site, lab: "Lab", require: Callable[[bool, str], None]) -> Iterator[Site]:
-    """A site with local users, by the very rule that `isthmus-bridge sudoers` prints."""
+    """Yield a site with local users, with the rule that `isthmus-bridge sudoers` prints."""
     require(shutil.which("sudo") is not None, "install Debian's package sudo")
     with accounts():
         prepare(site, lab.slurm_conf)
@@ -50,7 +50,7 @@ def shared(site: Site, lab: "Lab", require: Callable[[bool, str], None]) -> Iter
             checked = subprocess.run(["visudo", "--check"], capture_output=True, text=True, check=False)
             assert checked.returncode == 0, checked.stdout + checked.stderr
             yield site
-            # Users can be removed once nothing of them runs.
+            # Users can be removed only once none of their processes runs.
             site.end_jobs()
         finally:
             rule.remove()
@@ -58,18 +58,18 @@ def shared(site: Site, lab: "Lab", require: Callable[[bool, str], None]) -> Iter
 
 @pytest.fixture
 def alice(shared: Site) -> rpc.BridgeStub:
-    """The caller who becomes alice, at a bridge that runs."""
+    """Start the bridge, and return the stub of the caller mapped to alice."""
     return shared.start()
 
 
 @pytest.fixture
 def bob(shared: Site, alice: rpc.BridgeStub) -> rpc.BridgeStub:
-    """The one who becomes bob."""
+    """Return the stub of the caller mapped to bob."""
     return shared.stub("other")
 
 
 def owners(key: str) -> set[str]:
-    """The owners of the key's living jobs, as Slurm tells."""
+    """Return the owners of the key's live jobs, as squeue shows them."""
     return set(slurm("squeue", "-h", f"--name={slurm_job_name(key)}", "-O", "UserName:40").split())
 
 
@@ -96,7 +96,7 @@ def test_each_caller_becomes_its_local_user(shared: Site, alice: rpc.BridgeStub,
     wait_for_output(alice, hers, 0, f"I am {ALICE}, {pwd.getpwnam(ALICE).pw_dir}, {size}")
     wait_for_output(bob, his, 1, f"I am {BOB}, ")
 
-    # Private to each, down to the last file; and nothing of it is with the bridge.
+    # All files are private to their user; the bridge's directory holds none of them.
     files = home_of(shared, ALICE, hers)
     listed = [files, *files.rglob("*")]
     assert {path.stat().st_uid for path in listed} == {pwd.getpwnam(ALICE).pw_uid}
@@ -108,7 +108,7 @@ def test_each_caller_becomes_its_local_user(shared: Site, alice: rpc.BridgeStub,
     for path in (files / "tls" / "tls.key", shared.folder / "run" / "journal.db", shared.folder / "policy.yaml"):
         assert as_user(BOB, "cat", str(path)).returncode != 0, path
 
-    # The other caller sees and ends nothing.
+    # The other caller can neither see nor end the pool.
     assert refused(lambda: get(bob, hers)) is grpc.StatusCode.NOT_FOUND
     assert refused(lambda: tail(bob, hers, 0)) is grpc.StatusCode.NOT_FOUND
     assert refused(lambda: bob.CancelPool(pb.CancelPoolRequest(key=hers), timeout=60)) is grpc.StatusCode.NOT_FOUND
@@ -137,7 +137,7 @@ def test_the_bridge_dies_while_sbatch_runs_as_another_user(shared: Site, mode: s
     shared.settings["slurm"]["command_timeout_seconds"] = 10
     alice = shared.start()
     key, wanted = shared.key(), spec()
-    alice = started_again_while_submitting(shared, alice, key, wanted, mode)
+    alice = restart_while_submitting(shared, alice, key, wanted, mode)
     assert shared.arrays(key) == {get(alice, key).slurm_job_id}
     assert owners(key) == {ALICE}
 
@@ -154,8 +154,11 @@ def test_an_sbatch_that_hangs_as_another_user_is_ended_and_tried_again(shared: S
     assert shared.arrays(key) == {get(alice, key).slurm_job_id}
 
 
-def test_a_job_of_that_name_that_somebody_else_owns_is_neither_taken_nor_ended(shared: Site) -> None:
-    """The look-up of a doubtful submission goes by name and owner: the other mapped user, and the bridge's own."""
+def test_another_users_job_of_that_name_is_neither_adopted_nor_cancelled(shared: Site) -> None:
+    """The look-up of a doubtful submission goes by name and owner.
+
+    The other jobs belong to the other mapped user and to the bridge's own user.
+    """
     shared.settings["slurm"]["command_timeout_seconds"] = 5
     alice = shared.start()
     key = shared.key()
@@ -213,7 +216,7 @@ def test_the_rule_permits_nothing_else(shared: Site, alice: rpc.BridgeStub) -> N
     ):
         assert "a password is required" in attempt("-u", user, "--", *command), command
     assert "not allowed to set" in attempt("-u", ALICE, "PYTHONPATH=/tmp", *mine)
-    # Requests that the helper does not take; it is asked as the bridge asks it.
+    # Requests that the helper refuses, sent as the bridge sends them.
     for request, answer in (
         ({"do": "create", "key": "../../etc", "files": {}}, "malformed key"),
         ({"do": "create", "key": "abcdefgh", "files": {"../x": ""}}, "malformed value"),
@@ -222,7 +225,7 @@ def test_the_rule_permits_nothing_else(shared: Site, alice: rpc.BridgeStub) -> N
     ):
         assert _ask(bridge_user, [*mine], request) == {"refused": answer}
 
-    # A rule that allows too much is reported.
+    # The doctor reports a rule that allows too much.
     wide = Rule(f"{bridge_user} ALL = ({BOB}) NOPASSWD: /usr/bin/true\n")
     try:
         status, said = shared.command("doctor")

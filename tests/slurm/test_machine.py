@@ -1,6 +1,6 @@
-"""The bridge's state machine against a real Slurm: a few examples for each way that the first sbatch may go.
+"""The bridge's state machine with a real Slurm: a few examples for each outcome of the first sbatch.
 
-They are the same at every run; ISTHMUS_MACHINE=20 runs twenty others of each instead.
+They are the same in every run; ISTHMUS_MACHINE=20 runs twenty others of each instead.
 """
 
 import os
@@ -21,19 +21,19 @@ from .fault_injection import DisturbedCli
 from .slurm_site import slurm, until
 
 EXAMPLES = int(os.environ.get("ISTHMUS_MACHINE", "0"))
-# Most examples run sbatch once: each of these has some.
+# Most examples run sbatch only once, so each outcome of the first gets its own examples.
 FIRST = ["ok", "heard", "slow", "lost", "crash-before", "crash-after"]
 
 
 class Machine(AnyMachine[DisturbedCli]):
-    """The tests turn the bridge's clock; Slurm's own runs as ever."""
+    """State machine in which the tests control the bridge's clock, while Slurm's clock runs normally."""
 
     wanted = {"command": ["sleep", "300"], "memory_mib": 10}
 
     def __init__(self, parent: Path, arrays: list[str], first: str) -> None:
         super().__init__(parent)
         self.first = first
-        # Slurm remembers the arrays of the examples before.
+        # Slurm remembers the arrays of earlier examples.
         self.key = secrets.token_hex(16)
         arrays.append(self.name)
 
@@ -60,11 +60,11 @@ class Machine(AnyMachine[DisturbedCli]):
     def settle(self) -> None:
         self.world.boot()
         if self.world.slurm.hangs:
-            # What may yet be submitted is not over, however long nothing is to be seen of it.
+            # A pool whose sbatch may still submit does not end, however long no array is visible.
             self.world.cancel(self.key)
             self.world.tick(15.0, times=6)
         self.world.slurm.release()
-        # Before the bridge looks again: it would end an array that should not be there.
+        # Check this before the bridge polls again, because it would cancel an extra array.
         self.at_most_one_lives()
         self.what_is_over_is_over()
         self._come_to("the journal and Slurm agree", lambda: not self.disagreement())
@@ -74,7 +74,7 @@ class Machine(AnyMachine[DisturbedCli]):
         self.what_is_over_is_over()
 
     def _come_to(self, end: str, reached: Callable[[], bool]) -> None:
-        """Cancelled jobs end in Slurm a moment later."""
+        """Poll until ``reached`` is true: cancelled jobs end in Slurm a moment later."""
 
         def looked() -> bool:
             self.world.tick(15.0)
@@ -88,7 +88,7 @@ class Machine(AnyMachine[DisturbedCli]):
 
 @pytest.fixture
 def arrays(_cluster: None) -> Iterator[list[str]]:
-    """Yield a list of job names, and cancel their jobs in the end."""
+    """Yield a list of job names, and cancel their jobs at the end."""
     names: list[str] = []
     yield names
     for name in names:
@@ -100,7 +100,7 @@ def arrays(_cluster: None) -> Iterator[list[str]]:
 def test_machine(folder: Path, arrays: list[str], first: str) -> None:
     bounds = settings(
         max_examples=EXAMPLES or 4, stateful_step_count=15, database=None,
-        # Not made smaller where it fails: Slurm takes its time, and never does the same thing twice.
+        # No shrinking: Slurm is slow and not deterministic.
         phases=[Phase.generate], suppress_health_check=list(HealthCheck),
     )  # fmt: skip
 

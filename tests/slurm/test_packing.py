@@ -13,7 +13,7 @@ while [ ! -e {go} ]; do sleep 0.1; done
 """
 
 
-def test_two_clients_share_a_job_and_one_that_fails_takes_nobody_along(site: Site, operator: rpc.BridgeStub) -> None:
+def test_two_clients_share_a_job_and_one_failure_does_not_end_the_other(site: Site, operator: rpc.BridgeStub) -> None:
     site.stop()
     site.settings["limits"] = {"gres": {"gpu": 2}}
     operator = site.start()
@@ -28,7 +28,7 @@ def test_two_clients_share_a_job_and_one_that_fails_takes_nobody_along(site: Sit
     until(lambda: tail(operator, key, 2), "the last client speaks")
     seen = [tail(operator, key, index).split(" in ") for index in range(3)]
     assert [where.rpartition("/")[2] for _, where in seen] == ["0", "1", "2"], "each in a directory of its own"
-    # A job's GPUs are divided among its clients.
+    # The job's GPUs are divided among its clients.
     assert sorted(who for who, _ in seen[:2]) == ["client 3 job 0 gpu 0", "client 4 job 0 gpu 1"]
     assert seen[2][0].startswith("client 5 job 1 gpu ")
     go.touch()

@@ -34,22 +34,22 @@ def test_from_submission_to_success_with_the_promised_environment(site: Site, op
     ):  # fmt: skip
         assert f"\n{line}\n" in text
     names = set(re.findall(r"^([A-Za-z_][A-Za-z0-9_]*)=", text, re.MULTILINE))
-    # From Slurm 23.11 on, slurmd tells the launchers of several MPIs how to start.
+    # From Slurm 23.11 on, slurmd sets variables for the launchers of several MPIs.
     launchers = ("HYDRA_", "I_MPI_HYDRA_", "OMPI_MCA_", "PRTE_MCA_")
     own = {name for name in names if not name.startswith(("SLURM", "ISTHMUS_", *launchers))}
-    # Ours, bash's, and what slurmd adds by itself; nothing of the bridge's, and no login environment.
+    # Isthmus', bash's, and those that slurmd adds; none from the bridge's or a login environment.
     assert own <= {
         "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "PYTHONUNBUFFERED", "VIRTUAL_ENV", "GREETING", "run", "PWD",
         "OLDPWD", "SHLVL", "_", "HOSTNAME", "TMPDIR", "ENVIRONMENT", "LC_CTYPE",
     }, own  # fmt: skip
-    # Removed once the pool's end is recorded.
+    # They are removed once the pool's end is recorded.
     until(lambda: not (site.folder / "run" / key / "tls").exists(), "the credentials are gone with the pool")
     assert not list((site.folder / "run" / key / "work" / "1").iterdir())
 
 
 @pytest.mark.parametrize(("clients_per_job", "told"), [(1, "[] 0 of 2"), (2, "[0] 1 of 2")])
-def test_a_launchers_step_is_told_from_the_clients_own(site: Site, clients_per_job: int, told: str) -> None:
-    """By what the training script refuses several processes that speak for one client."""
+def test_a_launchers_step_is_distinguished_from_the_clients_own(site: Site, clients_per_job: int, told: str) -> None:
+    """The training script uses these values to refuse several processes that act as one client."""
     prefix = ["srun", "--overlap", "--overcommit", "--ntasks=2", "--mpi=none"]
     site.settings["environments"]["twice"] = {"prefix": prefix, "env_denied": []}
     operator, key = site.start(), site.key()
@@ -82,10 +82,10 @@ def test_one_task_fails_while_the_other_lives(site: Site, operator: rpc.BridgeSt
     key = site.key()
     script = 'if [ "$ISTHMUS_INDEX" = 0 ]; then kill -9 $$; fi; exec sleep 300'
     ensure(operator, key, spec(command=["sh", "-c", script]))
-    # The one may have failed before Slurm starts the other.
+    # The first task may have failed before Slurm starts the other.
     pool = until(lambda: (p := get(operator, key)).failed == 1 and p.running == 1 and p, "one failed, the other runs")
     assert pb.Pool.Phase.Name(pool.phase) == "RUNNING"
-    assert pool.tasks[0].exit_code == 137  # what the script's shell saw
+    assert pool.tasks[0].exit_code == 137  # seen by the script's shell
 
 
 def test_waiting_shows_slurms_reason(site: Site, operator: rpc.BridgeStub) -> None:
@@ -93,7 +93,7 @@ def test_waiting_shows_slurms_reason(site: Site, operator: rpc.BridgeStub) -> No
     pool = ensure(operator, key, spec(replicas=3, total_clients=6))
     running(operator, key, 3)
     slurm("scontrol", "requeuehold", pool.slurm_job_id)
-    # A task that is put back may first wait for another reason.
+    # A requeued task may first wait for another reason.
     pool = until(
         lambda: (p := get(operator, key)).queued == 3 and re.search("held|hold", p.reason, re.IGNORECASE) and p,
         "all wait, since they are held",
@@ -118,7 +118,7 @@ def test_the_warning_signal_reaches_the_script(site: Site, operator: rpc.BridgeS
     script = "trap 'echo partial work handed in; exit 0' TERM; echo ready; while :; do sleep 0.1; done"
     pool = ensure(operator, key, spec(replicas=1, total_clients=4, command=["sh", "-c", script]))
     wait_for_output(operator, key, 0, "ready")
-    # What --signal=B:TERM@60 does a minute before the time limit: to the batch shell alone.
+    # This is the effect of --signal=B:TERM@60 a minute before the time limit: only the batch shell gets it.
     slurm("scancel", "--batch", "--signal=TERM", f"{pool.slurm_job_id}_0")
     assert pb.Pool.Phase.Name(over(operator, key).phase) == "SUCCEEDED"
     assert "partial work handed in" in tail(operator, key, 0)
@@ -139,7 +139,7 @@ def test_cancel(site: Site, operator: rpc.BridgeStub) -> None:
     assert site.arrays(key) == set()
 
 
-def test_cancel_before_it_was_asked_for(site: Site, operator: rpc.BridgeStub) -> None:
+def test_cancel_before_the_request(site: Site, operator: rpc.BridgeStub) -> None:
     key = site.key()
     operator.CancelPool(pb.CancelPoolRequest(key=key), timeout=60)
     assert pb.Pool.Phase.Name(ensure(operator, key, spec()).phase) == "CANCELLED"
@@ -158,20 +158,20 @@ def test_cancelled_by_a_stranger(site: Site, operator: rpc.BridgeStub) -> None:
     )
 
 
-def test_what_slurm_refuses_fails_in_slurms_words(site: Site) -> None:
+def test_a_refusal_shows_slurms_message(site: Site) -> None:
     site.settings["partitions"].append("no-such-partition")
     operator = site.start()
     key = site.key()
     pool = ensure(operator, key, spec(partition="no-such-partition"))
     assert pb.Pool.Phase.Name(pool.phase) == "FAILED"
-    # sbatch's own line names the partition, Slurm's sentence comes last.
+    # sbatch's own line names the partition; Slurm's message comes last.
     assert pool.message == (
         "Slurm refused: invalid partition specified: no-such-partition; Invalid partition name specified"
     )
     assert site.arrays(key) == set()
 
 
-def test_the_policy_is_final_and_strangers_are_kept_out(site: Site, operator: rpc.BridgeStub) -> None:
+def test_the_policy_is_enforced_and_strangers_are_refused(site: Site, operator: rpc.BridgeStub) -> None:
     key = site.key()
     with pytest.raises(grpc.RpcError) as caught:
         ensure(operator, key, spec(partition="gpu"))
@@ -191,7 +191,7 @@ def test_the_policy_is_final_and_strangers_are_kept_out(site: Site, operator: rp
     assert site.arrays(key) == set()
 
 
-def test_sighup_puts_a_new_policy_in_force_and_a_faulty_one_not(site: Site, operator: rpc.BridgeStub) -> None:
+def test_sighup_applies_a_new_policy_unless_it_is_faulty(site: Site, operator: rpc.BridgeStub) -> None:
     site.reload({**site.settings, "partitions": ["main"]}, "the policy was reloaded; changed: partitions")
     with pytest.raises(grpc.RpcError, match="policy partitions: 'debug' is not allowed"):
         ensure(operator, site.key(), spec(partition="debug"))
@@ -214,7 +214,7 @@ def test_a_change_is_reported_soon(site: Site, operator: rpc.BridgeStub) -> None
     ended = time.monotonic()
     until(lambda: get(operator, key).failed > 0, "the bridge reports it")
     delay = time.monotonic() - ended
-    # About a poll, where the machine has time for it: less than the bridge's longest pause, on any.
+    # About one poll interval on an idle machine, and less than the bridge's longest pause on any.
     print(json.dumps({"reported_after": round(delay, 2)}))
     assert delay < 25
 
@@ -223,14 +223,14 @@ def _active(key: str) -> list[str]:
     return slurm("squeue", "-h", "-r", f"--name={slurm_job_name(key)}", "-o", "%i").split()
 
 
-def test_doctor_and_status_tell_an_admin(site: Site, operator: rpc.BridgeStub) -> None:
+def test_doctor_and_status(site: Site, operator: rpc.BridgeStub) -> None:
     code, text = site.command("doctor")
     assert (code, "PROBLEM" in text) == (0, False), text
     assert (
         re.search(r"ok +CLI adapter \(in use\): works; Slurm \d+\.\d+", text)
         and "partitions: main, debug exist" in text
     )
-    # The lab's `debug` takes half an hour, and `urgent` is open to everybody.
+    # The lab's partition `debug` has a limit of half an hour, and `urgent` is open to all users.
     limit = "partitions: limits.time_limit_seconds is 86400, but Slurm allows less (MaxTime): debug 1800 s"
     assert f"note     {limit}; larger pools never start" in text or "ISTHMUS_LAB" not in os.environ, text
     assert "its jobs may also use the partitions urgent" in text or "ISTHMUS_LAB" not in os.environ, text
@@ -241,11 +241,10 @@ def test_doctor_and_status_tell_an_admin(site: Site, operator: rpc.BridgeStub) -
     key = site.key()
     job = ensure(operator, key, spec()).slurm_job_id
 
-    # The row is there from the reservation on; the job's number comes with sbatch's answer.
     def listed() -> list[str]:
         return next((line.split() for line in site.command("status")[1].splitlines() if key in line), [])
 
-    # The row is there from the reservation on; the job's number comes with sbatch's answer.
+    # The row exists from the reservation on; the job id comes with sbatch's answer.
     row = until(lambda: (found := listed()) and job in found and found, "it is listed with its job")
     assert row[:2] == [key, "default/fashion/hpc"]
 

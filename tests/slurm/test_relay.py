@@ -1,5 +1,7 @@
-"""Clients in a network without a way out train through the bridge's relay, also where the bridge itself accepts no
-connection from outside and dials the operator's gateway: real Slurm, real aggregator, real TLS."""
+"""Clients in a network without a route out train through the bridge's relay, with real Slurm, aggregator and TLS.
+
+This also works where the bridge accepts no connection from outside and dials the operator's gateway.
+"""
 
 import os
 import secrets
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from lab import Lab
 
 ROUNDS = 2
-# Fails unless the aggregator's own address is out of reach; then it is the training script.
+# Fails if the aggregator's own address can be reached; otherwise runs the training script.
 CHECK = """
 import os, runpy, socket, sys
 try:
@@ -39,7 +41,7 @@ runpy.run_path(sys.argv[3], run_name="__main__")
 
 @pytest.fixture
 def island(lab: "Lab") -> Iterator[str]:
-    """A network namespace whose only neighbour, at 10.77.0.1, is the machine that the bridge runs on."""
+    """Yield an isolated network namespace whose only neighbour, at 10.77.0.1, is the bridge's machine."""
     name = f"island-{secrets.token_hex(3)}"
     link = name[-8:]
     commands = (
@@ -67,7 +69,7 @@ def aggregator(lab: "Lab", tmp_path: Path) -> Iterator[Aggregator]:
 
 @pytest.fixture
 def root_site(lab: "Lab", island: str) -> Iterator[Site]:
-    """A bridge that runs as root, since only root can put a job into another network."""
+    """Yield a bridge that runs as root, since only root can move a job into another network namespace."""
     port = free_port("10.77.0.1")
     one = Site(Path(tempfile.mkdtemp(prefix="bridge-test-")), None, Path(sys.executable), {})
     one.settings["environments"]["island"] = {
@@ -81,7 +83,7 @@ def root_site(lab: "Lab", island: str) -> Iterator[Site]:
 
 
 def train(operator: rpc.BridgeStub, site: Site, aggregator: Aggregator) -> None:
-    """A pool in the island trains to the end."""
+    """Train with a pool in the isolated network until it completes."""
     key = site.key()
     command = [sys.executable, "-c", CHECK, aggregator.address, str(aggregator.port), str(SCRIPT)]
     wanted = spec(
@@ -103,13 +105,13 @@ def test_a_pool_without_a_way_out_trains_through_the_relay(root_site: Site, aggr
 
 @pytest.fixture
 def gateway(tmp_path: Path) -> Iterator[Gateway]:
-    """The operator's."""
+    """Yield the operator's gateway."""
     one = Gateway(tmp_path)
     yield one
     one.close()
 
 
-def test_so_it_does_where_the_bridge_dials_out(root_site: Site, aggregator: Aggregator, gateway: Gateway) -> None:
+def test_the_relay_works_where_the_bridge_dials_out(root_site: Site, aggregator: Aggregator, gateway: Gateway) -> None:
     gateway.admit(root_site)
     root_site.start()
     relay = root_site.settings["relay"]["listen"]

@@ -1,4 +1,4 @@
-"""A pool whose array someone renames in Slurm: it is followed, and it is cancelled."""
+"""A pool whose array is renamed in Slurm: the bridge still follows and cancels it."""
 
 import time
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_a_renamed_array_is_neither_lost_nor_leaked(site: Site, operator: rpc.Br
 
 
 def test_an_array_that_the_site_renames_as_it_is_submitted_is_found(site: Site) -> None:
-    # What a job_submit.lua does: another name, whatever was asked for; and sbatch's answer is lost.
+    # A job_submit.lua may set another name, regardless of the request; in addition sbatch's answer is lost.
     wrapper = site.bin / "sbatch"
     text = wrapper.read_text().replace('"$@"', '"${@/--job-name=*/--job-name=of-the-site}"')
     wrapper.write_text(text)

@@ -1,4 +1,4 @@
-"""Renewed certificates reach Slurm tasks that run: real Slurm, real bridge, real aggregator."""
+"""Renewed certificates reach running Slurm tasks: real Slurm, real bridge, real aggregator."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ def aggregator(tmp_path: Path) -> Iterator[Aggregator]:
 
 @pytest.fixture
 def root_site(lab: "Lab") -> Iterator[Site]:
-    """A bridge whose tasks may use this Python, which has torch."""
+    """Yield a bridge whose tasks may use this Python, which has torch."""
     one = Site(Path(tempfile.mkdtemp(prefix="bridge-test-")), None, Path(sys.executable), {})
     yield one
     one.close()
@@ -46,7 +46,7 @@ def test_tasks_that_run_get_the_renewed_certificate_and_lose_no_round(root_site:
     ensure(operator, key, wanted)
     running(operator, key)
     until(lambda: aggregator.rounds() >= BEFORE, "some rounds are over", 300)
-    # Worse than any renewal: nothing of the old is good for anything from now on.
+    # Replace the CA, which is harder than any renewal: all old certificates become invalid.
     aggregator.kill()
     aggregator.new_authority()
     fresh = aggregator.credentials()

@@ -1,4 +1,4 @@
-"""The site admin's tutorial, followed as root, and then a job that tries to change the bridge which submitted it."""
+"""The site admin's tutorial, followed as root, and then a job that tries to change the bridge that submitted it."""
 
 import hashlib
 import os
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lab import Lab
 
 KEY = "5117e0ad" * 4
-# Each attempt that works says so. The last word shows that all were made.
+# Each successful attempt prints a line. The last line shows that all attempts were made.
 ATTACK = """
 try() { name=$1; shift; if "$@" >/dev/null 2>&1 </dev/null; then echo "DONE: $name"; fi; }
 try 'read the key' cat {etc}/tls/tls.key
@@ -85,7 +85,7 @@ def digests(site: Installation) -> dict[Path, str]:
 
 
 def bridge_process(site: Installation) -> int:
-    """The bridge itself, not the sudo that started it."""
+    """Return the process id of the bridge itself, not of the sudo that started it."""
     policy = f"{site.configuration}/policy.yaml"
     found = subprocess.run(["pgrep", "-u", BRIDGE, "-f", f"serve --policy {policy}"], capture_output=True, text=True,
                            check=False)  # fmt: skip
@@ -117,20 +117,20 @@ def test_the_tutorial_and_a_job_that_tries_to_change_the_bridge(site: Installati
     assert tail(stub, KEY, 0).splitlines() == ["Slurm let it submit", f"tried as {JOBS}"]
     assert digests(site) == before
 
-    # What Slurm alone can forbid to a job is seen, at least.
+    # A job submitted by a job cannot be prevented here (only Slurm can), but it is reported.
     counted = f'isthmus_bridge_jobs_without_pool{{site="lumi",user="{JOBS}"}} 1.0'
     until(lambda: counted in site.look(), "the job that a job has submitted is counted", 60)
     site.walk.follow(PAGE, lambda step: " doctor " in step.command)
     assert f"queue: 1 jobs of the local user {JOBS} belong to no pool" in site.walk.said[-1]
 
-    # The same attempts do work for the bridge's own user, as far as root has not kept even that one out.
+    # The same attempts succeed as the bridge's own user, except where files belong to root.
     os.kill(pid, 0)
     attack = attack.replace("sbatch ", "true ")
     allowed = as_user(BRIDGE, "sh", "-c", attack.replace(f"kill -0 {pid}", "true")).stdout.splitlines()
     assert "DONE: read the journal" in allowed and "DONE: read its memory" in allowed
     assert not {"DONE: change the policy", "DONE: change the code", "DONE: become root"} & set(allowed)
 
-    # A change by the admin is in force at once.
+    # A change by the admin takes effect immediately.
     policy = site.configuration / "policy.yaml"
     policy.write_text(policy.read_text().replace("replicas: 8", "replicas: 1"))
     os.kill(pid, signal.SIGHUP)

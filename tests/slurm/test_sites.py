@@ -1,4 +1,4 @@
-"""Policies of real sites, on a Slurm that is set up as theirs in what matters to them."""
+"""Policies of real sites, with Slurm configured like these sites."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lab import Lab
 
 EXAMPLES = Path(__file__).parents[2] / "bridge" / "examples" / "sites"
-# An account names the kind of hours and, with the constraint, the partition; memory follows from the cores.
+# The account selects the type of allocation and, with the constraint, the partition; memory follows from the cores.
 JEAN_ZAY = """
 local function refused(why)
    slurm.log_user("IDRIS: " .. why)
@@ -50,7 +50,7 @@ Setup = Callable[..., None]
 
 @pytest.fixture
 def setup(lab: "Lab") -> Iterator[Setup]:
-    """Change the configuration of the lab's Slurm; restore it in the end."""
+    """Yield a function that changes the configuration of the lab's Slurm; restore it at the end."""
     conf = lab.slurm_conf
     kept, plugin = conf.read_text(), conf.with_name("job_submit.lua")
 
@@ -76,7 +76,7 @@ def setup(lab: "Lab") -> Iterator[Setup]:
 
 
 def opened(site: Site, name: str, environment: dict[str, Any]) -> dict[str, Any]:
-    """Use the policy of a site, except for its folders, its connections and its modules."""
+    """Use the policy of a site, except for its directories, its connections and its modules."""
     content: dict[str, Any] = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     ours = ("site", "run_dir", "tls_dir", "listen", "metrics_listen", "slurm")
     for place in content["environments"].values():
@@ -100,14 +100,14 @@ def test_jean_zay(site: Site, setup: Setup) -> None:
     code, said = site.command("doctor")
     assert code == 0 and "partitions: the policy names none; Slurm's default or a plug-in of the site" in said, said
     key, wanted = site.key(), spec(environment="v100", gres=[pb.GenericResource(name="gpu", count=1)])
-    # QOS need a database, which the lab has not: Slurm takes any name.
+    # QOS need a database, which the lab does not have; without it Slurm accepts any name.
     ensure(operator, key, wanted)
     running(operator, key)
     text = shown(get(operator, key))
     for said in ("Account=abc@v100", "Partition=debug", "QOS=", "Features=v100-32g", "gres:gpu:1"):
         assert said in text, text
     assert "Comment=isthmus default/fashion/hpc for operator/prod" in text
-    # A site that takes nothing new: the user reads why, and what runs goes on.
+    # A site that is drained: the user sees the reason, and running jobs continue.
     site.reload({**settings, "drain": "maintenance on 3 June"}, "the policy was reloaded; changed: drain")
     with pytest.raises(Exception, match="policy drain: this site takes no new jobs for now: maintenance on 3 June"):
         ensure(operator, site.key(), wanted)
@@ -121,7 +121,7 @@ def test_jean_zay(site: Site, setup: Setup) -> None:
     assert site.arrays(key) == set()
 
 
-def test_what_jean_zay_says_to_a_policy_without_its_options(site: Site, setup: Setup) -> None:
+def test_jean_zay_refuses_a_policy_without_its_options(site: Site, setup: Setup) -> None:
     setup("JobSubmitPlugins=lua\n", ((r"(NodeName=n\d )Feature=\S+ ", r"\1Feature=v100-32g "),), JEAN_ZAY)
     opened(site, "jean-zay", {"prefix": ["env"], "sbatch": None})["sbatch"] = None
     operator = site.start()
@@ -131,7 +131,7 @@ def test_what_jean_zay_says_to_a_policy_without_its_options(site: Site, setup: S
 
 
 def test_parallelcluster(site: Site, setup: Setup) -> None:
-    """Slurm knows of no memory there: a job that asks for some is refused."""
+    """Slurm manages no memory at this site, so it refuses a job that requests some."""
     replaced = (
         ("SelectTypeParameters=.*", "SelectTypeParameters=CR_CPU"), ("DefMemPerCPU=.*\n", ""), ("RealMemory=\\d+", ""),
         (r"(NodeName=n1 )Feature=\S+ ", r"\1Feature=g5.12xlarge "),
@@ -146,7 +146,7 @@ def test_parallelcluster(site: Site, setup: Setup) -> None:
     running(operator, key)
     text = shown(get(operator, key))
     assert "Partition=gpu" in text and "Features=g5.12xlarge|g6.12xlarge" in text and "OverSubscribe=NO" in text
-    # Whole instances: two clients, two nodes.
+    # Whole instances: two clients need two nodes.
     assert set(re.findall(r" NodeList=(\S+)", text)) == {"n1", "n2"}
     site.reload({**settings, "sbatch": None}, "the policy was reloaded; changed: sbatch")
     pool = ensure(operator, second := site.key(), wanted)

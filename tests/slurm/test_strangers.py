@@ -1,4 +1,4 @@
-"""Hundreds of connections that say nothing, at a bridge that may open few files: it goes on submitting."""
+"""A bridge with a low limit of open files keeps submitting despite hundreds of silent connections."""
 
 import socket
 import time
@@ -26,7 +26,7 @@ def test_silent_connections_take_no_descriptors_from_the_bridges_work(site: Site
             for _ in range(SILENT):
                 stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
         began = time.monotonic()
-        # A caller who is new.
+        # A new caller.
         newcomer = site.stub()
         assert get(newcomer, key).phase in (pb.Pool.PENDING, pb.Pool.RUNNING)
         ensure(newcomer, later, spec(command=["true"]))

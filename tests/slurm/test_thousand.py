@@ -1,7 +1,7 @@
 """A thousand clients in one pool: one sbatch, one squeue for all of them, and changes that arrive soon and cost little.
 
-Prints its figures as a JSON line (run it with -s). How fast all is depends on the machine; how often Slurm's programs
-run does not.
+Prints its figures as a JSON line (run it with -s). Durations depend on the machine; the number of program runs does
+not.
 """
 
 import json
@@ -27,7 +27,7 @@ def processor_seconds(pid: int) -> float:
 
 
 def runs(port: int) -> Counter[str]:
-    """Return the bridge's runs of each of Slurm's programs, from its metrics."""
+    """Return the number of the bridge's runs of each of Slurm's programs, from its metrics."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     pattern = r'^isthmus_bridge_slurm_command_seconds_count{[^}]*program="([^"]+)"[^}]*} ([0-9.]+)$'
@@ -41,12 +41,12 @@ def test_a_thousand_clients(site: Site) -> None:
     site.settings["slurm"]["poll_seconds"] = 1.5  # the default
     operator = site.start()
     key = site.key()
-    # Long enough that none ends by itself, however slow the machine.
+    # Long enough that none ends by itself, even on a slow machine.
     wanted = spec(replicas=CLIENTS, total_clients=CLIENTS + 3, memory_mib=1, command=["sleep", "3000"],
                   time_limit_seconds=3600)  # fmt: skip
     job = ensure(operator, key, wanted).slurm_job_id
     until(lambda: get(operator, key).running > 1, "some run")
-    # Slurm keeps tasks that it has not looked at in one record; these it must tell apart, as it does those that run.
+    # Slurm keeps tasks that it has not scheduled yet in one record. Holding them gives each its own, as if it ran.
     active = slurm("squeue", "-h", "-t", "R", "-j", job, "-o", "%K").split()
     waiting = sorted(set(range(CLIENTS)) - {int(index) for index in active})
     slurm("scontrol", "hold", ",".join(f"{job}_{index}" for index in waiting), check=False)
@@ -56,7 +56,7 @@ def test_a_thousand_clients(site: Site) -> None:
 
     before, calls = time.monotonic(), runs(metrics)
     used, began = processor_seconds(site.pid), time.monotonic()
-    time.sleep(SECONDS)  # what is measured is how little happens meanwhile
+    time.sleep(SECONDS)  # measure the idle load
     elapsed = time.monotonic() - began
     share = (processor_seconds(site.pid) - used) / elapsed
     calls = runs(metrics) - calls
@@ -74,7 +74,7 @@ def test_a_thousand_clients(site: Site) -> None:
     assert site.arrays(key) == {job}
     assert set(calls) == {"squeue"}, f"nothing but squeue: {calls}"
     assert 1 <= calls["squeue"] <= window / 1.5 + 1, "one squeue a poll, for all of them"
-    # Not the figures themselves, which depend on the machine and on what else it does: less than a whole core's time,
-    # and than the bridge's longest pause.
+    # Do not test the figures themselves, which depend on the machine and its load: only that the bridge uses less than
+    # a whole core, and that the delay is below its longest pause.
     assert share < 0.9, figures
     assert delay < 25, figures
