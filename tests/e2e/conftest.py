@@ -1,4 +1,4 @@
-"""The whole of Isthmus, installed as its users do: the chart by Helm, the bridge at a Slurm site, real images."""
+"""The whole of Isthmus, installed as users do: the chart with Helm, the bridge at a Slurm site, real images."""
 
 import json
 import os
@@ -25,12 +25,15 @@ REPOSITORY = os.environ.get("ISTHMUS_IMAGE_REPOSITORY", "localhost")
 
 
 def say(text: str) -> None:
-    """Shown by ``make e2e``; otherwise only where a test fails."""
+    """Print text that ``make e2e`` shows; other runs show it only for failed tests."""
     print(text, flush=True)
 
 
 def eventually(what: str, check: Callable[[], Any], seconds: float = 240.0, every: float = 0.3) -> Any:
-    """The first true value of ``check`` within the time, or a failure that says what was waited for."""
+    """Wait until ``check`` returns a true value, and return it.
+
+    On time-out, fail and name what was awaited.
+    """
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if value := check():
@@ -40,7 +43,7 @@ def eventually(what: str, check: Callable[[], Any], seconds: float = 240.0, ever
 
 
 def run(*argv: str | Path, check: bool = True, **options: Any) -> str:
-    """Runs a command; its output. A failure shows what it said."""
+    """Run a command and return its output. A failure shows the output."""
     done = subprocess.run(argv, capture_output=True, text=True, timeout=1200, check=False, **options)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(map(str, argv))}: {done.stdout}{done.stderr}")
@@ -48,14 +51,14 @@ def run(*argv: str | Path, check: bool = True, **options: Any) -> str:
 
 
 def get(kind: str, namespace: str, *selector: str) -> list[dict[str, Any]]:
-    """Objects of a kind."""
+    """Return the objects of a kind."""
     items = json.loads(run("kubectl", "-n", namespace, "get", kind, "-o", "json", *selector))["items"]
     return list(items)
 
 
 @dataclass
 class Site:
-    """A Slurm site: its directory, its bridge."""
+    """Slurm site with its directory and its bridge."""
 
     lab: Lab
     directory: Path
@@ -67,7 +70,7 @@ class Site:
         self.log = self.directory / "bridge.log"
 
     def prepare(self) -> None:
-        """What a site's admin does once: certificates and the policy."""
+        """Create the certificates and the policy, as a site's admin does once."""
         command = [self.lab.user_python(), "-m", "isthmus_bridge.cli"]
         certs = self.directory / "certs"
         self.lab.run([*command, "certs", "--dir", certs, "--host", self.lab.node_address, "--operator", CLUSTER],
@@ -93,7 +96,7 @@ class Site:
                          capture_output=True, text=True).stdout)  # fmt: skip
 
     def start_bridge(self) -> None:
-        """As the unprivileged user who owns the jobs."""
+        """Start the bridge as the unprivileged user who owns the jobs."""
         argv = [self.lab.user_python(), "-m", "isthmus_bridge.cli", "serve", "--policy", self.directory / "policy.yaml"]
         with self.log.open("ab") as log:
             self.bridge = subprocess.Popen(
@@ -103,18 +106,18 @@ class Site:
 
     def kill_bridge(self) -> None:
         assert self.bridge is not None
-        # The command that enters the lab becomes the bridge itself.
+        # exec replaces the lab's command with the bridge, so this ends the bridge itself.
         self.bridge.kill()
         self.bridge.wait()
 
     def squeue(self) -> list[str]:
-        """The array tasks that Slurm knows as live."""
+        """Return the array tasks that Slurm lists as live."""
         return run("squeue", "--noheader", "--array", "--format=%i %j %T %N").splitlines()
 
 
 @dataclass
 class Platform:
-    """A cluster with Isthmus in it, and a site."""
+    """Cluster with Isthmus and a site."""
 
     site: Site | None = None
     namespace: str = "default"
@@ -126,7 +129,7 @@ class Platform:
         return self.site
 
     def manifest(self, name: str, **changes: Any) -> dict[str, Any]:
-        """examples/digits.yaml with another name and other settings (dotted paths)."""
+        """Return examples/digits.yaml with another name and other settings (dotted paths)."""
         job: dict[str, Any] = yaml.safe_load((ROOT / "examples" / "digits.yaml").read_text())
         job["metadata"] = {"name": name, "namespace": self.namespace}
         job["spec"]["task"]["image"] = job["spec"]["task"]["image"].replace("localhost", REPOSITORY)
@@ -171,7 +174,7 @@ class Platform:
         return get("pods", self.namespace, "-l", f"isthmus.dev/job={name},isthmus.dev/role={role}")
 
     def leftovers(self, name: str) -> list[str]:
-        """What is left of a job, anywhere."""
+        """Return what remains of a job, in the cluster and in Slurm."""
         left = []
         for kind in ("pods", "services", "secrets", "configmaps", "persistentvolumeclaims"):
             for item in get(kind, self.namespace):
@@ -184,7 +187,7 @@ class Platform:
         eventually(f"nothing is left of {name}", lambda: not self.leftovers(name))
 
     def describe(self, name: str) -> str:
-        """For a failed test's report."""
+        """Return the job's state for the report of a failed test."""
         parts = [
             run("kubectl", "-n", self.namespace, "get", "fj", name, "-o", "yaml", check=False),
             run("kubectl", "-n", self.namespace, "get", "pods,events", check=False),
@@ -197,7 +200,7 @@ class Platform:
 
 @pytest.fixture(scope="session")
 def cluster(require: Callable[[bool, str], None]) -> Iterator[Platform]:
-    """Isthmus in a cluster, by Helm, once for all tests: the lab's, or the one that KUBECONFIG names."""
+    """Install Isthmus with Helm once for all tests, in the lab's cluster or the one that KUBECONFIG names."""
     in_lab = "ISTHMUS_LAB" in os.environ
     require(in_lab or "KUBECONFIG" in os.environ, "no cluster: run `make e2e` as root on Debian, or with KUBECONFIG=…")
     platform = Platform()
@@ -210,7 +213,7 @@ def cluster(require: Callable[[bool, str], None]) -> Iterator[Platform]:
         directory = Path(lab.home) / f"site-{uuid.uuid4().hex[:6]}"
         directory.mkdir()
         shutil.chown(directory, lab.user)
-        # As if the Prometheus Operator were there: the chart then makes what it reads.
+        # With the CRDs of the Prometheus Operator, the chart creates its monitoring objects.
         run("kubectl", "apply", "-f", ROOT / "tests" / "chart" / "monitoring_crds.yaml")
         platform.site = Site(lab, directory, images / "rootfs")
     try:
@@ -223,7 +226,7 @@ def cluster(require: Callable[[bool, str], None]) -> Iterator[Platform]:
 
 @pytest.fixture(scope="session")
 def platform(cluster: Platform, require: Callable[[bool, str], None]) -> Iterator[Platform]:
-    """The same, with a Slurm site whose bridge the operator knows."""
+    """Connect the cluster to a Slurm site with a running bridge."""
     require(cluster.site is not None, "no Slurm site: only the lab has one")
     site = cluster.slurm
     site.prepare()
@@ -237,7 +240,7 @@ def platform(cluster: Platform, require: Callable[[bool, str], None]) -> Iterato
 
 
 def install(pull_policy: str) -> None:
-    """What a platform engineer does."""
+    """Install the chart, as a platform engineer does."""
     say(
         run("helm", "install", "isthmus", ROOT / "charts" / "isthmus", "--namespace", SYSTEM, "--create-namespace",
             "--set", f"operator.cluster={CLUSTER}", "--set", f"image.pullPolicy={pull_policy}",
@@ -247,7 +250,7 @@ def install(pull_policy: str) -> None:
 
 
 def connect(credentials: Path, endpoint: str) -> None:
-    """What a platform engineer does with what the site's admin sent."""
+    """Create the site's Secret and HPCSite, as a platform engineer does with the files from the site's admin."""
     run("kubectl", "-n", SYSTEM, "create", "secret", "generic", "hpcsite-lab",
         *(f"--from-file={name}={credentials / name}" for name in ("ca.crt", "tls.crt", "tls.key")))  # fmt: skip
     site = yaml.safe_load((ROOT / "examples" / "hpcsite.yaml").read_text())
@@ -258,7 +261,10 @@ def connect(credentials: Path, endpoint: str) -> None:
 
 @pytest.fixture
 def job(cluster: Platform, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A name for the test's FederatedJob, which is deleted afterwards; a failure shows everything about it."""
+    """Yield a name for the test's FederatedJob, which is deleted afterwards.
+
+    If the test fails, print the job's state.
+    """
     name = f"e2e-{uuid.uuid4().hex[:5]}"
     failures = request.session.testsfailed
     yield name
@@ -266,5 +272,5 @@ def job(cluster: Platform, request: pytest.FixtureRequest) -> Iterator[str]:
         print(cluster.describe(name))
     run("kubectl", "-n", cluster.namespace, "delete", "fj", name, "--ignore-not-found", "--timeout=120s", check=False)
     if cluster.site is not None:
-        # The next test looks into the same queue; a cancelled task stays there for a moment.
+        # The next test polls the same queue, where a cancelled task stays for a moment.
         eventually("Slurm has nothing of it", lambda: not cluster.slurm.squeue())

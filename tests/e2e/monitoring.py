@@ -1,7 +1,7 @@
 """A real Prometheus that scrapes as examples/prometheus.yaml says.
 
-Debian builds it without the discovery of Kubernetes. So the test lists the pods with kubectl and hands them over as
-files, with the labels that the discovery would give: what is kept of them is decided by the example's own rules.
+Debian builds it without the discovery of Kubernetes. So the test lists the pods with kubectl and passes them on as
+files, with the labels that the discovery would give. The example's own rules select and relabel them.
 """
 
 import json
@@ -23,7 +23,7 @@ EVERY = 2.0  # seconds between two scrapes
 
 
 class Prometheus:
-    """Runs while the context lasts; sees pods that come and go."""
+    """Prometheus that runs while the context lasts, and discovers pods as they come and go."""
 
     def __init__(self, directory: Path, bridge: str) -> None:
         self._directory = directory
@@ -59,17 +59,17 @@ class Prometheus:
         self._process.wait()
 
     def get(self, path: str) -> Any:
-        """What the API says under ``path``."""
+        """Return the API's data under ``path``."""
         with urllib.request.urlopen(f"{ADDRESS}/api/v1/{path}", timeout=60) as answer:  # noqa: S310 - our own
             return json.load(answer)["data"]
 
     def up(self) -> set[tuple[str, str]]:
-        """Pool of targets and pod, of every target whose last scrape succeeded."""
+        """Return the scrape pool and the pod of every target whose last scrape succeeded."""
         targets = self.get("targets?state=active")["activeTargets"]
         return {(t["scrapePool"], t["labels"].get("pod", "")) for t in targets if t["health"] == "up"}
 
     def last(self, selector: str) -> float:
-        """When the one series was scraped last (Unix seconds)."""
+        """Return the time of the last scrape of a single series, in Unix seconds."""
         (series,) = self.get("query?" + urlencode({"query": f"{selector}[1h]"}))["result"]
         return float(series["values"][-1][0])
 
@@ -89,14 +89,14 @@ class Prometheus:
         try:
             pods = json.loads(run("kubectl", "get", "pods", "--all-namespaces", "-o", "json"))["items"]
         except AssertionError:
-            return  # the next look will tell
+            return  # the next poll shows it
         partial = self._targets.with_suffix(".new")
         partial.write_text(json.dumps(list(_discovered(pods))))
         partial.rename(self._targets)
 
 
 def _discovered(pods: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """As ``kubernetes_sd_configs: [{role: pod}]`` gives them: a target for each port of each container."""
+    """Yield the targets of ``kubernetes_sd_configs: [{role: pod}]``: one for each port of each container."""
     for pod in pods:
         address = pod["status"].get("podIP")
         if not address:
@@ -116,5 +116,5 @@ def _discovered(pods: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def now() -> float:
-    """Unix seconds, as Prometheus counts."""
+    """Return the time in Unix seconds, as Prometheus counts."""
     return time.time()

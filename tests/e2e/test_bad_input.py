@@ -1,4 +1,4 @@
-"""What users get wrong, and what they are told."""
+"""Common user errors and their messages."""
 
 import json
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 def test_a_script_that_raises_shows_in_the_pools_status(platform: Platform, job: str) -> None:
-    # Only the HPC clients fail. The others wait for that: they might have trained all rounds before Slurm begins.
+    # Only the HPC clients fail. The others wait for that, or they could train all rounds before Slurm starts its tasks.
     manifest = platform.manifest(job, backoffLimit=0, selection__minClients=1, stragglers__minUpdates=1, rounds=3)
     manifest["spec"]["task"]["command"] = [
         "python", "-c",
@@ -33,7 +33,7 @@ def test_a_script_that_raises_shows_in_the_pools_status(platform: Platform, job:
     platform.wait_for_completion(job)
 
 
-def test_the_sites_policy_names_its_rule(platform: Platform, job: str) -> None:
+def test_a_denial_names_the_rule_of_the_sites_policy(platform: Platform, job: str) -> None:
     platform.apply(platform.manifest(job, pools__1__hpc__partition="debug", rounds=2, selection__minClients=4))
     pools = eventually(
         "the denial is in the pool's status",
@@ -44,7 +44,7 @@ def test_the_sites_policy_names_its_rule(platform: Platform, job: str) -> None:
     assert not platform.slurm.squeue()
 
 
-def test_an_unknown_site_is_refused_and_nothing_is_made(platform: Platform, job: str) -> None:
+def test_an_unknown_site_is_rejected_and_nothing_is_created(platform: Platform, job: str) -> None:
     platform.apply(platform.manifest(job, pools__1__hpc__siteRef__name="moon"))
     condition = eventually("there is a verdict", lambda: platform.condition(job, "Accepted"))
     assert (condition["status"], condition["reason"]) == ("False", "SiteNotFound")

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 def test_digits_from_apply_to_delete(platform: Platform, job: str) -> None:
-    # So many rounds that whoever looks on, if only every few seconds, sees them.
+    # Enough rounds to be visible to a poll every few seconds.
     manifest = platform.manifest(job, rounds=40, task__config__localEpochs="8")
     platform.apply(manifest)
     metrics, queue, accounting = watch(platform, job)
@@ -27,7 +27,7 @@ def test_digits_from_apply_to_delete(platform: Platform, job: str) -> None:
     say(run("kubectl", "get", "fj", job))
     say(run("kubectl", "get", "pods,svc,pvc", "-l", f"isthmus.dev/job={job}"))
 
-    # Slurm ran one array of two, under the key's name.
+    # Slurm ran one array of two tasks, named after the key.
     assert {line.split()[0].partition("_")[2] for line in queue if "RUNNING" in line} == {"0", "1"}, queue
     assert len({line.split()[0].partition("_")[0] for line in queue}) == 1, queue
     assert "JobState=RUNNING" in accounting
@@ -35,7 +35,7 @@ def test_digits_from_apply_to_delete(platform: Platform, job: str) -> None:
     say(accounting)
     say(run("sacct", "--completion", "--parsable2", "--format=JobID,JobName,State,NodeList", check=False))
 
-    # The aggregator told Prometheus about both pools.
+    # The aggregator exported metrics about both pools.
     for pool in ("cloud", "hpc"):
         assert f'isthmus_updates_total{{job="{job}",namespace="default",pool="{pool}",result="accepted"}}' in metrics
     say("\n".join(line for line in metrics.splitlines() if line.startswith("isthmus_") and "_bucket" not in line))
@@ -49,7 +49,7 @@ def test_digits_from_apply_to_delete(platform: Platform, job: str) -> None:
     assert conditions.get("Failed", "False") == "False"
     accuracy = next(float(metric["value"]) for metric in status["metrics"] if metric["name"] == "accuracy")
 
-    # The model is an ordinary one, and as good as the status says.
+    # The model is an ordinary PyTorch model, with the accuracy that the status reports.
     model = digits.build()
     model.load_state_dict(torch.load(model_file(platform, job), weights_only=True))
     _, held_out = digits.load()
@@ -66,7 +66,10 @@ def test_digits_from_apply_to_delete(platform: Platform, job: str) -> None:
 
 
 def watch(platform: Platform, job: str) -> tuple[str, set[str], str]:
-    """Looks on until training is complete; the last metrics, every line that squeue showed, and scontrol's word."""
+    """Poll until training is complete.
+
+    Return the last metrics, every line that squeue has shown, and the output of scontrol.
+    """
     metrics, accounting, shown = "", "", ""
     queue: set[str] = set()
     until = time.monotonic() + 900
@@ -78,7 +81,7 @@ def watch(platform: Platform, job: str) -> tuple[str, set[str], str]:
         if running and "JobState=RUNNING" not in accounting:
             accounting = run("scontrol", "--oneliner", "show", "job", running[0], check=False)
         line = run("kubectl", "get", "fj", job, "--no-headers").strip()
-        if line.rsplit(None, 1)[0] != shown:  # the age is no news
+        if line.rsplit(None, 1)[0] != shown:  # ignore the age column
             say(line)
             shown = line.rsplit(None, 1)[0]
         aggregator = platform.pods(job, "aggregator")
@@ -92,7 +95,7 @@ def watch(platform: Platform, job: str) -> tuple[str, set[str], str]:
 
 
 def model_file(platform: Platform, job: str) -> Path:
-    """The final model, in the directory behind the job's volume."""
+    """Return the path of the final model, in the directory behind the job's volume."""
     uri = platform.status(job)["model"]["uri"]
     claim, _, path = uri.removeprefix("pvc://default/").partition("/")
     volume = next(item["spec"]["volumeName"] for item in get("pvc", "default") if item["metadata"]["name"] == claim)

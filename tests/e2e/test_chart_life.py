@@ -1,4 +1,4 @@
-"""The chart's whole life under a running job: from the version before, over each kind of upgrade, to the end."""
+"""Life cycle of the chart under a running job: the previous version, each kind of upgrade, and removal."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from .conftest import CLUSTER, REPOSITORY, ROOT, SITE, SYSTEM, Platform, eventua
 pytestmark = pytest.mark.timeout(1800)
 
 CHART = ROOT / "charts" / "isthmus"
-# The chart before it had monitoring, with roles that are enough for today's images: there are no others here.
+# The last chart without monitoring. Its roles suffice for today's images; there are no older images.
 BEFORE = Path(__file__).parent / "previous" / "isthmus-0.1.0.tgz"
 RELEASE = ("isthmus", "--namespace", SYSTEM, "--wait", "--timeout", "600s")
 VALUES = (
@@ -28,7 +28,7 @@ UPGRADES = {
     "plain values": (*VALUES, *NEW),
 }
 PODS = 3
-# Trains until most of the clients find a file, so that the job lasts as long as the upgrades take.
+# Trains until most clients find a file, so that the job lasts as long as the upgrades take.
 SCRIPT = """\
 import time
 from pathlib import Path
@@ -51,9 +51,9 @@ for rnd in isthmus.rounds(model, evaluate=evaluate):
 
 @pytest.fixture
 def bare(cluster: Platform, request: pytest.FixtureRequest) -> Iterator[Platform]:
-    """A cluster from which Isthmus was uninstalled; afterwards it is there again, for the other tests."""
+    """Uninstall Isthmus from the cluster; install it again afterwards, for the other tests."""
     if cluster.site is not None:
-        request.getfixturevalue("platform")  # with a site that was reached
+        request.getfixturevalue("platform")  # with a connected site
     run("helm", "uninstall", "isthmus", "--namespace", SYSTEM, "--wait")
     try:
         yield cluster
@@ -75,24 +75,24 @@ def test_a_job_trains_through_every_upgrade(bare: Platform, job: str) -> None:
             if number:
                 run(helm, "rollback", "isthmus", "1", "--namespace", SYSTEM, "--wait")
                 assert not get("configmaps", SYSTEM, "-l", "grafana_dashboard=1")
-                goes_on(bare, job, train)
+                check_progress(bare, job, train)
             run(helm, "upgrade", *RELEASE[:1], CHART, *RELEASE[1:], *options)
             assert '"status":"deployed"' in run(helm, "status", "isthmus", "--namespace", SYSTEM, "-o", "json")
             assert len(get("configmaps", SYSTEM, "-l", "grafana_dashboard=1")) == 3
             assert len(get("networkpolicies", SYSTEM)) == 1
-            say(f"{version}, {kind}: round {goes_on(bare, job, train)}")
+            say(f"{version}, {kind}: round {check_progress(bare, job, train)}")
         if helm == "helm":
             finish(bare, job)
-        # The definitions stay, and with them every job; nothing else does. Training needs no operator.
+        # The CRDs remain, and with them every job; everything else is removed. Training needs no operator.
         run(helm, "uninstall", "isthmus", "--namespace", SYSTEM, "--wait")
-        eventually("nothing of the chart is left", lambda: not left())
+        eventually("nothing of the chart is left", lambda: not remaining())
     assert bare.status(job)["phase"] == "Complete"
-    # The operator that would take a finalizer away comes back with the fixture; what the job owns goes with it.
+    # No operator is running that would remove the finalizer; the job's objects are deleted with it.
     run("kubectl", "-n", bare.namespace, "patch", "fj", job, "--type=merge", "-p", '{"metadata":{"finalizers":null}}')
 
 
 def start(platform: Platform, job: str) -> None:
-    """A job over pods and, where there is a site, a Slurm task."""
+    """Start a job with pods and, if there is a site, a Slurm task."""
     run(
         "kubectl", "-n", platform.namespace, "create", "configmap", f"{job}-script", f"--from-literal=train.py={SCRIPT}"
     )
@@ -115,7 +115,7 @@ def start(platform: Platform, job: str) -> None:
 
 
 def trace(platform: Platform, job: str) -> dict[str, Any]:
-    """All that stays as it is while the job trains undisturbed."""
+    """Return everything that stays the same while the job trains undisturbed."""
     pods = platform.pods(job, "aggregator") + platform.pods(job, "client")
     return {
         "pods": {pod["metadata"]["name"]: (pod["metadata"]["uid"], _restarts(pod)) for pod in pods},
@@ -124,8 +124,8 @@ def trace(platform: Platform, job: str) -> dict[str, Any]:
     }
 
 
-def goes_on(platform: Platform, job: str, before: dict[str, Any]) -> int:
-    """Checks that the operator reports new rounds of the same processes, each committed once; the newest round."""
+def check_progress(platform: Platform, job: str, before: dict[str, Any]) -> int:
+    """Check that the same processes commit new rounds, each once; return the newest round."""
     platform.wait_for_round(job, platform.completed(job) + 2)
     assert trace(platform, job) == before
     log = run("kubectl", "-n", platform.namespace, "logs", f"{job}-aggregator")
@@ -135,15 +135,15 @@ def goes_on(platform: Platform, job: str, before: dict[str, Any]) -> int:
 
 
 def finish(platform: Platform, job: str) -> None:
-    """Ends the job from within: most clients measure what it aims at."""
+    """Make most clients reach the target metric, which ends the job."""
     for pod in platform.pods(job, "client"):
         run("kubectl", "-n", platform.namespace, "exec", pod["metadata"]["name"], "--", "touch", "/tmp/stop")  # noqa: S108
     platform.wait_for_completion(job)
     assert platform.condition(job, "Complete")["reason"] == "TargetReached"
 
 
-def left() -> list[str]:
-    """What is left of the chart: the garbage collector takes its time."""
+def remaining() -> list[str]:
+    """Return the chart's remaining objects. The garbage collector may still be deleting some."""
     items = json.loads(run("kubectl", "get", "all,cm,sa,role,rolebinding,netpol", "-n", SYSTEM, "-o", "json",
                            "-l", "app.kubernetes.io/part-of=isthmus"))["items"]  # fmt: skip
     cluster_wide = run("kubectl", "get", "clusterrole,clusterrolebinding", "-o", "name",

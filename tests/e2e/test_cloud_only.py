@@ -1,4 +1,4 @@
-"""A job without any HPC pool: what also runs on a cluster that has no site."""
+"""A job without an HPC pool, which also runs on a cluster without a site."""
 
 import pytest
 
@@ -29,5 +29,7 @@ def test_a_script_that_raises_in_a_pod(cluster: Platform, job: str) -> None:
     condition = eventually("the job has failed", failed)
     assert condition["reason"] == "QuorumImpossible"
     (pool,) = cluster.status(job)["pools"]
-    assert pool["failed"] >= 1  # with the first the quorum is out of reach: the other is not waited for
+    assert (
+        pool["failed"] >= 1
+    )  # one failure makes the quorum impossible, so nothing waits for the other client
     assert "ValueError: no such column: age" in pool["reason"]

@@ -1,4 +1,4 @@
-"""Whatever is killed in the middle of a run, the job completes."""
+"""The job completes after any component is killed."""
 
 import re
 from collections.abc import Callable
@@ -27,12 +27,12 @@ def kill_aggregator(platform: Platform, job: str) -> None:
 def kill_bridge(platform: Platform, job: str) -> None:
     platform.slurm.kill_bridge()
     before = platform.completed(job)
-    platform.wait_for_round(job, before + 1)  # training does not need it
+    platform.wait_for_round(job, before + 1)  # training does not need the bridge
     platform.slurm.start_bridge()
 
 
 def kill_api_server(platform: Platform, job: str) -> None:
-    """In the middle of a round: training goes on without it, and no client is started again."""
+    """Kill the API server in the middle of a round: training continues without it, and no client restarts."""
     lab = platform.slurm.lab
     before = {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in platform.pods(job, "client")}
     rounds = platform.completed(job)
@@ -41,11 +41,11 @@ def kill_api_server(platform: Platform, job: str) -> None:
     platform.wait_for_round(job, rounds + 1)
     after = {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in platform.pods(job, "client")}
     assert after == before
-    # The rounds' own records: none was begun twice, every client's update counted in each.
+    # According to the aggregator's log, no round was started twice, and every client's update counted in each.
     log = run("kubectl", "logs", f"{job}-aggregator")
     say("\n".join(line for line in log.splitlines() if "committed" in line))
     assert "resuming after round" not in log
-    # The job may have begun with three clients ready, but none was lost by the kill.
+    # The job may have started with three ready clients, but none was lost through the kill.
     counted = {int(n): int(k) for n, k in re.findall(r"round (\d+) committed: (\d+) updates", log)}
     assert min(k for n, k in counted.items() if n > rounds) >= counted[rounds]
 
@@ -55,14 +55,14 @@ def kill_operator(platform: Platform, job: str) -> None:
             "--force", check=False))  # fmt: skip
 
 
-# The API server is away for several rounds, and they must not be the last.
+# The API server is away for several rounds, so the job needs enough rounds after that.
 ROUNDS = {kill_api_server: 70}
 
 
 @pytest.mark.parametrize("kill", [kill_client_pod, kill_slurm_task, kill_aggregator, kill_bridge, kill_operator,
                                   kill_api_server])  # fmt: skip
-def test_the_job_completes_all_the_same(platform: Platform, job: str, kill: Callable[[Platform, str], None]) -> None:
-    # Long enough rounds that the kill falls into the middle; a killed Slurm task leaves three clients.
+def test_the_job_completes_after_a_kill(platform: Platform, job: str, kill: Callable[[Platform, str], None]) -> None:
+    # Rounds long enough that the kill happens during one; a killed Slurm task leaves three clients.
     rounds = ROUNDS.get(kill, 24)
     manifest = platform.manifest(
         job, rounds=rounds, task__config__localEpochs="25", selection__minClients=3, stragglers__minUpdates=2
@@ -73,7 +73,7 @@ def test_the_job_completes_all_the_same(platform: Platform, job: str, kill: Call
     kill(platform, job)
     platform.wait_for_completion(job)
     assert platform.completed(job) == rounds
-    # At most one array per attempt of the pool was ever submitted.
+    # At most one array was submitted per attempt of the pool.
     status = platform.status(job)
     pool = next(pool for pool in status["pools"] if pool["name"] == "hpc")
     assert len(pool["jobs"]) <= pool.get("attempt", 0) + 1

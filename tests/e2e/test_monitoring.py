@@ -1,4 +1,4 @@
-"""Monitoring on: a run over pods and Slurm, a real Prometheus, and data in every panel of every dashboard."""
+"""Monitoring enabled: a run with pods and Slurm, a real Prometheus, and data in every panel of every dashboard."""
 
 import json
 import os
@@ -20,14 +20,14 @@ GROUP = "monitoring.coreos.com"
 pytestmark = pytest.mark.timeout(1800)
 
 
-def test_the_chart_made_monitors_alerts_and_dashboards(cluster: Platform) -> None:
+def test_the_chart_creates_monitors_alerts_and_dashboards(cluster: Platform) -> None:
     say(run("helm", "test", "isthmus", "--namespace", SYSTEM, "--timeout", "600s"))
     boards = [json.loads(text) for item in get("configmaps", SYSTEM, "-l", "grafana_dashboard=1")
               for text in item["data"].values()]  # fmt: skip
     assert {board["uid"] for board in boards} == {"isthmus-fleet", "isthmus-job", "isthmus-site"}
     if cluster.site is None:
-        return  # somebody's cluster may lack the Prometheus Operator
-    # Nothing of what we set is unknown to the API: it would have been dropped.
+        return  # without the lab, the cluster may lack the Prometheus Operator
+    # The API knows all fields that the chart sets; it would have dropped unknown ones.
     for kind, plain in (("servicemonitors", "endpoints"), ("podmonitors", "podMetricsEndpoints")):
         (monitor,) = get(f"{kind}.{GROUP}", SYSTEM)
         assert monitor["spec"][plain][0] == {
@@ -50,7 +50,7 @@ def test_every_panel_of_every_dashboard_has_data(
         began = now()
         platform.apply(platform.manifest(f"{job}-denied", pools__1__hpc__partition="forbidden"))
         eventually("the site has denied it", lambda: _denied(platform, f"{job}-denied"))
-        # Of two clients that are asked there, a round ends with the faster: there is always one that is late.
+        # Two clients are selected and a round ends with the faster one, so one update is always late.
         late = {"policy": "Random", "fraction": "0.5", "overSelect": "1", "minClients": 1}
         platform.apply(platform.manifest(f"{job}-late", pools=_in_the_cloud(platform), selection=late,
                                          rounds=200, stragglers={"minUpdates": 1}))  # fmt: skip
@@ -82,9 +82,9 @@ def test_every_panel_of_every_dashboard_has_data(
                 draw(board["title"], shown, Path(directory) / f"{board['uid']}.png")
         assert not empty, "\n".join(["no data for:", *empty])
 
-        # The rules are evaluated, none is in error, and a healthy platform alarms nobody.
+        # The rules are evaluated without errors, and a healthy platform raises no alert.
         def evaluated() -> list[str]:
-            """The rules' health; "unknown" until the group's first turn."""
+            """Return the rules' health, or nothing while one is "unknown", which it is before its first evaluation."""
             (rules,) = prometheus.get("rules")["groups"]
             health = [f"{rule['name']}: {rule['health']} {rule.get('lastError', '')}" for rule in rules["rules"]]
             return [] if any(": unknown" in line for line in health) else health
@@ -108,6 +108,6 @@ def _all_three(up: set[tuple[str, str]], aggregator: tuple[str, str]) -> bool:
 
 
 def _shipped() -> list[dict[str, Any]]:
-    """The dashboards as the cluster has them."""
+    """Return the dashboards from the cluster."""
     maps = yaml.safe_load(run("kubectl", "-n", SYSTEM, "get", "configmaps", "-l", "grafana_dashboard=1", "-o", "yaml"))
     return [json.loads(text) for item in maps["items"] for text in item["data"].values()]

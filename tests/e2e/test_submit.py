@@ -1,4 +1,4 @@
-"""A plain PyTorch script, never baked into an image, submitted with one command, trains over pods and Slurm tasks."""
+"""A plain PyTorch script without an image of its own, submitted with one command, trains in pods and Slurm tasks."""
 
 import json
 import subprocess
@@ -59,7 +59,7 @@ class Net(nn.Sequential):
 
 
 def isthmus(*arguments: str | Path, check: bool = True) -> str:
-    """The command, installed as kubectl's plug-in is."""
+    """Run the command that is installed as kubectl's plug-in, and return its output."""
     name = Path(sys.executable).with_name("kubectl-fj")
     done = subprocess.run([name, *arguments], capture_output=True, text=True, timeout=600, check=False)
     assert not check or done.returncode == 0, done.stdout + done.stderr
@@ -82,7 +82,7 @@ def test_a_script_trains_in_both_worlds_without_an_image_of_its_own(
         text = isthmus("logs", job, "hpc/1", "--tail", "50", check=False)
         return text if "client 3 of 4 in hpc" in text else ""
 
-    # A Slurm task's log, while it is there, by way of the operator and the bridge.
+    # The log of a Slurm task, fetched through the operator and the bridge while the task runs.
     say(eventually("the Slurm task's log", of_a_task))
     say(isthmus("status", job, "--once"))
     platform.wait_for_completion(job)
@@ -103,6 +103,6 @@ def test_a_script_trains_in_both_worlds_without_an_image_of_its_own(
     best = float(platform.status(job)["bestMetric"]["value"])
     say(f"accuracy {best}")
     assert best > 0.85
-    # The files went into the job, and go with it.
+    # The files are part of the job, and are deleted with it.
     assert json.loads(run("kubectl", "get", "configmap", f"{job}-code", "-o", "json"))["immutable"] is True
     platform.delete(job)

@@ -1,4 +1,4 @@
-"""The three tutorials, done as they say, one after the other: a site opens, a platform connects it, a user trains."""
+"""The three tutorials, followed one after the other: a site is set up, a platform connects it, and a user trains."""
 
 import os
 import shutil
@@ -21,17 +21,17 @@ METRICS_PORT = 9475
 
 @dataclass
 class Place:
-    """What the examples' names stand for here."""
+    """Local values for the names in the examples."""
 
     platform: Platform
     site: Path
     rootfs: Path
     installation: ExitStack = field(default_factory=ExitStack)
-    """Ended last, because only a bridge that lives can cancel a deleted job's tasks."""
+    """Closed last, because only a running bridge can cancel a deleted job's tasks."""
 
     @property
     def names(self) -> dict[str, str]:
-        """Text of the pages, and what takes its place; longer ones first."""
+        """Texts of the pages and their replacements; longer texts first."""
         lab = self.platform.slurm.lab
         container = (
             f"prefix: [ch-run, --set-env, '--bind={{tls_dir}}:/mnt', {self.rootfs}, --]\n    inside: {{tls_dir: /mnt}}"
@@ -44,10 +44,10 @@ class Place:
             "--operator prod": f"--operator {CLUSTER}",
             "isthmus://operator/prod": f"isthmus://operator/{CLUSTER}",
             "registry.example": REPOSITORY,
-            # A user of a busy machine would ask again.
+            # On a busy machine, a user would run the command again.
             "--timeout=60s": "--timeout=240s",
             "--timeout=300s": "--timeout=580s",
-            # The lab has no registry; and tests are impatient.
+            # The lab has no registry, and a short resync interval keeps the tests fast.
             "=true --wait": "=true --set image.pullPolicy=Never --set operator.resyncSeconds=1 --wait",
         }
 
@@ -57,7 +57,7 @@ def place(cluster: Platform, tmp_path: Path) -> Iterator[Place]:
     if cluster.site is None:
         pytest.skip("the tutorials need a Slurm site: only the lab has one")
     site = cluster.site
-    # Root's, as everything above the bridge's files has to be.
+    # It must belong to root, like all parent directories of the bridge's files.
     directory = Path(site.lab.home).parent / "tutorial"
     directory.mkdir(mode=0o755)
     here = Place(cluster, directory, site.rootfs)
@@ -72,7 +72,7 @@ def place(cluster: Platform, tmp_path: Path) -> Iterator[Place]:
         remove(directory)
 
 
-@pytest.mark.timeout(1800)  # three tutorials, with two whole trainings
+@pytest.mark.timeout(1800)  # three tutorials, with two complete trainings
 def test_the_tutorials(place: Place, tmp_path: Path) -> None:
     lab = place.platform.slurm.lab
     site = place.installation.enter_context(
