@@ -1,4 +1,4 @@
-"""Helm, found in PATH or in the cache of `python -m lab install`, and what it renders."""
+"""Helm, found in PATH or in the cache of `python -m lab install`, and the objects that it renders."""
 
 import copy
 import json
@@ -20,13 +20,13 @@ NAMESPACE = "isthmus-system"
 Manifest = dict[str, Any]
 
 GROUP = "monitoring.coreos.com"
-# Kinds of the Prometheus Operator, and their versions; and the options that make Helm believe that a cluster has them.
+# Kinds and versions of the Prometheus Operator's API, and the options that make Helm assume that a cluster has them.
 MONITORING = {"ServiceMonitor": "v1", "PodMonitor": "v1", "PrometheusRule": "v1", "ScrapeConfig": "v1alpha1"}
 WITH_MONITORING = [
     word for kind, version in MONITORING.items() for word in ("--api-versions", f"{GROUP}/{version}/{kind}")
 ]
 
-# Of each monitor.
+# Settings of each monitor.
 SCRAPE: Manifest = {
     "scrapeTimeout": "10s",
     "namespace": "monitoring",
@@ -182,13 +182,13 @@ class Helm:
         return subprocess.run(command, input=json.dumps(values or {}), capture_output=True, text=True, check=False)
 
     def template(self, values: dict[str, Any], *options: str) -> list[Manifest]:
-        """What the chart renders, as new objects."""
+        """Render the chart and return copies of the objects."""
         return copy.deepcopy(_rendered(self, json.dumps(values), options))
 
 
 @cache
 def _rendered(helm: Helm, values: str, options: tuple[str, ...]) -> list[Manifest]:
-    # Rendering takes a second, and many tests look at the same.
+    # Rendering takes a second, and many tests use the same values.
     arguments = ("template", "isthmus", str(CHART), "--namespace", NAMESPACE, *options)
     result = helm.run(*arguments, values=json.loads(values))
     assert result.returncode == 0, result.stderr
@@ -209,7 +209,7 @@ def _find(names: tuple[str, ...], major: str) -> Path | None:
 
 @pytest.fixture(scope="session", params=["v3", "v4"])
 def helm(request: pytest.FixtureRequest, require: Callable[[bool, str], None]) -> Helm:
-    """Both supported major versions, one after the other."""
+    """Return Helm, in both supported major versions, one after the other."""
     program = _find(("helm", f"helm{request.param[1]}"), request.param)
     require(program is not None, f"Helm {request.param} is missing: `python -m lab install` fetches it")
     assert program is not None

@@ -8,20 +8,20 @@ from hypothesis import strategies as st
 from .conftest import CHART
 
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
-# Plain, YAML reads each of them as something else than a string, or not at all.
+# Strings that YAML does not read as strings unless quoted.
 ODD_WORDS = (
     "123", "0x1F", "1e3", "1.10", "true", "no", "null", "~", "", " x ", "a: b", "a #b", "# a", "- a", "-", "[a", "{a",
     "'a", '"a', "a'b\"c", "*a", "&a", "!a", "%a", "@a", "`a", "|", ">", "a\\nb", "a\nb", "a:", ":a", "?", "ü€",
     "$a", "2026-11-29", "0o17", "1_000", "a\tb",
 )  # fmt: skip
-# Those that are a name, too: of an object, a class, a namespace.
+# Odd strings that are also valid names of an object, a class or a namespace.
 ODD_NAMES = ("123", "1e3", "true", "no", "null", "0x1f", "y", "a-b", "2024-team", "0", "1-1")
 ODD_LABELS = ("123", "1e3", "1.10", "true", "no", "null", "", "a_b", "0x1F", "2026-11-29")
 
 _PEER = {"namespaceSelector": {"matchLabels": {"a": "1"}}}
 _RULE = {"sourceLabels": ["a"], "regex": "1", "action": "drop"}
 _SPREAD = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}
-# Parts of Kubernetes' own objects, which the schema leaves to Kubernetes, by the last key that leads to them.
+# Parts of Kubernetes' own objects, whose schema the chart does not repeat, by the last key of their path.
 _PARTS: dict[str, list[dict[str, Any]]] = {
     "affinity": [{"podAntiAffinity": {}}],
     "containers": [{"name": "client", "image": "a"}],
@@ -61,7 +61,7 @@ _EXTRA_OBJECTS: list[Any] = [
 def _strings(schema: dict[str, Any], key: str) -> st.SearchStrategy[str]:
     if "pattern" in schema:
         longest = schema.get("maxLength", 1000)
-        # Long ones too: names of objects are made of them.
+        # Include long strings, because names of objects are derived from them.
         made = st.from_regex(schema["pattern"], fullmatch=True).filter(lambda text: len(text) <= longest)
         return made.filter(lambda text: text.isascii() and "\n" not in text)
     words = ODD_LABELS if key.lower().endswith("labels") or key == "nodeSelector" else ODD_WORDS
@@ -74,7 +74,7 @@ def _numbers(schema: dict[str, Any]) -> st.SearchStrategy[int]:
 
 
 def drawn(schema: dict[str, Any], key: str = "") -> st.SearchStrategy[Any]:
-    """Values of a schema, which stands under a key."""
+    """Return random values for the schema of ``key``."""
     kind = schema.get("type", "")
     if "enum" in schema:
         return st.sampled_from(schema["enum"])

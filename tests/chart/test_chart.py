@@ -1,4 +1,4 @@
-"""The chart, rendered by real Helm: valid for every supported Kubernetes, least privilege, nothing unknown accepted."""
+"""The chart, rendered by real Helm: valid for every supported Kubernetes, least privilege, unknown values refused."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ from .conftest import CHART, DIGEST, MATRIX, NAMESPACE, ROOT, WITH_MONITORING, M
 
 Rule = tuple[str, str, tuple[str, ...], frozenset[str]]
 
-# All that kubernetes-validate knows.
+# All versions that kubernetes-validate knows.
 KUBERNETES = tuple(f"1.{minor}" for minor in range(25, 38))
 
 
@@ -31,7 +31,7 @@ def operator_pod(documents: list[Manifest]) -> Manifest:
 
 
 def rules_of(role: Manifest) -> set[Rule]:
-    """One entry for each group and resource, so that the grouping in the template does not matter."""
+    """Return one entry for each group and resource, so that the grouping in the template does not matter."""
     return {
         (group, resource, tuple(rule.get("resourceNames", ())), frozenset(rule["verbs"]))
         for rule in role["rules"]
@@ -41,7 +41,7 @@ def rules_of(role: Manifest) -> set[Rule]:
 
 
 def documented_rules() -> tuple[set[Rule], set[Rule]]:
-    """The two tables of docs/operating/operator/install.md: in served namespaces, and cluster-scoped."""
+    """Return the rights listed in docs/operating/operator/install.md: in served namespaces, and cluster-scoped."""
     text = (ROOT / "docs" / "operating" / "operator" / "install.md").read_text().partition("## RBAC")[2]
     tables = re.findall(r"\| API group \|.*\n\|[-|]+\|\n((?:\|.*\|\n)+)", text)
     assert len(tables) == 2, "docs/operating/operator/install.md no longer holds two tables of rights"
@@ -64,7 +64,7 @@ def test_rendered_objects_are_valid_for_every_kubernetes(helm: Any, case: str) -
     own = [document for document in documents if document["apiVersion"].startswith("monitoring.coreos.com/")]
     for document in own:
         monitoring_schema(document).validate(document["spec"])
-    # Each version takes a while: all of them see one rendering, and each rendering the oldest and the newest.
+    # Each version takes a while: one rendering is checked with all of them, the others with the oldest and the newest.
     thorough = case == "everything" and helm.program.name == "helm"
     for version in KUBERNETES if thorough else (KUBERNETES[0], KUBERNETES[-1]):
         for document in documents:
@@ -73,7 +73,7 @@ def test_rendered_objects_are_valid_for_every_kubernetes(helm: Any, case: str) -
 
 
 def monitoring_schema(document: Manifest) -> Draft202012Validator:
-    """For the spec of one of the Prometheus Operator's objects; no field beyond the known ones."""
+    """Return the schema of a Prometheus Operator object's spec, which permits no unknown fields."""
     for crd in yaml.safe_load_all((Path(__file__).parent / "monitoring_crds.yaml").read_text()):
         (version,) = crd["spec"]["versions"]
         if document["kind"] == crd["spec"]["names"]["kind"]:
@@ -156,7 +156,7 @@ def test_labels_that_repeat_a_selectors_change_no_selector(helm: Any) -> None:
 
 
 class Unique(yaml.CSafeLoader):
-    """Refuses a key that is there twice, as the API server does."""
+    """Loader that refuses duplicate keys, as the API server does."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         keys = [key.value for key, _ in node.value]
@@ -178,7 +178,7 @@ def test_every_default_is_in_the_schema_and_every_property_has_a_default() -> No
         # A parent chart sets these two.
         assert set(properties) - ({"global", "enabled"} if path == "values" else set()) == set(defaults), path
         for name, value in defaults.items():
-            # An empty one is a part of a pod template: it has no defaults of its own.
+            # An empty default is a part of a pod template, whose fields have no defaults in the chart.
             if value != {} and "properties" in properties[name]:
                 compare(properties[name]["properties"], value, f"{path}.{name}")
 
@@ -222,7 +222,7 @@ def test_the_operator_meets_the_restricted_pod_security_standard(helm: Any, case
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    # Its own scratch, certificates, and the defaults for jobs.
+    # The volumes are its scratch space, certificates, and the defaults for jobs.
     assert all(set(volume) <= {"name", "emptyDir", "secret", "configMap"} for volume in pod["volumes"])
     assert container["resources"]["requests"] and container["resources"]["limits"]["memory"]
 
@@ -270,7 +270,7 @@ def test_rights_in_cluster_scope_are_the_documented_ones(helm: Any) -> None:
     granted = rules_of(
         next(d for d in of_kind(documents, "ClusterRole") if ":" not in d["metadata"]["name"].partition(":")[2])
     )
-    # What outlives a namespace's own Role is in the served rules already.
+    # The served rules already include these rights, which the operator keeps when a namespace loses its Role.
     outlives = {rule for rule in cluster if rule[1] in ("federatedjobs", "federatedjobs/status")}
     assert len(outlives) == 2
     assert granted == served | (cluster - outlives)
@@ -369,7 +369,7 @@ def test_people_get_their_rights_through_the_clusters_own_roles(helm: Any) -> No
     assert [key for key in installer["metadata"]["labels"] if key.startswith(prefix)] == [prefix + "admin"]
     assert rules_of(installer) <= documented_rules()[0]
     assert {verb for rule in viewer["rules"] for verb in rule["verbs"]} == {"get", "list", "watch"}
-    # Sites belong to the platform's admin, and status to the operator.
+    # Sites belong to the platform's admin, and the status to the operator.
     assert {resource for rule in editor["rules"] for resource in rule["resources"]} == {"federatedjobs"}
 
 
@@ -380,7 +380,7 @@ def test_versions_agree() -> None:
     assert all(f'version = "{chart["version"]}"' in project for project in projects)
 
 
-def test_the_network_policy_lets_in_who_must_come_in(helm: Any) -> None:
+def test_the_network_policy_admits_the_required_ports(helm: Any) -> None:
     def ports(values: Manifest) -> set[str]:
         (policy,) = of_kind(helm.template(values), "NetworkPolicy")
         return {port["port"] for rule in policy["spec"]["ingress"] for port in rule["ports"]}

@@ -1,4 +1,4 @@
-"""The gateway for sites that dial out: its certificate, its Service, and what must be said to have it."""
+"""The gateway for sites that dial out: its certificate, its Service, and the values that it requires."""
 
 import base64
 import ipaddress
@@ -45,7 +45,7 @@ def test_its_certificate_is_for_the_hosts_that_sites_dial(helm: Any) -> None:
     assert "--gateway=[::]:7446" in pod(documents)["containers"][0]["args"]
 
 
-def test_by_cert_manager_and_from_a_secret_of_ones_own(helm: Any) -> None:
+def test_its_certificate_by_cert_manager_and_from_a_secret(helm: Any) -> None:
     issuer = {"name": "platform"}
     documents = rendered(helm, certificates="CertManager", hosts=["gateway.example", "192.0.2.7"], issuerRef=issuer)
     certificate = one(documents, "Certificate")["spec"]
@@ -69,7 +69,7 @@ def test_by_cert_manager_and_from_a_secret_of_ones_own(helm: Any) -> None:
     ],
     ids=json.dumps,
 )
-def test_what_cannot_work_is_refused(helm: Any, values: Manifest, says: str) -> None:
+def test_unusable_values_are_refused(helm: Any, values: Manifest, says: str) -> None:
     result = helm.run("template", "isthmus", str(CHART), values=values)
     assert result.returncode != 0 and says in result.stderr
 

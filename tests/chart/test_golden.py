@@ -1,6 +1,6 @@
-"""What the chart renders, kept as files, so that a change of a template shows what it changes.
+"""Golden files of the rendered chart.
 
-``ISTHMUS_UPDATE_GOLDEN=1 python -m pytest tests/chart/test_golden.py`` writes them anew; look at the difference.
+Update them with ``ISTHMUS_UPDATE_GOLDEN=1 python -m pytest tests/chart/test_golden.py``, and review the difference.
 """
 
 import os
@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def essence(document: Manifest) -> Manifest:
-    """Without what other tests compare with its source: the bodies of CRDs, dashboards and alerts; and certificates."""
+    """Replace certificates, and the bodies of CRDs, dashboards and alerts, which other tests check."""
     if document["kind"] == "CustomResourceDefinition":
         return {**document, "spec": "…"}
     if document["kind"] == "PrometheusRule":
@@ -29,12 +29,12 @@ def essence(document: Manifest) -> Manifest:
 
 
 def without_bundle(webhook: Manifest) -> Manifest:
-    """A webhook whose authority's certificate is new each time."""
+    """Replace the CA certificate of a webhook, which is new each time."""
     return {**webhook, "clientConfig": {**webhook["clientConfig"], "caBundle": "…"}}
 
 
 def order(document: Manifest) -> tuple[str, str, str]:
-    """Helm 3 and 4 sort differently."""
+    """Return a sort key, because Helm 3 and 4 order objects differently."""
     metadata = document["metadata"]
     return document["kind"], metadata.get("namespace", ""), metadata["name"]
 

@@ -1,4 +1,4 @@
-"""Dashboards and alerts: their queries parse, name metrics that exist, and the chart ships them as they are."""
+"""Dashboards and alerts: their queries parse and name existing metrics, and the chart ships them unchanged."""
 
 import json
 import re
@@ -25,14 +25,14 @@ DASHBOARDS = ROOT / "charts" / "isthmus" / "files" / "dashboards"
 ALERTS = ROOT / "charts" / "isthmus" / "files" / "alerts" / "isthmus.yaml"
 ALERT_TESTS = Path(__file__).parent / "alerts_test.yaml"
 RUNBOOKS = ROOT / "docs" / "runbooks"
-# What Grafana puts in the place of its variables; any value does where only the syntax counts.
+# Replacements for Grafana's variables; any value suffices to check the syntax.
 VARIABLES = {"$__rate_interval": "5m", "$namespace": "team", "$job": "digits", "$site": "lumi"}
 ON = {"monitoring": {"enabled": True, "bridges": {"targets": ["login1.example:9090"]}}}
 
 
 @pytest.fixture(scope="session")
 def promtool(require: Callable[[bool, str], None]) -> Callable[..., str]:
-    """Runs promtool; fails with its words."""
+    """Return a function that runs promtool and fails with its output."""
     program = shutil.which("promtool")
     require(program is not None, "promtool is missing: install Debian's package prometheus")
 
@@ -53,7 +53,7 @@ def rules() -> list[Manifest]:
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Where each query stands, and the query."""
+    """Yield the place of each query, and the query."""
     for dashboard in dashboards().values():
         for panel in dashboard["panels"]:
             for target in panel["targets"]:
@@ -63,7 +63,7 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 
 def series(families: Iterable[Metric]) -> set[str]:
-    """The names under which Prometheus stores what a service tells."""
+    """Return the names under which Prometheus stores the metrics of a service."""
     endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
     return {family.name + ending for family in families for ending in endings[family.type]}
 
@@ -81,7 +81,7 @@ def test_the_dashboards_are_the_generated_ones(tmp_path: Path) -> None:
     }, "run `make generate`"
 
 
-def test_every_metric_that_a_query_names_is_told_by_a_service() -> None:
+def test_every_metric_in_a_query_is_exported_by_a_service() -> None:
     known = live()
     for where, expression in expressions():
         named = set(re.findall(r"\bisthmus_\w+", expression))
@@ -121,7 +121,7 @@ def test_dashboards_can_be_installed_anywhere_beside_others() -> None:
             for part in (panel, *panel["targets"]):
                 assert part["datasource"]["uid"] == "${datasource}"
             for target in panel["targets"]:
-                # A name of a namespace, job or site comes from a variable, and never from us.
+                # Names of namespaces, jobs and sites come from variables only.
                 for value in re.findall(r'\b(?:namespace|job|site|pool)=~?"(.*?)"', target["expr"]):
                     assert value.startswith("$") and value[1:] in declared
         taken = [(x, y) for panel in board["panels"] for x, y in _cells(panel["gridPos"])]
@@ -192,7 +192,7 @@ def test_monitors_find_what_they_are_for(helm: Any) -> None:
     assert monitor["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"]
     assert by_kind["PodMonitor"]["spec"]["namespaceSelector"] == {"any": True}
     assert by_kind["ScrapeConfig"]["spec"]["staticConfigs"] == [{"targets": ["login1.example:9090"]}]
-    # The label `job` of our metrics names FederatedJobs.
+    # In Isthmus' metrics, the label `job` names the FederatedJob.
     assert all(endpoint["honorLabels"] for endpoint in monitor["endpoints"])
     assert all(endpoint["honorLabels"] for endpoint in by_kind["PodMonitor"]["spec"]["podMetricsEndpoints"])
     scoped = helm.template({**ON, "scope": {"type": "Namespaces", "namespaces": ["a", "b"]}}, *WITH_MONITORING)

@@ -1,4 +1,4 @@
-"""What Helm prints after an installation."""
+"""The notes that Helm prints after an installation."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from .conftest import CHART, NAMESPACE, Helm, Manifest
 
 
 def notes(helm: Helm, folder: Path, values: Manifest) -> str:
-    """Return the notes. Helm 3 shows them only where it reaches a cluster: here they are rendered as an object."""
+    """Return the notes. Helm 3 shows them only if it reaches a cluster, so they are rendered as an object."""
     chart = folder / "isthmus"
     shutil.copytree(CHART, chart)
     (chart / "templates" / "NOTES.txt").rename(chart / "notes.txt")

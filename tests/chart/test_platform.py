@@ -1,4 +1,4 @@
-"""What platform teams set in every chart: where pods run, what they mount, where images come from, OpenShift."""
+"""Settings that platform teams need in every chart: scheduling, volumes, sources of images, OpenShift."""
 
 import datetime as dt
 import json
@@ -63,7 +63,7 @@ def test_what_is_added_to_the_pod(helm: Helm) -> None:
     (deployment,) = of_kind(documents, "Deployment")
     kubernetes_validate.validate(deployment, "1.30", strict=True)
     spec = deployment["spec"]["template"]["spec"]
-    # Without it, names of the cluster would not be found on the node's network.
+    # Without it, cluster names would not resolve on the node's network.
     assert (spec["hostNetwork"], spec["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
     assert values["extraVolumes"][0] in spec["volumes"]
     assert [item["name"] for item in spec["containers"]] == ["operator", "audit"]
@@ -109,7 +109,7 @@ def test_on_openshift_no_pod_names_a_user(helm: Helm, platform: str, options: tu
 
 
 def defaults_of(documents: list[Manifest], tmp_path: Path) -> JobDefaults | None:
-    """What the operator reads of its ConfigMap, if there is one."""
+    """Return the job defaults that the operator reads from its ConfigMap, if there is one."""
     found = [item for item in of_kind(documents, "ConfigMap") if item["metadata"]["name"].endswith("-job-defaults")]
     flags = [item for item in operator_pod(documents)["spec"]["containers"][0]["args"] if "job-defaults" in item]
     assert len(found) == len(flags)
@@ -126,7 +126,7 @@ def test_the_operator_reads_the_defaults_of_jobs(helm: Helm, tmp_path: Path) -> 
     documents = helm.template({"jobDefaults": values})
     assert defaults_of(documents, tmp_path) == JobDefaults.model_validate(values)
     other = helm.template({"jobDefaults": {**values, "storageClassName": "slow"}})
-    # It reads them at its start only: a change starts it again.
+    # The operator reads them only at its start, so a change must restart it.
     marks = [operator_pod(item)["metadata"]["annotations"]["isthmus.dev/job-defaults"] for item in (documents, other)]
     assert marks[0] != marks[1]
     wrong: Manifest
@@ -146,14 +146,14 @@ def test_on_openshift_no_job_needs_nulls(helm: Helm, tmp_path: Path) -> None:
     ):
         assert not {"runAsUser", "runAsGroup", "fsGroup"} & set(pod["spec"]["securityContext"])
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
-    # What the admin sets stands.
+    # The admin's value is kept.
     values = {"jobDefaults": {"all": {"spec": {"securityContext": {"runAsUser": 1000700000}}}}}
     given = defaults_of(helm.template(values, *OPENSHIFT), tmp_path)
     assert given is not None
     assert given.all.spec["securityContext"] == {"runAsUser": 1000700000, "runAsGroup": None, "fsGroup": None}
 
 
-def test_excluded_namespaces_are_asked_of_nobody(helm: Helm) -> None:
+def test_excluded_namespaces_reach_the_flags_and_the_webhook(helm: Helm) -> None:
     values = {
         "scope": {"excludeNamespaces": ["team-x", "team-y"]},
         "webhook": {"namespaceSelector": {"matchLabels": {"checked": "yes"}}},
@@ -175,10 +175,10 @@ def test_excluded_namespaces_are_asked_of_nobody(helm: Helm) -> None:
 
 
 @pytest.mark.parametrize(("kubernetes", "limited"), [("1.21.0", True), ("1.20.2", False)])
-def test_a_namespaces_own_operator_is_asked_about_no_other_namespace(
+def test_the_webhook_of_a_namespaces_operator_covers_no_other_namespace(
     helm: Helm, kubernetes: str, limited: bool
 ) -> None:
-    """With ``failurePolicy: Fail``, one that is down would keep all others from creating jobs."""
+    """With ``failurePolicy: Fail``, an operator that is down would block new jobs in all other namespaces."""
     values = {
         "scope": {"type": "Namespaces", "namespaces": ["team-a", "team-b"]},
         "sites": {"enabled": False},
@@ -190,14 +190,14 @@ def test_a_namespaces_own_operator_is_asked_about_no_other_namespace(
         (configuration,) = of_kind(documents, kind)
         (webhook,) = configuration["webhooks"]
         assert webhook.get("namespaceSelector") == ({"matchExpressions": [served]} if limited else None)
-        # HPCSites are in no namespace, and somebody else's.
+        # HPCSites are cluster-scoped and belong to another admin.
         assert webhook["rules"][0]["resources"] == ["federatedjobs"]
     everywhere = of_kind(helm.template({}), "ValidatingWebhookConfiguration")[0]["webhooks"][0]
     assert "namespaceSelector" not in everywhere
     assert everywhere["rules"][0]["resources"] == ["federatedjobs", "hpcsites"]
 
 
-def test_objects_of_ones_own_are_templates(helm: Helm) -> None:
+def test_extra_objects_are_templates(helm: Helm) -> None:
     extra: list[Any] = [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-more"}},
         "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: text\n  namespace: {{ .Release.Namespace }}\n",
@@ -217,7 +217,7 @@ def test_monitors_are_where_and_how_prometheus_wants_them(helm: Helm) -> None:
     by_kind = {document["kind"]: document for document in documents if document["apiVersion"].startswith("monitoring.")}
     assert {document["metadata"]["namespace"] for document in by_kind.values()} == {"monitoring"}
     assert len(by_kind) == 4
-    # It finds the operator's Service all the same.
+    # The monitor still selects the operator's Service.
     assert by_kind["ServiceMonitor"]["spec"]["namespaceSelector"] == {"matchNames": [NAMESPACE]}
     (endpoint,) = by_kind["ServiceMonitor"]["spec"]["endpoints"]
     assert (endpoint["scrapeTimeout"], endpoint["metricRelabelings"]) == ("5s", drop)

@@ -1,4 +1,4 @@
-"""The chart in an OCI registry, and what Artifact Hub reads of it."""
+"""The chart in an OCI registry, and its annotations for Artifact Hub."""
 
 import hashlib
 import shutil
@@ -19,7 +19,7 @@ from .conftest import CHART, NAMESPACE, Helm
 
 
 class Registry(BaseHTTPRequestHandler):
-    """As much of the OCI distribution specification as Helm asks for."""
+    """Registry with the part of the OCI distribution specification that Helm needs."""
 
     kept: dict[str, tuple[str, bytes]]
 
@@ -92,12 +92,12 @@ def test_the_chart_is_pushed_and_installed_from_there(
     ("registry_", "says"),
     [("https://registry.example", "is no OCI registry"), ("oci://registry.example/charts", "make dist DIST=chart")],
 )
-def test_what_cannot_be_published(tmp_path: Path, registry_: str, says: str) -> None:
+def test_refusals_to_publish(tmp_path: Path, registry_: str, says: str) -> None:
     with pytest.raises(version.ReleaseError, match=says):
         dist.publish(tmp_path, registry_)
 
 
-def test_artifact_hub_is_told_of_the_custom_resources() -> None:
+def test_artifact_hub_lists_the_custom_resources() -> None:
     annotations: dict[str, Any] = yaml.safe_load((CHART / "Chart.yaml").read_text())["annotations"]
     crds = yaml.safe_load(annotations["artifacthub.io/crds"])
     known = [federated_job_crd(), hpc_site_crd()]
@@ -105,7 +105,7 @@ def test_artifact_hub_is_told_of_the_custom_resources() -> None:
         (crd["spec"]["names"]["kind"], crd["metadata"]["name"]) for crd in known
     ]
     assert [item["version"] for item in crds] == [crd["spec"]["versions"][0]["name"] for crd in known]
-    # Its examples are good manifests.
+    # Its examples are valid manifests.
     parsers = {"FederatedJob": parse_spec, "HPCSite": parse_site_spec}
     examples = yaml.safe_load(annotations["artifacthub.io/crdsExamples"])
     assert [item["kind"] for item in examples] == list(parsers)
@@ -114,7 +114,7 @@ def test_artifact_hub_is_told_of_the_custom_resources() -> None:
 
 
 def test_a_version_with_build_metadata_makes_valid_labels_and_tags(helm: Helm, tmp_path: Path) -> None:
-    """Semantic versions may have a ``+``, labels and image tags may not."""
+    """Semantic versions may contain a ``+``, but labels and image tags must not."""
     shutil.copytree(CHART, tmp_path / "isthmus")
     described = yaml.safe_load((CHART / "Chart.yaml").read_text())
     described |= {"version": "0.2.0+g1a2b3c4", "appVersion": "0.2.0+g1a2b3c4"}

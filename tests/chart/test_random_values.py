@@ -1,4 +1,4 @@
-"""Whatever the schema accepts is rendered as valid objects, or refused in the chart's own words."""
+"""Any values that the schema accepts are rendered as valid objects, or refused with a message of the chart."""
 
 import re
 from typing import Any
@@ -14,7 +14,7 @@ from .random_values import ODD_WORDS, VALUES
 from .test_chart import Unique, monitoring_schema, of_kind, operator_pod
 
 OPENSHIFT = ["--api-versions", "security.openshift.io/v1"]
-# What the chart refuses itself, besides the schema.
+# The chart's own messages of refusal, and that of the schema.
 REFUSALS = (
     "the ports of one pod must differ",
     "gateway.enabled is for HPC sites, and sites.enabled is false",
@@ -26,13 +26,13 @@ REFUSALS = (
 LABEL = re.compile(r"([a-z0-9]([-a-z0-9]*[a-z0-9])?)")
 NAME = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?)")
 SERVICE = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-# A release's name may have dots, and 53 characters.
+# A release's name may contain dots, and be 53 characters long.
 RELEASES = st.sampled_from(["isthmus", "123", "true", "null", "1e3", "team.a", "9" * 53, "a" * 53, "0.isthmus", "a-1"])
 NAMESPACES = st.sampled_from([NAMESPACE, "123", "true", "1e3", "0x1f", "a" * 63])
 
 
 def rendered(helm: Helm, values: Manifest, name: str, namespace: str, *options: str) -> list[Manifest] | None:
-    """The objects; None where the chart refuses the values."""
+    """Return the objects, or None if the chart refuses the values."""
     result = helm.run("template", name, str(CHART), "--namespace", namespace, *options, values=values)
     if result.returncode:
         assert any(words in result.stderr for words in REFUSALS), result.stderr
@@ -41,7 +41,7 @@ def rendered(helm: Helm, values: Manifest, name: str, namespace: str, *options: 
 
 
 def check(document: Manifest) -> None:
-    """Types by Kubernetes' and the Prometheus Operator's schemas, and names by the API server's rules."""
+    """Check types with Kubernetes' and the Prometheus Operator's schemas, and names with the API server's rules."""
     kind, metadata = document["kind"], document["metadata"]
     texts = [metadata["name"], *metadata.get("labels", {}).items(), *metadata.get("annotations", {}).items()]
     assert all(isinstance(part, str) for text in texts for part in ([text] if isinstance(text, str) else text)), texts
@@ -63,7 +63,7 @@ def check(document: Manifest) -> None:
 def test_random_values_render_valid_objects(
     helm: Any, values: Manifest, name: str, namespace: str, openshift: bool
 ) -> None:
-    # The objects' own account and class names may be odd words, which the API server refuses; they stay strings.
+    # The objects' own account and class names may be odd strings that the API server refuses; they must remain strings.
     options = WITH_MONITORING + (OPENSHIFT if openshift else [])
     documents = rendered(helm, values, name, namespace, *options)
     for document in documents or ():
@@ -77,7 +77,7 @@ def test_random_values_render_valid_objects(
 @pytest.mark.parametrize(
     "word", ["123", "1e3", "true", "null", " x ", "a: b", "# a", "- a", "{a", "'a", '"a', "*a", "!a", "a\nb"]
 )
-def test_a_word_stays_the_word_that_it_is(helm: Any, word: str) -> None:
+def test_an_odd_string_stays_a_string(helm: Any, word: str) -> None:
     values = {
         "operator": {"cluster": word, "extraArgs": [word]},
         "priorityClassName": word,
@@ -109,7 +109,7 @@ def test_a_word_stays_the_word_that_it_is(helm: Any, word: str) -> None:
 
 
 def test_large_numbers_are_written_as_integers(helm: Any) -> None:
-    """Helm reads numbers of values as floats, which Go would print as 1e+06."""
+    """Helm reads numbers in values as floats, which Go would print as 1e+06."""
     values = {
         "operator": {"workers": 1000000, "apiConcurrency": 2000000, "siteGiveUpSeconds": 86400000},
         "terminationGracePeriodSeconds": 1000000,

@@ -1,4 +1,4 @@
-"""Upgrades with an earlier chart's values (``helm upgrade --reuse-values``), which lack what is new in this one."""
+"""Upgrades with an earlier chart's values (``helm upgrade --reuse-values``), which lack the new keys."""
 
 import copy
 import json
@@ -14,11 +14,11 @@ from .conftest import CHART, MATRIX, NAMESPACE, ROOT, WITH_MONITORING, Helm, Man
 from .test_golden import essence, order
 
 DEFAULTS: Manifest = yaml.safe_load((CHART / "values.yaml").read_text())
-# A user may want to be without them: where they are missing, they stay so.
+# A user may remove these on purpose, so the chart must not restore them.
 NULLABLE = ("podSecurityContext", "securityContext", "resources")
 KEPT = {key: DEFAULTS[key] for key in NULLABLE}
-# Where a default is empty, a template that looks at a missing key sees the same.
-TELLING = [key for key, default in DEFAULTS.items() if default and isinstance(default, dict) and key not in NULLABLE]
+# If a default is empty, a template sees no difference when its key is missing.
+FILLED = [key for key, default in DEFAULTS.items() if default and isinstance(default, dict) and key not in NULLABLE]
 
 
 def merged(defaults: Manifest, values: Manifest) -> Manifest:
@@ -30,9 +30,9 @@ def merged(defaults: Manifest, values: Manifest) -> Manifest:
 
 
 def reused(helm: Helm, chart: Path, values: Manifest) -> list[Manifest]:
-    """What an upgrade with these values, and no defaults below them, renders.
+    """Render an upgrade that uses only these values, without the chart's defaults.
 
-    ``--reuse-values`` puts an earlier release's values in the place of the chart's own.
+    ``--reuse-values`` replaces the chart's own values with those of an earlier release.
     """
     shutil.copytree(CHART, chart)
     (chart / "values.yaml").write_text(json.dumps(values))
@@ -50,21 +50,21 @@ def test_the_chart_carries_a_copy_of_its_defaults() -> None:
 
 
 @pytest.mark.parametrize("case", MATRIX)
-def test_all_that_was_not_set_may_be_missing(helm: Helm, tmp_path: Path, case: str) -> None:
+def test_values_that_were_not_set_may_be_missing(helm: Helm, tmp_path: Path, case: str) -> None:
     wanted = essential(helm.template(MATRIX[case], *WITH_MONITORING))
     assert reused(helm, tmp_path / "isthmus", {**KEPT, **MATRIX[case]}) == wanted
 
 
-@pytest.mark.parametrize("key", TELLING)
+@pytest.mark.parametrize("key", FILLED)
 def test_each_key_may_be_missing(helm: Helm, tmp_path: Path, key: str) -> None:
-    # Everything that can be switched on: else most templates would not look at the key.
+    # Enable everything, or most templates would not read the key.
     values = merged(DEFAULTS, {k: v for k, v in MATRIX["everything"].items() if k != key})
     wanted = essential(helm.template(values, *WITH_MONITORING))
     assert reused(helm, tmp_path / "isthmus", {k: v for k, v in values.items() if k != key}) == wanted
 
 
-def earlier() -> list[Manifest]:
-    """The values of this chart's earlier versions, as far as git's history knows them; the newest first."""
+def earlier_values() -> list[Manifest]:
+    """Return the values of this chart's earlier versions from git's history, the newest first."""
     file = str(CHART.relative_to(ROOT) / "values.yaml")
     git = ["git", "-C", str(ROOT)]
     said = subprocess.run([*git, "log", "--format=%H", "--", file], capture_output=True, text=True, check=False)
@@ -78,14 +78,14 @@ def earlier() -> list[Manifest]:
 def test_an_upgrade_takes_the_values_of_every_earlier_chart(helm: Helm, tmp_path: Path) -> None:
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("git's history is not here")
-    for number, values in enumerate(earlier()):
+    for number, values in enumerate(earlier_values()):
         on = merged(values, {"monitoring": {"enabled": True}, "gateway": {"enabled": True, "hosts": ["g.example"]}})
-        # --reuse-values has nothing below them; --reset-then-reuse-values and --values have the new defaults.
+        # --reuse-values adds no defaults; --reset-then-reuse-values and --values add the new ones.
         assert reused(helm, tmp_path / f"chart-{number}", on)
         assert helm.template(on, *WITH_MONITORING)
 
 
-def test_what_a_user_removed_is_not_brought_back(helm: Helm) -> None:
+def test_values_that_a_user_removed_stay_removed(helm: Helm) -> None:
     removed: dict[str, Any] = {
         "podSecurityContext": {"fsGroup": None, "runAsUser": None},
         "securityContext": None,
@@ -104,7 +104,7 @@ def test_what_a_user_removed_is_not_brought_back(helm: Helm) -> None:
 
 
 def test_as_part_of_another_chart(helm: Helm, tmp_path: Path) -> None:
-    """The parent's condition (``isthmus.enabled``) and ``global`` are handed to a subchart with its values."""
+    """Helm passes the parent's condition (``isthmus.enabled``) and ``global`` to a subchart with its values."""
     parent = tmp_path / "parent"
     shutil.copytree(CHART, parent / "charts" / "isthmus")
     dependency = {"name": "isthmus", "version": "*", "condition": "isthmus.enabled"}
