@@ -1,6 +1,7 @@
-"""Anything in any order: requests, crashes, lost answers, time. At most one living array, and no wrong end.
+"""Property test of the bridge: requests, crashes, lost answers and time in any order.
 
-What holds for every Slurm: ``test_machine.py`` here runs it with the imagined one, ``tests/slurm`` with a real one.
+At most one array is live, and no pool has a wrong end. The properties hold for every Slurm:
+``tests/unit/bridge/pools/test_machine.py`` runs them with the fake one, ``tests/slurm`` with a real one.
 """
 
 import tempfile
@@ -24,27 +25,27 @@ ANSWERS = st.sampled_from(["ok", "heard", "slow", "lost", "refused", "full", "cr
 
 
 class DisturbedSlurm(SlurmAdapter, Protocol):
-    """A Slurm that can be told how to misbehave, and asked what it has."""
+    """Slurm adapter whose faults the tests control, and whose state they can read."""
 
     script: list[str]
-    """What the next submissions do."""
+    """Outcomes of the next submissions."""
     interrupts: list[Callable[[], object]]
-    """What other threads do in the middle of the next calls."""
+    """Actions of other threads during the next calls."""
     down: str
     accounts_down: str
     keeps_accounts: bool
 
     @property
     def doubles(self) -> int:
-        """Return the number of duplicate submissions."""
+        """Number of duplicate submissions."""
         ...
 
     def living(self, name: str) -> list[int]:
-        """Ids of the arrays of that name that are not over."""
+        """Return the ids of the live arrays with that name."""
         ...
 
     def living_tasks(self, name: str) -> list[int]:
-        """Indices of their tasks that are not over."""
+        """Return the indices of their live tasks."""
         ...
 
 
@@ -52,11 +53,11 @@ Slurm = TypeVar("Slurm", bound=DisturbedSlurm)
 
 
 class AnyMachine(RuleBasedStateMachine, Generic[Slurm]):
-    """One key, one bridge that may die at each commit, one Slurm."""
+    """State machine of one key, a bridge that may die at each commit, and a Slurm."""
 
     key = KEY
     wanted: dict[str, object] = {}
-    """Where the request differs from the usual one."""
+    """Fields of the request that differ from the defaults."""
 
     def __init__(self, parent: Path | None = None) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class AnyMachine(RuleBasedStateMachine, Generic[Slurm]):
 
     @abstractmethod
     def begin(self, folder: Path) -> AnyWorld[Slurm]:
-        """A new world."""
+        """Create the bridge, its clock and its Slurm."""
 
     @abstractmethod
     def settle(self) -> None:
@@ -73,7 +74,7 @@ class AnyMachine(RuleBasedStateMachine, Generic[Slurm]):
 
     @property
     def name(self) -> str:
-        """The name of the arrays."""
+        """Name of the arrays."""
         return slurm_job_name(self.key)
 
     @initialize(answers=st.lists(ANSWERS, min_size=1, max_size=4))
@@ -156,21 +157,21 @@ class AnyMachine(RuleBasedStateMachine, Generic[Slurm]):
 
     def teardown(self) -> None:
         if hasattr(self, "world") and self.world.journal is not None:
-            # Left alone with a healthy Slurm, everything comes to its place.
+            # With a healthy Slurm, the state converges.
             self.heal()
             self.settle()
             self.world.journal.close()
         self.folder.cleanup()
 
     def heal(self) -> None:
-        """From here on nothing misbehaves."""
+        """Remove all faults for the rest of the example."""
         assert self.world.journal is not None
         self.world.journal.commits_left = None
         self.world.slurm.down = self.world.slurm.accounts_down = ""
         self.world.slurm.script, self.world.slurm.interrupts = [], []
 
     def disagreement(self) -> str:
-        """Where the journal and Slurm do not say the same, or the journal nothing; empty: they agree."""
+        """Return the differences between journal and Slurm; empty if they agree."""
         assert self.world.journal is not None
         known = self.world.journal.get(self.key)
         if known is None:

@@ -1,4 +1,4 @@
-"""A small HTTP proxy that knows CONNECT and nothing else, as sites have it between them and the world."""
+"""A small HTTP proxy that supports only CONNECT, as many sites use for outbound connections."""
 
 import base64
 import socket
@@ -11,19 +11,22 @@ from typing import Self
 
 
 class ConnectProxy:
-    """Takes clients to the hosts that it knows, and remembers what it was asked."""
+    """Proxy that connects clients to the hosts it knows, and records the requests."""
 
     def __init__(self, hosts: Mapping[str, tuple[str, int]], secret: str = "") -> None:
-        """``hosts``: where each HOST:PORT really is. ``secret``: user:password, if it wants one."""
+        """Start the proxy.
+
+        ``hosts`` maps each HOST:PORT to its real address. ``secret`` is the required user:password, if any.
+        """
         self.hosts = dict(hosts)
         self.asked: list[tuple[str, int]] = []
-        """HOST:PORT, and the status of the answer."""
+        """HOST:PORT and the status of the answer, for each request."""
         self._wanted = f"Basic {base64.b64encode(secret.encode()).decode()}" if secret else ""
         self._open: list[socket.socket] = []
         outer = self
 
         class Handler(socketserver.StreamRequestHandler):
-            """One client."""
+            """Connection of one client."""
 
             def handle(self) -> None:
                 outer.serve(self)
@@ -34,7 +37,7 @@ class ConnectProxy:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def serve(self, client: socketserver.StreamRequestHandler) -> None:
-        """Answers one request, and passes bytes on until an end closes."""
+        """Answer one request, and forward bytes until an end closes."""
         method, target, _ = client.rfile.readline(4096).decode().split()
         headers = {}
         while line := client.rfile.readline(4096).decode().strip():

@@ -128,7 +128,7 @@ def of_kind(decided: act.Plan, kind: type) -> list[Any]:
 
 
 class World:
-    """A simulated world that carries out plans and lets time pass."""
+    """A simulated cluster and site that carry out plans and let time pass."""
 
     options = PlanOptions(cluster="sim", starts_per_pass=3)
 
@@ -297,7 +297,7 @@ class World:
         certificate = seen.certificates.get(action.secret, "the one before")
         self.observed = replace(seen, delivered={**seen.delivered, action.key: certificate})
 
-    # -- the rest of the world
+    # -- the simulated cluster and site
 
     def tick(self, seconds: float) -> None:
         """Let time pass: pods start and vanish, the queue moves, rounds are completed."""
@@ -317,7 +317,7 @@ class World:
         if enough and self.rounds < self._accepted().rounds:
             self.rounds += 1
         elif self.rounds >= self._accepted().rounds:
-            # The clients end, then the aggregator does.
+            # First the clients end, then the aggregator.
             ended: dict[str, Any] = {"phase": "Succeeded", "ready": False, "exit_code": 0, "finished": self.now}
             self._pods(*(replace(pod, **ended) if not pod.ended else pod for pod in self.observed.pods))
             said = f'{{"phase":"COMPLETE","completedRounds":{self.rounds}}}'

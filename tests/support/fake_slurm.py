@@ -1,4 +1,4 @@
-"""A Slurm that exists only here, a clock that tests turn, and a bridge between them that can be killed anywhere."""
+"""A fake Slurm, a controllable clock, and a bridge that can be killed at any commit."""
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -36,11 +36,11 @@ PEM = b"-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n"
 
 
 class Crash(BaseException):
-    """SIGKILL."""
+    """Simulated SIGKILL of the bridge."""
 
 
 def policy(root: Path, **changes: object) -> Policy:
-    """A small site."""
+    """Return the policy of a small site."""
     return parse(
         {
             "site": "test",
@@ -57,7 +57,7 @@ def policy(root: Path, **changes: object) -> Policy:
 
 
 def spec(**changes: object) -> pb.PoolSpec:
-    """A well-formed request for three tasks."""
+    """Return a well-formed request for three tasks."""
     fields: dict[str, object] = {
         "job_uid": "5e2b-uid",
         "namespace": "default",
@@ -86,7 +86,7 @@ def spec(**changes: object) -> pb.PoolSpec:
 
 @dataclass
 class Array:
-    """One array of the imagined Slurm."""
+    """One array of the fake Slurm."""
 
     id: int
     name: str
@@ -100,13 +100,13 @@ class Array:
 
     @property
     def lives(self) -> bool:
-        """Return whether any task is not over."""
+        """True while any task has not ended."""
         return any(not meaning(state).over for state in self.states)
 
 
 @dataclass
 class FakeSlurm:
-    """A Slurm in memory, whose answers the tests control."""
+    """Slurm in memory whose answers the tests control."""
 
     clock: Callable[[], float]
     arrays: list[Array] = field(default_factory=list)
@@ -116,10 +116,10 @@ class FakeSlurm:
     sbatch_runs: bool = False
     submissions: int = 0
     doubles: int = 0
-    """Submissions under a name that has a living array: the one thing that must not happen."""
+    """Submissions under a name that has a live array, which must never happen."""
     interrupts: list[Callable[[], object]] = field(default_factory=list)
-    """What other threads do in the middle of the next calls."""
-    # What the next submissions do: ok, lost, heard, slow, late, refused, full, crash-before, crash-after.
+    """Actions of other threads during the next calls."""
+    # Outcomes of the next submissions: ok, lost, heard, slow, late, refused, full, crash-before, crash-after.
     script: list[str] = field(default_factory=list)
     ids: Iterator[int] = field(default_factory=lambda: itertools.count(100))
 
@@ -150,7 +150,7 @@ class FakeSlurm:
             submission.user,
             str(submission.directory),
             visible=what != "late",
-            # A request that waits in the controller's own queue: less long than the bridge looks for it.
+            # A request that waits in the controller's own queue, for less time than the bridge looks for it.
             visible_at=self.clock() + 20.0 if what == "slow" else 0.0,
         )
         self.arrays.append(array)
@@ -161,11 +161,11 @@ class FakeSlurm:
         return array.id
 
     def submission_may_run(self, directory: Path) -> bool:
-        """As told."""
+        """Return the value that the test has set."""
         return self.sbatch_runs
 
     def jobs(self, users: Collection[str] = ()) -> Sequence[TaskRecord]:
-        """Everything that is visible."""
+        """Return the records of all visible arrays."""
         self._interrupt()
         if self.down:
             raise SlurmError(self.down)
@@ -173,7 +173,7 @@ class FakeSlurm:
         return [record for array in seen if array.user in ("", *users) for record in _records(array)]
 
     def history(self, names: Sequence[str], since: float, user: str = "") -> Sequence[TaskRecord]:
-        """Everything that is over."""
+        """Return the records of all tasks that have ended."""
         self._interrupt()
         if self.accounts_down:
             raise SlurmError(self.accounts_down)
@@ -195,11 +195,11 @@ class FakeSlurm:
                 ]
 
     def describe(self) -> SiteDescription:
-        """A fixed answer."""
+        """Return a fixed description."""
         return SiteDescription("22.05.8", "fake", "sacct", 1001)
 
     def partitions(self) -> list[str]:
-        """A fixed answer."""
+        """Return fixed partitions."""
         return ["debug", "main"]
 
     def _interrupt(self) -> None:
@@ -207,11 +207,11 @@ class FakeSlurm:
             self.interrupts.pop(0)()
 
     def living(self, name: str = NAME) -> list[int]:
-        """Ids of the arrays of that name that are not over."""
+        """Return the ids of the live arrays with that name."""
         return [array.id for array in self.arrays if array.name == name and array.lives]
 
     def living_tasks(self, name: str = NAME) -> list[int]:
-        """Indices of their tasks that are not over."""
+        """Return the indices of their live tasks."""
         states = [each for array in self.arrays if array.name == name for each in enumerate(array.states)]
         return [index for index, state in states if not meaning(state).over]
 
@@ -247,13 +247,13 @@ def _records(array: Array) -> list[TaskRecord]:
 
 
 class CrashingJournal(Journal):
-    """Dies after the commit that its owner chose."""
+    """Journal that crashes the bridge after the commit that the test has chosen."""
 
     commits_left: int | None = None
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Count the outermost transactions."""
+        """Count the outermost transactions, and crash after the chosen one."""
         outermost = not self._connection.in_transaction
         with super().transaction():
             yield
@@ -264,7 +264,7 @@ class CrashingJournal(Journal):
 
 
 class AnyWorld(Generic[Slurm]):
-    """Bridge, clock, and a Slurm of whatever kind."""
+    """A bridge, its clock, and any kind of Slurm."""
 
     def __init__(self, root: Path, slurm: Slurm, now: float, **policy_changes: object) -> None:
         self.now = now
@@ -274,16 +274,16 @@ class AnyWorld(Generic[Slurm]):
         self.boot()
 
     def clock(self) -> float:
-        """The time."""
+        """Return the time of the bridge's clock."""
         return self.now
 
     @property
     def identity(self) -> Identity:
-        """The caller."""
+        """The caller's identity."""
         return self.policy.identities[0]
 
     def boot(self) -> None:
-        """(Re)starts the bridge from what is on the disk."""
+        """Start or restart the bridge from the state on disk."""
         if self.journal is not None:
             self.journal.close()
         self.journal = CrashingJournal(self.policy.journal_path, self.clock)
@@ -297,15 +297,15 @@ class AnyWorld(Generic[Slurm]):
         self.pools = Pools(self.current_policy, self.journal, advance, clock=self.clock)
 
     def ensure(self, key: str = KEY, **changes: object) -> Entry:
-        """EnsurePool."""
+        """Ensure the pool, as EnsurePool does."""
         return self.pools.ensure(self.identity, key, spec(**changes))
 
     def cancel(self, key: str = KEY) -> Entry:
-        """CancelPool."""
+        """Cancel the pool, as CancelPool does."""
         return self.pools.cancel(self.identity, key, "deleted")
 
     def shrink(self, replicas: int, key: str = KEY) -> Entry:
-        """ShrinkPool."""
+        """Shrink the pool, as ShrinkPool does."""
         return self.pools.shrink(self.identity, key, replicas)
 
     def entry(self, key: str = KEY) -> Entry:
@@ -320,7 +320,7 @@ class AnyWorld(Generic[Slurm]):
         return to_pool(self.entry(key))
 
     def phase(self, key: str = KEY) -> str:
-        """Its phase, in letters."""
+        """Return the name of the pool's phase."""
         return pb.Pool.Phase.Name(self.pool(key).phase)
 
     def tick(self, seconds: float = 1.0, times: int = 1) -> None:
@@ -331,13 +331,13 @@ class AnyWorld(Generic[Slurm]):
 
 
 class World(AnyWorld[FakeSlurm]):
-    """With the imagined Slurm."""
+    """A bridge and its clock, with the fake Slurm."""
 
     def __init__(self, root: Path, **policy_changes: object) -> None:
         super().__init__(root, FakeSlurm(self.clock), 1_000_000.0, **policy_changes)
 
     def array(self, name: str = NAME) -> Array:
-        """The only array of that name."""
+        """Return the only array with that name."""
         (array,) = (array for array in self.slurm.arrays if array.name == name)
         return array
 

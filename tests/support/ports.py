@@ -1,4 +1,4 @@
-"""Ports for servers that start later, and may be away for a while."""
+"""Ports for servers that start later, or stop for a while."""
 
 import secrets
 import socket
@@ -7,7 +7,7 @@ _given: set[int] = set()
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """One below those that the kernel gives to outgoing connections, and no NodePort: nobody takes it meanwhile."""
+    """Return a free port below those of outgoing connections and of NodePorts, so that no other process takes it."""
     while True:
         port = 20_000 + secrets.randbelow(10_000)
         if port in _given:

@@ -1,7 +1,7 @@
-"""Follows a page of the documentation: writes the files that it shows, and runs the commands at its ``$`` prompts.
+"""Runner of documentation pages: it writes the files that they show, and runs the commands at their ``$`` prompts.
 
 A fenced block with ``title="NAME"`` is a file; one of the language ``console`` holds commands. Blocks of ``sh`` are not
-run: they say what a test cannot do (push to a registry, make this very environment).
+run: they show what a test cannot do (push to a registry, create the test's own environment).
 """
 
 import re
@@ -16,7 +16,7 @@ _BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILI
 
 @dataclass(frozen=True)
 class Step:
-    """A file to write, or a command to run."""
+    """File to write, or command to run."""
 
     command: str = ""
     file: str = ""
@@ -24,7 +24,7 @@ class Step:
 
 
 def steps(page: str) -> Iterator[Step]:
-    """Of a page in docs/, in its order."""
+    """Yield the steps of a page in docs/, in its order."""
     for language, title, body in _BLOCK.findall((ROOT / "docs" / page).read_text()):
         if title:
             yield Step(file=title, content=body)
@@ -36,18 +36,18 @@ def steps(page: str) -> Iterator[Step]:
 
 @dataclass
 class Walk:
-    """Where a page is followed, and what stands for its examples' names there."""
+    """Run of a page: its directory, and the replacements for names in the examples."""
 
     directory: Path
     environment: Mapping[str, str]
     instead: Mapping[str, str] = field(default_factory=dict)
     wrapped: Callable[[list[str]], list[str]] = lambda argv: argv
-    """Who runs each command, and where."""
+    """Wraps each command, for example to run it in the lab."""
     said: list[str] = field(default_factory=list)
     _background: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def follow(self, page: str, wanted: Callable[[Step], bool] = lambda step: True) -> None:
-        """All of it, or the wanted steps. A command that fails fails the test, with what it said."""
+        """Follow the page, or only the wanted steps. A command that fails fails the test and shows its output."""
         for step in filter(wanted, steps(page)):
             if step.file:
                 path = self.directory / step.file
@@ -60,7 +60,7 @@ class Walk:
                 self._run(self._here(step.command))
 
     def close(self) -> None:
-        """Ends what runs in the background."""
+        """Stop the background processes."""
         for process in self._background:
             process.terminate()
             process.wait()
@@ -80,7 +80,7 @@ class Walk:
 
     def _start(self, command: str) -> subprocess.Popen[bytes]:
         with (self.directory / "background.log").open("wb") as log:
-            # exec: the signal that ends it must reach the program itself.
+            # exec: the signal that stops it must reach the program itself.
             return subprocess.Popen(
                 self.wrapped(["bash", "-euc", f"exec {command}"]), cwd=self.directory, env=dict(self.environment),
                 stdout=log, stderr=log,

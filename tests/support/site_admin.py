@@ -1,4 +1,4 @@
-"""The site admin's tutorial in a lab: root follows it, and what stands for its examples' names there."""
+"""The site admin's tutorial in a lab, followed as root, and the replacements for names in its examples."""
 
 import pwd
 import re
@@ -19,7 +19,7 @@ _SUDOERS = "/etc/sudoers.d/isthmus-bridge"
 
 @dataclass
 class Installation:
-    """The site as the tutorial leaves it. Paths of the examples lie below ``root``."""
+    """Site as the tutorial leaves it. Paths of the examples are below ``root``."""
 
     root: Path
     walk: Walk
@@ -30,21 +30,21 @@ class Installation:
 
     @property
     def configuration(self) -> Path:
-        """The folder that stands for /etc/isthmus-bridge."""
+        """Directory that replaces /etc/isthmus-bridge."""
         return self.root / "etc/isthmus-bridge"
 
     @property
     def operator(self) -> Path:
-        """The folder that the cluster's admin gets; its name is that of the cluster."""
+        """Directory for the cluster's admin, named after the cluster."""
         (found,) = (self.root / "admin/isthmus-ca").glob("operator-*")
         return found
 
     def follow(self) -> None:
-        """Everything up to the bridge that serves."""
+        """Follow the tutorial up to the running bridge."""
         self.walk.follow(PAGE, lambda step: not _looks(step))
 
     def look(self) -> str:
-        """The tutorial's last part; what the last command printed."""
+        """Follow the tutorial's last part, and return the output of the last command."""
         self.walk.follow(PAGE, _looks)
         return self.walk.said[-1]
 
@@ -64,9 +64,10 @@ def installed(
     wrapped: Callable[[list[str]], list[str]] = lambda argv: argv,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Installation]:
-    """Create the users, and remove everything in the end. ``instead``: further replacements for names of the page.
+    """Yield the place where the tutorial can be followed: create the users, and remove everything at the end.
 
-    ``root`` belongs to root, and every user may pass through it.
+    ``instead`` holds further replacements for names in the page. ``root`` belongs to root, and every user may pass
+    through it.
     """
     sudoers = Path(f"/etc/sudoers.d/isthmus-test-{secrets.token_hex(4)}")
     port, metrics_port = ports
@@ -83,7 +84,7 @@ def installed(
         "/scratch/": f"{root}/scratch/",
         "/etc/slurm/slurm.conf": str(conf),
     }  # fmt: skip
-    # What a caller says comes first: it may hold a shorter name of the page.
+    # The caller's replacements come first, because their keys may contain a shorter name of the page.
     names = {**instead, **names}
     admin = root / "admin"
     admin.mkdir(mode=0o700)
@@ -105,7 +106,7 @@ _ENVIRONMENT = {
 
 @contextmanager
 def _users() -> Iterator[None]:
-    """The tutorial's own lines that make users, where these are missing."""
+    """Create the missing users with the tutorial's own commands, and remove them at the end."""
     text = (Path(__file__).resolve().parents[2] / "docs" / PAGE).read_text()
     made = []
     try:
