@@ -1,4 +1,4 @@
-"""`isthmus-bridge certs`: what it leaves alone, and what it refuses."""
+"""`isthmus-bridge certs`: the files that it keeps, and the requests that it refuses."""
 
 from pathlib import Path
 

@@ -107,7 +107,7 @@ def test_a_bad_policy_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     )
 
 
-def test_check_tells_of_what_this_user_may_not_look_at(
+def test_check_reports_paths_that_this_user_cannot_access(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stat = Path.stat
@@ -174,7 +174,7 @@ def test_certificates_of_no_sensible_lifetime(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "certs").exists()
 
 
-def test_a_journal_that_cannot_be_made_is_told_by_its_own_name(
+def test_a_journal_that_cannot_be_created_is_reported_with_its_path(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -297,7 +297,7 @@ def test_sudoers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no identity names a local user" in capsys.readouterr().err
 
 
-def test_check_tells_who_a_caller_becomes_and_what_is_wrong_with_that(
+def test_check_shows_the_local_user_of_a_caller_and_its_problems(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = policy_file(tmp_path, **USERS)

@@ -26,7 +26,7 @@ def partition(
     return PARTITION.format(name=name, time=time, memory=memory, accounts=accounts)
 
 
-def told(
+def examine(
     parent: Path, rows: list[str], associations: str = "", described: SiteDescription = WITHOUT, **changes: object
 ) -> list[tuple[bool | None, str]]:
     folder = Path(tempfile.mkdtemp(dir=parent))
@@ -41,40 +41,40 @@ def told(
 
 
 def test_partitions_that_take_everything(tmp_path: Path) -> None:
-    (first, *rest) = told(tmp_path, [partition("main"), partition("debug", "2:00:00", "MaxMemPerCPU=2048")])
+    (first, *rest) = examine(tmp_path, [partition("main"), partition("debug", "2:00:00", "MaxMemPerCPU=2048")])
     assert first == (True, "partitions: Slurm's MaxTime and memory limits accept all that the policy allows")
     assert [well for well, _ in rest] == [None]
 
 
 def test_a_limit_above_that_of_one_partition_is_a_note_and_of_all_a_problem(tmp_path: Path) -> None:
     short, small = partition("debug", "00:30:00"), partition("main", "1-00:00:00", "MaxMemPerNode=4000")
-    lines = dict(line[::-1] for line in told(tmp_path, [short, small]))
+    lines = dict(line[::-1] for line in examine(tmp_path, [short, small]))
     time = "partitions: limits.time_limit_seconds is 7200, but Slurm allows less (MaxTime): debug 1800 s;"
     memory = (
         "partitions: limits.memory_mib is 4096, but Slurm allows less (MaxMemPerNode or MaxMemPerCPU): main 4000 MiB;"
     )
     assert lines[f"{time} larger pools never start"] is None
     assert lines[f"{memory} larger pools never start"] is None
-    only = told(tmp_path, [small], partitions=["main"])
+    only = examine(tmp_path, [small], partitions=["main"])
     assert (False, f"{memory} larger pools never start") in only
 
 
 def test_memory_that_is_not_asked_for_and_partitions_that_are_not_named(tmp_path: Path) -> None:
     small = partition("main", "1-00:00:00", "MaxMemPerNode=4000")
-    lines = told(tmp_path, [small], partitions=["main"], sbatch={"memory": "none"})
+    lines = examine(tmp_path, [small], partitions=["main"], sbatch={"memory": "none"})
     assert (True, "partitions: Slurm's MaxTime and memory limits accept all that the policy allows") in lines
-    assert not [line for _, line in told(tmp_path, [small], partitions=[]) if "may also use" in line]
+    assert not [line for _, line in examine(tmp_path, [small], partitions=[]) if "may also use" in line]
 
 
 def test_a_callers_own_limit_counts(tmp_path: Path) -> None:
     short = partition("main", "1-00:00:00")
     own = [{"uri": OPERATOR}, {"uri": "isthmus://operator/other", "limits": {"time_limit_seconds": 172800}}]
-    lines = told(tmp_path, [short], partitions=["main"], identities=own)
+    lines = examine(tmp_path, [short], partitions=["main"], identities=own)
     assert any("limits.time_limit_seconds is 172800, but Slurm allows less" in line for _, line in lines)
 
 
 def test_partitions_that_the_jobs_could_use_beyond_the_policy(tmp_path: Path) -> None:
-    lines = told(tmp_path, [partition("main"), partition("urgent"), partition("closed", accounts="chief")])
+    lines = examine(tmp_path, [partition("main"), partition("urgent"), partition("closed", accounts="chief")])
     (further,) = (line for _, line in lines if "may also use" in line)
     assert "its jobs may also use the partitions urgent, which the policy does not name" in further
     assert any("no associations (slurmdbd): Slurm does not limit" in line for _, line in lines)
@@ -82,7 +82,7 @@ def test_partitions_that_the_jobs_could_use_beyond_the_policy(tmp_path: Path) ->
 
 def test_associations_below_and_above_the_policy(tmp_path: Path) -> None:
     rows = "\n".join(["physics||normal,high|01:00:00|4|cpu=1,mem=2G", "chief||normal|||"])
-    lines = told(tmp_path, [partition("main")], rows, WITH_ACCOUNTS, accounts=["physics", "maths"], qos=["normal"])
+    lines = examine(tmp_path, [partition("main")], rows, WITH_ACCOUNTS, accounts=["physics", "maths"], qos=["normal"])
     said = {line.partition(": ")[2] if line.startswith("user ") and ", account" not in line.partition(":")[0]
             else line.partition(", ")[2]: well for well, line in lines if line.startswith("user ")}  # fmt: skip
     assert said == {
@@ -94,9 +94,9 @@ def test_associations_below_and_above_the_policy(tmp_path: Path) -> None:
         "account physics: MaxTRESPerJob has mem=2G, but limits.memory_mib is 4096": False,
         "account physics: MaxTRESPerJob has cpu=1, but limits.cpus_per_task is 2": False,
     }
-    # Not those of the database's other clusters.
+    # It asks for this cluster only, not for the database's other clusters.
     assert re.search(r"show assoc user=\S+ cluster=lab format=", (tmp_path / "asked").read_text())
-    ((_, missing),) = (line for line in told(tmp_path, [partition("main")], "", WITH_ACCOUNTS) if line[0] is False)
+    ((_, missing),) = (line for line in examine(tmp_path, [partition("main")], "", WITH_ACCOUNTS) if line[0] is False)
     assert "has no association in Slurm" in missing
 
 

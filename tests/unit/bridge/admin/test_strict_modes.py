@@ -20,7 +20,7 @@ Lines = Callable[[], dict[str, bool]]
 
 
 class Site:
-    """A policy and all that it names, in a folder that every user may pass."""
+    """Policy and the files that it names, in a directory that every user may pass."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,7 +46,7 @@ class Site:
         return load(self.file)
 
     def found(self) -> dict[str, bool]:
-        """Lines about this folder, and whether each is grave: the machine's Python is as it is."""
+        """Return the findings below this directory, and whether each is fatal; the machine's Python is left out."""
         all_of_it = strict_modes.examine(self.policy(), self.file)
         return {one.line.replace(str(self.folder), ""): one.grave for one in all_of_it if one.path is not None
                 and self.folder in one.path.parents}  # fmt: skip
@@ -65,8 +65,8 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 @pytest.fixture
 def others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mallory is in every group."""
-    # Called as the cached function is.
+    """Put the user mallory into every group."""
+    # The code under test calls cache_clear.
     everybody = lambda gid, trusted: ("mallory",)  # noqa: E731
     monkeypatch.setattr(everybody, "cache_clear", lambda: None, raising=False)
     monkeypatch.setattr(strict_modes, "_others", everybody)
@@ -74,7 +74,10 @@ def others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def belongs_to_another(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
-    """Give a path to another user and return the name. Without root, pretend to be root to the code instead."""
+    """Return a function that gives a path to another user and returns the name.
+
+    Without root, it makes the code believe that it runs as root instead.
+    """
 
     def give(path: Path) -> str:
         if os.getuid() == 0:
@@ -88,7 +91,7 @@ def belongs_to_another(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]
 
 def test_an_ordinary_site_is_in_order(site: Site) -> None:
     assert site.found() == {}
-    assert strict_modes.require(site.policy(), site.file)  # about the jobs' user, below
+    assert strict_modes.require(site.policy(), site.file)  # the remaining findings concern the jobs' user; see below
 
 
 @pytest.mark.parametrize(
@@ -116,8 +119,8 @@ def test_a_group_with_other_members_is_grave_above_the_run_directory(site: Site)
     assert site.found() == {f"run_dir: /scratch is writable by the group {group} (mallory); chmod g-w /scratch": True}
 
 
-def test_a_group_of_ones_own_is_none(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a umask of 002 and a group for each user."""
+def test_a_private_group_is_safe(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This is the case with a umask of 002 and a private group for each user."""
     alone = lambda gid, trusted: ()  # noqa: E731
     monkeypatch.setattr(alone, "cache_clear", lambda: None, raising=False)
     monkeypatch.setattr(strict_modes, "_others", alone)
@@ -129,7 +132,7 @@ def test_a_group_of_ones_own_is_none(site: Site, monkeypatch: pytest.MonkeyPatch
     assert list(site.found().values()) == [False, False]
 
 
-def test_nobody_changes_what_stands_in_a_sticky_folder(site: Site) -> None:
+def test_files_in_a_sticky_folder_are_safe(site: Site) -> None:
     (site.folder / "scratch").chmod(0o1777)
     assert site.found() == {}
     site.run.chmod(0o1777)
@@ -154,7 +157,7 @@ def test_links_are_followed(site: Site) -> None:
 def test_a_key_that_everybody_reads_is_grave(site: Site) -> None:
     (site.tls / "tls.key").chmod(0o644)
     assert site.found() == {"tls_dir: /etc/tls/tls.key is readable by everybody; chmod o= /etc/tls/tls.key": True}
-    # As root owns it, and the bridge's group reads it.
+    # This is fine: root owns the key, and the bridge's group reads it.
     (site.tls / "tls.key").chmod(0o640)
     assert True not in site.found().values()
 
@@ -183,9 +186,7 @@ def test_what_belongs_to_the_user_of_jobs_is_grave(
     assert site.found()[line] is True
 
 
-def test_jobs_of_the_bridges_own_user_are_told_what_they_can_change(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_jobs_of_the_bridges_own_user_can_change_is_reported(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     def lines() -> list[str]:
         found = strict_modes.examine(site.policy(), site.file)
         return [one.line for one in found if one.line.startswith("users: ")]
@@ -204,7 +205,7 @@ def test_jobs_of_the_bridges_own_user_are_told_what_they_can_change(
         " map each identity to a local user (identities[].user)"
     )
     assert not any(one.grave for one in strict_modes.examine(site.policy(), site.file))
-    # Jobs of other users alone are none of that.
+    # Jobs of other users alone cause no such finding.
     site.settings["identities"] = [{"uri": operator_identity("prod"), "user": "nobody"}]
     site.settings["users"] = {"run_dir": f"{site.folder}/scratch/{{user}}/isthmus"}
     site.write()
@@ -222,8 +223,8 @@ def test_serve_refuses_and_check_says_why(site: Site, capsys: pytest.CaptureFixt
     assert [one for one in said if one.startswith("warning: users: jobs run as ")]
 
 
-def test_entries_of_the_import_path_that_are_none_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As editable installations make them; the working directory may be one where nothing can be looked at."""
+def test_import_paths_that_are_no_folders_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Editable installations add such entries. The working directory may be unreadable."""
     finder = "__editable__.isthmus_bridge-0.1.0.finder.__path_hook__"
     (tmp_path / finder).touch()
     (tmp_path / "there").mkdir()

@@ -1,4 +1,4 @@
-"""CurrentPolicy of one caller and of all together, drain, and the end of all pools of a caller."""
+"""The policy of one caller and of all callers together, drain, and the end of all pools of a caller."""
 
 import threading
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_rules_of_one_caller(tmp_path: Path) -> None:
 
 
 def test_a_callers_own_limits_survive_the_command_line(tmp_path: Path) -> None:
-    """`serve --listen` checks the policy again as a whole: what was not written must not be taken for written then."""
+    """`serve --listen` parses the policy again as a whole; unset fields must stay unset."""
     site = policy(tmp_path, limits={"replicas": 4}, identities=[{"uri": OPERATOR, "limits": {"pools": 1}}])
     again = parse({**site.model_dump(mode="json", exclude_unset=True), "listen": "127.0.0.1:1"})
     assert again.identities[0].limits is not None
@@ -149,7 +149,7 @@ def test_a_drained_site_takes_nothing_new_and_lets_the_others_end(tmp_path: Path
     assert caught.value.transient
     words = "policy drain: this site takes no new jobs for now: maintenance on 3 June"
     assert str(caught.value) == words
-    # The same request for what exists is answered as ever.
+    # A repeated request for an existing pool is answered as before.
     assert world.ensure().key == KEY
     world.tick(31.0, times=3)
     assert (world.phase(waiting), world.pool(waiting).message) == ("SUBMITTING", words)
@@ -213,11 +213,11 @@ def test_the_verb_reaches_the_bridge_that_runs(tmp_path: Path, capsys: pytest.Ca
     assert asked == [(OPERATOR, "gone")] and list((tmp_path / "orders").iterdir()) == []
 
 
-def test_an_order_that_nobody_hears_is_withdrawn(tmp_path: Path) -> None:
+def test_an_order_that_no_bridge_answers_is_withdrawn(tmp_path: Path) -> None:
     with pytest.raises(orders.OrderError, match="is not running, or hangs; nothing was ended"):
         orders.end_all(tmp_path / "journal.db", OPERATOR, "gone", 0.2)
     assert list((tmp_path / "orders").iterdir()) == []
-    # What is no order is left alone, and a malformed one is answered and gone.
+    # Files that are not orders are ignored; malformed orders are answered and removed.
     (tmp_path / "orders" / "x.order").write_text("[]")
     (tmp_path / "orders" / "note.txt").write_text("")
     orders.execute(tmp_path / "journal.db", lambda caller, reason: [])

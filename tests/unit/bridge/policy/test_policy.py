@@ -132,7 +132,7 @@ def gres(name: str, count: int) -> pb.GenericResource:
     return pb.GenericResource(name=name, count=count)
 
 
-# One line for each rule: what is asked, and the denial word for word.
+# One entry for each rule: the request, and the exact denial.
 DENIALS: list[tuple[dict[str, object], str]] = [
     (
         {"namespace": "sandbox"},
@@ -177,7 +177,7 @@ def test_denials(policy: Policy, changes: dict[str, object], message: str) -> No
     assert str(denial) == message
 
 
-def test_an_environment_may_deny_variables_of_its_own() -> None:
+def test_an_environment_may_deny_further_variables() -> None:
     wanted = spec(environment="e", env={"PATH": "/x", "PYTHONHASHSEED": "0"})
     site = parse(with_(environments={"e": {"prefix": ["run"]}}))
     assert isinstance(decide(site, site.identities[0], wanted), Grant)
@@ -194,7 +194,7 @@ def test_a_time_limit_is_granted_in_slurms_whole_minutes() -> None:
     assert isinstance(decide(site, site.identities[0], spec(environment="venv", time_limit_seconds=60)), Grant)
 
 
-def test_users_files_are_taken_where_the_site_takes_them(policy: Policy) -> None:
+def test_users_files_are_accepted_if_the_site_accepts_them(policy: Policy) -> None:
     wanted = spec(environment="venv", code={"train.py": b"1", "data.py": b"2"})
     assert isinstance(decide(policy, policy.identities[0], wanted), Grant)
     closed = parse(with_(code_files=False))
@@ -205,7 +205,7 @@ def test_users_files_are_taken_where_the_site_takes_them(policy: Policy) -> None
 
 
 TOTALS = {"total_tasks": 8, "total_cpus": 20, "total_memory_mib": 900, "total_gres": {"gpu": 4}, "pools_per_day": 9}
-# The caller has one pool of 3 tasks, each of 2 CPUs, 100 MiB and 1 GPU, and asked for 4 within a day.
+# The caller has one pool of 3 tasks, each of 2 CPUs, 100 MiB and 1 GPU, and has requested 4 pools within a day.
 TOO_MANY: list[tuple[dict[str, object], dict[str, object], str]] = [
     ({"pools": 1}, {}, "policy limits.pools: isthmus://operator/prod has 1 live pools; at most 1"),
     (
@@ -246,7 +246,7 @@ def test_denials_of_one_more_pool(limits: dict[str, object], wanted: dict[str, o
 def test_one_more_pool_within_the_totals() -> None:
     site = parse(with_(limits=TOTALS))
     assert too_many(site, site.identities[0], spec(), [spec()], 4) is None
-    # A limit that was lowered ends nothing, and what needs none of it may still come.
+    # Lowering a limit ends no pool, and pools that do not use the resource are still accepted.
     assert too_many(site, site.identities[0], spec(), [spec(gres=[gres("gpu", 2)])], 4) is None
 
 

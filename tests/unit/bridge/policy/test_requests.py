@@ -52,7 +52,7 @@ BAD: list[tuple[str, dict[str, object]]] = [
     ("spec.qos", {"qos": "x\x00"}),
     ("spec.time_limit_seconds", {"time_limit_seconds": 0}),
     ("spec.cpus_per_task", {"cpus_per_task": 0}),
-    ("spec.memory_mib", {"memory_mib": 0}),  # Slurm's word for all of a node's memory
+    ("spec.memory_mib", {"memory_mib": 0}),  # Slurm's name for all of a node's memory
     ("spec.gres[0].name", {"gres": [pb.GenericResource(name="gpu:2,x", count=1)]}),
     ("spec.gres[0].count", {"gres": [pb.GenericResource(name="gpu")]}),
     ("spec.environment", {"environment": ""}),
@@ -100,7 +100,7 @@ HOSTILE = st.one_of(
 )  # fmt: skip
 TEXT_FIELDS = ["key", "job_uid", "namespace", "job", "pool", "partition", "account", "qos", "environment", "data_ref",
                "image", "gres.name", "gres.type", "endpoint", "server_name"]  # fmt: skip
-# What a value may look like in a field that reaches Slurm, a path or the script outside of quotes.
+# Values that are allowed in a field that reaches Slurm, a path or the script without quotes.
 PLAIN = re.compile(r"[A-Za-z0-9_.:@/\[\]+-]+")
 
 
@@ -118,8 +118,9 @@ def test_a_hostile_string_in_any_field_is_refused_by_name_or_stays_a_plain_word(
         assert field.rpartition(".")[2] in str(error)
         return
     assert PLAIN.fullmatch(value) and not value.startswith("-")
-    # It passed the form. Where the policy allows it too, each of sbatch's arguments is still one option or the script.
-    # The environment and the data set are names that the policy gives a meaning: nothing of them is used itself.
+    # The value is well-formed. If the policy allows it too, each of sbatch's arguments is still one option or the
+    # script. The environment and the data set are names that the policy maps to values; the names themselves never
+    # reach sbatch.
     changes = (
         {f"{field}s": [value]} if field in ("partition", "account") else {"qos": [value]} if field == "qos" else {}
     )

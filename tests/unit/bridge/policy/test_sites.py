@@ -1,4 +1,4 @@
-"""Real sites: their policies, the sbatch command lines that come of them, and what only an admin can say."""
+"""Policies of real sites, the sbatch command lines that result from them, and the options that only an admin can set."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def gpus(count: int, kind: str = "") -> list[pb.GenericResource]:
 
 
 def command_line(site: Policy, caller: int = 0, **wanted: object) -> str:
-    """Those of sbatch's arguments that the policy decides."""
+    """Return the arguments of sbatch that the policy decides."""
     request = spec(**wanted)
     grant = decide(site, site.identities[caller], request)
     assert isinstance(grant, Grant), grant
@@ -48,7 +48,7 @@ COMMAND_LINES: list[tuple[str, int, dict[str, object], str]] = [
     (
         "perlmutter",
         0,
-        # Four clients on a whole node.
+        # Four clients share a whole node.
         {"environment": "gpu-80gb", "qos": "regular", "account": "m1234_g", "clients_per_job": 4, "replicas": 4,
          "total_clients": 9, "cpus_per_task": 32, "memory_mib": 57344, "gres": gpus(1)},
         "--mem=229376M --account=m1234_g --qos=regular --gpus-per-task=1 --constraint=gpu&hbm80g --licenses=scratch",
@@ -88,13 +88,13 @@ COMMAND_LINES: list[tuple[str, int, dict[str, object], str]] = [
 
 
 @pytest.mark.parametrize(("site", "caller", "wanted", "line"), COMMAND_LINES)
-def test_what_a_site_is_asked_for(site: str, caller: int, wanted: dict[str, object], line: str) -> None:
+def test_the_command_line_of_a_site(site: str, caller: int, wanted: dict[str, object], line: str) -> None:
     assert command_line(load(SITES / f"{site}.yaml"), caller, **wanted) == line
 
 
 @pytest.mark.parametrize("site", ["perlmutter", "jean-zay", "delftblue", "parallelcluster"])
 def test_the_policy_of_a_site_passes_check(site: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As it stands, but for the places where its folders and Slurm's programs are."""
+    """Only the paths of directories and of Slurm's programs are replaced."""
     content = yaml.safe_load((SITES / f"{site}.yaml").read_text())
     assert main(["certs", "--dir", str(tmp_path / "certs"), "--host", "localhost"]) == 0
     content |= {"run_dir": str(tmp_path / "run"), "tls_dir": str(tmp_path / "certs" / "server")}
@@ -138,11 +138,11 @@ def test_every_option_reaches_sbatch(tmp_path: Path) -> None:
         " --wckey=w@1 --licenses=scratch,matlab@server:2 --hint=nomultithread --switches=1@2:00:00"
         " --nodelist=n[01-03],m --exclude=n04 --exclusive=user --gres-flags=enforce-binding --nice=-5 --tmp=5M"
     )
-    # Where there is no GPU, memory cannot be asked for by GPU.
+    # Without a GPU, memory per GPU cannot be requested.
     assert command_line(site).startswith("--mem=100M --partition=main --qos=q --constraint=")
 
 
-def test_the_narrowest_place_holds(tmp_path: Path) -> None:
+def test_the_most_specific_option_wins(tmp_path: Path) -> None:
     site = policy(
         tmp_path,
         qos=["own"],
@@ -184,7 +184,7 @@ def test_the_helper_reads_what_the_bridge_writes() -> None:
 
 @pytest.mark.parametrize("adapter", ["rest", "pyslurm"])
 @pytest.mark.parametrize("name", ["hint", "gres_flags", "switches", "nodelist", "exclude", "tmp_mib"])
-def test_what_an_adapter_cannot_ask_for_is_refused(tmp_path: Path, adapter: str, name: str) -> None:
+def test_options_that_an_adapter_does_not_support_are_refused(tmp_path: Path, adapter: str, name: str) -> None:
     slurm = {"adapter": adapter, "rest": {"url": "unix:/s", "token_file": "/t"}}
     with pytest.raises(PolicyError) as caught:
         policy(tmp_path, slurm=slurm, partition_sbatch={"debug": {name: EVERYTHING[name]}})

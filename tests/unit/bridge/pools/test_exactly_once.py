@@ -21,7 +21,7 @@ def test_the_same_request_twice_submits_once(world: World) -> None:
     assert world.entry().array_id == world.array().id
 
 
-def test_also_after_a_restart(world: World) -> None:
+def test_the_same_request_after_a_restart_submits_once(world: World) -> None:
     world.ensure()
     world.boot()
     world.ensure()
@@ -45,7 +45,7 @@ def test_the_journal_and_what_belongs_to_it_are_private_from_the_first_moment(tm
             files = list(tmp_path.glob("journal.db*"))
             assert any(b"hunter2" in path.read_bytes() for path in files)
             assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
-            # As an older bridge may have left them.
+            # An older bridge may have left them like this.
             for path in files:
                 path.chmod(0o644)
             world.boot()
@@ -139,10 +139,10 @@ def test_of_several_arrays_the_lowest_that_lives_is_adopted_and_the_others_end(w
     world.tick(10.0, times=5)
     assert world.slurm.submissions == 2
     first, second = world.slurm.arrays
-    first.visible = True  # what was thought lost turns up
+    first.visible = True  # the array that seemed lost appears
     world.tick()
     assert world.slurm.living() == [second.id] == [world.entry().array_id]
-    # Found in doubt, before any is known as ours, the lowest one wins.
+    # If no array is known, the look-up adopts the lowest id.
     world.boot()
     assert world.journal is not None
     world.journal.update(KEY, state=State.UNKNOWN, array_id=0)
@@ -199,7 +199,7 @@ def test_a_lost_journal_does_not_submit_again(world: World) -> None:
     assert world.entry().array_id == world.array().id
 
 
-def test_submissions_that_come_to_nothing_end_after_some(world: World) -> None:
+def test_failing_submissions_end_after_a_limit(world: World) -> None:
     world.slurm.script = ["lost"] * 20
     world.ensure()
     world.tick(10.0, times=100)
@@ -226,7 +226,7 @@ def test_a_journal_of_another_version_or_program_is_refused(world: World, pragma
 
 
 def test_a_journal_that_was_removed_under_the_bridge_is_written_again(world: World) -> None:
-    """Scratch file systems remove what is old, and the bridge goes on with a file that has no name."""
+    """Scratch file systems remove old files, and the bridge continues with an open file that has no name."""
     world.ensure()
     assert world.journal is not None
     world.journal.update(KEY, message="after the last checkpoint")
@@ -243,10 +243,10 @@ def test_a_journal_that_was_removed_under_the_bridge_is_written_again(world: Wor
     assert world.slurm.submissions == 1
 
 
-def test_ids_that_slurm_gives_out_again_are_told_apart_by_name(world: World) -> None:
+def test_reused_ids_are_distinguished_by_name(world: World) -> None:
     world.ensure()
     array = world.array()
-    # The controller forgot the job, and gave its number to somebody else's.
+    # The controller forgot the job, and gave its id to another user's job.
     array.name, array.directory = "isthmus-ffffffffffffffffffffffffffffffff", "/home/somebody"
     world.slurm.keeps_accounts = False
     world.tick(10.0, times=10)
@@ -256,7 +256,7 @@ def test_ids_that_slurm_gives_out_again_are_told_apart_by_name(world: World) -> 
     assert world.slurm.living(NAME) == []
 
 
-def test_accounts_that_cannot_be_asked_never_make_a_task_lost(world: World) -> None:
+def test_tasks_are_never_lost_while_accounting_fails(world: World) -> None:
     world.ensure()
     world.tick()
     world.array().visible = False

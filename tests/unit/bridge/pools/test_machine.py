@@ -1,4 +1,4 @@
-"""The state machine against the imagined Slurm, which also ends tasks and keeps accounts or none."""
+"""The state machine with the fake Slurm, which also ends tasks, and keeps accounts or does not."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.support.fake_slurm import FakeSlurm, World
 
 
 class Machine(AnyMachine[FakeSlurm]):
-    """Slurm answers at once, and forgets nothing."""
+    """State machine with a Slurm that answers at once and forgets nothing."""
 
     def begin(self, folder: Path) -> World:
         return World(folder)

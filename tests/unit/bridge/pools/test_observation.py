@@ -38,14 +38,19 @@ def test_the_journal_keeps_all_of_it() -> None:
 @pytest.mark.parametrize(
     ("state", "ends_at", "now", "by_limit"),
     [
-        ("TIMEOUT", 0.0, 500.0, True),  # the bridge was not there while it ran
-        ("FAILED", 1000.0, 900.0, True),  # warned at 940 or a minute earlier, it ended by itself
+        ("TIMEOUT", 0.0, 500.0, True),  # the bridge was down while it ran
+        (
+            "FAILED",
+            1000.0,
+            900.0,
+            True,
+        ),  # it ended after the warning, at 940 or a minute before
         ("COMPLETED", 1000.0, 950.0, True),
         ("FAILED", 1000.0, 800.0, False),
         ("FAILED", 0.0, 990.0, False),
     ],
 )
-def test_whose_end_the_time_limit_is(state: str, ends_at: float, now: float, by_limit: bool) -> None:
+def test_ends_that_the_time_limit_caused(state: str, ends_at: float, now: float, by_limit: bool) -> None:
     ended, before = Observation({0: TaskObservation(state)}), Observation(ends_at=ends_at)
     assert ended_by_limit(ended, before, now, 60.0) is by_limit
 
@@ -86,7 +91,7 @@ def test_ends_from_the_completion_log_by_job_id_then_by_elimination() -> None:
         record(8, "FAILED", job=8, exit_code=2, node="n1"),
         record(9, "COMPLETED", job=9, node="n1"),
         record(7, "CANCELLED", job=7),
-        record(3, "FAILED", job=3, node="n1"),  # an earlier array of that name
+        record(3, "FAILED", job=3, node="n1"),  # an earlier array with that name
     ]
     ended, left = resolve(old, [0, 1, 2, 3], 7, history, {})
     assert left == []
@@ -106,7 +111,7 @@ def test_marks_of_another_array_prove_nothing() -> None:
 
 
 def test_a_task_that_could_not_begin_says_why() -> None:
-    """Its folder was purged while it waited: Slurm tells that by the number of no real signal."""
+    """Its directory was purged while it waited, which Slurm reports as signal 53 (no such signal exists)."""
     could_not = TaskObservation("FAILED", "JobLaunchFailure", exit_code=15, signal=53)
     why = "Slurm could not start it: its folder or its log cannot be opened on that node"
     assert describe_end(could_not) == f"FAILED, signal 53: {why}"

@@ -1,4 +1,4 @@
-"""Several clients in one job: each has an end of its own, whatever Slurm says of the job."""
+"""Several clients in one job: each has its own end, independent of Slurm's state of the job."""
 
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def test_a_job_whose_launch_fails_shows_its_own_log(world: World) -> None:
     ]  # fmt: skip
 
 
-def test_the_time_limit_is_told_of_every_client_that_it_ended() -> None:
+def test_the_time_limit_is_reported_for_every_client_that_it_ended() -> None:
     seen = Observation({0: TaskObservation("TIMEOUT")}, clients={0: ClientNote(0, 143), 1: ClientNote(0, 0)})
     tasks = by_client(seen, spec(**PACKED)).tasks
     assert [(t.state, t.exit_code) for t in tasks.values()] == [("TIMEOUT", 143), ("COMPLETED", 0)]

@@ -64,7 +64,7 @@ def test_all_over_with_a_failure(world: World) -> None:
     assert world.pool().message == "2 of 3 tasks did not succeed; task 0: TIMEOUT"
 
 
-def test_cancelled_by_somebody_else_is_a_failure(world: World) -> None:
+def test_a_cancellation_by_another_user_is_a_failure(world: World) -> None:
     world.ensure()
     world.array().states = ["CANCELLED"] * 3
     world.tick()
@@ -195,7 +195,7 @@ def test_only_folders_that_the_bridge_made_are_removed_or_written_to(world: Worl
     with pytest.raises(OSError, match="not a private folder"):
         RunDirectory(world.policy.run_dir, leading.name).create({"tls.key": b"x"})
     assert sorted(path.name for path in foreign.iterdir()) == ["thesis.txt", "tls"]
-    # A folder that the bridge could not mark before it was killed is empty, and is taken up.
+    # A directory that the bridge could not mark before it was killed is empty, and is reused.
     (world.policy.run_dir / own).mkdir(mode=0o700)
     assert RunDirectory(world.policy.run_dir, own).create({"tls.key": b"x"}) is False
 
@@ -232,7 +232,7 @@ def test_a_finished_pool_does_not_keep_the_jobs_files(world: World) -> None:
     world.array().states = ["COMPLETED"] * 3
     world.tick()
     assert world.phase() == "SUCCEEDED" and len(world.entry().spec) < 2_000
-    # The same request is still the same, and another one is still another.
+    # An identical request is still recognized, and a different one is still refused.
     assert world.ensure(code={"train.py": b"x" * 100_000}).state is State.SUCCEEDED
     with pytest.raises(SpecDiffers):
         world.ensure(code={"train.py": b"y"})
@@ -277,7 +277,7 @@ def test_a_full_queue_in_which_sbatch_itself_waits_uses_up_no_tries(world: World
     assert not world.pool().message
 
 
-def test_a_refusal_is_final_and_in_slurms_words(world: World) -> None:
+def test_a_refusal_is_final_and_shows_slurms_message(world: World) -> None:
     world.slurm.script = ["refused"]
     world.ensure()
     world.tick(60.0, times=5)
@@ -311,7 +311,7 @@ def test_tasks_that_left_the_queue_are_found_in_the_accounts(world: World) -> No
     assert (world.phase(), world.pool().succeeded, world.pool().tasks[0].exit_code) == ("FAILED", 2, 9)
 
 
-def test_accounts_that_cannot_be_asked_end_nothing(world: World) -> None:
+def test_failing_accounting_ends_no_task(world: World) -> None:
     world.ensure()
     array = world.array()
     array.states = ["RUNNING"] * 3
@@ -325,7 +325,7 @@ def test_accounts_that_cannot_be_asked_end_nothing(world: World) -> None:
     assert world.phase() == "SUCCEEDED"
 
 
-def test_tasks_that_nothing_knows_are_lost_only_after_a_while(world: World) -> None:
+def test_tasks_that_are_found_nowhere_are_lost_only_after_a_while(world: World) -> None:
     world.slurm.keeps_accounts = False
     world.ensure()
     array = world.array()

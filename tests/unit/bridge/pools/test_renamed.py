@@ -1,4 +1,4 @@
-"""Arrays whose name a user or the site has changed, and jobs of the bridge's user that are of no pool."""
+"""Arrays that a user or the site has renamed, and jobs of the bridge's user that belong to no pool."""
 
 import pytest
 
@@ -8,14 +8,14 @@ from tests.support.fake_slurm import KEY, NAME, Array, World
 
 
 def array(world: World) -> Array:
-    """The only one."""
+    """Return the only array."""
     (one,) = world.slurm.arrays
     return one
 
 
 @pytest.fixture
 def renamed(world: World) -> World:
-    """Two of three tasks run, and all were renamed."""
+    """Return a world in which two of three tasks run, and all were renamed."""
     world.ensure()
     world.tick()
     array(world).states[:2] = ["RUNNING", "RUNNING"]
@@ -42,7 +42,7 @@ def test_a_renamed_array_is_cancelled_under_its_new_name(renamed: World) -> None
 
 def test_a_renamed_array_that_left_the_queue_is_found_in_the_accounts(renamed: World) -> None:
     renamed.tick()
-    # Another job of that name is no task of the pool.
+    # Another job with that name is not a task of the pool.
     renamed.slurm.arrays.append(Array(9_000, "better", ["FAILED"] * 3, [1] * 3, renamed.now))
     array_of_pool = renamed.slurm.arrays[0]
     array_of_pool.states, array_of_pool.visible = ["COMPLETED"] * 3, False

@@ -1,4 +1,4 @@
-"""A pool shrinks in place: its last tasks end, and the others notice nothing."""
+"""A pool shrinks in place: its last tasks end, and the others are not affected."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_only_the_last_tasks_end(world: World) -> None:
     assert world.array().states == ["RUNNING", "RUNNING", "CANCELLED", "CANCELLED", "CANCELLED"]
     world.tick(times=3)
     assert (counts(world), world.phase(), world.pool().message) == ((2, 0, 2, 0, 0), "RUNNING", "")
-    # The request that made it may come again, and it never grows.
+    # The pool's original request may be repeated, but the pool never grows.
     assert world.ensure(replicas=5, total_clients=9).array_id == world.array().id
     assert world.shrink(4).pool_spec().replicas == 2
     world.array().states[:2] = ["COMPLETED", "COMPLETED"]
@@ -46,7 +46,7 @@ def test_what_is_not_submitted_yet_is_submitted_smaller(world: World) -> None:
     assert "POOL_SIZE=3" in RunDirectory(world.policy.run_dir, KEY).script.read_text(), "its clients are told the same"
 
 
-def test_a_bridge_that_dies_goes_on_with_it(world: World) -> None:
+def test_a_restarted_bridge_completes_the_shrink(world: World) -> None:
     world.slurm.script = ["heard"]
     world.ensure()
     world.shrink(1)
@@ -67,7 +67,7 @@ def test_jobs_that_hold_a_client_that_stays_go_on(world: World) -> None:
 
 
 def test_an_array_that_the_accounts_alone_know_leaves_no_task_behind(world: World) -> None:
-    """squeue does not list it yet, sacct tells that the client that stays has ended."""
+    """squeue does not list it yet, and sacct reports that the remaining client has ended."""
     world.slurm.script = ["slow"]
     world.ensure()
     world.shrink(1)
@@ -80,7 +80,7 @@ def test_an_array_that_the_accounts_alone_know_leaves_no_task_behind(world: Worl
     assert world.array().states == ["COMPLETED", "CANCELLED", "CANCELLED"]
 
 
-def test_requests_that_cannot_be(world: World) -> None:
+def test_impossible_shrink_requests(world: World) -> None:
     with pytest.raises(NoSuchPool):
         world.shrink(2)
     world.ensure()

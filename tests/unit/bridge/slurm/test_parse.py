@@ -106,7 +106,7 @@ def test_squeue() -> None:
     assert (running.job_id, running.array_id, running.indices, running.node) == (18, 17, (0,), "n1")
     assert (running.restarts, running.reason) == (1, "")
     assert (running.directory, other.directory) == ("/run/bbbb", "/home/x|y z")
-    # Only of a task that runs: that of a waiting one is a guess, and that of a failed one is past.
+    # Only a running task has an end: for a pending one it is a guess, and for a failed one it is past.
     assert [record.ends for record in (waiting, running, failed, rest)] == [0.0, 1795440530.0, 0.0, 0.0]
     assert (failed.exit_code, failed.signal, failed.reason) == (7, 0, "NonZeroExitCode")
     assert (rest.indices, rest.start) == (None, 0.0)
@@ -126,7 +126,7 @@ def test_squeue() -> None:
         WAITING + RUNNING[: RUNNING.index("RUNNING")],
         (WAITING + RUNNING).replace("\n", ""),
     ],
-    ids=range(10),  # the separator is another one each time
+    ids=range(10),  # the texts contain a random separator
 )
 def test_what_is_not_understood_raises(text: str) -> None:
     with pytest.raises(SlurmError):
@@ -203,6 +203,6 @@ def test_a_job_of_any_name_neither_spoils_the_accounts_nor_passes_for_ours(name:
         assert [record.job_id for record in parse.sacct(text, S, frozenset({"isthmus-bbbb"}), 0)] == [25]
 
 
-def test_nobody_can_know_what_separates_fields() -> None:
+def test_separators_are_unpredictable() -> None:
     assert len({parse.new_separator() for _ in range(100)}) == 100
     assert not any(set(parse.new_separator()) & set(",:% \n") or parse.new_separator()[0].isdigit() for _ in range(100))

@@ -1,4 +1,4 @@
-"""The worker that uses pyslurm, with a module of that name that exists only here, and how its answers are taken."""
+"""The worker that uses pyslurm, with a fake module of that name, and the parsing of its answers."""
 
 import json
 import sys
@@ -57,7 +57,7 @@ def adapter(tmp_path: Path) -> PyslurmAdapter:
     modules.mkdir()
     (modules / "pyslurm.py").write_text(MODULE)
     python = tmp_path / "python"
-    # -I keeps PYTHONPATH out: the folder is put in by hand.
+    # -I ignores PYTHONPATH, so the directory is added explicitly.
     code = "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv.pop(0); "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     python.write_text(f'#!/bin/bash\nshift\nexec {sys.executable} -c "{code}" {modules} "$@"\n')
@@ -65,7 +65,7 @@ def adapter(tmp_path: Path) -> PyslurmAdapter:
     return PyslurmAdapter(_scancel, python=python, environ={"PATH": "/usr/bin:/bin", "SECRET": "of the bridge"})
 
 
-def test_the_queue_in_the_bridges_words(adapter: PyslurmAdapter) -> None:
+def test_the_queue_is_translated(adapter: PyslurmAdapter) -> None:
     one, rest, other = adapter.jobs()
     assert (one.job_id, one.array_id, one.indices, one.state, one.ends, one.restarts) == (
         18,
@@ -101,7 +101,7 @@ def test_only_a_job_of_that_name_is_cancelled(adapter: PyslurmAdapter, tmp_path:
     assert _cancelled == [("isthmus-x", 17, 2, 4)]
 
 
-def test_without_pyslurm_nothing_was_asked(tmp_path: Path) -> None:
+def test_without_pyslurm_nothing_is_submitted(tmp_path: Path) -> None:
     adapter = PyslurmAdapter(_scancel, environ={"PATH": "/usr/bin:/bin"})
     with pytest.raises(SlurmError, match="cannot import pyslurm"):
         adapter.jobs()
@@ -110,7 +110,7 @@ def test_without_pyslurm_nothing_was_asked(tmp_path: Path) -> None:
     assert caught.value.patience is Patience.QUEUE
 
 
-def test_what_pyslurm_is_asked_for() -> None:
+def test_the_submission_that_pyslurm_receives() -> None:
     job = description(submission(Path("/r"), gres=(Gres("gpu", "", 2),), at_once=3), {"PATH": "/bin"})
     assert (job["array"], job["memory_per_node"], job["time_limit"], job["gres_per_node"]) == (
         "0-7%3",
@@ -123,12 +123,12 @@ def test_what_pyslurm_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("output", ["", "[]", "{}", '{"result": 0}', '{"error": ["2000", "x"]}', "{"])
-def test_an_answer_that_is_none_leaves_it_open(output: str) -> None:
+def test_an_invalid_answer_is_ambiguous(output: str) -> None:
     with pytest.raises(SubmissionAmbiguous):
         submitted(Result(0, output, ""))
 
 
-TOLD = {
+REPORTED = {
     "id": 18, "array": 17, "task": None, "waiting": None, "name": "isthmus-x", "state": "RUNNING", "reason": "None",
     "exit_code": 0, "signal": 0, "restarts": 0, "start": 100, "end": 700, "submitted": 90, "node": "n1",
     "directory": "/r",
@@ -144,10 +144,11 @@ TOLD = {
         ({"state": "PENDING", "node": "", "restarts": 1}, (0,)),
         ({"state": "CANCELLED", "node": "", "restarts": 1}, (0,)),
         ({"id": 17, "state": "CANCELLED", "node": "", "waiting": "4"}, (4,)),
-        # Cancelled before they started, several at once: Slurm does not say which. Task 0 may run.
+        # The tasks were cancelled before they started, and the record stands for several: Slurm does not say which.
+        # Task 0 may run.
         ({"id": 17, "state": "CANCELLED", "node": "", "start": 0}, None),
     ],
 )
 def test_which_tasks_a_record_means(changes: dict[str, object], indices: tuple[int, ...] | None) -> None:
-    (record,) = records([{**TOLD, **changes}])
+    (record,) = records([{**REPORTED, **changes}])
     assert record.indices == indices
