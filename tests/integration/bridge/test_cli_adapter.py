@@ -62,7 +62,7 @@ def failed(message: str, status: int = 1) -> Result:
     [
         ("17\n", ""),
         ("17;beta\n", "beta"),
-        # Of wrappers of TACC, UMass, NIH and VSC, which greet, or drop --parsable.
+        # Output of wrappers at TACC, UMass, NIH and VSC, which print a greeting or drop --parsable.
         ("Welcome to the Stampede3 Supercomputer; enjoy\n--> Verifying valid jobname...OK\n17;beta\n", "beta"),
         ("17;beta\nThank you; your balance is 12\n7 hours left\n", "beta"),
         ("Submitted batch job 17\n", ""),
@@ -105,7 +105,7 @@ def test_accepted(output: str, cluster: str) -> None:
          "sbatch: fatal: Could not establish a configuration source", QUEUE),
         ("sbatch: fatal: Unable to process configuration file", QUEUE),
         ("sbatch: fatal: Invalid user for SlurmUser slurm, ignored", QUEUE),
-        # What a site's job_submit.lua says is no evidence of a broken connection.
+        # The messages of a site's job_submit.lua are no evidence of a broken connection.
         (f"sbatch: error: site policy: connect to the portal and accept the protocol\n{NO} Unspecified error", NONE),
         (f"sbatch: error: name a node type\n{NO} Unspecified error", NONE),
         (f"sbatch: error: your credential for the socket timed out\n{NO} Invalid partition name specified", NONE),
@@ -119,7 +119,7 @@ def test_refused(message: str, patience: Patience) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_refusal_gives_all_that_was_said(tmp_path: Path) -> None:
+def test_a_refusal_shows_the_whole_output(tmp_path: Path) -> None:
     said = "\n".join(
         [
             "sbatch: site rule 7: name a node type",
@@ -149,7 +149,7 @@ def test_an_array_on_another_cluster_is_cancelled_there_and_refused(tmp_path: Pa
     assert adapter(bin_dir).submit(submission(tmp_path / "own")) == 18
 
 
-def test_an_sbatch_that_waits_for_room_is_not_taken_for_a_broken_one(tmp_path: Path) -> None:
+def test_an_sbatch_that_waits_for_room_is_distinguished_from_a_hanging_one(tmp_path: Path) -> None:
     words = "Slurm temporarily unable to accept job, sleeping and retrying"
     bin_dir = programs(tmp_path, sbatch=f"echo 'sbatch: error: {words}' >&2; sleep 60")
     with pytest.raises(SubmissionAmbiguous) as caught:
@@ -173,7 +173,7 @@ def test_an_sbatch_that_waits_for_room_is_not_taken_for_a_broken_one(tmp_path: P
         failed(f"{NO} Unspecified error"),
         failed(f"sbatch: error: slurm_receive_msg: Unknown error 1\n{NO} Unspecified error"),
         failed("sbatch: error: Unable to contact slurm controller (connect failure)"),
-        # The system's words, not the controller's: they came while the two talked.
+        # The operating system's messages, not the controller's: they occur during the exchange.
         *(failed(f"{NO} {os.strerror(number)}\n") for number in (EPIPE, EHOSTUNREACH, ENETUNREACH, ECONNRESET, EIO)),
         failed("Killed", -9),
         failed("a wrapper's own words", 3),
@@ -226,7 +226,7 @@ def test_an_sbatch_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None
 
 
 def submitting_bridge(directory: Path, sbatch: str, **options: object) -> tuple[subprocess.Popen[bytes], CliAdapter]:
-    """A process that is inside sbatch, and an adapter to look at it from outside."""
+    """Start a process that is inside sbatch, and return it with an adapter that observes it from outside."""
     started = directory / "started"
     bin_dir = programs(directory, sbatch=f"touch {started}; {sbatch}")
     code = (
@@ -235,7 +235,7 @@ def submitting_bridge(directory: Path, sbatch: str, **options: object) -> tuple[
         f"adapter(Path(sys.argv[2]) / 'bin', **{options!r}).submit(submission(Path(sys.argv[2])))"
     )
     bridge = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), str(directory)])
-    # The lock alone proves nothing: the bridge takes it before it starts sbatch.
+    # The lock does not suffice as a sign: the bridge takes it before it starts sbatch.
     try:
         wait_until(started.exists)
     except BaseException:
@@ -267,7 +267,7 @@ def test_an_sbatch_that_outlives_the_bridge_is_noticed(tmp_path: Path) -> None:
     wait_until(lambda: not slurm.submission_may_run(tmp_path))
 
 
-def test_an_orphaned_sbatch_is_ended_all_the_same(tmp_path: Path) -> None:
+def test_an_orphaned_sbatch_is_ended(tmp_path: Path) -> None:
     bridge, slurm = submitting_bridge(tmp_path, "sleep 600 & wait", timeout=10)
     bridge.kill()
     bridge.wait()
@@ -285,7 +285,7 @@ def test_a_missing_program(tmp_path: Path) -> None:
     assert caught.value.patience is Patience.QUEUE
 
 
-def test_a_failing_question_is_an_error_in_slurms_words(tmp_path: Path) -> None:
+def test_a_failing_query_is_an_error_with_slurms_message(tmp_path: Path) -> None:
     message = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
     bin_dir = programs(tmp_path, squeue=f"echo '{message}' >&2; exit 1")
     with pytest.raises(SlurmError, match="squeue failed: slurm_load_jobs error: Unable to contact"):
@@ -306,7 +306,7 @@ CONFIG = (
         ("none", "none", "exit 0", ""),
     ],
 )
-def test_who_keeps_the_accounts(tmp_path: Path, storage: str, completion: str, sacct: str, expected: str) -> None:
+def test_the_source_of_accounting(tmp_path: Path, storage: str, completion: str, sacct: str, expected: str) -> None:
     config = CONFIG.format(storage, completion) + "SLURM_VERSION = 22.05.8\n"
     bin_dir = programs(tmp_path, scontrol=f"printf '%s' '{config}'", sacct=sacct)
     description = adapter(bin_dir).describe()

@@ -37,19 +37,19 @@ class Delegate:
         return self.answer
 
 
-def test_a_submission_goes_to_the_delegate_and_is_written_down_while_it_is_open(tmp_path: Path) -> None:
+def test_a_submission_goes_to_the_delegate_and_is_recorded_while_it_is_in_flight(tmp_path: Path) -> None:
     wanted = submission(Path("/of/the/user"), user="daemon", guard=tmp_path)
     delegate = Delegate(Result(0, "17\n", ""))
     one = adapter(tmp_path, delegate=delegate)
     assert one.submit(wanted) == 17
     assert delegate.asked == [("submit", "daemon")]
     assert not one.submission_may_run(tmp_path)
-    # Nothing was begun: it may be tried again at once.
+    # Nothing was started, so the submission may be repeated at once.
     delegate.answer = AsUserError("sudo: a password is required")
     with pytest.raises(SubmissionRefused) as caught:
         one.submit(wanted)
     assert caught.value.patience is Patience.QUEUE and not one.submission_may_run(tmp_path)
-    # It may have been submitted: neither this bridge nor the next submits again before it is over.
+    # sbatch may have run: neither this bridge nor the next submits again before it has ended.
     delegate.answer = AsUserError("no answer in time", begun=True)
     with pytest.raises(SubmissionAmbiguous, match="no answer in time"):
         one.submit(wanted)
@@ -93,7 +93,7 @@ def row(job: int, uid: object) -> str:
     return "SEP".join(fields) + "SEP"
 
 
-def test_the_queue_of_several_users_is_one_question(tmp_path: Path) -> None:
+def test_the_queue_of_several_users_is_one_call(tmp_path: Path) -> None:
     (tmp_path / "queue").write_text("\n".join([row(1, 0), row(2, DAEMON), row(3, 54321)]) + "\n")
     bin_dir = programs(
         tmp_path,

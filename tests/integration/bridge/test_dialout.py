@@ -1,4 +1,4 @@
-"""The bridge's end of a tunnel, against a gateway that does as the test says."""
+"""The bridge's end of a tunnel, with a gateway that the test controls."""
 
 import datetime as dt
 import queue
@@ -29,7 +29,7 @@ DAY = dt.timedelta(days=1)
 
 
 class FakeGateway(rpc.GatewayServicer):
-    """A gateway that passes received frames to the test, and sends the frames that the test provides."""
+    """Gateway that passes received frames to the test, and sends the frames that the test provides."""
 
     def __init__(self, tls: Path, authority: Authority) -> None:
         credentials = authority.issue("gateway", DAY, hosts=["localhost", "gateway.invalid"])
@@ -61,7 +61,7 @@ class FakeGateway(rpc.GatewayServicer):
         return self.heard.get(timeout=60)
 
     def stop(self) -> None:
-        # Frees the handlers' threads.
+        # Release the handlers' threads.
         for _ in range(4):
             self.say.put(grpc.StatusCode.UNAVAILABLE)
         self._server.stop(0).wait()
@@ -88,7 +88,7 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 def local(tmp_path: Path) -> Iterator[socket.socket]:
-    """Where the bridge's own server would listen."""
+    """Yield the socket of the bridge's own server."""
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "s"))
         server.listen()
@@ -137,7 +137,7 @@ def test_a_connection_comes_out_at_the_bridges_own_server(
     here = question_and_answer(gateway, local)
     gateway.say.put(pb.Frame(close=1))
     assert here.recv(100) == b"", "a call that is cancelled ends here too"
-    # The next one lives until the tunnel breaks.
+    # The next connection stays open until the tunnel breaks.
     gateway.say.put(pb.Frame(open=2))
     second, _ = local.accept()
     second.settimeout(60)
@@ -179,9 +179,7 @@ def test_pauses_grow_and_differ() -> None:
     assert pause(10_000, 0.999) == pytest.approx(15, abs=0.1)
 
 
-def test_the_doctor_tells_what_is_wrong_with_a_gateway(
-    gateway: FakeGateway, authority: Authority, tmp_path: Path
-) -> None:
+def test_the_doctor_reports_problems_of_a_gateway(gateway: FakeGateway, authority: Authority, tmp_path: Path) -> None:
     here = GatewaySettings(address=f"localhost:{gateway.port}")
     assert reach(here, tmp_path) == (True, f"gateway {here.address}: can be reached, and its certificate is valid")
     good, line = reach(here.model_copy(update={"server_name": "other.example"}), tmp_path)
@@ -199,7 +197,7 @@ def test_the_doctor_tells_what_is_wrong_with_a_gateway(
 
 @pytest.fixture
 def proxy(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[ConnectProxy]:
-    """The only one who knows where the gateway is."""
+    """Yield a proxy, the only one that can resolve the gateway's name."""
     for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with ConnectProxy({"gateway.invalid:7446": ("127.0.0.1", gateway.port)}, "site:s3cr:t") as one:
@@ -238,7 +236,7 @@ def test_a_proxy_is_asked_for_an_ipv6_address_in_brackets(gateway: FakeGateway, 
     assert proxy.asked == [(there, 200)]
 
 
-def test_what_is_wrong_with_a_proxy_is_told_without_its_password(
+def test_problems_of_a_proxy_are_reported_without_its_password(
     tmp_path: Path, gateway: FakeGateway, proxy: ConnectProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"http://site:wrong@localhost:{proxy.port}"
@@ -252,14 +250,14 @@ def test_what_is_wrong_with_a_proxy_is_told_without_its_password(
     assert reach(here.model_copy(update={"proxy": None}), tmp_path) == (
         False, "gateway gateway.invalid:7446: cannot be reached: https_proxy is not http://HOST:PORT",
     )  # fmt: skip
-    # Hosts in no_proxy are dialled directly, whatever the source of the proxy.
+    # Hosts in no_proxy are dialled directly, for any source of the proxy.
     monkeypatch.setenv("no_proxy", "localhost,.invalid")
     direct = GatewaySettings(address=f"localhost:{gateway.port}", proxy=url)
     assert proxy_for(direct) is None and proxy_for(here) is None
     assert reach(direct, tmp_path)[0]
 
 
-def test_a_bridge_that_dials_out_listens_only_where_it_is_told(tmp_path: Path) -> None:
+def test_a_bridge_that_dials_out_listens_only_at_a_configured_address(tmp_path: Path) -> None:
     gateways = [{"address": "gateway.example:7446"}]
     assert policy(tmp_path).inbound == "0.0.0.0:7444"
     assert policy(tmp_path, gateways=gateways).inbound is None

@@ -1,4 +1,4 @@
-"""Connections that say nothing, or never end their handshake: they are bounded, and honest callers get through."""
+"""Silent connections, and handshakes that never end: they are bounded, and honest callers get through."""
 
 import datetime as dt
 import os
@@ -75,16 +75,16 @@ def test_silent_connections_leave_room_for_an_honest_caller(bridge: Bridge, cred
             stack.enter_context(socket.create_connection(("127.0.0.1", bridge.port), timeout=60)) for _ in range(400)
         ]
         for half in silent[::2]:
-            # A ClientHello that never becomes whole.
+            # An incomplete ClientHello that is never completed.
             with_header = b"\x16\x03\x01\x02\x00\x01"
             try:
                 half.sendall(with_header)
             except OSError:
-                continue  # it is among those that were ended already
+                continue  # the bridge has already closed it
         second = stack.enter_context(channel(f"127.0.0.1:{bridge.port}", credentials, "localhost"))
         began = time.monotonic()
         assert rpc.BridgeStub(second).GetPool(pb.GetPoolRequest(key=KEY), timeout=60).phase == pb.Pool.PENDING
-        # Through the connection that stood before them all, too.
+        # The connection opened before the others works too.
         assert rpc.BridgeStub(first).GetPool(pb.GetPoolRequest(key=KEY), timeout=60).phase == pb.Pool.PENDING
         assert time.monotonic() - began < handshake_guard.HANDSHAKE_SECONDS, "no wait for the strangers' time limit"
         assert ended(silent) >= 400 - MAX_HANDSHAKES
@@ -99,7 +99,7 @@ def test_a_handshake_has_an_end(bridge: Bridge, monkeypatch: pytest.MonkeyPatch)
             assert stranger.recv(1) == b""
 
 
-def test_who_has_no_certificate_is_ended_by_the_server(bridge: Bridge) -> None:
+def test_a_connection_without_a_certificate_is_closed(bridge: Bridge) -> None:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
@@ -112,7 +112,7 @@ def test_who_has_no_certificate_is_ended_by_the_server(bridge: Bridge) -> None:
         raise ConnectionError("closed without an alert")
 
 
-def test_what_is_not_tls_is_ended_by_the_server(bridge: Bridge) -> None:
+def test_a_connection_without_tls_is_closed(bridge: Bridge) -> None:
     with socket.create_connection(("127.0.0.1", bridge.port), timeout=60) as stranger:
         stranger.sendall(b"\x17\x03\x03\x00\x10" + bytes(16))
         try:
@@ -135,12 +135,12 @@ def test_a_port_that_is_taken(many_files: None, tmp_path: Path, authority: Autho
 
 @pytest.fixture
 def short() -> Iterator[Path]:
-    """A folder for temporary files with a path that leaves room for a socket's name: ``tmp_path`` may be too long."""
+    """Yield a directory with a short path, because ``tmp_path`` may be too long for the name of a socket."""
     with tempfile.TemporaryDirectory(prefix="door-", dir="/tmp") as folder:
         yield Path(folder)
 
 
-def test_the_socket_behind_the_door_never_grows_old(
+def test_the_socket_behind_the_door_is_touched_regularly(
     many_files: None, tmp_path: Path, short: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cleaners of /tmp (systemd-tmpfiles after ten days, PrivateTmp or not) remove files that have not been touched."""
@@ -170,7 +170,10 @@ def test_a_bridge_whose_files_were_removed_ends_and_says_so(
     many_files: None, tmp_path: Path, short: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch,
     what: str, words: str,
 ) -> None:  # fmt: skip
-    """Its socket in /tmp, its journal on a scratch file system: systemd starts it again, and it has what it needs."""
+    """Its socket in /tmp or its journal is removed.
+
+    systemd restarts the bridge, which then has the files again.
+    """
     monkeypatch.setattr(tempfile, "tempdir", str(short))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(server, "slurm_adapter", lambda *_: FakeSlurm(time.time))
@@ -178,7 +181,7 @@ def test_a_bridge_whose_files_were_removed_ends_and_says_so(
     policy = site(tmp_path)
 
     def clean() -> None:
-        # Written by a bridge that serves.
+        # The status file exists once the bridge serves.
         eventually(policy.status_path.exists)
         (found,) = [*short.glob(what), *tmp_path.glob(what)]
         (shutil.rmtree if found.is_dir() else Path.unlink)(found)
@@ -188,19 +191,19 @@ def test_a_bridge_whose_files_were_removed_ends_and_says_so(
     with pytest.raises(ServerError, match=rf"({short}|{tmp_path}){words}"):
         serve(policy, lambda: policy)
     cleaner.join()
-    # Everything else ended in order, and the journal is there and free for the next one.
+    # Everything else was stopped properly, and the journal exists and is free for the next bridge.
     assert policy.journal_path.exists()
     Bridge(policy, FakeSlurm(time.time)).stop()
 
 
 def sockets_in(folder: Path) -> list[Path]:
-    """The sockets that bridges have made below it."""
+    """Return the sockets that bridges have created below the directory."""
     return list(folder.glob("isthmus-bridge-*/bridge.sock"))
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
 def test_a_handshake_is_over_with_the_first_whole_protected_record(step: int) -> None:
-    hello = b"\x16\x03\x01\x00\x04" + b"\x17\x03\x03\x00"  # looks like a protected record, and is not
+    hello = b"\x16\x03\x01\x00\x04" + b"\x17\x03\x03\x00"  # looks like a protected record, but is not
     last = b"\x17\x03\x03\x00\x05abcde"
     stream = hello + b"\x14\x03\x03\x00\x01\x01" + last
     records = TlsRecords()

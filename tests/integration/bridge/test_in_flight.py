@@ -1,4 +1,4 @@
-"""TaskMarker of a submission that may be under way, on file systems with and without locks."""
+"""Marker of a submission that may be in flight, on file systems with and without locks."""
 
 import errno
 import fcntl
@@ -34,7 +34,7 @@ def test_a_lock_lives_as_long_as_the_program_that_inherited_it(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("without_locks")
-def test_without_locks_a_moment_is_written_down(tmp_path: Path) -> None:
+def test_without_locks_a_time_is_recorded(tmp_path: Path) -> None:
     with in_flight.guarded(tmp_path, 1000) as locks:
         assert list(locks) == [] and in_flight.may_run(tmp_path)
     assert not in_flight.may_run(tmp_path)
@@ -47,7 +47,7 @@ def test_without_locks_a_moment_is_written_down(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EDQUOT, errno.ENOSPC])
-def test_what_keeps_it_from_beginning_is_a_refusal_that_may_pass(
+def test_a_failure_to_start_is_a_temporary_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def refuse(*_: object) -> int:

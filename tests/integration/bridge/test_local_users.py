@@ -1,4 +1,4 @@
-"""Pools of local users: a sudo that only pretends, the real helper behind it, and an imagined Slurm."""
+"""Pools of local users: a fake sudo, the real helper behind it, and a fake Slurm."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ from tests.support.fake_slurm import KEY, NAME, OPERATOR, Array, World, policy
 from .test_script import NASTY
 
 OTHER = "isthmus://operator/other"
-# Two that every machine has.
+# Two users that exist on every machine.
 ALICE, BOB = "daemon", "nobody"
 # Runs the helper as the current user, pretending that it is not root.
 SUDO = """#!/bin/sh
@@ -121,7 +121,7 @@ def _renewed(world: World) -> Any:
 
 
 @pytest.mark.parametrize("owner", ["", BOB])
-def test_an_array_of_that_name_that_another_user_owns_is_none_of_the_pools(world: World, owner: str) -> None:
+def test_another_users_array_of_that_name_is_not_the_pools(world: World, owner: str) -> None:
     stranger = Array(7, NAME, ["RUNNING"], [0], world.now, owner)
     world.slurm.arrays.append(stranger)
     world.slurm.script = ["lost"]
@@ -131,7 +131,7 @@ def test_an_array_of_that_name_that_another_user_owns_is_none_of_the_pools(world
     assert (world.entry().array_id, world.phase()) == (mine.id, "PENDING")
     world.cancel()
     world.tick(15, times=2)
-    # After its end too, when what turns up late is cancelled.
+    # This also holds after the pool's end, when late arrays of the pool are cancelled.
     world.tick(40, times=3)
     assert world.phase() == "CANCELLED" and not mine.lives and stranger.lives
 
@@ -143,7 +143,7 @@ def test_the_users_own_second_array_is_cancelled(world: World) -> None:
     assert world.slurm.living() == [100]
 
 
-def test_who_becomes_somebody_else_meanwhile_is_denied(world: World, tmp_path: Path) -> None:
+def test_a_caller_whose_local_user_has_changed_is_denied(world: World, tmp_path: Path) -> None:
     world.slurm.script = ["full"]
     world.ensure()
     changed = settings(tmp_path)
@@ -165,7 +165,7 @@ def test_who_becomes_somebody_else_meanwhile_is_denied(world: World, tmp_path: P
         (os.getuid(), f"'{ALICE}' is "),
     ],
 )
-def test_users_that_cannot_be_used_are_denied_and_told(
+def test_unusable_users_are_denied_with_a_reason(
     world: World, monkeypatch: pytest.MonkeyPatch, uid: int | None, why: str
 ) -> None:
     def found(name: str) -> Any:
@@ -183,7 +183,7 @@ def test_users_that_cannot_be_used_are_denied_and_told(
     assert str(refused.value).startswith(f"identities[0].user: {why}") and "\n" not in str(refused.value)
 
 
-def test_a_user_who_vanishes_makes_the_pool_unknown_and_no_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_of_a_missing_user_is_unknown(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.ensure()
     monkeypatch.setattr("isthmus_bridge.pools.reconciler.uid_of", lambda user: None if user == ALICE else 1)
     world.tick(15, times=20)
@@ -196,7 +196,7 @@ def test_a_user_who_vanishes_makes_the_pool_unknown_and_no_other(world: World, m
     assert world.phase() == "PENDING"
 
 
-def test_without_the_rule_nothing_begins_and_credentials_are_removed_later(
+def test_without_the_rule_nothing_starts_and_credentials_are_removed_later(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     missing = tmp_path / "no-rule"
@@ -236,7 +236,7 @@ def test_what_an_unrecorded_request_left_is_removed_and_a_lost_journal_finds_its
     assert world.entry().array_id == 100 and world.slurm.submissions == 1
 
 
-def test_the_end_of_a_log_is_told(world: World, tmp_path: Path) -> None:
+def test_the_end_of_a_log_is_reported(world: World, tmp_path: Path) -> None:
     world.ensure()
     (tmp_path / "users" / ALICE / KEY / "logs" / "1.log").write_text("one\nlast words\n")
     world.array().states[1] = "FAILED"
@@ -304,7 +304,7 @@ def test_hostile_requests_are_refused(tmp_path_factory: pytest.TempPathFactory, 
     else:
         changed = [[value, "", 1]] if field == "gres" else {"constraint": value} if field == "options" else value
         answer = asked(root, do="submit", job={**JOB, field: changed})
-    # Some of them are no harm as a comment; the programs are not there in any case.
+    # Some of the values are harmless as a comment; in any case the programs do not exist.
     harmless = field == "comment" and value in ("-rf", "--", "../x", "a b")
     assert "refused" in answer or harmless, answer
 
@@ -356,7 +356,7 @@ def test_the_helper_never_runs_as_root(tmp_path: Path) -> None:
 # -- asking through sudo
 
 
-def test_whether_something_may_have_begun(root: Path, tmp_path: Path) -> None:
+def test_whether_the_helper_may_have_started(root: Path, tmp_path: Path) -> None:
     as_user = AsUser(policy(tmp_path, **settings(tmp_path), slurm={"bin_dir": str(root.parent / "bin")}))
     answer = as_user.ask(ALICE, "hello", deadline=time.time() + 60)
     assert (set(answer), answer["sbatch"]) == ({"user", "sbatch"}, str(tmp_path / "bin" / "sbatch"))

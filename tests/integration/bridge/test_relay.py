@@ -1,4 +1,4 @@
-"""The relay: what it reads of a connection, where it takes it, and what it does not let through."""
+"""The relay: the part of a connection that it reads, the destination that it selects, and the connections it refuses."""
 
 import datetime as dt
 import resource
@@ -155,7 +155,7 @@ def test_a_pattern_of_addresses_matches_no_name(tmp_path: Path, pattern: str, en
 
 
 class Far:
-    """A listener that the relay dials."""
+    """Listener that the relay dials."""
 
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -237,7 +237,7 @@ def test_a_sender_waits_for_a_slow_receiver(far: Far, relaying: Any) -> None:
         near.setblocking(False)
         sent, still = 0, 0
         deadline = time.monotonic() + 60
-        # Until nothing has gone for half a second: every buffer on the way is full.
+        # Send until nothing has been accepted for half a second: then every buffer on the path is full.
         while still < 50 and time.monotonic() < deadline:
             try:
                 sent += near.send(b"x" * 65536)
@@ -246,7 +246,7 @@ def test_a_sender_waits_for_a_slow_receiver(far: Far, relaying: Any) -> None:
                 still += 1
                 time.sleep(0.01)
         assert still == 50, f"{sent} bytes went, and nobody read them"
-        # Sockets buffer some megabytes by themselves; what the relay has taken is bounded by its own buffers beyond.
+        # The sockets buffer some megabytes; beyond that, the relay's own buffers bound the data that it accepts.
         assert value(metrics, "isthmus_bridge_relay_bytes_total", direction="to-aggregator") < 32 << 20
 
 
@@ -255,7 +255,7 @@ def _joined(near: socket.socket, far: Far) -> socket.socket:
     return far.accept()
 
 
-def test_what_goes_nowhere(far: Far, relaying: Any) -> None:
+def test_connections_without_a_destination(far: Far, relaying: Any) -> None:
     gone = socket.create_server(("127.0.0.1", 0))
     nobody = gone.getsockname()[1]
     gone.close()
@@ -355,7 +355,7 @@ def test_a_flood_that_is_no_name_is_cut_off(relaying: Any) -> None:
 
 
 class Echo(grpc.GenericRpcHandler):
-    """Any method answers what it is sent, and by whom it was called."""
+    """Handler that answers every method with the request."""
 
     def service(self, call: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[bytes, bytes]":
         return grpc.unary_unary_rpc_method_handler(lambda request, context: request)
@@ -381,7 +381,7 @@ def test_grpc_with_mutual_tls_through_a_whole_bridge(tmp_path: Path) -> None:
         with channel(f"127.0.0.1:{bridge.relay_port}", client, NAME) as through:
             call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = through.unary_unary("/any/thing")
             with pytest.raises(grpc.RpcError):
-                call(b"x", timeout=2)  # no pool of that name lives yet
+                call(b"x", timeout=2)  # no pool with that name exists yet
             caller = bridge.current_policy.policy.identities[0]
             bridge.pools.ensure(caller, "0123456789abcdef", wanted)
             payload = bytes(range(256)) * 8192

@@ -35,7 +35,7 @@ def http(content: Any, status: int = 200) -> bytes:
 
 
 class Daemon:
-    """A server on a UNIX socket with preset answers by path; ``None`` for no answer."""
+    """Server on a UNIX socket with preset answers by path; ``None`` for no answer."""
 
     def __init__(self, folder: Path) -> None:
         self.answers: dict[str, Any] = {"/openapi/v3": http(OPENAPI)}
@@ -122,7 +122,7 @@ def test_a_version_that_is_not_known(daemon: Daemon, adapter: RestAdapter, answe
 
 
 @pytest.mark.parametrize("version", [38, 42])
-def test_what_is_sent(version: int, tmp_path: Path) -> None:
+def test_the_body_of_a_submission(version: int, tmp_path: Path) -> None:
     wanted = submission(
         tmp_path, account="p1", qos="q", at_once=4, gres=(Gres("gpu", "a100", 2),), script=tmp_path / "a b" / "x.sh"
     )
@@ -146,7 +146,7 @@ def error(number: int, words: str, **more: Any) -> dict[str, Any]:
 
 def test_accepted() -> None:
     assert submitted(200, json.dumps({"job_id": 17, "errors": []}).encode()) == 17
-    # As 22.05 does while nodes are down.
+    # Slurm 22.05 answers like this while nodes are down.
     assert submitted(200, json.dumps(error(2015, "Required node not available", job_id=17)).encode()) == 17
 
 
@@ -217,7 +217,9 @@ def drip() -> Iterator[bytes]:
     ],
     ids=["silent", "dripping", "closed", "cut"],
 )
-def test_no_whole_answer_leaves_it_open(daemon: Daemon, tmp_path: Path, answer: Any, said: str, timeout: float) -> None:
+def test_a_partial_answer_is_ambiguous(
+    daemon: Daemon, tmp_path: Path, answer: Any, said: str, timeout: float
+) -> None:
     adapter = made(daemon, tmp_path, timeout=timeout)
     daemon.answers[SUBMIT] = answer
     daemon.answers["/slurm/v0.0.41/jobs"] = answer
@@ -234,7 +236,7 @@ def test_no_whole_answer_leaves_it_open(daemon: Daemon, tmp_path: Path, answer: 
         adapter.jobs()
 
 
-def test_nobody_there_is_a_refusal_that_may_pass(daemon: Daemon, adapter: RestAdapter, tmp_path: Path) -> None:
+def test_a_missing_server_is_a_temporary_refusal(daemon: Daemon, adapter: RestAdapter, tmp_path: Path) -> None:
     adapter.version()
     daemon.close()
     with pytest.raises(SubmissionRefused) as caught:
@@ -242,7 +244,7 @@ def test_nobody_there_is_a_refusal_that_may_pass(daemon: Daemon, adapter: RestAd
     assert caught.value.patience is Patience.QUEUE and not adapter.submission_may_run(tmp_path)
 
 
-def test_an_announcement_that_is_not_understood_counts(tmp_path: Path) -> None:
+def test_a_malformed_announcement_counts(tmp_path: Path) -> None:
     in_flight.announce(tmp_path, 0.0)
     assert not in_flight.may_run(tmp_path)
     (tmp_path / "request.until").write_text("soon")
@@ -318,13 +320,13 @@ def test_a_job_of_another_name_is_not_cancelled(daemon: Daemon, adapter: RestAda
     daemon.answers["/slurm/v0.0.41/job/17"] = http({"jobs": [{**NEW, "name": "another"}]})
     adapter.cancel("isthmus-x", 17)
     assert not any(request.startswith(b"DELETE") for request in daemon.heard)
-    # Of an array, some tasks of which were renamed.
+    # Only some tasks of the array were renamed.
     daemon.answers["/slurm/v0.0.41/job/17"] = http({"jobs": [{**NEW, "name": "another"}, NEW]})
     adapter.cancel("isthmus-x", 17)
     assert sum(request.startswith(b"DELETE") for request in daemon.heard) == 1
 
 
-def test_accounts_that_fail_are_not_accounts_that_are_missing(daemon: Daemon, adapter: RestAdapter) -> None:
+def test_failing_accounting_is_distinguished_from_missing_accounting(daemon: Daemon, adapter: RestAdapter) -> None:
     daemon.answers["/slurm/v0.0.41/partitions"] = http({"partitions": [], "meta": {"slurm": {"release": "24.11.5"}}})
     asked: list[bytes] = []
 
@@ -368,14 +370,14 @@ def test_tokens_are_renewed_before_they_end() -> None:
     assert len(made) == 1
     now[0] += 2
     assert source.get() == made[1]
-    # One that the server dislikes is replaced, but not at every question.
+    # A token that the server refuses is replaced, but not at every request.
     assert not source.invalidate(made[1])
     now[0] += 31
     assert source.invalidate(made[1]) and source.get() == made[2]
 
 
 @pytest.mark.parametrize("said", ["", "two words", f"{token(1.0)}\n", "a.b"], ids=["empty", "words", "ended", "short"])
-def test_what_is_no_token_never_shows(said: str, tmp_path: Path) -> None:
+def test_malformed_tokens_are_never_shown(said: str, tmp_path: Path) -> None:
     sources: list[Callable[[], str]] = [TokenCommand(["give"], lambda argv: said).get]
     (tmp_path / "token").write_text(said)
     sources.append(TokenFile(tmp_path / "token").get)
@@ -403,12 +405,12 @@ def test_a_query_is_repeated_with_a_newer_token(daemon: Daemon) -> None:
 @pytest.mark.parametrize(
     "url", ["http://slurm.example:6820", "ftp://x", "unix:relative", "https://host:99999", "https://u:p@host", "x"]
 )
-def test_addresses_that_are_none(url: str) -> None:
+def test_malformed_addresses(url: str) -> None:
     with pytest.raises(ValueError, match=r"is not|in the clear"):
         endpoint(url)
 
 
-def test_https_needs_a_certificate_that_somebody_vouches_for(tmp_path: Path) -> None:
+def test_https_needs_a_trusted_certificate(tmp_path: Path) -> None:
     authority = Authority.create("site", dt.timedelta(days=1))
     authority.issue("slurmrestd", dt.timedelta(days=1), hosts=["localhost"]).write(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -1,4 +1,4 @@
-"""The batch script: hostile values stay values. Rendered, read by bash, and run."""
+"""The batch script, rendered, parsed by bash, and run: hostile values remain values."""
 
 import json
 import os
@@ -28,7 +28,7 @@ PROBE = (
 )
 PYTHON = sys.executable
 
-# Everything that protobuf can carry, save NUL, which is refused before.
+# Everything that protobuf can carry except NUL, which is refused earlier.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
 NASTY = st.sampled_from(
     ["$(touch /tmp/owned)", "`id`", "'; exit 9 #", '"$HOME"', "a\nb", "%x%j%a", "-rf", "--", "\\", "!!", "${x:=1}", "*",
@@ -36,13 +36,13 @@ NASTY = st.sampled_from(
      "\r", ""]
 )  # fmt: skip
 VALUE = st.one_of(NASTY, TEXT, st.tuples(NASTY, TEXT).map("".join))
-# Names that the script uses itself, or that mean something to bash.
+# Names that the script uses itself, or that bash interprets.
 NAMES = st.one_of(
     st.sampled_from(["run", "index", "work_dir", "code", "stage", "child", "signalled", "launcher", "note", "init",
                      "PWD", "_", "OPTIND", "HOME"]),
     st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,12}", fullmatch=True),
 )  # fmt: skip
-# The shell sets or guards these itself; a job that names them gets the shell's values.
+# The shell sets or protects these; a job that sets them gets the shell's values.
 BASH_OWN = {"_", "UID", "EUID", "PPID", "BASHOPTS", "SHELLOPTS", "PATH", "OPTIND"}
 
 SITE_ENVIRONMENTS: dict[str, dict[str, object]] = {
@@ -65,7 +65,7 @@ SITE_ENVIRONMENTS: dict[str, dict[str, object]] = {
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Policy:
     root = tmp_path_factory.mktemp("it's $HOME & co")
-    # Nothing is denied: what the script does with a variable is tested here, not the policy.
+    # No variable is denied, because this tests the script and not the policy.
     return policy(root, environments=SITE_ENVIRONMENTS, data_sets={"cohort-a": "/data/co hort"}, env_denied=[])
 
 
@@ -138,7 +138,7 @@ def test_shellcheck(site: Policy, environment: str, tmp_path: Path, require: obj
     assert checked.returncode == 0, checked.stdout
 
 
-def test_no_variable_of_bashs_own_makes_it_run_the_value(site: Policy, tmp_path: Path) -> None:
+def test_no_variable_of_bash_makes_it_run_the_value(site: Policy, tmp_path: Path) -> None:
     listed = subprocess.run(["/bin/bash", "-c", "compgen -v"], capture_output=True, text=True, check=True)
     names = listed.stdout.split()
     names += ["RANDOM", "SRANDOM", "SECONDS", "LINENO", "HISTCMD", "EPOCHSECONDS", "BASHPID", "OPTIND", "COLUMNS",
@@ -155,7 +155,7 @@ def test_no_variable_of_bashs_own_makes_it_run_the_value(site: Policy, tmp_path:
     assert env["RANDOM"] == f"a[$(touch {owned})]"
 
 
-def test_what_the_task_is_told(site: Policy) -> None:
+def test_the_environment_of_a_task(site: Policy) -> None:
     result = run(site, spec(command=[PYTHON, "-c", PROBE], data_ref="cohort-a", attempt=4), 2, SLURM_RESTART_COUNT="3")
     assert result.returncode == 0, result.stderr
     env, run_dir = seen(site)["env"], site.run_dir / KEY
@@ -226,7 +226,7 @@ def test_the_status_of_a_set_up_line_counts_and_not_what_runs_in_it(
     setup = [line.replace("{dir}", str(tmp_path)) for line in lines]
     own = policy(tmp_path, environments={"plain": {"prefix": ["env"], "setup": setup}})
     result = run(own, spec(command=["echo", "the script runs"]))
-    if failure == "exit code":  # bash itself reports what never becomes a command
+    if failure == "exit code":  # bash itself reports a line that it cannot parse
         assert result.returncode != 0 and "syntax error" in result.stderr
     elif failure:
         assert "the task failed while " + failure.replace("{dir}", str(tmp_path)) in result.stderr
@@ -237,7 +237,7 @@ def test_the_status_of_a_set_up_line_counts_and_not_what_runs_in_it(
 
 @pytest.mark.parametrize("kind", [{"prefix": ["launch", "--"]}, {"apptainer": "/x.sif"}])
 def test_a_jobs_variables_act_inside_of_the_container_alone(tmp_path: Path, kind: dict[str, object]) -> None:
-    """The launcher records its environment, and becomes what stands behind the image or the dashes."""
+    """The fake launcher records its environment, and executes the command after the image or the dashes."""
     for name in ("launch", "apptainer"):
         (tmp_path / name).write_text(
             f"#!/bin/bash\n/usr/bin/env -0 >{tmp_path}/outside\n"
@@ -259,7 +259,7 @@ def test_a_jobs_variables_act_inside_of_the_container_alone(tmp_path: Path, kind
     assert not any(name.startswith("ISTHMUS_ENV_") for name in inside)
 
 
-def test_a_container_is_told_the_paths_inside_of_it(site: Policy, tmp_path: Path) -> None:
+def test_a_container_gets_the_paths_inside_it(site: Policy, tmp_path: Path) -> None:
     program = tmp_path / "ch-run"
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$ISTHMUS_TLS_DIR" "$ISTHMUS_DATA"\n')
     program.chmod(0o755)
@@ -300,7 +300,7 @@ def test_the_set_up_leads_to_the_launcher(tmp_path: Path, launcher: dict[str, ob
 
 @pytest.mark.parametrize(("handler", "code"), [("trap 'echo bye; exit 5' TERM;", 5), ("", 143)])
 def test_sigterm_reaches_the_script_and_its_own_end_counts(site: Policy, handler: str, code: int) -> None:
-    run(site, spec(command=["true"]))  # lays the directories out
+    run(site, spec(command=["true"]))  # creates the directories
     path, ready = site.run_dir / KEY / "batch.sh", site.run_dir / KEY / "work" / "1" / "ready"
     ready.unlink(missing_ok=True)
     command = ["sh", "-c", f"{handler} touch ready; while :; do sleep 0.05; done"]
@@ -311,12 +311,12 @@ def test_sigterm_reaches_the_script_and_its_own_end_counts(site: Policy, handler
     while not ready.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)  # to the batch shell alone, as Slurm does
+    os.kill(process.pid, signal.SIGTERM)  # only to the batch shell, as Slurm does
     assert process.wait(60) == code
     assert (site.run_dir / KEY / "tasks" / "1.exit").read_text() == f"77 0 {code}\n"
 
 
-def test_a_client_that_shares_its_job_is_told_its_own_number(site: Policy) -> None:
+def test_a_client_that_shares_its_job_gets_its_own_number(site: Policy) -> None:
     request = spec(command=[PYTHON, "-c", PROBE], clients_per_job=2, replicas=5, total_clients=7)
     result = run(site, request, 2, SLURM_PROCID="0", SLURM_RESTART_COUNT="1")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
@@ -355,21 +355,21 @@ def test_the_comment_in_the_queue() -> None:
     assert comment(spec(job="a b\n%j"), "spiffe://a b%j") == "isthmus default/a_b__j/lumi for spiffe_//a_b_j"
 
 
-def test_a_process_that_outlived_its_requeue_says_nothing_more(site: Policy) -> None:
-    """Slurm gave its node up and started the task again, while it lived on."""
+def test_a_process_that_outlived_its_requeue_writes_no_marker(site: Policy) -> None:
+    """Slurm gave up its node and restarted the task, while the old process kept running."""
     tasks = site.run_dir / KEY / "tasks"
     started_again = f"printf '77 1 n2\\n' >{shlex.quote(str(tasks / '6.start'))}; exit 9"
     assert run(site, spec(replicas=9, command=["sh", "-c", started_again]), index=6).returncode == 9
     assert not (tasks / "6.exit").exists()
     assert run(site, spec(replicas=9, command=["true"]), index=6, SLURM_RESTART_COUNT="1").returncode == 0
     assert (tasks / "6.exit").read_text() == "77 1 0\n"
-    # One of an array before that never counts as newer.
+    # An attempt of an earlier array never counts as newer.
     (tasks / "6.start").write_text("76 5 n2\n")
     run(site, spec(replicas=9, command=["true"]), index=6)
     assert (tasks / "6.exit").read_text() == "77 0 0\n"
 
 
-def test_marks_of_a_start_that_is_over_say_nothing_of_the_next(tmp_path: Path) -> None:
+def test_markers_of_an_earlier_start_are_ignored(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path, KEY)
     directory.create({"tls.key": b"key"})
     tasks = tmp_path / KEY / "tasks"

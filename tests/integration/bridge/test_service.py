@@ -1,4 +1,4 @@
-"""Over real gRPC with mutual TLS; only Slurm is imagined."""
+"""The service over real gRPC with mutual TLS; only Slurm is fake."""
 
 import datetime as dt
 import sqlite3
@@ -110,7 +110,7 @@ def test_status_codes(connect: Connect) -> None:
     assert refused(lambda: stub.GetPool(pb.GetPoolRequest(key="no-such-pool")))[0] is grpc.StatusCode.NOT_FOUND
 
 
-def test_strangers_are_kept_out(connect: Connect, bridge: Bridge) -> None:
+def test_strangers_are_refused(connect: Connect, bridge: Bridge) -> None:
     code, details = refused(lambda: connect("nobody").DescribeSite(pb.DescribeSiteRequest()))
     assert code is grpc.StatusCode.PERMISSION_DENIED
     assert details == "policy identities: 'isthmus://operator/nobody' is not known at this site"
@@ -144,7 +144,7 @@ def test_a_caller_that_the_policy_no_longer_names_is_refused(connect: Connect, b
     assert details == "policy identities: 'isthmus://operator/prod' is not known at this site"
 
 
-def test_a_pool_that_cannot_be_told_hides_no_other(
+def test_a_pool_that_cannot_be_shown_hides_no_other(
     connect: Connect, bridge: Bridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub, bad = connect("prod"), "b" * 32
@@ -165,7 +165,7 @@ def _all_but(key: str) -> Callable[[Entry], pb.Pool]:
     return told
 
 
-def test_a_forged_exit_code_in_an_older_journal_is_told_as_none() -> None:
+def test_a_forged_exit_code_in_an_older_journal_is_not_shown() -> None:
     task = TaskObservation("FAILED", exit_code=99999999999)
     entry = Entry(KEY, "x", State.SUBMITTED, spec=spec().SerializeToString(), observation=Observation({0: task}))
     assert [each.exit_code for each in to_pool(entry).tasks] == [-1]
@@ -232,11 +232,11 @@ def test_renewed_credentials_reach_the_tasks_of_a_living_pool(
     assert stub.RenewCredentials(request, timeout=60).slurm_job_id == "100"
     assert Credentials.read(tls) == fresh
     for path in tls.iterdir():
-        # Put in place as a whole, for its owner only.
+        # Each file was replaced atomically, and is private to its owner.
         assert path.stat().st_mode & 0o777 == 0o600
         assert path.stat().st_ino != before[path.name]
     assert slurm.submissions == 1
-    # Other callers, malformed certificates and pools that are over are refused.
+    # Other callers, malformed certificates and pools that have ended are refused.
     other = connect("test")
     assert refused(lambda: other.RenewCredentials(request, timeout=60))[0] in (
         grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DENIED,
@@ -250,14 +250,14 @@ def test_renewed_credentials_reach_the_tasks_of_a_living_pool(
     assert not tls.exists()
 
 
-def test_a_pool_tells_the_sites_time(connect: Connect) -> None:
+def test_a_pool_contains_the_sites_time(connect: Connect) -> None:
     assert abs(ensure(connect("prod")).now - time.time()) < 60
 
 
 def test_the_bridges_own_certificate_is_renewed_while_it_runs(
     bridge: Bridge, authority: Authority, tmp_path: Path
 ) -> None:
-    """No restart, no signal: new connections get the newest files, and trust what they name."""
+    """Without restart or signal, new connections use the newest files, and trust the CA in them."""
 
     def describe(by: Authority, trusted: bytes) -> str:
         own = by.issue("prod", DAY, uris=[operator_identity("prod")])
@@ -273,7 +273,7 @@ def test_the_bridges_own_certificate_is_renewed_while_it_runs(
     assert refused(lambda: describe(authority, newer.certificate))[0] is grpc.StatusCode.UNAVAILABLE
 
 
-def test_a_full_journal_disk_is_trouble_that_passes(
+def test_a_full_journal_disk_is_a_temporary_error(
     bridge: Bridge, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: Journal, entry: Entry) -> Entry:

@@ -1,4 +1,4 @@
-"""Files that a job plants in its pool's directory affect its own pool at most."""
+"""Files that a job plants in its pool's directory affect at most its own pool."""
 
 import os
 import pwd
@@ -18,7 +18,7 @@ from tests.support.fake_slurm import KEY, World
 
 
 def ends(what: Callable[[], object]) -> bool:
-    """Return whether the call ends."""
+    """Return True if the call ends."""
     thread = threading.Thread(target=what, daemon=True)
     thread.start()
     thread.join(60)
@@ -26,7 +26,7 @@ def ends(what: Callable[[], object]) -> bool:
 
 
 def running(world: World, **changes: object) -> Path:
-    """A pool whose jobs run; its directory."""
+    """Return the directory of a pool whose jobs run."""
     world.ensure(**changes)
     world.tick()
     world.array().states = ["RUNNING"] * len(world.array().states)
@@ -34,18 +34,18 @@ def running(world: World, **changes: object) -> Path:
     return world.policy.run_dir / KEY
 
 
-def test_a_pipe_for_a_clients_exit_keeps_nobody_waiting(world: World) -> None:
+def test_a_pipe_in_place_of_a_clients_exit_does_not_block(world: World) -> None:
     os.mkfifo(running(world, clients_per_job=3) / "tasks" / "0.exit")
     assert ends(world.tick)
 
 
-def test_a_pipe_for_a_tasks_start_keeps_nobody_waiting(world: World) -> None:
+def test_a_pipe_in_place_of_a_tasks_start_does_not_block(world: World) -> None:
     os.mkfifo(running(world) / "tasks" / "0.start")
     world.array().visible = world.slurm.keeps_accounts = False
     assert ends(world.tick)
 
 
-def test_pipes_in_the_place_of_what_the_bridge_writes_keep_nobody_waiting(tmp_path: Path) -> None:
+def test_pipes_in_place_of_the_bridges_files_do_not_block(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, KEY)
     run.create({"tls.key": b"key"})
     run.write_code({"train.py": b"old"})
@@ -65,7 +65,7 @@ def test_pipes_in_the_place_of_what_the_bridge_writes_keep_nobody_waiting(tmp_pa
     assert [path.name for path in run.path.glob("**/.*")] == [".isthmus-pool"]
 
 
-def test_a_pipe_for_the_moment_of_a_request_keeps_nobody_waiting_and_says_nothing(tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_a_requests_time_does_not_block_and_is_ignored(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "request.until")
     failures: list[OSError] = []
 
@@ -84,7 +84,7 @@ def test_a_pipe_for_the_moment_of_a_request_keeps_nobody_waiting_and_says_nothin
     assert ends(lambda: in_flight.announce(tmp_path, 60.0)) and in_flight.may_run(tmp_path)
 
 
-def test_a_pipe_for_the_owners_name_names_nobody(tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_the_owners_name_is_ignored(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "credentials-of")
     assert ends(lambda: owner(tmp_path)) and owner(tmp_path) == ""
 
@@ -101,7 +101,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def own_folder() -> Iterator[Path]:
-    """A folder of an ordinary user, as whom the test goes on: root may write anywhere."""
+    """Yield a directory of an ordinary user, and continue as that user, because root may write anywhere."""
     folder = Path(tempfile.mkdtemp())
     before = os.geteuid()
     if before == 0:
@@ -138,7 +138,7 @@ def test_folders_that_a_job_made_read_only_are_removed_and_no_link_is_followed(o
     run.forget_credentials()
 
 
-def test_credentials_whose_folder_a_job_made_a_link_are_no_trouble(tmp_path: Path) -> None:
+def test_a_link_in_place_of_the_credentials_folder_is_harmless(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, KEY)
     run.create({})
     (elsewhere := tmp_path / "elsewhere").mkdir()

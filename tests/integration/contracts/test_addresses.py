@@ -1,4 +1,4 @@
-"""``host:port`` in both families, and servers that listen in both."""
+"""``host:port`` in both address families, and servers that listen in both."""
 
 import socket
 from typing import Any
@@ -18,18 +18,18 @@ from isthmus_contracts.wire.http_server import serve_metrics
         ("gateway.example:0", ("gateway.example", 0)),
     ],
 )
-def test_apart_and_together(text: str, parts: tuple[str, int]) -> None:
+def test_splitting_and_joining_addresses(text: str, parts: tuple[str, int]) -> None:
     assert split(text) == parts
     assert joined(*parts) == text
 
 
 @pytest.mark.parametrize("text", ["8080", ":8080", "[]:80", "h:", "h:http", "h:65536", "h:-1", "h:²"])
-def test_what_is_no_address(text: str) -> None:
+def test_malformed_addresses(text: str) -> None:
     with pytest.raises(ValueError, match="is not HOST:PORT"):
         split(text)
 
 
-def test_an_ipv6_address_without_brackets_is_told_of_them() -> None:
+def test_the_error_for_an_ipv6_address_mentions_the_brackets() -> None:
     with pytest.raises(ValueError, match=r"an IPv6 address goes into brackets, as in \[::1\]:8080"):
         split("fd00::7:8080")
 

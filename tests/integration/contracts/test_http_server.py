@@ -1,4 +1,4 @@
-"""Servers of /metrics and of probes: strangers who keep connections open neither add threads nor keep others out."""
+"""Servers of /metrics and of probes: connections that strangers keep open neither add threads nor block others."""
 
 import socket
 import threading
@@ -39,7 +39,7 @@ def test_silent_connections_make_room(port: int) -> None:
             stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
             for _ in range(3 * CONNECTIONS)
         ]
-        # The oldest are ended, a request is answered, and threads stay few.
+        # The oldest are closed, a request is answered, and the number of threads stays small.
         for one in silent[: 2 * CONNECTIONS]:
             assert one.recv(1) == b""
         assert scrape(port) == b"isthmus_up 1\n"

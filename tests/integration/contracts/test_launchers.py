@@ -1,4 +1,4 @@
-"""Logs of scripts that torchrun or accelerate has started."""
+"""Logs of scripts that torchrun or accelerate started."""
 
 import pytest
 
@@ -58,7 +58,7 @@ def test_the_scripts_own_exception_is_the_end(script: list[str], report: list[st
         [],
         ["epoch 1", "epoch 2"],
         PLAIN,
-        ["epoch 1", *AGENT, *TORCHRUN],  # sys.exit(3): the report alone knows it
+        ["epoch 1", *AGENT, *TORCHRUN],  # sys.exit(3): only the report shows it
         [*PLAIN, "During handling of the above exception, another exception occurred:", *PLAIN],
         [*PLAIN, "Traceback (most recent call last):", '  File "train.py", line 2', "subprocess.CalledProcessError: x"],
     ],

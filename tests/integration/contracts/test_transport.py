@@ -27,7 +27,7 @@ def authority() -> Authority:
 
 @pytest.fixture
 async def port(authority: Authority, tmp_path: Path) -> AsyncIterator[int]:
-    """A server whose certificate ends in a moment: it is still good for this test."""
+    """Yield the port of a server whose certificate expires soon, but not before this test ends."""
     authority.issue("server", dt.timedelta(seconds=1), hosts=["127.0.0.1"]).write(tmp_path)
 
     async def answer(request: bytes, context: Any) -> bytes:
@@ -49,7 +49,7 @@ async def echo(channel: aio.Channel) -> bytes:
 async def test_a_renewed_certificate_costs_no_connection(authority: Authority, port: int, tmp_path: Path) -> None:
     client = authority.issue("client", _DAY, uris=["isthmus://x"])
     async with aio_channel(f"127.0.0.1:{port}", client) as kept:
-        # Renewed before anybody had connected: with the first one, which may be over by now, nobody could.
+        # Renew before any client has connected: none could use the first certificate, which may have expired by now.
         authority.issue("server", _DAY, hosts=["127.0.0.1"]).write(tmp_path)
         assert await echo(kept) == b"x"
         before = Credentials.read(tmp_path)
@@ -58,13 +58,13 @@ async def test_a_renewed_certificate_costs_no_connection(authority: Authority, p
         assert await echo(kept) == b"x"
         async with aio_channel(f"127.0.0.1:{port}", client) as fresh:
             assert await echo(fresh) == b"x"
-        # Files that are half there, as in the middle of a renewal, change nothing.
+        # Incomplete files, as in the middle of a renewal, change nothing.
         (tmp_path / "tls.key").unlink()
         async with aio_channel(f"127.0.0.1:{port}", client) as fresh:
             assert await echo(fresh) == b"x"
 
 
-async def test_strangers_are_refused_all_the_same(port: int, tmp_path: Path) -> None:
+async def test_strangers_are_still_refused(port: int, tmp_path: Path) -> None:
     other = Authority.create("other", _DAY)
     stranger = Credentials(
         Credentials.read(tmp_path).ca, *list(vars(other.issue("c", _DAY, uris=["isthmus://x"])).values())[1:]
@@ -105,7 +105,7 @@ asyncio.run(main())
 async def test_a_node_whose_clock_is_wrong_by_hours_connects(
     hours: int, authority: Authority, port: int, tmp_path: Path, require: Callable[[bool, str], None]
 ) -> None:
-    """The widest error of all that ordinary mistakes make: a local time that is taken for UTC."""
+    """The clock shows local time as UTC, the largest error that an ordinary mistake makes."""
     require(faketime.library() is not None, "libfaketime is not installed")
     authority = authority.renewed(30 * _DAY)
     authority.issue("server", 7 * _DAY, hosts=["127.0.0.1"]).write(tmp_path)
@@ -120,8 +120,8 @@ async def test_a_node_whose_clock_is_wrong_by_hours_connects(
     assert abs(off - dt.timedelta(hours=hours)) < dt.timedelta(minutes=10), "its clock was not wrong at all"
 
 
-def test_calls_of_a_connection_are_said_once() -> None:
-    """Of two values of an option gRPC takes the first."""
+def test_the_option_for_calls_per_connection_is_set_once() -> None:
+    """gRPC uses the first of two values of an option."""
     options = transport.server_options(calls=8)
     assert [value for name, value in options if name == "grpc.max_concurrent_streams"] == [8]
     assert dict(options).keys() == dict(transport.SERVER_OPTIONS).keys()

@@ -12,7 +12,7 @@ from isthmus_contracts.wire.tunnel import CHUNK, Connections, TunnelError
 
 
 class Stream:
-    """What one end wrote; it can be made to take no more."""
+    """Stream that records the written frames, and can stop accepting them."""
 
     def __init__(self) -> None:
         self.frames: list[pb.Frame] = []
@@ -32,7 +32,7 @@ async def until(condition: object) -> None:
 
 @asynccontextmanager
 async def socket_pair(folder: Path) -> AsyncIterator[tuple[asyncio.StreamReader, ...]]:
-    """(reader, writer) of this end, then of the far one."""
+    """Return (reader, writer) of the local end, then of the remote end."""
     arrived: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -47,7 +47,7 @@ async def socket_pair(folder: Path) -> AsyncIterator[tuple[asyncio.StreamReader,
     server.close()
 
 
-async def test_bytes_go_both_ways_and_the_end_is_told_once(tmp_path: Path) -> None:
+async def test_bytes_go_both_ways_and_the_end_is_sent_once(tmp_path: Path) -> None:
     stream = Stream()
     connections = Connections(stream.write)
     async with socket_pair(tmp_path) as (reader, writer, far_reader, far_writer):
@@ -60,7 +60,7 @@ async def test_bytes_go_both_ways_and_the_end_is_told_once(tmp_path: Path) -> No
         far_writer.close()  # type: ignore[attr-defined]
         await asyncio.wait_for(pump, 30)
     assert stream.frames[1:] == [pb.Frame(close=7)]
-    # What was on its way for it is dropped.
+    # Frames that were already on the way are dropped.
     await connections.receive(pb.Frame(data=pb.Data(connection=7, content=b"late")))
     await connections.receive(pb.Frame(close=7))
 
@@ -106,6 +106,6 @@ async def test_a_stream_that_does_not_flow_stops_the_sender(tmp_path: Path) -> N
     ],
     ids=["hello", "open", "empty", "long"],
 )
-async def test_what_does_not_belong_there_ends_the_tunnel(frame: pb.Frame, says: str) -> None:
+async def test_unexpected_frames_end_the_tunnel(frame: pb.Frame, says: str) -> None:
     with pytest.raises(TunnelError, match=says):
         await Connections(Stream().write).receive(frame)

@@ -1,4 +1,4 @@
-"""The site builds without a warning, and its generated pages are as the code is."""
+"""The documentation builds without a warning, and its generated pages match the code."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def build(configuration: Path, site: Path) -> subprocess.CompletedProcess[str]:
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = build(ROOT / "mkdocs.yml", tmp_path)
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
-    # A link to a file of the repository leads to a copy of it.
+    # A link to a file of the repository leads to a copy of the file.
     assert (tmp_path / "repository" / "bridge" / "examples" / "policy.yaml.txt").read_bytes() == (
         ROOT / "bridge" / "examples" / "policy.yaml"
     ).read_bytes()
@@ -47,7 +47,7 @@ def test_a_dead_link_fails_the_build(tmp_path: Path, link: str) -> None:
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse words its help differently in other versions")
-def test_what_no_malicious_party_can_do_is_proved_by_tests_that_exist() -> None:
+def test_the_tests_in_the_tables_of_attacks_exist() -> None:
     """Each row of the two tables names its tests."""
     text = (ROOT / "docs" / "design" / "security.md").read_text(encoding="utf-8")
     part = text[text.index("## What a malicious party can do") : text.index("### Bounds on what clients send")]
@@ -73,7 +73,7 @@ def test_the_reference_is_the_generated_one(tmp_path: Path) -> None:
 
 
 def test_the_paths_that_documents_name_exist() -> None:
-    """Each name of a Python file, and each path in a top-level folder, is one of the repository's."""
+    """Each name of a Python file, and each path in a top-level folder, exists in the repository."""
     top = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")} - {
         "build",
         "dist",

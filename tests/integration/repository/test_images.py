@@ -1,4 +1,4 @@
-"""The image builder without an engine: what an image is made from, and what it borrows from the machine."""
+"""The image builder without an engine: its inputs, and the settings that it takes from the machine."""
 
 import re
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_pips_configuration_is_passed_on_without_the_machines_paths(
     assert borrowed.pip_conf.stat().st_mode & 0o077 == 0
 
 
-def test_a_machine_without_configuration_lends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_configuration_nothing_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in host.CA_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(host, "output_of", lambda command: "")

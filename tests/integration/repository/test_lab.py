@@ -1,4 +1,4 @@
-"""The installation of what tests need, and the count of those that are skipped."""
+"""Installation of the tests' requirements, and the count of skipped tests."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def test_each_skipped_test_leaves_its_reason(tmp_path: Path, workers: str) -> No
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The packages that apt was asked to install; none of the wanted ones is there before."""
+    """Yield the packages that apt was asked to install; none of them is installed before."""
     asked: list[str] = []
     monkeypatch.setattr(debian, "missing", list)
     monkeypatch.setattr(debian, "install", asked.extend)
@@ -68,7 +68,7 @@ NAMES = "curl faketime liblua5.1-0 prometheus shellcheck sudo"
         (0, None, ["client tools"], f"not Debian: install the equivalents of {NAMES};"),
     ],
 )
-def test_tools_are_installed_where_they_may_be(
+def test_tools_are_installed_in_a_writable_place(
     calls: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     user: int, apt: str | None, installed: list[str], says: str,
 ) -> None:  # fmt: skip
@@ -90,7 +90,7 @@ def test_builds_may_be_kept_apart_from_the_cache(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "builds" / "a" / "x").exists() and (tmp_path / "builds" / "locks" / "a").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "file"))
     with pytest.raises(LabError, match=r"the cache .*/file cannot be written \(Not a directory\); set ISTHMUS_CACHE"):

@@ -1,4 +1,4 @@
-"""Each target installs what it needs before it runs, and no more; who cannot have it learns what is missing."""
+"""Each target installs only what it needs before it runs; if it cannot, it says what is missing."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ PACKAGES = ["-e contracts", "-e runtime", "-e bridge", "-e operator", "-e exampl
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout without a virtual environment, as far as the Makefile looks at it."""
+    """Return a checkout without a virtual environment, with the files that the Makefile reads."""
     for name in ("Makefile", "constraints.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     for package in PACKAGES:
@@ -25,7 +25,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def make(checkout: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    # Not the variables of a make that runs these tests.
+    # Leave out the variables of a make that runs these tests.
     kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     return subprocess.run(
         ["make", "--no-print-directory", *arguments],
@@ -50,10 +50,10 @@ def test_a_target_installs_the_packages_and_its_group(checkout: Path, target: st
     assert not used or lines.index("touch .venv/.with-product") < used[0]
 
 
-def test_an_ordinary_user_learns_what_is_missing(checkout: Path) -> None:
+def test_an_ordinary_user_sees_what_is_missing(checkout: Path) -> None:
     programs = checkout / "programs"
     programs.mkdir()
-    # A Python without ensurepip, as Debian's is without python3-venv; and a user who is not root.
+    # A Python without ensurepip, like Debian's without python3-venv; and a user who is not root.
     (programs / "python3").write_text('#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; esac\n')
     (programs / "id").write_text("#!/bin/sh\necho 1000\n")
     for program in programs.iterdir():

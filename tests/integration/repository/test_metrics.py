@@ -1,4 +1,4 @@
-"""docs/operating/metrics.md tells of the metrics that there are, and of no others."""
+"""docs/operating/metrics.md lists exactly the existing metrics."""
 
 import re
 import urllib.request
@@ -18,7 +18,7 @@ from isthmus_operator.metrics import REGISTRY, JobsCollector
 DOCS = (Path(__file__).parents[3] / "docs" / "operating" / "metrics.md").read_text()
 Description = tuple[str, frozenset[str]]  # type, labels
 OF_EVERY_JOB = {"namespace", "job"}
-# The contract's labels, and a few whose values are small closed sets. None of them tells clients apart.
+# The contract's labels, and a few with small closed sets of values. None of them distinguishes clients.
 ALLOWED = {"namespace", "job", "pool", "site", "state", "stage", "result", "reason", "codec", "metric"}
 
 
@@ -98,5 +98,5 @@ def test_every_reason_and_stage_is_explained(values: Iterable[str], title: str) 
     assert set(re.findall(r"`(\w+)`", first_cells)) - {"stage", "reason"} == {str(value) for value in values}
 
 
-def test_clients_tell_what_the_aggregator_knows() -> None:
+def test_clients_report_the_metrics_that_the_aggregator_knows() -> None:
     assert set(REPORTED_STAGES.values()) == set(CLIENT_STAGES)

@@ -35,7 +35,7 @@ def test_no_pinned_version_refuses_a_promised_python(python: str) -> None:
     assert not refusing
 
 
-def test_all_that_the_groups_name_is_pinned() -> None:
+def test_all_packages_of_the_groups_are_pinned() -> None:
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
     named = {
         canonicalize_name(Requirement(each).name)

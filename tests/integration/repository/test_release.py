@@ -1,4 +1,4 @@
-"""One version everywhere, and a release that holds what docs/development/releases.md promises (without the images)."""
+"""One version everywhere, and a release with the content that docs/development/releases.md promises, except images."""
 
 import json
 import tarfile
@@ -32,7 +32,7 @@ def test_a_new_version_reaches_every_place(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.mark.parametrize("wrong", ["", "1.2", "v1.2.3", "1.2.3 ", "1.2.3-beta"])
-def test_what_is_no_version_is_refused(wrong: str) -> None:
+def test_malformed_versions_are_refused(wrong: str) -> None:
     with pytest.raises(version.ReleaseError, match="no version"):
         version.write(wrong)
 

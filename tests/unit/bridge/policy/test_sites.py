@@ -1,4 +1,4 @@
-"""Policies of real sites, the sbatch command lines that result from them, and the options that only an admin can set."""
+"""Policies of real sites, the resulting sbatch command lines, and the options that only an admin can set."""
 
 from pathlib import Path
 
