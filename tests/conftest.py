@@ -1,4 +1,4 @@
-"""What every layer shares: a missing component skips with a hint, or fails where nothing may be skipped."""
+"""Fixtures and hooks for all tests: a missing component skips with a hint, or fails where nothing may be skipped."""
 
 import os
 from collections.abc import Callable
@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# How long an example takes says more about what else the machine does.
+# No deadline: an example's duration depends mostly on the load of the machine.
 settings.register_profile("isthmus", deadline=None)
 settings.load_profile("isthmus")
 
 
 @pytest.fixture(scope="session")
 def require() -> Callable[[bool, str], None]:
-    """``require(present, hint)``: skips the test unless ``present``; with ISTHMUS_REQUIRE_ALL=1 it fails instead."""
+    """Return ``require(present, hint)``, which skips the test unless ``present``.
+
+    With ISTHMUS_REQUIRE_ALL=1 it fails the test instead.
+    """
 
     def check(present: bool, hint: str) -> None:
         if not present:

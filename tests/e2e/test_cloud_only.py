@@ -29,7 +29,5 @@ def test_a_script_that_raises_in_a_pod(cluster: Platform, job: str) -> None:
     condition = eventually("the job has failed", failed)
     assert condition["reason"] == "QuorumImpossible"
     (pool,) = cluster.status(job)["pools"]
-    assert (
-        pool["failed"] >= 1
-    )  # one failure makes the quorum impossible, so nothing waits for the other client
+    assert pool["failed"] >= 1  # one failure makes the quorum impossible, so nothing waits for the other client
     assert "ValueError: no such column: age" in pool["reason"]

@@ -23,6 +23,7 @@ CHECKED_PROSE = (
     "lab",
     "operator",
     "runtime",
+    "tests",
     "tools",
 )
 

@@ -1,4 +1,4 @@
-"""The relay: the part of a connection that it reads, the destination that it selects, and the connections it refuses."""
+"""The relay: the part of a connection that it reads, the destination that it selects, and its refusals."""
 
 import datetime as dt
 import resource

@@ -217,9 +217,7 @@ def drip() -> Iterator[bytes]:
     ],
     ids=["silent", "dripping", "closed", "cut"],
 )
-def test_a_partial_answer_is_ambiguous(
-    daemon: Daemon, tmp_path: Path, answer: Any, said: str, timeout: float
-) -> None:
+def test_a_partial_answer_is_ambiguous(daemon: Daemon, tmp_path: Path, answer: Any, said: str, timeout: float) -> None:
     adapter = made(daemon, tmp_path, timeout=timeout)
     daemon.answers[SUBMIT] = answer
     daemon.answers["/slurm/v0.0.41/jobs"] = answer

@@ -40,7 +40,7 @@ def reason_of(client: HandMadeClient, header: pb.UpdateHeader, *stream: object) 
 
 
 def strange(client: HandMadeClient, header: pb.UpdateHeader) -> bool:
-    """Report whether a push is refused because the certificate is another client's, before anything is read of it."""
+    """Return True if a push is refused because the certificate is another client's, before its body is read."""
     with pytest.raises(grpc.RpcError) as caught:
         client.push(header)
     return caught.value.code() is grpc.StatusCode.PERMISSION_DENIED

@@ -37,8 +37,8 @@ def test_real_sinks(
     clients = [job.start_client(script, index, PAUSE="0.1", HOLD="5") for index in range(2)]
     job.wait_for_round(4)  # the fifth waits
     # MLflow itself writes its files in place: a kill while it does so leaves some that cannot be read.
-    eventually("MLflow has all of round 4", lambda: _all_of_round(4, job.state, tmp_path / "mlruns"))
-    job.kill_aggregator()  # as hard as it gets: the run goes on under its name
+    eventually("MLflow has all of round 4", lambda: _has_metrics_of_round(4, job.state, tmp_path / "mlruns"))
+    job.kill_aggregator()  # SIGKILL; the MLflow run is resumed
     job.start_aggregator()
     job.let_go()
     status = job.wait_for_completion()
@@ -55,7 +55,7 @@ def test_real_sinks(
         assert scores[number] == pytest.approx(2 / 3)
     assert {event.value for event in accumulator.Scalars("round/updates")} == {2.0}
 
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # for us, who read
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # for the reader below
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("digits")
     assert experiment is not None
@@ -70,8 +70,8 @@ def test_real_sinks(
     assert history == {number: pytest.approx(record["metrics"]["train_loss"]) for number, record in records.items()}
 
 
-def _all_of_round(number: int, state: Path, runs: Path) -> bool:
-    """Whether MLflow's store of plain files has whatever a round's record names."""
+def _has_metrics_of_round(number: int, state: Path, runs: Path) -> bool:
+    """Return True if MLflow's file store contains all metrics of a round's record."""
     lines = (state / "rounds.jsonl").read_text().splitlines(keepends=True)
     records = [RoundRecord.of_text(line) for line in lines if line.endswith("\n")]
     names = {name for record in records if record.round == number for name in numbers_of(record)}
@@ -83,7 +83,7 @@ def _all_of_round(number: int, state: Path, runs: Path) -> bool:
 
 def test_a_server_that_is_away_stops_nothing(federation: Make, script: Path) -> None:
     with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        nobody.bind(("127.0.0.1", 0))  # bound, but not listening
         uri = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         job = federation(1, 100_000, tracking={"mlflow": {"trackingUri": uri}})
         job.start_aggregator()

@@ -21,7 +21,7 @@ SITE = "lumi"
 
 
 async def until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
-    """The first true answer."""
+    """Wait until the condition returns a true value, and return it."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
     while not (answer := condition()):
@@ -31,7 +31,7 @@ async def until(condition: Callable[[], Any], what: str, seconds: float = 120.0)
 
 
 class Kube:
-    """A store of Secrets."""
+    """Store of Secrets."""
 
     def __init__(self) -> None:
         self.secrets: dict[str, dict[str, Any]] = {}
@@ -51,7 +51,7 @@ class OperatorSide:
         self.start()
 
     def start(self) -> None:
-        """(Re)starts as a new operator would: with nothing in memory."""
+        """Start or restart, as a new operator would: with nothing in memory."""
         self.gateway = Gateway(lambda site: None)
         self.channels = BridgeChannels(self.kube, self.sites, self.gateway.addresses)  # type: ignore[arg-type]
         self.bridges = Bridges(self.channels, Clock())
@@ -64,7 +64,7 @@ class OperatorSide:
         await self.bridges.close()
 
     def knows(self, authority: Authority) -> None:
-        """There is an HPCSite that dials out, with a certificate of the site's authority for the operator."""
+        """Add an HPCSite that dials out, with a certificate from the site's CA for the operator."""
         files = authority.issue("prod", DAY, uris=[operator_identity("prod")]).files()
         data = {name: base64.b64encode(content).decode() for name, content in files.items()}
         self.kube.secrets["bridge"] = {"data": data}

@@ -1,4 +1,4 @@
-"""`isthmus-bridge` as it is, with a Slurm that is imagined: ``python -m`` this module, then the usual arguments."""
+"""`isthmus-bridge` with a fake Slurm: ``python -m`` this module, then the usual arguments."""
 
 import sys
 import time

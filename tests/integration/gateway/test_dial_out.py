@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class BridgeProcess:
-    """A site with a CA of its own, whose bridge knows only the gateway."""
+    """Site with its own CA, whose bridge knows only the gateway."""
 
     def __init__(
         self, folder: Path, gateway: Authority, port: int, authority: Authority | None = None, host: str = "localhost"
@@ -56,7 +56,7 @@ class BridgeProcess:
             self.process = subprocess.Popen(argv, cwd=ROOT, stderr=log)
 
     def said(self) -> list[dict[str, Any]]:
-        """Return its log's JSON lines."""
+        """Return the JSON lines of the bridge's log."""
         lines = (self.folder / "log").read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
@@ -64,7 +64,7 @@ class BridgeProcess:
         return any(text in line["message"] for line in self.said())
 
     def listens(self) -> list[str]:
-        """Addresses of its TCP sockets that accept connections."""
+        """Return the addresses of the bridge's listening TCP sockets."""
         assert self.process is not None
         inodes = set()
         for entry in Path(f"/proc/{self.process.pid}/fd").iterdir():
@@ -145,7 +145,7 @@ async def test_either_side_may_be_killed_and_comes_back(operator: OperatorSide, 
     site.process.send_signal(signal.SIGSTOP)
     call = asyncio.ensure_future(stub.GetPool(pb.GetPoolRequest(key=KEY)))
     site.end(signal.SIGKILL)
-    # What is under way fails at once, as with any connection that breaks.
+    # The call fails at once, as over any connection that breaks.
     with pytest.raises(aio.AioRpcError) as broken:
         await asyncio.wait_for(call, 60)
     assert broken.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -161,7 +161,7 @@ async def test_either_side_may_be_killed_and_comes_back(operator: OperatorSide, 
     assert (await operator.bridges.get(SITE, KEY, 1)).job_id == before.job_id
 
 
-async def test_a_site_that_lets_nothing_out_but_through_its_proxy(
+async def test_a_site_that_only_its_proxy_connects_to_the_outside(
     operator: OperatorSide, tmp_path: Path, gateway_ca: Authority
 ) -> None:
     site = BridgeProcess(tmp_path / "site", gateway_ca, operator.port, host="gateway.invalid")
@@ -187,7 +187,7 @@ async def test_no_other_site_can_take_its_place(
 ) -> None:
     await operator.connected()
     address = operator.gateway.addresses[SITE]
-    # It says the site's name, and its certificate does too, but another site's authority signed it.
+    # It uses the site's name, also in its certificate, but the CA of another site signed it.
     impostor = BridgeProcess(tmp_path / "impostor", gateway_ca, operator.port)
     impostor.start()
     try:
@@ -200,7 +200,7 @@ async def test_no_other_site_can_take_its_place(
     assert (await operator.bridges.describe(SITE)).name == SITE
 
 
-async def test_a_gateway_of_another_authority_is_not_spoken_to(operator: OperatorSide, tmp_path: Path) -> None:
+async def test_a_gateway_of_another_authority_is_not_used(operator: OperatorSide, tmp_path: Path) -> None:
     deceived = BridgeProcess(tmp_path / "site", Authority.create("gateway CA", DAY), operator.port)
     operator.knows(deceived.authority)
     deceived.start()

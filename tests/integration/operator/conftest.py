@@ -11,14 +11,14 @@ from .operator_process import Operator
 
 @pytest.fixture
 def api() -> Iterator[ApiServer]:
-    """A fake API server with kube-system only."""
+    """Yield a fake API server that contains only kube-system."""
     with ApiServer() as server:
         yield server
 
 
 @pytest.fixture
 def operator(api: ApiServer, tmp_path: Path) -> Iterator[Operator]:
-    """An operator that is not started yet."""
+    """Yield an operator that is not started yet."""
     process = Operator(api.kubeconfig(tmp_path / "kubeconfig"), tmp_path / "operator.log")
     try:
         yield process

@@ -1,4 +1,4 @@
-"""Tests of the webhook's reviews, which equal the reconciler's."""
+"""The webhook's reviews, which must equal the reconciler's."""
 
 import datetime as dt
 import json
@@ -51,7 +51,7 @@ def test_the_reconciler_says_the_same(bad: dict[str, Any]) -> None:
     assert judge(bad) == Answer(False, f"{verdict.reason}: {verdict.message}")
 
 
-def test_a_site_that_may_yet_come_is_a_warning() -> None:
+def test_a_site_that_does_not_exist_yet_is_a_warning() -> None:
     wanted = spec(hpc=2)
     answer = review_job(body(wanted), None, None, {}, NONE)
     assert answer.allowed
@@ -73,7 +73,7 @@ def test_changes_that_need_a_new_job_are_refused() -> None:
     assert broken.message.startswith("the changed manifest is invalid and is refused: spec.rounds: ")
 
 
-def test_what_leaves_the_spec_alone_always_passes() -> None:
+def test_changes_outside_the_spec_always_pass() -> None:
     bad = spec(rounds=0)
     assert judge(bad, old=bad) == Answer(True)
     going = body(spec(rounds=0), deletionTimestamp="2030-01-01T00:00:00Z")
@@ -87,7 +87,7 @@ def test_a_sites_manifest() -> None:
     assert answer == Answer(False, "InvalidSpec: spec.allowedNamespaces: needs at least 1 item(s)")
 
 
-def test_defaults_are_written_down_and_change_no_verdict() -> None:
+def test_defaults_are_stored_and_change_no_verdict() -> None:
     wanted = spec(cloud=3)
     assert defaults(body(wanted)) == [
         {"op": "add", "path": "/spec/selection", "value": {"minClients": 2}},
@@ -102,12 +102,12 @@ def test_defaults_are_written_down_and_change_no_verdict() -> None:
     assert defaults(body(spec(rounds=0))) == []
 
 
-def test_the_users_own_manifest_is_taken_again_after_the_defaults_were_written_down() -> None:
+def test_the_users_own_manifest_is_accepted_after_the_defaults_were_stored() -> None:
     own = spec(cloud=3)
     stored = {**own, "selection": {"minClients": 2}, "stragglers": {"minUpdates": 2}}
     assert judge(own, old=stored, accepted=stored) == Answer(True)
     assert judge({**own, "suspend": True}, old=stored, accepted=stored) == Answer(True)
-    # Also the other way round: the webhook was down when the job was created.
+    # This also works in the other direction: the webhook was down when the job was created.
     assert judge(stored, old=own, accepted=own) == Answer(True)
     verdict = examine(job({**own, "suspend": True}), Observed(accepted=parse_spec(stored)))
     assert isinstance(verdict, Acceptance)
@@ -178,6 +178,6 @@ async def test_an_excluded_namespace_is_another_operators(tmp_path: Path) -> Non
     assert answer["response"]["allowed"] is True
 
 
-async def test_nonsense_is_answered_as_such(tmp_path: Path) -> None:
+async def test_malformed_reviews_are_refused(tmp_path: Path) -> None:
     webhook = Webhook(lambda *_: None, SiteStore(), NONE)
     assert await call(webhook, {"no": "review"}, "/validate", tmp_path) == {"code": 400}

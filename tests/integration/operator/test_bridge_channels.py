@@ -51,7 +51,7 @@ class Slow(BridgeServicer):
 
 
 class Site:
-    """A bridge with the operator's side of it."""
+    """A bridge and the operator's side of it."""
 
     def __init__(self, tls: Path) -> None:
         self.tls = tls
@@ -108,8 +108,11 @@ async def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     await server.stop(0)
 
 
-async def test_a_site_changes_its_authority_step_by_step_and_is_never_out_of_reach(site: Site) -> None:
-    """As docs/operating/bridge/install.md says: both are trusted before the new one signs what the other end checks."""
+async def test_a_site_changes_its_authority_step_by_step_and_stays_reachable(site: Site) -> None:
+    """docs/operating/bridge/install.md describes the steps.
+
+    Both CAs are trusted before the new one signs the certificate that the other end checks.
+    """
     old, new = site.authority, Authority.create("site", DAY)
     both = new.certificate + old.certificate
     assert await site.works()
@@ -122,7 +125,7 @@ async def test_a_site_changes_its_authority_step_by_step_and_is_never_out_of_rea
     site.calls_with(new, new.certificate)
     site.serves_with(new, new.certificate)
     await site.works_soon()
-    # The old one is no longer valid.
+    # The old certificate is no longer valid.
     site.calls_with(old, new.certificate)
     assert not await site.works()
 
@@ -159,7 +162,7 @@ async def test_a_silent_site_is_left_alone_and_says_so(impatient: Site) -> None:
     assert REGISTRY.get_sample_value("isthmus_operator_circuit_open", {"site": "here"}) == 1
     with pytest.raises(BridgeError, match="describes itself, but did not respond to its last calls"):
         await impatient.bridges.describe("here")
-    # One call tries it, and its response closes the breaker for all.
+    # One call tries the site, and its response closes the breaker for all.
     impatient.servicer.may.set()
     impatient.bridges._state("here").breaker._retry_at = 0.0
     assert (await impatient.bridges.get("here", "key", 0)).running == 1
@@ -167,7 +170,7 @@ async def test_a_silent_site_is_left_alone_and_says_so(impatient: Site) -> None:
     assert REGISTRY.get_sample_value("isthmus_operator_circuit_open", {"site": "here"}) == 0
 
 
-async def test_more_calls_than_a_site_gets_wait_no_longer_than_for_an_answer(impatient: Site) -> None:
+async def test_calls_above_the_limit_of_a_site_wait_no_longer_than_one_call(impatient: Site) -> None:
     count = 3 * bridge._CALLS_PER_SITE
     calls = [asyncio.create_task(impatient.bridges.get("here", "key", 0)) for _ in range(count)]
     async with asyncio.timeout(20):
@@ -176,7 +179,7 @@ async def test_more_calls_than_a_site_gets_wait_no_longer_than_for_an_answer(imp
     assert sum("DEADLINE_EXCEEDED" in str(error) for error in failed) <= count
 
 
-async def test_what_a_policy_does_not_take_now_is_said_in_its_own_words(site: Site) -> None:
+async def test_a_temporary_denial_shows_the_policys_message(site: Site) -> None:
     with pytest.raises(BridgeError) as caught:
         await site.bridges.cancel("here", "key", 0, "gone")
     assert (str(caught.value), caught.value.kind) == ("policy drain: not now", ProblemKind.UNREACHABLE)

@@ -98,7 +98,7 @@ async def end(call: Any) -> tuple[grpc.StatusCode, str]:
     ],
     ids=["data", "open", "protocol", "nameless", "path"],
 )
-async def test_a_bad_beginning_is_refused(world: World, frame: pb.Frame, says: str) -> None:
+async def test_a_malformed_first_frame_is_refused(world: World, frame: pb.Frame, says: str) -> None:
     async with world.dial() as call:
         await call.write(frame)
         code, details = await end(call)
@@ -137,7 +137,7 @@ async def test_a_bridge_that_breaks_the_protocol_loses_its_tunnel(
     ],
     ids=["not-it", "no-secret"],
 )
-async def test_a_bridge_without_a_proof_never_counts(world: World, kind: ProblemKind, code: grpc.StatusCode) -> None:
+async def test_a_bridge_without_a_proof_never_connects(world: World, kind: ProblemKind, code: grpc.StatusCode) -> None:
     async with world.dial() as first, world.dial() as second:
         await connected(world, first)
         address = world.gateway.addresses["lumi"]
@@ -163,9 +163,7 @@ async def test_a_newer_tunnel_takes_the_older_ones_place(world: World) -> None:
         await until(lambda: list(world.gateway.addresses) == ["leonardo"])
 
 
-async def test_one_caller_too_many_ends_the_oldest_that_has_proven_nothing(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_excess_caller_replaces_the_oldest_unproven_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_UNPROVEN", 2)
     world.proof.clear()
     async with AsyncExitStack() as stack:
@@ -187,7 +185,7 @@ async def test_one_caller_too_many_ends_the_oldest_that_has_proven_nothing(
         await until(lambda: not world.gateway._exited_without_proof)
 
 
-async def test_a_silent_stranger_is_let_go(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_stranger_is_disconnected(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_HELLO_SECONDS", 0.1)
     async with world.dial() as call:
         await call.wait_for_connection()

@@ -12,7 +12,7 @@ def refused(operator: Operator) -> dict[str, str]:
         return dict(json.loads(answer.read())["refused"])
 
 
-def test_one_namespace_that_is_refused_is_told_and_the_others_are_served(api: ApiServer, operator: Operator) -> None:
+def test_a_refused_namespace_is_reported_and_the_others_are_served(api: ApiServer, operator: Operator) -> None:
     api.watch_seconds = 1.0
     operator.start("-n", "a", "-n", "b", "--no-sites")
     for namespace in ("a", "b"):
@@ -53,7 +53,7 @@ def test_it_is_not_ready_where_every_namespace_is_refused(api: ApiServer, operat
     until(lambda: operator.probe("/readyz") == 200, "it is ready")
 
 
-def test_the_watch_of_a_refused_namespace_is_taken_up_again_however_late(api: ApiServer, operator: Operator) -> None:
+def test_the_watch_of_a_refused_namespace_restarts_after_any_time(api: ApiServer, operator: Operator) -> None:
     """By default kopf gives up after 54 seconds."""
     api.watch_seconds = 1.0
     operator.start("-n", "a", "-n", "b", "--no-sites")

@@ -70,7 +70,7 @@ async def test_its_status_is_read_at_the_pods_address(authority: Authority) -> N
     assert said.model is None
 
 
-async def test_another_authoritys_aggregator_is_no_answer(authority: Authority) -> None:
+async def test_an_aggregator_of_another_authority_is_ignored(authority: Authority) -> None:
     stranger = Authority.create("job", DAY).issue("operator", DAY, uris=["isthmus://x"])
     aggregators = Aggregators()
     try:

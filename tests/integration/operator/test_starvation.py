@@ -8,7 +8,7 @@ BOUND = 2.0  # seconds until an unrelated job is accepted
 JOBS = 40  # more than twice the operator's workers
 
 
-def test_jobs_at_a_dead_bridge_keep_no_other_job_waiting(api: ApiServer, operator: Operator) -> None:
+def test_jobs_at_a_dead_bridge_do_not_delay_others(api: ApiServer, operator: Operator) -> None:
     dead_site(api, "dead", bridge := DeadBridge())
     api.idle.add("hpc")
     operator.start("-A")
@@ -22,7 +22,7 @@ def test_jobs_at_a_dead_bridge_keep_no_other_job_waiting(api: ApiServer, operato
     assert max(during) < BOUND, during
 
 
-def test_silent_aggregators_keep_no_other_job_waiting(api: ApiServer, operator: Operator) -> None:
+def test_silent_aggregators_do_not_delay_other_jobs(api: ApiServer, operator: Operator) -> None:
     silent_aggregators(api, "silent")
     operator.start("-A")
     for number in range(JOBS):
@@ -36,7 +36,7 @@ def test_silent_aggregators_keep_no_other_job_waiting(api: ApiServer, operator: 
     assert max(during) < BOUND, during
 
 
-def test_more_dead_sites_than_workers_for_sites_keep_no_live_one_waiting(api: ApiServer, operator: Operator) -> None:
+def test_more_dead_sites_than_workers_do_not_delay_a_live_one(api: ApiServer, operator: Operator) -> None:
     for number in range(20):
         dead_site(api, f"dead{number}", DeadBridge())
     operator.start("-A")
@@ -49,9 +49,7 @@ def test_more_dead_sites_than_workers_for_sites_keep_no_live_one_waiting(api: Ap
     until(reachable, "the live site is reachable", 10)
 
 
-def test_a_site_that_answers_nothing_but_about_itself_is_told_to_be_unreachable(
-    api: ApiServer, operator: Operator
-) -> None:
+def test_a_site_that_answers_only_describe_is_reported_as_unreachable(api: ApiServer, operator: Operator) -> None:
     dead_site(api, "half", DeadBridge(describes_itself=True))
     api.idle.add("hpc")
     operator.start("-A")
@@ -65,7 +63,7 @@ def test_a_site_that_answers_nothing_but_about_itself_is_told_to_be_unreachable(
     assert operator.metric('isthmus_operator_site_reachable{site="half"}') == 0
 
 
-def test_a_namespace_whose_pods_are_made_slowly_keeps_no_other_waiting(api: ApiServer, operator: Operator) -> None:
+def test_a_namespace_with_slow_pod_creation_does_not_delay_others(api: ApiServer, operator: Operator) -> None:
     api.slow["slow"] = 20.0
     operator.start("-A")
     for number in range(JOBS):

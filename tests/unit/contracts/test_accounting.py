@@ -1,4 +1,4 @@
-"""The privacy account, against other people's accountants and published values."""
+"""The privacy account, compared with other accountants and published values."""
 
 import math
 import warnings
@@ -30,7 +30,7 @@ def spent(*rounds: tuple[float, int]) -> Spent:
 def test_it_is_as_tight_as_opacus_and_never_looser(history: list[tuple[float, int]], delta: float) -> None:
     """PRV bounds epsilon from above, by at most 0.01 (its own error); Renyi's bound is looser."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # opacus' own
+        warnings.simplefilter("ignore")  # from Opacus
         from opacus.accountants import PRVAccountant, RDPAccountant
 
         exact = spent(*history).epsilon(delta)
@@ -68,7 +68,7 @@ def test_epsilon_is_the_least_that_delta_allows(mu: float, delta: float) -> None
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 100), st.integers(1, 50)), min_size=1, max_size=5))
-def test_rounds_add_up_in_whatever_order(history: list[tuple[float, int]]) -> None:
+def test_rounds_add_up_in_any_order(history: list[tuple[float, int]]) -> None:
     one, other = spent(*history), spent(*reversed(history))
     assert one.rounds == other.rounds == sum(count for _, count in history)
     assert one.epsilon(1e-5) == pytest.approx(other.epsilon(1e-5), rel=1e-9)

@@ -1,4 +1,4 @@
-"""Tasks end, also where a library has swallowed the first word of it."""
+"""Tasks end even if a library has swallowed their first cancellation."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Chains in the manifest: what is valid, and one line for what is not, from the models and the schema alike."""
+"""Chains in the manifest: valid ones, and one line for each fault, from the models and the schema alike."""
 
 import re
 from typing import Any
@@ -57,7 +57,7 @@ def test_downloads_in_half_precision_need_no_base(chain: str, codecs: list[str])
     assert parsed(f"{{download: {chain}}}").compression.download_codecs == codecs
 
 
-def test_the_simple_case_reads_as_it_should() -> None:
+def test_the_simple_case() -> None:
     compression = parsed("{upload: Int8, download: None}").compression
     assert (compression.upload, compression.download) == ("Int8", "None")
     assert parsed("{upload: TopK, topKFraction: '1e-3'}").compression.upload_codecs == ["Delta", "TopK=0.001"]
@@ -90,7 +90,7 @@ def test_one_line_names_the_field(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHM_PARAMETERS))
-def test_rules_that_sparse_updates_do_not_suit(algorithm: str) -> None:
+def test_algorithms_that_do_not_support_sparse_updates(algorithm: str) -> None:
     strategy = {"algorithm": algorithm} | ({"class": "my:Rule"} if algorithm == "Custom" else {})
     stragglers = {"minUpdates": 1 if algorithm == "FedAsync" else 10}
     text = {**GOOD, "strategy": strategy, "compression": {"upload": "TopK+Int8+Zstd"}, "stragglers": stragglers}

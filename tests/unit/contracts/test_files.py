@@ -41,7 +41,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_link_and_the_rest_of_a_killed_process_are_replaced(tmp_path: Path) -> None:
+def test_a_link_and_the_leftover_of_a_killed_process_are_replaced(tmp_path: Path) -> None:
     target, path = tmp_path / "target", tmp_path / "link"
     target.write_bytes(b"untouched")
     path.symlink_to(target)

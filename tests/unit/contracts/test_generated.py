@@ -1,4 +1,4 @@
-"""What is generated is in step with its source, and fit for an API server."""
+"""Generated files match their sources, and are valid for an API server."""
 
 import os
 import subprocess
@@ -64,7 +64,7 @@ def test_the_schema_is_structural(crd: dict[str, Any]) -> None:
 def test_every_field_of_the_spec_is_explained() -> None:
     schema = federated_job_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
     unexplained = [path for path, node in nodes(schema) if not node.get("description") and not path.endswith("]")]
-    # Names that say it all.
+    # Names that need no explanation.
     assert [path for path in unexplained if path.rsplit(".", 1)[-1] not in {
         "name", "type", "count", "qos", "fraction", "storageClassName", "suspend",
     }] == []  # fmt: skip

@@ -1,4 +1,4 @@
-"""Who dials: the site's manifest says it, and the API server's schema agrees with the models."""
+"""The direction of the connection in a site's manifest: the API server's schema agrees with the models."""
 
 from typing import Any
 
@@ -25,10 +25,10 @@ ENDPOINT = "login1.example:7444"
     ],
     ids=["endpoint", "dial-in", "dial-out", "neither", "nowhere", "both-ways", "unknown"],
 )
-def test_one_way_in(fields: dict[str, Any], problem: str) -> None:
+def test_each_site_has_one_direction(fields: dict[str, Any], problem: str) -> None:
     spec = {**SITE, **fields}
     schema = hpc_site_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
-    # As the API server sees it, which fills in defaults first.
+    # The API server fills in defaults before it validates.
     assert Draft202012Validator(schema).is_valid({"connection": "DialIn", **spec}) == (not problem)
     if not problem:
         parse_site_spec(spec)
@@ -38,7 +38,7 @@ def test_one_way_in(fields: dict[str, Any], problem: str) -> None:
     assert str(caught.value).startswith(problem)
 
 
-def test_the_name_that_the_bridge_must_bear() -> None:
+def test_the_name_that_the_bridge_must_have() -> None:
     named = {**SITE, "tls": {**SITE["tls"], "serverName": "bridge.example"}}
     assert parse_site_spec({**SITE, "endpoint": ENDPOINT}).bridge_name("lumi") is None
     assert parse_site_spec({**SITE, "connection": "DialOut"}).bridge_name("lumi") == "lumi.bridge.isthmus.dev"

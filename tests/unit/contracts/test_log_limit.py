@@ -18,7 +18,7 @@ def test_a_flood_of_one_kind_is_bounded_and_counted(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(time, "monotonic", lambda: now)
     limit = LogLimit()
     assert sum(limit.filter(record("refused: %s", argument=number)) for number in range(10_000)) == BURST
-    # Other lines are not held up by it. Errors are a kind of their own, with the same bound.
+    # It does not hold up other lines. Errors are a kind of their own, with the same bound.
     assert limit.filter(record("joined: %s"))
     assert sum(limit.filter(record("refused: %s", logging.ERROR)) for _ in range(2 * BURST)) == BURST
     now += 10

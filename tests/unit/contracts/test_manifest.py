@@ -1,4 +1,4 @@
-"""Bad manifests: one line that names the field and says how to mend it."""
+"""Bad manifests: one line names the field and how to correct it."""
 
 import re
 from copy import deepcopy
@@ -143,7 +143,7 @@ def test_tracking_servers(uri: str) -> None:
 
 
 @pytest.mark.parametrize("uri", ["https://me:hunter2@mlflow.example", "http://hunter2@mlflow.example/x"])
-def test_a_manifest_is_no_place_for_passwords(uri: str) -> None:
+def test_passwords_in_a_manifest_are_refused(uri: str) -> None:
     assert not re.fullmatch(PATTERN_TRACKING_URI, uri)
     spec = {"rounds": 1, "task": {"image": "i", "command": ["c"]}, "pools": [{"name": "a", "cloud": {}}]}
     with pytest.raises(ManifestError) as error:
@@ -155,7 +155,7 @@ def test_a_manifest_is_no_place_for_passwords(uri: str) -> None:
 
 
 @pytest.mark.parametrize("uri", ["mlflow.example", "sqlite:///x.db", "file://relative", "https://", "http://a b"])
-def test_what_is_no_tracking_server(uri: str) -> None:
+def test_malformed_tracking_servers(uri: str) -> None:
     with pytest.raises(ValidationError, match="must be an http://, https:// or file:/// address"):
         MLflow.model_validate({"trackingUri": uri})
 

@@ -1,4 +1,4 @@
-"""What a manifest may ask for of privacy, and with what it goes together."""
+"""Privacy settings of a manifest, and the settings that they can be combined with."""
 
 from copy import deepcopy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Text from outside, on its way into logs, statuses and terminals."""
+"""Untrusted text that is written to logs, statuses and terminals."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -135,7 +135,7 @@ async def test_what_is_cancelled_within_a_look_is_an_error_like_others() -> None
         nonlocal times
         times += 1
         if times == 1:
-            # Like a call through a channel that is closed.
+            # A call through a closed channel behaves like this.
             inner = asyncio.ensure_future(asyncio.sleep(60))
             inner.cancel()
             await inner

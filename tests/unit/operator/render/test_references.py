@@ -69,7 +69,7 @@ async def test_another_jobs_key_is_refused_whichever_way_it_is_named(template: d
     # An object that does not exist yet may be created for another job.
     (early,) = await refused(Kube(), template)
     assert "does not exist, and its name is reserved for Isthmus' own objects" in early
-    # A user's own object with such a name is allowed.
+    # A user's own object with a reserved name is allowed.
     assert await refused(Kube(**{"victim-ca": None}), template) == ()
 
 

@@ -127,7 +127,7 @@ def test_another_jobs_checkpoints_are_refused(tmp_path: Path) -> None:
     store(tmp_path).save(1, state(1))
     with pytest.raises(CheckpointError, match=r"checkpoints of another job \(uid uid\); use an empty directory"):
         store(tmp_path, uid="other").latest()
-    # But for those of a job that this one continues.
+    # Except those of the job that this job continues.
     latest = CheckpointStore(tmp_path, "other", 2, former="uid").latest()
     assert latest is not None and latest.round == 1
     with pytest.raises(CheckpointError, match=r"checkpoints of another job \(uid uid\)"):
