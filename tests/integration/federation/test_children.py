@@ -62,7 +62,7 @@ def test_children_end_by_themselves_and_the_round_goes_on(federation: Make, tmp_
     assert sum("this process was forked from the client's" in line for line in log) == 2
 
 
-def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
+def test_a_script_without_a_main_guard_gets_an_explanation(tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
     script.write_text(
         "import multiprocessing, torch, isthmus\n"
@@ -82,7 +82,7 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_ranks_that_a_trainer_starts_are_told_of_torchrun(tmp_path: Path) -> None:
+def test_ranks_that_a_trainer_starts_are_refused_with_a_hint_at_torchrun(tmp_path: Path) -> None:
     """A client whose ranks Lightning's launcher starts is refused with the reason."""
     script = tmp_path / "launching.py"
     script.write_text(

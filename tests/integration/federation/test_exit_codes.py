@@ -13,7 +13,7 @@ Make = Callable[..., Federation]
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
-def test_told_to_end_while_training_is_143_and_what_was_trained_counts(federation: Make) -> None:
+def test_sigterm_while_training_is_143_and_the_work_counts(federation: Make) -> None:
     job = federation(1, 5)
     job.start_aggregator()
     client = job.start("client-0", [SCRIPT], job.client_environment(DATA="0", ENDLESS="yes"))
@@ -33,7 +33,7 @@ def test_a_client_that_the_job_does_not_have_is_refused_with_1(federation: Make)
     assert "Traceback" not in job.log("client-5")
 
 
-def test_initial_weights_that_no_round_could_begin_with_are_told(federation: Make, tmp_path: Path) -> None:
+def test_unusable_initial_weights_are_reported(federation: Make, tmp_path: Path) -> None:
     script = tmp_path / "masked.py"
     script.write_text(
         "import isthmus, torch\n"

@@ -158,7 +158,7 @@ def test_no_client_selects_itself(federation: Make, clients: Clients) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["FedAvg", "FedAsync"])
-def test_late_updates_of_who_was_never_asked(federation: Make, clients: Clients, algorithm: str) -> None:
+def test_late_updates_for_rounds_that_were_never_offered(federation: Make, clients: Clients, algorithm: str) -> None:
     # The clients of an HPC pool share a certificate.
     site = {"name": POOL, "replicas": 2, "hpc": {"siteRef": {"name": "site"}, "environment": "any"}}
     spec: dict[str, object] = {"strategy": {"algorithm": algorithm}, "pools": [site]}
@@ -179,7 +179,7 @@ def test_late_updates_of_who_was_never_asked(federation: Make, clients: Clients,
     assert (job.status().submitted, job.status().completed_rounds) == (before.submitted, before.completed_rounds)
 
 
-def test_nobody_speaks_for_a_client_that_is_connected(federation: Make, clients: Clients) -> None:
+def test_no_client_submits_for_a_connected_one(federation: Make, clients: Clients) -> None:
     job, (first, second), digest = started(federation, clients, 2, 1)
     forged = second.header(1, digest)
     forged.instance = "another process"

@@ -33,7 +33,7 @@ def norm_of_change(job: Federation, number: int) -> tuple[float, int]:
     return float(change.norm()), len(change)
 
 
-def test_a_liar_is_clipped_and_the_account_is_told(federation: Make, script: Path) -> None:
+def test_a_liar_is_clipped_and_the_account_is_reported(federation: Make, script: Path) -> None:
     """Compressed updates are clipped after they are decoded."""
     job = federation(
         3, 4, privacy=private(maxEpsilon="20"), compression={"upload": "Int8"}, strategy={"algorithm": "FedProx"},

@@ -170,7 +170,7 @@ def test_updates_on_the_control_stream(clients: list[HandMadeClient]) -> None:
         assert f'pool="{POOL}",result="{result}"}} {count}.0' in metrics
 
 
-def test_nobody_else_may_observe(clients: list[HandMadeClient]) -> None:
+def test_other_callers_may_not_observe(clients: list[HandMadeClient]) -> None:
     from isthmus_contracts.pb.federation_pb2_grpc import ObserverStub
 
     with pytest.raises(grpc.RpcError) as error:

@@ -235,7 +235,7 @@ def resident(job: Federation) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_whatever_clients_send(federation: Callable[..., Federation]) -> None:
+def test_arbitrary_messages_of_clients(federation: Callable[..., Federation]) -> None:
     pools = [
         {"name": HONEST, "replicas": 1, "cloud": {}},
         {"name": POOL, "replicas": SIZE, "cloud": {}},

@@ -107,7 +107,7 @@ def adversary(federation: Make) -> Iterator[Adversary]:
         client.close()
 
 
-def test_what_cannot_be_used(adversary: Adversary) -> None:
+def test_unusable_updates(adversary: Adversary) -> None:
     refused, w = adversary.refused, STATE["w"]
     for value in (float("nan"), float("inf"), float("-inf"), 1e30):
         bad = w.clone()
@@ -145,7 +145,7 @@ def test_what_was_damaged_on_the_way(adversary: Adversary) -> None:
     adversary.end_well()
 
 
-def test_what_nobody_waits_for(adversary: Adversary) -> None:
+def test_updates_that_no_round_waits_for(adversary: Adversary) -> None:
     adversary.refused(round_number=2)
     adversary.refused(base_digest="of another model")
     header = adversary.clients[0].header(1, adversary.digest, scalars=GOOD)

@@ -37,7 +37,7 @@ def test_a_late_update_counts_in_a_later_round(federation: Make, script: Path) -
 
 
 @pytest.mark.parametrize("algorithm", ["FedBuff", "FedAsync"])
-def test_asynchronous_rounds_wait_for_nobody(federation: Make, script: Path, algorithm: str) -> None:
+def test_asynchronous_rounds_do_not_wait(federation: Make, script: Path, algorithm: str) -> None:
     strategy = {"algorithm": algorithm, "parameters": {"bufferSize": "2"} if algorithm == "FedBuff" else {}}
     size = 2 if algorithm == "FedBuff" else 1
     job = federation(3, 12, strategy=strategy, stragglers={"minUpdates": size, "maxStaleness": 20})

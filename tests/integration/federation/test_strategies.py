@@ -108,7 +108,7 @@ def test_a_broken_class_fails_the_job(
     assert (said["phase"], said["message"]) == ("FAILED", message)
 
 
-def test_an_error_that_nobody_foresaw_leaves_a_line(federation: Callable[..., Federation], script: Path) -> None:
+def test_an_unforeseen_error_leaves_a_line(federation: Callable[..., Federation], script: Path) -> None:
     job = federation(1, 2, strategy={"algorithm": "Custom", "class": "rules:Full"})
     (job.directory / "rules.py").write_text(RULES)
     last_words = job.directory / "termination-log"

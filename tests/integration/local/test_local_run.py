@@ -82,7 +82,7 @@ def test_an_interrupted_run_leaves_no_process_and_resumes_at_its_round(start: "S
     assert f"all {done + 3} rounds are already done" in again.out
 
 
-def test_a_run_that_is_told_to_end_while_it_starts_leaves_no_process(start: "Start") -> None:
+def test_a_run_that_is_stopped_while_it_starts_leaves_no_process(start: "Start") -> None:
     run = start({"rounds": ENDLESS})
     run.wait_for_line("starting 2 clients")
     run.process.send_signal(signal.SIGTERM)
@@ -289,7 +289,7 @@ def test_a_run_ends_at_its_deadline(start: "Start") -> None:
     assert run.err.startswith("isthmus: not complete after activeDeadlineSeconds (1 s)")
 
 
-def test_a_checkpoint_that_cannot_be_read_is_said_in_one_line(start: "Start", tmp_path: Path) -> None:
+def test_an_unreadable_checkpoint_is_reported_in_one_line(start: "Start", tmp_path: Path) -> None:
     broken = tmp_path / "run" / "checkpoints" / "round-000009.safetensors"
     broken.parent.mkdir(parents=True)
     (tmp_path / "run" / "job.json").write_text('{"uid": "u", "name": "demo"}')
@@ -328,7 +328,7 @@ def test_the_best_model_is_kept_beside_the_last(start: "Start") -> None:
     assert torch.equal(weights(run.directory / "model.pt"), torch.full((8,), 5.0))
 
 
-def test_what_should_be_mended_is_told_while_it_trains(start: "Start") -> None:
+def test_warnings_are_shown_while_it_trains(start: "Start") -> None:
     """Warnings for an objective that no client reports, and a directory that MLflow cannot write."""
     mlflow = {"trackingUri": "file:///dev/null/runs"}
     run = start({"rounds": 40, "objective": {"metric": "acuracy"}, "tracking": {"mlflow": mlflow}})

@@ -60,7 +60,7 @@ def test_a_terminal_that_goes_away_ends_a_run_as_other_signals_do(start: "Start"
     assert run.processes() == {}
 
 
-def test_a_run_that_nobody_reads_any_more_trains_on(start: "Start") -> None:
+def test_a_run_without_a_reader_continues_to_train(start: "Start") -> None:
     run = start({"rounds": 3}, under=["bash", "-o", "pipefail", "-c", '"$@" | head -n 1', "bash"])
     assert run.finish() == 0, run.err
     assert run.err == "standard output: Broken pipe; the run continues\n"

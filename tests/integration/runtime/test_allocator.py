@@ -66,7 +66,7 @@ def arenas(directory: Path, **environment: str) -> int:
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="needs glibc")
-def test_two_arenas_unless_somebody_has_chosen(tmp_path: Path) -> None:
+def test_two_arenas_unless_the_user_has_set_a_number(tmp_path: Path) -> None:
     assert arenas(tmp_path) <= 2
     assert arenas(tmp_path, MALLOC_ARENA_MAX="9") == 9
 

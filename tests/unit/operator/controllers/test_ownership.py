@@ -22,7 +22,7 @@ def test_the_first_one_takes_it_and_keeps_it_while_it_renews() -> None:
     assert other(renewed, "b", later + EXPIRES_AFTER) == ""
 
 
-def test_a_copied_or_damaged_annotation_and_one_of_the_future_bind_nobody() -> None:
+def test_a_copied_or_damaged_or_future_annotation_is_ignored() -> None:
     taken = job(operator=renewal(job(), "a", NOW + dt.timedelta(days=1)))
     assert other(taken, "b", NOW) == ""
     copied = replace(job(operator=renewal(job(), "a", NOW)), uid="another")
@@ -40,7 +40,7 @@ def test_a_copied_or_damaged_annotation_and_one_of_the_future_bind_nobody() -> N
      (("c", "", ("a", "b")), ("c", "", ("b", "a")), True),
      (("c", "", ()), ("c", "", ("a",)), False)],
 )  # fmt: skip
-def test_who_is_the_same(
+def test_settings_with_the_same_identity(
     one: tuple[str, str, tuple[str, ...]], another: tuple[str, str, tuple[str, ...]], same: bool
 ) -> None:
     assert (identity(*one) == identity(*another)) is same

@@ -68,7 +68,7 @@ class Cluster:
             self.jobs.put(body)
 
 
-async def test_what_was_deleted_unseen_goes_and_what_came_unseen_is_taken_in() -> None:
+async def test_unnoticed_deletions_and_creations_are_applied() -> None:
     cluster = Cluster()
     for body in (job("stays"), job("ghost")):
         cluster.jobs.put(body)
@@ -132,7 +132,7 @@ async def test_a_list_that_fails_changes_nothing_and_is_tried_again(monkeypatch:
             await running
 
 
-async def test_the_probes_tell_an_api_server_that_is_away_from_an_operator_that_is_stuck() -> None:
+async def test_the_probes_distinguish_a_missing_api_server_from_a_stuck_operator() -> None:
     cluster = Cluster()
     health = Health(cluster.resync)
     health.ready.set()

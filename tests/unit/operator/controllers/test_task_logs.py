@@ -62,7 +62,7 @@ async def test_a_log_is_handed_on(there: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("uid", ["", "another"])
-async def test_somebody_elses_config_map_is_left_alone(uid: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_foreign_config_map_is_left_alone(uid: str, caplog: pytest.LogCaptureFixture) -> None:
     cluster, cache = Cluster(**{NAME: config_map(uid)}), JobCache(UID)
     for _ in range(3):
         await cluster.logs().answer(asking(), cache)

@@ -128,7 +128,7 @@ async def test_entries_that_earlier_ones_replaced_do_not_pile_up_until_they_woul
         await until(lambda: looks["job-0"] == 251)
 
 
-async def test_what_is_cancelled_within_a_look_is_an_error_like_others() -> None:
+async def test_a_cancellation_within_a_pass_is_an_error_like_others() -> None:
     times = 0
 
     async def handle(_: str) -> float:

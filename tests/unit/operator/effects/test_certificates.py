@@ -59,7 +59,7 @@ def test_a_secret_of_a_full_pool_has_a_certificate_for_each_client() -> None:
     assert uris == [clients[0].clients[0][1], clients[0].clients[399][1]]
 
 
-def test_a_secret_that_lacks_a_client_is_made_anew() -> None:
+def test_a_secret_that_lacks_a_client_is_outdated() -> None:
     few = replace(WANTED, uris=(), clients=((0, "isthmus://job/x/pool/cloud/client/0"),))
     more = replace(few, clients=(*few.clients, (1, "isthmus://job/x/pool/cloud/client/1")))
     ca = authority()
@@ -125,7 +125,7 @@ def test_clocks_may_be_behind_by_hours() -> None:
         assert x509.load_pem_x509_certificate(text).not_valid_before_utc <= NOW - dt.timedelta(hours=14)
 
 
-def test_what_cannot_be_read_is_made_anew() -> None:
+def test_unreadable_certificates_are_not_loaded() -> None:
     assert certificates.load_authority(None) is None
     assert certificates.load_authority({"data": {"tls.crt": "!!", "tls.key": "eA=="}}) is None
     assert certificates.load_authority({"data": {"tls.crt": "eA==", "tls.key": "eA=="}}) is None

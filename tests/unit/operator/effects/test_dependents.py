@@ -15,6 +15,6 @@ class Kube:
         return {"metadata": {"name": name, "labels": labels[name]}} if name in labels else None
 
 
-async def test_whose_an_object_is_that_is_in_the_way_is_told() -> None:
+async def test_the_owner_of_a_conflicting_object_is_reported() -> None:
     found = await dependents.load(Kube(), job(), NOW, PlanOptions(), SiteStore(), resting=False)  # type: ignore[arg-type]
     assert found.conflicting == ("Secret/demo-ca (of the job dem)", "Secret/demo-cloud-tls")

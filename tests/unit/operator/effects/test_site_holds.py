@@ -279,7 +279,7 @@ def test_the_status_of_a_site_that_is_being_deleted_names_what_holds_it() -> Non
         ({"setback": Setback(given_up=Reason.QUEUE_TIMEOUT)}, {"site": "lumi"}),
     ],
 )
-def test_a_pool_holds_its_site_while_it_may_be_there(changes: dict[str, Any], pools: dict[str, str]) -> None:
+def test_a_pool_holds_its_site_while_it_may_exist(changes: dict[str, Any], pools: dict[str, str]) -> None:
     assert pools_by_site(Record.load(using(**changes).record, UID)) == pools
     assert site().allows("team")
 

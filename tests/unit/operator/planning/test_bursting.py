@@ -94,7 +94,7 @@ def test_the_record_remembers_the_size(size: int | None) -> None:
     assert Record.load(record.dump(UID)) == record
 
 
-def test_a_client_that_is_lost_for_good_is_none_of_the_few_that_stay() -> None:
+def test_a_client_that_is_lost_for_good_is_replaced_by_another() -> None:
     world = Queue({**bursting(hpc=1), "backoffLimit": 0})
     assert world.settle(0, 1) == {0}
     world.fail("demo-cloud-0-0")
@@ -102,6 +102,6 @@ def test_a_client_that_is_lost_for_good_is_none_of_the_few_that_stay() -> None:
     assert not world.condition("Failed").startswith("True")
 
 
-def test_a_size_that_somebody_wrote_into_the_record_moves_the_pool_only_within_its_limits() -> None:
+def test_a_forged_size_in_the_record_moves_the_pool_only_within_its_limits() -> None:
     world = Queue(bursting(), record=Record({"cloud": CloudRecord(0, {}, 900000000)}).dump(UID))
     assert world.settle(0, 0) == {0, 1, 2, 3, 4}

@@ -38,7 +38,7 @@ def after(seconds: float) -> dt.datetime:
     return NOW + dt.timedelta(seconds=seconds)
 
 
-def test_a_client_that_failed_is_told_counted_and_restarted() -> None:
+def test_a_failed_client_is_reported_counted_and_restarted() -> None:
     traceback = 'Traceback (most recent call last):\n  File "t.py", line 3\nValueError: no data'
     observed = around(failed(message=traceback), client(1))
     first = plan(job(record=STARTED), observed, NOW, OPTIONS)
@@ -186,13 +186,13 @@ def warnings(decided: act.Plan) -> list[tuple[str, str]]:
     return [(event.reason, event.message) for event in decided.events if event.type == "Warning"]
 
 
-def test_a_failure_of_which_nothing_is_known_is_told_in_words() -> None:
+def test_an_unknown_failure_is_described() -> None:
     observed = around(failed(reason="", exit_code=None), client(1))
     reason = plan(job(record=STARTED), observed, NOW, OPTIONS).status["pools"][0]["reason"]
     assert reason == "demo-cloud-0-0: the cluster gives no reason"
 
 
-def test_what_keeps_clients_from_starting_is_told_once_while_it_changes_in_numbers_only() -> None:
+def test_the_reason_why_clients_do_not_start_is_reported_once_if_only_numbers_change() -> None:
     going = job(record=STARTED)
     first = plan(going, around(client(0, phase="Pending", waiting="Unschedulable: 0/3 nodes"), client(1)), NOW, OPTIONS)
     assert warnings(first) == [("ClientsNotRunning", "pool cloud: Unschedulable: 0/3 nodes")]

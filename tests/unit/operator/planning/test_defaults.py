@@ -161,7 +161,7 @@ def loaded(tmp_path: Path, content: Any, allowed: frozenset[str] = frozenset()) 
     return load(file, allowed)
 
 
-def test_the_file_is_what_it_says(tmp_path: Path) -> None:
+def test_the_file_is_loaded(tmp_path: Path) -> None:
     content = GIVEN.model_dump(mode="json", by_alias=True)
     assert loaded(tmp_path, content) == GIVEN
     assert loaded(tmp_path, "") == JobDefaults()

@@ -107,7 +107,7 @@ def test_argo_cd_sees_no_difference_in_what_is_defaulted(wanted: Manifest) -> No
     assert parse_spec(wanted).model_copy(update=written_down) == read
 
 
-def test_defaults_within_lists_are_told_in_words() -> None:
+def test_defaults_within_lists_are_described() -> None:
     pool = schema_of(federated_job_crd(), "spec")["properties"]["pools"]["items"]["properties"]
     assert "default" not in pool["replicas"] and pool["replicas"]["description"].endswith("Default: 1.")
     assert pool["role"]["description"].endswith("Default: Train.")
@@ -221,14 +221,14 @@ def test_health_of_sites(case: str) -> None:
     assert health("HPCSite", body)[0] == argo
 
 
-def test_a_site_that_nobody_has_asked_is_in_progress() -> None:
+def test_a_site_that_was_never_called_is_in_progress() -> None:
     stored = with_defaults({"spec": {}}, {"properties": {"status": schema_of(hpc_site_crd(), "status")}})
     body = {"metadata": {"name": "site", "generation": 1}, **stored}
     assert kstatus(body) == "InProgress"
     assert health("HPCSite", body)[0] == "Progressing"
 
 
-def test_the_three_bear_no_events_of_their_own() -> None:
+def test_the_standard_conditions_create_no_events() -> None:
     world = World(spec(cloud=2), Observed(sites={"site": site()}))
     world.run()
     assert not {event.reason for event in world.events} & {"Progressing", "Training"}

@@ -301,7 +301,7 @@ def test_a_denied_pool_that_is_needed_fails_the_job() -> None:
     assert "rule partitions: no" in world.job.status["message"]
 
 
-def test_a_pool_that_ended_early_is_submitted_anew_within_limits() -> None:
+def test_a_pool_that_ended_early_is_submitted_again_within_limits() -> None:
     wanted = spec(hpc=2, backoffLimit=1)
     ended = PoolView(0, PoolPhase.FAILED, job_id="17", failed=2, failure="task 1 FAILED (exit code 1)\nValueError: x")
     first = plan(job(wanted, record=record()), around(ended, wanted), NOW, OPTIONS)
@@ -412,7 +412,7 @@ def test_a_job_whose_site_never_let_it_in_can_go() -> None:
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-def test_a_pool_that_the_manifest_no_longer_names_is_cancelled_all_the_same(accepted: bool) -> None:
+def test_a_pool_that_the_manifest_no_longer_names_is_still_cancelled(accepted: bool) -> None:
     going = job(spec(), record=record(), deleted=NOW)
     observed = around(PoolView(0, PoolPhase.RUNNING, running=2))
     decided = plan(going, observed if accepted else replace(observed, accepted=None), NOW, OPTIONS)
@@ -420,7 +420,7 @@ def test_a_pool_that_the_manifest_no_longer_names_is_cancelled_all_the_same(acce
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 1e20, 1e300, -5.0, 1e11])
-def test_what_is_no_time_at_a_site_stops_no_job(odd: float) -> None:
+def test_an_invalid_time_from_a_site_stops_no_job(odd: float) -> None:
     for phase in (pb.Pool.RUNNING, pb.Pool.PENDING):
         said = pb.Pool(
             phase=phase, queued=2, reason="Priority", expected_start=odd, submitted_at=odd, ends_at=odd, now=odd
@@ -432,7 +432,7 @@ def test_what_is_no_time_at_a_site_stops_no_job(odd: float) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_who_cancels_what_was_given_up_is_told_as_it_is(known: bool) -> None:
+def test_the_message_says_who_cancels_an_abandoned_pool(known: bool) -> None:
     going = job(SPEC, record=record(), deleted=NOW - dt.timedelta(hours=2))
     observed = around(PoolView(0, PoolPhase.RUNNING, running=2))
     (event,) = plan(going, observed if known else replace(observed, sites={}), NOW, OPTIONS).events

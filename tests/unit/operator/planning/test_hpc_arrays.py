@@ -67,7 +67,7 @@ def test_it_grows_by_an_array_of_its_own_and_shrinks_from_the_end(world: World) 
     assert [entry.attempt if entry else None for entry in found] == [0, 2, 2, None]
 
 
-def test_a_part_that_fails_is_started_anew_alone(world: World) -> None:
+def test_only_the_failed_part_is_restarted(world: World) -> None:
     world.resize(3)
     go_on(world)
     grown = next(key for key, asked in world.requests.items() if asked.first_index == 2)
@@ -138,7 +138,7 @@ def test_a_pool_that_shrinks_while_two_attempts_overlap_shrinks_both(world: Worl
 
 @settings(max_examples=60)
 @given(sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 4), st.booleans()), min_size=1, max_size=6))
-def test_whatever_the_sizes_each_client_runs_once_and_those_that_stay_stay(
+def test_for_any_sizes_each_client_runs_once_and_remaining_ones_stay(
     sizes: list[tuple[int, int, bool]],
 ) -> None:
     world = World(wanted())
@@ -173,7 +173,7 @@ def test_whatever_the_sizes_each_client_runs_once_and_those_that_stay_stay(
         (3, None, "spec.pools are ignored: they need a new job (pool lumi was made for at most 2 clients, its hpc.max"),
     ],
 )
-def test_which_sizes_count(replicas: int, most: int | None, message: str) -> None:
+def test_changes_of_the_size_and_their_messages(replicas: int, most: int | None, message: str) -> None:
     first = wanted()
     if most is None and replicas == 3:
         del first["pools"][1]["hpc"]["maxReplicas"]
@@ -220,7 +220,7 @@ def test_a_pool_does_not_shrink_below_what_its_rounds_need(changes: dict[str, An
     assert verdict.spec.pool("lumi").replicas == 3
 
 
-def test_the_quorum_is_the_one_that_the_aggregator_was_told() -> None:
+def test_the_quorum_is_the_accepted_one() -> None:
     accepted = parse_spec(only_hpc(1))
     verdict = examine(job(only_hpc(4)), Observed(accepted=accepted))
     assert isinstance(verdict, Acceptance)

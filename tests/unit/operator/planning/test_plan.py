@@ -138,7 +138,7 @@ def test_what_the_aggregator_says_reaches_the_status() -> None:
     assert status["phase"] == "Running"
 
 
-def test_a_running_aggregator_that_does_not_answer_keeps_what_it_said() -> None:
+def test_a_running_aggregator_that_does_not_answer_keeps_its_last_status() -> None:
     pods = (aggregator(), client(0), client(1))
     said = FederationView("TRAINING", current_round=4, completed_rounds=3, connected={"cloud": 2})
     before = plan(job(), standing(pods=pods, federation=said), NOW, OPTIONS).status
@@ -184,7 +184,7 @@ def test_the_state_of_the_aggregator(pod: Any, reason: str) -> None:
     assert not of_kind(decided, act.DeletePod)
 
 
-def test_what_keeps_the_aggregator_from_starting_is_told_once() -> None:
+def test_the_reason_why_the_aggregator_does_not_start_is_reported_once() -> None:
     waiting = aggregator("Pending", waiting="init container fetch: ImagePullBackOff: no such image")
     observed = standing(pods=(waiting, client(0), client(1)))
     first = plan(job(), observed, NOW, OPTIONS)
@@ -369,7 +369,7 @@ def test_a_site_that_goes_later_does_not_end_the_job() -> None:
     assert not of_kind(decided, act.EnsurePool)
 
 
-def test_changes_that_need_a_new_job_are_told_and_ignored() -> None:
+def test_changes_that_need_a_new_job_are_reported_and_ignored() -> None:
     changed = job(spec(cloud=5, rounds=99, backoffLimit=0), generation=2)
     observed = standing(pods=(aggregator(), client(0), client(1)))
     before = plan(job(), observed, NOW, OPTIONS).status
@@ -387,7 +387,7 @@ def test_names_that_belong_to_something_else_are_left_alone() -> None:
     assert decided.status["message"] == "aggregator: waits for object names that are taken: Secret/demo-ca"
 
 
-def test_what_the_api_server_refuses_is_told_and_tried_again_later() -> None:
+def test_refusals_of_the_api_server_are_reported_and_retried_later() -> None:
     refusals = {"Pod/demo-cloud-1-0": Refusal("exceeded quota: pods", NOW + dt.timedelta(seconds=10))}
     observed = standing(pods=(aggregator(), client(0)), refusals=refusals)
     record = Record.load('{"cloud":{"cloud":{"started":2,"clients":{}}}}')
@@ -400,7 +400,7 @@ def test_what_the_api_server_refuses_is_told_and_tried_again_later() -> None:
     assert [item.name for item in of_kind(later, act.CreatePod)] == ["demo-cloud-1-0"]
 
 
-def test_a_refused_volume_is_told_too() -> None:
+def test_a_refused_volume_is_reported_too() -> None:
     refusals = {"PersistentVolumeClaim/demo-checkpoints": Refusal("exceeded quota", NOW + dt.timedelta(seconds=10))}
     decided = plan(
         job(), standing(present=present(parse_spec(spec())) - set(refusals), refusals=refusals), NOW, OPTIONS
@@ -509,7 +509,7 @@ def test_clients_that_only_evaluate_make_no_quorum() -> None:
 OTHER_UID = "0f9a7c1e-0000-4000-8000-00000000ffff"
 
 
-def test_a_record_that_was_copied_with_a_manifest_tells_nothing_of_the_new_job() -> None:
+def test_a_record_copied_with_a_manifest_does_not_affect_the_new_job() -> None:
     lost = Record(cloud={"cloud": CloudRecord(2, {i: ClientRecord(3, 4, 3) for i in (0, 1)})})
     assert conditions(plan(job(record=lost.dump(UID)), standing(), NOW, OPTIONS))["Failed"] == "True/QuorumImpossible"
     copied = job(record=lost.dump(OTHER_UID))
@@ -532,7 +532,7 @@ def test_a_copied_record_cancels_nothing_when_the_new_job_goes() -> None:
     assert decided.actions == (act.SaveJob(finalizers=()),)
 
 
-def test_a_lost_volume_is_told_and_the_rounds_that_were_on_it_are_counted_no_more() -> None:
+def test_a_lost_volume_is_reported_and_its_rounds_no_longer_count() -> None:
     before = {"rounds": {"current": 4, "completed": 3, "total": 5}, "model": {"uri": "x", "round": 3, "sha256": "a"}}
     parsed = parse_spec(spec())
     gone = standing(present=present(parsed) - {"PersistentVolumeClaim/demo-checkpoints"})

@@ -43,7 +43,7 @@ def test_a_narrowed_site_behind_a_service_that_masks_addresses_is_warned_of(
     assert all("the clientCIDRs of HPCSite site do not match; set Local" in item for item in answer.warnings)
 
 
-def test_clients_are_reached_by_nobody() -> None:
+def test_no_pod_may_connect_to_clients() -> None:
     policy = made(spec())["NetworkPolicy/demo-clients"]["spec"]
     assert policy == {
         "podSelector": {"matchLabels": {"isthmus.dev/job-uid": UID, "isthmus.dev/role": "client"}},

@@ -91,7 +91,7 @@ def test_decimals_are_short(value: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("value", "text"), [(0.0, "0"), (4.37701, "4.378"), (4.377, "4.377"), (127131.4, "1.272e+05"), (0.25, "0.25")]
 )
-def test_what_must_not_look_small_is_rounded_up(value: float, text: str) -> None:
+def test_values_are_rounded_up(value: float, text: str) -> None:
     assert rounded_up(value) == text
 
 
@@ -150,7 +150,7 @@ def test_a_record_survives_writing(record: Record) -> None:
      '{"hpc":{"a":{"site":"s","setback":{"retry_at":-100000000000000000000}}}}', '{"hpc":{"a":{"site":"s","size":-3}}}',
      '{"hpc":{"a":{"site":"s","attempt":99999999999}}}', '{"hpc":{"a":{"site":"s","setback":{"given_up":"Because"}}}}'],
 )  # fmt: skip
-def test_a_damaged_record_is_told(text: str) -> None:
+def test_a_damaged_record_is_reported(text: str) -> None:
     with pytest.raises(ValueError, match="record"):
         Record.load(text)
 

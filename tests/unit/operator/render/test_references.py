@@ -110,7 +110,7 @@ def test_it_reaches_the_verdict_also_of_a_job_that_was_accepted() -> None:
         assert examine(job(), observed) == Rejection(Reason.TEMPLATE_NOT_ALLOWED, said, waits=True)
 
 
-def test_the_admin_says_which_may_be_named_at_all() -> None:
+def test_the_admin_limits_the_names_that_templates_may_use() -> None:
     template = pod(envFrom=[{"secretRef": {"name": "wandb"}}, {"configMapRef": {"name": "settings"}}])
     assert not list(not_allowed(template, frozenset({"host-path"})))
     assert not list(not_allowed(template, frozenset({"secret=wan*", "config-map=settings"})))

@@ -163,7 +163,7 @@ def test_the_service_is_exposed_as_the_manifest_says() -> None:
         ({"annotations": {"no name": "x"}}, "'no name' is no name of an annotation"),
     ],
 )
-def test_what_a_service_cannot_be_is_refused(expose: dict[str, Any], says: str) -> None:
+def test_invalid_services_are_refused(expose: dict[str, Any], says: str) -> None:
     with pytest.raises(ManifestError, match=f"spec.aggregator.expose.*{says}"):
         parse_spec(spec(aggregator={"expose": expose}))
 
@@ -245,7 +245,7 @@ def test_null_removes_a_field() -> None:
          "spec.initContainers[i].securityContext.capabilities.add: must be a list of strings"),
     ],
 )  # fmt: skip
-def test_a_template_that_cannot_be_merged_is_told_apart(template: dict[str, Any], message: str) -> None:
+def test_a_template_that_cannot_be_merged_is_an_error(template: dict[str, Any], message: str) -> None:
     with pytest.raises(TemplateError) as error:
         client_pod(template)
     assert str(error.value) == message

@@ -104,19 +104,19 @@ def test_it_is_refused_unless_allowed(need: str, template: dict[str, Any], path:
 
 
 @pytest.mark.parametrize("template", FINE)
-def test_what_asks_for_nothing_special_is_fine(template: dict[str, Any]) -> None:
+def test_ordinary_templates_are_accepted(template: dict[str, Any]) -> None:
     good = wanted(template)
     assert isinstance(examine(job(good), standing(good, accepted=None), NONE), Acceptance)
 
 
-def test_the_aggregators_template_is_no_way_round() -> None:
+def test_the_aggregators_template_is_checked_too() -> None:
     bad = wanted({"spec": {"hostNetwork": True}}, "aggregator")
     verdict = examine(job(bad), standing(bad, accepted=None), NONE)
     assert isinstance(verdict, Rejection)
     assert verdict.message.startswith("spec.aggregator.template.spec.hostNetwork: hostNetwork is not allowed here")
 
 
-def test_a_template_that_nobody_thought_of_is_an_invalid_one(
+def test_a_template_that_fails_unexpectedly_is_invalid(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: Any) -> None:
@@ -135,7 +135,7 @@ def test_a_template_that_nobody_thought_of_is_an_invalid_one(
     assert isinstance(examine(job(odd), standing(odd), NONE), Rejection)
 
 
-def test_a_forged_record_of_the_accepted_job_is_no_way_round() -> None:
+def test_a_forged_record_of_the_accepted_job_is_rejected() -> None:
     # The ConfigMap is in the user's namespace.
     forged = wanted({"spec": {"hostNetwork": True}})
     verdict = examine(job(spec()), standing(accepted=parse_spec(forged)), NONE)

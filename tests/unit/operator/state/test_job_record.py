@@ -22,7 +22,7 @@ def of_clients(count: int) -> Record:
     return Record(cloud={"cloud": CloudRecord(count, clients)})
 
 
-def test_what_fits_is_kept_as_it_is() -> None:
+def test_a_record_that_fits_is_unchanged() -> None:
     record = of_clients(20_000)
     assert record.bounded(UID, ROOM) == of_clients(20_000).dump(UID)
     assert record == of_clients(20_000)

@@ -44,7 +44,7 @@ def test_a_late_answer_does_not_bring_a_deleted_job_back() -> None:
     assert [job.uid for job in jobs.all()] == ["u2"]
 
 
-def test_what_a_job_carries() -> None:
+def test_the_stored_fields_of_a_job() -> None:
     jobs = JobStore()
     jobs.put(
         body(
@@ -60,7 +60,7 @@ def test_what_a_job_carries() -> None:
     assert job.deleted is not None
 
 
-def test_sites_that_do_not_parse_are_told_apart() -> None:
+def test_sites_that_do_not_parse_are_kept_as_errors() -> None:
     sites = SiteStore()
     site = {"metadata": {"name": "s", "resourceVersion": "1"}, "spec": {"endpoint": "nowhere"}}
     assert sites.put(site)

@@ -119,7 +119,7 @@ def beside(role: str, main: dict[str, Any], phase: str = "Running") -> dict[str,
         ("aggregator", {"terminated": {"exitCode": 1}}, "Running"),
     ],
 )
-def test_a_pod_has_ended_with_its_program_whatever_runs_beside_it(role: str, main: dict[str, Any], phase: str) -> None:
+def test_a_pod_has_ended_with_its_program_despite_other_containers(role: str, main: dict[str, Any], phase: str) -> None:
     seen = view(beside(role, main))
     assert (seen.phase, seen.lingers) == (phase, phase != "Running")
     assert seen.active, "what runs beside it has to be stopped"
@@ -164,7 +164,7 @@ def test_one_container_alone_is_judged_by_kubernetes() -> None:
         ({"reason": "DeadlineExceeded"}, False),
     ],
 )  # fmt: skip
-def test_who_ended_it(status: dict[str, Any], disrupted: bool) -> None:
+def test_ends_that_a_disruption_caused(status: dict[str, Any], disrupted: bool) -> None:
     assert view(pod(**status, phase="Failed")).disrupted is disrupted
 
 

@@ -149,7 +149,7 @@ def test_where_the_initial_loss_comes_from() -> None:
 @pytest.mark.parametrize(
     "correction", [ControlVariates(ParameterNames({}), {}, {}), DynamicRegularizer(ParameterNames({}), {}, 0.1)]
 )
-def test_a_script_that_does_not_wrap_is_told(correction: Correction) -> None:
+def test_a_script_that_does_not_wrap_gets_an_error(correction: Correction) -> None:
     with pytest.raises(RuntimeError, match=r"needs rnd.wrap\(optimizer\)"):
         correction.updated_state()
     correction.close()
@@ -202,7 +202,7 @@ def test_what_cannot_be_kept_does_not_end_the_client(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_memory_of_another_shape_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_memory_of_another_shape_is_reset(caplog: pytest.LogCaptureFixture) -> None:
     weight = parameter()
     correction = DynamicRegularizer(ParameterNames({"w": weight}), {"w": torch.ones(5)}, 0.5)
     optimizer = Round(1, {}, correction).wrap(torch.optim.SGD([weight], lr=RATE))

@@ -46,7 +46,7 @@ def test_another_jobs_is_not_taken(scratch: Path) -> None:
     assert ErrorFeedback("uid", Context(pool="pool", index=4)).residual is None
 
 
-def test_a_damaged_file_begins_anew(scratch: Path) -> None:
+def test_a_damaged_file_is_ignored(scratch: Path) -> None:
     scratch.mkdir()
     (scratch / FILE).write_bytes(b"garbage")
     feedback = ErrorFeedback("uid", PLACE)
@@ -55,7 +55,7 @@ def test_a_damaged_file_begins_anew(scratch: Path) -> None:
     assert ErrorFeedback("uid", PLACE).residual is not None
 
 
-def test_a_file_with_something_else_begins_anew(scratch: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_with_other_content_is_ignored(scratch: Path, caplog: pytest.LogCaptureFixture) -> None:
     scratch.mkdir()
     save_file({"w": torch.arange(5.0)}, scratch / FILE, {"job_uid": "uid"})
     assert ErrorFeedback("uid", PLACE).residual is None

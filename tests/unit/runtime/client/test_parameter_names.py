@@ -45,7 +45,7 @@ def test_the_parameters_of_a_state_that_is_a_copy_are_known_by_name() -> None:
     assert [names.find(weight) for weight in model.parameters()] == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
-def test_a_module_whose_parameters_cannot_be_found_in_its_state_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_parameters_that_are_missing_in_the_state_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     class Renames(Copies):
         def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
             return {f"net.{name}": tensor for name, tensor in super().state_dict(*args, **kwargs).items()}

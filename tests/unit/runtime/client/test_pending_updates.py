@@ -41,7 +41,7 @@ def test_an_aggregator_that_did_not_accept_it_does_not_commit_it() -> None:
     assert gone == [update]
 
 
-def test_where_late_updates_do_not_count_it_goes_all_the_same() -> None:
+def test_an_update_is_released_where_late_ones_do_not_count() -> None:
     gone: list[FinishedUpdate] = []
     pending, update = PendingUpdates(gone.append), finished(3)
     pending.keep(update, folds_late=False)

@@ -50,7 +50,7 @@ def test_so_it_is_where_it_comes_from_submit(
     assert others == [error]
 
 
-def test_what_is_reported() -> None:
+def test_the_reported_end_of_a_traceback() -> None:
     assert traceback_tail(MISFIT) == "FederationError: the global model does not fit:\nsize mismatch for weight"
     try:
         raise ValueError("no column")

@@ -36,7 +36,7 @@ WRONG_COUNTS = [0, -1, 1.5, True, None, "5", float("nan"), float("inf"), 2**53 +
 
 
 @pytest.mark.parametrize("count", WRONG_COUNTS)
-def test_a_wrong_number_of_examples_is_told_and_may_be_corrected(count: Any) -> None:
+def test_a_wrong_number_of_examples_is_an_error_and_may_be_corrected(count: Any) -> None:
     rnd = next(iter(isthmus.rounds(torch.nn.Linear(1, 1))))
     with pytest.raises(ValueError, match=r"^num_examples must be a whole number of at least 1 .* not .{1,60}$"):
         rnd.submit(num_examples=count)
@@ -78,7 +78,7 @@ def test_numbers_of_any_kind(count: Any) -> None:
         ({"num_examples": 2.0**54}, "num_examples must be from 0 (nothing to measure on) to 2**53, not 1.8"),
     ],
 )
-def test_an_evaluation_that_is_no_named_numbers(returned: Any, message: str) -> None:
+def test_an_evaluation_that_returns_no_named_numbers(returned: Any, message: str) -> None:
     with pytest.raises(isthmus.FederationError, match=re.escape(message)):
         for rnd in isthmus.rounds(torch.nn.Linear(1, 1), evaluate=lambda: returned):
             rnd.submit(num_examples=1)

@@ -56,7 +56,7 @@ def test_what_is_chosen_travels_in_the_models_order(parameters: Parameters, name
         (lambda name: False, "chose none of the model's tensors"),
     ],
 )
-def test_what_chooses_nothing_is_an_error(parameters: Parameters, message: str) -> None:
+def test_a_selection_of_nothing_is_an_error(parameters: Parameters, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         next(iter(isthmus.rounds(build(), parameters=parameters)))
 
@@ -153,7 +153,7 @@ def test_a_name_is_found_after_the_model_has_moved() -> None:
         ({"ISTHMUS_STEP": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS"),
     ],
 )
-def test_processes_of_a_launcher_without_a_group_are_told(
+def test_processes_of_a_launcher_without_a_group_get_an_error(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], name: str
 ) -> None:
     for variable, value in {"ISTHMUS_ENDPOINT": "localhost:1", "ISTHMUS_POOL": "pool", **environment}.items():

@@ -85,7 +85,7 @@ def test_any_slice_or_transposition_is_restored(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("left", "right"), [(W[:6], W[4:]), (W.view(-1)[:100], W.view(-1)[::2]), (W[0], W[0].view(torch.int32))]
 )
-def test_what_overlaps_otherwise_is_refused_in_one_line(left: torch.Tensor, right: torch.Tensor) -> None:
+def test_other_overlaps_are_refused_in_one_line(left: torch.Tensor, right: torch.Tensor) -> None:
     assert overlap(left, right)
     with pytest.raises(ValueError, match=r"^[ab] and [ab] share a part of their memory, and neither") as caught:
         views_in({"a": left, "b": right})
@@ -154,7 +154,7 @@ def test_partial_states_share_what_they_name() -> None:
 
 
 @pytest.mark.parametrize(("here", "there"), [(True, False), (False, True)])
-def test_a_client_that_shares_otherwise_is_told_so_in_one_line(here: bool, there: bool) -> None:
+def test_a_client_that_shares_otherwise_gets_an_error_of_one_line(here: bool, there: bool) -> None:
     own, other = SharedState(Tied(tied=here)), SharedState(Tied(tied=there))
     own.require(own.views())
     words = ("does", "does not") if here else ("does not", "does")

@@ -33,7 +33,7 @@ def counts_a_batch(model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("train", [trains_one_row, writes_by_hand, counts_a_batch])
-def test_what_has_changed_is_no_matter(
+def test_a_changed_model_gives_no_warning(
     train: Callable[[torch.nn.Module], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, untouched = build(), UnchangedModelCheck()
@@ -43,7 +43,7 @@ def test_what_has_changed_is_no_matter(
     assert not caplog.records
 
 
-def test_a_copy_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_training_a_copy_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     model, untouched = build(), UnchangedModelCheck()
     for number in (1, 2):
         untouched.begin(model.state_dict())

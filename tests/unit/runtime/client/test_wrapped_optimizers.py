@@ -204,7 +204,7 @@ def test_steps_that_cannot_be_reached_are_refused(make: Make) -> None:
 
 
 @every_correction
-def test_a_step_without_the_correction_is_told_at_submit(make: Make) -> None:
+def test_a_step_without_the_correction_is_an_error_at_submit(make: Make) -> None:
     for wraps, message in ((0, r"needs rnd\.wrap\(optimizer\)"), (1, "a step of SGD was not corrected")):
         model = torch.nn.Linear(2, 3)
         correction = make(model)
@@ -220,6 +220,6 @@ def test_a_step_without_the_correction_is_told_at_submit(make: Make) -> None:
         correction.close()
 
 
-def test_what_is_no_optimizer_is_told() -> None:
+def test_an_object_that_is_not_an_optimizer_is_an_error() -> None:
     with pytest.raises(isthmus.ScriptError, match=r"rnd\.wrap\(\) takes an optimizer, not Linear"):
         Round(1, {}).wrap(torch.nn.Linear(1, 1))  # type: ignore[type-var]

@@ -166,17 +166,17 @@ def test_quantized_modules_can_be_left_out() -> None:
         (torch.nn.Linear(1, 1).state_dict(), "takes the model itself: .*, not OrderedDict"),
     ],
 )
-def test_what_is_no_model_is_told(model: object, message: str) -> None:
+def test_an_object_that_is_not_a_model_is_an_error(model: object, message: str) -> None:
     with pytest.raises(isthmus.ScriptError, match=message):
         next(isthmus.rounds(model))  # type: ignore[arg-type, call-overload]
 
 
-def test_an_evaluation_that_is_no_function_is_told() -> None:
+def test_an_evaluation_that_is_not_a_function_is_an_error() -> None:
     with pytest.raises(isthmus.ScriptError, match=r"evaluate must be a function .*, not {'accuracy': 0.5}: pass the"):
         next(iter(isthmus.rounds(torch.nn.Linear(1, 1), evaluate={"accuracy": 0.5})))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("parameters", [5, [1], torch.nn.Linear(1, 1).parameters()])
-def test_parameters_that_choose_by_no_name_are_told(parameters: object) -> None:
+def test_parameters_that_select_by_no_name_are_an_error(parameters: object) -> None:
     with pytest.raises(isthmus.ScriptError, match='parameters must be "trainable", a list of patterns or a function'):
         SharedState(torch.nn.Linear(1, 1), parameters)  # type: ignore[arg-type]

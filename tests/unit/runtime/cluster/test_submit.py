@@ -86,7 +86,9 @@ def test_a_bad_flag_is_one_line(
     assert err.count("\n") == 1
 
 
-def test_what_does_not_fit_is_told(script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_files_and_no_image_are_errors(
+    script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "--image: is missing" in submit(capsys, str(script), "--dry-run")[2]
     (tmp_path / "data.bin").write_bytes(b"\xff\xfe")
     assert "is not UTF-8 text" in submit(capsys, str(script), "--image", "i", "--file", str(tmp_path / "data.bin"))[2]

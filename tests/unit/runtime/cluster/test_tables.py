@@ -25,7 +25,7 @@ def shown(private: dict[str, str], privacy: dict[str, Any] | None) -> str:
         ({}, "privacy: epsilon 2.131 (delta 1e-05)"),
     ],
 )
-def test_what_is_spent_of_the_privacy_budget(private: dict[str, str], line: str) -> None:
+def test_the_privacy_budget_in_the_table(private: dict[str, str], line: str) -> None:
     assert line in shown(private, {"epsilon": "2.131", "delta": "1e-05", "rounds": 3}).splitlines()
 
 

@@ -32,6 +32,6 @@ def test_the_operators_answer_is_shown() -> None:
     assert ask(Cluster(**{"isthmus.dev/job": "demo"})) == b"line\n"
 
 
-def test_a_config_map_of_somebody_else_is_told_of_at_once() -> None:
+def test_a_foreign_config_map_is_reported_at_once() -> None:
     with pytest.raises(ClusterError, match="the ConfigMap demo-log exists and does not belong to this job"):
         ask(Cluster())

@@ -81,7 +81,7 @@ def test_an_error_is_below_one_level_of_its_block(codec: SegmentCodec, block: in
 
 
 @pytest.mark.parametrize("codec", [Int8(), Int4()], ids=name)
-def test_what_is_on_a_level_stays(codec: SegmentCodec) -> None:
+def test_values_on_a_level_are_exact(codec: SegmentCodec) -> None:
     assert through(codec, torch.zeros(300)).tolist() == [0.0] * 300
     extremes = torch.tensor([-3.5, 3.5, 0.0, 3.5])
     torch.testing.assert_close(through(codec, extremes), extremes)

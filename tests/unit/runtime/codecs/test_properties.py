@@ -120,7 +120,7 @@ def check(
     fraction=st.sampled_from(["0.001", "0.01", "0.1", "0.5"]), cut=st.sampled_from([999, 70_001]),
 )  # fmt: skip
 @settings(max_examples=12, deadline=None)
-def test_what_a_chain_promises(kind: str, zstd: str, number: int, exponent: int, fraction: str, cut: int) -> None:
+def test_the_bounds_of_every_chain(kind: str, zstd: str, number: int, exponent: int, fraction: str, cut: int) -> None:
     base, state = draw(number, exponent)
     chain = parse_chain(Compression(upload=kind + zstd, top_k_fraction=fraction).upload_codecs)
     given_data = data(state)

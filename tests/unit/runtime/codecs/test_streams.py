@@ -319,6 +319,6 @@ def test_no_chains(names: list[str]) -> None:
         parse_chain(names)
 
 
-def test_what_cannot_travel() -> None:
+def test_a_value_that_is_not_a_tensor_is_refused() -> None:
     with pytest.raises(TransferError, match="step is a int, not a tensor"):
         encode({"step": 3}, chain("Int8"), SEED)  # type: ignore[dict-item]

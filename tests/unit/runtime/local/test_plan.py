@@ -62,7 +62,7 @@ def test_other_programs_are_left_alone() -> None:
     assert local_command(["torchrun", "python"]) == ["torchrun", "python"]
 
 
-def test_a_client_is_told_its_place(job: FederatedJob) -> None:
+def test_a_client_gets_its_place(job: FederatedJob) -> None:
     told = environment(job, {}, attempt=2)
     assert {name: value for name, value in told.items() if name.startswith("ISTHMUS_")} == {
         "ISTHMUS_ENDPOINT": "127.0.0.1:1",

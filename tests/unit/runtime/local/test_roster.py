@@ -64,7 +64,7 @@ def test_a_round_in_progress_needs_fewer_than_a_new_one() -> None:
     assert clients.shortage(WAITING) != ""
 
 
-def test_the_first_round_waits_for_whoever_may_yet_come() -> None:
+def test_the_first_round_waits_for_clients_that_may_still_connect() -> None:
     clients = roster("Train", "Train", "Evaluate")
     assert clients.expected == 3
     clients.failed.add(clients.clients[0])

@@ -42,7 +42,7 @@ def test_a_round_waits_for_the_measurement_of_its_model(aggregator: Aggregator) 
     assert aggregator.status(1, accuracy=(1, 0.5)) == []
 
 
-def test_a_round_without_a_measurement_is_told_when_the_next_one_ends(aggregator: Aggregator) -> None:
+def test_a_round_without_a_measurement_is_returned_when_the_next_one_ends(aggregator: Aggregator) -> None:
     aggregator.record(1)
     aggregator.record(2)
     assert aggregator.status(2) == [(1, -1.0)]
@@ -56,12 +56,12 @@ def test_rounds_that_the_status_passed_over_come_from_the_records(aggregator: Ag
     assert aggregator.status(3) == [(1, 0.1), (2, 0.2), (3, 0.3)]
 
 
-def test_a_round_is_not_told_before_the_aggregator_calls_it_complete(aggregator: Aggregator) -> None:
+def test_a_round_is_not_returned_before_the_aggregator_reports_it_complete(aggregator: Aggregator) -> None:
     aggregator.record(1, accuracy=0.5)
     assert aggregator.status(0) == []
 
 
-def test_a_resumed_run_tells_only_new_rounds(tmp_path: Path) -> None:
+def test_a_resumed_run_returns_only_new_rounds(tmp_path: Path) -> None:
     aggregator = Aggregator(tmp_path, told=2)
     for number in (1, 2, 3):
         aggregator.record(number, accuracy=0.5)

@@ -57,7 +57,7 @@ def test_resuming_keeps_the_uid_and_takes_the_new_manifest(tmp_path: Path) -> No
     assert json.loads((tmp_path / "job.json").read_text())["spec"]["rounds"] == 9
 
 
-def test_overwriting_starts_anew_and_leaves_what_is_not_ours(tmp_path: Path) -> None:
+def test_overwriting_starts_again_and_keeps_foreign_files(tmp_path: Path) -> None:
     uid = open_briefly(tmp_path, make_job())
     commit(tmp_path, 2)
     (tmp_path / "notes.txt").write_text("mine")

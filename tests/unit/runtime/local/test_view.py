@@ -58,7 +58,7 @@ class Torn(io.StringIO):
         return self._descriptor
 
 
-def test_a_reader_that_goes_away_is_told_once_and_stops_nothing(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_reported_once_and_stops_nothing(tmp_path: Path) -> None:
     with (tmp_path / "out").open("wb") as file:
         torn, lost = Torn(file.fileno()), list[OSError]()
         view = PlainView(9, Output(torn, lost.append), io.StringIO())

@@ -145,7 +145,7 @@ def test_examples_do_not_count_and_the_denominator_is_fixed() -> None:
     assert run(private(clients=4), base, [one, other])["w"].tolist() == [0.125, 0.125, 0.0, 0.0]
 
 
-def test_a_trained_tensor_gets_noise_whatever_one_client_calls_it() -> None:
+def test_a_trained_tensor_gets_noise_even_if_one_client_calls_it_a_buffer() -> None:
     base = {"w": torch.zeros(2), "freqs": torch.ones(2)}
     drawn: list[int] = []
 

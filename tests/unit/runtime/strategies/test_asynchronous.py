@@ -54,7 +54,7 @@ def test_fedasync_mixes_updates_in_one_by_one() -> None:
     "algorithm",
     ["FedAvg", "FedAvgM", "FedAdam", "FedNova", "QFedAvg", "SCAFFOLD", "FedDyn", "FedBuff"],
 )
-def test_a_discounted_update_counts_as_so_many_fewer_examples(algorithm: str) -> None:
+def test_a_discounted_update_counts_as_fewer_examples(algorithm: str) -> None:
     base, scalars = model(), {"steps": 3.0, "travel": 0.3, "loss": 0.7}
     whole = [replace(update, scalars=scalars) for update in updates(base, 3, seed=5)]
     late = [*whole[:2], replace(whole[2], num_examples=whole[2].num_examples * 2, discount=0.5)]

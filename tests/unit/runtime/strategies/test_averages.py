@@ -81,7 +81,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 @pytest.mark.parametrize("clients", [1, 3, 100])
 @pytest.mark.parametrize("algorithm", RULES)
-def test_what_nobody_changes_comes_back_bit_for_bit(
+def test_unchanged_values_are_preserved_bit_for_bit(
     algorithm: str, clients: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(averages, "_PART", 64)

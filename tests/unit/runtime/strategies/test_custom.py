@@ -155,7 +155,7 @@ def test_what_cannot_be_loaded(module: ModuleType, reference: str, parameters: d
         ("9", "finish() returned no model: w is a tensor of layout torch.sparse_coo, not a dense one"),
     ],
 )
-def test_what_misbehaves(module: ModuleType, how: str, message: str) -> None:
+def test_errors_and_invalid_results_name_the_class(module: ModuleType, how: str, message: str) -> None:
     base = model()
     with pytest.raises(StrategyError) as error:
         run(custom("rules:Broken", how=how), base, updates(base, 2, seed=1))

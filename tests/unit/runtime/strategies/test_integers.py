@@ -46,7 +46,7 @@ def contributions(states: list[State], examples: tuple[int, ...] = (7, 1, 60_000
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("algorithm", RULES)
-def test_what_nobody_changes_comes_back(
+def test_unchanged_values_are_preserved(
     algorithm: str, deterministic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(averages, "_PART", 3)

@@ -141,7 +141,7 @@ SAME: dict[str, Change] = {
 
 @pytest.mark.parametrize("same", SAME)
 @pytest.mark.parametrize("algorithm", ["FedAvg", "FedAvgM", "FedNova", "SCAFFOLD", "QFedAvg", "FedDyn"])
-def test_what_makes_no_difference(algorithm: str, same: str, tmp_path: Path) -> None:
+def test_equivalent_updates_give_the_same_result(algorithm: str, same: str, tmp_path: Path) -> None:
     """Make a strategy for a job whose clients all take part in the round."""
     for seed in SCENARIOS:
         case = scenario(seed)
