@@ -191,7 +191,7 @@ def federation(tmp_path: Path) -> Iterator[Callable[..., Federation]]:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """Path of the training script: linear regression on data that depends on the client's number."""
+    """Return the path of the training script: linear regression on data that depends on the client's number."""
     path = tmp_path / "train.py"
     path.write_text((Path(__file__).parent / "linear_model.py").read_text())
     return path

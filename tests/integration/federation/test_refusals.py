@@ -96,7 +96,7 @@ class Adversary:
 
 @pytest.fixture
 def adversary(federation: Make) -> Iterator[Adversary]:
-    """A job with FedNova, which requires a number of steps in every update."""
+    """Yield a job with FedNova, which requires a number of steps in every update."""
     job = federation(2, 2, strategy={"algorithm": "FedNova"})
     job.start_aggregator()
     clients = [HandMadeClient(job, index) for index in range(2)]

@@ -147,7 +147,7 @@ async def test_calls_under_way_survive_a_change_of_the_secret_and_the_end_of_the
 
 @pytest.fixture
 async def impatient(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """A connected site with short deadlines for calls."""
+    """Return a connected site with short deadlines for calls."""
     assert await site.works()
     monkeypatch.setattr(bridge, "CALL_SECONDS", 0.3)
     return site

@@ -45,7 +45,7 @@ class FakeAggregator(ObserverServicer):
 
 @pytest.fixture
 def authority(monkeypatch: pytest.MonkeyPatch) -> Iterator[Authority]:
-    """An aggregator on this machine with its CA."""
+    """Start an aggregator on this machine, and yield its CA."""
     ca = Authority.create("job", DAY)
     server = grpc.server(ThreadPoolExecutor(2))
     add_ObserverServicer_to_server(FakeAggregator(), server)
