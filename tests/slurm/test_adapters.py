@@ -33,9 +33,9 @@ from isthmus_bridge.slurm.model import (
     TaskRecord,
 )
 from isthmus_bridge.slurm.options import Options
-from isthmus_bridge.slurm.states import meaning
 from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.slurm_states import meaning
 
 from .slurm_site import Site, ensure, get, over, running, slurm, spec, until
 

@@ -25,8 +25,8 @@ from isthmus_bridge.slurm.model import (
     SubmissionRefused,
     TaskRecord,
 )
-from isthmus_bridge.slurm.states import meaning
 from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.slurm_states import meaning
 
 OPERATOR = "isthmus://operator/prod"
 KEY = "0123456789abcdef0123456789abcdef"

@@ -4,6 +4,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from isthmus_contracts.slurm_states import meaning
+
 from .. import slurm_adapters
 from ..network.gateway_check import reach
 from ..policy.authorization import widest
@@ -11,7 +13,6 @@ from ..policy.policy import Policy
 from ..pools import job_owners
 from ..slurm.environment import DEFAULT_PATH
 from ..slurm.model import SiteDescription, SlurmAdapter, SlurmError, TaskRecord
-from ..slurm.states import meaning
 from ..slurm.unix_users import uid_of
 from ..users import doctor as users
 from ..users.user_checks import local_users

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.slurm_states import Meaning
 
 from ..clients_per_job import per_job
 from ..files.run_directory import Exit, TaskMarker
-from ..slurm.states import Meaning
 from .observation import ClientNote, Observation, TaskObservation
 
 _ENDED = ("COMPLETED", "FAILED")

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
 from isthmus_contracts.identities import slurm_job_name
+from isthmus_contracts.slurm_states import meaning
 
 from ..files.run_directory import PATTERN_KEY
 from ..policy.policy import Policy
 from ..slurm.model import TaskRecord
-from ..slurm.states import meaning
 from ..users.sudoers import run_dir
 
 # Key and owner.

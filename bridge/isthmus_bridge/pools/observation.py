@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from isthmus_contracts.slurm_states import LOST, UNLISTED, Meaning, meaning
+
 from ..files.run_directory import TaskMarker
 from ..slurm.model import TaskRecord
-from ..slurm.states import LOST, PLAIN, Meaning, meaning
 
 # Slurm's backfill scheduler estimates starts again every half minute; smaller changes are not reported. Seconds.
 _START_TOLERANCE = 60.0
@@ -240,7 +241,7 @@ def mark_lost(observation: Observation, missing: Sequence[int]) -> Observation:
 
 def notable(observation: Observation, most: int) -> list[tuple[int, TaskObservation]]:
     """Return at most ``most`` tasks to report: failed ones first, then those in an unusual state."""
-    listed = [item for item in observation.tasks.items() if item[1].state not in PLAIN]
+    listed = [item for item in observation.tasks.items() if item[1].state not in UNLISTED]
     rank = {Meaning.FAILED: 0, Meaning.CANCELLED: 1}
     return sorted(listed, key=lambda item: (rank.get(item[1].meaning, 2), item[0]))[:most]
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.slurm_states import LOST, Meaning
 
-from ..slurm.states import LOST, Meaning
 from .clients import by_client
 from .journal import Entry, State
 from .observation import Observation, TaskObservation, notable

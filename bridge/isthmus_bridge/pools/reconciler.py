@@ -11,13 +11,13 @@ from dataclasses import replace
 from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.process import backoff
+from isthmus_contracts.slurm_states import Meaning, meaning
 
 from ..clients_per_job import jobs_for
 from ..metrics import Metrics
 from ..policy.policy import Policy
 from ..slurm.environment import user_name
 from ..slurm.model import SlurmAdapter, SlurmError, TaskRecord
-from ..slurm.states import Meaning, meaning
 from ..slurm.unix_users import uid_of
 from ..users.user_checks import local_users
 from . import job_owners

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.slurm_states import Meaning
 
 from ..clients_per_job import per_job
 from ..policy.policy import Policy
-from ..slurm.states import Meaning
 from ..users.pool_directory import PoolDirectory, pool_directory
 from .clients import by_client, with_exits, with_tails, without_exit
 from .journal import Entry

@@ -11,8 +11,9 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 
+from isthmus_contracts.slurm_states import normal
+
 from .model import SlurmError, TaskRecord
-from .states import normal
 
 # A field without a width is as wide as its content.
 SQUEUE_FIELDS = (

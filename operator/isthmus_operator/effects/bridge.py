@@ -13,6 +13,7 @@ from grpc import aio
 
 from isthmus_contracts.api.federated_job_status import Reason
 from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.slurm_states import DISPLACED, Meaning, meaning
 from isthmus_contracts.wire.pki import Credentials
 
 from ..fair_semaphore import slot_released
@@ -31,12 +32,6 @@ log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-# Slurm's states of tasks that have not failed, and of those that the site itself ended.
-_LIVING = frozenset({
-    "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
-    "RESIZING", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD", "COMPLETED",
-})  # fmt: skip
-_DISPLACED = frozenset({"PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED"})
 _DENIED = (grpc.StatusCode.PERMISSION_DENIED,)
 _NO_ANSWER = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT,)
@@ -252,7 +247,7 @@ class _UnknownCallError(_AnsweredError):
 def pool_view(pool: pb.Pool, attempt: int, first: int = 0, ahead: float = 0.0) -> PoolView:
     """Reduce a bridge's response to what the plan reads. ``ahead``: seconds by which the site's clock is ahead."""
     failed = [task for task in pool.tasks if task.log_tail or task.exit_code or task.signal]
-    ended = [task.state for task in pool.tasks if task.state not in _LIVING]
+    unsuccessful = [task.state for task in pool.tasks if meaning(task.state) in (Meaning.FAILED, Meaning.CANCELLED)]
     failure = ""
     if failed:
         task = failed[-1]
@@ -273,7 +268,7 @@ def pool_view(pool: pb.Pool, attempt: int, first: int = 0, ahead: float = 0.0) -
         submitted_at=_moment(pool.submitted_at, ahead),
         failure=failure,
         timed_out=pool.time_limit_reached,
-        displaced=bool(ended) and all(state in _DISPLACED for state in ended),
+        displaced=bool(unsuccessful) and DISPLACED.issuperset(unsuccessful),
         desired=pool.desired,
         ends_at=_moment(pool.ends_at, ahead),
     )

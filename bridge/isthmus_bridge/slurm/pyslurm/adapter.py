@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from isthmus_contracts.slurm_states import meaning, normal
+
 from .. import in_flight, submission_errors
 from ..command import CommandOutputTooLong, CommandTimeout, Result, run
 from ..environment import DEFAULT_PATH, job_environment, program_environment
@@ -23,7 +25,6 @@ from ..model import (
 )
 from ..options import Options
 from ..parse import expand
-from ..states import meaning, normal
 from . import worker
 
 _MAX_LISTING = 64 << 20

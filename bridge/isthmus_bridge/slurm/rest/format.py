@@ -9,18 +9,21 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from isthmus_contracts.slurm_states import normal
+
 from ..model import Gres, SlurmError, Submission, TaskRecord
 from ..options import Options
 from ..parse import expand
-from ..states import normal
 
 OLDEST, NEWEST = 36, 45
 TYPED = 40
 # Of a job's state and flags, squeue shows the first of these flags; else the base state, which comes first.
-_FLAGS = (
+SHOWN_FLAGS = (
     "COMPLETING", "STAGE_OUT", "CONFIGURING", "RESIZING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT",
     "EXPEDITING", "STOPPED", "REVOKED", "RESV_DEL_HOLD", "SIGNALING", "LAUNCH_FAILED", "RECONFIG_FAIL",
 )  # fmt: skip
+# Flags of slurmrestd that squeue never shows: the job's base state, or another flag, says more.
+HIDDEN_FLAGS = frozenset({"POWER_UP_NODE", "UPDATE_DB"})
 _NOTHING = frozenset({"", "None", "(null)", "None assigned"})
 
 
@@ -241,7 +244,8 @@ def state_of(value: Any) -> str:
     words = value if isinstance(value, list) else [value]
     if not words or not all(isinstance(word, str) and word for word in words):
         raise SlurmError(f"slurmrestd: {str(value)[:80]!r} is not a state of a job")
-    return normal(next((flag for flag in _FLAGS if flag in words), words[0]))
+    base = next((word for word in words if word not in HIDDEN_FLAGS), words[0])
+    return normal(next((flag for flag in SHOWN_FLAGS if flag in words), base))
 
 
 def _listed(content: Mapping[str, Any], key: str = "jobs") -> Iterable[Mapping[str, Any]]:

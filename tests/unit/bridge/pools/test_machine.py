@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from isthmus_bridge.slurm.states import meaning
+from isthmus_contracts.slurm_states import meaning
 from tests.support.bridge_state_machine import AnyMachine
 from tests.support.fake_slurm import FakeSlurm, World
 

@@ -1,6 +1,6 @@
 import pytest
 
-from isthmus_bridge.slurm.states import MEANINGS, PLAIN, Meaning, meaning, normal
+from isthmus_contracts.slurm_states import DISPLACED, MEANINGS, UNLISTED, Meaning, meaning, normal
 
 # squeue(1) of 22.05, "JOB STATE CODES", and what 23.02 to 25.11 added.
 DOCUMENTED = (
@@ -19,6 +19,9 @@ def test_every_documented_state_has_a_meaning(state: str) -> None:
     ("state", "expected"),
     [
         ("PENDING", Meaning.WAITING),
+        ("POWER_UP_NODE", Meaning.WAITING),
+        ("EXPEDITING", Meaning.WAITING),
+        ("UPDATE_DB", Meaning.RUNNING),
         ("REQUEUE_HOLD", Meaning.WAITING),
         ("COMPLETING", Meaning.RUNNING),
         ("SUSPENDED", Meaning.RUNNING),
@@ -34,7 +37,8 @@ def test_meanings(state: str, expected: Meaning) -> None:
 
 def test_what_is_over() -> None:
     assert {m for m in Meaning if m.over} == {Meaning.SUCCEEDED, Meaning.FAILED, Meaning.CANCELLED}
-    assert MEANINGS.keys() >= PLAIN
+    assert MEANINGS.keys() >= UNLISTED
+    assert {meaning(state) for state in DISPLACED} == {Meaning.FAILED}
 
 
 @pytest.mark.parametrize(("text", "word"), [("CANCELLED by 1000", "CANCELLED"), ("RUNNING+", "RUNNING"), ("", "")])

@@ -1,4 +1,7 @@
-"""All job states that Slurm documents, and their meaning for a task of a pool."""
+"""All job states that Slurm documents, and their meaning for a task of a pool.
+
+The bridge reads them from Slurm, and the operator from the bridge's answers.
+"""
 
 from enum import Enum
 
@@ -18,7 +21,8 @@ class Meaning(Enum):
         return self not in (Meaning.WAITING, Meaning.RUNNING)
 
 
-# squeue(1), "JOB STATE CODES", 22.05 to 25.11, base states and flags: squeue prints a flag instead of the state.
+# Source: squeue(1), "JOB STATE CODES", 22.05 to 25.11. Base states and flags: squeue prints a
+# flag instead of the base state.
 MEANINGS: dict[str, Meaning] = {
     "PENDING": Meaning.WAITING,
     "CONFIGURING": Meaning.WAITING,  # nodes are allocated and boot
@@ -55,8 +59,11 @@ MEANINGS: dict[str, Meaning] = {
 LOST = "LOST"
 MEANINGS[LOST] = Meaning.FAILED
 
-# States that are not listed in a pool's status.
-PLAIN = frozenset({"PENDING", "RUNNING", "COMPLETED"})
+# States of failed tasks that the site itself ended, by taking their nodes.
+DISPLACED = frozenset({"PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED"})
+
+# States of tasks that a pool's status leaves out. All other states are listed there.
+UNLISTED = frozenset({"PENDING", "RUNNING", "COMPLETED"})
 
 
 def normal(text: str) -> str:
