@@ -10,9 +10,11 @@ from ..dp_accounting import Spent
 from .fields import Decimal, Resource, single_precision_problem
 from .strategy import Algorithm
 
-_SMOOTH = "FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam or FedYogi"
-# Rules that use more of a client than its clipped change. The others use only the noisy mean.
-_UNPROTECTED: Mapping[Algorithm, str] = {
+# Strategies that use nothing of a client but the noisy mean of the clipped changes. All others are refused. A strategy
+# belongs here only if it uses no scalars of the clients, no companion, no single updates and no update twice.
+PROTECTED: tuple[Algorithm, ...] = ("FedAvg", "FedProx", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi")
+# What each of the others uses beside that mean. A test checks that every algorithm is in one of the two tables.
+UNPROTECTED: Mapping[Algorithm, str] = {
     **dict.fromkeys(
         ("CoordinateMedian", "TrimmedMean", "Krum", "MultiKrum", "GeometricMedian"),
         "which compares single updates: noise is added to their sum",
@@ -73,8 +75,10 @@ class DifferentialPrivacy(Resource):
 
     def problem(self, algorithm: Algorithm, trainers: int) -> str | None:
         """Return the problem with a job of ``trainers`` clients, after the field's name, or ``None``."""
-        if reason := _UNPROTECTED.get(algorithm):
-            return f"differentialPrivacy: does not go with {algorithm}, {reason}; use {_SMOOTH}"
+        if algorithm not in PROTECTED:
+            reason = UNPROTECTED.get(algorithm, "which is not known to use only the noisy mean of the updates")
+            use = f"{', '.join(PROTECTED[:-1])} or {PROTECTED[-1]}"
+            return f"differentialPrivacy: does not go with {algorithm}, {reason}; use {use}"
         if float(self.delta) * trainers >= 1:
             return f"differentialPrivacy.delta: {self.delta} is not less than 1/{trainers}, one over the clients"
         return None

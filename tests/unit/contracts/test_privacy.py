@@ -1,10 +1,12 @@
 """Privacy settings of a manifest, and the settings that they can be combined with."""
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from isthmus_contracts.api.privacy import PROTECTED, UNPROTECTED, DifferentialPrivacy
+from isthmus_contracts.api.strategy import Algorithm
 from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
 
 SPEC: dict[str, Any] = {
@@ -97,6 +99,18 @@ def test_a_bad_one_is_one_line(manifest: dict[str, Any], message: str) -> None:
 def test_other_rules_are_refused_with_a_reason(algorithm: str) -> None:
     with pytest.raises(ManifestError, match=rf"differentialPrivacy: does not go with {algorithm}, (in )?which .*; use"):
         parse_spec(spec(strategy={"algorithm": algorithm}))
+
+
+def test_every_algorithm_is_declared_once() -> None:
+    assert sorted([*PROTECTED, *UNPROTECTED]) == sorted(get_args(Algorithm))
+
+
+def test_an_undeclared_algorithm_is_refused() -> None:
+    private = DifferentialPrivacy.model_validate({"clipNorm": "1", "noiseMultiplier": "1"})
+    assert private.problem("FedNew", 10) == (  # type: ignore[arg-type]
+        "differentialPrivacy: does not go with FedNew, which is not known to use only the noisy mean of the updates;"
+        " use FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam or FedYogi"
+    )
 
 
 @pytest.mark.parametrize(
