@@ -3,7 +3,7 @@
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -11,6 +11,7 @@ import grpc
 
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
+from isthmus_contracts.text import one_line
 from isthmus_contracts.wire.transport import peer_uris
 
 from . import __version__
@@ -21,7 +22,7 @@ from .policy.current import CurrentPolicy
 from .policy.policy import Identity, Policy
 from .pools.journal import Entry, State
 from .pools.pool_status import to_pool
-from .pools.pools import Denied, KeyTaken, NoSuchPool, NothingLeft, Pools, SpecDiffers
+from .pools.pools import Denied, KeyTaken, NoSuchPool, NothingLeft, Pools, SpecDiffers, title
 from .pools.spec_checks import RequestError
 from .slurm.model import SlurmAdapter, SlurmError
 
@@ -32,6 +33,8 @@ ANSWER_SECONDS = 10.0
 MAX_TAIL_LINES = 1000
 MAX_TAIL_BYTES = 256 * 1024
 _CHUNK = 32 * 1024
+# Maximum length of a caller's text in a log line's fields. Characters.
+_SHOWN = 200
 
 Context = grpc.ServicerContext
 
@@ -61,7 +64,7 @@ class BridgeService(rpc.BridgeServicer):
 
     def EnsurePool(self, request: pb.EnsurePoolRequest, context: Context) -> pb.Pool:
         """Make the pool exist."""
-        with self._call("EnsurePool", context) as caller:
+        with self._call("EnsurePool", context, request.key, title(request.spec)) as caller:
             entry = self._pools.ensure(caller, request.key, request.spec)
             if entry.state in _UNFINISHED:
                 entry = self._wait(entry, lambda e: e.state not in _UNFINISHED or bool(e.message), context)
@@ -69,12 +72,12 @@ class BridgeService(rpc.BridgeServicer):
 
     def GetPool(self, request: pb.GetPoolRequest, context: Context) -> pb.Pool:
         """Return one pool."""
-        with self._call("GetPool", context) as caller:
+        with self._call("GetPool", context, request.key) as caller:
             return _reply(self._pools.get(caller, request.key))
 
     def CancelPool(self, request: pb.CancelPoolRequest, context: Context) -> pb.Pool:
         """End a pool."""
-        with self._call("CancelPool", context) as caller:
+        with self._call("CancelPool", context, request.key) as caller:
             entry = self._pools.cancel(caller, request.key, request.reason)
             if not entry.state.over:
                 entry = self._wait(entry, lambda e: e.state.over, context)
@@ -82,17 +85,17 @@ class BridgeService(rpc.BridgeServicer):
 
     def ShrinkPool(self, request: pb.ShrinkPoolRequest, context: Context) -> pb.Pool:
         """End the last clients of a pool."""
-        with self._call("ShrinkPool", context) as caller:
+        with self._call("ShrinkPool", context, request.key) as caller:
             return _reply(self._pools.shrink(caller, request.key, request.replicas))
 
     def RenewCredentials(self, request: pb.RenewCredentialsRequest, context: Context) -> pb.Pool:
         """Replace the credentials of a pool's clients."""
-        with self._call("RenewCredentials", context) as caller:
+        with self._call("RenewCredentials", context, request.key) as caller:
             return _reply(self._pools.renew(caller, request))
 
     def TailLog(self, request: pb.TailLogRequest, context: Context) -> Iterator[pb.LogChunk]:
         """Stream the last lines of one task's log."""
-        with self._call("TailLog", context) as caller:
+        with self._call("TailLog", context, request.key) as caller:
             entry = self._pools.get(caller, request.key)
             # Clients that were removed by shrinking have logs, too.
             replicas = pb.PoolSpec.FromString(entry.spec).replicas
@@ -126,30 +129,42 @@ class BridgeService(rpc.BridgeServicer):
         return self._pools.wait(entry.key, done, timeout) or entry
 
     @contextmanager
-    def _call(self, method: str, context: Context) -> Iterator[Identity]:
-        """Yield the caller's identity, and turn exceptions into gRPC statuses."""
+    def _call(self, method: str, context: Context, key: str = "", pool: str = "") -> Iterator[Identity]:
+        """Yield the caller's identity, and turn exceptions into gRPC statuses.
+
+        Log lines about the call name its ``key`` and ``pool``, which come from the caller unchecked.
+        """
         code = grpc.StatusCode.OK
+        fields = {"method": method}
+        if key:
+            fields["key"] = one_line(key, _SHOWN)
+        if pool:
+            fields["pool"] = one_line(pool, _SHOWN)
         try:
-            yield self._identify(context)
+            uris = peer_uris(context)
+            fields["caller"] = one_line(", ".join(uris), _SHOWN)
+            caller = self._identify(uris)
+            fields["caller"] = caller.uri
+            yield caller
         except Exception as error:
-            code, message = self._status(method, error)
+            code, message = self._status(fields, error)
             _abort(context, code, message)
         finally:
             self._metrics.requests.labels(method, code.name).inc()
 
-    def _identify(self, context: Context) -> Identity:
-        caller = identify(self._policy, peer_uris(context))
+    def _identify(self, uris: Sequence[str]) -> Identity:
+        caller = identify(self._policy, uris)
         if isinstance(caller, Denial):
             raise Denied(caller)
         return caller
 
-    def _status(self, method: str, error: Exception) -> tuple[grpc.StatusCode, str]:
+    def _status(self, fields: Mapping[str, str], error: Exception) -> tuple[grpc.StatusCode, str]:
         match error:
             case RequestError():
                 return grpc.StatusCode.INVALID_ARGUMENT, str(error)
             case Denied():
                 self._metrics.denials.labels(error.denial.rule).inc()
-                log.warning("denied: %s", error, extra={"method": method})
+                log.warning("denied: %s", error, extra=fields)
                 transient = grpc.StatusCode.RESOURCE_EXHAUSTED
                 return transient if error.transient else grpc.StatusCode.PERMISSION_DENIED, str(error)
             case NoSuchPool():
@@ -162,14 +177,14 @@ class BridgeService(rpc.BridgeServicer):
                 return grpc.StatusCode.UNAVAILABLE, f"Slurm does not answer: {error}"
             case OSError():
                 # A problem of the site (a full disk), which may pass.
-                log.exception("request failed", extra={"method": method})
+                log.exception("request failed", extra=fields)
                 return grpc.StatusCode.UNAVAILABLE, f"the site's bridge failed: {error.strerror}"
             case sqlite3.OperationalError():
                 # Likewise for the journal's disk. Nothing was recorded, so nothing was started.
-                log.exception("request failed", extra={"method": method})
+                log.exception("request failed", extra=fields)
                 return grpc.StatusCode.UNAVAILABLE, f"the site's bridge cannot write its journal: {error}"
             case _:
-                log.exception("request failed", extra={"method": method})
+                log.exception("request failed", extra=fields)
                 return grpc.StatusCode.INTERNAL, "internal error of the bridge; see its log"
 
 

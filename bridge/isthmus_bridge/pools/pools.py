@@ -96,7 +96,7 @@ class Pools:
             "recorded",
             extra={
                 "key": key,
-                "pool": _title(spec),
+                "pool": title(spec),
                 "replicas": spec.replicas,
                 "caller": identity.uri,
                 **({"user": entry.user} if entry.user else {}),
@@ -229,7 +229,7 @@ class Pools:
             entry = self.get(identity, request.key)
             if entry.spec and not entry.state.over:
                 self._directory(entry).write_credentials(_credentials(request))
-                log.info("credentials renewed", extra={"key": entry.key})
+                log.info("credentials renewed", extra={"key": entry.key, "caller": identity.uri})
         return entry
 
     def wait(self, key: str, done: Callable[[Entry], bool], timeout: float) -> Entry | None:
@@ -284,5 +284,6 @@ def _one_line(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)[:_MAX_REASON]
 
 
-def _title(spec: pb.PoolSpec) -> str:
+def title(spec: pb.PoolSpec) -> str:
+    """Return a pool's namespace, job and name, as log lines show them."""
     return f"{spec.namespace}/{spec.job}/{spec.pool}"

@@ -110,6 +110,22 @@ def test_status_codes(connect: Connect) -> None:
     assert refused(lambda: stub.GetPool(pb.GetPoolRequest(key="no-such-pool")))[0] is grpc.StatusCode.NOT_FOUND
 
 
+def test_log_lines_of_denied_requests_name_key_pool_and_caller(
+    connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        refused(lambda: ensure(connect("prod"), partition="gpu"))
+        refused(lambda: connect("nobody").GetPool(pb.GetPoolRequest(key="not\na key")))
+        refused(lambda: connect("nobody").DescribeSite(pb.DescribeSiteRequest()))
+    lines = [record.__dict__ for record in caplog.records if record.message.startswith("denied: ")]
+    names = ("method", "key", "pool", "caller")
+    assert [{name: line[name] for name in names if name in line} for line in lines] == [
+        {"method": "EnsurePool", "key": KEY, "pool": "default/fashion/lumi", "caller": "isthmus://operator/prod"},
+        {"method": "GetPool", "key": "not a key", "caller": "isthmus://operator/nobody"},
+        {"method": "DescribeSite", "caller": "isthmus://operator/nobody"},
+    ]
+
+
 def test_strangers_are_refused(connect: Connect, bridge: Bridge) -> None:
     code, details = refused(lambda: connect("nobody").DescribeSite(pb.DescribeSiteRequest()))
     assert code is grpc.StatusCode.PERMISSION_DENIED
