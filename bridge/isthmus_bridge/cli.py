@@ -92,10 +92,10 @@ def _check(options: argparse.Namespace) -> int:
     for line in check.explain(policy, options.identity):
         print(line)
     found = list(strict_modes.examine(policy, options.policy))
-    for warning in (one.line for one in found if not one.grave):
+    for warning in (one.line for one in found if not one.blocks_serving):
         print(f"warning: {warning}")
-    grave = (one.line for one in found if one.grave)
-    for problem in (*grave, *check.problems(policy), *check.readable(policy, options.policy)):
+    blocking = (one.line for one in found if one.blocks_serving)
+    for problem in (*blocking, *check.problems(policy), *check.readable(policy, options.policy)):
         good = False
         print(f"problem: {problem}")
     if good:

@@ -7,11 +7,11 @@ from typing import Protocol
 from isthmus_contracts import identities as ids
 
 ANNOTATION_RECORD = f"{ids.GROUP}/record"  # on the FederatedJob: see state/job_record.py
-ANNOTATION_NAMES = f"{ids.GROUP}/names"  # likewise: naming scheme of its pools' objects
+ANNOTATION_NAMES = f"{ids.GROUP}/names"  # on the FederatedJob: naming scheme of its pools' objects
 # On the claim of an earlier job: name of the job that is to adopt it; afterwards, the uid of the earlier job.
 ANNOTATION_ADOPT = f"{ids.GROUP}/adopt"
 ANNOTATION_ADOPTED = f"{ids.GROUP}/adopted-from"
-ANNOTATION_OPERATOR = f"{ids.GROUP}/operator"  # likewise: see controllers/ownership.py
+ANNOTATION_OPERATOR = f"{ids.GROUP}/operator"  # on the FederatedJob: see controllers/ownership.py
 # On pods: fingerprint of the CA that signed their certificate. On a renewed CA's Secret: fingerprint and key id.
 ANNOTATION_AUTHORITY = f"{ids.GROUP}/authority"
 ANNOTATION_RENDERED = f"{ids.GROUP}/rendered"  # on objects that are compared and restored: hash of what was applied

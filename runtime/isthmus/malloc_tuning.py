@@ -49,4 +49,4 @@ def keep_chunk_memory() -> None:
     enough. Without it every chunk is read into fresh pages, which costs more than copying it. Source: mallopt(3),
     ``M_MMAP_THRESHOLD``.
     """
-    torch.empty(_KEPT_BYTES, dtype=torch.uint8, device="cpu")  # freed immediately, and takes no memory: untouched
+    torch.empty(_KEPT_BYTES, dtype=torch.uint8, device="cpu")  # freed at once; its pages are never touched

@@ -25,7 +25,7 @@ from ..users.user_checks import local_users
 class Finding:
     """A finding about one file or folder."""
 
-    grave: bool
+    blocks_serving: bool
     """True if another user can certainly act as the bridge, which then refuses to serve."""
     line: str
     path: Path | None = None
@@ -52,7 +52,7 @@ def examine(policy: Policy, file: Path) -> Iterator[Finding]:
     people = _People(policy)
     seen = set[Path]()
     for item in _items(policy, file):
-        for found in sorted(_faults(item, people), key=lambda one: not one.grave):
+        for found in sorted(_faults(item, people), key=lambda one: not one.blocks_serving):
             if found.path is not None and found.path not in seen:
                 seen.add(found.path)
                 yield found
@@ -62,8 +62,8 @@ def examine(policy: Policy, file: Path) -> Iterator[Finding]:
 def require(policy: Policy, file: Path) -> list[str]:
     """Return the findings that are warnings. Raises :class:`PolicyError` if another user can act as the bridge."""
     found = list(examine(policy, file))
-    if grave := [one.line for one in found if one.grave]:
-        raise PolicyError("another user can act as the bridge: " + "; ".join(grave))
+    if blocking := [one.line for one in found if one.blocks_serving]:
+        raise PolicyError("another user can act as the bridge: " + "; ".join(blocking))
     return [one.line for one in found]
 
 
@@ -169,7 +169,7 @@ def _own_jobs(policy: Policy, file: Path, people: _People) -> Iterator[Finding]:
         path for item in governs if not item.written
         for path, found in _chain(item.path) if _changes(found, people.me)
     )  # fmt: skip
-    # Parents of listed paths add no information.
+    # Skip parents of listed paths.
     listed = [path for path in own if not any(other in path.parents for other in own)]
     if listed:
         line = f"jobs run as {name}, the bridge's own user, and can change {', '.join(map(str, listed))}"

@@ -260,7 +260,7 @@ def _endpoint(policy: Policy, spec: pb.PoolSpec, who: str) -> str | Denial:
 
 def _may_dial(endpoint: str, pattern: str) -> bool:
     if _IN_BRACKETS.match(pattern):
-        # Escape the bracket, which would begin a class of characters.
+        # Escape the bracket, because it would start a character class.
         pattern = f"[[]{pattern[1:]}"
         return fnmatchcase(endpoint, pattern)
     if not fnmatchcase(endpoint, pattern):

@@ -1,4 +1,7 @@
-"""Look-ups of tasks that left Slurm's queue: in accounting, and in the markers in their pool's directory."""
+"""Look-ups of what Slurm's queue does not list: arrays of ambiguous submissions, and the ends of tasks.
+
+They search accounting, and the markers that tasks leave in their pool's directory.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,10 +18,10 @@ from .observation import Observation, choose, resolve
 
 
 class AccountingLookup:
-    """Rate-limited look-ups: accounting is slower than the queue, and rarely has news."""
+    """Rate-limited look-ups: accounting is slower than the queue, and rarely changes."""
 
     def __init__(self, policy: Policy, adapter: SlurmAdapter, monotonic: Callable[[], float]) -> None:
-        """``monotonic``: a clock in seconds that is never set."""
+        """``monotonic``: a monotonic clock, in seconds."""
         self._policy = policy
         self._adapter = adapter
         self._monotonic = monotonic

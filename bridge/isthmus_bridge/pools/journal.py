@@ -22,7 +22,7 @@ class JournalError(Exception):
 
 
 class State(StrEnum):
-    """The progress of a pool."""
+    """The progress of a pool in the journal. :mod:`.pool_status` derives the protocol's ``Phase`` from it."""
 
     RESERVED = "RESERVED"  # recorded; sbatch has not run, or is known to have submitted nothing
     SUBMITTING = "SUBMITTING"  # recorded before sbatch starts
@@ -218,7 +218,7 @@ class Journal:
         return self._query(f"{_SELECT} WHERE state IN ({marks}) AND finished_at < ?", *OVER, moment)
 
     def live_specs(self, identity: str | None = None) -> list[pb.PoolSpec]:
-        """Return the specs of a caller's (or all) live pools, with as many replicas as their jobs hold clients."""
+        """Return the specs of a caller's (or all) live pools, counting the clients that their jobs hold."""
         marks = ", ".join("?" * len(OVER))
         sql = f"SELECT spec, kept_replicas FROM pools WHERE state NOT IN ({marks})"  # noqa: S608
         values = [*OVER]
@@ -290,7 +290,7 @@ def _make_private(path: Path) -> None:
 def _spec(content: bytes, kept_replicas: int) -> pb.PoolSpec:
     spec = pb.PoolSpec.FromString(content)
     if kept_replicas:
-        # The pool size that its clients see does not change.
+        # Clients still see the original pool size.
         spec.pool_size = spec.pool_size or spec.replicas
         spec.replicas = kept_replicas
     return spec

@@ -133,7 +133,7 @@ def observe(
     starts: list[float] = []
     ends = [record.ends for record in records if record.ends]
     rest: TaskRecord | None = None
-    # If a task has two records, the live one counts, then the later one.
+    # If a task has two records, the live one counts; if both have ended, the later one.
     for record in sorted(records, key=lambda r: (not meaning(r.state).over, r.job_id)):
         if record.indices is None:
             # In a shrunk array it may be about the cancelled tasks: it says nothing about the others.
@@ -230,7 +230,7 @@ def ended_by_limit(ended: Observation, before: Observation, now: float, warning:
 
 
 def mark_lost(observation: Observation, missing: Sequence[int]) -> Observation:
-    """Mark tasks as LOST of which no record or marker is left."""
+    """Mark as LOST the tasks that left no record or marker."""
     tasks = dict(observation.tasks)
     for index in missing:
         before = tasks.get(index)

@@ -90,7 +90,7 @@ class Pools:
             if isinstance(grant, Denial):
                 raise Denied(grant)
             if grant.user and (why := fault(grant.user)):
-                raise Denied(Denial("identities.user", f"{why}; {identity.uri} would become that user"))
+                raise Denied(Denial("identities.user", f"{why}; the policy maps {identity.uri} to this user"))
             entry = self._record(identity, key, spec, grant.user)
         log.info(
             "recorded",

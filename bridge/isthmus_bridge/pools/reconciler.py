@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 _FAILURES_BEFORE_STALE = 3
 _LONGEST_PAUSE = 30.0
 _CANCEL_AGAIN = 10.0
-# Arrays of finished pools may appear late: from an sbatch that was believed dead, or a manual requeue.
+# Arrays of finished pools may appear late: from an sbatch that was given up but still ran, or a manual requeue.
 _SWEEP_EVERY = 30.0
 _SWEEP_FOR = 900.0
 MAX_SUBMISSIONS = 5
@@ -109,7 +109,7 @@ class Reconciler:
         version = self._journal.version
         if followed or version != self._seen:
             # A new version without a live pool: a pool that was cancelled before it was requested. A lost journal may
-            # have known it, so the sweep has to look for its array.
+            # have contained it, so the sweep has to look for its array.
             self._seen = version
             self._sweep_until = now + _SWEEP_FOR
         elif now > self._sweep_until or now < self._last_sweep + _SWEEP_EVERY:

@@ -30,7 +30,7 @@ _LARGEST_WARNING_SHARE = 3
 
 
 class Submitter:
-    """The step of pools from RESERVED to SUBMITTED. May be called for any key at any time, from any thread."""
+    """The step of pools from RESERVED to SUBMITTED. ``advance`` may be called for any key, from any thread."""
 
     def __init__(
         self,
@@ -105,13 +105,13 @@ class Submitter:
         for identity in self._policy.identities:
             if identity.uri == entry.identity:
                 if (identity.user or "") != entry.user:
-                    # Its files are that user's.
+                    # The pool's files belong to the recorded user.
                     was, now = entry.user or "the bridge's own user", identity.user or "the bridge's own user"
                     return Denial(
                         "identities.user", f"the pool was recorded for {was!r}; now {identity.uri} is {now!r}"
                     )
                 if entry.user and (why := fault(entry.user)):
-                    return Denial("identities.user", f"{why}; {identity.uri} would become that user")
+                    return Denial("identities.user", f"{why}; the policy maps {identity.uri} to this user")
                 return decide(self._policy, identity, spec)
         return Denial("identities", f"{entry.identity!r} is no longer known at this site")
 
@@ -135,7 +135,7 @@ class Submitter:
         except SubmissionRefused as error:
             self._refused(key, error)
         except Exception as error:
-            # Whatever happened, the request may have reached Slurm.
+            # After any error, the request may have reached Slurm.
             if not isinstance(error, SlurmError):
                 log.exception("submission failed unexpectedly", extra={"key": key})
             self._mark_unknown(key, error)

@@ -222,7 +222,7 @@ class CliAdapter:
         return uid
 
     def _must_see(self, description: SiteDescription) -> None:
-        """Raise :class:`SlurmError` if Slurm hides other users' jobs: their absence would then prove nothing."""
+        """Raise :class:`SlurmError` if Slurm hides other users' jobs: a missing job then may not have ended."""
         if description.private_jobs and not self._operator:
             raise SlurmError(
                 "slurm.conf's PrivateData hides other users' jobs; make the bridge's user an operator of Slurm"
@@ -335,7 +335,7 @@ def submitted(result: Result) -> int:
             return ids.pop()
         raise SubmissionAmbiguous(f"sbatch answered {result.output[:120]!r} instead of a job id")
     judgement = submission_errors.of_sbatch(result.errors)
-    # Only a clear refusal counts as one. After a signal, a wrapper's error or a broken connection it is open.
+    # Only a clear refusal counts as one. After a signal, a wrapper's error or a broken connection it is unknown.
     if result.status < 0 or judgement.sent is not submission_errors.Sent.REFUSED:
         reason = judgement.reason or last_line(result.errors) or f"exit code {result.status}"
         raise SubmissionAmbiguous(f"sbatch failed: {reason}", waiting=judgement.sent is submission_errors.Sent.WAITING)

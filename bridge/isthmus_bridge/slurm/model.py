@@ -10,11 +10,11 @@ from .options import Options
 
 
 class SlurmError(Exception):
-    """Slurm could not be queried, or its answer is malformed. Nothing follows about which jobs exist."""
+    """Slurm could not be queried, or its answer is malformed. It does not show which jobs exist."""
 
 
 class Patience(Enum):
-    """Time for which a refused submission is retried."""
+    """Retry time: how long a refused submission is retried."""
 
     NONE = 0
     """Not at all: the same request would be refused again."""
@@ -81,14 +81,14 @@ class Submission:
     """Seconds before the time limit at which the batch script gets SIGTERM."""
     cpus_per_task: int
     memory_mib: int
-    """Memory of each task of the array, as ``gres`` is."""
+    """Memory of each task of the array, in MiB. ``gres`` is per task too."""
     steps: int = 1
     """Slurm tasks within each array task, which its script starts; if more than one, these get the warning."""
     at_once: int = 0
     """Limit of tasks that run at the same time; 0 for no limit."""
     gres: tuple[Gres, ...] = ()
     user: str = ""
-    """The local user as whom it is submitted; empty for the user who runs the bridge."""
+    """The local user who submits it; empty for the user who runs the bridge."""
     guard: Path | None = None
     """The bridge's folder in which the submission is recorded as under way; ``None`` for ``directory``."""
     options: Options = field(default_factory=Options)

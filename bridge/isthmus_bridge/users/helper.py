@@ -158,7 +158,7 @@ def _text(value: Any) -> str:
 
 
 def respond(helper: Helper, content: bytes) -> dict[str, Any]:
-    """Return the answer to a request: a result, an error, or that it is open whether sbatch submitted the job."""
+    """Return the answer to a request: a result, an error, or that it is unknown whether sbatch submitted the job."""
     try:
         return {"result": helper.answer(json.loads(content))}
     except RefusedError as error:

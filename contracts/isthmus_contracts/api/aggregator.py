@@ -47,8 +47,8 @@ class Expose(Resource):
     annotations: Annotated[dict[str, Text], Field(max_length=64)] = {}
     """Annotations of the Service, such as those for an internal load balancer of a cloud."""
     external_traffic_policy: Literal["Cluster", "Local"] | None = None
-    """For NodePort and LoadBalancer. Local keeps the source address, which an HPCSite's clientCIDRs need; with
-    NodePort, only the aggregator's own node answers then. Default: Cluster."""
+    """For NodePort and LoadBalancer. Local keeps the source address, which an HPCSite's clientCIDRs need. With
+    NodePort, Local means that only the node of the aggregator answers. Default: Cluster."""
     load_balancer_class: Annotated[str, Field(pattern=PATTERN_ANNOTATION, max_length=MAX_ANNOTATION)] | None = None
     """For LoadBalancer: its class. Default: the cluster's default."""
     load_balancer_source_ranges: Annotated[list[Cidr], Field(max_length=64)] = []

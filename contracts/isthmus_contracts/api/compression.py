@@ -1,7 +1,7 @@
 """Compression in the manifest: a chain of codecs for each direction, written as one string, like ``Delta+Int8+Zstd``.
 
-A chain is a string, and not a list, so that the simple case reads ``upload: Int8`` (a CRD knows no union of a string
-and a list), and so that one pattern lets the API server check the order too.
+A chain is a string, and not a list, so that the simple case reads ``upload: Int8`` (a CRD field cannot be either a
+string or a list), and so that one pattern lets the API server check the order too.
 """
 
 import re
@@ -70,7 +70,7 @@ class Compression(Resource):
     @property
     def upload_codecs(self) -> list[str]:
         """Codecs of the upload as named in the protocol, including the implied ones."""
-        # The rounding error of weights is not a change by training; rules with a memory would add it up.
+        # The rounding error of weights does not come from training; strategies with state would accumulate it.
         return self._codecs(self.upload, {TOP_K, *INTEGERS, *HALVES})
 
     @property

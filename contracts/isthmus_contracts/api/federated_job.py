@@ -249,7 +249,7 @@ class FederatedJobSpec(Resource):
         return sum(pool.size for pool in self.pools)
 
     @property
-    def trainers(self) -> int:
+    def fewest_trainers(self) -> int:
         """Minimum number of clients that train."""
         return sum(pool.fewest for pool in self.pools if pool.role == "Train")
 
@@ -269,7 +269,7 @@ class FederatedJobSpec(Resource):
     @property
     def min_clients(self) -> int:
         """Effective quorum."""
-        return self.selection.min_clients or min(2, self.trainers)
+        return self.selection.min_clients or min(2, self.fewest_trainers)
 
     @property
     def min_updates(self) -> int:
@@ -322,15 +322,17 @@ class FederatedJobSpec(Resource):
         for number, pool in enumerate(self.pools):
             if pool.hpc is not None and pool.replicas > pool.size:
                 raise ValueError(f"pools[{number}].replicas: {pool.replicas} is more than hpc.maxReplicas, {pool.size}")
-        if not self.trainers:
+        if not self.fewest_trainers:
             raise ValueError("pools: all of them have the role Evaluate; at least one must train")
         for field, number, never in (
             ("selection.minClients", self.min_clients, "it could never start"),
             ("stragglers.minUpdates", self.min_updates, "no round could end"),
         ):
-            if number > self.trainers:
+            if number > self.fewest_trainers:
                 which = "all pools" if all(pool.role == "Train" for pool in self.pools) else "all pools that train"
-                raise ValueError(f"{field}: {number} is more than the {self.trainers} clients of {which}; {never}")
+                raise ValueError(
+                    f"{field}: {number} is more than the {self.fewest_trainers} clients of {which}; {never}"
+                )
         if self.min_updates < self.strategy.fewest_updates:
             raise ValueError(
                 f"stragglers.minUpdates: {self.min_updates} is too few for {self.strategy.algorithm}, which needs"

@@ -81,7 +81,7 @@ class HpcSiteStatus(Resource):
 
     observed_generation: int | None = None
     conditions: Annotated[list[Condition], Field(json_schema_extra=list_map("type"))] = []
-    """Reachable."""
+    """Reachable, Ready, Reconciling and Stalled."""
     slurm_version: str | None = None
     cluster: str | None = None
     """Slurm's name of the cluster."""

@@ -26,7 +26,7 @@ class Selection(Resource):
     """Share of the ready clients in a Random or Adaptive round: above 0, at most 1."""
     over_select: Decimal = "0"
     """Additional clients of a Random or Adaptive round, as a share of the selected ones (0.3: 30 % more). The round
-    ends with the updates of the fastest."""
+    ends once the needed number of updates has arrived."""
     exploration: Decimal = "0.2"
     """Share of an Adaptive round's places for clients that were never selected, or waited longest."""
     min_clients: Annotated[int, Field(ge=1, le=100_000)] | None = None

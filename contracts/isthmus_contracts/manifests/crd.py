@@ -128,7 +128,7 @@ def _crd(
                                 "kind": {"type": "string"},
                                 "metadata": {"type": "object"},
                                 "spec": _schema(spec),
-                                # Tools do not take an object as ready before an operator has seen it (kstatus).
+                                # Keeps tools (kstatus) from treating an object as ready before an operator has seen it.
                                 "status": {**_schema(status), "default": {"observedGeneration": -1}},
                             },
                         }

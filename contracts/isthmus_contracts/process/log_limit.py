@@ -7,7 +7,7 @@ import time
 BURST = 1000
 """Lines of one kind at once."""
 PER_SECOND = 1.0
-"""Lines of one kind a second after those."""
+"""Further lines of one kind per second."""
 _MOST_KINDS = 1000
 
 

@@ -94,7 +94,10 @@ class Resync:
                 self._try_change = time.monotonic()
 
     async def once(self, kube: Kube) -> None:
-        """List everything that is not refused. Raises :class:`KubeError` if the API server does not answer."""
+        """List the jobs of all namespaces that the operator may read, and the sites.
+
+        Raises :class:`KubeError` if the API server does not answer.
+        """
         began, failure = time.monotonic(), None
         for namespace in self._namespaces:
             try:

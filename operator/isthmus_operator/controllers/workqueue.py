@@ -44,7 +44,7 @@ class WorkQueue(Generic[K]):
         self._due: dict[K, float] = {}
         self._heap: list[tuple[float, int, K]] = []
         self._sequence = 0
-        self._taken: dict[K, float] = {}  # keys that wait for a worker, with the time since when
+        self._taken: dict[K, float] = {}  # keys that wait for a worker, and when each began to wait
         self._running: dict[K, float] = {}
         self._finished: dict[K, float] = {}
         self._errors: dict[K, int] = {}

@@ -39,11 +39,9 @@ _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT,)
 _POLICY = "policy "
 # A failure after at least this time counts as silence; a quick one costs nothing. Seconds.
 _SLOW_SECONDS = 1.0
-
-
 # Concurrent calls to one site; others wait at most as long as for a response.
 _CALLS_PER_SITE = 16
-# If no call has tried an open breaker for this time after its pause, a successful DescribeSite closes it. Seconds.
+# If no call was tried for this time after the pause of an open breaker, a successful DescribeSite closes it. Seconds.
 _FORGIVEN_AFTER = 60.0
 
 

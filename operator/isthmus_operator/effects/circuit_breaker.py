@@ -1,6 +1,6 @@
-"""Circuit breaker: after several failures in a row, a remote party is called only once in a while.
+"""Circuit breaker: after several failures in a row, a remote party is called only occasionally.
 
-Without it, each job would wait for a deadline of its own to learn that its site is down.
+Without it, each job would wait for its own deadline to learn that its site is down.
 """
 
 import time

@@ -42,13 +42,13 @@ class IneffectiveChange:
 
     @property
     def ignored(self) -> str:
-        """The message for a change that was stored, as without the webhook."""
+        """Message for a change that was stored, as without the webhook, and that the operator ignores."""
         outcome = "are ignored" if self.fields else "is ignored, except for fields that may change"
         return f"{self._subject} {outcome}: {self.cause}"
 
     @property
     def refused(self) -> str:
-        """The message for a change that is not stored."""
+        """Message for a change that the webhook refuses."""
         return f"{self._subject} {'are' if self.fields else 'is'} refused: {self.cause}"
 
     @property
@@ -242,7 +242,7 @@ def _resized_pools(accepted: FederatedJobSpec, wanted: FederatedJobSpec) -> tupl
     """Return the accepted pools with their wanted sizes, and the problems of sizes that are not possible."""
     resized = [_resized(pool, wanted) for pool in accepted.pools]
     pools, problems = [pool for pool, _ in resized], [problem for _, problem in resized if problem]
-    trainers, quorum = accepted.model_copy(update={"pools": pools}).trainers, accepted.min_clients
+    trainers, quorum = accepted.model_copy(update={"pools": pools}).fewest_trainers, accepted.min_clients
     if trainers < max(quorum, accepted.min_updates):
         fewest = f"a quorum of {quorum}" if trainers < quorum else f"rounds of at least {accepted.min_updates} updates"
         problems.append(f"it was made for {fewest}, and {plural(trainers, 'client')} would train")

@@ -65,7 +65,9 @@ def plan_aggregator(context: PlanContext, ready_to_start: bool) -> AggregatorOut
         reason = Reason.AGGREGATOR_FINISHED if result.outcome == "Complete" else Reason.AGGREGATOR_FAILED
         return AggregatorOutcome("False", reason, result.message, federation, result)
     if pod.deleting and not context.record.aggregator.pod:
-        return _not_ready(Reason.AGGREGATOR_STARTING, "the pod from before the suspension is still ending", federation)
+        return _not_ready(
+            Reason.AGGREGATOR_STARTING, "the pod from before the suspension has not ended yet", federation
+        )
     if pod.deleting:
         return _terminating(context, pod, federation)
     other_ca = _signed_by_other_ca(context, pod)

@@ -22,8 +22,8 @@ _FIRST_DELAY = 5.0  # seconds before the first restart after a failure; doubled 
 _LONGEST_DELAY = 300.0
 _PATIENCE = dt.timedelta(seconds=60)  # after a pod's grace period
 _LEFT = (
-    "ended with exit code 0 before training was complete, again: its command has to take part until then"
-    " (task.command, or the command in the pool's template)"
+    "ended with exit code 0 before training was complete, again: its command must keep running until training is"
+    " complete (task.command, or the command in the pool's template)"
 )
 
 
@@ -114,7 +114,7 @@ class _CloudPool:
             self._restart(index, newest, entry)
         else:
             if context.observed.authority and newest.authority != context.observed.authority:
-                # Its certificate is signed by another CA, so it cannot join. This is not its failure.
+                # Its certificate is signed by another CA, so it cannot join. This does not count as a failure.
                 context.actions.append(DeletePod(newest.name, newest.uid))
             if newest.phase == "Pending":
                 self.outcome.queued += 1

@@ -18,7 +18,7 @@ MAX_EVENTS = 10
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The options of planning, from the operator's flags."""
+    """The options of planning: from the operator's flags, and constants that only tests change."""
 
     cluster: str = "cluster"
     resync: float = 3.0
@@ -85,14 +85,14 @@ class PlanContext:
         self.requeue_after((moment - self.now).total_seconds())
 
     def reached(self, moment: dt.datetime) -> bool:
-        """Return True if the time has come; otherwise reconcile again then."""
+        """Return True if the time has come; otherwise schedule a pass for it and return False."""
         if self.now >= moment:
             return True
         self.requeue_at(moment)
         return False
 
     def elapsed(self, since: dt.datetime, pause: dt.timedelta) -> bool:
-        """Return True if a pause is over; otherwise reconcile again when it is.
+        """Return True if a pause is over; otherwise schedule a pass for its end and return False.
 
         A pause that starts in the future was stored before a clock was set back, and counts as over.
         """
@@ -106,12 +106,12 @@ class PlanContext:
             self.suppressed_events += 1
 
     def refused(self, key: str) -> bool:
-        """Return True if the object was refused and may not be retried yet; then reconcile again when it may."""
+        """Return True if the object was refused and may not be retried yet; then schedule a pass for the retry."""
         refusal = self.observed.refusals.get(key)
         return refusal is not None and not self._due(refusal)
 
     def may_call_site(self, array: ArrayKey) -> bool:
-        """Return True if the array's site may be called; otherwise reconcile again when it may."""
+        """Return True if the array's site may be called; otherwise schedule a pass for the retry and return False."""
         problem = self.observed.problems.get(array)
         return problem is None or self._due(problem)
 

@@ -19,7 +19,7 @@ Cancelling
 any            the site reports the end, and the job is not over                   Waiting, the next attempt
 =============  ==================================================================  =========================
 
-An array that is given up (``setback.given_up``) or retiring makes no next attempt.
+No next attempt follows an array that is given up (``setback.given_up``) or retiring.
 """
 
 import datetime as dt
@@ -92,7 +92,10 @@ def _plan_array(context: PlanContext, pool: Pool, key: ArrayKey, ready_to_start:
 
 
 def _ends_soon(context: PlanContext, pool: Pool, array: HpcRecord, view: PoolView | None) -> bool:
-    """Return whether to queue a successor: its lead over the time limit is the last time in the queue and a margin."""
+    """Return whether to queue a successor now; if it is too early, schedule a pass for the time to do so.
+
+    The successor is queued before the time limit, by the last waiting time in the queue plus a margin.
+    """
     assert pool.hpc is not None
     if view is None or view.phase is not PoolPhase.RUNNING or not view.ends_at or array.cancelling or array.given_up:
         return False
@@ -162,7 +165,7 @@ def plan_cancel(context: PlanContext, reason: str) -> bool:
     return all(ended)
 
 
-def wants_site(context: PlanContext, pool: HpcPool) -> Reason | None:
+def site_problem(context: PlanContext, pool: HpcPool) -> Reason | None:
     """Return why the pool's site cannot be used; None if it can."""
     site = context.observed.sites.get(pool.site_ref.name)
     if site is None or pool.site_ref.name in context.observed.leaving_sites:
@@ -220,7 +223,7 @@ def _count_end(context: PlanContext, pool: Pool, array: HpcRecord, view: PoolVie
         message = f"pool {pool.name} is submitted again: it reached its time limit"
         context.emit("Normal", Reason.TIME_LIMIT_REACHED, message)
     elif view.displaced:
-        # Like an evicted pod: the site took the nodes, so the client did not fail.
+        # As with an evicted pod, the site took the nodes; the client did not fail.
         words = one_line(view.message) or "the site took its nodes"
         array.setback = Setback(words, now + _AFTER_DISPLACEMENT)
         message = f"pool {pool.name} is submitted again in {_AFTER_DISPLACEMENT} s: {words}"
@@ -255,7 +258,7 @@ def _ensure(
         context.requeue_after(context.options.resync)
         return array
     address = render.endpoint(context.spec, context.observed)
-    if wants_site(context, hpc) is not None or not address:
+    if site_problem(context, hpc) is not None or not address:
         context.requeue_after(context.options.resync)
         return array
     if not context.may_call_site(key) or (array is not None and not _paused_enough(context, array)):
@@ -335,7 +338,7 @@ def _outcome(
         outcome.queued = min(shown_queued, size)
         # The end of the previous attempt, until there is news of this one.
         outcome.reason = array.setback.message if array is not None else ""
-    site_problem = wants_site(context, pool.hpc)
+    no_site = site_problem(context, pool.hpc)
     if array is not None and array.given_up:
         outcome.possible, outcome.blocked = 0, array.given_up
         outcome.reason = f"{array.given_up}: {array.setback.message}"
@@ -347,9 +350,9 @@ def _outcome(
         outcome.reason = f"{Reason.POLICY_DENIED}: {problem.message}"
     elif problem is not None:
         outcome.reason = f"{problem.reason}: {problem.message}"
-    elif site_problem is not None:
+    elif no_site is not None:
         going = " is being deleted" if pool.hpc.site_ref.name in context.observed.leaving_sites else ""
-        outcome.reason = f"{site_problem}: HPCSite {pool.hpc.site_ref.name}{going}"
+        outcome.reason = f"{no_site}: HPCSite {pool.hpc.site_ref.name}{going}"
     elif array is None and not render.endpoint(context.spec, context.observed):
         outcome.reason = "waits for the address at which the aggregator can be reached"
     last_attempt = array is not None and array.failures >= context.spec.backoff_limit

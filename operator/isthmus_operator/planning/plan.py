@@ -332,7 +332,7 @@ def _has_external_resources(context: PlanContext) -> bool:
 
 
 def _fallback_spec(job: Job, observed: Observed) -> FederatedJobSpec:
-    """Return a spec for a job that is being deleted or finished, whose content hardly matters."""
+    """Return a spec for a job that is being deleted or finished. Only its pools and time limits are read."""
     if observed.accepted is not None:
         return observed.accepted
     try:

@@ -41,7 +41,7 @@ def references(template: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
                 for field in _KEYS:
                     if isinstance(value.get(field), str) and value[field]:
                         yield f"{where}.{field}", kind, value[field]
-            if key != "imagePullSecrets":  # visible to the kubelet only
+            if key != "imagePullSecrets":  # only the kubelet reads these Secrets
                 yield from references(value, where)
     elif isinstance(template, list):
         for number, item in enumerate(template):

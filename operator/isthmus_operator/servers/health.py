@@ -47,7 +47,7 @@ class Health:
         look = max((queue.oldest() for queue in self._queues), default=0.0)
         resynced = self._resync.age()
         return {
-            # A long outage of the API server is no reason for a restart; a list that never ends is one.
+            # Restart if a list never ends, but not for a long outage of the API server.
             "alive": not self.broken
             and age < MAX_BEAT_AGE
             and look < MAX_RECONCILE

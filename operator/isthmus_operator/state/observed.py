@@ -165,14 +165,14 @@ class PoolProblem:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An object could not be made."""
+    """A refused request for an object."""
 
     message: str
     retry_at: dt.datetime
     by_operator: bool = False  # the operator refused it itself; else the API server did
 
     def due(self, now: dt.datetime) -> bool:
-        """Return True if it may be retried."""
+        """Return True if the refused call may be retried now."""
         return _due(self.retry_at, now)
 
 

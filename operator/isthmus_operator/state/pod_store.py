@@ -83,7 +83,7 @@ class PodStore:
         if known is not None and known.finished is not None:
             return known.finished
         now = self._now()
-        # If it had ended before it was first observed, only its node knows.
+        # Only the node knows when a pod ended that was first seen ended.
         return now if known is not None else min(pod.finished or now, now)
 
     def drop(self, body: Mapping[str, Any]) -> None:
@@ -194,7 +194,7 @@ def view(body: Mapping[str, Any]) -> PodView:
 
 
 def _phase(reported: str, status: Mapping[str, Any], role: str, ended: Mapping[str, Any]) -> str:
-    """Return the phase of a pod's main program, which may end before or unlike its sidecars (a log shipper, a proxy).
+    """Return the phase of a pod's main program, which may end before its sidecars, or with another result.
 
     Kubernetes reports the phase of all containers together. Without sidecars that phase follows soon, and is exact.
     """

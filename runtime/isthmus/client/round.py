@@ -30,7 +30,7 @@ class Round:
     _correction: Correction = field(default_factory=Correction)
     _finish: Finish | None = None
     """Makes an update of a number of examples and metrics; returns the function that submits it."""
-    _told_to_stop: Callable[[], bool] = bool
+    _told_to_stop: Callable[[], bool] = lambda: False
     _submitted: bool = False
     _wrapped: "WeakSet[torch.optim.Optimizer]" = field(default_factory=WeakSet)
 
@@ -82,10 +82,10 @@ class Round:
         numbers = {name: as_number(name, value) for name, value in metrics.items()}
         if (problem := problem_with(numbers)) is not None:
             raise ScriptError(problem)
-        submit = None if self._finish is None else self._finish(count, numbers)
+        send = None if self._finish is None else self._finish(count, numbers)
         self._submitted = True
-        if submit is not None:
-            submit()
+        if send is not None:
+            send()
 
 
 def open_round(

@@ -16,6 +16,7 @@ from .quantization.int8 import Int8
 from .rotation import Rotation
 from .topk import TopK
 
+# A new quantizer is added here alone. Codecs of other kinds have a place in `KNOWN` and in `parse_chain`.
 _QUANTIZERS: dict[str, type[SegmentCodec]] = {codec.name: codec for codec in (Float16, BFloat16, Int8, Int4)}
 _DELTA, _ZSTD = "Delta", "Zstd"
 KNOWN = (_DELTA, TopK.name, Rotation.name, *_QUANTIZERS, _ZSTD)

@@ -115,7 +115,7 @@ class _Run:
                 continue
             if (before := self._residual.read(name, tensor.shape, start, len(change))) is not None:
                 change += before
-            # Values that the receiver's precision rounds away stay in the residual, and are not among TopK's largest.
+            # Values that the receiver's precision rounds away stay in the residual, so TopK does not select them.
             data = codec.encode(landed(change, old, tensor.dtype), seed)
             # The receiver refuses NaN and infinity, so this residual will not be used.
             with contextlib.suppress(NonFiniteError):

@@ -19,7 +19,7 @@ class Residual:
     """
 
     def __init__(self, tensors: State | None = None) -> None:
-        """``tensors``: :attr:`tensors` of an earlier residual. Raises ``ValueError`` if they are not."""
+        """``tensors``: :attr:`tensors` of an earlier residual. Raises ``ValueError`` for another format."""
         earlier = tensors or {}
         self._codes, self._scales = ungroup(_CODES, earlier), ungroup(_SCALES, earlier)
         if strange := earlier.keys() - self.tensors.keys():

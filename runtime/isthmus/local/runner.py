@@ -72,7 +72,7 @@ class LocalRun:
         """Run until training is complete or has failed, or a signal arrives."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # set by nohup, or by a shell for background jobs
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and shells for background jobs, ignore some
                 loop.add_signal_handler(number, self._signalled, number)
         if limit := self._job.spec.active_deadline_seconds:
             overdue = f"not complete after activeDeadlineSeconds ({limit} s)"
@@ -150,7 +150,8 @@ class LocalRun:
             if warning not in self._warned:
                 self._warned.add(warning)
                 self._view.warn(one_line(warning))
-        if status.completed_rounds >= self._status.completed_rounds:  # a restarted aggregator first reports less
+        if status.completed_rounds >= self._status.completed_rounds:
+            # A restarted aggregator reports fewer rounds until it has read its checkpoint.
             self._status = status
         for done in self._records.follow(status):
             self._view.report_round(done)

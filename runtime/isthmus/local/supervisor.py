@@ -53,7 +53,7 @@ def _start(argv: list[str]) -> int:
             os._exit(1)
         os.dup2(os.open(os.devnull, os.O_RDONLY), _LIFELINE)
         os.dup2(_LOG, 1)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, which the program would inherit
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these; the program would inherit that
             signal.signal(number, signal.SIG_DFL)
         os.execvp(argv[0], argv)  # noqa: S606 (an argument list, no shell)
     except OSError as error:

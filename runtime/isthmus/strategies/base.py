@@ -62,7 +62,7 @@ class Strategy(ABC):
 
     scalars: tuple[str, ...] = ()
     """Names of the numbers that every update must contain. Clients report ``steps``, ``travel`` and ``loss``, each only
-    for the built-in algorithms that require it: a user's own class cannot have any."""
+    for the built-in algorithms that require it: a custom class cannot require any."""
     least, most = 1e-9, 1e9
     """Range of these numbers: wider than any training needs, but so narrow that their ratios, times any accepted
     weights, stay finite in single precision."""

@@ -177,7 +177,7 @@ def test_unusable_users_are_denied_with_a_reason(
     with pytest.raises(Denied) as caught:
         world.ensure()
     assert str(caught.value).startswith(f"policy identities.user: {why}")
-    assert str(caught.value).endswith(f"; {OPERATOR} would become that user")
+    assert str(caught.value).endswith(f"; the policy maps {OPERATOR} to this user")
     with pytest.raises(PolicyError) as refused:
         user_checks.require(world.policy)
     assert str(refused.value).startswith(f"identities[0].user: {why}") and "\n" not in str(refused.value)

@@ -216,7 +216,7 @@ def test_settings_change_with_the_rounds() -> None:
 def test_pools_that_only_evaluate_do_not_count_for_the_quorum() -> None:
     manifest = changed("spec.pools.1.role", "Evaluate")
     spec = parse_federated_job(manifest).spec
-    assert (spec.total_clients, spec.trainers, spec.min_clients) == (4, 2, 2)
+    assert (spec.total_clients, spec.fewest_trainers, spec.min_clients) == (4, 2, 2)
     assert [(spec.first_client(pool.name), spec.clients_beside(pool.name)) for pool in spec.pools] == [(0, 2), (0, 2)]
     manifest["spec"]["selection"] = {"minClients": 3}
     with pytest.raises(ManifestError, match="minClients: 3 is more than the 2 clients of all pools that train"):

@@ -26,11 +26,11 @@ class Offers:
         """Clients that were offered the newest model."""
 
     def begin_model(self) -> None:
-        """Start over with a new model."""
+        """Discard what was offered of the previous model."""
         self.offered.clear()
 
     def begin_round(self) -> None:
-        """Start over with a new round."""
+        """Discard the offer of the previous round."""
         self._train_offer = None
 
     def train(self, client: Client, current: ActiveRound) -> None:

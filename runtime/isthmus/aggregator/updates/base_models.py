@@ -9,7 +9,7 @@ from ..storage.checkpoints import Checkpoint, CheckpointStore
 
 
 class BaseModels:
-    """The newest ``depth`` committed models. Older ones than the newest are needed only if late updates count.
+    """The newest ``depth`` committed models. Models older than the newest are needed only if late updates count.
 
     Large models are backed by their files: only pages that are accessed occupy memory.
     """
@@ -40,15 +40,15 @@ def rebase(tensors: State, old: State, new: State, buffers: Collection[str], wei
     """Apply an update's change relative to ``old`` to ``new`` instead, in place.
 
     ``tensors``: the update; all three have the same names, shapes and dtypes. Floating-point statistics, named by
-    ``buffers``, keep the client's values; integers and booleans (counters) are rebased too, since they would otherwise
-    set the model's back. ``weights``: whether weights are rebased.
+    ``buffers``, keep the client's values; integers and booleans (counters) are rebased too, because the
+    update would otherwise reset the model's counters. ``weights``: whether weights are rebased.
     """
     with torch.no_grad():
         for name, tensor in tensors.items():
             if not tensor.is_floating_point():
                 tensor.copy_(_moved(new[name], old[name], tensor))
             elif weights and name not in buffers:
-                # Subtract the difference from the old one: if it is zero, the result equals the new one bit for bit.
+                # Subtract the difference from `old`: if it is zero, the result equals `new` bit for bit.
                 if tensor.dtype not in (torch.float16, torch.bfloat16):
                     torch.sub(old[name], tensor, out=tensor)
                     torch.sub(new[name], tensor, out=tensor)

@@ -58,7 +58,10 @@ class Intake:
         self.receive_slots = ReceiveSlots(directory)
 
     def early_reply(self, header: pb.UpdateHeader) -> pb.PushReply | None:
-        """Return the reply to an update that is not wanted; ``None`` for one that is to be received and counted."""
+        """Return the reply to an update that does not count, before it is received; ``None`` if it is to be received.
+
+        :meth:`accept` decides again afterwards.
+        """
         found = self._admit(header)
         return found if isinstance(found, pb.PushReply) else None
 
@@ -132,14 +135,17 @@ class Intake:
         return self.base_models.find(header.round - 1, header.base_digest)
 
     def is_current(self, header: pb.UpdateHeader) -> bool:
-        """Return whether the model that an update was trained from is still in use. Cheap; called for each message."""
+        """Return whether the model that an update was trained from is still in use.
+
+        This is cheap, because it is called for each message.
+        """
         return self.base(header) is not None if header.round else self._training.model is None
 
     async def wait_until_decidable(self, header: pb.UpdateHeader) -> None:
         """Wait until the reply to an update is certain.
 
-        It is not between two rounds and after a restart, where late updates may count in the next round, nor while an
-        earlier copy of the update is being folded.
+        The reply is uncertain between two rounds and after a restart (late updates may count in the next round), and
+        while an earlier copy of the update is being folded.
         """
         waits = self._training.phase in (pb.FederationStatus.TRAINING, pb.FederationStatus.WAITING)
         if self._folds_late and self._training.model is not None and waits:
@@ -149,7 +155,7 @@ class Intake:
             await asyncio.wait([folding])
 
     async def refuse(self, header: pb.UpdateHeader, fault: Fault) -> pb.PushReply:
-        """Return the reply to a received update that cannot be decoded."""
+        """Return the reply to a received update that cannot be decoded, once that reply is certain."""
         await self.wait_until_decidable(header)
         return self.early_reply(header) or self.reject(header, fault)
 

@@ -36,7 +36,7 @@ class Permissions:
     def check_update(self, header: pb.UpdateHeader) -> pb.PushReply | None:
         """Return the reply to an update whose sender may not submit updates; ``None`` for a sender that may.
 
-        Updates are accepted from the process that currently fills the client's slot: the one that sent the last hello.
+        Updates are accepted from the client's current process: the one that sent the last hello.
         """
         problem = self._unknown_client(header.pool, header.index)
         if header.job_uid != self._job_uid:
@@ -60,8 +60,10 @@ class Permissions:
         return self._training.phase == pb.FederationStatus.INITIALIZING and self._training.initialization.asked(client)
 
     def was_offered(self, header: pb.UpdateHeader, history: ClientHistory) -> bool:
-        """Return whether the client was selected for the round of its update: the current one or, by ``history``, an
-        earlier one."""
+        """Return whether the client was selected for the update's round.
+
+        The round is the current one or, by ``history``, an earlier one.
+        """
         client_id, state = (header.pool, header.index), self._training.round
         if state is not None and header.round == state.number:
             return client_id in state.selected

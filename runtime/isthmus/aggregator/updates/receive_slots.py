@@ -49,7 +49,7 @@ class _Limits:
 class ReceiveSlots:
     """Slots for the reception of updates, each with the memory of an update that has been folded, if there is any.
 
-    Reused memory costs nothing; with fresh memory, the page faults take longer than the copy.
+    Fresh memory would be slower: its page faults take longer than the copy.
     """
 
     def __init__(self, directory: Path | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Changes that a strategy makes to a client's training, and the numbers that it requires of it."""
+"""Changes that a strategy makes to a client's training, and the numbers that the strategy requires of the client."""
 
 import logging
 from abc import abstractmethod

@@ -15,6 +15,7 @@ from .feddyn import DynamicRegularizer
 from .proximal import ProximalTerm
 from .scaffold import ControlVariates
 
+# Algorithms whose clients keep state from round to round, and those that send auxiliary tensors with the model.
 _STATEFUL = ("SCAFFOLD", "FedDyn")
 _WITH_COMPANION = ("SCAFFOLD",)
 

@@ -156,7 +156,7 @@ class ClientLoop:
         frozen = self._shared.frozen(live)
         reply = push(self._session, FinishedUpdate(0, "", 1, {}, initial, buffers, views=views, frozen=frozen))
         self._compression.dropped(initial)
-        if reply.verdict == pb.PushReply.INVALID:  # any other verdict: another client's weights have been taken
+        if reply.verdict == pb.PushReply.INVALID:  # for any other verdict, the weights of another client were used
             advice = _INVALID_VALUES_ADVICE if reply.reason in ("non_finite", "range") else ""
             raise FederationError(f"the initial weights were refused: {reply.message}{advice}")
 

@@ -164,7 +164,7 @@ class Session:
             if awaited is not None:
                 self._outgoing.put(pb.ClientMessage(update=message))
         reply = awaited.result() if awaited is not None else None
-        if reply is None:  # the stream has broken, and perhaps the connection: the call will show
+        if reply is None:  # the stream broke; the call below shows whether the connection did too
             reply = self._connection.push_one(message)
         if reply.verdict == pb.PushReply.RESEND:
             raise TransferError(reply.message)
@@ -271,7 +271,7 @@ class Session:
                     log.warning("aggregator %s: %s; trying again", self.endpoint, details or code.name)
             finally:
                 self._takes_updates = False
-                self._resolve(None)  # in this order: no later update waits for a reply
+                self._resolve(None)  # after clearing _takes_updates, so that no new update starts to wait
             # Jitter keeps a thousand clients from reconnecting at the same instant.
             failures += 1
             pause = backoff.delay(failures, _FIRST_BACKOFF, _LONGEST_BACKOFF) * random.uniform(0.5, 1.0)  # noqa: S311

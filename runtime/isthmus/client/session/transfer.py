@@ -147,7 +147,10 @@ def push(session: Session, update: FinishedUpdate) -> pb.PushReply:
 
 
 def _retry(session: Session, what: str, attempt: Callable[[], T]) -> T:
-    """Repeat an attempt, with exponential back-off, until it succeeds or the aggregator is given up."""
+    """Repeat an attempt, with exponential back-off, until it succeeds or the aggregator has not answered for too long.
+
+    The limit is ``GIVE_UP_AFTER`` seconds, and less for a process that was told to stop.
+    """
     failures, since, timeout = 0, time.monotonic(), GIVE_UP_AFTER
     while True:
         try:

@@ -8,7 +8,7 @@ from ...tensors import State
 from ..base import Setup, Update
 from .changes import ChangeRule
 
-# Smallest loss in powers: 0 has no negative power.
+# Lower bound of the loss in powers, because 0 cannot be raised to a negative power.
 _SMALLEST_LOSS = 1e-10
 # Maximum excess of a power over the scale of the powers, as a binary logarithm, before the scale is changed.
 _HEADROOM = 32

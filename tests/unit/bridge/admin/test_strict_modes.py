@@ -48,7 +48,7 @@ class Site:
     def found(self) -> dict[str, bool]:
         """Return the findings below this directory, and whether each is fatal; the machine's Python is left out."""
         all_of_it = strict_modes.examine(self.policy(), self.file)
-        return {one.line.replace(str(self.folder), ""): one.grave for one in all_of_it if one.path is not None
+        return {one.line.replace(str(self.folder), ""): one.blocks_serving for one in all_of_it if one.path is not None
                 and self.folder in one.path.parents}  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def test_what_jobs_of_the_bridges_own_user_can_change_is_reported(site: Site, mo
         f"users: jobs run as {name}, the bridge's own user, and can read {site.tls}/tls.key and write the journal;"
         " map each identity to a local user (identities[].user)"
     )
-    assert not any(one.grave for one in strict_modes.examine(site.policy(), site.file))
+    assert not any(one.blocks_serving for one in strict_modes.examine(site.policy(), site.file))
     # Jobs of other users alone cause no such finding.
     site.settings["identities"] = [{"uri": operator_identity("prod"), "user": "nobody"}]
     site.settings["users"] = {"run_dir": f"{site.folder}/scratch/{{user}}/isthmus"}

@@ -60,7 +60,12 @@ def test_a_site_that_says_nothing_changes_nothing() -> None:
 
 def test_numbers_leave_room_for_the_growth() -> None:
     parsed = parse_spec(bursting())
-    assert (parsed.total_clients, parsed.first_client("lumi"), parsed.trainers, parsed.most_trainers) == (7, 5, 3, 7)
+    assert (parsed.total_clients, parsed.first_client("lumi"), parsed.fewest_trainers, parsed.most_trainers) == (
+        7,
+        5,
+        3,
+        7,
+    )
 
 
 @pytest.mark.parametrize(

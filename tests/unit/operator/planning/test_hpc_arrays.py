@@ -225,5 +225,5 @@ def test_the_quorum_is_the_accepted_one() -> None:
     verdict = examine(job(only_hpc(4)), Observed(accepted=accepted))
     assert isinstance(verdict, Acceptance)
     assert not verdict.message
-    assert verdict.spec.trainers == 4
+    assert verdict.spec.fewest_trainers == 4
     assert verdict.spec.min_clients == accepted.min_clients == 1

@@ -7,7 +7,7 @@ from typing import Any
 from .sink import Sink
 
 _UID = "isthmus.job_uid"
-# The sink's thread retries by itself, so a failing call should fail soon. The user's settings take precedence.
+# The sink's thread retries by itself, so a call to a dead server should fail quickly. The user's settings come first.
 _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
