@@ -118,7 +118,7 @@ class OneClient:
 
     def pull(self, offer: pb.Offer) -> None:
         state = pull(self.session, offer, self._compression, lambda specs: None)
-        self._compression.pulled(offer, state, self._model.state_dict)
+        self._compression.on_pulled(offer, state, self._model.state_dict)
         self._update = state
 
     def push(self, offer: pb.Offer) -> None:

@@ -17,7 +17,7 @@ from isthmus_operator.planning import plan as planning
 from isthmus_operator.planning.context import PlanOptions
 from isthmus_operator.planning.status import merge_patch
 from isthmus_operator.render import hpc as render_hpc
-from isthmus_operator.state.job_record import ArrayState, HpcRecord, Record, Submission
+from isthmus_operator.state.job_record import ArrayRecord, ArrayState, Record, Submission
 from isthmus_operator.state.observed import (
     FederationView,
     Job,
@@ -111,9 +111,9 @@ def standing(wanted: dict[str, Any] | None = None, **changes: Any) -> Observed:
     return replace(base, **changes)
 
 
-def array(*, authority: str = AUTHORITY, certificate: str = "", **changes: Any) -> HpcRecord:
+def array(*, authority: str = AUTHORITY, certificate: str = "", **changes: Any) -> ArrayRecord:
     """Return the record of an HPC pool's array of two clients that the site has accepted."""
-    made = HpcRecord("site", state=ArrayState.ACCEPTED, size=2, submission=Submission(0, authority, certificate))
+    made = ArrayRecord("site", state=ArrayState.ACCEPTED, size=2, submission=Submission(0, authority, certificate))
     return replace(made, **changes)
 
 

@@ -16,7 +16,7 @@ from ..planning.context import PlanOptions
 from ..planning.status import finished, is_true
 from ..render import hpc as render_hpc
 from ..state.job_cache import Dependents, JobCache
-from ..state.job_record import ArrayKey, HpcRecord, Record
+from ..state.job_record import ArrayKey, ArrayRecord, Record
 from ..state.job_store import SiteStore
 from ..state.observed import FederationView, Job, Observed, PodView, PoolView, ServiceView
 from ..state.pod_store import PodStore
@@ -130,7 +130,7 @@ class Observer:
         return {key: view for key, view in zip(pending, views, strict=True) if view is not None}
 
     async def _poll_site(
-        self, job: Job, cache: JobCache, now: dt.datetime, key: ArrayKey, array: HpcRecord
+        self, job: Job, cache: JobCache, now: dt.datetime, key: ArrayKey, array: ArrayRecord
     ) -> PoolView | None:
         problem = cache.problems.get(key)
         if problem is not None and not problem.due(now):

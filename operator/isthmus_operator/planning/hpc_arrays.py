@@ -7,12 +7,12 @@ that each key is used once and a client's newer start always fences its older on
 from isthmus_contracts.api.federated_job import Pool
 
 from ..render import hpc as render
-from ..state.job_record import ArrayKey, HpcRecord, Record
+from ..state.job_record import ArrayKey, ArrayRecord, Record
 from ..state.observed import PoolPhase, PoolView
 from .actions import ShrinkPool
 from .context import PlanContext
 
-Array = tuple[ArrayKey, HpcRecord]
+Array = tuple[ArrayKey, ArrayRecord]
 
 
 def arrays_of(record: Record, pool: str) -> list[Array]:
@@ -26,9 +26,9 @@ def retiring_arrays_of(record: Record, pool: str) -> list[Array]:
     return [item for item in _all_of(record, pool) if item[1].retiring]
 
 
-def holder(record: Record, pool: str, index: int) -> HpcRecord | None:
+def holder(record: Record, pool: str, index: int) -> ArrayRecord | None:
     """Return the array that runs the pool's client ``index``."""
-    return next((array for _, array in arrays_of(record, pool) if array.first <= index < array.end), None)
+    return next((array for _, array in arrays_of(record, pool) if array.first <= index < array.stop), None)
 
 
 def next_attempt(record: Record, pool: str) -> int:
@@ -61,10 +61,10 @@ def resize(context: PlanContext, pool: Pool) -> None:
         else:
             array.size = min(array.size, pool.replicas - array.first)
             _shrink(context, key, array)
-    covered = max(array.end for _, array in arrays)
+    covered = max(array.stop for _, array in arrays)
     if covered < pool.replicas and not main.cancelling and not main.ended:
         attempt = next_attempt(context.record, pool.name)
-        grown = HpcRecord(main.site, attempt=attempt, first=covered, size=pool.replicas - covered)
+        grown = ArrayRecord(main.site, attempt=attempt, first=covered, size=pool.replicas - covered)
         context.record.hpc[ArrayKey(pool.name, attempt)] = grown
 
 
@@ -73,7 +73,7 @@ def replace_array(context: PlanContext, key: ArrayKey) -> None:
     old = context.record.hpc[key]
     attempt = next_attempt(context.record, key.pool)
     old.retiring = True
-    successor = HpcRecord(old.site, attempt=attempt, failures=old.failures, first=old.first, size=old.size)
+    successor = ArrayRecord(old.site, attempt=attempt, failures=old.failures, first=old.first, size=old.size)
     context.record.hpc[ArrayKey(key.pool, attempt)] = successor
 
 
@@ -81,7 +81,7 @@ def _all_of(record: Record, pool: str) -> list[Array]:
     return [(key, array) for key, array in record.hpc.items() if key.pool == pool]
 
 
-def _forget_ended(context: PlanContext, pool: str, main: HpcRecord) -> None:
+def _forget_ended(context: PlanContext, pool: str, main: ArrayRecord) -> None:
     """Drop arrays of which nothing is left: retiring ones and, after a suspension, all but the first."""
     for key, array in _all_of(context.record, pool):
         if array is main or not (array.retiring or (main.ended and not main.given_up)):
@@ -94,7 +94,7 @@ def _forget_ended(context: PlanContext, pool: str, main: HpcRecord) -> None:
             del context.record.hpc[key]
 
 
-def _shrink(context: PlanContext, key: ArrayKey, array: HpcRecord) -> None:
+def _shrink(context: PlanContext, key: ArrayKey, array: ArrayRecord) -> None:
     view = current(context, key)
     if view is None or view.ended or view.phase is PoolPhase.ABSENT or array.cancelling or view.desired <= array.size:
         return

@@ -32,7 +32,7 @@ from isthmus_contracts.process import backoff
 
 from .. import names
 from ..render import hpc as render
-from ..state.job_record import ArrayKey, ArrayState, HpcRecord, Setback, Submission
+from ..state.job_record import ArrayKey, ArrayRecord, ArrayState, Setback, Submission
 from ..state.observed import PoolPhase, PoolView, ProblemKind
 from ..text import last_lines, one_line
 from .actions import CancelPool, EnsurePool, RenewCredentials
@@ -91,7 +91,7 @@ def _plan_array(context: PlanContext, pool: Pool, key: ArrayKey, ready_to_start:
     return _outcome(context, pool, key, array, view)
 
 
-def _ends_soon(context: PlanContext, pool: Pool, array: HpcRecord, view: PoolView | None) -> bool:
+def _ends_soon(context: PlanContext, pool: Pool, array: ArrayRecord, view: PoolView | None) -> bool:
     """Return whether to queue a successor now; if it is too early, schedule a pass for the time to do so.
 
     The successor is queued before the time limit, by the last waiting time in the queue plus a margin.
@@ -108,7 +108,7 @@ def _ends_soon(context: PlanContext, pool: Pool, array: HpcRecord, view: PoolVie
     return context.reached(dt.datetime.fromtimestamp(view.ends_at - lead, dt.UTC))
 
 
-def _retire(context: PlanContext, pool: Pool, key: ArrayKey, array: HpcRecord) -> None:
+def _retire(context: PlanContext, pool: Pool, key: ArrayKey, array: ArrayRecord) -> None:
     """Cancel a retiring array that the manifest no longer wants; let any other run until it ends."""
     context.requeue_after(context.options.resync)
     if array.first >= pool.replicas:
@@ -119,7 +119,7 @@ def _retire(context: PlanContext, pool: Pool, key: ArrayKey, array: HpcRecord) -
         _renew(context, pool, key, array)
 
 
-def _renew(context: PlanContext, pool: Pool, key: ArrayKey, array: HpcRecord) -> None:
+def _renew(context: PlanContext, pool: Pool, key: ArrayKey, array: ArrayRecord) -> None:
     """Send the pool's renewed certificate to an array that waits or runs at the site."""
     secret = names.pool_tls(context.job, pool.name)
     wanted, view = context.observed.certificates.get(secret, ""), current(context, key)
@@ -134,7 +134,7 @@ def _renew(context: PlanContext, pool: Pool, key: ArrayKey, array: HpcRecord) ->
         context.actions.append(RenewCredentials(key, array.site, request, secret))
 
 
-def _request_key(context: PlanContext, key: ArrayKey, array: HpcRecord) -> str:
+def _request_key(context: PlanContext, key: ArrayKey, array: ArrayRecord) -> str:
     return render.key(context.options.cluster, context.job, key.pool, array.attempt)
 
 
@@ -175,7 +175,7 @@ def site_problem(context: PlanContext, pool: HpcPool) -> Reason | None:
     return None
 
 
-def _note(context: PlanContext, pool: Pool, array: HpcRecord, view: PoolView) -> None:
+def _note(context: PlanContext, pool: Pool, array: ArrayRecord, view: PoolView) -> None:
     """Update the array's state from the site's report, and give the array up if it waits too long in the queue."""
     if view.phase is not PoolPhase.ABSENT:
         array.state = _REPORTED.get(array.state, array.state)
@@ -195,7 +195,7 @@ def _note(context: PlanContext, pool: Pool, array: HpcRecord, view: PoolView) ->
             context.emit("Warning", Reason.QUEUE_TIMEOUT, f"pool {pool.name} {message}")
 
 
-def _advance(context: PlanContext, pool: Pool, key: ArrayKey, array: HpcRecord, view: PoolView | None) -> None:
+def _advance(context: PlanContext, pool: Pool, key: ArrayKey, array: ArrayRecord, view: PoolView | None) -> None:
     """Prepare the next attempt once the current one has ended."""
     authority, cancelled = context.observed.authority, array.cancelling
     signed_by = array.submission.authority
@@ -215,7 +215,7 @@ def _advance(context: PlanContext, pool: Pool, key: ArrayKey, array: HpcRecord, 
     array.state, array.submission = ArrayState.WAITING, Submission()
 
 
-def _count_end(context: PlanContext, pool: Pool, array: HpcRecord, view: PoolView) -> None:
+def _count_end(context: PlanContext, pool: Pool, array: ArrayRecord, view: PoolView) -> None:
     """Count an attempt that ended by itself, and decide when the next one may follow."""
     now = int(context.now.timestamp())
     if view.timed_out:
@@ -242,8 +242,8 @@ def _count_end(context: PlanContext, pool: Pool, array: HpcRecord, view: PoolVie
 
 
 def _ensure(
-    context: PlanContext, pool: Pool, key: ArrayKey, array: HpcRecord | None, view: PoolView | None
-) -> HpcRecord | None:
+    context: PlanContext, pool: Pool, key: ArrayKey, array: ArrayRecord | None, view: PoolView | None
+) -> ArrayRecord | None:
     """Request the array from its site unless it is there already. Return its record, once there is one."""
     hpc, problem = pool.hpc, context.observed.problems.get(key)
     assert hpc is not None
@@ -264,7 +264,7 @@ def _ensure(
     if not context.may_call_site(key) or (array is not None and not _paused_enough(context, array)):
         return array
     if array is None:
-        array = context.record.hpc[key] = HpcRecord(hpc.site_ref.name, size=pool.replicas)
+        array = context.record.hpc[key] = ArrayRecord(hpc.site_ref.name, size=pool.replicas)
     secret = names.pool_tls(context.job, pool.name)
     array.submission = Submission(
         array.submission.requested_at or int(context.now.timestamp()),
@@ -287,7 +287,7 @@ def _ensure(
     return array
 
 
-def _paused_enough(context: PlanContext, array: HpcRecord) -> bool:
+def _paused_enough(context: PlanContext, array: ArrayRecord) -> bool:
     # A time further ahead than the longest pause was stored before a clock was set back.
     retry_at = array.setback.retry_at
     too_far = retry_at > context.now.timestamp() + _LONGEST_DELAY
@@ -299,7 +299,7 @@ def _via_bridge(context: PlanContext, hpc: HpcPool) -> bool:
     return site is not None and site.aggregator_access == "ViaBridge"
 
 
-def _cancel(context: PlanContext, key: ArrayKey, array: HpcRecord, reason: str) -> bool:
+def _cancel(context: PlanContext, key: ArrayKey, array: ArrayRecord, reason: str) -> bool:
     """Cancel the array's current attempt. Return True once nothing of it is left at the site."""
     view, problem = current(context, key), context.observed.problems.get(key)
     there = view is not None and view.phase is not PoolPhase.ABSENT
@@ -318,7 +318,7 @@ def _cancel(context: PlanContext, key: ArrayKey, array: HpcRecord, reason: str) 
 
 
 def _outcome(
-    context: PlanContext, pool: Pool, key: ArrayKey, array: HpcRecord | None, view: PoolView | None
+    context: PlanContext, pool: Pool, key: ArrayKey, array: ArrayRecord | None, view: PoolView | None
 ) -> PoolOutcome:
     assert pool.hpc is not None
     size = array.size if array is not None else pool.replicas

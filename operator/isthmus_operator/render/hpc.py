@@ -5,7 +5,7 @@ from isthmus_contracts.api.federated_job import FederatedJobSpec, Pool
 from isthmus_contracts.pb import bridge_pb2
 from isthmus_contracts.wire.addresses import joined
 
-from ..state.job_record import HpcRecord
+from ..state.job_record import ArrayRecord
 from ..state.observed import Job, Observed
 
 # Constant: the arrays of a pool differ by their attempt numbers.
@@ -32,7 +32,7 @@ def endpoint(spec: FederatedJobSpec, observed: Observed) -> str:
 
 
 def pool_spec(
-    job: Job, spec: FederatedJobSpec, pool: Pool, array: HpcRecord, address: str, via_bridge: bool
+    job: Job, spec: FederatedJobSpec, pool: Pool, array: ArrayRecord, address: str, via_bridge: bool
 ) -> bridge_pb2.PoolSpec:
     """Return the request for one attempt of an array, without its certificate and files."""
     hpc = pool.hpc

@@ -102,7 +102,7 @@ class Setback:
 
 
 @dataclass
-class HpcRecord:
+class ArrayRecord:
     """One array of an HPC pool: a range of the pool's clients, and the newest attempt to run them."""
 
     site: str
@@ -116,7 +116,7 @@ class HpcRecord:
     setback: Setback = field(default_factory=Setback)
 
     @property
-    def end(self) -> int:
+    def stop(self) -> int:
         """The index in the pool after its last client."""
         return self.first + self.size
 
@@ -161,7 +161,7 @@ class Record:
     """Everything that is stored of a job."""
 
     cloud: dict[str, CloudRecord] = field(default_factory=dict)
-    hpc: dict[ArrayKey, HpcRecord] = field(default_factory=dict)
+    hpc: dict[ArrayKey, ArrayRecord] = field(default_factory=dict)
     aggregator: AggregatorRecord = field(default_factory=AggregatorRecord)
     attempts: dict[str, int] = field(default_factory=dict)  # by HPC pool: the highest attempt of a forgotten array
     damaged: bool = field(default=False, compare=False)  # recovered from the status
@@ -272,11 +272,11 @@ def _cloud(pool: Mapping[str, Any], most: int) -> CloudRecord:
     return CloudRecord(pool["started"], clients, size, floor)
 
 
-def _array(content: Mapping[str, Any]) -> HpcRecord:
+def _array(content: Mapping[str, Any]) -> ArrayRecord:
     setback = dict(content.get("setback", {}))
     if "given_up" in setback:
         setback["given_up"] = Reason(setback["given_up"])
-    array = HpcRecord(
+    array = ArrayRecord(
         **{
             **content,
             "state": ArrayState(content.get("state", ArrayState.WAITING)),

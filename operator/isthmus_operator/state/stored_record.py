@@ -1,6 +1,6 @@
 """A job's stored record, recovered from the status if its annotation is damaged."""
 
-from .job_record import ArrayKey, ArrayState, HpcRecord, Record, Submission
+from .job_record import ArrayKey, ArrayRecord, ArrayState, Record, Submission
 from .observed import Job
 
 
@@ -16,7 +16,7 @@ def load_record(job: Job) -> Record:
             site = ((manifest.get("hpc") or {}).get("siteRef") or {}).get("name")
             if site:
                 # Its CA is unknown, so the attempt is cancelled, and the next one gets a number of its own.
-                record.hpc[ArrayKey(pool["name"])] = HpcRecord(
+                record.hpc[ArrayKey(pool["name"])] = ArrayRecord(
                     site,
                     attempt=int(pool.get("attempt", 0)),
                     size=int(manifest.get("replicas") or 1),

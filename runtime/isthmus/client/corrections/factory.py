@@ -46,7 +46,7 @@ class CorrectionState:
             pull_companion(self._session, offer) if offer.algorithm in _WITH_COMPANION else {},
         )
 
-    def accepted(self, update: FinishedUpdate) -> None:
+    def on_accepted(self, update: FinishedUpdate) -> None:
         """Store the state that belongs to an accepted update. Calling it again has no effect."""
         if self._memory is not None and update.updated_state is not None:
             self._memory.advance(update.updated_state, update.round)

@@ -56,7 +56,7 @@ class ClientLoop:
         self._session = Session(context, evaluates=evaluate is not None, stopping=stopping)
         self._stopping = stopping
         self._compression = ClientCompression(self._session)
-        self._pending = PendingUpdates(lambda update: self._compression.dropped(update.tensors))
+        self._pending = PendingUpdates(lambda update: self._compression.on_dropped(update.tensors))
         self._corrections = CorrectionState(self._session)
         self._unchanged = UnchangedModelCheck()
 
@@ -130,7 +130,7 @@ class ClientLoop:
             live = self._shared.live()
             self._unchanged.compare(live, offer.round)
             buffers = self._shared.buffers(live)
-            state = self._compression.finished(offer, live, buffers, self._shared.frozen(live))
+            state = self._compression.encode_update(offer, live, buffers, self._shared.frozen(live))
             seconds = self._session.stages.take()
             update = FinishedUpdate(
                 offer.round, offer.base_digest, num_examples, metrics, state, buffers, scalars, updated_state, seconds,
@@ -155,7 +155,7 @@ class ClientLoop:
         buffers, views = self._shared.buffers(live), self._shared.views()
         frozen = self._shared.frozen(live)
         reply = push(self._session, FinishedUpdate(0, "", 1, {}, initial, buffers, views=views, frozen=frozen))
-        self._compression.dropped(initial)
+        self._compression.on_dropped(initial)
         if reply.verdict == pb.PushReply.INVALID:  # for any other verdict, the weights of another client were used
             advice = _INVALID_VALUES_ADVICE if reply.reason in ("non_finite", "range") else ""
             raise FederationError(f"the initial weights were refused: {reply.message}{advice}")
@@ -164,10 +164,10 @@ class ClientLoop:
         self._session.stages.enter("pushing")
         reply = push(self._session, update)
         self._session.stages.enter("waiting")
-        self._pending.answered(update, reply)
+        self._pending.on_reply(update, reply)
         if reply.verdict == pb.PushReply.ACCEPTED:
-            self._compression.accepted(update.tensors, update.round)
-            self._corrections.accepted(update)
+            self._compression.on_accepted(update.tensors, update.round)
+            self._corrections.on_accepted(update)
             log.info("round %d: update accepted", update.round)
             return
         if reply.verdict == pb.PushReply.INVALID:
@@ -190,7 +190,7 @@ class ClientLoop:
         self._ranks.send_command("model", measuring="yes" if measuring else "")
         self._ranks.share(state)
         self._shared.load(state)
-        self._compression.pulled(offer, state, self._shared.live)
+        self._compression.on_pulled(offer, state, self._shared.live)
         if measuring:
             assert self._evaluate is not None
             self._session.stages.enter("evaluating")
@@ -225,9 +225,9 @@ class ClientLoop:
                 case "offer":
                     newest = message.offer
                     # An offer that follows at once also announces the commit of its base model.
-                    self._pending.committed(newest.base_round, self._session.aggregator)
+                    self._pending.on_commit(newest.base_round, self._session.aggregator)
                 case "committed":
-                    self._pending.committed(message.committed.round, self._session.aggregator)
+                    self._pending.on_commit(message.committed.round, self._session.aggregator)
                     if newest is not None and newest.kind == pb.Offer.TRAIN and newest.round <= message.committed.round:
                         newest = None  # this round is over: a newer offer follows, or the end
                 case "stop":

@@ -56,7 +56,7 @@ class ClientCompression:
         """Request models without codecs from now on, after one could not be decoded."""
         self._decodable, self._base, self._base_digest = (), {}, ""
 
-    def pulled(self, offer: pb.Offer, state: State, live: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+    def on_pulled(self, offer: pb.Offer, state: State, live: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         """Keep an offer's model, now loaded into the script's, if the job encodes differences from it."""
         self._base, self._base_digest = {}, ""
         # A model may have adopted the loaded tensors instead of copying them; training would then change them.
@@ -69,7 +69,7 @@ class ClientCompression:
             }
             self._base_digest = offer.base_digest
 
-    def finished(
+    def encode_update(
         self, offer: pb.Offer, live: Mapping[str, torch.Tensor], buffers: Collection[str], frozen: Collection[str]
     ) -> State | Encoded:
         """Return the script's trained weights as they will be sent, independent of later changes to them.
@@ -95,12 +95,12 @@ class ClientCompression:
             self._base, self._base_digest = {}, ""
         return encoded
 
-    def dropped(self, update: State | Encoded) -> None:
+    def on_dropped(self, update: State | Encoded) -> None:
         """Reuse the memory of an update that is no longer needed."""
         if not isinstance(update, Encoded):
             self._room = update
 
-    def accepted(self, update: State | Encoded, round_number: int) -> None:
+    def on_accepted(self, update: State | Encoded, round_number: int) -> None:
         """Make the values that an accepted update left out the residual. Calling it again has no effect."""
         if isinstance(update, Encoded) and update.residual is not None:
             assert self._feedback is not None

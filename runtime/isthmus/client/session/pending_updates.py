@@ -28,9 +28,9 @@ class PendingUpdates:
     ``dropped`` is called with each update that is no longer needed.
     """
 
-    def __init__(self, dropped: Callable[[FinishedUpdate], None]) -> None:
+    def __init__(self, on_dropped: Callable[[FinishedUpdate], None]) -> None:
         self._pending: list[_Pending] = []
-        self._dropped = dropped
+        self._on_dropped = on_dropped
 
     def keep(self, update: FinishedUpdate, *, folds_late: bool) -> None:
         """Add a new update."""
@@ -41,9 +41,9 @@ class PendingUpdates:
         dropped = [pending for pending in self._pending if pending not in kept]
         self._pending = kept
         for pending in dropped:
-            self._dropped(pending.update)
+            self._on_dropped(pending.update)
 
-    def answered(self, update: FinishedUpdate, reply: pb.PushReply) -> None:
+    def on_reply(self, update: FinishedUpdate, reply: pb.PushReply) -> None:
         """Handle the aggregator's reply: an update that it will never count is dropped."""
         for pending in self._pending:
             if pending.update is update and reply.verdict == pb.PushReply.ACCEPTED:
@@ -51,7 +51,7 @@ class PendingUpdates:
         if reply.verdict in (pb.PushReply.INVALID, pb.PushReply.FENCED):
             self._keep_only([pending for pending in self._pending if pending.update is not update])
 
-    def committed(self, round_number: int, instance: str) -> None:
+    def on_commit(self, round_number: int, instance: str) -> None:
         """Drop updates that are part of a committed model, or can never be part of one.
 
         ``instance``: id of the aggregator's process. A process that was killed may have accepted an update for a round

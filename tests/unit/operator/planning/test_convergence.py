@@ -14,10 +14,10 @@ from isthmus_operator.planning.status import merge_patch
 from isthmus_operator.state.job_record import (
     AggregatorRecord,
     ArrayKey,
+    ArrayRecord,
     ArrayState,
     ClientRecord,
     CloudRecord,
-    HpcRecord,
     Record,
     Submission,
 )
@@ -87,7 +87,7 @@ records = st.one_of(
         st.dictionaries(
             st.just(LUMI),
             st.builds(
-                HpcRecord,
+                ArrayRecord,
                 st.just("site"),
                 attempt=st.integers(0, 3),
                 failures=st.integers(0, 3),

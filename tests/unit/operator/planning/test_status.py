@@ -12,10 +12,10 @@ from isthmus_operator.planning.status import StatusDraft, decimal, is_urgent, me
 from isthmus_operator.state.job_record import (
     AggregatorRecord,
     ArrayKey,
+    ArrayRecord,
     ArrayState,
     ClientRecord,
     CloudRecord,
-    HpcRecord,
     Record,
     Setback,
 )
@@ -117,7 +117,7 @@ records = st.builds(
     st.dictionaries(
         st.builds(ArrayKey, st.text("ab-", max_size=4), st.integers(0, 9)),
         st.builds(
-            HpcRecord,
+            ArrayRecord,
             st.text(max_size=5),
             st.integers(0, 9),
             st.sampled_from(ArrayState),

@@ -15,8 +15,8 @@ from isthmus_operator.state.job_cache import JobCache
 from isthmus_operator.state.job_record import (
     AggregatorRecord,
     ArrayKey,
+    ArrayRecord,
     CloudRecord,
-    HpcRecord,
     Record,
     Setback,
 )
@@ -137,7 +137,7 @@ def test_what_failed_is_tried_again_after_the_clock_was_put_back() -> None:
 
 def test_a_plan_does_not_wait_for_a_pause_noted_before_the_clock_was_put_back() -> None:
     wanted = spec(hpc=2)
-    entry = HpcRecord("site", attempt=1, failures=1, size=2, setback=Setback("", int(NOW.timestamp()) + 40))
+    entry = ArrayRecord("site", attempt=1, failures=1, size=2, setback=Setback("", int(NOW.timestamp()) + 40))
     record = Record({"cloud": CloudRecord(2)}, {LUMI: entry}, AggregatorRecord("uid-aggregator"))
     seen = standing(wanted, pods=(aggregator(), client(0), client(1)))
 

@@ -104,9 +104,9 @@ def compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClientCompre
 def one_round(compression: ClientCompression, number: int) -> Encoded:
     offer = pb.Offer(round=number, base_round=number - 1, base_digest=f"d{number}", codecs=["Delta", "TopK=0.1"])
     live = {"w": torch.zeros(1000)}
-    compression.pulled(offer, {"w": torch.zeros(1000)}, lambda: live)
+    compression.on_pulled(offer, {"w": torch.zeros(1000)}, lambda: live)
     live["w"] += torch.arange(1000.0)
-    encoded = compression.finished(offer, live, (), ())
+    encoded = compression.encode_update(offer, live, (), ())
     assert isinstance(encoded, Encoded)
     return encoded
 
@@ -116,11 +116,11 @@ def test_only_accepted_updates_advance_it(compression: ClientCompression, tmp_pa
     # Refused, or never answered: the next update is the same as without this one.
     assert one_round(compression, 1).chunks == first.chunks
     assert list(tmp_path.iterdir()) == []
-    compression.accepted(first, 1)
+    compression.on_accepted(first, 1)
     second = one_round(compression, 2)
     assert second.chunks != first.chunks
     # The aggregator restarted and accepted the same update again: nothing is added twice.
-    compression.accepted(first, 1)
+    compression.on_accepted(first, 1)
     assert one_round(compression, 2).chunks == second.chunks
     # A restarted client continues with the same residual.
     assert one_round(ClientCompression(FakeSession()), 2).chunks == second.chunks  # type: ignore[arg-type]
@@ -129,16 +129,16 @@ def test_only_accepted_updates_advance_it(compression: ClientCompression, tmp_pa
 def test_a_model_that_adopts_what_it_loads_does_not_change_the_base(compression: ClientCompression) -> None:
     offer = pb.Offer(round=1, base_digest="d", codecs=["Delta", "Int8"])
     adopted = {"w": torch.zeros(1000)}
-    compression.pulled(offer, adopted, lambda: adopted)
+    compression.on_pulled(offer, adopted, lambda: adopted)
     adopted["w"] += 1.0
-    encoded = compression.finished(offer, adopted, (), ())
+    encoded = compression.encode_update(offer, adopted, (), ())
     assert isinstance(encoded, Encoded)
     assert any(encoded.chunks[0][16:])
 
 
 def test_a_base_is_named_only_while_it_is_held(compression: ClientCompression) -> None:
     offer = pb.Offer(round=1, base_digest="d", model_codecs=["Delta", "Int8"])
-    compression.pulled(offer, {"w": torch.zeros(1000)}, dict)
+    compression.on_pulled(offer, {"w": torch.zeros(1000)}, dict)
     assert compression.request(pb.Offer(base_digest="e")).base_digest == "d"
     compression.request_uncompressed()
     request = compression.request(pb.Offer(base_digest="e"))
@@ -154,8 +154,8 @@ def test_a_second_run_of_a_job_rounds_alike(monkeypatch: pytest.MonkeyPatch) -> 
         compression = ClientCompression(session)  # type: ignore[arg-type]
         offer = pb.Offer(round=1, base_digest="d", codecs=["Delta", "Rotation", "Int8"])
         live = {"w": torch.arange(1000.0)}
-        compression.pulled(offer, {"w": torch.zeros(1000)}, lambda: live)
-        encoded = compression.finished(offer, live, (), ())
+        compression.on_pulled(offer, {"w": torch.zeros(1000)}, lambda: live)
+        encoded = compression.encode_update(offer, live, (), ())
         assert isinstance(encoded, Encoded)
         return encoded.chunks
 

@@ -20,10 +20,10 @@ def test_an_update_goes_with_the_commit_of_the_round_that_it_counts_in(folds_lat
     gone: list[FinishedUpdate] = []
     pending, update = PendingUpdates(gone.append), finished(3)
     pending.keep(update, folds_late=folds_late)
-    pending.answered(update, accepted(3, "first"))
-    pending.committed(2, "first")
+    pending.on_reply(update, accepted(3, "first"))
+    pending.on_commit(2, "first")
     assert not gone
-    pending.committed(3, "first")
+    pending.on_commit(3, "first")
     assert gone == [update]
 
 
@@ -31,13 +31,13 @@ def test_an_aggregator_that_did_not_accept_it_does_not_commit_it() -> None:
     gone: list[FinishedUpdate] = []
     pending, update = PendingUpdates(gone.append), finished(3)
     pending.keep(update, folds_late=True)
-    pending.answered(update, accepted(4, "first"))
-    pending.committed(4, "second")  # the first process was killed before its commit
+    pending.on_reply(update, accepted(4, "first"))
+    pending.on_commit(4, "second")  # the first process was killed before its commit
     assert not gone
     offer = pb.Offer(kind=pb.Offer.TRAIN, round=5, base_digest="model 4", folds_late=True)
     assert pending.due(offer) == [update]
-    pending.answered(update, accepted(5, "second"))
-    pending.committed(5, "second")
+    pending.on_reply(update, accepted(5, "second"))
+    pending.on_commit(5, "second")
     assert gone == [update]
 
 
@@ -45,6 +45,6 @@ def test_an_update_is_released_where_late_ones_do_not_count() -> None:
     gone: list[FinishedUpdate] = []
     pending, update = PendingUpdates(gone.append), finished(3)
     pending.keep(update, folds_late=False)
-    pending.answered(update, accepted(3, "first"))
-    pending.committed(3, "second")
+    pending.on_reply(update, accepted(3, "first"))
+    pending.on_commit(3, "second")
     assert gone == [update]
