@@ -130,10 +130,10 @@ def removals(wanted: Mapping[str, Any], live: Mapping[str, Any], whole: bool = F
     patch: dict[str, Any] = {key: None for key in live if key not in wanted} if whole else {}
     for key, value in wanted.items():
         found = live.get(key)
-        nested = isinstance(value, Mapping) and isinstance(found, Mapping)
-        inner = removals(value, found, key in _WHOLE_MAPS) if nested else {}
-        if inner:
-            patch[key] = inner
+        if isinstance(value, Mapping) and isinstance(found, Mapping):
+            inner = removals(value, found, key in _WHOLE_MAPS)
+            if inner:
+                patch[key] = inner
     return patch
 
 
