@@ -31,6 +31,7 @@ def test_they_say_how_to_uninstall(helm: Helm, tmp_path: Path, keep: bool) -> No
 
 
 def test_they_name_the_namespaces_that_are_served(helm: Helm, tmp_path: Path) -> None:
-    text = notes(helm, tmp_path, {"scope": {"type": "Namespaces", "namespaces": ["team-a"]}})
-    assert "kubectl -n team-a get federatedjobs --watch" in text
-    assert "kubectl -n team-a delete federatedjobs --all" in text
+    text = notes(helm, tmp_path, {"scope": {"type": "Namespaces", "namespaces": ["team-a", "team-b"]}})
+    for namespace in ("team-a", "team-b"):
+        assert f"kubectl -n {namespace} get federatedjobs --watch" in text
+        assert f"kubectl -n {namespace} delete federatedjobs --all" in text

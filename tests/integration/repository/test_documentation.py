@@ -55,7 +55,7 @@ def test_the_tests_in_the_tables_of_attacks_exist() -> None:
     assert len(rows) >= 20
     missing = []
     for row in rows:
-        named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", row)
+        named = re.findall(r"`((?:\w+/)*test_\w+\.py)(?:::(\w+))?`", row)
         assert named or "[below]" in row or "the same" in row, row
         for file, test in named:
             found = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(file)]
