@@ -202,8 +202,8 @@ TABLES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
             Column("writes a client", "writes_per_client", fixed(2)),
             Column("reads a client", "reads_per_client", fixed(2)),
             Column("peak memory", "peak_memory_mb", megabytes),
-            Column("CPU at rest", "steady_cpu_percent", of_a_core),
-            Column("requests a second at rest", "steady_requests_per_s", fixed(2)),
+            Column("CPU when idle", "steady_cpu_percent", of_a_core),
+            Column("requests a second when idle", "steady_requests_per_s", fixed(2)),
         ),
     ),
     "operator_idle": (
@@ -211,12 +211,12 @@ TABLES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
         (
             Column("jobs", "jobs"),
             Column("peak memory", "peak_memory_mb", megabytes),
-            Column("CPU at rest", "steady_cpu_percent", of_a_core),
-            Column("requests a second at rest", "steady_requests_per_s", fixed(2)),
+            Column("CPU when idle", "steady_cpu_percent", of_a_core),
+            Column("requests a second when idle", "steady_requests_per_s", fixed(2)),
             Column("restarted: ready after", "restart_ready_s", duration),
             Column("all jobs looked at after", "restart_all_looked_at_s", duration),
             Column("memory then", "restarted_peak_memory_mb", megabytes),
-            Column("CPU at rest then", "restarted_steady_cpu_percent", of_a_core),
+            Column("CPU when idle then", "restarted_steady_cpu_percent", of_a_core),
         ),
     ),
     "operator_soak": (

@@ -158,7 +158,7 @@ def load_code(path: Path, job: FederatedJob) -> dict[str, bytes]:
             if problem := check_files(files):
                 raise ManifestError([f"{field}: ConfigMap {name!r}: {problem}"])
             return files
-    raise ManifestError([f"{field}: without a cluster, the ConfigMap {name!r} must stand in {path} too"])
+    raise ManifestError([f"{field}: without a cluster, the ConfigMap {name!r} must be in {path} as well"])
 
 
 def one_liners(error: ValidationError, root: str = "spec") -> list[str]:
