@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import pytest
 
 from .bridge import FakeBridge
-from .cluster import Namespace, Operator, eventually, kubectl, manifest
+from .cluster import Namespace, Operator, eventually, kubectl, manifest, remove_site
 
 JOBS = int(os.environ.get("ISTHMUS_DEAD_JOBS", "50"))
 SILENT = int(os.environ.get("ISTHMUS_SILENT_AGGREGATORS", "12"))
@@ -42,11 +43,12 @@ class DeadBridge(FakeBridge):
         self._end.set()
         super().down()
 
-    def _never(self, *_: Any) -> Any:
+    def _never(self, _: Any, context: grpc.ServicerContext) -> Any:
         self.calls += 1
         self._end.wait()
+        context.abort(grpc.StatusCode.UNAVAILABLE, "the bridge stops")
 
-    DescribeSite = EnsurePool = GetPool = CancelPool = RenewCredentials = WatchPools = TailLog = _never
+    DescribeSite = EnsurePool = GetPool = CancelPool = RenewCredentials = TailLog = _never
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def dead(namespace: Namespace) -> Iterator[DeadBridge]:
         namespace.apply(bridge.secret())
         kubectl("apply", "-f", "-", stdin=bridge.site(namespace.name))
         yield bridge
-    kubectl("delete", "hpcsite", namespace.name)
+    remove_site(namespace.name)
 
 
 def at_dead_site(name: str, site: str, **aggregator: Any) -> dict[str, Any]:

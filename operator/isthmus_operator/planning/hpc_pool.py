@@ -349,7 +349,9 @@ def _outcome(
         # Otherwise only the lookup was denied, and the pool that the site accepted keeps running.
         outcome.reason = f"{Reason.POLICY_DENIED}: {problem.message}"
     elif problem is not None:
-        outcome.reason = f"{problem.reason}: {problem.message}"
+        # The site's condition tells a missing tunnel from a missing answer; to the pool both mean that it must wait.
+        denied = problem.reason is Reason.POLICY_DENIED
+        outcome.reason = f"{Reason.POLICY_DENIED if denied else Reason.SITE_UNREACHABLE}: {problem.message}"
     elif no_site is not None:
         going = " is being deleted" if pool.hpc.site_ref.name in context.observed.leaving_sites else ""
         outcome.reason = f"{no_site}: HPCSite {pool.hpc.site_ref.name}{going}"

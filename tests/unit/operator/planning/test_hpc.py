@@ -261,6 +261,13 @@ def test_a_site_that_is_down_is_shown_and_forgets_nothing() -> None:
     assert not decided.actions
 
 
+def test_a_site_that_dials_out_and_is_not_connected_is_shown_as_one_that_is_down() -> None:
+    (key,) = unreachable()
+    absent = PoolProblem(ProblemKind.UNREACHABLE, "no bridge", NOW, Reason.SITE_NOT_CONNECTED)
+    status = pool_status(plan(job(SPEC, record=record()), around(problems={key: absent}), NOW, OPTIONS))
+    assert status["reason"] == "SiteUnreachable: no bridge"
+
+
 def test_a_site_that_takes_nothing_for_now_says_why_and_is_asked_again() -> None:
     words = "policy drain: this site takes no new jobs for now: maintenance on 3 June"
     problem = PoolProblem(ProblemKind.UNREACHABLE, words, NOW, Reason.POLICY_DENIED)
