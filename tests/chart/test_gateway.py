@@ -82,3 +82,18 @@ def test_who_may_dial_it(helm: Any) -> None:
     (rule,) = (rule for rule in policy["spec"]["ingress"] if rule["ports"][0]["port"] == "gateway")
     assert rule["from"] == [{"ipBlock": {"cidr": "198.51.100.0/24"}}]
     assert not [item for item in helm.template({}) if "gateway" in item["metadata"]["name"]]
+
+
+def test_numbers_that_are_no_addresses_are_host_names(helm: Any) -> None:
+    documents = rendered(helm, hosts=["0", "300.1.2.3", "255.0.2.1"])
+    leaf = x509.load_pem_x509_certificate(base64.b64decode(one(documents, "Secret")["data"]["tls.crt"]))
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["0", "300.1.2.3"]
+    assert names.get_values_for_type(x509.IPAddress) == [ipaddress.ip_address("255.0.2.1")]
+
+
+def test_a_host_with_a_colon_that_is_no_address_is_refused(helm: Any) -> None:
+    values = {"gateway": {"enabled": True, "hosts": ["gateway.example:7443"]}}
+    refused = helm.run("template", "isthmus", str(CHART), values=values)
+    assert refused.returncode
+    assert "gateway.hosts: gateway.example:7443 is neither a host name nor an IP address" in refused.stderr

@@ -117,7 +117,7 @@ def test_kills_with_error_feedback_train_nothing_twice(federation: Make, script:
     assert [survivor.wait(), replacement.wait()] == [0, 0], job.log("client-0-0")
     assert updates(job) == dict.fromkeys(range(1, 9), 2)
     assert trained(job, 0) == Counter(range(1, 9))
-    assert re.search(r"residual of round [4-6] found", job.log("client-1-1"))
+    assert re.search(r"loaded residual of round [4-6] from", job.log("client-1-1"))
     assert sorted(path.name for path in scratch.iterdir()) == [
         "residual-pool-0.safetensors", "residual-pool-1.safetensors",
     ]  # fmt: skip

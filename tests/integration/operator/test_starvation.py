@@ -4,7 +4,8 @@ from .dead_remotes import DeadBridge, dead_site, hpc_job, made, silent_aggregato
 from .fake_api_server import ApiServer
 from .operator_process import Operator, accepted_after, job, until
 
-BOUND = 2.0  # seconds until an unrelated job is accepted
+# Seconds until an unrelated job is accepted: below 2 on a quiet machine, above 100 if workers wait for dead parties.
+BOUND = 10.0
 JOBS = 40  # more than twice the operator's workers
 
 
@@ -46,7 +47,7 @@ def test_more_dead_sites_than_workers_do_not_delay_a_live_one(api: ApiServer, op
         conditions = (api.get("hpcsites", "", "live").get("status") or {}).get("conditions") or ()
         return any(item["type"] == "Reachable" and item["status"] == "True" for item in conditions)
 
-    until(reachable, "the live site is reachable", 10)
+    until(reachable, "the live site is reachable", 60)
 
 
 def test_a_site_that_answers_only_describe_is_reported_as_unreachable(api: ApiServer, operator: Operator) -> None:
