@@ -1,5 +1,9 @@
-"""Any values that the schema accepts are rendered as valid objects, or refused with a message of the chart."""
+"""Any values that the schema accepts are rendered as valid objects, or refused with a message of the chart.
 
+The examples are the same in every run. ``ISTHMUS_CHART_EXAMPLES=200`` draws that number of new ones.
+"""
+
+import os
 import re
 from typing import Any
 
@@ -13,6 +17,7 @@ from .conftest import CHART, NAMESPACE, WITH_MONITORING, Helm, Manifest
 from .random_values import ODD_WORDS, VALUES
 from .test_chart import Unique, monitoring_schema, of_kind, operator_pod
 
+NEW_EXAMPLES = int(os.environ.get("ISTHMUS_CHART_EXAMPLES", "0"))
 OPENSHIFT = ["--api-versions", "security.openshift.io/v1"]
 # The chart's own messages of refusal, and that of the schema.
 REFUSALS = (
@@ -60,7 +65,7 @@ def check(document: Manifest) -> None:
         assert NAME.fullmatch(name) and len(name) <= 253, name
 
 
-@settings(max_examples=12, suppress_health_check=list(HealthCheck))
+@settings(max_examples=NEW_EXAMPLES or 12, derandomize=not NEW_EXAMPLES, suppress_health_check=list(HealthCheck))
 @given(values=VALUES, name=RELEASES, namespace=NAMESPACES, openshift=st.booleans())
 def test_random_values_render_valid_objects(
     helm: Any, values: Manifest, name: str, namespace: str, openshift: bool

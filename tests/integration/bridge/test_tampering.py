@@ -155,4 +155,5 @@ def test_a_directory_in_a_files_place_costs_no_descriptor(world: World, where: s
     world.tick()
     before = len(list(Path("/proc/self/fd").iterdir()))
     world.tick(times=20)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    # Fewer remain if descriptors of earlier tests are collected meanwhile.
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
