@@ -35,7 +35,7 @@ class SiteHolds:
         self._sites = sites
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by site
         self._checked: set[str] = set()  # sites whose entries of unknown jobs were looked up
-        self._refused = False
+        self._warned = False
 
     async def hold(self, site: str, job: Job) -> None:
         """Make sure that a site stays while the job has a pool there.
@@ -58,6 +58,9 @@ class SiteHolds:
                 raise BridgeError(ProblemKind.UNREACHABLE, message, Reason.SITE_NOT_FOUND)
             if holders(body).get(holder) != pools:
                 body = await self._write_holders(site, {holder: pools})
+                if body is not None and holders(body).get(holder) != pools:
+                    self._warn("the API server drops status.inUse: its CRD is that of an earlier version")
+                    return
             elif await self._set_finalizer(site, body, held=True):
                 return
             else:
@@ -152,9 +155,12 @@ class SiteHolds:
         """Log once that the operator may not write HPCSites, as with roles of an earlier version."""
         if error.code != 403:
             raise error
-        if not self._refused:
-            self._refused = True
-            log.warning("HPCSites in use get no finalizer, and can be deleted before their jobs: %s", error)
+        self._warn(str(error))
+
+    def _warn(self, cause: str) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning("HPCSites in use get no finalizer, and can be deleted before their jobs: %s", cause)
 
 
 def pools_by_site(record: Record) -> dict[str, str]:

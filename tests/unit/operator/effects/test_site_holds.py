@@ -40,6 +40,7 @@ class Server:
         self.failures: list[KubeError] = []
         self.meddle = 0  # number of next patches that lose against another writer
         self.writes: list[str] = []
+        self.prunes = False  # as with the CRD of an earlier version, which has no status.inUse
 
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
         if kind == "HPCSite":
@@ -61,6 +62,8 @@ class Server:
         if wanted not in (None, self.site["metadata"]["resourceVersion"]):
             raise KubeError(409, "the object has been modified")
         self.site = _merged(self.site, body)
+        if self.prunes:
+            self.site.get("status", {}).pop("inUse", None)
         self.writes.append(subresource or "metadata")
         self._next()
         answer = copy.deepcopy(self.site)
@@ -148,6 +151,23 @@ def test_the_site_is_held_from_before_the_first_request_to_the_end_of_the_last_p
         assert at.server.site is None
 
     _run(scenario())
+
+
+def test_with_the_crd_of_an_earlier_version_jobs_run_without_the_finalizer(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        at = Setting()
+        at.server.prunes = True
+        at.put(using(), "1")
+        await at.holds.hold("site", using())
+        await at.holds.hold("site", using())
+        await at.holds.settle("site")
+        assert (at.server.finalizers(), at.server.in_use()) == ([], {})
+        at.server.prunes = False
+        await at.holds.hold("site", using())
+        assert (at.server.finalizers(), at.server.in_use()) == ([FINALIZER], {"team/demo": "lumi"})
+
+    _run(scenario())
+    assert caplog.text.count("its CRD is that of an earlier version") == 1
 
 
 def test_a_job_that_is_gone_holds_no_site_but_its_orphans_do() -> None:
