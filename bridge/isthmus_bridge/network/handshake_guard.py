@@ -8,14 +8,11 @@ complete the handshake quickly. Descriptors for the bridge itself (journal, Slur
 import asyncio
 import logging
 import resource
-import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from isthmus_contracts.wire.addresses import bound, split
-
-from .loop_thread import LoopThread
+from .loop_server import BUFFER, LoopServer, bound_buffers, tune
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +27,10 @@ _BACKLOG = 32
 _OWN_FILES = 128
 _EACH = 2
 _CHUNK = 64 << 10
-_BUFFER = 256 << 10
 _APPLICATION_DATA = 0x17
 _RECORD_HEADER = 5
 _ALL = frozenset({"::", "0.0.0.0"})  # noqa: S104
 _QUIET_SECONDS = 60.0
-_STOP_SECONDS = 5.0
 
 
 def connection_limits(files: int) -> tuple[int, int]:
@@ -87,49 +82,28 @@ class HandshakeGuard:
         self._inner = inner
         self._max_connections, self._max_handshaking = connection_limits(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         # In the order of their arrival.
-        self._handshaking: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._handshaking: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
         self._reported, self._ended = -_QUIET_SECONDS, 0
-        self._thread = LoopThread("handshake-guard")
-        self._server: asyncio.Server | None = None
-        self.port = 0
+        self._server = LoopServer("handshake-guard", self._serve, _BACKLOG)
+
+    @property
+    def port(self) -> int:
+        """The port at which it listens."""
+        return self._server.port
 
     def start(self) -> None:
         """Start to listen. Raises ``OSError``."""
-        self._thread.start()
-        try:
-            self._thread.run(self._listen())
-        except OSError:
-            self._thread.stop()
-            raise
+        self._server.start(self._address, _ALL)
 
     def stop(self) -> None:
         """Close every connection, and stop."""
-        if self._server is not None:
-            self._thread.run(self._close())
-        self._thread.stop()
+        self._server.stop()
 
-    async def _listen(self) -> None:
-        host, port = split(self._address)
-        # "All addresses" means those of IPv4 and IPv6: asyncio would listen at one family only.
-        where: dict[str, Any] = {"sock": bound("::", port)} if host in _ALL else {"host": host, "port": port}
-        self._server = await asyncio.start_server(self._accept, **where, limit=_BUFFER, backlog=_BACKLOG)
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    async def _close(self) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_STOP_SECONDS)
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._tasks.add(task)
         self._handshaking[task] = writer
-        if len(self._handshaking) > self._max_handshaking or len(self._tasks) > self._max_connections:
+        if len(self._handshaking) > self._max_handshaking or len(self._server.tasks) > self._max_connections:
             self._end_oldest()
         try:
             first = await asyncio.wait_for(reader.read(_CHUNK), HANDSHAKE_SECONDS)
@@ -138,9 +112,7 @@ class HandshakeGuard:
         except (OSError, TimeoutError) as error:
             log.debug("a caller's connection failed: %s", error)
         finally:
-            self._tasks.discard(task)
             self._handshaking.pop(task, None)
-            writer.close()
 
     def _end_oldest(self) -> None:
         task = next(iter(self._handshaking))
@@ -153,16 +125,13 @@ class HandshakeGuard:
             self._reported, self._ended = now, 0
 
     async def _join(
-        self, task: "asyncio.Task[None]", first: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, task: "asyncio.Task[Any]", first: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         async with asyncio.timeout(_DIAL_SECONDS):
-            near_reader, near_writer = await asyncio.open_unix_connection(self._inner, limit=_BUFFER)
+            near_reader, near_writer = await asyncio.open_unix_connection(self._inner, limit=BUFFER)
         try:
-            for end in (writer, near_writer):
-                end.transport.set_write_buffer_limits(high=_BUFFER)
-            connection = writer.get_extra_info("socket")
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            bound_buffers(writer, near_writer)
+            tune(writer)
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._inward(task, first, reader, near_writer))
                 both.create_task(_pass_on(near_reader, writer))
@@ -172,7 +141,7 @@ class HandshakeGuard:
             near_writer.close()
 
     async def _inward(
-        self, task: "asyncio.Task[None]", data: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, task: "asyncio.Task[Any]", data: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Forward what the caller sends, and note when its handshake is complete."""
         records = TlsRecords()

@@ -6,18 +6,16 @@ message. It looks the name up among the live pools, so it connects to no other a
 
 import asyncio
 import logging
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
-from isthmus_contracts.wire.addresses import bound, joined, split
+from isthmus_contracts.wire.addresses import joined, split
 
 from ...metrics import Metrics
 from ...policy.policy import RelaySettings
-from ..loop_thread import LoopThread
+from ..loop_server import BUFFER, LoopServer, bound_buffers, tune
 from .capacity import BACKLOG, max_unnamed, reserve_files
 from .client_hello import ClientHello, NotTls
 
@@ -28,10 +26,7 @@ _DIAL_SECONDS = 15.0
 # gRPC sends a ping every half minute: a connection without data for this long is dead. Seconds.
 _IDLE_SECONDS = 300.0
 _CHUNK = 64 << 10
-# Bytes buffered for a slow receiver before reading from the sender pauses.
-_BUFFER = 256 << 10
 _SPARE_CONNECTIONS = 8
-_STOP_SECONDS = 5.0
 # Refusals for one reason are logged once in this time, with their number: anyone can cause them. Seconds.
 _QUIET_SECONDS = 10.0
 
@@ -75,10 +70,12 @@ class Relay:
         self._unnamed = 0
         # By reason: when the last refusal was logged, and how many were not logged since.
         self._reported: dict[str, tuple[float, int]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._thread = LoopThread("relay")
-        self._server: asyncio.Server | None = None
-        self.port = 0
+        self._server = LoopServer("relay", self._serve, BACKLOG)
+
+    @property
+    def port(self) -> int:
+        """The port at which it listens."""
+        return self._server.port
 
     def start(self) -> None:
         """Start to listen. Raises ``OSError``."""
@@ -88,41 +85,16 @@ class Relay:
                 "relay: room for %d connections only, not for %d: raise the limit of open files (LimitNOFILE=)",
                 self._most, self._settings.connections,
             )  # fmt: skip
-        self._thread.start()
-        try:
-            self._thread.run(self._listen())
-        except OSError:
-            self._thread.stop()
-            raise
+        self._server.start(self._settings.listen, frozenset({"::"}))
 
     def stop(self) -> None:
         """Close every connection, and stop. Clients reconnect to the next bridge."""
-        if self._server is not None:
-            self._thread.run(self._close())
-        self._thread.stop()
+        self._server.stop()
 
-    async def _listen(self) -> None:
-        host, port = split(self._settings.listen)
-        # asyncio would listen at `::` for IPv6 only.
-        where: dict[str, Any] = {"sock": bound(host, port)} if host == "::" else {"host": host, "port": port}
-        self._server = await asyncio.start_server(self._accept, **where, limit=_BUFFER, backlog=BACKLOG)
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    async def _close(self) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_STOP_SECONDS)
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         name = ""
         try:
-            if len(self._tasks) > self._most:
+            if len(self._server.tasks) > self._most:
                 raise RefusedError("limit", f"{self._most} connections are open")
             first, name = await self._first(reader)
             route = await asyncio.to_thread(self._lookup, name)
@@ -148,9 +120,6 @@ class Relay:
             self._refused("not-tls", writer, str(error))
         except (OSError, asyncio.IncompleteReadError) as error:
             log.debug("a relayed connection failed: %s", error)
-        finally:
-            self._tasks.discard(task)
-            _abort(writer)
 
     async def _first(self, reader: asyncio.StreamReader) -> tuple[bytes, str]:
         if self._unnamed >= max_unnamed(self._most):
@@ -179,14 +148,15 @@ class Relay:
     ) -> None:
         try:
             async with asyncio.timeout(_DIAL_SECONDS):
-                far_reader, far_writer = await asyncio.open_connection(route.host, route.port, limit=_BUFFER)
+                far_reader, far_writer = await asyncio.open_connection(route.host, route.port, limit=BUFFER)
         except (OSError, TimeoutError) as error:
             raise RefusedError(
                 "unreachable", f"cannot reach {joined(route.host, route.port)}: {error or 'time-out'}"
             ) from None
         try:
-            for end in (writer, far_writer):
-                _tune(end)
+            bound_buffers(writer, far_writer)
+            tune(writer)
+            tune(far_writer)
             far_writer.write(first)
             self._metrics.relay_bytes.labels("to-aggregator").inc(len(first))
             async with asyncio.TaskGroup() as both:
@@ -197,7 +167,7 @@ class Relay:
         except* OSError as group:
             raise group.exceptions[0] from None
         finally:
-            _abort(far_writer)
+            far_writer.close()
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str) -> None:
         counter = self._metrics.relay_bytes.labels(direction)
@@ -222,18 +192,6 @@ async def _hello(reader: asyncio.StreamReader) -> tuple[bytes, str]:
         if name is not None:
             return bytes(hello.data), name
     raise NotTls("closed before a ClientHello")
-
-
-def _tune(writer: asyncio.StreamWriter) -> None:
-    writer.transport.set_write_buffer_limits(high=_BUFFER)
-    connection = writer.get_extra_info("socket")
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-
-def _abort(writer: asyncio.StreamWriter) -> None:
-    # Pending data is still sent, without waiting for it.
-    writer.close()
 
 
 def routes(listed: Iterable[tuple[str, str, int]]) -> dict[str, Route]:
