@@ -38,11 +38,20 @@ ENV_ATTEMPT = "ISTHMUS_ATTEMPT"  # increases with every start by the scheduler
 ENV_STEP = "ISTHMUS_STEP"  # Slurm step of the client; empty if the batch script starts it
 ENV_SCRATCH = "ISTHMUS_SCRATCH"  # a directory that survives a restart of the client, if there is one
 ENV_DATA = "ISTHMUS_DATA"  # path of the pool's data set, if it has one
+ENV_AUDIT_DIR = "ISTHMUS_AUDIT_DIR"  # directory of AUDIT_FILE, if the site keeps an audit log
 
 # Files of a TLS directory: the keys of a kubernetes.io/tls Secret.
 CA_FILE = "ca.crt"
 CERTIFICATE_FILE = "tls.crt"
 KEY_FILE = "tls.key"
+
+# Files beside them for secure aggregation (wire/parties.py).
+SIGNING_KEY_FILE = "signing.key"
+CREDENTIAL_FILE = "credential.json"
+TRUST_FILE = "trust.json"
+
+# Lines (JSON) of a client about each message with results that it sends; the site's bridge collects them.
+AUDIT_FILE = "audit.jsonl"
 
 # Secrets are named after their pools; these names are used for the aggregator and its observer.
 RESERVED_POOL_NAMES = frozenset({"aggregator", "observer"})
