@@ -16,6 +16,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from isthmus_contracts.pb import secure_aggregation_pb2 as _secure_aggregation_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -39,6 +40,7 @@ class ClientMessage(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
     UPDATE_FIELD_NUMBER: _builtins.int
+    SECURE_FIELD_NUMBER: _builtins.int
     update: _builtins.bytes
     """what Push would take, where that is a single UpdateChunk and Welcome says so; answered by reply"""
     @_builtins.property
@@ -51,6 +53,10 @@ class ClientMessage(_message.Message):
     def failure(self) -> Global___Failure: ...
     @_builtins.property
     def leaving(self) -> Global___Leaving: ...
+    @_builtins.property
+    def secure(self) -> _secure_aggregation_pb2.SecureClientMessage:
+        """a step of secure aggregation"""
+
     def __init__(
         self,
         *,
@@ -60,12 +66,13 @@ class ClientMessage(_message.Message):
         failure: Global___Failure | None = ...,
         leaving: Global___Leaving | None = ...,
         update: _builtins.bytes = ...,
+        secure: _secure_aggregation_pb2.SecureClientMessage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "failure", b"failure", "heartbeat", b"heartbeat", "hello", b"hello", "leaving", b"leaving", "message", b"message", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "failure", b"failure", "heartbeat", b"heartbeat", "hello", b"hello", "leaving", b"leaving", "message", b"message", "secure", b"secure", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "failure", b"failure", "heartbeat", b"heartbeat", "hello", b"hello", "leaving", b"leaving", "message", b"message", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "failure", b"failure", "heartbeat", b"heartbeat", "hello", b"hello", "leaving", b"leaving", "message", b"message", "secure", b"secure", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "evaluation", "failure", "leaving", "update"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "evaluation", "failure", "leaving", "update", "secure"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -251,6 +258,7 @@ class ServerMessage(_message.Message):
     COMMITTED_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     REPLY_FIELD_NUMBER: _builtins.int
+    SECURE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -263,6 +271,10 @@ class ServerMessage(_message.Message):
     def reply(self) -> Global___PushReply:
         """to the update on this stream; a client sends the next one after it"""
 
+    @_builtins.property
+    def secure(self) -> _secure_aggregation_pb2.SecureServerMessage:
+        """a step of secure aggregation"""
+
     def __init__(
         self,
         *,
@@ -271,12 +283,13 @@ class ServerMessage(_message.Message):
         committed: Global___Committed | None = ...,
         stop: Global___Stop | None = ...,
         reply: Global___PushReply | None = ...,
+        secure: _secure_aggregation_pb2.SecureServerMessage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "message", b"message", "offer", b"offer", "reply", b"reply", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "message", b"message", "offer", b"offer", "reply", b"reply", "secure", b"secure", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "message", b"message", "offer", b"offer", "reply", b"reply", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "message", b"message", "offer", b"offer", "reply", b"reply", "secure", b"secure", "stop", b"stop", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "offer", "committed", "stop", "reply"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "offer", "committed", "stop", "reply", "secure"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -392,6 +405,8 @@ class Offer(_message.Message):
     MODEL_CODECS_FIELD_NUMBER: _builtins.int
     FOLDS_LATE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    SECURE_FIELD_NUMBER: _builtins.int
+    SECURE_ATTEMPT_FIELD_NUMBER: _builtins.int
     kind: Global___Offer.Kind.ValueType
     round: _builtins.int
     """1-based; 0 for INITIALIZE"""
@@ -403,6 +418,10 @@ class Offer(_message.Message):
     """an update that arrives after its round counts in the current one"""
     model: _builtins.bytes
     """if it is small and raw: the response of Pull, a whole TensorChunk"""
+    secure: _builtins.bool
+    """the update is masked: it waits for the secure instance of its round"""
+    secure_attempt: _builtins.int
+    """increased: the round's sum is lost; drop the held update and train again"""
     @_builtins.property
     def config(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """spec.task.config"""
@@ -431,10 +450,12 @@ class Offer(_message.Message):
         model_codecs: _abc.Iterable[_builtins.str] | None = ...,
         folds_late: _builtins.bool = ...,
         model: _builtins.bytes = ...,
+        secure: _builtins.bool = ...,
+        secure_attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "base_digest", b"base_digest", "base_round", b"base_round", "codecs", b"codecs", "config", b"config", "folds_late", b"folds_late", "kind", b"kind", "model", b"model", "model_codecs", b"model_codecs", "parameters", b"parameters", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "base_digest", b"base_digest", "base_round", b"base_round", "codecs", b"codecs", "config", b"config", "folds_late", b"folds_late", "kind", b"kind", "model", b"model", "model_codecs", b"model_codecs", "parameters", b"parameters", "round", b"round", "secure", b"secure", "secure_attempt", b"secure_attempt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -802,6 +823,7 @@ class UpdateHeader(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     VIEWS_FIELD_NUMBER: _builtins.int
     FROZEN_FIELD_NUMBER: _builtins.int
+    SECURE_INCARNATION_FIELD_NUMBER: _builtins.int
     job_uid: _builtins.str
     pool: _builtins.str
     index: _builtins.int
@@ -811,6 +833,8 @@ class UpdateHeader(_message.Message):
     base_digest: _builtins.str
     """of the model that it was trained from"""
     num_examples: _builtins.int
+    secure_incarnation: _builtins.int
+    """of the instance whose masks cover it; 0: not masked"""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
@@ -856,10 +880,11 @@ class UpdateHeader(_message.Message):
         seconds: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         views: _abc.Iterable[Global___View] | None = ...,
         frozen: _abc.Iterable[_builtins.str] | None = ...,
+        secure_incarnation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_digest", b"base_digest", "buffers", b"buffers", "codecs", b"codecs", "frozen", b"frozen", "index", b"index", "instance", b"instance", "job_uid", b"job_uid", "metrics", b"metrics", "num_examples", b"num_examples", "pool", b"pool", "round", b"round", "scalars", b"scalars", "seconds", b"seconds", "tensors", b"tensors", "views", b"views"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_digest", b"base_digest", "buffers", b"buffers", "codecs", b"codecs", "frozen", b"frozen", "index", b"index", "instance", b"instance", "job_uid", b"job_uid", "metrics", b"metrics", "num_examples", b"num_examples", "pool", b"pool", "round", b"round", "scalars", b"scalars", "seconds", b"seconds", "secure_incarnation", b"secure_incarnation", "tensors", b"tensors", "views", b"views"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1073,6 +1098,7 @@ class FederationStatus(_message.Message):
     BEST_MODEL_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     TARGET_ROUND_FIELD_NUMBER: _builtins.int
+    SECURE_FIELD_NUMBER: _builtins.int
     phase: Global___FederationStatus.Phase.ValueType
     message: _builtins.str
     """reason of waiting or of a failure; otherwise empty"""
@@ -1116,6 +1142,10 @@ class FederationStatus(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """what should be mended, though training goes on; one line each"""
 
+    @_builtins.property
+    def secure(self) -> Global___SecureStatus:
+        """where the job asks for secure aggregation"""
+
     def __init__(
         self,
         *,
@@ -1137,10 +1167,11 @@ class FederationStatus(_message.Message):
         best_model: Global___ModelStatus | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         target_round: _builtins.int = ...,
+        secure: Global___SecureStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "best_model", b"best_model", "model", b"model", "privacy", b"privacy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "best_model", b"best_model", "model", b"model", "privacy", b"privacy", "secure", b"secure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "best_model", b"best_model", "completed_rounds", b"completed_rounds", "current_round", b"current_round", "message", b"message", "metrics", b"metrics", "min_clients", b"min_clients", "model", b"model", "phase", b"phase", "pools", b"pools", "privacy", b"privacy", "round_started", b"round_started", "selected", b"selected", "started", b"started", "submitted", b"submitted", "target_round", b"target_round", "total_rounds", b"total_rounds", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "best_model", b"best_model", "completed_rounds", b"completed_rounds", "current_round", b"current_round", "message", b"message", "metrics", b"metrics", "min_clients", b"min_clients", "model", b"model", "phase", b"phase", "pools", b"pools", "privacy", b"privacy", "round_started", b"round_started", "secure", b"secure", "selected", b"selected", "started", b"started", "submitted", b"submitted", "target_round", b"target_round", "total_rounds", b"total_rounds", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1185,6 +1216,51 @@ class PrivacyStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrivacyStatus: _TypeAlias = PrivacyStatus  # noqa: Y015
+
+@_typing.final
+class SecureStatus(_message.Message):
+    """The newest instance of secure aggregation whose sum was opened, or that failed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    SURVIVORS_FIELD_NUMBER: _builtins.int
+    DROPOUTS_FIELD_NUMBER: _builtins.int
+    PARTIES_FIELD_NUMBER: _builtins.int
+    CLIPPED_RATIO_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    survivors: _builtins.int
+    """clients whose updates are in the sum"""
+    dropouts: _builtins.int
+    """clients in the roster that are not"""
+    parties: _builtins.int
+    """with distinct roots, among the survivors"""
+    clipped_ratio: _builtins.float
+    """of all coordinates, those that the layout's bounds cut"""
+    message: _builtins.str
+    """why the newest instance failed; empty where it did not"""
+    failed: _builtins.int
+    """instances since the aggregator's start"""
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        survivors: _builtins.int = ...,
+        dropouts: _builtins.int = ...,
+        parties: _builtins.int = ...,
+        clipped_ratio: _builtins.float = ...,
+        message: _builtins.str = ...,
+        failed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clipped_ratio", b"clipped_ratio", "dropouts", b"dropouts", "failed", b"failed", "message", b"message", "parties", b"parties", "round", b"round", "survivors", b"survivors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecureStatus: _TypeAlias = SecureStatus  # noqa: Y015
 
 @_typing.final
 class PoolStatus(_message.Message):
