@@ -4,6 +4,7 @@ A stream consists of the little-endian, contiguous bytes of the tensors in the o
 regardless of tensor boundaries, and an xxh3-128 checksum of all bytes.
 """
 
+import hashlib
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -137,6 +138,21 @@ def checksum_of(state: Mapping[str, torch.Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for tensor in state.values():
         digest.update(bytes_view(tensor))
+    return digest.hexdigest()
+
+
+def sha256_of(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of the tensors' names, dtypes, shapes and bytes, in hexadecimal, in any order of the names.
+
+    :func:`checksum_of` finds damage, but two models with the same checksum can be made on purpose; with the same
+    SHA-256 they cannot. In secure aggregation it is the ``base_digest`` of an instance.
+    """
+    digest = hashlib.sha256()
+    for spec in sorted(specs_of(state), key=lambda spec: spec.name):
+        fields = (spec.name.encode(), spec.dtype.encode(), str(list(spec.shape)).encode())
+        for data in (*fields, bytes_view(state[spec.name])):
+            digest.update(len(data).to_bytes(8, "big"))
+            digest.update(data)
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ from isthmus.tensors import (
     chunks_of,
     mismatch,
     non_finite,
+    sha256_of,
     snapshot,
     specs_of,
 )
@@ -151,3 +152,19 @@ def test_memory_that_fits_is_used_again() -> None:
     assert all(copy[name] is room[name] and torch.equal(copy[name], tensor) for name, tensor in STATE.items())
     other = {name: torch.empty(7, dtype=torch.float16) for name in STATE}
     assert all(torch.equal(tensor, STATE[name]) for name, tensor in snapshot(STATE, other).items())
+
+
+def test_the_sha256_tells_any_two_models_apart() -> None:
+    plain = {"a": torch.arange(6, dtype=torch.float32), "b": torch.zeros(2, dtype=torch.bool)}
+    others = [
+        {**plain, "a": plain["a"].reshape(2, 3)},
+        {**plain, "a": plain["a"].view(torch.int32)},
+        {**plain, "a": torch.arange(6, dtype=torch.float32) * (1 + 2**-23)},
+        {"a": plain["a"]},
+        {"a": plain["a"], "c": plain["b"]},
+        {"ab": plain["a"], "b": plain["b"]},
+        {},
+    ]
+    digests = {sha256_of(state) for state in (plain, *others)}
+    assert len(digests) == 1 + len(others)
+    assert sha256_of({"b": plain["b"], "a": plain["a"]}) == sha256_of(plain)
