@@ -26,6 +26,7 @@ from .fields import (
 )
 from .participation import Selection, Stragglers
 from .privacy import Privacy
+from .secure_aggregation import Cohort
 from .strategy import Strategy
 from .tracking import Tracking
 
@@ -269,7 +270,9 @@ class FederatedJobSpec(Resource):
     @property
     def min_clients(self) -> int:
         """Effective quorum."""
-        return self.selection.min_clients or min(2, self.fewest_trainers)
+        secure = self.privacy.secure_aggregation
+        least = secure.min_clients if secure is not None else 2
+        return self.selection.min_clients or min(least, self.fewest_trainers)
 
     @property
     def min_updates(self) -> int:
@@ -361,7 +364,25 @@ class FederatedJobSpec(Resource):
         self._check_privacy()
         return self
 
+    @property
+    def _cohort(self) -> Cohort:
+        parties: dict[str, int] = {}
+        for pool in self.pools:
+            if pool.role == "Train":
+                party = pool.hpc.site_ref.name if pool.hpc is not None else ""
+                parties[party] = parties.get(party, 0) + pool.replicas
+        observers = tuple(number for number, pool in enumerate(self.pools) if pool.role == "Evaluate")
+        return Cohort(
+            parties, self.fewest_trainers, self.most_trainers, self.expected_updates, self.min_clients, observers
+        )
+
     def _check_privacy(self) -> None:
+        if (secure := self.privacy.secure_aggregation) is not None and (
+            problem := secure.problem(
+                self._cohort, self.strategy, self.selection, self.stragglers, self.compression, self.objective.metric
+            )
+        ):
+            raise ValueError(problem)
         private = self.privacy.differential_privacy
         if private is None:
             return

@@ -30,7 +30,8 @@ class Selection(Resource):
     exploration: Decimal = "0.2"
     """Share of an Adaptive round's places for clients that were never selected, or waited longest."""
     min_clients: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    """The quorum: clients that must be ready before a round starts. Default: 2, or 1 if the job has only one client."""
+    """The quorum: clients that must be ready before a round starts. Default: 2, or 1 if the job has only one client.
+    With privacy.secureAggregation: its minClients."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Seed of the random choices."""
 

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import field_validator, model_validator
 
 from ..dp_accounting import Spent
 from .fields import Decimal, Resource, single_precision_problem
+from .secure_aggregation import SecureAggregation
 from .strategy import Algorithm
 
 # Strategies that use nothing of a client but the noisy mean of the clipped changes. All others are refused. A strategy
@@ -28,13 +29,48 @@ UNPROTECTED: Mapping[Algorithm, str] = {
 }
 
 
+class AdaptiveClipping(Resource):
+    """Clipping norm that follows the updates (Andrew et al. 2021): after each round it moves towards the given quantile
+    of their norms. The number of updates within the norm, which it needs, is counted with noise."""
+
+    quantile: Decimal = "0.5"
+    """Share of the updates that should not be clipped: above 0, below 1."""
+    learning_rate: Decimal = "0.2"
+    """Rate of the geometric update of the norm: above 0, at most 1."""
+    count_noise: Decimal | None = None
+    """Standard deviation of the noise on the count, in clients: more than half of noiseMultiplier. The noise on the sum
+    grows so that both together cost what noiseMultiplier says. Default: a twentieth of a round's expected updates, and
+    at least noiseMultiplier."""
+
+    @field_validator("quantile")
+    @classmethod
+    def _is_quantile(cls, text: str) -> str:
+        if not 0 < float(text) < 1:
+            raise ValueError(f"must be above 0 and below 1, not {text}")
+        return text
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _is_rate(cls, text: str) -> str:
+        if not 0 < float(text) <= 1:
+            raise ValueError(f"must be above 0 and at most 1, not {text}")
+        return text
+
+    @field_validator("count_noise")
+    @classmethod
+    def _is_deviation(cls, text: str | None) -> str | None:
+        if text is not None and not 0 < float(text) <= 1e5:
+            raise ValueError(f"must be above 0 and at most 100000, not {text}")
+        return text
+
+
 class DifferentialPrivacy(Resource):
     """User-level differential privacy by DP-FedAvg (McMahan et al. 2018). It protects everything that one client
     contributes to the model."""
 
     clip_norm: Decimal
     """Largest L2 norm of an update's change of the model, over all tensors together. Longer changes are scaled down to
-    it, so it bounds one client's effect on a round's sum. Above 0."""
+    it, so it bounds one client's effect on a round's sum. Above 0. With adaptiveClipping: that of the first round."""
     noise_multiplier: Decimal
     """Standard deviation of the Gaussian noise on each round's sum, in clipNorms. Above 0."""
     delta: Decimal = "1e-5"
@@ -42,6 +78,12 @@ class DifferentialPrivacy(Resource):
     max_epsilon: Decimal | None = None
     """The privacy budget. Training ends, with its present model, before the round that would exceed it. Default: no
     budget; all rounds run."""
+    noise: Literal["Aggregator", "Distributed"] = "Aggregator"
+    """Who adds the noise. Aggregator: the aggregator, once to the sum, so it must be trusted with it. Distributed: each
+    client adds a share before it masks its update, so no single party sees a sum with less noise; it needs
+    privacy.secureAggregation."""
+    adaptive_clipping: AdaptiveClipping | None = None
+    """Let the clipping norm follow the updates. Default: clipNorm holds for all rounds."""
 
     @field_validator("clip_norm", "noise_multiplier")
     @classmethod
@@ -58,6 +100,16 @@ class DifferentialPrivacy(Resource):
         if not 1e-15 <= float(text) < 1:
             raise ValueError(f"must be at least 1e-15 and below 1, not {text}")
         return text
+
+    @model_validator(mode="after")
+    def _splits_the_noise(self) -> Self:
+        noise = self.adaptive_clipping.count_noise if self.adaptive_clipping is not None else None
+        if noise is not None and float(noise) <= float(self.noise_multiplier) / 2:
+            raise ValueError(
+                f"adaptiveClipping.countNoise: {noise} is not more than half of noiseMultiplier,"
+                f" {self.noise_multiplier}, so the count alone would cost more than a round may"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pays_a_round(self) -> Self:
@@ -89,3 +141,16 @@ class Privacy(Resource):
 
     differential_privacy: DifferentialPrivacy | None = None
     """Clip each client's contribution, and add noise to each round's sum. Default: none."""
+    secure_aggregation: SecureAggregation | None = None
+    """Mask the clients' updates, so that the aggregator sees their sum only. An empty mapping, {}, switches it on with
+    safe defaults. Default: off."""
+
+    @model_validator(mode="after")
+    def _masks_distributed_noise(self) -> Self:
+        private = self.differential_privacy
+        if private is not None and private.noise == "Distributed" and self.secure_aggregation is None:
+            raise ValueError(
+                "differentialPrivacy.noise: Distributed needs privacy.secureAggregation, as a client's share of the"
+                " noise does not protect its update alone; add secureAggregation: {}, or use Aggregator"
+            )
+        return self

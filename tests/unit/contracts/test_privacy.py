@@ -32,6 +32,20 @@ def test_a_good_one() -> None:
     assert parse_spec(SPEC | {"privacy": {}}).privacy.differential_privacy is None
 
 
+def test_distributed_noise_goes_with_masks() -> None:
+    manifest = SPEC | {"pools": SPEC["pools"][:1]} | {"privacy": deepcopy(SPEC["privacy"]) | {"secureAggregation": {}}}
+    manifest["privacy"]["differentialPrivacy"]["noise"] = "Distributed"
+    assert parse_spec(manifest).privacy.secure_aggregation is not None
+
+
+def test_clipping_that_follows_the_updates() -> None:
+    private = parse_spec(spec({"adaptiveClipping": {"countNoise": "1.5"}})).privacy.differential_privacy
+    assert private is not None
+    adaptive = private.adaptive_clipping
+    assert adaptive is not None
+    assert (adaptive.quantile, adaptive.learning_rate, adaptive.count_noise) == ("0.5", "0.2", "1.5")
+
+
 @pytest.mark.parametrize("algorithm", ["FedAvg", "FedProx", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi"])
 @pytest.mark.parametrize("upload", ["None", "Int8", "TopK+Int8", "Rotation+Int4+Zstd"])
 def test_what_goes_with_it(algorithm: str, upload: str) -> None:
@@ -61,7 +75,26 @@ def test_what_goes_with_it(algorithm: str, upload: str) -> None:
         ),
         (spec({"clipping": "Flat"}), f"{HERE}.clipping: unknown field"),
         (SPEC | {"privacy": {"differentialPrivacy": {"clipNorm": "1"}}}, f"{HERE}.noiseMultiplier: is missing"),
-        (SPEC | {"privacy": {"secureAggregation": {}}}, "spec.privacy.secureAggregation: unknown field"),
+        (SPEC | {"privacy": {"encryption": {}}}, "spec.privacy.encryption: unknown field"),
+        (
+            spec({"noise": "Distributed"}),
+            f"{HERE}.noise: Distributed needs privacy.secureAggregation, as a client's share of the noise does not"
+            " protect its update alone; add secureAggregation: {}, or use Aggregator",
+        ),
+        (spec({"noise": "Both"}), f"{HERE}.noise: must be one of Aggregator, Distributed, not 'Both'"),
+        *(
+            (spec({"adaptiveClipping": {field: value}}), f"{HERE}.adaptiveClipping.{field}: {why}, not {value}")
+            for field, value, why in (
+                ("quantile", "1", "must be above 0 and below 1"),
+                ("learningRate", "0", "must be above 0 and at most 1"),
+                ("countNoise", "-1", "must be above 0 and at most 100000"),
+            )
+        ),
+        (
+            spec({"adaptiveClipping": {"countNoise": "1"}}),
+            f"{HERE}.adaptiveClipping.countNoise: 1 is not more than half of noiseMultiplier, 2, so the count alone"
+            " would cost more than a round may",
+        ),
         (
             spec(strategy={"algorithm": "Krum"}, stragglers={"minUpdates": 5}),
             f"{HERE}: does not go with Krum, which compares single updates: noise is added to their sum; use FedAvg,"
