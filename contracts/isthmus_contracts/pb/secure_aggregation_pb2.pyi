@@ -135,13 +135,24 @@ class SecureTensor(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     CLIP_FIELD_NUMBER: _builtins.int
     WEIGHTED_FIELD_NUMBER: _builtins.int
+    BITS_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    DIVISOR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     clip: _builtins.float
     """one coordinate of a client is in [-clip, clip], before its weight is applied"""
     weighted: _builtins.bool
     """the sum counts each client by its examples; otherwise all clients alike"""
+    bits: _builtins.int
+    """64: whole numbers, summed exactly; 0: as in the layout"""
+    source: _builtins.str
+    """tensor of the model, where its name is not `name`"""
+    divisor: _builtins.str
+    """the client divides its change by this number of its own: "steps", "travel"; empty: by none"""
     @_builtins.property
-    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of the masked tensor: one dimension if coordinates are rotated or left out"""
+
     def __init__(
         self,
         *,
@@ -149,10 +160,13 @@ class SecureTensor(_message.Message):
         shape: _abc.Iterable[_builtins.int] | None = ...,
         clip: _builtins.float = ...,
         weighted: _builtins.bool = ...,
+        bits: _builtins.int = ...,
+        source: _builtins.str = ...,
+        divisor: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "name", b"name", "shape", b"shape", "weighted", b"weighted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "clip", b"clip", "divisor", b"divisor", "name", b"name", "shape", b"shape", "source", b"source", "weighted", b"weighted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -258,7 +272,7 @@ class SecureLayout(_message.Message):
     max_clients: _builtins.int
     """the sum of this many updates cannot leave the ring"""
     max_examples: _builtins.float
-    """the weight of a client is its examples, at most these, over these; 0: all weigh 1"""
+    """the largest weight: a client weighs its examples, at most these; 0: all weigh 1"""
     rotate: _builtins.bool
     """coordinates are rotated before they are quantised, by signs drawn from public_seed"""
     public_seed: _builtins.bytes
