@@ -28,8 +28,8 @@ FEWEST_CLIENTS = 3
 _CREDENTIAL_DOMAIN = "isthmus.dev/credential/v1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,252}")
 _HEX_KEY = re.compile(r"[0-9a-f]{64}")
-# Encodings of the points of small order, without the sign bit: under such a "key", signatures can be made without any
-# secret. All zeros, which somebody may write as a placeholder, is one of them.
+# Encodings of the points of small order, without the sign bit: anybody can sign for a key of these. They include all
+# zeros, which somebody may write as a placeholder.
 _SMALL_ORDER = frozenset(
     int.from_bytes(bytes.fromhex(text), "little")
     for text in (
