@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 
@@ -82,6 +83,10 @@ def check_spec(spec: pb.PoolSpec) -> None:
     if spec.code and (problem := check_files(spec.code)):
         raise RequestError("spec.code", problem)
     _check_federation(spec.federation)
+    for name in ("clip_norm", "noise_multiplier", "delta", "max_epsilon"):
+        # Also refuses NaN.
+        if not 0 <= (value := getattr(spec.privacy, name)) < math.inf:
+            raise RequestError(f"spec.privacy.{name}", f"must be 0 or more and finite, not {value}")
 
 
 def digest(spec: pb.PoolSpec) -> str:
@@ -103,6 +108,9 @@ def _values(spec: pb.PoolSpec) -> dict[str, object]:
     values["code"] = {name: hashlib.sha256(content).hexdigest() for name, content in spec.code.items()}
     federation: list[object] = [spec.federation.endpoint, spec.federation.server_name]
     values["federation"] = [*federation, True] if spec.federation.via_bridge else federation
+    privacy = spec.privacy
+    stated = {field.name: getattr(privacy, field.name) for field in privacy.DESCRIPTOR.fields}
+    values["privacy"] = {name: value for name, value in stated.items() if value}
     # Without unset fields, so that a field added by a later version does not change the digest until it is used.
     return {name: value for name, value in values.items() if value}
 

@@ -115,6 +115,7 @@ class PoolSpec(_message.Message):
     FIRST_INDEX_FIELD_NUMBER: _builtins.int
     POOL_SIZE_FIELD_NUMBER: _builtins.int
     MAX_QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
+    PRIVACY_FIELD_NUMBER: _builtins.int
     job_uid: _builtins.str
     namespace: _builtins.str
     job: _builtins.str
@@ -164,6 +165,10 @@ class PoolSpec(_message.Message):
     def code(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
         """files for each client's working directory, by name (no paths); 1 MiB together"""
 
+    @_builtins.property
+    def privacy(self) -> Global___Privacy:
+        """as the manifest states it; unset: the job protects nothing"""
+
     def __init__(
         self,
         *,
@@ -193,14 +198,59 @@ class PoolSpec(_message.Message):
         first_index: _builtins.int = ...,
         pool_size: _builtins.int = ...,
         max_queue_seconds: _builtins.int = ...,
+        privacy: Global___Privacy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation", "privacy", b"privacy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "attempt", b"attempt", "clients_per_job", b"clients_per_job", "code", b"code", "command", b"command", "cpus_per_task", b"cpus_per_task", "data_ref", b"data_ref", "env", b"env", "environment", b"environment", "federation", b"federation", "first_client", b"first_client", "first_index", b"first_index", "gres", b"gres", "image", b"image", "job", b"job", "job_uid", b"job_uid", "max_queue_seconds", b"max_queue_seconds", "memory_mib", b"memory_mib", "namespace", b"namespace", "partition", b"partition", "pool", b"pool", "pool_size", b"pool_size", "qos", b"qos", "replicas", b"replicas", "time_limit_seconds", b"time_limit_seconds", "total_clients", b"total_clients"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "attempt", b"attempt", "clients_per_job", b"clients_per_job", "code", b"code", "command", b"command", "cpus_per_task", b"cpus_per_task", "data_ref", b"data_ref", "env", b"env", "environment", b"environment", "federation", b"federation", "first_client", b"first_client", "first_index", b"first_index", "gres", b"gres", "image", b"image", "job", b"job", "job_uid", b"job_uid", "max_queue_seconds", b"max_queue_seconds", "memory_mib", b"memory_mib", "namespace", b"namespace", "partition", b"partition", "pool", b"pool", "pool_size", b"pool_size", "privacy", b"privacy", "qos", b"qos", "replicas", b"replicas", "time_limit_seconds", b"time_limit_seconds", "total_clients", b"total_clients"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PoolSpec: _TypeAlias = PoolSpec  # noqa: Y015
+
+@_typing.final
+class Privacy(_message.Message):
+    """The job's protection of its clients, which the site's policy may demand. The bridge takes the operator's word for it;
+    clients enforce secure aggregation themselves, by the trust file that the bridge gives them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECURE_AGGREGATION_FIELD_NUMBER: _builtins.int
+    MIN_PARTIES_FIELD_NUMBER: _builtins.int
+    MIN_CLIENTS_FIELD_NUMBER: _builtins.int
+    CLIP_NORM_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    MAX_EPSILON_FIELD_NUMBER: _builtins.int
+    secure_aggregation: _builtins.bool
+    min_parties: _builtins.int
+    """with secure aggregation, as is min_clients"""
+    min_clients: _builtins.int
+    clip_norm: _builtins.float
+    """Differential privacy; all 0: none."""
+    noise_multiplier: _builtins.float
+    delta: _builtins.float
+    max_epsilon: _builtins.float
+    """0: no budget"""
+    def __init__(
+        self,
+        *,
+        secure_aggregation: _builtins.bool = ...,
+        min_parties: _builtins.int = ...,
+        min_clients: _builtins.int = ...,
+        clip_norm: _builtins.float = ...,
+        noise_multiplier: _builtins.float = ...,
+        delta: _builtins.float = ...,
+        max_epsilon: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_norm", b"clip_norm", "delta", b"delta", "max_epsilon", b"max_epsilon", "min_clients", b"min_clients", "min_parties", b"min_parties", "noise_multiplier", b"noise_multiplier", "secure_aggregation", b"secure_aggregation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Privacy: _TypeAlias = Privacy  # noqa: Y015
 
 @_typing.final
 class GenericResource(_message.Message):
@@ -588,10 +638,13 @@ class Site(_message.Message):
     ACCOUNTS_FIELD_NUMBER: _builtins.int
     DATA_SETS_FIELD_NUMBER: _builtins.int
     BRIDGE_VERSION_FIELD_NUMBER: _builtins.int
+    SIGNING_ROOT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     slurm_version: _builtins.str
     cluster: _builtins.str
     bridge_version: _builtins.str
+    signing_root: _builtins.str
+    """public key of the site's root for secure aggregation, 64 hexadecimal digits; empty: none"""
     @_builtins.property
     def partitions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """those the caller may use"""
@@ -613,10 +666,11 @@ class Site(_message.Message):
         accounts: _abc.Iterable[_builtins.str] | None = ...,
         data_sets: _abc.Iterable[_builtins.str] | None = ...,
         bridge_version: _builtins.str = ...,
+        signing_root: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "bridge_version", b"bridge_version", "cluster", b"cluster", "data_sets", b"data_sets", "environments", b"environments", "name", b"name", "partitions", b"partitions", "slurm_version", b"slurm_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "bridge_version", b"bridge_version", "cluster", b"cluster", "data_sets", b"data_sets", "environments", b"environments", "name", b"name", "partitions", b"partitions", "signing_root", b"signing_root", "slurm_version", b"slurm_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -74,6 +74,8 @@ BAD: list[tuple[str, dict[str, object]]] = [
     ("spec.federation.server_name", {"federation": federation(server_name="a b")}),
     ("spec.federation.private_key", {"federation": federation(private_key=b"hello")}),
     ("spec.federation.certificate", {"federation": federation(certificate=PEM + b"x" * 70_000)}),
+    ("spec.privacy.noise_multiplier", {"privacy": pb.Privacy(noise_multiplier=float("nan"))}),
+    ("spec.privacy.max_epsilon", {"privacy": pb.Privacy(max_epsilon=-1)}),
 ]
 
 
@@ -90,6 +92,8 @@ def test_the_digest_leaves_credentials_out_and_nothing_else() -> None:
     assert digest(spec(federation=federation(private_key=PEM + PEM))) == digest(spec())
     assert digest(spec(federation=federation(endpoint="other:1"))) != digest(spec())
     assert digest(spec(env={"A": "1", "B": "2"})) == digest(spec(env={"B": "2", "A": "1"}))
+    assert digest(spec(privacy=pb.Privacy())) == digest(spec())
+    assert len({digest(spec(privacy=pb.Privacy(secure_aggregation=it))) for it in (True, False)}) == 2
 
 
 HOSTILE = st.one_of(
