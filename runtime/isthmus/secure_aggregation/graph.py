@@ -1,0 +1,72 @@
+"""Graph of the clients that share masks with each other, and the number of shares that recover a secret.
+
+Bell et al., "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead" (CCS 2020): beyond a few dozen clients
+O(log n) neighbours for each are enough if they are chosen at random.
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator
+
+# Up to this number every client is every other's neighbour.
+COMPLETE_UP_TO = 32
+_DOMAIN = b"isthmus secure aggregation v1 graph"
+_WORD_BYTES = 4
+_WORDS = 1 << (8 * _WORD_BYTES)
+
+
+def degree(clients: int) -> int:
+    """Return each client's number of neighbours."""
+    if clients <= COMPLETE_UP_TO:
+        return max(0, clients - 1)
+    return min(clients - 1, 2 * math.ceil(math.log2(clients)) + 20)
+
+
+def threshold(holders: int) -> int:
+    """Return the number of shares that recover a secret, of all that its holders (owner included) have."""
+    return 2 * holders // 3 + 1
+
+
+def neighbours(clients: int, seed: bytes) -> list[frozenset[int]]:
+    """Return the neighbours of each client, by number.
+
+    Beyond ``COMPLETE_UP_TO`` clients this is the Harary graph of ``degree(clients)``, the smallest that stays connected
+    without any ``degree - 1`` clients, over a permutation drawn from ``seed``.
+    """
+    if clients <= COMPLETE_UP_TO:
+        return [frozenset(range(clients)) - {own} for own in range(clients)]
+    reach = degree(clients) // 2
+    places = permutation(clients, seed)
+    result: list[frozenset[int]] = [frozenset()] * clients
+    for place, client in enumerate(places):
+        distances = itertools.chain(range(-reach, 0), range(1, reach + 1))
+        result[client] = frozenset(places[(place + distance) % clients] for distance in distances)
+    return result
+
+
+def permutation(length: int, seed: bytes) -> list[int]:
+    """Return a uniform permutation of ``range(length)``: the shuffle of Fisher and Yates with words of SHAKE-256."""
+    words = _words(seed)
+    places = list(range(length))
+    for last in range(length - 1, 0, -1):
+        other = _below(last + 1, words)
+        places[last], places[other] = places[other], places[last]
+    return places
+
+
+def _below(bound: int, words: Iterator[int]) -> int:
+    """Return a uniform number below ``bound``: a remainder, without the words that would favour small ones."""
+    fair = _WORDS - _WORDS % bound
+    return next(word for word in words if word < fair) % bound
+
+
+def _words(seed: bytes) -> Iterator[int]:
+    """Yield SHAKE-256's output as an endless stream of big-endian words of 32 bits."""
+    start, end = 0, 4096
+    while True:
+        # A longer output begins with the shorter one.
+        output = hashlib.shake_256(_DOMAIN + seed).digest(end)
+        for at in range(start, end, _WORD_BYTES):
+            yield int.from_bytes(output[at : at + _WORD_BYTES], "big")
+        start, end = end, 2 * end
