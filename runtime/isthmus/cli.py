@@ -112,6 +112,9 @@ def _validate(job: FederatedJob, options: argparse.Namespace) -> int:
     spec = job.spec
     size = f"{spec.rounds} rounds, {spec.total_clients} clients in {len(spec.pools)} pool(s)"
     print(f"{options.manifest}: FederatedJob {job.name} is valid: {size}")
+    if (secure := spec.privacy.secure_aggregation) is not None:
+        for line in secure.summary(spec.cohort):
+            print(f"secure aggregation: {line}")
     return 0
 
 

@@ -53,6 +53,11 @@ def ring_steps(bits: int, clients: int) -> int:
     return ((1 << (bits - 1)) - 1) // clients
 
 
+def party_title(name: str) -> str:
+    """Return the words for a party of :attr:`Cohort.parties`."""
+    return f"site {name}" if name else "the cluster"
+
+
 @dataclass(frozen=True)
 class Cohort:
     """The clients of a job, as far as secure aggregation depends on them."""
@@ -155,6 +160,25 @@ class SecureAggregation(Resource):
             or self._metric_problem(metric)
         )
 
+    def summary(self, cohort: Cohort) -> list[str]:
+        """Return lines about the clients that a round needs, the parties, and the people who are kept from updates."""
+        clients = cohort.selected
+        least = max(threshold(clients), self.min_clients)
+        names = sorted(cohort.parties)
+        if len(names) == 1:
+            parties = f"all clients belong to one party, {party_title(names[0])}"
+            scope = "it protects from a curious aggregator only, not from that party's admin"
+        else:
+            parties = f"parties: {', '.join(f'{party_title(name)} ({cohort.parties[name]})' for name in names)}"
+            scope = (
+                "it protects from a curious aggregator; a site that demands two parties, from the cluster's admin too"
+            )
+        return [
+            f"of {clients} clients in a round at least {least} must hand in; only their sum is opened",
+            parties,
+            scope,
+        ]
+
     def _rule_problem(self, strategy: Strategy) -> str | None:
         algorithm = strategy.algorithm
         if algorithm not in LINEAR:
@@ -223,7 +247,7 @@ class SecureAggregation(Resource):
     def _party_problem(self, cohort: Cohort) -> str | None:
         parties, total = cohort.parties, sum(cohort.parties.values())
         if len(parties) < self.min_parties:
-            which = ", ".join(_party(name) for name in sorted(parties))
+            which = ", ".join(party_title(name) for name in sorted(parties))
             return (
                 f"{_NAME}.minParties: {self.min_parties} parties must take part, and the pools belong to"
                 f" {len(parties)} ({which}); add pools of other sites, or lower it"
@@ -231,7 +255,7 @@ class SecureAggregation(Resource):
         largest = max(parties, key=lambda name: parties[name], default="")
         if len(parties) > 1 and parties[largest] >= threshold(total):
             return (
-                f"pools: {parties[largest]} of {total} clients belong to {_party(largest)}, whose shares"
+                f"pools: {parties[largest]} of {total} clients belong to {party_title(largest)}, whose shares"
                 f" ({threshold(total)} suffice) could open the others' updates, so the others would refuse;"
                 f" at most {threshold(total) - 1} of {total} may belong to one party"
             )
@@ -269,10 +293,6 @@ class SecureAggregation(Resource):
 
 
 _NAME = "privacy.secureAggregation"
-
-
-def _party(name: str) -> str:
-    return f"site {name}" if name else "the cluster"
 
 
 def _codec_problem(compression: Compression) -> str | None:

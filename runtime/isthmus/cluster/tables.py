@@ -41,6 +41,10 @@ def job_view(job: Body) -> Group:
         budget = ((spec.get("privacy") or {}).get("differentialPrivacy") or {}).get("maxEpsilon")
         of = f" of {budget}" if budget else ""
         lines.append(Text(f"privacy: epsilon {privacy['epsilon']}{of} (delta {privacy['delta']})"))
+    secured = next((c for c in status.get("conditions") or () if c.get("type") == "SecurelyAggregated"), None)
+    if secured is not None:
+        style = "yellow" if secured.get("status") == "False" else ""
+        lines.append(Text(f"secure aggregation: {secured.get('message', '')}", style))
     if status.get("message"):
         lines.append(Text(str(status["message"])))
     table = Table(box=None, pad_edge=False)

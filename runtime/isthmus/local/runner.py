@@ -20,6 +20,7 @@ from .child_process import ChildProcess
 from .outcome import EXIT_COMPLETE, EXIT_FAILED, Interrupted, RunFailed, reason
 from .plan import LocalClient, backoff, client_environment, inherited, local_clients, local_command
 from .preflight import check_command
+from .protection import InstanceFailures, introduction, result
 from .roster import Roster, counted
 from .round_records import RoundRecords
 from .run_directory import RunDirectory
@@ -56,6 +57,7 @@ class LocalRun:
         self._aggregator = AggregatorProcess(job, uid, directory, view, cwd)
         self._shown_failures: set[str] = set()
         self._warned: set[str] = set()
+        self._instances = InstanceFailures()
         self._reported = directory.committed
         self._records = RoundRecords(directory.rounds_file, job.spec.objective, self._reported)
         self._status = pb.FederationStatus(completed_rounds=self._reported, total_rounds=job.spec.rounds)
@@ -114,6 +116,8 @@ class LocalRun:
         pools = ", ".join(f"{pool.name} {pool.replicas}" for pool in spec.pools)
         clients = counted(len(self._clients), "client")
         view.info(f"{self._job.name}: {counted(spec.rounds, 'round')} over {clients} ({pools})")
+        for line in introduction(spec):
+            view.info(line)
         if spec.suspend:
             view.info("spec.suspend is true: on a cluster this job would wait")
         if self._reported:
@@ -150,6 +154,8 @@ class LocalRun:
             if warning not in self._warned:
                 self._warned.add(warning)
                 self._view.warn(one_line(warning))
+        if failure := self._instances.news(status):
+            self._view.warn(failure)
         if status.completed_rounds >= self._status.completed_rounds:
             # A restarted aggregator reports fewer rounds until it has read its checkpoint.
             self._status = status
@@ -292,6 +298,8 @@ class LocalRun:
             privacy = self._status.privacy
             ended = f"; another round would pass maxEpsilon {privacy.max_epsilon:g}" if privacy.spent else ""
             self._view.info(f"privacy: epsilon {privacy.epsilon:.4g} (delta {privacy.delta:g}){ended}")
+        if line := result(status):
+            self._view.info(line)
         of_round = f" (round {status.model.round})" if status.HasField("model") else ""
         self._view.info(f"model: {self._directory.shown(self._directory.model)}{of_round}")
         if status.HasField("best_model") and status.best_model.round != status.model.round:

@@ -31,6 +31,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["spec.strategy.parameters.mu", "decimal number"],
     ),
     "unknown field": ({"round": 2}, ["spec.round", "unknown field"]),
+    "too few clients for masks": (
+        {"privacy": {"secureAggregation": {}}},
+        ["spec.pools", "privacy.secureAggregation", "at least 3", "only 2", "raise replicas"],
+    ),
 }
 
 
@@ -82,6 +86,15 @@ def test_what_is_no_manifest_at_all_is_one_line_too(
 def test_a_good_manifest_is_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("validate", str(write(tmp_path, GOOD))) == 0
     assert capsys.readouterr().out.endswith("FederatedJob demo is valid: 2 rounds, 2 clients in 1 pool(s)\n")
+
+
+def test_the_protection_of_a_good_manifest_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pools = [{"name": "cloud", "replicas": 6, "cloud": {}}]
+    good = {**GOOD, "pools": pools, "privacy": {"secureAggregation": {}}}
+    assert exit_code("validate", str(write(tmp_path, good))) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == ("secure aggregation: of 6 clients in a round at least 5 must hand in; only their sum is opened")
+    assert "from a curious aggregator only" in lines[-1]
 
 
 def test_an_earlier_run_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,3 +257,17 @@ def test_an_undeclared_algorithm_is_refused() -> None:
     said = SecureAggregation()._rule_problem(strategy)
     assert said is not None
     assert "FedNew does not go with privacy.secureAggregation: it is not known to need only sums" in said
+
+
+def test_the_summary_names_the_threshold_and_the_parties() -> None:
+    parsed = parse_spec(spec(pools=[cloud(4), site("lumi", 4)], selection={"policy": "Random", "fraction": "0.5"}))
+    assert SecureAggregation().summary(parsed.cohort) == [
+        "of 4 clients in a round at least 3 must hand in; only their sum is opened",
+        "parties: the cluster (4), site lumi (4)",
+        "it protects from a curious aggregator; a site that demands two parties, from the cluster's admin too",
+    ]
+    alone = SecureAggregation().summary(parse_spec(spec(pools=[site("lumi", 4)])).cohort)
+    assert alone[1:] == [
+        "all clients belong to one party, site lumi",
+        "it protects from a curious aggregator only, not from that party's admin",
+    ]

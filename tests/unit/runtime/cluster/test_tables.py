@@ -40,3 +40,13 @@ def test_the_models_that_can_be_fetched() -> None:
 
 def test_a_job_without_says_nothing_of_it() -> None:
     assert "privacy" not in shown({}, None)
+
+
+@pytest.mark.parametrize("state", ["True", "False"])
+def test_the_state_of_secure_aggregation(state: str) -> None:
+    message = "7 survivors, 1 dropout in round 3"
+    conditions = [{"type": "SecurelyAggregated", "status": state, "reason": "SumOpened", "message": message}]
+    console = Console(file=io.StringIO(), width=120)
+    job = {"metadata": {"name": "digits"}, "spec": {"rounds": 9}, "status": {"conditions": conditions}}
+    console.print(job_view(job))
+    assert f"secure aggregation: {message}" in console.file.getvalue().splitlines()  # type: ignore[attr-defined]
