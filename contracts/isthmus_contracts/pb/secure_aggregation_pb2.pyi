@@ -11,7 +11,7 @@ Steps:
   0  begin     -> advertise   the clients' keys of this instance, signed
   1  roster    -> reveal      who takes part; the nonces that fix the graph (above 32 clients only)
   2  nonces    -> shares      each client's secrets, in shares sealed for its neighbours
-     shares    -> (update)    which peers take part in the masks; the masked update follows when training is done
+     shares    -> (complaint) which peers take part in the masks; the masked update follows when training is done
   4  survivors -> consent     whose updates are in the sum; a signature that says the same to all
      consents  -> unmask      shares: the self mask of each survivor, the mask key of each dropout
 
@@ -731,23 +731,51 @@ class SecureRefusal(_message.Message):
 
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """one word"""
     message: _builtins.str
     """one line"""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of the roster, that it objects to: where many object to one, it is left out next time"""
+
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
+        entries: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "message", b"message", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SecureRefusal: _TypeAlias = SecureRefusal  # noqa: Y015
+
+@_typing.final
+class SecureComplaint(_message.Message):
+    """Entries whose shares cannot be opened. Where too few holders remain, the sender is left out of a new instance."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecureComplaint: _TypeAlias = SecureComplaint  # noqa: Y015
 
 @_typing.final
 class SecureClientMessage(_message.Message):
@@ -760,6 +788,7 @@ class SecureClientMessage(_message.Message):
     CONSENT_FIELD_NUMBER: _builtins.int
     UNMASK_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    COMPLAINT_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.int
     @_builtins.property
     def advertise(self) -> Global___SecureAdvertise: ...
@@ -773,6 +802,8 @@ class SecureClientMessage(_message.Message):
     def unmask(self) -> Global___SecureUnmask: ...
     @_builtins.property
     def refusal(self) -> Global___SecureRefusal: ...
+    @_builtins.property
+    def complaint(self) -> Global___SecureComplaint: ...
     def __init__(
         self,
         *,
@@ -783,12 +814,13 @@ class SecureClientMessage(_message.Message):
         consent: Global___SecureConsent | None = ...,
         unmask: Global___SecureUnmask | None = ...,
         refusal: Global___SecureRefusal | None = ...,
+        complaint: Global___SecureComplaint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["advertise", b"advertise", "consent", b"consent", "refusal", b"refusal", "reveal", b"reveal", "shares", b"shares", "step", b"step", "unmask", b"unmask"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["advertise", b"advertise", "complaint", b"complaint", "consent", b"consent", "refusal", b"refusal", "reveal", b"reveal", "shares", b"shares", "step", b"step", "unmask", b"unmask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advertise", b"advertise", "consent", b"consent", "incarnation", b"incarnation", "refusal", b"refusal", "reveal", b"reveal", "shares", b"shares", "step", b"step", "unmask", b"unmask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advertise", b"advertise", "complaint", b"complaint", "consent", b"consent", "incarnation", b"incarnation", "refusal", b"refusal", "reveal", b"reveal", "shares", b"shares", "step", b"step", "unmask", b"unmask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["advertise", "reveal", "shares", "consent", "unmask", "refusal"]  # noqa: Y015
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["advertise", "reveal", "shares", "consent", "unmask", "refusal", "complaint"]  # noqa: Y015
     _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
 

@@ -11,7 +11,7 @@ Steps:
   0  begin     -> advertise   the clients' keys of this instance, signed
   1  roster    -> reveal      who takes part; the nonces that fix the graph (above 32 clients only)
   2  nonces    -> shares      each client's secrets, in shares sealed for its neighbours
-     shares    -> (update)    which peers take part in the masks; the masked update follows when training is done
+     shares    -> (complaint) which peers take part in the masks; the masked update follows when training is done
   4  survivors -> consent     whose updates are in the sum; a signature that says the same to all
      consents  -> unmask      shares: the self mask of each survivor, the mask key of each dropout
 
