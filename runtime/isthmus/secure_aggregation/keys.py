@@ -35,22 +35,24 @@ class RoundKeys:
 
     def __init__(self, mask_secret: bytes, share_secret: bytes) -> None:
         """Take raw X25519 private keys of 32 bytes."""
+        self._mask = X25519PrivateKey.from_private_bytes(mask_secret)
+        self._share = X25519PrivateKey.from_private_bytes(share_secret)
         self.mask_secret_bytes = mask_secret
-        self.share_secret_bytes = share_secret
-        self.mask_public = public_key(mask_secret)
-        self.share_public = public_key(share_secret)
+        self.mask_public = self._mask.public_key().public_bytes_raw()
+        self.share_public = self._share.public_key().public_bytes_raw()
 
     @classmethod
     def generate(cls) -> Self:
+        """Make new key pairs."""
         return cls(*(X25519PrivateKey.generate().private_bytes_raw() for _ in range(2)))
 
     def agree_mask(self, peer_mask_public: bytes) -> bytes:
         """Return the secret shared with a peer, from which the pairwise mask's key is derived."""
-        return agree(self.mask_secret_bytes, peer_mask_public)
+        return _exchange(self._mask, peer_mask_public)
 
     def agree_share(self, peer_share_public: bytes) -> bytes:
         """Return the secret shared with a peer, from which the keys that seal shares are derived."""
-        return agree(self.share_secret_bytes, peer_share_public)
+        return _exchange(self._share, peer_share_public)
 
 
 def public_key(secret: bytes) -> bytes:
@@ -63,8 +65,12 @@ def agree(secret: bytes, public: bytes) -> bytes:
 
     Raises ``KeyAgreementError`` if the public key is malformed or of small order, which would make the secret public.
     """
+    return _exchange(X25519PrivateKey.from_private_bytes(secret), public)
+
+
+def _exchange(secret: X25519PrivateKey, public: bytes) -> bytes:
     try:
-        return X25519PrivateKey.from_private_bytes(secret).exchange(X25519PublicKey.from_public_bytes(public))
+        return secret.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:
         raise KeyAgreementError("an X25519 public key is malformed or of small order") from error
 

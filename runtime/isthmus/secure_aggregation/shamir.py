@@ -6,13 +6,13 @@ and a share is its value at another point. Any ``threshold`` shares determine th
 
 import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 
 PRIME = 2**521 - 1
 SECRET_BYTES = 32
 SHARE_BYTES = (PRIME.bit_length() + 7) // 8
-# Subsets of shares that are tried where errors are too many to decode: about a second for 60 shares.
+# Subsets of shares that are tried where errors are too many to decode: half a second for 60 shares.
 _MOST_SUBSETS = 2000
 
 Polynomial = list[int]  # coefficients, the lowest power first; the last is not zero
@@ -50,11 +50,14 @@ def combine(
     points = {x: y for x, share in sorted(shares.items()) if (y := _number(x, share)) is not None}
     if threshold < 1 or len(points) < threshold:
         raise ShamirError(f"{len(points)} valid shares of {len(shares)}, {threshold} are needed")
-    for polynomial in _candidates(points, threshold):
-        secret = _secret(polynomial)
-        if secret is not None and check(secret):
-            wrong = {x for x, y in points.items() if _evaluate(polynomial, x, PRIME) != y}
-            return secret, frozenset(wrong | (shares.keys() - points.keys()))
+    for xs in _candidates(points, threshold):
+        value = value_at_zero({x: points[x] for x in xs[:threshold]}, PRIME)
+        if value < 2 ** (8 * SECRET_BYTES) and check(secret := value.to_bytes(SECRET_BYTES, "big")):
+            right: Collection[int] = xs
+            if len(xs) < len(points):
+                polynomial = interpolate({x: points[x] for x in xs[:threshold]}, PRIME)
+                right = [x for x, y in points.items() if _evaluate(polynomial, x, PRIME) == y]
+            return secret, frozenset(shares.keys() - right)
     raise ShamirError(f"{len(shares)} shares with a threshold of {threshold}: too many of them are wrong")
 
 
@@ -66,6 +69,52 @@ def split_number(secret: int, threshold: int, xs: Sequence[int], prime: int) -> 
         raise ShamirError("the points of shares must be distinct numbers above 0")
     polynomial = [secret, *(secrets.randbelow(prime) for _ in range(threshold - 1))]
     return {x: _evaluate(polynomial, x, prime) for x in xs}
+
+
+def fits(points: Mapping[int, int], threshold: int, prime: int) -> bool:
+    """Return True if the points lie on one polynomial of degree below ``threshold``.
+
+    Points that do not are found with a probability of 1 - 1 / prime, in a fraction of the time of :func:`decode`.
+    """
+    # Values of such a polynomial are orthogonal to those of every polynomial of degree below n - threshold, if each is
+    # divided by its point's distances from the others (the dual of a Reed-Solomon code).
+    if len(points) <= threshold:
+        return True
+    random = [secrets.randbelow(prime) for _ in range(len(points) - threshold)]
+    weights = _weights(list(points), prime)
+    total = sum(
+        y * weight % prime * _evaluate(random, x, prime) for (x, y), weight in zip(points.items(), weights, strict=True)
+    )
+    return not total % prime
+
+
+def value_at_zero(points: Mapping[int, int], prime: int) -> int:
+    """Return the value at 0 of the polynomial of degree below ``len(points)`` through all points (Lagrange)."""
+    xs = list(points)
+    # The product of all others' points, divided by their distances: x and its own factor cancel in the last step.
+    product = math.prod(-x for x in xs)
+    inverses = _inverses([-x % prime for x in xs], prime)
+    weights = _weights(xs, prime)
+    terms = zip(points.values(), weights, inverses, strict=True)
+    return product * sum(y * weight % prime * inverse for y, weight, inverse in terms) % prime
+
+
+def _weights(xs: Sequence[int], prime: int) -> list[int]:
+    """Return for each point 1 / product of its distances from the others."""
+    return _inverses([math.prod(x - other for other in xs if other != x) % prime for x in xs], prime)
+
+
+def _inverses(values: Sequence[int], prime: int) -> list[int]:
+    """Return the inverses of numbers other than 0, with one inversion (Montgomery's trick)."""
+    before = [1]
+    for value in values:
+        before.append(before[-1] * value % prime)
+    inverse = pow(before[-1], -1, prime)
+    result = []
+    for value, product in zip(reversed(values), reversed(before[:-1]), strict=True):
+        result.append(inverse * product % prime)
+        inverse = inverse * value % prime
+    return result[::-1]
 
 
 def interpolate(points: Mapping[int, int], prime: int) -> Polynomial:
@@ -97,12 +146,13 @@ def decode(points: Mapping[int, int], threshold: int, prime: int) -> Polynomial 
     return quotient if not remainder and len(quotient) <= threshold else None
 
 
-def _candidates(points: Mapping[int, int], threshold: int) -> Iterator[Polynomial]:
-    """Yield polynomials that the points may lie on, the likely ones first."""
-    if (decoded := decode(points, threshold, PRIME)) is not None:
-        yield decoded
-    for subset in _subsets(list(points), threshold):
-        yield interpolate({x: points[x] for x in subset}, PRIME)
+def _candidates(points: Mapping[int, int], threshold: int) -> Iterator[Sequence[int]]:
+    """Yield sets of points that lie on one polynomial each, the largest first."""
+    if fits(points, threshold, PRIME):
+        yield list(points)
+    elif (polynomial := decode(points, threshold, PRIME)) is not None:
+        yield [x for x, y in points.items() if _evaluate(polynomial, x, PRIME) == y]
+    yield from _subsets(list(points), threshold)
 
 
 def _subsets(xs: list[int], size: int) -> Iterable[Sequence[int]]:
@@ -116,11 +166,6 @@ def _subsets(xs: list[int], size: int) -> Iterable[Sequence[int]]:
 def _number(x: int, share: bytes) -> int | None:
     y = int.from_bytes(share, "big")
     return y if 0 < x < PRIME and len(share) == SHARE_BYTES and y < PRIME else None
-
-
-def _secret(polynomial: Polynomial) -> bytes | None:
-    value = polynomial[0] if polynomial else 0
-    return value.to_bytes(SECRET_BYTES, "big") if value < 2 ** (8 * SECRET_BYTES) else None
 
 
 def _evaluate(polynomial: Polynomial, x: int, prime: int) -> int:

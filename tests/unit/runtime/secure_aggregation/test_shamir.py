@@ -14,9 +14,11 @@ from isthmus.secure_aggregation.shamir import (
     ShamirError,
     combine,
     decode,
+    fits,
     interpolate,
     split,
     split_number,
+    value_at_zero,
 )
 
 _SMALL = 7919
@@ -109,7 +111,22 @@ def test_an_independent_implementation_agrees(prime, data, n, random) -> None:
     assert shamirs.interpolate(some, threshold=threshold) == secret
     theirs = shamirs.shares(secret, quantity=n, modulus=prime, threshold=threshold)
     points = {share.index: share.value for share in theirs}
-    assert interpolate(points, prime)[:1] == decode(points, threshold, prime)[:1] == ([secret] if secret else [])
+    for polynomial in (interpolate(points, prime), decode(points, threshold, prime)):
+        assert (polynomial or [0])[0] == secret
+
+
+@pytest.mark.parametrize("prime", [PRIME, 2**127 - 1])
+@given(st.data(), _sharings)
+@settings(max_examples=30, deadline=None)
+def test_one_wrong_share_is_noticed(prime, data, sharing) -> None:
+    n, threshold = sharing
+    points = split_number(secret := secrets.randbelow(prime), threshold, range(1, n + 1), prime)
+    assert fits(points, threshold, prime)
+    assert value_at_zero(points, prime) == secret
+    x = data.draw(st.sampled_from(sorted(points)))
+    changed = points | {x: (points[x] + data.draw(st.integers(1, prime - 1))) % prime}
+    assert fits(changed, threshold, prime) == (n == threshold)
+    assert value_at_zero(changed, prime) != secret
 
 
 def test_shares_below_the_threshold_say_nothing() -> None:
