@@ -60,7 +60,7 @@ def _demo_and_tests(
 
 
 def copy_checkout(target: Path) -> None:
-    """Copy the files of the working tree that git tracks or would add."""
+    """Copy the files of the working tree that git tracks or would add, and the history."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=CHECKOUT, capture_output=True, check=True,
@@ -70,3 +70,7 @@ def copy_checkout(target: Path) -> None:
     pack = ["tar", "--create", "--null", "--files-from=-", "--owner=0", "--group=0"]
     packed = subprocess.run(pack, cwd=CHECKOUT, input=b"\0".join(names), capture_output=True, check=True).stdout
     subprocess.run(["tar", "--extract", f"--directory={target}"], input=packed, check=True)
+    clone = ["git", "clone", "--quiet", "--bare", "--no-local", str(CHECKOUT), str(target / ".git")]
+    subprocess.run(clone, check=True)
+    subprocess.run(["git", "-C", str(target), "config", "core.bare", "false"], check=True)
+    subprocess.run(["git", "-C", str(target), "reset", "--quiet"], check=True)  # makes the index

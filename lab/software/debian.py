@@ -30,6 +30,7 @@ KUBERNETES_BUILD = ("golang-1.19-go", "golang-github-modern-go-reflect2-dev", "r
 TOOLS = (
     "curl",
     "faketime",
+    "git",  # earlier charts, and the hook for commit messages
     "liblua5.1-0",  # runs the health checks for Argo CD
     "prometheus",  # promtool
     "shellcheck",

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,11 @@ def earlier_values() -> list[Manifest]:
     return [yaml.safe_load(text) for text in dict.fromkeys(shown) if text][:12]
 
 
-def test_an_upgrade_takes_the_values_of_every_earlier_chart(helm: Helm, tmp_path: Path) -> None:
-    if shutil.which("git") is None or not (ROOT / ".git").exists():
-        pytest.skip("git's history is not here")
+def test_an_upgrade_takes_the_values_of_every_earlier_chart(
+    helm: Helm, tmp_path: Path, require: Callable[[bool, str], None]
+) -> None:
+    require(shutil.which("git") is not None, "install Debian's package git")
+    require((ROOT / ".git").exists(), "check the project out with git, whose history holds the earlier charts")
     for number, values in enumerate(earlier_values()):
         on = merged(values, {"monitoring": {"enabled": True}, "gateway": {"enabled": True, "hosts": ["g.example"]}})
         # --reuse-values adds no defaults; --reset-then-reuse-values and --values add the new ones.
