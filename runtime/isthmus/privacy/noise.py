@@ -2,12 +2,12 @@
 
 import math
 import os
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-Entropy = Callable[[int], bytes]
+from .entropy import Entropy
+
 Normals = npt.NDArray[np.float64]
 
 
