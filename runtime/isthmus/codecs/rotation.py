@@ -36,24 +36,28 @@ class Rotation(SegmentCodec):
 
     def encode(self, values: torch.Tensor, seed: int) -> bytes:
         padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK))
-        return self._inner.encode(_transform(padded * _signs(seed, len(padded))), seed)
+        return self._inner.encode(transform(padded * signs(seed, len(padded))), seed)
 
     def decode(self, data: memoryview, count: int, seed: int) -> torch.Tensor:
         rotated = self._inner.decode(data, _padded(count), seed)
-        return _transform(rotated).mul_(_signs(seed, len(rotated)))[:count]
+        return transform(rotated).mul_(signs(seed, len(rotated)))[:count]
 
 
 def _padded(count: int) -> int:
     return count + -count % BLOCK
 
 
-def _signs(seed: int, count: int) -> torch.Tensor:
-    """Return ``count`` (a multiple of 64) random signs, the same in all versions: Philox is specified by its paper."""
-    drawn = np.random.Philox(key=seed).random_raw(count // 64).astype("<u8").view(np.uint8)
+def signs(seed: int, count: int, start: int = 0) -> torch.Tensor:
+    """Return ``count`` (a multiple of 64) random signs, the same in all versions: Philox is specified by its paper.
+
+    ``start`` (a multiple of 256): number of signs of the sequence that are left out.
+    """
+    generator = np.random.Philox(key=seed).advance(start // 256)  # it counts steps, which make four words
+    drawn = generator.random_raw(count // 64).astype("<u8").view(np.uint8)
     return torch.from_numpy(np.unpackbits(drawn)).float().mul_(2).sub_(1)
 
 
-def _transform(values: torch.Tensor) -> torch.Tensor:
+def transform(values: torch.Tensor) -> torch.Tensor:
     """Apply the orthonormal Walsh-Hadamard transform, which is its own inverse, to each block.
 
     It consists of sums and differences in a fixed order, so that every machine computes the same bits; a matrix product

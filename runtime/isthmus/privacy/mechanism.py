@@ -1,7 +1,7 @@
 """Gaussian mechanism over the clients' changes of the model."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -46,7 +46,7 @@ class Private(Strategy):
         """``normals``: returns a number of independent standard normal numbers."""
         self._rule = rule
         self._clip_norm = clip_norm
-        self._noise = noise_multiplier * _STEPS
+        self._noise = noise_multiplier
         self._clients = clients
         self._normals = normals
         self._model: State = {}
@@ -59,7 +59,8 @@ class Private(Strategy):
         """Share of the round's updates whose norm exceeded the bound."""
         return self._clipped / self._updates if self._updates else 0.0
 
-    def begin(self, model: State) -> None:
+    def check(self, model: State) -> None:
+        """Raise :class:`StrategyError` if the model cannot be trained with noise."""
         statistics = [name for name in model if name.rpartition(".")[2] in _STATISTICS]
         if statistics:
             shown = ", ".join(statistics[:3]) + (", …" if len(statistics) > 3 else "")
@@ -67,6 +68,9 @@ class Private(Strategy):
                 f"spec.privacy.differentialPrivacy: the model holds statistics of its clients' data ({shown}), which"
                 " noise would make useless; use GroupNorm or LayerNorm instead"
             )
+
+    def begin(self, model: State) -> None:
+        self.check(model)
         self._model = model
         trained = {name: tensor for name, tensor in model.items() if tensor.is_floating_point()}
         if self._sums.keys() != trained.keys():
@@ -95,11 +99,38 @@ class Private(Strategy):
                 total[start : start + len(change)] += change.mul_(steps).trunc_().to(torch.int64)
 
     def finish(self) -> State:
-        released = {name: self._release(name) for name in self._sums if name not in self._still}
+        released = {
+            name: self._release(name, total, self._clip_norm, _STEPS)
+            for name, total in self._sums.items()
+            if name not in self._still
+        }
+        return self._apply(released)
+
+    def finish_sum(
+        self, model: State, sums: Mapping[str, torch.Tensor], clip_norm: float, steps: int, clients: int, clipped: int
+    ) -> State:  # fmt: skip
+        """Return the next model after a round whose changes were clipped and summed elsewhere (secure aggregation).
+
+        ``sums``: of each trained tensor, integers of one dimension, in units of ``clip_norm / steps``; no client's
+        integers have an L2 norm above ``steps``. They are overwritten. Tensors that are not in it keep their values.
+        ``clients``, ``clipped``: the numbers of clients in the sum, and of those whose change was scaled down.
+        """
+        self._model, self._sums = model, {}
+        self._still = frozenset(
+            name for name, tensor in model.items() if tensor.is_floating_point() and name not in sums
+        )
+        self._updates, self._clipped = clients, clipped
+        return self._apply({name: self._release(name, total, clip_norm, steps) for name, total in sums.items()})
+
+    def _apply(self, released: State) -> State:
+        """Pass the noisy tensors to the rule as one update; the others keep the model's values."""
         tensors = {name: released.get(name, old) for name, old in self._model.items()}
         self._rule.begin(self._model)
         self._rule.accept(Update("all", 1, tensors, buffers=self._still))
         return self._rule.finish()
+
+    def release(self) -> None:
+        self._rule.release()
 
     def companion(self) -> State:
         return self._rule.companion()
@@ -125,15 +156,17 @@ class Private(Strategy):
             block = slice(start, start + _BLOCK)
             yield start, new[block].to(torch.float64, copy=True).sub_(old[block])
 
-    def _release(self, name: str) -> torch.Tensor:
+    def _release(self, name: str, total: torch.Tensor, clip_norm: float, steps: int) -> torch.Tensor:
         """Return the model's tensor plus the noisy mean change."""
-        total, old = self._sums[name], self._model[name].reshape(-1)
-        # Written to the sum's own memory, never beyond the part that has been read.
-        result = total.view(wide(old.dtype))[: len(old)]
-        scale = self._clip_norm / _STEPS / self._clients
+        old = self._model[name].reshape(-1)
+        dtype = wide(old.dtype)
+        # Written to the sum's own memory if it is large enough, never beyond the part that has been read.
+        fits = total.element_size() >= dtype.itemsize
+        result = total.view(dtype)[: len(old)] if fits else torch.empty(len(old), dtype=dtype, device="cpu")
+        scale = clip_norm / steps / self._clients
         for start in range(0, len(old), _BLOCK):
             block = slice(start, start + _BLOCK)
-            noise = torch.from_numpy(self._normals(len(old[block]))).mul_(self._noise).round_()
-            noisy = total[block].add(noise.to(torch.int64)).double()
+            noise = torch.from_numpy(self._normals(len(old[block]))).mul_(self._noise * steps).round_()
+            noisy = total[block].to(torch.int64).add_(noise.to(torch.int64)).double()
             result[block] = noisy.mul_(scale).add_(old[block])
         return result.view(self._model[name].shape)

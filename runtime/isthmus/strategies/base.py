@@ -46,6 +46,10 @@ class Update:
     """Numbers that the strategy requires in its :attr:`Strategy.scalars`."""
     discount: float = 1.0
     """Factor above 0 and at most 1 by which a late update counts less."""
+    count: int = 1
+    """Number of clients whose weighted mean this update is: more than 1 under secure aggregation only."""
+    slopes: State = field(default_factory=dict)
+    """Weighted mean of the clients' changes, each divided by the client's ``travel``, if the update is such a mean."""
 
     @property
     def weight(self) -> float:
@@ -86,6 +90,9 @@ class Strategy(ABC):
 
         Its tensors may belong to the strategy, which changes them at the next ``begin``.
         """
+
+    def release(self) -> None:  # noqa: B027 - most wrappers have nothing to free
+        """Free the memory of the last result, which is no longer needed, before a round that begins later."""
 
     def companion(self) -> State:
         """Return the auxiliary tensors that clients may request together with the model of the last round."""

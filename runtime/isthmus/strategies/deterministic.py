@@ -38,6 +38,9 @@ class Deterministic(Strategy):
         self._spill.close()
         return self._rule.finish()
 
+    def release(self) -> None:
+        self._rule.release()
+
     def companion(self) -> State:
         return self._rule.companion()
 

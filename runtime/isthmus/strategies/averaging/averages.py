@@ -122,6 +122,9 @@ class Averaging(Strategy):
         self._model = model
         self._means = means_of(model, self._means)
 
+    def release(self) -> None:
+        self._means = {}
+
     def accept(self, update: Update) -> None:
         for name, mean in self._means.items():
             mean.add(self.averaged(update, name), update.weight)

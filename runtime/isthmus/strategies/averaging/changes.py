@@ -31,7 +31,7 @@ class ChangeRule(Averaging):
             self._buffers = update.buffers
         self.fold(update)
         self._weight += update.weight
-        self._updates += 1
+        self._updates += update.count
 
     def fold(self, update: Update) -> None:
         """Add an update to the means. By default a change is weighted by its number of examples."""

@@ -1,8 +1,12 @@
 """SCAFFOLD: stochastic controlled averaging, server side."""
 
+from collections.abc import Iterator
+
+import torch
+
 from ...tensors import State, group, ungroup
 from ..base import Setup, Update
-from .averages import Mean, means_of
+from .averages import Mean, means_of, parts
 from .changes import ChangeRule, zeros_like
 
 
@@ -32,13 +36,26 @@ class Scaffold(ChangeRule):
         self._slopes = means_of(model, self._slopes)
         self._normalised = 0.0
 
+    def release(self) -> None:
+        super().release()
+        self._slopes = {}
+
     def fold(self, update: Update) -> None:
-        slope = update.weight / update.scalars["travel"]
         super().fold(update)
+        slope = update.weight if update.slopes else update.weight / update.scalars["travel"]
         for name, mean in self._slopes.items():
             if self.is_trained(name):
-                mean.add(self.gradients(update, name), slope)
+                mean.add(self._gradients_over_travel(update, name), slope)
         self._normalised += slope
+
+    def _gradients_over_travel(self, update: Update, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the negated change of a tensor, up to the factor that :meth:`fold` puts into its weight."""
+        if not update.slopes:
+            yield from self.gradients(update, name)
+            return
+        mean = update.slopes[name].reshape(-1)
+        for part in parts(len(mean)):
+            yield part, mean[part].neg()
 
     def finish(self) -> State:
         share = min(self._updates / self._setup.clients, 1.0)

@@ -1,0 +1,1 @@
+"""Encoding of changes and scalars as integers whose sums stay exact."""
