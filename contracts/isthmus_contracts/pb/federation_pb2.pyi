@@ -1189,6 +1189,7 @@ class PrivacyStatus(_message.Message):
     ROUNDS_FIELD_NUMBER: _builtins.int
     SPENT_FIELD_NUMBER: _builtins.int
     CLIPPED_RATIO_FIELD_NUMBER: _builtins.int
+    CLIP_NORM_FIELD_NUMBER: _builtins.int
     epsilon: _builtins.float
     delta: _builtins.float
     max_epsilon: _builtins.float
@@ -1198,7 +1199,9 @@ class PrivacyStatus(_message.Message):
     spent: _builtins.bool
     """the next round would pass the budget"""
     clipped_ratio: _builtins.float
-    """of the newest round's updates, those longer than the bound; not protected"""
+    """of the newest round's updates, those longer than the bound; not protected, or noisy"""
+    clip_norm: _builtins.float
+    """the bound of the next round's updates"""
     def __init__(
         self,
         *,
@@ -1208,10 +1211,11 @@ class PrivacyStatus(_message.Message):
         rounds: _builtins.int = ...,
         spent: _builtins.bool = ...,
         clipped_ratio: _builtins.float = ...,
+        clip_norm: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clipped_ratio", b"clipped_ratio", "delta", b"delta", "epsilon", b"epsilon", "max_epsilon", b"max_epsilon", "rounds", b"rounds", "spent", b"spent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_norm", b"clip_norm", "clipped_ratio", b"clipped_ratio", "delta", b"delta", "epsilon", b"epsilon", "max_epsilon", b"max_epsilon", "rounds", b"rounds", "spent", b"spent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -229,13 +229,21 @@ class SecureNoise(_message.Message):
     CLIP_NORM_FIELD_NUMBER: _builtins.int
     STANDARD_DEVIATION_FIELD_NUMBER: _builtins.int
     CONTRIBUTORS_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    COUNT_NOISE_FIELD_NUMBER: _builtins.int
     kind: Global___SecureNoise.Kind.ValueType
     clip_norm: _builtins.float
     """longest change of one client (L2, over all tensors); 0: not bounded"""
     standard_deviation: _builtins.float
-    """of one client's noise on a coordinate, in the unit of the coordinate"""
+    """not used"""
     contributors: _builtins.int
-    """the number of honest contributors whose noise is enough for the guarantee"""
+    """the number of contributors whose noise is enough for the guarantee"""
+    noise_multiplier: _builtins.float
+    """Standard deviation of the noise that so many add together, in lengths of a rounded change; 0: clients add none. The
+    grid of the sum, and with it one client's noise, follows from the layout (isthmus_contracts.dp_skellam).
+    """
+    count_noise: _builtins.float
+    """as noise_multiplier, in clients: of the noise on the count of changes within clip_norm"""
     def __init__(
         self,
         *,
@@ -243,10 +251,12 @@ class SecureNoise(_message.Message):
         clip_norm: _builtins.float = ...,
         standard_deviation: _builtins.float = ...,
         contributors: _builtins.int = ...,
+        noise_multiplier: _builtins.float = ...,
+        count_noise: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_norm", b"clip_norm", "contributors", b"contributors", "kind", b"kind", "standard_deviation", b"standard_deviation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_norm", b"clip_norm", "contributors", b"contributors", "count_noise", b"count_noise", "kind", b"kind", "noise_multiplier", b"noise_multiplier", "standard_deviation", b"standard_deviation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

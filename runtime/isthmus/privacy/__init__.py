@@ -1,5 +1,6 @@
-"""Differential privacy at the aggregator: clipped contributions, and noise once per round."""
+"""Differential privacy: clipped contributions, and noise on their sum."""
 
+from .adaptive import Adaptation
 from .mechanism import Private
 
-__all__ = ["Private"]
+__all__ = ["Adaptation", "Private"]

@@ -7,6 +7,7 @@ import torch
 
 from ..strategies.base import Strategy, StrategyError, Update, wide
 from ..tensors import State
+from .adaptive import Adaptation
 from .noise import Normals, gaussian
 
 # Steps per clipping bound to which a change is rounded. A sum over 2^31 clients still fits 64 bits, and noise of up to
@@ -34,6 +35,8 @@ class Private(Strategy):
     steps of ``clip_norm / 2^32`` and summed as integers, and the noise is rounded to steps, too: this is the ideal
     mechanism, rounded afterwards. An integer sum also does not depend on the order.
 
+    With an :class:`Adaptation`, the norm follows the updates.
+
     Integers, booleans, and tensors that no optimizer trains keep the model's values.
     """
 
@@ -41,22 +44,29 @@ class Private(Strategy):
 
     def __init__(
         self, rule: Strategy, clip_norm: float, noise_multiplier: float, clients: int,
-        normals: Callable[[int], Normals] = gaussian,
+        normals: Callable[[int], Normals] = gaussian, adaptation: Adaptation | None = None,
     ) -> None:  # fmt: skip
-        """``normals``: returns a number of independent standard normal numbers."""
+        """``normals``: returns a number of independent standard normal numbers. ``clip_norm``: with ``adaptation``,
+        that of the first round."""
         self._rule = rule
-        self._clip_norm = clip_norm
-        self._noise = noise_multiplier
+        self.clip_norm = self.next_clip_norm = clip_norm
+        """Norms of the round in progress, and of the one after it."""
+        self._adaptation = adaptation
+        self._noise = adaptation.sum_multiplier(noise_multiplier) if adaptation else noise_multiplier
         self._clients = clients
         self._normals = normals
         self._model: State = {}
         self._sums: State = {}
         self._still: frozenset[str] = frozenset()
-        self._updates = self._clipped = 0
+        self._updates, self._clipped = 0, 0.0
+        self._share = 1.0
 
     @property
     def clipped_ratio(self) -> float:
-        """Share of the round's updates whose norm exceeded the bound."""
+        """Share of the round's updates whose norm exceeded the bound. With adaptive clipping, its noisy value once the
+        round is finished: the exact one stays secret, as the account covers the noisy count alone."""
+        if self._adaptation is not None:
+            return min(max(1.0 - self._share, 0.0), 1.0)
         return self._clipped / self._updates if self._updates else 0.0
 
     def check(self, model: State) -> None:
@@ -80,47 +90,60 @@ class Private(Strategy):
         for total in self._sums.values():
             total.zero_()
         self._still = frozenset(trained)
-        self._updates = self._clipped = 0
+        self._updates, self._clipped = 0, 0.0
+        self.clip_norm = self.next_clip_norm
 
     def accept(self, update: Update) -> None:
         names = [name for name in self._sums if name not in update.buffers]
         norm = self._norm(update, names)
-        most = self._clip_norm * (1 - _SLACK)
+        most = self.clip_norm * (1 - _SLACK)
         self._updates += 1
-        self._clipped += not norm <= self._clip_norm
+        self._clipped += not norm <= self.clip_norm
         # A tensor that at least one client reports as trained gets noise; one that none does has not been changed.
         self._still &= update.buffers
         if not math.isfinite(norm):
             return  # so large that doubles do not hold the direction
-        steps = _STEPS / self._clip_norm * min(1.0, most / norm if norm else 1.0)
+        steps = _STEPS / self.clip_norm * min(1.0, most / norm if norm else 1.0)
         for name in names:
             total = self._sums[name]
             for start, change in self._changes(update, name):
                 total[start : start + len(change)] += change.mul_(steps).trunc_().to(torch.int64)
 
     def finish(self) -> State:
+        self._adapt(noisy=False)
         released = {
-            name: self._release(name, total, self._clip_norm, _STEPS)
+            name: self._release(name, total, _STEPS, self._noise * _STEPS)
             for name, total in self._sums.items()
             if name not in self._still
         }
         return self._apply(released)
 
     def finish_sum(
-        self, model: State, sums: Mapping[str, torch.Tensor], clip_norm: float, steps: int, clients: int, clipped: int
+        self, model: State, sums: Mapping[str, torch.Tensor], clip_norm: float, steps: int, clients: int,
+        clipped: float, *, noisy: bool = False,
     ) -> State:  # fmt: skip
         """Return the next model after a round whose changes were clipped and summed elsewhere (secure aggregation).
 
         ``sums``: of each trained tensor, integers of one dimension, in units of ``clip_norm / steps``; no client's
         integers have an L2 norm above ``steps``. They are overwritten. Tensors that are not in it keep their values.
         ``clients``, ``clipped``: the numbers of clients in the sum, and of those whose change was scaled down.
+        ``noisy``: the clients have added the noise, to the number of clipped changes as well.
         """
         self._model, self._sums = model, {}
         self._still = frozenset(
             name for name, tensor in model.items() if tensor.is_floating_point() and name not in sums
         )
-        self._updates, self._clipped = clients, clipped
-        return self._apply({name: self._release(name, total, clip_norm, steps) for name, total in sums.items()})
+        self.clip_norm, self._updates, self._clipped = clip_norm, clients, clipped
+        self._adapt(noisy=noisy)
+        noise = 0.0 if noisy else self._noise * steps
+        return self._apply({name: self._release(name, total, steps, noise) for name, total in sums.items()})
+
+    def _adapt(self, *, noisy: bool) -> None:
+        """Set the norm of the next round."""
+        if self._adaptation is not None:
+            noise = 0.0 if noisy else float(self._normals(1)[0])
+            self._share = self._adaptation.share(self._updates - self._clipped, self._updates, noise)
+            self.next_clip_norm = self._adaptation.next_norm(self.clip_norm, self._share)
 
     def _apply(self, released: State) -> State:
         """Pass the noisy tensors to the rule as one update; the others keep the model's values."""
@@ -156,17 +179,20 @@ class Private(Strategy):
             block = slice(start, start + _BLOCK)
             yield start, new[block].to(torch.float64, copy=True).sub_(old[block])
 
-    def _release(self, name: str, total: torch.Tensor, clip_norm: float, steps: int) -> torch.Tensor:
-        """Return the model's tensor plus the noisy mean change."""
+    def _release(self, name: str, total: torch.Tensor, steps: int, deviation: float) -> torch.Tensor:
+        """Return the model's tensor plus the mean change, with noise of this standard deviation in steps."""
         old = self._model[name].reshape(-1)
         dtype = wide(old.dtype)
         # Written to the sum's own memory if it is large enough, never beyond the part that has been read.
         fits = total.element_size() >= dtype.itemsize
         result = total.view(dtype)[: len(old)] if fits else torch.empty(len(old), dtype=dtype, device="cpu")
-        scale = clip_norm / steps / self._clients
+        scale = self.clip_norm / steps / self._clients
         for start in range(0, len(old), _BLOCK):
             block = slice(start, start + _BLOCK)
-            noise = torch.from_numpy(self._normals(len(old[block]))).mul_(self._noise * steps).round_()
-            noisy = total[block].to(torch.int64).add_(noise.to(torch.int64)).double()
+            noisy = total[block].to(torch.int64, copy=True)
+            if deviation:
+                noise = torch.from_numpy(self._normals(len(old[block]))).mul_(deviation).round_()
+                noisy.add_(noise.to(torch.int64))
+            noisy = noisy.double()
             result[block] = noisy.mul_(scale).add_(old[block])
         return result.view(self._model[name].shape)

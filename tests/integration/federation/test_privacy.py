@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ LAYER = {"NORM": "layer"}
 FROZEN = Path(__file__).with_name("frozen.py")
 
 
-def private(**more: str) -> dict[str, Any]:
+def private(**more: Any) -> dict[str, Any]:
     return {"differentialPrivacy": {"clipNorm": str(CLIP), "noiseMultiplier": str(NOISE), **more}}
 
 
@@ -100,6 +101,33 @@ def test_a_model_that_was_published_stays_on_the_account(federation: Make, scrip
     assert {record["round"]: record["privacy"]["rounds"] for record in records(job)} == {
         1: 1, 2: 2, 3: 5, 4: 6, 5: 7, 6: 8,
     }  # fmt: skip
+
+
+def test_the_norm_follows_the_updates_and_survives_a_restart(federation: Make, script: Path) -> None:
+    adaptive = {"learningRate": "0.5", "countNoise": "0.5"}
+    job = federation(
+        2, 5, privacy=private(adaptiveClipping=adaptive), aggregator={"checkpoint": {"keep": 100}},
+    )  # fmt: skip
+    job.start_aggregator()
+    clients = [job.start_client(script, index, HOLD="4", **LAYER) for index in range(2)]
+    job.wait_for_round(3)
+    job.kill_aggregator()
+    job.start_aggregator()
+    job.let_go()
+    status = job.wait_for_completion()
+    assert [client.wait() for client in clients] == [0, 0], job.log("client-0-0")
+    told = [record["privacy"] for record in records(job)]
+    assert [each["rounds"] for each in told] == [1, 2, 3, 4, 5]
+    assert told[0]["clip_norm"] == CLIP
+    for one, other in pairwise(told):
+        assert other["clip_norm"] == one["next_clip_norm"]
+        # The geometric update, from the noisy share that is reported.
+        step = 0.5 * ((1 - one["clipped_ratio"]) - 0.5)
+        assert one["next_clip_norm"] == pytest.approx(one["clip_norm"] * math.exp(-step), rel=1e-9)
+    assert len({each["clip_norm"] for each in told}) == 5
+    # No more than without: the count's noise is paid by more noise on the sum.
+    assert told[-1]["epsilon"] == pytest.approx(Spent().after(NOISE, 5).epsilon(1e-5), rel=1e-9)
+    assert status.privacy.clip_norm == told[-1]["next_clip_norm"]
 
 
 def test_batch_norm_ends_the_job_with_a_reason(federation: Make, script: Path) -> None:

@@ -12,7 +12,7 @@ from isthmus_contracts.api.privacy import DifferentialPrivacy
 from isthmus_contracts.dp_accounting import Spent
 from isthmus_contracts.pb import federation_pb2 as pb
 
-from ...privacy import Private
+from ...privacy import Adaptation, Private
 from ...strategies import Strategy
 from ..storage.checkpoints import CheckpointError
 from ..storage.round_record import RoundRecord
@@ -52,6 +52,8 @@ class PrivacyBudget:
             self._take(max(map(_spent, known), key=lambda spent: spent.mu_squared))
         if newest is not None:
             self._clipped = newest.privacy.get("clipped_ratio", 0.0)
+            norm = newest.privacy.get("next_clip_norm", self._mechanism.next_clip_norm)
+            self._mechanism.clip_norm = self._mechanism.next_clip_norm = norm
 
     def account(self) -> dict[str, float]:
         """Return the account including the round in progress, for its record."""
@@ -61,6 +63,8 @@ class PrivacyBudget:
             "rounds": self._next.rounds,
             "mu_squared": self._next.mu_squared,
             "clipped_ratio": self._mechanism.clipped_ratio,
+            "clip_norm": self._mechanism.clip_norm,
+            "next_clip_norm": self._mechanism.next_clip_norm,
         }
 
     def charge(self) -> None:
@@ -72,7 +76,7 @@ class PrivacyBudget:
         """Return the account as shown in the job's status."""
         return pb.PrivacyStatus(
             epsilon=self._epsilon, delta=self._delta, max_epsilon=self._limit or 0.0, rounds=self._spent.rounds,
-            spent=self.spent, clipped_ratio=self._clipped,
+            spent=self.spent, clipped_ratio=self._clipped, clip_norm=self._mechanism.next_clip_norm,
         )  # fmt: skip
 
     def _take(self, spent: Spent) -> None:
@@ -86,7 +90,11 @@ def protect(spec: FederatedJobSpec, rule: Strategy) -> tuple[Strategy, PrivacyBu
     private = spec.privacy.differential_privacy
     if private is None:
         return rule, None
-    mechanism = Private(rule, float(private.clip_norm), float(private.noise_multiplier), spec.expected_updates)
+    expected = spec.expected_updates
+    mechanism = Private(
+        rule, float(private.clip_norm), float(private.noise_multiplier), expected,
+        adaptation=Adaptation.of(private, expected),
+    )  # fmt: skip
     return mechanism, PrivacyBudget(private, mechanism)
 
 

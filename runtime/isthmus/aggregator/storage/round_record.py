@@ -32,7 +32,8 @@ class RoundRecord:
     """Encoded bytes of models that were sent during the round."""
     privacy: dict[str, float] = field(default_factory=dict)
     """With differential privacy: ``epsilon`` and ``delta`` of all models up to this one, the ``rounds`` and
-    ``mu_squared`` that they follow from, and the ``clipped_ratio`` of this round's updates."""
+    ``mu_squared`` that they follow from, the ``clipped_ratio`` of this round's updates, the ``clip_norm`` that they
+    were clipped to, and the ``next_clip_norm``."""
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     """``mean`` and ``max`` seconds of each stage: over the clients (wait, pull, evaluate, train, encode), over the
     updates (push, fold), and of the checkpoint."""

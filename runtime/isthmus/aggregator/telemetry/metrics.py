@@ -98,6 +98,9 @@ class AggregatorMetrics:
         self.privacy_clipped = gauge(
             "isthmus_privacy_clipped_ratio", "Share of the newest round's updates whose norm exceeded clipNorm"
         )
+        self.privacy_clip_norm = gauge(
+            "isthmus_privacy_clip_norm", "Norm that the next updates are clipped to: clipNorm, or what follows from it"
+        )
         self.model_bytes = gauge("isthmus_model_bytes", "Size of the global model").labels(**bound)
 
     def show(self, status: pb.FederationStatus, round_number: int) -> None:
@@ -122,6 +125,7 @@ class AggregatorMetrics:
         self.privacy_epsilon.labels(**self.bound).set(privacy.epsilon)
         self.privacy_delta.labels(**self.bound).set(privacy.delta)
         self.privacy_clipped.labels(**self.bound).set(privacy.clipped_ratio)
+        self.privacy_clip_norm.labels(**self.bound).set(privacy.clip_norm)
         if privacy.max_epsilon:
             self.privacy_epsilon_limit.labels(**self.bound).set(privacy.max_epsilon)
 

@@ -116,12 +116,18 @@ def test_the_privacy_cost_of_a_round() -> None:
 
 
 def test_a_private_jobs_parameters() -> None:
-    private = {"differentialPrivacy": {"clipNorm": "0.5", "noiseMultiplier": "2"}}
+    private = {
+        "differentialPrivacy": {"clipNorm": "0.5", "noiseMultiplier": "2", "adaptiveClipping": {"quantile": "0.8"}}
+    }
     pools = [{"name": "cloud", "replicas": 2, "cloud": {}}]
     spec = parse_spec({"rounds": 1, "task": {"image": "i", "command": ["x"]}, "pools": pools, "privacy": private})
     parameters = parameters_of(Job("job", "default", "uid", spec))
     told = {name: value for name, value in parameters.items() if name.startswith("privacy.")}
-    assert told == {"privacy.clipNorm": "0.5", "privacy.noiseMultiplier": "2", "privacy.delta": "1e-5"}
+    assert told == {
+        "privacy.clipNorm": "0.5", "privacy.noiseMultiplier": "2", "privacy.delta": "1e-5",
+        "privacy.noise": "Aggregator", "privacy.adaptiveClipping.quantile": "0.8",
+        "privacy.adaptiveClipping.learningRate": "0.2",
+    }  # fmt: skip
 
 
 def test_invalid_names_are_replaced() -> None:

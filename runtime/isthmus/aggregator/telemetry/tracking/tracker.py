@@ -64,7 +64,9 @@ def numbers_of(record: RoundRecord) -> dict[str, float]:
     costs |= {"late": float(record.late), "failed": float(record.failed)}
     costs |= {"received_bytes": float(record.received_bytes), "sent_bytes": float(record.sent_bytes)}
     costs |= {f"{stage}_seconds": seconds["mean"] for stage, seconds in record.stages.items()}
-    costs |= {name: record.privacy[name] for name in ("epsilon", "clipped_ratio") if name in record.privacy}
+    costs |= {
+        name: record.privacy[name] for name in ("epsilon", "clipped_ratio", "clip_norm") if name in record.privacy
+    }
     metrics = {_UNFIT.sub("_", name): value for name, value in record.metrics.items()}
     return metrics | {f"round/{name}": value for name, value in costs.items()}
 
@@ -94,6 +96,8 @@ def parameters_of(job: Job) -> dict[str, str]:
     }
     if (private := spec.privacy.differential_privacy) is not None:
         settings = private.model_dump(by_alias=True, exclude_none=True)
+        clipping = settings.pop("adaptiveClipping", {})
+        settings |= {f"adaptiveClipping.{name}": value for name, value in clipping.items()}
         parameters |= {f"privacy.{name}": value for name, value in settings.items()}
     parameters |= {f"strategy.{name}": str(value) for name, value in spec.strategy.values.items()}
     return parameters | {f"config.{_UNFIT.sub('_', name)}": value for name, value in spec.task.config.items()}
