@@ -19,6 +19,7 @@ from isthmus_contracts.wire.addresses import split
 
 from . import __version__
 from .app import App
+from .effects.signing_root import DEFAULT_NAME as SIGNING_ROOT
 from .handlers import build_registry
 from .render.defaults import NONE
 from .render.defaults_file import DefaultsError, load
@@ -56,6 +57,9 @@ def parse(arguments: Sequence[str]) -> Settings:
     parser.add_argument(
         "--cluster", default=_env("CLUSTER", ""), help="name of this cluster, which identifies it at sites"
     )
+    parser.add_argument("--signing-root", default=_env("SIGNING_ROOT", ""), metavar="NAMESPACE/NAME",
+                        help="Secret of the cluster's signing root for secure aggregation, which is created if it is"
+                        f" missing (default: {SIGNING_ROOT} in the operator's own namespace)")  # fmt: skip
     parser.add_argument("--no-sites", dest="sites", action="store_false", default=_env("NO_SITES", "") not in _YES,
                         help="serve no HPC sites, so that no cluster-scoped rights are needed")  # fmt: skip
     parser.add_argument("--no-network-policies", dest="network_policies", action="store_false",
@@ -108,6 +112,8 @@ def parse(arguments: Sequence[str]) -> Settings:
             parser.error(f"--namespace: {namespace!r} is not a valid name of a namespace")
     if given.log_level not in _LEVELS or given.log_format not in ("plain", "json"):
         parser.error("ISTHMUS_LOG_LEVEL or ISTHMUS_LOG_FORMAT has an unknown value")
+    if given.signing_root and not re.fullmatch(r"[a-z0-9][-a-z0-9]*/[a-z0-9][-a-z0-9.]*", given.signing_root):
+        parser.error(f"--signing-root: {given.signing_root!r} is not of the form NAMESPACE/NAME")
     if given.gateway and not given.sites:
         parser.error("--gateway cannot be combined with --no-sites")
     try:
@@ -119,6 +125,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         excluded=frozenset(excluded),
         cluster=given.cluster,
         sites=given.sites,
+        signing_root=given.signing_root,
         network_policies=given.network_policies,
         metrics=given.metrics,
         health=given.health,

@@ -25,6 +25,8 @@ from .effects.bridge import Bridges
 from .effects.bridge_channels import BridgeChannels
 from .effects.kube import Kube, KubeError
 from .effects.observe import Observer
+from .effects.signing_root import DEFAULT_NAME as SIGNING_ROOT
+from .effects.signing_root import SigningRoot
 from .effects.site_holds import SiteHolds
 from .metrics import QUEUE_AGE, QUEUE_DEPTH, REGISTRY, RESYNC_AGE, WORKERS_BUSY, JobsCollector
 from .planning.context import PlanOptions
@@ -91,12 +93,14 @@ class App:
             allowed=settings.allow_in_templates,
             defaults=settings.job_defaults,
         )
-        observer = Observer(kube, self.pods, self.sites, bridges, aggregators, options)
+        where, _, secret = (settings.signing_root or f"{options.namespace}/{SIGNING_ROOT}").partition("/")
+        signing_root = SigningRoot(kube, cluster, where, secret)
+        observer = Observer(kube, self.pods, self.sites, bridges, aggregators, options, signing_root)
         holds = SiteHolds(kube, self.jobs, self.sites)
         effects = Effects(kube, self.jobs, self.pods, bridges, holds)
         logs = TaskLogs(kube, bridges, cluster)
         jobs = JobReconciler(self.jobs, self.pods, observer, effects, aggregators, holds, logs, options, self.clock)
-        sites = SiteReconciler(kube, self.sites, bridges, holds, self.site_changed, settings.resync)
+        sites = SiteReconciler(kube, self.sites, bridges, holds, signing_root, self.site_changed, settings.resync)
         self.queue = WorkQueue(self._reconcile_served(jobs), workers=settings.workers, group=lambda key: key[0])
         QUEUE_DEPTH.set_function(self.queue.waiting)
         QUEUE_AGE.set_function(self.queue.waited)

@@ -13,6 +13,7 @@ class Settings:
     excluded: frozenset[str] = frozenset()  # namespaces that are not served if all others are
     cluster: str = ""  # empty: the uid of kube-system
     sites: bool = True
+    signing_root: str = ""  # namespace/name of its Secret; empty: the operator's own namespace
     metrics: str = "[::]:8080"
     health: str = "[::]:8081"
     workers: int = 16

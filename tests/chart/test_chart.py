@@ -287,6 +287,10 @@ def test_rights_in_namespace_scope_are_the_documented_ones(helm: Any) -> None:
     assert roles == {
         ("team-a", "isthmus-operator"): served,
         ("team-b", "isthmus-operator"): served,
+        (NAMESPACE, "isthmus-operator-signing-root"): {
+            ("", "secrets", ("isthmus-signing-root",), frozenset({"get"})),
+            ("", "secrets", (), frozenset({"create"})),
+        },
         ("sites", "isthmus-operator-site-secrets"): {
             ("", "secrets", ("lumi-tls", "juwels-tls"), frozenset({"get"})),
         },

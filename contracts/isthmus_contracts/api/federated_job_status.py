@@ -19,6 +19,7 @@ class ConditionType(StrEnum):
     SUSPENDED = "Suspended"
     COMPLETE = "Complete"
     FAILED = "Failed"
+    SECURELY_AGGREGATED = "SecurelyAggregated"  # with secure aggregation: the newest sum could be opened
     REACHABLE = "Reachable"
     # Conditions that generic tools read (kstatus: Flux, Argo CD, Helm). Exactly one is True.
     READY = "Ready"  # the job is in the requested state: it trains, is complete, or is suspended
@@ -38,6 +39,7 @@ class Reason(StrEnum):
     SITE_NOT_CONNECTED = "SiteNotConnected"  # it dials out, and its bridge is not connected to the gateway
     SITE_REACHABLE = "SiteReachable"
     CREDENTIALS_MISSING = "CredentialsMissing"
+    SIGNING_ROOT_MISSING = "SigningRootMissing"  # secure aggregation: a party's root is not known
     POLICY_DENIED = "PolicyDenied"
     AGGREGATOR_STARTING = "AggregatorStarting"
     AGGREGATOR_RUNNING = "AggregatorRunning"
@@ -52,6 +54,9 @@ class Reason(StrEnum):
     PROGRESSING = "Progressing"
     ROUNDS_COMPLETED = "RoundsCompleted"
     TARGET_REACHED = "TargetReached"  # objective.target, before the last round
+    NO_SUM_YET = "NoSumYet"  # secure aggregation: no round has ended
+    SUM_OPENED = "SumOpened"
+    INSTANCE_FAILED = "InstanceFailed"  # too few clients of a round handed in, or they refused: it is done again
     PRIVACY_BUDGET_SPENT = "PrivacyBudgetSpent"  # the next round would exceed maxEpsilon, before the last round
     QUORUM_IMPOSSIBLE = "QuorumImpossible"  # too many clients are out of restarts
     DEADLINE_EXCEEDED = "DeadlineExceeded"

@@ -26,6 +26,8 @@ PATTERN_METRIC = r"^[A-Za-z_][A-Za-z0-9_.-]*$"
 PATTERN_ANNOTATION = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
 PATTERN_QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
 PATTERN_HOST_PORT = r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):[0-9]{1,5}$"
+# The public half of a party's root (Ed25519), in hexadecimal digits.
+PATTERN_SIGNING_ROOT = r"^[0-9a-f]{64}$"
 # A class in a Python module.
 PATTERN_CLASS = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
 # An OCI reference. Starts with a letter or digit, so never an option of a command.

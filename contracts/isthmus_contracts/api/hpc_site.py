@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from ..identities import bridge_server_name
 from .federated_job_status import Condition
-from .fields import Cidr, HostPort, Namespace, ObjectName, Resource, Text, list_map
+from .fields import PATTERN_SIGNING_ROOT, Cidr, HostPort, Namespace, ObjectName, Resource, Text, list_map
 
 HostName = Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")]
 NamespacePattern = Annotated[str, Field(max_length=63, pattern=r"^(\*|[a-z0-9]([-a-z0-9]*[a-z0-9])?)$")]
@@ -29,6 +29,9 @@ class BridgeTls(Resource):
     NAME is the HPCSite's."""
 
 
+SigningRoot = Annotated[str, Field(max_length=64, pattern=PATTERN_SIGNING_ROOT)]
+
+
 class HpcSiteSpec(Resource):
     """An HPC site, as the platform's admin describes it."""
 
@@ -43,7 +46,9 @@ class HpcSiteSpec(Resource):
     they dial the bridge, which relays the end-to-end encrypted bytes (the site's policy must have a relay)."""
     allowed_namespaces: Annotated[list[NamespacePattern], Field(min_length=1, max_length=1000)]
     """Namespaces whose FederatedJobs may use the site; "*" allows all."""
-
+    signing_root: SigningRoot | None = None
+    """Public key of the site's root for secure aggregation, as its admin told you: 64 hexadecimal digits. Default: the
+    one that its bridge reports."""
     client_cidrs: Annotated[list[Cidr], Field(min_length=1, max_length=64, alias="clientCIDRs")] = ["0.0.0.0/0", "::/0"]
     """Source addresses of the site's clients, for the aggregators' NetworkPolicies. Default: all. Behind a NodePort or
     a load balancer that rewrites addresses, they match only with expose.externalTrafficPolicy: Local."""
@@ -76,6 +81,19 @@ class Orphan(Resource):
     since: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
+class SigningStatus(Resource):
+    """Roots of secure aggregation. Each side's admin compares the other's with what they were told."""
+
+    party: str = ""
+    """Name of the site's party."""
+    root: str = ""
+    """Public key of the site's root, as its bridge reports it."""
+    cluster_party: str = ""
+    """Name of this cluster's party, for the site's policy."""
+    cluster_root: str = ""
+    """Public key of this cluster's root, for the site's policy."""
+
+
 class HpcSiteStatus(Resource):
     """State of the site as last reported by its bridge."""
 
@@ -90,6 +108,8 @@ class HpcSiteStatus(Resource):
     environments: list[str] = []
     accounts: list[str] = []
     data_sets: list[str] = []
+    signing: SigningStatus | None = None
+    """Set if the site takes part in secure aggregation."""
     orphans: dict[str, Orphan] = {}
     """Pools that may still run here, by key. Their jobs were deleted while the site was unreachable. Each is cancelled
     as soon as the site answers, and is then removed from this list."""

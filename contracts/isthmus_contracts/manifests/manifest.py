@@ -17,6 +17,7 @@ from ..api.fields import (
     PATTERN_ENV_NAME,
     PATTERN_NAMESPACE,
     PATTERN_OBJECT_NAME,
+    PATTERN_SIGNING_ROOT,
     PATTERN_STORAGE_CLASS,
 )
 from ..api.hpc_site import HpcSiteSpec
@@ -33,6 +34,7 @@ _PLAIN_PATTERNS = {
     PATTERN_DNS_LABEL: "lower-case letters, digits and hyphens, beginning with a letter",
     PATTERN_NAMESPACE: "lower-case letters, digits and hyphens",
     PATTERN_OBJECT_NAME: "lower-case letters, digits, hyphens and dots",
+    PATTERN_SIGNING_ROOT: "a public key: 64 hexadecimal digits in lower case",
     PATTERN_STORAGE_CLASS: "lower-case letters, digits, hyphens and dots",
     PATTERN_ENV_NAME: "letters, digits and underscores, not beginning with a digit",
 }

@@ -12,11 +12,13 @@ from isthmus_contracts.pb import bridge_pb2 as pb
 from ..effects.bridge import Bridges
 from ..effects.bridge_channels import BridgeError
 from ..effects.kube import Kube, KubeError
+from ..effects.signing_root import SigningRoot, SigningRootError
 from ..effects.site_holds import SiteHolds, being_deleted, holders
 from ..planning.readiness import assess_site
 from ..planning.status import merge_patch, set_condition
 from ..state.job_store import SiteStore
 from ..state.observed import ProblemKind
+from ..state.parties import ClusterParty, site_party
 from ..text import one_line
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class SiteReconciler:
         sites: SiteStore,
         bridges: Bridges,
         holds: SiteHolds,
+        signing_root: SigningRoot,
         changed: Callable[[str], None],
         resync: float,
     ) -> None:
@@ -43,6 +46,7 @@ class SiteReconciler:
         self._sites = sites
         self._bridges = bridges
         self._holds = holds
+        self._signing_root = signing_root
         self._changed = changed
         self._resync = resync
 
@@ -70,8 +74,20 @@ class SiteReconciler:
             await self._cancel_orphans(name, body)
         await self._holds.settle(name)
         body = self._sites.bodies.get(name, body)
-        await self._show(name, body, site_status(body, answer, self._kube.clock.now()))
+        before = site_party(self._sites.specs.get(name), body)
+        cluster = await self._cluster_party() if isinstance(answer, pb.Site) and answer.signing_root else None
+        await self._show(name, body, site_status(body, answer, self._kube.clock.now(), cluster))
+        known = self._sites.bodies.get(name)
+        if known is not None and site_party(self._sites.specs.get(name), known) != before:
+            self._changed(name)  # jobs may wait for its root
         return self._resync * (_WELL if reachable else _ILL)
+
+    async def _cluster_party(self) -> ClusterParty | None:
+        try:
+            return await self._signing_root.load()
+        except SigningRootError as error:
+            log.warning("%s", error)
+            return None
 
     async def _cancel_orphans(self, name: str, body: Mapping[str, Any]) -> None:
         """Cancel the arrays that deleted jobs left at this site."""
@@ -106,8 +122,13 @@ class SiteReconciler:
             self._sites.drop(name)
 
 
-def site_status(body: Mapping[str, Any], answer: pb.Site | BridgeError, now: dt.datetime) -> dict[str, Any]:
-    """Return a site's status after a call to its bridge. An unreachable site keeps its last description."""
+def site_status(
+    body: Mapping[str, Any], answer: pb.Site | BridgeError, now: dt.datetime, cluster: ClusterParty | None = None
+) -> dict[str, Any]:
+    """Return a site's status after a call to its bridge. An unreachable site keeps its last description.
+
+    ``cluster``: this cluster's party, if the site takes part in secure aggregation.
+    """
     status: dict[str, Any] = copy.deepcopy(dict(body.get("status") or {}))
     generation = int(body["metadata"].get("generation") or 0)
     status["observedGeneration"] = generation
@@ -125,7 +146,11 @@ def site_status(body: Mapping[str, Any], answer: pb.Site | BridgeError, now: dt.
             "environments": list(answer.environments),
             "accounts": list(answer.accounts),
             "dataSets": list(answer.data_sets),
+            "signing": _signing(answer, cluster),
         }
+        if (pinned := (body.get("spec") or {}).get("signingRoot")) and pinned != answer.signing_root:
+            has = f"another signing root, {answer.signing_root}" if answer.signing_root else "no signing root"
+            status["message"] = f"the bridge reports {has}, where spec.signingRoot is set; ask the site's admin"
         return status | {key: value for key, value in said.items() if value}
     message = one_line(str(answer))
     set_condition(status, ConditionType.REACHABLE, False, answer.reason, message, generation, now)
@@ -133,6 +158,13 @@ def site_status(body: Mapping[str, Any], answer: pb.Site | BridgeError, now: dt.
     status["message"] = f"{held}; {message}" if held else message
     assess_site(status, generation, now)
     return status
+
+
+def _signing(site: pb.Site, cluster: ClusterParty | None) -> dict[str, str]:
+    if not site.signing_root:
+        return {}
+    said = {"party": one_line(site.name, 253), "root": one_line(site.signing_root, 64)}
+    return said if cluster is None else said | {"clusterParty": cluster.name, "clusterRoot": cluster.root}
 
 
 def _held(body: Mapping[str, Any]) -> str:

@@ -190,9 +190,11 @@ class Effects:
                     )
                     await self._apply(cache, f"Secret/{action.secret}", body, now)
             case IssueCertificate():
-                authority = cache.dependents.authority if cache.dependents else None
-                if authority is not None:
-                    body = await asyncio.to_thread(certificates.leaf_secret, job, authority, action, now)
+                known = cache.dependents
+                lacks_party = action.signing is not None and (known is None or known.party is None)
+                if known is not None and known.authority is not None and not lacks_party:
+                    make = certificates.leaf_secret
+                    body = await asyncio.to_thread(make, job, known.authority, action, now, known.party)
                     await self._apply(cache, f"Secret/{action.secret}", body, now)
             case CreatePod():
                 await self._create_pod(job, cache, action, now)

@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from isthmus_contracts import identities as ids
+from isthmus_contracts.wire import parties
 from isthmus_contracts.wire.pki import Authority, Credentials, expiry
 
 from .. import names
-from ..planning.actions import IssueCertificate
+from ..planning.actions import IssueCertificate, Signing
 from ..render.pod import owned
 from ..state.observed import Job
+from ..state.parties import ClusterParty
 
 RENEW_BEFORE = dt.timedelta(days=30)
+_SIGNING = (ids.SIGNING_KEY_FILE, ids.CREDENTIAL_FILE, ids.TRUST_FILE)
 
 
 def decoded(secret: Mapping[str, Any] | None) -> dict[str, bytes]:
@@ -63,13 +66,22 @@ def is_valid(credentials: Credentials | None, authority: Authority, now: dt.date
 
 
 def is_current(
-    secret: Mapping[str, Any] | None, wanted: IssueCertificate, authority: Authority, now: dt.datetime
+    secret: Mapping[str, Any] | None,
+    wanted: IssueCertificate,
+    authority: Authority,
+    now: dt.datetime,
+    party: ClusterParty | None = None,
 ) -> bool:
-    """Return True if a Secret holds all wanted certificates, signed by this CA and not expiring soon."""
+    """Return True if a Secret holds all wanted certificates, signed by this CA and not expiring soon.
+
+    With secure aggregation, also the signing key that ``party`` certified, and the wanted trust file.
+    """
     if not wanted.clients:
         return is_valid(load_credentials(secret), authority, now)
     data = decoded(secret)
     if set(data) != _names(wanted):
+        return False
+    if wanted.signing is not None and not _may_sign(data, wanted.signing, party):
         return False
     files = [ids.client_files(index) for index, _ in wanted.clients]
     return all(is_valid(Credentials(data[ids.CA_FILE], data[crt], data[key]), authority, now) for crt, key in files)
@@ -82,7 +94,23 @@ def version(secret: Mapping[str, Any] | None) -> str:
 
 
 def _names(wanted: IssueCertificate) -> set[str]:
-    return {ids.CA_FILE, *(name for index, _ in wanted.clients for name in ids.client_files(index))}
+    signing = _SIGNING if wanted.signing is not None else ()
+    return {ids.CA_FILE, *signing, *(name for index, _ in wanted.clients for name in ids.client_files(index))}
+
+
+def _may_sign(data: Mapping[str, bytes], signing: Signing, party: ClusterParty | None) -> bool:
+    """Return True if the signing key is certified for this pool, and the trust file is the wanted one."""
+    if signing.trust and data[ids.TRUST_FILE].decode(errors="replace") != signing.trust:
+        return False
+    if party is None:
+        return True  # the root cannot be read now
+    try:
+        credential = parties.Credential.parse(data[ids.CREDENTIAL_FILE])
+        parties.Signer(data[ids.SIGNING_KEY_FILE], credential)
+        parties.verify(credential, party.root)
+    except parties.PartyError:
+        return False
+    return (credential.party, credential.job_uid, credential.pool) == (party.name, signing.job_uid, signing.pool)
 
 
 def digest(certificate: bytes) -> str:
@@ -113,8 +141,13 @@ def renewed_authority_secret(
     return body
 
 
-def leaf_secret(job: Job, authority: Authority, wanted: IssueCertificate, now: dt.datetime) -> dict[str, Any]:
-    """Issue certificates, as a Secret. For hundreds of clients this takes 0.1 s."""
+def leaf_secret(
+    job: Job, authority: Authority, wanted: IssueCertificate, now: dt.datetime, party: ClusterParty | None = None
+) -> dict[str, Any]:
+    """Issue certificates, as a Secret. For hundreds of clients this takes 0.1 s.
+
+    ``party``: signs the clients' signing key, if they have one.
+    """
     lifetime = dt.timedelta(days=wanted.days)
     if wanted.clients:
         files = {ids.CA_FILE: authority.certificate}
@@ -122,6 +155,13 @@ def leaf_secret(job: Job, authority: Authority, wanted: IssueCertificate, now: d
             crt, key = ids.client_files(index)
             client = authority.issue(f"{wanted.name} {index}", lifetime, uris=(identity,), now=now)
             files |= {crt: client.certificate, key: client.key}
+        if wanted.signing is not None:
+            assert party is not None
+            signing_key, credential = parties.issue(
+                party.root_key, party.name, wanted.signing.job_uid, wanted.signing.pool
+            )
+            trust = parties.Trust.parse(wanted.signing.trust)
+            files |= parties.party_files(signing_key, credential, trust)
         return _secret(job, wanted.secret, files, "Opaque")
     leaf = authority.issue(wanted.name, lifetime, hosts=wanted.hosts, uris=wanted.uris, now=now)
     return _secret(job, wanted.secret, leaf.files())

@@ -16,18 +16,27 @@ from ..planning.context import PlanOptions
 from ..planning.desired import certificates as wanted_certificates
 from ..planning.desired import desired
 from ..render import references
+from ..render.trust import TrustError, needs_trust, trust_of
 from ..state.job_cache import Dependents
 from ..state.job_store import SiteStore
 from ..state.observed import Job, ServiceView
+from ..state.parties import site_party
 from ..state.pod_store import job_uid_of
 from . import certificates
 from .kube import Kube
+from .signing_root import SigningRoot, SigningRootError
 
 Objects = dict[str, Mapping[str, Any]]  # by Kind/name
 
 
 async def load(
-    kube: Kube, job: Job, now: dt.datetime, options: PlanOptions, sites: SiteStore, resting: bool
+    kube: Kube,
+    job: Job,
+    now: dt.datetime,
+    options: PlanOptions,
+    sites: SiteStore,
+    signing_root: SigningRoot,
+    resting: bool,
 ) -> Dependents:
     """Read all dependents; of a suspended job only the accepted spec, if it exists."""
     began = time.monotonic()
@@ -56,17 +65,31 @@ async def load(
     if result.authority is not None:
         result.fingerprint = certificates.fingerprint(secret, result.authority)
         result.authority_ends = certificates.ends_soon(result.authority, now)
+    if spec is not None and needs_trust(spec) and not resting:
+        await _load_trust(result, spec, sites, signing_root)
     if result.authority is not None and spec is not None:
         good = {}
-        for wanted in wanted_certificates(job, spec):
+        for wanted in wanted_certificates(job, spec, result.trust):
             secret = ours.get(f"Secret/{wanted.secret}")
             # In a thread: certificates of hundreds of clients take a while to parse.
-            if await asyncio.to_thread(certificates.is_current, secret, wanted, result.authority, now):
+            if await asyncio.to_thread(certificates.is_current, secret, wanted, result.authority, now, result.party):
                 good[wanted.secret] = certificates.version(secret)
                 if wanted.secret == names.observer_tls(job.name):
                     result.observer = certificates.load_credentials(secret)
         result.certificates = good
     return result
+
+
+async def _load_trust(result: Dependents, spec: FederatedJobSpec, sites: SiteStore, signing_root: SigningRoot) -> None:
+    """Set the cluster's party, and the trust of the job's cloud clients or why there is none."""
+    try:
+        result.party = await signing_root.load()
+        found = {name: site_party(sites.specs.get(name), body) for name, body in sites.bodies.items()}
+        trust = trust_of(spec, result.party.name, result.party.root, found)
+    except (SigningRootError, TrustError) as error:
+        result.trust_problem = str(error)
+    else:
+        result.trust = trust.serialized().decode()
 
 
 async def forbidden_references(

@@ -26,6 +26,7 @@ from .aggregators import Aggregators
 from .bridge import Bridges
 from .bridge_channels import BridgeError
 from .kube import Kube, KubeError
+from .signing_root import SigningRoot
 
 # Dependent objects, which only the operator should change, are checked every this many resyncs.
 _DEPENDENTS_RESYNCS = 20
@@ -44,7 +45,9 @@ class Observer:
         bridges: Bridges,
         aggregators: Aggregators,
         options: PlanOptions,
+        signing_root: SigningRoot,
     ) -> None:
+        self._signing_root = signing_root
         self._kube = kube
         self._pods = pods
         self._sites = sites
@@ -81,6 +84,8 @@ class Observer:
             authority=base.fingerprint,
             authority_ends=base.authority_ends,
             certificates=base.certificates,
+            trust=base.trust,
+            trust_problem=base.trust_problem,
             delivered=dict(cache.delivered),
             service=base.service,
             node_address=await self._node_address(base.accepted, base.service, cache, aggregator),
@@ -113,7 +118,9 @@ class Observer:
         lacks = known is not None and (known.accepted is None if resting else _incomplete(known))
         old = known is None or time.monotonic() - known.loaded > self._dependents_age
         if known is None or (not idle and (old or lacks)):
-            known = cache.dependents = await dependents.load(self._kube, job, now, self._options, self._sites, resting)
+            known = cache.dependents = await dependents.load(
+                self._kube, job, now, self._options, self._sites, self._signing_root, resting
+            )
             if not resting:
                 known.vanished = frozenset(cache.seen - known.present)
             cache.seen |= known.present

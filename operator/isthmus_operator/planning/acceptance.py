@@ -107,6 +107,8 @@ def examine(
         if not site.allows(job.namespace):
             message = f"{field}: HPCSite {pool.hpc.site_ref.name!r} does not allow namespace {job.namespace}"
             return Rejection(Reason.SITE_NOT_ALLOWED, message, waits=True)
+    if observed.trust_problem:
+        return Rejection(Reason.SIGNING_ROOT_MISSING, observed.trust_problem, waits=True)
     return Acceptance(wanted)
 
 

@@ -87,6 +87,17 @@ class IssueCertificate:
     uris: tuple[str, ...] = ()
     clients: tuple[tuple[int, str], ...] = ()
     """Index and identity of each client; the Secret then holds a certificate and a key for each."""
+    signing: "Signing | None" = None
+    """With secure aggregation, for cloud clients."""
+
+
+@dataclass(frozen=True)
+class Signing:
+    """The signing key, credential and trust file of a cloud pool's clients, beside their certificates."""
+
+    job_uid: str
+    pool: str
+    trust: str  # the file's content; empty: not known now, and an existing one stays
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def plan_base(context: PlanContext) -> bool:
     """Plan missing and edited objects. Return True if all exist, so that pods can be created."""
     observed = context.observed
     complete = True
-    wanted = desired(context.job, context.spec, context.options, observed.sites)
+    wanted = desired(context.job, context.spec, context.options, observed.sites, observed.trust)
     absent = [item for item in wanted if not _present(item, observed) and item.key not in observed.adoptable]
     _note_lost_volume(context, absent)
     for item in wanted:
@@ -45,7 +45,9 @@ def plan_base(context: PlanContext) -> bool:
             continue
         complete = False
         # Certificates need an existing CA, so that those of an earlier CA can be recognized.
-        waits = isinstance(item.action, IssueCertificate) and not observed.authority
+        waits = isinstance(item.action, IssueCertificate) and (
+            not observed.authority or (item.action.signing is not None and not item.action.signing.trust)
+        )
         if item.key in observed.adoptable:
             _adopt(context, item)
         elif not waits and not context.refused(item.key):

@@ -12,7 +12,7 @@ from .. import names
 from ..render import aggregator, protect
 from ..render.pod import metadata, stamped
 from ..state.observed import Job
-from .actions import Apply, CopyCode, CreateAuthority, IssueCertificate
+from .actions import Apply, CopyCode, CreateAuthority, IssueCertificate, Signing
 from .context import PlanOptions
 
 _YEAR = 365
@@ -40,8 +40,10 @@ class Desired:
         return f"{self.kind}/{self.name}"
 
 
-def desired(job: Job, spec: FederatedJobSpec, options: PlanOptions, sites: Mapping[str, HpcSiteSpec]) -> list[Desired]:
-    """Return the objects that a running job's pods need, in order of creation."""
+def desired(
+    job: Job, spec: FederatedJobSpec, options: PlanOptions, sites: Mapping[str, HpcSiteSpec], trust: str = ""
+) -> list[Desired]:
+    """Return the objects that a running job's pods need, in order of creation. ``trust``: see :class:`Signing`."""
     bodies = [aggregator.job_file(job, spec), aggregator.service(job, spec, options.defaults.service)]
     if spec.aggregator.checkpoint.storage == "PersistentVolumeClaim":
         bodies.append(aggregator.claim(job, spec, options.defaults.storage_class_name))
@@ -58,7 +60,7 @@ def desired(job: Job, spec: FederatedJobSpec, options: PlanOptions, sites: Mappi
         found.append(Desired("ConfigMap", copied.name, copied))
     authority = CreateAuthority(names.authority(job.name), authority_days(spec))
     found.append(Desired("Secret", authority.secret, authority))
-    return [*found, *(Desired("Secret", issued.secret, issued) for issued in certificates(job, spec))]
+    return [*found, *(Desired("Secret", issued.secret, issued) for issued in certificates(job, spec, trust))]
 
 
 def certificate_days(spec: FederatedJobSpec) -> int:
@@ -72,8 +74,8 @@ def authority_days(spec: FederatedJobSpec) -> int:
     return certificate_days(spec) + _YEAR
 
 
-def certificates(job: Job, spec: FederatedJobSpec) -> list[IssueCertificate]:
-    """Return every certificate that the job needs."""
+def certificates(job: Job, spec: FederatedJobSpec, trust: str = "") -> list[IssueCertificate]:
+    """Return every certificate that the job needs, and the signing keys of its cloud clients."""
     days, service = certificate_days(spec), names.aggregator(job.name)
     hosts = (
         ids.aggregator_server_name(job.uid),
@@ -94,10 +96,13 @@ def certificates(job: Job, spec: FederatedJobSpec) -> list[IssueCertificate]:
             identity = ids.pool_identity(job.uid, pool.name)
             wanted.append(IssueCertificate(names.pool_tls(job, pool.name), name, days, uris=(identity,)))
             continue
+        signing = Signing(job.uid, pool.name, trust) if spec.privacy.secure_aggregation is not None else None
         for first in range(0, pool.size, names.CLIENTS_IN_SECRET):
             indices = range(first, min(first + names.CLIENTS_IN_SECRET, pool.size))
             clients = tuple((index, ids.client_identity(job.uid, pool.name, index)) for index in indices)
-            wanted.append(IssueCertificate(names.clients_tls(job, pool.name, first), name, days, clients=clients))
+            wanted.append(
+                IssueCertificate(names.clients_tls(job, pool.name, first), name, days, clients=clients, signing=signing)
+            )
     return wanted
 
 

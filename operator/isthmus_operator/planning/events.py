@@ -10,6 +10,7 @@ from .status import SUMMARY, condition, transitions
 
 _BAD = {
     Reason.INVALID_SPEC, Reason.TEMPLATE_NOT_ALLOWED, Reason.SITE_NOT_FOUND, Reason.SITE_NOT_ALLOWED,
+    Reason.SIGNING_ROOT_MISSING, Reason.INSTANCE_FAILED,
     Reason.AGGREGATOR_LOST, Reason.AGGREGATOR_FAILED, Reason.QUORUM_IMPOSSIBLE, Reason.DEADLINE_EXCEEDED,
     Reason.QUEUE_TIMEOUT, Reason.POLICY_DENIED,
 }  # fmt: skip

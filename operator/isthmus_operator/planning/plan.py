@@ -70,6 +70,7 @@ def _plan_running(context: PlanContext, verdict: Acceptance) -> Plan:
     if context.volume_lost:
         status.forget_rounds()
     status.federation(spec, federation)
+    status.secure(spec, federation)
     status.pools(pools, ready)
     message = _aggregator_condition(context, status, aggregator)
     if ready is not None:

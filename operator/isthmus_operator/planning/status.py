@@ -11,9 +11,9 @@ from isthmus_contracts.api.federated_job_status import ConditionType, Reason
 
 from .. import names
 from ..render.aggregator import STATE_DIR
-from ..state.observed import FederationView, Job, Metric
+from ..state.observed import FederationView, Job, Metric, SecureView
 from ..state.timestamps import parse_timestamp, timestamp
-from ..text import headline
+from ..text import headline, plural
 from .context import PoolOutcome
 
 _DIGITS = 4  # significant digits: enough to compare models, without changes of the status by noise
@@ -103,6 +103,18 @@ class StatusDraft:
                 self.content["privacy"] = {"epsilon": epsilon, "delta": delta, "rounds": privacy.rounds}
         self.content["rounds"] = rounds
 
+    def secure(self, spec: FederatedJobSpec, view: FederationView | None) -> None:
+        """Set the condition of secure aggregation, if the job has it; a report that is missing changes nothing."""
+        settings, seen = spec.privacy.secure_aggregation, view.secure if view is not None else None
+        if settings is None:
+            return
+        if seen is not None and (seen.message or seen.survivors):
+            value, reason, message = _of_instance(seen)
+            self.set(ConditionType.SECURELY_AGGREGATED, value, reason, message)
+        elif condition(self.content, ConditionType.SECURELY_AGGREGATED) is None:
+            message = "; ".join(settings.summary(spec.cohort))
+            self.set(ConditionType.SECURELY_AGGREGATED, False, Reason.NO_SUM_YET, message)
+
     def _accounted(self) -> int:
         return int((self.content.get("privacy") or {}).get("rounds", 0))
 
@@ -142,6 +154,16 @@ class StatusDraft:
             self.content[key] = value
         else:
             self.content.pop(key, None)
+
+
+def _of_instance(seen: SecureView) -> tuple[bool, Reason, str]:
+    if seen.message:
+        return False, Reason.INSTANCE_FAILED, f"round {seen.round} is done again: {seen.message}"
+    parts = [plural(seen.survivors, "survivor"), plural(seen.dropouts, "dropout")]
+    parts.append(f"{seen.parties} {'party' if seen.parties == 1 else 'parties'}")
+    if seen.clipped_ratio:
+        parts.append(f"{seen.clipped_ratio:.2%} of the coordinates clipped")
+    return True, Reason.SUM_OPENED, f"round {seen.round}: {', '.join(parts)}"
 
 
 def set_condition(

@@ -89,9 +89,11 @@ class ClientPods:
         return body
 
     def _own_certificate(self, index: int) -> dict[str, Any]:
-        """Mount only the pod's own client certificate from its pool's Secret."""
+        """Mount only the pod's own client certificate, and its pool's signing key, from its pool's Secret."""
         crt, key = ids.client_files(index)
         files = {ids.CA_FILE: ids.CA_FILE, crt: ids.CERTIFICATE_FILE, key: ids.KEY_FILE}
+        if self._spec.privacy.secure_aggregation is not None:
+            files |= {name: name for name in (ids.SIGNING_KEY_FILE, ids.CREDENTIAL_FILE, ids.TRUST_FILE)}
         return {
             "secretName": names.clients_tls(self._job, self._pool.name, index),
             "items": [{"key": name, "path": path} for name, path in files.items()],

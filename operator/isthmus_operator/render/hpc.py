@@ -66,10 +66,29 @@ def pool_spec(
         image=spec.task.image,
         command=list(spec.task.command),
         env={item.name: item.value for item in spec.task.env},
+        privacy=_privacy(spec),
         federation=bridge_pb2.Federation(
             endpoint=address, server_name=ids.aggregator_server_name(job.uid), via_bridge=via_bridge
         ),
     )
+
+
+def _privacy(spec: FederatedJobSpec) -> bridge_pb2.Privacy | None:
+    """Return the protection that the manifest asks for; None, as for bridges that do not know the field, without any.
+
+    Keys and roots are not part of it: the site's clients get theirs from the bridge.
+    """
+    secure, private = spec.privacy.secure_aggregation, spec.privacy.differential_privacy
+    if secure is None and private is None:
+        return None
+    stated = bridge_pb2.Privacy()
+    if secure is not None:
+        stated.secure_aggregation = True
+        stated.min_parties, stated.min_clients = secure.min_parties, secure.min_clients
+    if private is not None:
+        stated.clip_norm, stated.noise_multiplier = float(private.clip_norm), float(private.noise_multiplier)
+        stated.delta, stated.max_epsilon = float(private.delta), float(private.max_epsilon or 0)
+    return stated
 
 
 def _host_port(host: str, port: int) -> str:

@@ -8,7 +8,7 @@ from google.protobuf import json_format
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..text import last_lines, one_line
-from .observed import FederationView, Metric, ModelView, PrivacyView
+from .observed import FederationView, Metric, ModelView, PrivacyView, SecureView
 
 # The limits of a FederatedJob's status; names may be as long as the aggregator accepts them.
 _MOST_METRICS = 256
@@ -36,6 +36,7 @@ def view(status: pb.FederationStatus) -> FederationView:
         model=_model(status.model),
         best_model=_model(status.best_model),
         privacy=_privacy(status.privacy) if status.HasField("privacy") else None,
+        secure=_secure(status.secure) if status.HasField("secure") else None,
     )
 
 
@@ -62,3 +63,14 @@ def _model(status: pb.ModelStatus) -> ModelView | None:
 
 def _privacy(status: pb.PrivacyStatus) -> PrivacyView:
     return PrivacyView(status.epsilon, status.delta, status.rounds, status.spent)
+
+
+def _secure(status: pb.SecureStatus) -> SecureView:
+    return SecureView(
+        status.round,
+        status.survivors,
+        status.dropouts,
+        status.parties,
+        status.clipped_ratio,
+        one_line(status.message),
+    )

@@ -13,6 +13,7 @@ from isthmus_contracts.wire.pki import Authority, Credentials
 
 from .job_record import ArrayKey
 from .observed import LONGEST_RETRY, PoolProblem, ProblemKind, Refusal, ServiceView
+from .parties import ClusterParty
 
 _FIRST_RETRY = 5.0  # seconds; doubled each time
 
@@ -33,6 +34,9 @@ class Dependents:
     fingerprint: str = ""  # of the authority
     authority_ends: bool = False  # soon
     certificates: Mapping[str, str] = field(default_factory=dict)
+    trust: str = ""  # see Observed
+    trust_problem: str = ""
+    party: ClusterParty | None = None  # if the job needs signing keys
     observer: Credentials | None = None
     service: ServiceView | None = None
     forbidden_references: tuple[str, ...] = ()  # references in templates that are not allowed

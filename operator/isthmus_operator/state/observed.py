@@ -210,6 +210,18 @@ class PrivacyView:
 
 
 @dataclass(frozen=True, slots=True)
+class SecureView:
+    """The newest instance of secure aggregation that ended."""
+
+    round: int
+    survivors: int
+    dropouts: int
+    parties: int
+    clipped_ratio: float = 0.0
+    message: str = ""  # why it failed
+
+
+@dataclass(frozen=True, slots=True)
 class FederationView:
     """The aggregator's report on the training."""
 
@@ -225,6 +237,7 @@ class FederationView:
     model: ModelView | None = None
     best_model: ModelView | None = None
     privacy: PrivacyView | None = None
+    secure: SecureView | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +259,8 @@ class Observed:
     authority: str = ""  # fingerprint of the job's CA; empty: there is none
     authority_ends: bool = False  # soon
     certificates: Mapping[str, str] = field(default_factory=dict)  # valid certificates: version by Secret
+    trust: str = ""  # with secure aggregation: the cloud clients' trust file
+    trust_problem: str = ""  # why it cannot be made
     delivered: Mapping[str, str] = field(default_factory=dict)  # version of the certificate that the site has, by key
     service: ServiceView | None = None
     node_address: str = ""  # of the aggregator's node

@@ -14,6 +14,14 @@ def test_flags() -> None:
     assert parse(["-A"]).namespaces == ()
 
 
+def test_the_place_of_the_signing_root(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["-A"]).signing_root == ""
+    assert parse(["-A", "--signing-root=keys/root"]).signing_root == "keys/root"
+    with pytest.raises(SystemExit):
+        parse(["-A", "--signing-root=root"])
+    assert "--signing-root: 'root' is not of the form NAMESPACE/NAME" in capsys.readouterr().err
+
+
 def test_namespaces_can_be_excluded(monkeypatch: pytest.MonkeyPatch) -> None:
     app = App(parse(["-A", "--exclude-namespace", "a", "--exclude-namespace=b"]))
     assert app.settings.excluded == {"a", "b"}

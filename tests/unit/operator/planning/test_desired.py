@@ -12,6 +12,7 @@ from isthmus_operator.effects import dependents
 from isthmus_operator.effects.apply import Effects
 from isthmus_operator.effects.bridge import Bridges
 from isthmus_operator.effects.kube import Kube, KubeError
+from isthmus_operator.effects.signing_root import SigningRoot
 from isthmus_operator.effects.site_holds import SiteHolds
 from isthmus_operator.planning import actions as act
 from isthmus_operator.planning.context import PlanOptions
@@ -29,6 +30,7 @@ SPEC = spec(
         "expose": {"type": "LoadBalancer", "annotations": {"lb": "internal"}, "ipFamilies": ["IPv6"]},
     }
 )
+NO_ROOT = SigningRoot(cast(Kube, None), "cluster", "")
 LIMITS = PlanOptions(network_policies=True, namespace="isthmus-system")
 
 
@@ -260,7 +262,9 @@ async def test_a_claim_of_an_earlier_job_is_taken_only_where_it_is_offered(
 ) -> None:
     claim = restored(**{"isthmus.dev/adopt": "demo"})
     claim["metadata"] |= change
-    found = await dependents.load(cast(Kube, Holding(claim)), job(SPEC), NOW, LIMITS, SiteStore(), resting=False)
+    found = await dependents.load(
+        cast(Kube, Holding(claim)), job(SPEC), NOW, LIMITS, SiteStore(), NO_ROOT, resting=False
+    )
     assert (set(found.adoptable) == {CLAIM}) is offered
     assert any(key.startswith(CLAIM) for key in found.conflicting) is not offered
 
