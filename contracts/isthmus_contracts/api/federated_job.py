@@ -320,6 +320,8 @@ class FederatedJobSpec(Resource):
             return
         if problem := private.problem(self.strategy.algorithm, self.most_trainers):
             raise ValueError(f"privacy.{problem}")
+        if secure is not None and (problem := secure.problem_with_noise()):
+            raise ValueError(problem)
         if self.strategy.deterministic:
             raise ValueError(
                 "strategy.deterministic: does not go with privacy.differentialPrivacy, whose noise must be random"

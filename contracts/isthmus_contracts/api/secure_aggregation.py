@@ -160,6 +160,17 @@ class SecureAggregation(Resource):
             or self._metric_problem(metric)
         )
 
+    def problem_with_noise(self) -> str | None:
+        """Return the problem with differential privacy beside it, after the field's name, or ``None``."""
+        for field, used, why in (
+            ("bits", self.bits == 16, "16 leaves no room for the noise; use 32"),
+            ("rotation", self.rotation, "it would move coordinates past the bound of clipNorm; leave it out"),
+            ("keep", self.keep is not None, "a part of an update is not clipped as the whole is; leave it out"),
+        ):
+            if used:
+                return f"{_NAME}.{field}: does not go with privacy.differentialPrivacy: {why}"
+        return None
+
     def summary(self, cohort: Cohort) -> list[str]:
         """Return lines about the clients that a round needs, the parties, and the people who are kept from updates."""
         clients = cohort.selected

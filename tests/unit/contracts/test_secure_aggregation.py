@@ -252,6 +252,20 @@ def test_a_sum_of_largest_values_does_not_wrap_around(bits: int, clients: int) -
     assert ring_steps(bits, clients) * clients < 2 ** (bits - 1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bits": 16, "maxExamples": 1000}, "bits: does not go with privacy.differentialPrivacy: 16 leaves no room"),
+        ({"rotation": True}, "rotation: does not go with privacy.differentialPrivacy: "),
+        ({"keep": "0.1"}, "keep: does not go with privacy.differentialPrivacy: "),
+    ],
+)
+def test_noise_needs_the_whole_ring_and_all_coordinates(settings: dict[str, Any], message: str) -> None:
+    noise = {"clipNorm": "1", "noiseMultiplier": "1", "delta": "1e-6"}
+    parse_spec(spec(privacy={"differentialPrivacy": noise}))
+    assert problem(spec(settings, privacy={"differentialPrivacy": noise})).startswith(f"{HERE}.{message}")
+
+
 def test_an_undeclared_algorithm_is_refused() -> None:
     strategy = parse_spec(SPEC).strategy.model_copy(update={"algorithm": "FedNew"})
     said = SecureAggregation()._rule_problem(strategy)
