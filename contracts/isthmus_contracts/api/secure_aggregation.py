@@ -263,6 +263,12 @@ class SecureAggregation(Resource):
                 f"{_NAME}.minParties: {self.min_parties} parties must take part, and the pools belong to"
                 f" {len(parties)} ({which}); add pools of other sites, or lower it"
             )
+        if self.min_parties > 1 and len(parties) == 2 and min(parties.values()) == 1:
+            alone, other = sorted(parties, key=lambda name: parties[name])
+            return (
+                f"pools: {party_title(alone)} has one client beside {party_title(other)}, which could subtract its own"
+                " updates from the sum, so that client would refuse; raise its replicas, or add another site"
+            )
         largest = max(parties, key=lambda name: parties[name], default="")
         if len(parties) > 1 and parties[largest] >= threshold(total):
             return (

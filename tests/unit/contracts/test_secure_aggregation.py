@@ -149,6 +149,11 @@ def test_a_bad_setting_is_one_line(settings: dict[str, Any], message: str) -> No
             " updates, so the others would refuse; at most 6 of 10 may belong to one party",
         ),
         (
+            spec({"minParties": 2}, pools=[cloud(2), site("lumi", 1)]),
+            "spec.pools: site lumi has one client beside the cluster, which could subtract its own updates from the"
+            " sum, so that client would refuse; raise its replicas, or add another site",
+        ),
+        (
             spec(strategy={"deterministic": True}),
             f"spec.strategy.deterministic: does not go with {NAME}, whose sums of integers do not depend on the order,"
             " and whose rounding is random; leave it out",
