@@ -856,6 +856,7 @@ class SecureJournal(_message.Message):
     GONE_FIELD_NUMBER: _builtins.int
     PHASE_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    COMPLAINTS_FIELD_NUMBER: _builtins.int
     job_uid: _builtins.str
     phase: _builtins.int
     """as isthmus.secure_aggregation.server.Phase numbers it"""
@@ -880,6 +881,8 @@ class SecureJournal(_message.Message):
     def gone(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """dropped for a fault, or left; their answers are not awaited"""
 
+    @_builtins.property
+    def complaints(self) -> _containers.RepeatedCompositeFieldContainer[Global___SecureComplaintOf]: ...
     def __init__(
         self,
         *,
@@ -894,14 +897,38 @@ class SecureJournal(_message.Message):
         gone: _abc.Iterable[_builtins.int] | None = ...,
         phase: _builtins.int = ...,
         failure: _builtins.str = ...,
+        complaints: _abc.Iterable[Global___SecureComplaintOf] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "consents", b"consents", "entries", b"entries", "failure", b"failure", "gone", b"gone", "job_uid", b"job_uid", "nonces", b"nonces", "phase", b"phase", "senders", b"senders", "survivors", b"survivors", "unmasks", b"unmasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "complaints", b"complaints", "consents", b"consents", "entries", b"entries", "failure", b"failure", "gone", b"gone", "job_uid", b"job_uid", "nonces", b"nonces", "phase", b"phase", "senders", b"senders", "survivors", b"survivors", "unmasks", b"unmasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SecureJournal: _TypeAlias = SecureJournal  # noqa: Y015
+
+@_typing.final
+class SecureComplaintOf(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    COMPLAINT_FIELD_NUMBER: _builtins.int
+    entry: _builtins.int
+    @_builtins.property
+    def complaint(self) -> Global___SecureComplaint: ...
+    def __init__(
+        self,
+        *,
+        entry: _builtins.int = ...,
+        complaint: Global___SecureComplaint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complaint", b"complaint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complaint", b"complaint", "entry", b"entry"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecureComplaintOf: _TypeAlias = SecureComplaintOf  # noqa: Y015
 
 @_typing.final
 class SecureUnmaskOf(_message.Message):

@@ -85,6 +85,19 @@ def derive(secret: bytes, scope: Scope, purpose: str, first: int, second: int) -
     return hkdf(secret, context)
 
 
+def self_mask_key(seed: bytes, scope: Scope, entry: int) -> bytes:
+    """Return the key of a client's self mask, from its seed."""
+    return derive(seed, scope, "self mask", entry, entry)
+
+
+def pair_mask(secret: bytes, scope: Scope, own: int, peer: int) -> tuple[bytes, int]:
+    """Return the key of the mask between two clients, from what their mask keys agree on, and the sign at ``own``.
+
+    The sum of both clients' updates is free of it: one adds what the other subtracts.
+    """
+    return derive(secret, scope, "mask", min(own, peer), max(own, peer)), 1 if own < peer else -1
+
+
 def hkdf(secret: bytes, info: bytes, salt: bytes | None = None, length: int = KEY_BYTES) -> bytes:
     """Return HKDF-SHA256 (RFC 5869) of a secret."""
     return HKDF(SHA256(), length, salt, info).derive(secret)

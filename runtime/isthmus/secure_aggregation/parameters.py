@@ -74,3 +74,21 @@ class Outgoing(NamedTuple):
 
     who: ClientId
     message: pb.SecureServerMessage
+
+
+class Fault(NamedTuple):
+    """A message of a client that broke the protocol, or its refusal to go on."""
+
+    who: ClientId
+    reason: str
+    """One word of ``refusal.Reason``, or ``REFUSED``."""
+    message: str
+    """One line."""
+
+
+REFUSED = "refused"
+
+
+def point(entry: int) -> int:
+    """Return the point of an entry's shares. At 0 would be the secret itself."""
+    return entry + 1

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
@@ -73,7 +73,7 @@ def entry_text(terms: Terms, entry: pb.SecureEntry) -> bytes:
 
 
 def graph_seed(terms: Terms, roster_text_digest: bytes, nonces: Iterable[bytes]) -> bytes:
-    """Return the seed of the graph: nobody knows it before the entries and the commitments to all nonces are fixed."""
+    """Return the seed of the graph: the entries and the commitments to all nonces are fixed before it is known."""
     return _hash(canonical(_DOMAIN + "graph", terms.text, roster_text_digest, *sorted(nonces)))
 
 
@@ -106,8 +106,9 @@ def encode(message: Message) -> bytes:
     Each field is its number, the number of its values, and each value after its length. Raises ``TypeError`` for maps.
     """
     parts = []
-    fields: list[FieldDescriptor] = sorted(message.DESCRIPTOR.fields, key=lambda each: each.number)
-    for field in fields:
+    # The types of the two implementations of protobuf differ, their attributes do not.
+    fields = cast(Sequence[FieldDescriptor], message.DESCRIPTOR.fields)
+    for field in sorted(fields, key=lambda each: each.number):
         value = getattr(message, field.name)
         if field.is_repeated:
             if field.message_type is not None and field.message_type.GetOptions().map_entry:
