@@ -18,6 +18,7 @@ _PLACES: dict[str, tuple[re.Pattern[str], ...]] = {
     "bridge/systemd/isthmus-bridge.container": (_IMAGE,),
     "examples/digits.yaml": (_IMAGE,),
     "examples/fashion-mnist.yaml": (_IMAGE,),
+    "examples/secure.yaml": (_IMAGE,),
     "docs/tutorials/data-scientist.md": (_IMAGE,),
     "docs/tutorials/platform-engineer.md": (_IMAGE,),
     "docs/development/releases.md": (re.compile(rf"isthmus-{_V}"), re.compile(rf"--version {_V}")),

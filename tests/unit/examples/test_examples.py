@@ -13,7 +13,7 @@ from isthmus_examples.training import Examples, Settings, evaluate, train
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
-@pytest.mark.parametrize("name", ["digits.yaml", "fashion-mnist.yaml"])
+@pytest.mark.parametrize("name", ["digits.yaml", "fashion-mnist.yaml", "secure.yaml"])
 def test_job_manifests_are_valid(name: str) -> None:
     job = load_federated_job(EXAMPLES / name)
     assert {pool.cloud is None for pool in job.spec.pools} == {True, False}  # a cloud and an HPC pool
@@ -24,7 +24,7 @@ def test_job_manifests_are_valid(name: str) -> None:
 def test_the_site_manifest_is_valid_and_is_the_one_that_the_jobs_name() -> None:
     site = yaml.safe_load((EXAMPLES / "hpcsite.yaml").read_text(encoding="utf-8"))
     assert parse_site_spec(site["spec"]).allows("default")
-    for name in ("digits.yaml", "fashion-mnist.yaml"):
+    for name in ("digits.yaml", "fashion-mnist.yaml", "secure.yaml"):
         pools = load_federated_job(EXAMPLES / name).spec.pools
         assert {pool.hpc.site_ref.name for pool in pools if pool.hpc} == {site["metadata"]["name"]}
 

@@ -87,6 +87,7 @@ MANIFESTS = [
     spec(cloud=3, hpc=2, selection={"policy": "All"}, aggregator={"expose": {"type": "NodePort"}}),
     yaml.safe_load((ROOT / "examples" / "digits.yaml").read_text())["spec"],
     yaml.safe_load((ROOT / "examples" / "fashion-mnist.yaml").read_text())["spec"],
+    yaml.safe_load((ROOT / "examples" / "secure.yaml").read_text())["spec"],
 ]  # fmt: skip
 
 
