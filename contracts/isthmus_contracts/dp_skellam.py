@@ -1,10 +1,10 @@
 """Privacy accounting of integer noise that clients add: the Skellam mechanism, and the integer grid that it acts on.
 
-A client's change of the model is scaled to the grid and rounded at random, and each coordinate gets the difference of
-two Poisson variables. The sum of such differences is one of the same kind, with the sum of the variances, so what is
-opened has Skellam noise, however many clients contribute. Its Renyi divergence is bounded by theorem 3.5 and corollary
-4.1 of Agarwal, Kairouz and Liu, "The Skellam Mechanism for Differentially Private Federated Learning" (2021).
-Amplification by sampling is not claimed; docs/training/privacy.md explains why.
+A client's change of the model is scaled to the grid and truncated to whole steps, which cannot make it longer, and each
+coordinate gets the difference of two Poisson variables. The sum of such differences is one of the same kind, with the
+sum of the variances, so what is opened has Skellam noise, however many clients contribute. Its Renyi divergence is
+bounded by theorem 3.5 and corollary 4.1 of Agarwal, Kairouz and Liu, "The Skellam Mechanism for Differentially Private
+Federated Learning" (2021). Amplification by sampling is not claimed; docs/training/privacy.md explains why.
 """
 
 import math
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 # Integers, as the theorem requires. Between them the optimum is flat.
 _ORDERS = (*range(2, 257), *(round(256 * 2 ** (power / 8)) for power in range(1, 97)))
-# Probability that a rounding at random is too long and is drawn again, at most.
-_REDRAWN = 1e-3
 # Standard deviations of the noise that fit into the ring beside the clients' values. With more than 1,000 steps of
 # noise, a coordinate exceeds them with a probability below 1e-30.
 _TAILS = 12.0
+COUNT_STEPS = 2**10
+"""Steps per client of the noise on a count of clients."""
 
 
 def renyi_line(squared: float, absolute: float, variance: float) -> tuple[float, float]:
@@ -52,10 +52,10 @@ class SkellamSpent:
     slope: float = 0.0
     offset: float = 0.0
 
-    def after(self, squared: float, absolute: float, variance: float, rounds: int = 1) -> "SkellamSpent":
-        """Return the privacy spent after ``rounds`` further sums. The arguments are those of :func:`renyi_line`."""
-        slope, offset = renyi_line(squared, absolute, variance)
-        return SkellamSpent(self.rounds + rounds, self.slope + rounds * slope, self.offset + rounds * offset)
+    def after(self, *lines: tuple[float, float], sums: int = 1) -> "SkellamSpent":
+        """Return the privacy spent after ``sums`` further sums, whose bounds of :func:`renyi_line` add up."""
+        slope, offset = (sum(each) for each in zip(*lines, strict=True))
+        return SkellamSpent(self.rounds + sums, self.slope + sums * slope, self.offset + sums * offset)
 
     def epsilon(self, delta: float) -> float:
         """Return the epsilon for a delta."""
@@ -67,13 +67,9 @@ class Grid:
     """Integer grid of the clipped changes, and the noise on it."""
 
     steps: int
-    """Steps in one clipping norm."""
-    squared: int
-    """Largest squared L2 norm of one client's rounded change, in steps."""
-    absolute: float
-    """Largest L1 norm of it, in steps."""
+    """Steps in one clipping norm: the largest L2 norm of one client's truncated change."""
     mean: int
-    """Mean of each of the two Poisson variables whose difference is one client's noise on a coordinate."""
+    """Mean of each of the two Poisson variables whose difference is one client's noise on a coordinate; 0: none."""
     contributors: int
     """Number of contributors whose noise is enough."""
 
@@ -84,56 +80,56 @@ class Grid:
 
     @property
     def variance(self) -> int:
-        """Variance of the noise of an opened sum, in squared steps, at least."""
+        """Least variance of the noise of an opened sum, in squared steps."""
         return 2 * self.mean * self.contributors
 
     @property
-    def rounding_cost(self) -> float:
-        """Factor by which rounding lengthens a client's change at most, and with it the noise."""
-        return math.sqrt(self.squared) / self.steps
+    def line(self) -> tuple[float, float]:
+        """Bound of the divergences of an opened sum."""
+        # The L1 norm of whole numbers is at most their squared L2 norm. On a fine grid the difference does not show.
+        return renyi_line(float(self.steps) ** 2, float(self.steps) ** 2, self.variance)
 
     def reach(self, clients: int) -> float:
         """Return the largest absolute value of a coordinate of the sum of ``clients``, in steps."""
-        return clients * math.sqrt(self.squared) + _TAILS * math.sqrt(clients) * self.deviation
-
-    def after(self, spent: SkellamSpent, sums: int = 1) -> SkellamSpent:
-        """Return the privacy spent after ``sums`` further opened sums on this grid."""
-        return spent.after(self.squared, self.absolute, self.variance, sums)
+        return clients * self.steps + _TAILS * math.sqrt(clients) * self.deviation
 
 
-def rounded_norm(steps: float, coordinates: int, redrawn: float = _REDRAWN) -> float:
-    """Return a bound of the squared L2 norm of a vector of ``steps`` length after rounding at random, in steps.
+def poisson_mean(deviation: float, contributors: int) -> int:
+    """Return the mean of each Poisson variable of a client, for this deviation of ``contributors`` together."""
+    return math.ceil(deviation * deviation / (2 * contributors) * (1 + 1e-12))
 
-    A rounding that exceeds it is drawn again, so the bound always holds; ``redrawn`` bounds how often that happens.
-    Kairouz, Liu and Steinke, "The Distributed Discrete Gaussian Mechanism" (2021), equation 1.
+
+def count_line(mean: int, contributors: int) -> tuple[float, float]:
+    """Return the bound for a count of clients with noise of :func:`count_mean`. A client changes it by one half."""
+    change = COUNT_STEPS / 2
+    return renyi_line(change * change, change, 2.0 * mean * contributors)
+
+
+def count_mean(deviation: float, contributors: int) -> int:
+    """Return the mean of each Poisson variable of a client for noise on a count, in steps of ``1 / COUNT_STEPS``.
+
+    ``deviation``: standard deviation of the noise of ``contributors`` together, in clients.
     """
-    root = math.sqrt(coordinates)
-    often = steps * steps + coordinates / 4 + math.sqrt(2 * math.log(1 / redrawn)) * (steps + root / 2)
-    return min(often, (steps + root) ** 2)
+    return poisson_mean(deviation * COUNT_STEPS, contributors)
 
 
-def grid_of(bits: int, clients: int, coordinates: int, noise_multiplier: float, contributors: int) -> Grid:
+def grid_of(bits: int, clients: int, noise_multiplier: float, contributors: int) -> Grid:
     """Return the finest grid for which the sum of ``clients`` with its noise fits into the ring.
 
     ``contributors``: the least number of clients in an opened sum. Together, the noise of that many has a standard
-    deviation of ``noise_multiplier`` times the length of one client's rounded change. Raises ``ValueError`` for a ring
-    that has no room.
+    deviation of ``noise_multiplier`` times the clipping norm. Raises ``ValueError`` for a ring that has no room.
     """
     most = 2 ** (bits - 1) - 1
 
     def candidate(steps: int) -> Grid:
-        squared = math.ceil(rounded_norm(steps, coordinates))
-        mean = math.ceil(noise_multiplier * noise_multiplier * squared / (2 * contributors) * (1 + 1e-12))
-        absolute = min(math.sqrt(squared) * math.sqrt(coordinates), squared)
-        return Grid(steps, squared, absolute, mean, contributors)
+        return Grid(steps, poisson_mean(noise_multiplier * steps, contributors), contributors)
 
-    low, high = 0, most
+    low, high = 0, most + 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if candidate(middle).reach(clients) <= most else (low, middle)
     if low == 0:
         raise ValueError(
-            f"a ring of {bits} bits has no room for {clients} clients with {coordinates:,} coordinates and a"
-            f" noiseMultiplier of {noise_multiplier:g}"
+            f"a ring of {bits} bits has no room for {clients} clients and noise of {noise_multiplier:g} clipping norms"
         )
     return candidate(low)

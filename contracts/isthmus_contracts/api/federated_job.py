@@ -22,7 +22,7 @@ from .fields import (
 )
 from .participation import Selection, Stragglers
 from .privacy import Privacy
-from .secure_aggregation import Cohort
+from .secure_aggregation import Cohort, threshold
 from .strategy import Strategy
 from .task import Task
 from .tracking import Tracking
@@ -197,12 +197,31 @@ class FederatedJobSpec(Resource):
         """Effective quorum."""
         secure = self.privacy.secure_aggregation
         least = secure.min_clients if secure is not None else 2
+        if secure is not None and self._clients_add_noise:
+            # The fewer may contribute, the more noise each adds. Two thirds of a round's clients are a compromise.
+            replicas = sum(pool.replicas for pool in self.pools if pool.role == "Train")
+            share = exactly(self.selection.fraction) if self.selection.policy != "All" else 1
+            least = max(least, threshold(math.ceil(share * replicas)))
         return self.selection.min_clients or min(least, self.fewest_trainers)
 
     @property
     def min_updates(self) -> int:
         """Effective minimum number of updates of a round."""
         return self.stragglers.min_updates or min(self.min_clients, self.strategy.round_size or self.min_clients)
+
+    @property
+    def noise_contributors(self) -> int:
+        """Number of clients whose noise is enough for differential privacy: the least of an opened sum. 0 if the
+        aggregator adds the noise."""
+        secure = self.privacy.secure_aggregation
+        if secure is None or not self._clients_add_noise:
+            return 0
+        return max(self.min_updates, secure.min_clients)
+
+    @property
+    def _clients_add_noise(self) -> bool:
+        private = self.privacy.differential_privacy
+        return private is not None and private.noise == "Distributed"
 
     @property
     def folds_late(self) -> bool:

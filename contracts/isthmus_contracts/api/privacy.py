@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import field_validator, model_validator
 
 from ..dp_accounting import Spent
+from ..dp_skellam import epsilon_of_line
 from .fields import Decimal, Resource, single_precision_problem
 from .secure_aggregation import SecureAggregation
 from .strategy import Algorithm
@@ -117,7 +118,11 @@ class DifferentialPrivacy(Resource):
             return self
         if not (limit := float(self.max_epsilon)) > 0 or not math.isfinite(limit):
             raise ValueError(f"maxEpsilon: must be above 0 and finite, not {self.max_epsilon}")
-        first = Spent().after(float(self.noise_multiplier)).epsilon(float(self.delta))
+        noise, delta = float(self.noise_multiplier), float(self.delta)
+        if self.noise == "Distributed":
+            first = epsilon_of_line(1 / (2 * noise * noise), 0.0, delta)
+        else:
+            first = Spent().after(noise).epsilon(delta)
         if first > limit:
             raise ValueError(
                 f"maxEpsilon: {self.max_epsilon} does not pay for one round, which costs {first:.4g} with"

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+from isthmus_contracts.pb import secure_aggregation_pb2 as pb
+
 from ..strategies.base import Strategy, StrategyError, Update, wide
 from ..tensors import State
 from .adaptive import Adaptation
@@ -44,14 +46,16 @@ class Private(Strategy):
 
     def __init__(
         self, rule: Strategy, clip_norm: float, noise_multiplier: float, clients: int,
-        normals: Callable[[int], Normals] = gaussian, adaptation: Adaptation | None = None,
+        normals: Callable[[int], Normals] = gaussian, adaptation: Adaptation | None = None, contributors: int = 0,
     ) -> None:  # fmt: skip
         """``normals``: returns a number of independent standard normal numbers. ``clip_norm``: with ``adaptation``,
-        that of the first round."""
+        that of the first round. ``contributors``: if above 0, the clients add the noise, and this many enough of it.
+        """
         self._rule = rule
         self.clip_norm = self.next_clip_norm = clip_norm
         """Norms of the round in progress, and of the one after it."""
         self._adaptation = adaptation
+        self._contributors = contributors
         self._noise = adaptation.sum_multiplier(noise_multiplier) if adaptation else noise_multiplier
         self._clients = clients
         self._normals = normals
@@ -78,6 +82,15 @@ class Private(Strategy):
                 f"spec.privacy.differentialPrivacy: the model holds statistics of its clients' data ({shown}), which"
                 " noise would make useless; use GroupNorm or LayerNorm instead"
             )
+
+    def secure_noise(self) -> pb.SecureNoise:
+        """Return the part of the mechanism that clients do themselves in the next round, under secure aggregation."""
+        noise = pb.SecureNoise(clip_norm=self.next_clip_norm)
+        if self._contributors:
+            noise.kind, noise.noise_multiplier = pb.SecureNoise.SKELLAM, self._noise
+            noise.contributors = self._contributors
+            noise.count_noise = self._adaptation.count_noise if self._adaptation is not None else 0.0
+        return noise
 
     def begin(self, model: State) -> None:
         self.check(model)

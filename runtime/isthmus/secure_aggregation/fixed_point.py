@@ -1,7 +1,7 @@
 """Quantisation of one client's update for a secure sum, and the sums that come out."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,7 @@ from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 
 from ..strategies.base import wide
 from ..tensors import State, flat
+from .client_noise import Noise, add_count_noise, coordinate_noise
 from .encoding import scalars
 from .encoding.projection import Projection
 from .encoding.rounding import Entropy, Rounding
@@ -22,8 +23,6 @@ __all__ = [
     "quantise",
 ]  # fmt: skip
 
-Noise = Callable[[str, torch.Tensor], None]
-"""Function that adds a client's own noise to the integers (int64, one dimension) of a part of a masked tensor."""
 # Relative margin below the norm's bound, larger than all rounding errors of doubles when a change is scaled.
 _SLACK = 1e-9
 # Bound of the rounding errors of single precision in quantise and mean_change, relative to the clip.
@@ -72,13 +71,14 @@ def quantise(
     A coordinate is ``weight / largest weight * change / clip``, in units of ``1 / levels(layout)``, clipped to
     ``[-1, 1]`` and rounded stochastically, so without bias. Whole numbers are sent exactly. ``base``: the model that
     the client trained from. With a bound of the norm (differential privacy) the whole change is scaled down to it, and
-    rounded toward zero, which cannot make it longer.
+    rounded toward zero, which cannot make it longer. ``noise``: added then; default: what the layout asks for.
     Memory: that of the result, and a few blocks. Raises :class:`LayoutError` and :class:`UpdateError`.
     """
     if problem := problem_with(layout, base):
         raise LayoutError(problem)
     _check_rest(layout, base, trained)
     rounding, weight = Rounding(entropy), weight_of(layout, contribution.examples)
+    noise = noise or coordinate_noise(layout)
     shrink = 1.0
     values = _values(layout, contribution)
     if layout.noise.clip_norm and layout.tensors:
@@ -103,6 +103,7 @@ def quantise(
         result[tensor.name] = out
     values[scalars.CLIPPED] = float(clipped)
     result[SCALARS], limited = scalars.encode(layout, values, weight)
+    add_count_noise(layout, result)
     known = scalars.metric_names(layout)
     unbounded = sorted({*contribution.metrics, *contribution.evaluation} - known)
     return Quantised(result, clipped, tuple(limited), bool(values[scalars.CAPPED]), tuple(unbounded))

@@ -4,10 +4,12 @@ import hashlib
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
 from isthmus_contracts.api.federated_job import FederatedJobSpec
+from isthmus_contracts.dp_skellam import Grid, grid_of
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2 import TensorSpec
 
@@ -27,11 +29,10 @@ _DTYPES = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 _NAMES = {16: "I16", 32: "I32", 64: "I64"}
 # Numbers that divide a client's change, and the smallest that counts: FedNova's first step weighs 1 at least.
 _DIVISORS = ("steps", "travel")
+# Largest clipping norm, noise multiplier, and noise of a count.
+_MOST_NOISE = 1e12
 # A double holds all whole numbers up to here.
 _MOST_EXACT = 2**53
-# Standard deviations of the sum of all clients' noise that the ring has room for. A normal number exceeds them with a
-# probability of 2e-23.
-_NOISE_DEVIATIONS = 10.0
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,7 @@ def make_layout(
     layout.scalars.extend(scalars.of_evaluation(parameters.metrics, parameters.max_examples))
     for scalar in layout.scalars:
         scalars.fraction_bits(layout, scalar)
-    if levels(layout) < 1:
-        raise LayoutError(f"{layout.bits} bits are too few for a sum over {layout.max_clients} clients")
+    levels(layout)
     return layout
 
 
@@ -216,14 +216,21 @@ def levels(layout: pb.SecureLayout) -> int:
     """Return the largest integer that a client's coordinate is quantised to, before noise of its own.
 
     It follows from the ring and the largest number of clients: ``max_clients * levels`` and the room for their noise
-    are at most ``2^(bits - 1) - 1``, so that a sum of any of them cannot wrap around. The room is 10 standard
-    deviations of the noise of all clients together.
+    are at most ``2^(bits - 1) - 1``, so that a sum of any of them cannot wrap around. Raises :class:`LayoutError`.
     """
-    most = (1 << (layout.bits - 1)) - 1
-    if not layout.noise.standard_deviation:
-        return most // layout.max_clients
-    ratio = layout.noise.standard_deviation / layout.noise.clip_norm
-    return int(most / (layout.max_clients + _NOISE_DEVIATIONS * ratio * math.sqrt(layout.max_clients)))
+    return grid(layout).steps
+
+
+def grid(layout: pb.SecureLayout) -> Grid:
+    """Return the steps of one client's largest coordinate, and its noise. Raises :class:`LayoutError`."""
+    noise = layout.noise
+    try:
+        return _grid(layout.bits, layout.max_clients, noise.noise_multiplier, max(noise.contributors, 1))
+    except ValueError as error:
+        raise LayoutError(f"privacy.secureAggregation.bits: {error}") from None
+
+
+_grid = lru_cache(maxsize=64)(grid_of)
 
 
 def unit(layout: pb.SecureLayout, tensor: pb.SecureTensor) -> float:
@@ -241,13 +248,8 @@ def problem_with(layout: pb.SecureLayout, base: State) -> str | None:
         return "the bounds of clients or examples are out of range"
     if not math.isfinite(layout.keep_fraction) or not 0 <= layout.keep_fraction <= 1:
         return "keep_fraction is not a share"
-    noise = layout.noise
-    if not all(math.isfinite(number) and number >= 0 for number in (noise.clip_norm, noise.standard_deviation)):
-        return "the bounds of differential privacy are out of range"
-    if noise.standard_deviation and not noise.clip_norm:
-        return "noise needs a bound of the changes"
-    if levels(layout) < 1:
-        return f"{layout.bits} bits are too few for a sum over {layout.max_clients} clients"
+    if problem := _noise_problem(layout):
+        return problem
     seen: set[str] = set()
     for tensor in layout.tensors:
         if tensor.name in seen or tensor.name == SCALARS:
@@ -260,6 +262,23 @@ def problem_with(layout: pb.SecureLayout, base: State) -> str | None:
     try:
         for scalar in layout.scalars:
             scalars.fraction_bits(layout, scalar)
+    except LayoutError as error:
+        return str(error)
+    return None
+
+
+def _noise_problem(layout: pb.SecureLayout) -> str | None:
+    noise = layout.noise
+    if not all(0 <= number <= _MOST_NOISE for number in (noise.clip_norm, noise.noise_multiplier, noise.count_noise)):
+        return "the bounds of differential privacy are out of range"
+    if noise.kind != (pb.SecureNoise.SKELLAM if noise.noise_multiplier else pb.SecureNoise.KIND_UNSPECIFIED):
+        return "the kind of its noise is not known"
+    if noise.noise_multiplier and not (noise.clip_norm and 1 < noise.contributors <= layout.max_clients):
+        return "noise needs a bound of the changes, and more than one contributor"
+    if noise.count_noise and not noise.noise_multiplier:
+        return "a count has noise, and the changes have none"
+    try:
+        levels(layout)
     except LayoutError as error:
         return str(error)
     return None

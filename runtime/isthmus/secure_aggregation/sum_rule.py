@@ -95,6 +95,8 @@ class SecureSum(Strategy):
 
         Raises :class:`StrategyError` if the model cannot be summed.
         """
+        if noise is None and isinstance(self._rule, Private):
+            noise = self._rule.secure_noise()
         try:
             layout = make_layout(self._parameters, model, buffers, frozen, self._history, seed, noise)
         except LayoutError as error:
@@ -179,8 +181,8 @@ class SecureSum(Strategy):
     def _finish_private(self, rule: Private) -> State:
         totals = {source(tensor): flat(self.accumulator[tensor.name]) for tensor in self.layout.tensors}
         clip_norm, steps = self.layout.noise.clip_norm, levels(self.layout)
-        clipped = round(self.sums.scalars[LONG])
-        return rule.finish_sum(self._model, totals, clip_norm, steps, self.contributors, clipped)
+        clipped, noisy = self.sums.scalars[LONG], bool(self.layout.noise.noise_multiplier)
+        return rule.finish_sum(self._model, totals, clip_norm, steps, self.contributors, clipped, noisy=noisy)
 
     def _take(self, name: str) -> torch.Tensor:
         """Return a tensor of the sum. If its memory is the strategy's own, it is freed once it has been used."""

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from scipy import special
 
 from isthmus_contracts.dp_accounting import Spent
-from isthmus_contracts.dp_skellam import SkellamSpent, epsilon_of_line, grid_of, renyi_line, rounded_norm
+from isthmus_contracts.dp_skellam import (
+    Grid,
+    SkellamSpent,
+    count_line,
+    count_mean,
+    epsilon_of_line,
+    grid_of,
+    poisson_mean,
+    renyi_line,
+)
 
 # Written by python -m bench.peers.accountant.
 REFERENCE = [json.loads(line) for line in (Path(__file__).parent / "accountant.jsonl").read_text().splitlines()]
@@ -47,7 +56,7 @@ def test_the_bound_holds_and_is_close(order: int, sensitivity: int, noise: float
 def test_an_independent_accountant_reports_less_and_not_much_less(case: dict[str, float]) -> None:
     """Its privacy losses are those of one coordinate, for which the discretised account is tight."""
     steps, noise, rounds = int(case["sensitivity"]), case["noise_multiplier"], int(case["rounds"])
-    ours = SkellamSpent().after(steps**2, steps, (noise * steps) ** 2, rounds).epsilon(case["delta"])
+    ours = SkellamSpent().after(renyi_line(steps**2, steps, (noise * steps) ** 2), sums=rounds).epsilon(case["delta"])
     assert case["skellam_losses"] <= ours
     if steps == 64:
         # What Renyi's divergences cost, as for Gaussian noise.
@@ -67,57 +76,61 @@ def test_the_conversion_from_divergences_is_an_upper_bound(noise: float) -> None
 
 
 def test_sums_add_up_and_nothing_opened_costs_nothing() -> None:
-    one = SkellamSpent().after(64.0, 64.0, 4096.0, 3)
-    assert one.after(64.0, 64.0, 4096.0, 2) == SkellamSpent().after(64.0, 64.0, 4096.0, 5)
-    assert one.rounds == 3 and one.epsilon(1e-5) < one.after(64.0, 64.0, 4096.0).epsilon(1e-5)
+    line = renyi_line(64.0, 64.0, 4096.0)
+    one = SkellamSpent().after(line, sums=3)
+    assert one.after(line, sums=2) == SkellamSpent().after(line, sums=5)
+    assert one.rounds == 3 and one.epsilon(1e-5) < one.after(line).epsilon(1e-5)
     assert SkellamSpent().epsilon(1e-5) == 0.0
 
 
-@given(
-    st.sampled_from([16, 32]),
-    st.integers(3, 300),
-    st.integers(1, 10**9),
-    st.floats(1e-2, 50),
-    st.floats(0.67, 1.0),
-)
-def test_a_grid_fits_its_ring_and_has_the_noise(bits: int, clients: int, size: int, noise: float, share: float) -> None:
+@given(st.sampled_from([16, 32]), st.integers(3, 300), st.floats(0, 50), st.floats(0.67, 1.0))
+def test_a_grid_fits_its_ring_and_has_the_noise(bits: int, clients: int, noise: float, share: float) -> None:
     contributors = math.ceil(share * clients)
     try:
-        grid = grid_of(bits, clients, size, noise, contributors)
+        grid = grid_of(bits, clients, noise, contributors)
     except ValueError as error:
         assert bits == 16 and "has no room" in str(error)
         return
     assert grid.reach(clients) <= 2 ** (bits - 1) - 1
     # The noise of the fewest contributors, compared with the longest change.
-    assert grid.variance >= noise**2 * grid.squared
-    assert grid.squared >= grid.steps**2
-    # The account is that of the central mechanism, plus what the grid costs.
-    gaussian = epsilon_of_line(grid.squared / (2 * grid.variance), 0.0, 1e-5)
-    assert gaussian * (1 - 1e-6) <= grid.after(SkellamSpent()).epsilon(1e-5)
+    assert grid.variance >= (noise * grid.steps) ** 2
+    # No finer grid fits.
+    finer = Grid(grid.steps + 1, poisson_mean(noise * (grid.steps + 1), contributors), contributors)
+    assert finer.reach(clients) > 2 ** (bits - 1) - 1
+    if grid.variance:
+        gaussian = epsilon_of_line(grid.steps**2 / (2 * grid.variance), 0.0, 1e-5)
+        assert gaussian * (1 - 1e-6) <= SkellamSpent().after(grid.line).epsilon(1e-5)
 
 
-def test_a_fine_grid_costs_nothing_and_a_coarse_one_little() -> None:
-    fine, coarse = grid_of(32, 16, 2_500_000, 4.0, 11), grid_of(16, 16, 13_258, 4.0, 11)
-    assert fine.rounding_cost < 1.0001 and coarse.rounding_cost < 1.02
-    for grid in (fine, coarse):
+def test_a_grid_costs_little() -> None:
+    for grid in (grid_of(32, 16, 4.0, 11), grid_of(16, 16, 4.0, 11)):
         exact = Spent().after(4.0, 100).epsilon(1e-5)
-        assert exact <= grid.after(SkellamSpent(), 100).epsilon(1e-5) <= 1.08 * exact
+        assert exact <= SkellamSpent().after(grid.line, sums=100).epsilon(1e-5) <= 1.08 * exact
+
+
+def test_without_noise_the_clients_share_the_ring() -> None:
+    assert grid_of(32, 16, 0.0, 1).steps == (2**31 - 1) // 16
+    assert grid_of(32, 16, 0.0, 1).mean == 0
 
 
 def test_a_ring_without_room_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a ring of 16 bits has no room for 10000 clients with 100 coordinates"):
-        grid_of(16, 10_000, 100, 100.0, 6667)
+    with pytest.raises(ValueError, match=r"a ring of 16 bits has no room for 40000 clients and noise of 100 clipping"):
+        grid_of(16, 40_000, 100.0, 26_667)
 
 
-@pytest.mark.parametrize("size", [1, 50, 20_000])
-@pytest.mark.parametrize("steps", [3.0, 300.0])
-def test_roundings_are_rarely_drawn_again(size: int, steps: float) -> None:
-    dice = np.random.default_rng(size)
-    vector = dice.standard_normal(size)
-    vector *= steps / np.linalg.norm(vector)
-    bound, long = rounded_norm(steps, size), 0
-    for _ in range(200):
-        rounded = np.floor(vector + dice.random(size))
-        assert float(np.square(rounded).sum()) <= (steps + math.sqrt(size)) ** 2
-        long += float(np.square(rounded).sum()) > bound
-    assert long <= 2
+def test_more_contributors_than_the_fewest_mean_more_noise() -> None:
+    """Skellam variables add up: any set of survivors has the noise of its size."""
+    grid = grid_of(32, 16, 2.0, 11)
+    assert grid.variance == pytest.approx((2.0 * grid.steps) ** 2, rel=1e-6)
+    assert 16 * grid.deviation**2 == pytest.approx(16 / 11 * grid.variance)
+
+
+@pytest.mark.parametrize("noise", [0.6, 5.0, 50.0])
+def test_a_count_costs_what_its_noise_says(noise: float) -> None:
+    """A client moves it by one half: the account is that of a multiplier of twice the noise in clients."""
+    mean = count_mean(noise, 11)
+    exact = Spent().after(2 * noise, 30).epsilon(1e-5)
+    assert exact <= SkellamSpent().after(count_line(mean, 11), sums=30).epsilon(1e-5) <= 1.2 * exact
+    both = SkellamSpent().after(grid_of(32, 16, 2.0, 11).line, count_line(mean, 11))
+    assert both.rounds == 1
+    assert both.slope == pytest.approx(1 / (2 * 2.0**2) + 1 / (2 * (2 * noise) ** 2), rel=1e-3)

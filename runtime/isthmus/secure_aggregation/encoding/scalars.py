@@ -23,6 +23,8 @@ _KNOWN = frozenset({EXAMPLES, CLIPPED, CAPPED, LIMITED, LONG, STEPS})
 # A metric's name may hold dots, but no colon.
 _METRIC, _EVALUATION, _WEIGHT = "metric.", "evaluation.", ":examples"
 _MOST_FRACTION_BITS = 40
+# Standard deviations within which noise is plausible.
+_DEVIATIONS = 12.0
 # Binary logarithm of the bound of a sum. The other half of the ring is for the rounding of each summand.
 _SUM_BITS = 62
 
@@ -119,6 +121,8 @@ def implausible(layout: pb.SecureLayout, sums: Mapping[str, float], contributors
     for scalar in layout.scalars:
         most = contributors * max(weight_bound(layout), 1) if scalar.weighted else contributors
         room = 2.0 ** -fraction_bits(layout, scalar) * contributors
+        if scalar.name == LONG and layout.noise.count_noise:
+            room += _DEVIATIONS * layout.noise.count_noise * math.sqrt(contributors / layout.noise.contributors)
         if not min(scalar.least, 0) * most - room <= sums[scalar.name] <= max(scalar.most, 0) * most + room:
             found.append(scalar.name)
     return found
