@@ -17,12 +17,15 @@ from ..evaluation import Evaluate, measure
 from ..round import Round, open_round
 from ..session.compression import ClientCompression
 from ..session.pending_updates import PendingUpdates
+from ..session.secure.held_update import Numbers
+from ..session.secure.participant import NotMaskedError
 from ..session.session import GIVE_UP_AFTER, Session
-from ..session.transfer import FinishedUpdate, OutdatedError, pull, push
+from ..session.transfer import FinishedUpdate, OutdatedError, pull, push, send_evaluation
 from ..state.shared_state import Model, Parameters, SharedState
 from ..state.unchanged_model import UnchangedModelCheck
 from .process_watch import EXIT_TERMINATED, ProcessWatch, error_line, traceback_tail
 from .ranks import Ranks
+from .secure_results import SecureResults
 
 log = logging.getLogger("isthmus")
 
@@ -56,7 +59,9 @@ class ClientLoop:
         self._session = Session(context, evaluates=evaluate is not None, stopping=stopping)
         self._stopping = stopping
         self._compression = ClientCompression(self._session)
-        self._pending = PendingUpdates(lambda update: self._compression.on_dropped(update.tensors))
+        self._secure = SecureResults(self._session, ranks.check)
+        self._counted: FinishedUpdate | None = None  # accepted under masks; its round is not committed yet
+        self._pending = PendingUpdates(self._on_dropped)
         self._corrections = CorrectionState(self._session)
         self._unchanged = UnchangedModelCheck()
 
@@ -68,11 +73,12 @@ class ClientLoop:
             self._shared = SharedState(self._model, self._parameters)
             self._ranks.use_device_of(self._shared.live().values())
             while (offer := self._next_offer()) is not None:
+                self._session.site.require_protection(offer)
                 match offer.kind:
                     case pb.Offer.INITIALIZE:
                         self._submit_initial_weights()
                     case pb.Offer.EVALUATE:
-                        self._load(offer)
+                        self._evaluate_only(offer)
                     case pb.Offer.TRAIN:
                         yield from self._train(offer)
             log.info("training is complete")
@@ -100,15 +106,16 @@ class ClientLoop:
         self._ranks.close(timeout)
 
     def _train(self, offer: pb.Offer) -> Iterator[Round]:
-        if self._evaluation.model_digest == offer.base_digest and offer.base_round:
+        if self._evaluation.model_digest == offer.base_digest and offer.base_round and not offer.secure:
             # An aggregator that restarted may ask for it again. It does not count an evaluation twice.
-            self._session.send(pb.ClientMessage(evaluation=self._evaluation))
+            send_evaluation(self._session, self._evaluation)
         for update in self._pending.due(offer):
             # Either the aggregator restarted between this client's submit and its commit, or the update can count now.
-            self._push(update)
-        if self._pending.has_answer(offer):
+            self._push(update, offer)
+        if self._pending.has_answer(offer) or (offer.secure and not self._secure.may_train(offer)):
             return
         self._pending.begin(offer)
+        self._counted = None
         if not self._load(offer):
             return
         self._session.works_on(offer.round, offer.base_digest)
@@ -129,6 +136,13 @@ class ClientLoop:
             scalars, updated_state = correction.scalars(metrics), correction.updated_state()
             live = self._shared.live()
             self._unchanged.compare(live, offer.round)
+            if offer.secure:
+                numbers = Numbers(num_examples, metrics, scalars, self._evaluation_of(offer))
+                held = self._secure.update(offer, self._compression.base, live, numbers, updated_state)
+                correction.close()
+                if held is not None:
+                    self._pending.keep(held, folds_late=False)
+                return lambda: self._submit(held, offer)
             buffers = self._shared.buffers(live)
             state = self._compression.encode_update(offer, live, buffers, self._shared.frozen(live))
             seconds = self._session.stages.take()
@@ -138,15 +152,16 @@ class ClientLoop:
             )  # fmt: skip
             correction.close()
             self._pending.keep(update, folds_late=offer.folds_late)
-            return lambda: self._submit(update)
+            return lambda: self._submit(update, offer)
 
         self._unchanged.begin(self._shared.live())
         self._session.stages.enter("training")
         told_to_stop = lambda: self._ranks.told_to_stop(self._stopping.is_set())  # noqa: E731
         yield from open_round(offer, correction, finish, told_to_stop, self._session.require_own_process)
 
-    def _submit(self, update: FinishedUpdate) -> None:
-        self._push(update)
+    def _submit(self, update: FinishedUpdate | None, offer: pb.Offer) -> None:
+        if update is not None:
+            self._push(update, offer)
         self._ranks.send_command("submitted")
 
     def _submit_initial_weights(self) -> None:
@@ -160,14 +175,22 @@ class ClientLoop:
             advice = _INVALID_VALUES_ADVICE if reply.reason in ("non_finite", "range") else ""
             raise FederationError(f"the initial weights were refused: {reply.message}{advice}")
 
-    def _push(self, update: FinishedUpdate) -> None:
+    def _push(self, update: FinishedUpdate, offer: pb.Offer) -> None:
         self._session.stages.enter("pushing")
-        reply = push(self._session, update)
-        self._session.stages.enter("waiting")
+        try:
+            reply = push(self._session, update) if update.held is None else self._secure.push(update, offer)
+        except NotMaskedError as reason:
+            log.warning("round %d: update not used: %s", update.round, reason)
+            return
+        finally:
+            self._session.stages.enter("waiting")
         self._pending.on_reply(update, reply)
         if reply.verdict == pb.PushReply.ACCEPTED:
             self._compression.on_accepted(update.tensors, update.round)
-            self._corrections.on_accepted(update)
+            if update.held is None:
+                self._corrections.on_accepted(update)
+            else:  # the sum may be lost, and the round trained again: with the state from before
+                self._counted = update
             log.info("round %d: update accepted", update.round)
             return
         if reply.verdict == pb.PushReply.INVALID:
@@ -195,9 +218,35 @@ class ClientLoop:
             assert self._evaluate is not None
             self._session.stages.enter("evaluating")
             self._evaluation = measure(self._evaluate, offer)
-        if wanted and offer.base_round:
-            self._session.send(pb.ClientMessage(evaluation=self._evaluation))
+            if offer.secure:
+                self._secure.check_evaluation(self._evaluation)
+        if offer.secure:
+            self._secure.on_loaded(self._compression.base)
+        elif wanted and offer.base_round:
+            send_evaluation(self._session, self._evaluation)
         return True
+
+    def _evaluate_only(self, offer: pb.Offer) -> None:
+        """Evaluate an offer's model without training."""
+        if self._load(offer) and offer.secure:
+            self._secure.evaluation(offer, Numbers(evaluation=self._evaluation_of(offer)))
+
+    def _evaluation_of(self, offer: pb.Offer) -> pb.Evaluation | None:
+        """Return the evaluation of an offer's model, if there is one and it counts."""
+        return self._evaluation if offer.base_round and self._evaluation.model_digest == offer.base_digest else None
+
+    def _on_dropped(self, update: FinishedUpdate) -> None:
+        if update.held is None:
+            self._compression.on_dropped(update.tensors)
+        else:
+            self._session.secure.reuse(update.held.tensors)
+
+    def _on_commit(self, round_number: int) -> None:
+        """Take note that a round is over."""
+        if self._counted is not None and self._counted.round <= round_number:
+            self._corrections.on_accepted(self._counted)
+            self._counted = None
+        self._pending.on_commit(round_number, self._session.aggregator)
 
     def _next_offer(self) -> pb.Offer | None:
         """Wait for an offer; return ``None`` once training is complete."""
@@ -225,9 +274,9 @@ class ClientLoop:
                 case "offer":
                     newest = message.offer
                     # An offer that follows at once also announces the commit of its base model.
-                    self._pending.on_commit(newest.base_round, self._session.aggregator)
+                    self._on_commit(newest.base_round)
                 case "committed":
-                    self._pending.on_commit(message.committed.round, self._session.aggregator)
+                    self._on_commit(message.committed.round)
                     if newest is not None and newest.kind == pb.Offer.TRAIN and newest.round <= message.committed.round:
                         newest = None  # this round is over: a newer offer follows, or the end
                 case "stop":

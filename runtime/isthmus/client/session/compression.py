@@ -48,6 +48,8 @@ class ClientCompression:
         self.views = views_of(header.views)
         room, self._room = self._room, {}
         if not header.codecs:
+            if not room and not self._base_digest:
+                room, self._base = self._base, {}  # of a secure round that this client did not finish
             return RawDecoder(header.tensors, room)
         chain = parse_chain(header.codecs)
         return Decoder(header.tensors, chain, download_seed(header.round), self._base, room)
@@ -57,17 +59,29 @@ class ClientCompression:
         self._decodable, self._base, self._base_digest = (), {}, ""
 
     def on_pulled(self, offer: pb.Offer, state: State, live: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-        """Keep an offer's model, now loaded into the script's, if the job encodes differences from it."""
+        """Keep an offer's model, now loaded into the script's, if the job encodes or masks differences from it."""
         self._base, self._base_digest = {}, ""
         # A model may have adopted the loaded tensors instead of copying them; training would then change them.
         own = {tensor.data_ptr() for tensor in live().values() if isinstance(tensor, torch.Tensor)}
-        if _DELTA not in (*offer.codecs[:1], *offer.model_codecs[:1]):
+        delta = _DELTA in (*offer.codecs[:1], *offer.model_codecs[:1])
+        if not delta and not offer.secure:
             self._room = {name: tensor for name, tensor in state.items() if tensor.data_ptr() not in own}
         else:
             self._base = {
                 name: tensor.clone() if tensor.data_ptr() in own else tensor for name, tensor in state.items()
             }
-            self._base_digest = offer.base_digest
+            self._base_digest = offer.base_digest if delta else ""
+
+    @property
+    def base(self) -> State:
+        """The newest global model, if updates are differences from it. Empty it, tensor by tensor, once they are made,
+        unless the next model is encoded as a difference (:attr:`keeps_base`)."""
+        return self._base
+
+    @property
+    def keeps_base(self) -> bool:
+        """True if the next global model may be encoded as a difference from this one."""
+        return bool(self._base_digest)
 
     def encode_update(
         self, offer: pb.Offer, live: Mapping[str, torch.Tensor], buffers: Collection[str], frozen: Collection[str]

@@ -82,4 +82,6 @@ class PendingUpdates:
 
 
 def _answers(update: FinishedUpdate, offer: pb.Offer) -> bool:
-    return (update.round, update.base_digest) == (offer.round, offer.base_digest)
+    if (update.round, update.base_digest) != (offer.round, offer.base_digest):
+        return False
+    return update.secure_attempt == (offer.secure_attempt if offer.secure else None)

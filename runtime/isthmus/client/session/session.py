@@ -27,6 +27,9 @@ from ...framing import PULL, PUSH
 from ...tensors import CHUNK_BYTES, TransferError
 from ..context import Context
 from ..errors import FORKED_PROCESS, FederationError
+from .audit import AuditLog
+from .secure.participant import SecureParticipant
+from .site_rules import SiteRules
 from .stage_timer import StageTimer
 
 log = logging.getLogger("isthmus")
@@ -96,6 +99,22 @@ class Incoming(queue.Queue["pb.ServerMessage | FederationError"]):
                     break
         super()._put(item)
 
+    def overtakes(self, offer: pb.Offer) -> bool:
+        """Return whether a message waits that makes the work for an offer pointless: anything but the same offer."""
+        with self.mutex:
+            return any(not _repeats(offer, item) for item in self.queue)
+
+
+def _repeats(offer: pb.Offer, item: "pb.ServerMessage | FederationError") -> bool:
+    """Return whether an item asks for the same work as an offer, or reports the commit of an earlier round."""
+    if isinstance(item, FederationError):
+        return False
+    if item.WhichOneof("message") == "committed":
+        return item.committed.round < offer.round or offer.kind == pb.Offer.EVALUATE
+    wanted = (offer.kind, offer.round, offer.base_digest, offer.secure_attempt)
+    other = item.offer
+    return (other.kind, other.round, other.base_digest, other.secure_attempt) == wanted
+
 
 class Session:
     """Connection to the aggregator, with a control stream that background threads keep open.
@@ -127,6 +146,11 @@ class Session:
                 f"cannot read the client's certificate: {error.filename}: {error.strerror}"
                 f" ({identities.ENV_TLS_DIR} must name a directory with ca.crt, tls.crt and tls.key)"
             ) from None
+        self.audit = AuditLog(self.job_uid, context, environ.get(identities.ENV_AUDIT_DIR, ""))
+        self.site = SiteRules(self._directory, self.audit)
+        self.secure = SecureParticipant(
+            self.job_uid, context, self.instance, self._directory, self.site, self.send, self.incoming.put
+        )
         self._earlier_threads = set(threading.enumerate())
         self._connection = _Connection(self.endpoint, credentials, self._server_name)
         self._earlier_connections: list[_Connection] = []
@@ -210,6 +234,7 @@ class Session:
             self._closed.set()
             self._outgoing.put(None)
             self._thread.join(timeout=_CLOSE_TIMEOUT)
+            self.secure.close(_CLOSE_TIMEOUT)
             for connection in (*self._earlier_connections, self._connection):
                 connection.channel.close()
             self._join_grpc_threads()
@@ -336,4 +361,6 @@ class Session:
                 return True
             case "offer" | "committed":
                 self.incoming.put(message)
+            case "secure":
+                self.secure.receive(message.secure)
         return False

@@ -4,26 +4,33 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from typing import TypeVar
 
 import grpc
 
 from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.pb import secure_aggregation_pb2 as sa
 from isthmus_contracts.process import backoff
 from isthmus_contracts.text import one_line
 
 from ...codecs import CodecError, Decoder, Encoded
 from ...framing import receive_model, update_messages
-from ...tensors import RawDecoder, State, TransferError, chunk_bytes, chunks_of, specs_of
+from ...secure_aggregation.encoding.scalars import SCALARS
+from ...secure_aggregation.layout import SLOPE
+from ...tensors import RawDecoder, State, TransferError, bytes_view, chunk_bytes, chunks_of, specs_of
 from ...views import View
 from ..errors import FederationError
+from .audit import Results, What
 from .compression import ClientCompression
+from .secure.held_update import HeldUpdate
+from .secure.participant import Masked
 from .session import GIVE_UP_AFTER, Session, too_large
 
 log = logging.getLogger("isthmus")
 
 T = TypeVar("T")
+_numbers = count(1)
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.2, 5.0
 # A process that was told to stop has a grace period, 30 s in Kubernetes, which retries must not use up. Seconds.
 _TIMEOUT_WHEN_STOPPING = 10.0
@@ -64,6 +71,15 @@ class FinishedUpdate:
     """Names that are views of one of ``tensors``, which is sent in their place."""
     frozen: Sequence[str] = ()
     """For initial weights: names of the parameters that require no gradient."""
+    held: HeldUpdate | None = None
+    """With secure aggregation: the result itself, of which ``tensors`` are part; it leaves only under masks."""
+    number: int = field(default_factory=lambda: next(_numbers))
+    """Number of the update in this process."""
+
+    @property
+    def secure_attempt(self) -> int | None:
+        """The offer's, or ``None`` for an update that is sent in clear."""
+        return None if self.held is None else self.held.work.attempt
 
 
 def pull(
@@ -108,9 +124,16 @@ def pull_companion(session: Session, offer: pb.Offer) -> State:
     )
 
 
-def push(session: Session, update: FinishedUpdate) -> pb.PushReply:
-    """Send an update, and resend it until the aggregator replies. Raises :class:`FederationError`."""
-    tensors = update.tensors
+def push(session: Session, update: FinishedUpdate, masked: Masked | None = None) -> pb.PushReply:
+    """Send an update, and resend it until the aggregator replies. Raises :class:`FederationError`.
+
+    ``masked``: what is sent in place of the tensors of a held update. The site's rules are applied, and the site's
+    audit log is written, before anything is sent.
+    """
+    if (masked is None) != (update.held is None):
+        raise AssertionError("a held update is sent under masks, and no other one")
+    tensors = masked.tensors if masked is not None else update.tensors
+    _admit(session, update, masked)
     header = pb.UpdateHeader(
         job_uid=session.job_uid,
         pool=session.context.pool,
@@ -128,6 +151,7 @@ def push(session: Session, update: FinishedUpdate) -> pb.PushReply:
         seconds=update.seconds,
         views=[view.message() for view in update.views],
         frozen=update.frozen,
+        secure_incarnation=masked.incarnation if masked is not None else 0,
     )
     checksum = tensors.checksum if isinstance(tensors, Encoded) else ""
     size = chunk_bytes(session.context.clients)
@@ -144,6 +168,33 @@ def push(session: Session, update: FinishedUpdate) -> pb.PushReply:
         return reply
     except OutdatedError as error:
         return pb.PushReply(verdict=pb.PushReply.STALE, message=str(error))
+
+
+def _admit(session: Session, update: FinishedUpdate, masked: Masked | None) -> None:
+    """Apply the site's rules to an update, and record it. Raises :class:`FederationError`."""
+    tensors = masked.tensors if masked is not None else update.tensors
+    if isinstance(tensors, Encoded):
+        names, size = [spec.name for spec in tensors.specs], tensors.size
+        data: Iterable[bytes | memoryview] = tensors.chunks
+    else:
+        names, size = list(tensors), sum(tensor.nbytes for tensor in tensors.values())
+        data = (bytes_view(tensor) for tensor in tensors.values())
+    if masked is not None:
+        names = [name.removeprefix(SLOPE) for name in names if name != SCALARS]
+    if update.held is not None and update.held.work.purpose == sa.SecureBegin.EVALUATE:
+        what: What = "evaluation"
+    else:
+        what = "update" if update.round else "initial-weights"
+    incarnation = masked.incarnation if masked is not None else 0
+    results = Results(what, update.round, size, session.audit.digest(data), incarnation)
+    session.site.admit(results, [*names, *(view.name for view in update.views)], update.number)
+
+
+def send_evaluation(session: Session, evaluation: pb.Evaluation) -> None:
+    """Send an evaluation in clear, and record it in the site's audit log."""
+    data = evaluation.SerializeToString(deterministic=True)
+    session.audit.sent(Results("evaluation", evaluation.model_round, len(data), session.audit.digest([data])))
+    session.send(pb.ClientMessage(evaluation=evaluation))
 
 
 def _retry(session: Session, what: str, attempt: Callable[[], T]) -> T:

@@ -1,0 +1,143 @@
+"""A client's result as integers, before masks are added to it."""
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+
+from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.pb import secure_aggregation_pb2 as sa
+from isthmus_contracts.text import one_line
+
+from ....secure_aggregation.encoding.scalars import metric_names
+from ....secure_aggregation.fixed_point import Contribution, Quantised, quantise
+from ....secure_aggregation.layout import LayoutError
+from ....secure_aggregation.parameters import UpdateKey
+from ....tensors import State
+from ...errors import FederationError, ScriptError
+
+log = logging.getLogger("isthmus")
+
+_FIELD = "privacy.secureAggregation"
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work whose result is masked: a training round, or an evaluation."""
+
+    purpose: "sa.SecureBegin.Purpose.ValueType"
+    round: int
+    attempt: int
+    """As in the offer: above 0 if the round is trained again."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers of a result beside its tensors. All of them are masked."""
+
+    examples: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    """Numbers about the training that the strategy requires."""
+    evaluation: pb.Evaluation | None = None
+    """Of the base model."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldUpdate:
+    """A result, rounded once. It leaves the client only under masks, and is kept until its round is over."""
+
+    work: Work
+    base_sha256: str
+    """Of the model from which it was trained, or that was evaluated."""
+    layout: bytes
+    """Form of the instance's vectors, serialized."""
+    tensors: State
+    number: int = field(default_factory=lambda: next(_numbers))
+    """Number of the result in this process."""
+
+    @property
+    def key(self) -> UpdateKey:
+        """Identity of the result in the protocol."""
+        return UpdateKey(self.work.round, self.base_sha256, self.work.attempt, str(self.number))
+
+
+def require_bounded(layout: sa.SecureLayout, metrics: Mapping[str, float], source: str) -> None:
+    """Raise :class:`ScriptError` if a metric has no bound in the manifest, so that it cannot be masked."""
+    known = metric_names(layout)
+    for name in metrics:
+        if name not in known:
+            raise ScriptError(
+                f"{source} reports {one_line(name, 64)}, which has no bound in spec.{_FIELD}.metrics, so that it cannot"
+                " be masked and is not sent: add it there with its largest absolute value, or leave it out"
+                f" (with a bound: {', '.join(sorted(known)) or 'none'})"
+            )
+
+
+class Quantiser:
+    """Maker of held updates, which warns once of each number beyond its bound."""
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+
+    def hold(
+        self, work: Work, layout: sa.SecureLayout, base_sha256: str, base: State, live: Mapping[str, torch.Tensor],
+        numbers: Numbers,
+    ) -> HeldUpdate:  # fmt: skip
+        """Return a result in the layout's form, independent of later training.
+
+        ``base``: the model that it is the difference from. Raises :class:`ScriptError` for metrics without a bound,
+        ``UpdateError`` for weights that cannot be sent, and :class:`FederationError` if the layout does not fit them.
+        """
+        evaluation = numbers.evaluation or pb.Evaluation()
+        require_bounded(layout, numbers.metrics, "rnd.submit()")
+        require_bounded(layout, evaluation.metrics, "the evaluation function")
+        contribution = Contribution(
+            numbers.examples, numbers.scalars, numbers.metrics, dict(evaluation.metrics), evaluation.num_examples
+        )  # fmt: skip
+        try:
+            quantised = quantise(layout, base, cast(State, _OnCpu(live)), contribution)
+        except LayoutError as error:
+            raise FederationError(f"secure aggregation: the layout does not fit: {error}") from None
+        self._warn(layout, quantised, numbers)
+        return HeldUpdate(work, base_sha256, layout.SerializeToString(deterministic=True), quantised.tensors)
+
+    def _warn(self, layout: sa.SecureLayout, quantised: Quantised, numbers: Numbers) -> None:
+        bounds = {scalar.name: (scalar.least, scalar.most) for scalar in layout.scalars}
+        for name in quantised.limited:
+            least, most = bounds[name]
+            self._warn_once(name, f"{name} is beyond its bounds, {least:g} to {most:g} (spec.{_FIELD}.metrics)")
+        if quantised.capped:
+            most = layout.max_examples
+            self._warn_once(
+                "examples", f"num_examples is above the largest weight, {most:g} (spec.{_FIELD}.maxExamples)"
+            )
+
+    def _warn_once(self, name: str, text: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            log.warning("secure aggregation: %s: it counts as the bound", text)
+
+
+class _OnCpu(Mapping[str, torch.Tensor]):
+    """Tensors of a model on any device, of which the one in use is copied to main memory."""
+
+    def __init__(self, live: Mapping[str, torch.Tensor]) -> None:
+        self._live = live
+        self._newest: tuple[str, torch.Tensor] | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if self._newest is None or self._newest[0] != name:
+            self._newest = None  # its memory may be needed for the next one
+            self._newest = name, self._live[name].detach().to("cpu").resolve_neg()
+        return self._newest[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._live)
+
+    def __len__(self) -> int:
+        return len(self._live)
