@@ -1,7 +1,8 @@
 """Handwritten digits (8x8, part of scikit-learn, no download) with a small network.
 
 Every client computes the same Dirichlet split and takes its own share. This turns one data set into the unequal data
-sets of a real federation. ``DIRICHLET_ALPHA`` sets how much the shares differ.
+sets of a real federation. ``DIRICHLET_ALPHA`` sets how much the shares differ. ``SEED`` (a number, default 0) changes
+the split, the initial weights and the order of the examples.
 """
 
 import os
@@ -27,9 +28,9 @@ def load() -> tuple[Examples, Examples]:
     return Examples(inputs, labels), Examples(held_out_inputs, held_out_labels)
 
 
-def build() -> nn.Module:
+def build(seed: int = 0) -> nn.Module:
     """Return the network, with the same initial weights in every client."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
@@ -39,17 +40,18 @@ def main() -> None:
     context = isthmus.context()
     everyones, held_out = load()
     alpha = float(os.environ.get("DIRICHLET_ALPHA", "0.3"))
-    share = dirichlet_partition(everyones.labels.numpy(), context.clients, alpha)[context.client]
+    seed = int(os.environ.get("SEED", "0"))
+    share = dirichlet_partition(everyones.labels.numpy(), context.clients, alpha, seed=seed)[context.client]
     data = Examples(everyones.inputs[share], everyones.labels[share])
     # Each client measures on its own part of the held-out data: the weighted mean is the accuracy on all of it.
     mine = slice(context.client, None, context.clients)
     measured = Examples(held_out.inputs[mine], held_out.labels[mine])
 
-    model = build()
+    model = build(seed)
     for rnd in isthmus.rounds(model, evaluate=lambda: evaluate(model, measured)):
         settings = DEFAULTS.updated(rnd.config)
         optimizer = rnd.wrap(torch.optim.SGD(model.parameters(), lr=settings.learning_rate))
-        loss = train(model, data, optimizer, settings, seed=rnd.number * 1_000_003 + context.client)
+        loss = train(model, data, optimizer, settings, seed=(seed * 1000 + rnd.number) * 1_000_003 + context.client)
         rnd.submit(num_examples=len(data), loss=loss)
 
 

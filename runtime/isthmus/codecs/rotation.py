@@ -36,11 +36,11 @@ class Rotation(SegmentCodec):
 
     def encode(self, values: torch.Tensor, seed: int) -> bytes:
         padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK))
-        return self._inner.encode(transform(padded * signs(seed, len(padded))), seed)
+        return self._inner.encode(_transform(padded * signs(seed, len(padded))), seed)
 
     def decode(self, data: memoryview, count: int, seed: int) -> torch.Tensor:
         rotated = self._inner.decode(data, _padded(count), seed)
-        return transform(rotated).mul_(signs(seed, len(rotated)))[:count]
+        return _transform(rotated).mul_(signs(seed, len(rotated)))[:count]
 
 
 def _padded(count: int) -> int:
@@ -57,7 +57,7 @@ def signs(seed: int, count: int, start: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.unpackbits(drawn)).float().mul_(2).sub_(1)
 
 
-def transform(values: torch.Tensor) -> torch.Tensor:
+def _transform(values: torch.Tensor) -> torch.Tensor:
     """Apply the orthonormal Walsh-Hadamard transform, which is its own inverse, to each block.
 
     It consists of sums and differences in a fixed order, so that every machine computes the same bits; a matrix product

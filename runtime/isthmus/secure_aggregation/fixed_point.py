@@ -157,7 +157,7 @@ def _rounded(
         coordinates = found.forward(part, change.mul_(factor))
         outside = len(coordinates) - int((coordinates.abs() <= 1).sum())  # NaN counts as outside
         if outside:
-            if not bool(coordinates.isfinite().all()):
+            if not bool(new[part.values].isfinite().all()) or bool(coordinates.isnan().any()):
                 raise UpdateError(f"{name} holds NaN or infinity")
             clipped += outside
             coordinates.clamp_(-1, 1)
@@ -170,7 +170,7 @@ def _down(number: float, dtype: torch.dtype) -> float:
     if dtype == torch.float64:
         return number
     single = np.float32(number)
-    return float(single if single <= number else np.nextafter(single, np.float32(0)))
+    return float(single if float(single) <= number else np.nextafter(single, np.float32(0)))
 
 
 def _exact(tensor: pb.SecureTensor, new: torch.Tensor, old: torch.Tensor, target: torch.Tensor, weight: int) -> int:

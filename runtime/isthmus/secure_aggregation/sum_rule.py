@@ -168,6 +168,8 @@ class SecureSum(Strategy):
             return moved(layout, tensor, self._take(name), model[name], weight, by)
 
         def slope(name: str) -> torch.Tensor:
+            if SLOPE + name not in tensors:
+                return torch.zeros_like(model[name])
             return mean_change(layout, tensors[SLOPE + name], self._take(SLOPE + name), model[name], weight)
 
         slopes = _Lazy(slope) if any(name.startswith(SLOPE) for name in tensors) else {}

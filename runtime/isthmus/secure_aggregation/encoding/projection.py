@@ -1,5 +1,6 @@
 """Public linear maps of a tensor's change before it is quantised: a random rotation, and a choice of coordinates."""
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator
@@ -8,13 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...codecs.rotation import BLOCK, signs, transform
+from ...codecs.rotation import BLOCK, signs
 
 # Values processed at a time, so that intermediate results stay in the processor's cache.
 _PART = 1 << 16
 # Smaller tensors are neither rotated nor thinned out: there is nothing to save, and a block of a rotation has 1,024
 # values.
 LEAST = BLOCK
+_SIDE = 32
+# Walsh-Hadamard matrix of size 32, by Sylvester's construction: H(2n) = [[1, 1], [1, -1]] x H(n).
+_HADAMARD = torch.from_numpy(functools.reduce(np.kron, [np.array([[1.0, 1.0], [1.0, -1.0]])] * 5))
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Projection:
         """Return the coordinates of a part. ``values`` (its values, float32 or float64) may be overwritten."""
         if self._rotates:
             values = torch.nn.functional.pad(values, (0, -len(values) % BLOCK))
-            values = transform(values.mul_(self._signs(part, len(values))))
+            values = _transform(values.mul_(self._signs(part, len(values))))
         return values if self._every == 1 else values[self._places(part, len(values))]
 
     def backward(self, part: Part, coordinates: torch.Tensor) -> torch.Tensor:
@@ -84,7 +88,7 @@ class Projection:
             coordinates = values
         if not self._rotates:
             return coordinates
-        return transform(coordinates).mul_(self._signs(part, whole))[:length]
+        return _transform(coordinates).mul_(self._signs(part, whole))[:length]
 
     def _signs(self, part: Part, count: int) -> torch.Tensor:
         return signs(self._signs_key, count, part.values.start)
@@ -96,6 +100,17 @@ class Projection:
         starts = np.arange(0, groups * self._every, self._every, dtype=np.int64)
         sizes = np.minimum(self._every, count - starts)  # the last group may be smaller
         return torch.from_numpy(starts + (drawn % sizes.astype(np.uint64)).astype(np.int64))
+
+
+def _transform(values: torch.Tensor) -> torch.Tensor:
+    """Apply the orthonormal Walsh-Hadamard transform, which is its own inverse, to each block.
+
+    The one of size 1,024 is the Kronecker product of two of size 32, so it is two products with small matrices. Their
+    last bits depend on the machine, which a sum does not see: only its receiver undoes the rotation.
+    """
+    hadamard = _HADAMARD.to(values.dtype)
+    rows = (values.view(-1, _SIDE) @ hadamard).view(-1, _SIDE, _SIDE)
+    return torch.matmul(hadamard / _SIDE, rows).view(-1)
 
 
 def every_of(keep: float) -> int:
