@@ -32,6 +32,7 @@ class FakeBridge(BridgeServicer):
         self.ahead = 0.0  # offset of its clock, in seconds
         self.get_calls = 0  # number of GetPool calls
         self.deny = ""
+        self.signing_root = ""  # of the site's party, fake
         self._lock = threading.Lock()
         self._server: grpc.Server | None = None
         self.new_certificates()
@@ -153,4 +154,11 @@ class FakeBridge(BridgeServicer):
         yield pb.LogChunk(data=b"epoch 1\n")
 
     def DescribeSite(self, request: pb.DescribeSiteRequest, context: _Context) -> pb.Site:
-        return pb.Site(name="fake", slurm_version="24.11.5", cluster="fake", partitions=["main"], environments=["py"])
+        return pb.Site(
+            name="fake",
+            slurm_version="24.11.5",
+            cluster="fake",
+            partitions=["main"],
+            environments=["py"],
+            signing_root=self.signing_root,
+        )

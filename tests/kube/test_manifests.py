@@ -21,6 +21,16 @@ def _hpc(name: str = "lumi") -> dict[str, Any]:
     return {"name": name, "hpc": {"siteRef": {"name": "no-such-site"}, "environment": "py"}}
 
 
+SECURE: dict[str, Any] = {"privacy": {"secureAggregation": {}}}
+NOISE = {"clipNorm": "1", "noiseMultiplier": "1", "noise": "Distributed"}
+
+
+def _many(spec: dict[str, Any]) -> dict[str, Any]:
+    """Give the pool six clients."""
+    spec["pools"][0]["replicas"] = 6
+    return spec
+
+
 # Each case: the fault, a function that puts it into a good manifest, and a part of the message.
 SCHEMA: list[tuple[str, Spoil, str]] = [
     ("unknown algorithm", lambda s: s.update(strategy={"algorithm": "FedMagic"}), "spec.strategy.algorithm"),
@@ -42,6 +52,8 @@ SCHEMA: list[tuple[str, Spoil, str]] = [
      "spec.pools.hpc.environment"),
     ("an option as partition", lambda s: s["pools"].append(_hpc() | {"hpc": {**_hpc()["hpc"], "partition": "--wrap"}}),
      "spec.pools.hpc.partition"),
+    ("bits of another size", lambda s: s.update(privacy={"secureAggregation": {"bits": 24}}),
+     "spec.privacy.secureAggregation.bits"),
     ("unknown storage", lambda s: s["aggregator"].update(checkpoint={"storage": "Tape"}), "spec.aggregator.checkpoint"),
 ]  # fmt: skip
 
@@ -73,6 +85,25 @@ REJECTED: list[tuple[str, Spoil, str, str]] = [
     ("another service account", lambda s: s["aggregator"]["template"]["spec"].update(serviceAccountName="builder"),
      "TemplateNotAllowed", "spec.aggregator.template.spec.serviceAccountName: the service account 'builder' is not"
      " allowed here; the platform's admin can allow service-account (operator.allowInTemplates)"),
+    ("secure aggregation of two clients", lambda s: s.update(SECURE), "InvalidSpec",
+     "spec.pools: privacy.secureAggregation needs at least 3 clients that train, and there may be only 2: each could"
+     " compute the other's update from the sum; raise replicas"),
+    ("secure aggregation with a rule for single updates",
+     lambda s: s.update(SECURE, strategy={"algorithm": "CoordinateMedian"}), "InvalidSpec",
+     "spec.strategy.algorithm: CoordinateMedian does not go with privacy.secureAggregation: it compares single updates,"
+     " and only their sum is opened; use FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedNova or SCAFFOLD"),
+    ("secure aggregation with a codec", lambda s: _many(s).update(SECURE, compression={"upload": "Int8"}),
+     "InvalidSpec", "spec.compression.upload: Int8 does not go with privacy.secureAggregation: the scales of Int8"
+     " depend on the data and are sent in clear; use privacy.secureAggregation.bits 16 or keep"),
+    ("secure aggregation with too few updates", lambda s: _many(s).update(SECURE, stragglers={"minUpdates": 2}),
+     "InvalidSpec", "spec.stragglers.minUpdates: 2 is too few for privacy.secureAggregation: of 3 clients"
+     " (selection.minClients), more than two thirds and at least 3 must hand in; raise it to 3, or leave it out"),
+    ("secure aggregation of an unknown metric", lambda s: _many(s).update(SECURE, objective={"metric": "f1"}),
+     "InvalidSpec", "spec.privacy.secureAggregation.metrics: has no bound for objective.metric, f1; add its largest"
+     ' absolute value, such as f1: "1"'),
+    ("distributed noise without secure aggregation", lambda s: s.update(privacy={"differentialPrivacy": NOISE}),
+     "InvalidSpec", "spec.privacy.differentialPrivacy.noise: Distributed needs privacy.secureAggregation, as a client's"
+     " share of the noise does not protect its update alone; add secureAggregation: {}, or use Aggregator"),
     ("a taken pool name", lambda s: s["pools"][0].update(name="observer"), "InvalidSpec",
      "spec.pools[0].name: 'observer' is reserved"),
 ]  # fmt: skip
