@@ -1,4 +1,4 @@
-"""The command line: ``isthmus-bridge serve | check | doctor | status | end | sudoers | schema | certs``."""
+"""The command line: ``isthmus-bridge serve | check | doctor | status | audit | end | sudoers | schema | certs | …``."""
 
 import argparse
 import datetime as dt
@@ -8,8 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from isthmus_contracts.manifests.manifest import ManifestError
+from isthmus_contracts.wire.parties import PartyError
+
 from . import __version__, logs
-from .admin import certificates, check, doctor, orders, strict_modes
+from .admin import certificates, check, doctor, orders, privacy, strict_modes
+from .audit import show
 from .policy.fields import USER_NAME
 from .policy.policy import Policy, PolicyError, load, schema
 from .pools import status_file
@@ -45,7 +49,7 @@ def _serve(options: argparse.Namespace) -> int:
     logs.set_up(options.log_level)
 
     def reread() -> Policy:
-        policy = require(_policy(options))
+        policy = privacy.require(require(_policy(options)))
         for line in strict_modes.require(policy, options.policy):
             log.warning("%s", line)
         return policy
@@ -92,7 +96,7 @@ def _check(options: argparse.Namespace) -> int:
     for line in check.explain(policy, options.identity):
         print(line)
     found = list(strict_modes.examine(policy, options.policy))
-    for warning in (one.line for one in found if not one.blocks_serving):
+    for warning in (*(one.line for one in found if not one.blocks_serving), *privacy.warnings(policy)):
         print(f"warning: {warning}")
     blocking = (one.line for one in found if one.blocks_serving)
     for problem in (*blocking, *check.problems(policy), *check.readable(policy, options.policy)):
@@ -120,6 +124,41 @@ def _status(options: argparse.Namespace) -> int:
         for line in status_file.show(load(options.policy).status_path):
             print(line)
     except status_file.StatusError as error:
+        return _complain(str(error), 1)
+    return 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    path = load(options.policy).audit_path
+    selection = show.Selection(options.job, options.key, options.event)
+    good = True
+    try:
+        if options.verify or options.hash:
+            good, lines = show.verification(path, options.hash)
+        else:
+            lines = show.as_json(path, selection) if options.json else show.as_table(path, selection)
+        for line in lines:
+            print(line)
+    except show.AuditError as error:
+        return _complain(str(error), 1)
+    except BrokenPipeError:  # of `| head`
+        sys.stderr.close()
+    return 0 if good else 1
+
+
+def _root(options: argparse.Namespace) -> int:
+    policy = load(options.policy)
+    try:
+        print(privacy.root_line(policy))
+    except (OSError, PartyError) as error:
+        return _complain(str(error), 1)
+    return 0
+
+
+def _digest(options: argparse.Namespace) -> int:
+    try:
+        print(privacy.digest_line(options.manifest, options.code))
+    except (OSError, ManifestError) as error:
         return _complain(str(error), 1)
     return 0
 
@@ -223,6 +262,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
     one.set_defaults(command=_status)
 
+    _add_privacy_commands(commands)
+
     one = commands.add_parser("end", help="end all live pools of one caller, through the running bridge")
     one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
     one.add_argument("--identity", required=True, metavar="URI", help="the caller, e.g. isthmus://operator/prod")
@@ -258,6 +299,30 @@ def _parser() -> argparse.ArgumentParser:
     authority.add_argument("--only-this-ca", action="store_true", help="stop trusting all CAs but the newest")
     one.set_defaults(command=_certs)
     return parser
+
+
+def _add_privacy_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    one = commands.add_parser("audit", help="show or verify the log of what was submitted, denied, and left the site")
+    one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
+    one.add_argument("--job", default="", metavar="NAME", help="show this job only: NAMESPACE/NAME, or its UID")
+    one.add_argument("--key", default="", metavar="KEY", help="show this pool only, by its key")
+    one.add_argument("--event", default="", metavar="EVENT", help="show these events only, such as denied or left")
+    one.add_argument("--json", action="store_true", help="print JSON lines with all fields instead of a table")
+    one.add_argument("--verify", action="store_true", help="check that no line was changed or removed")
+    one.add_argument("--hash", default="", metavar="SHA256",
+                     help="check also that the log still holds the line with this hash (of an earlier --verify)",
+                     )  # fmt: skip
+    one.set_defaults(command=_audit)
+
+    one = commands.add_parser("root", help="print this site's root for secure aggregation, for other sites' policies")
+    one.add_argument("--policy", type=Path, required=True, metavar="FILE", help="the site's policy (YAML)")
+    one.set_defaults(command=_root)
+
+    one = commands.add_parser("digest", help="print the digest of a manifest's program, for privacy.code_digests")
+    one.add_argument("manifest", type=Path, metavar="MANIFEST", help="the FederatedJob (YAML)")
+    one.add_argument("--code", type=Path, metavar="DIR",
+                     help="the files of task.code, if the manifest's file does not hold their ConfigMap")  # fmt: skip
+    one.set_defaults(command=_digest)
 
 
 if __name__ == "__main__":

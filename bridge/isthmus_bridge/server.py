@@ -19,12 +19,14 @@ from isthmus_contracts.wire.pki import Credentials, expiry
 from isthmus_contracts.wire.transport import SERVER_OPTIONS, renewed_server_credentials
 
 from .admin.orders import execute
+from .audit.log import AuditLog
 from .metrics import Metrics
 from .network.dialout import DialOut
 from .network.handshake_guard import HandshakeGuard
 from .network.relay.server import Relay, Route, routes
 from .policy.current import CurrentPolicy
 from .policy.policy import Policy, PolicyError
+from .pools.audit_events import Auditor, nothing_relayed
 from .pools.housekeeping import clean_up
 from .pools.journal import Journal
 from .pools.pools import Pools
@@ -98,13 +100,18 @@ class Bridge:
         policy.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._adapter = adapter or slurm_adapter(policy, self.metrics.command)
         self._journal = Journal(policy.journal_path)
-        self._dispatch = Dispatcher(_SUBMIT_THREADS)
-        submitter = Submitter(self.current_policy, self._journal, self._adapter, self.metrics, time.time)
-        self._dispatch.function = submitter.advance
-        self._reconciler = Reconciler(policy, self._journal, self._adapter, submitter, self.metrics, self._dispatch)
-        self.pools = Pools(self.current_policy, self._journal, self._dispatch, self._reconciler.wake.set)
-        self._service = BridgeService(self.current_policy, self.pools, self._adapter, self.metrics)
         self._relay = Relay(policy.relay, self._route, self.metrics) if policy.relay else None
+        self._audit_log = AuditLog(policy.audit_path)
+        relayed = nothing_relayed if self._relay is None else self._relay.forwarded
+        self.auditor = auditor = Auditor(self._audit_log, relayed=relayed)
+        self._dispatch = Dispatcher(_SUBMIT_THREADS)
+        submitter = Submitter(self.current_policy, self._journal, self._adapter, self.metrics, auditor, time.time)
+        self._dispatch.function = submitter.advance
+        self._reconciler = Reconciler(
+            policy, self._journal, self._adapter, submitter, self.metrics, auditor, self._dispatch
+        )
+        self.pools = Pools(self.current_policy, self._journal, auditor, self._dispatch, self._reconciler.wake.set)
+        self._service = BridgeService(self.current_policy, self.pools, self._adapter, self.metrics, auditor)
         self._dial_out = (
             DialOut(policy.gateways, policy.site, policy.tls_dir, self.metrics) if policy.gateways else None
         )
@@ -120,7 +127,8 @@ class Bridge:
 
     def start(self) -> None:
         """Start to serve. Raises :class:`ServerError`."""
-        clean_up(self._policy, self._journal, time.time())
+        self.auditor.policy_in_force(self._policy)
+        clean_up(self._policy, self._journal, self.auditor, time.time())
         server = grpc.server(
             self._requests,
             options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", _MAX_MESSAGE)],
@@ -188,6 +196,7 @@ class Bridge:
         for thread in self._threads:
             thread.join()
         self._journal.close()
+        self._audit_log.close()
         log.info("stopped")
 
     def execute_orders(self) -> None:
@@ -250,7 +259,7 @@ class Bridge:
                 continue
             due = time.monotonic() + _HOUSEKEEPING_SECONDS
             try:
-                clean_up(self.current_policy.policy, self._journal, time.time())
+                clean_up(self.current_policy.policy, self._journal, self.auditor, time.time())
             except Exception:
                 log.exception("housekeeping failed")
 
@@ -280,7 +289,7 @@ def serve(policy: Policy, reread: Callable[[], Policy]) -> None:
     while not stop.wait(_SIGNAL_SECONDS):
         if hangup.is_set():
             hangup.clear()
-            _reload(bridge.current_policy, reread, bridge.metrics)
+            _reload(bridge.current_policy, reread, bridge.metrics, bridge.auditor)
         if time.monotonic() >= due:
             due = time.monotonic() + _ORDER_SECONDS
             bridge.execute_orders()
@@ -291,7 +300,7 @@ def serve(policy: Policy, reread: Callable[[], Policy]) -> None:
     bridge.stop()
 
 
-def _reload(current_policy: CurrentPolicy, reread: Callable[[], Policy], metrics: Metrics) -> None:
+def _reload(current_policy: CurrentPolicy, reread: Callable[[], Policy], metrics: Metrics, auditor: Auditor) -> None:
     try:
         changed = current_policy.replace(reread())
     except PolicyError as error:
@@ -299,4 +308,5 @@ def _reload(current_policy: CurrentPolicy, reread: Callable[[], Policy], metrics
         log.error("the policy was not reloaded: %s", error)
     else:
         metrics.policy_current.set(1)
+        auditor.policy_in_force(current_policy.policy, changed)
         log.info("the policy was reloaded; changed: %s", ", ".join(changed) or "nothing")

@@ -12,14 +12,17 @@ import grpc
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
 from isthmus_contracts.text import one_line
+from isthmus_contracts.wire.parties import PartyError
 from isthmus_contracts.wire.transport import peer_uris
 
 from . import __version__
 from .files.run_directory import TAIL_LINES
 from .metrics import Metrics
+from .parties import signing_root
 from .policy.authorization import Denial, accounts_of, data_sets_of, environments_of, identify, partitions_of
 from .policy.current import CurrentPolicy
 from .policy.policy import Identity, Policy
+from .pools.audit_events import Auditor
 from .pools.journal import Entry, State
 from .pools.pool_status import to_pool
 from .pools.pools import Denied, KeyTaken, NoSuchPool, NothingLeft, Pools, SpecDiffers, title
@@ -50,12 +53,14 @@ class BridgeService(rpc.BridgeServicer):
         pools: Pools,
         adapter: SlurmAdapter,
         metrics: Metrics,
+        auditor: Auditor,
         answer_seconds: float = ANSWER_SECONDS,
     ) -> None:
         self._current_policy = current_policy
         self._pools = pools
         self._adapter = adapter
         self._metrics = metrics
+        self._auditor = auditor
         self._answer_seconds = answer_seconds
 
     @property
@@ -120,7 +125,15 @@ class BridgeService(rpc.BridgeServicer):
                 accounts=accounts_of(self._policy, caller),
                 data_sets=sorted(data_sets_of(self._policy, caller)),
                 bridge_version=__version__,
+                signing_root=self._signing_root(),
             )
+
+    def _signing_root(self) -> str:
+        try:
+            return signing_root.public(self._policy.tls_dir)
+        except (OSError, PartyError) as error:
+            log.error("cannot read this site's root for secure aggregation: %s", error)
+            return ""
 
     def _wait(self, entry: Entry, done: Callable[[Entry], bool], context: Context) -> Entry:
         left = context.time_remaining()
@@ -165,6 +178,11 @@ class BridgeService(rpc.BridgeServicer):
             case Denied():
                 self._metrics.denials.labels(error.denial.rule).inc()
                 log.warning("denied: %s", error, extra=fields)
+                job, _, pool = fields.get("pool", "").rpartition("/")
+                self._auditor.denied(
+                    fields["caller"], error.denial, key=fields.get("key", ""), job=job, pool=pool,
+                    transient=error.transient,
+                )  # fmt: skip
                 transient = grpc.StatusCode.RESOURCE_EXHAUSTED
                 return transient if error.transient else grpc.StatusCode.PERMISSION_DENIED, str(error)
             case NoSuchPool():

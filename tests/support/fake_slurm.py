@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from isthmus_bridge.audit.log import AuditLog
 from isthmus_bridge.metrics import Metrics
 from isthmus_bridge.policy.current import CurrentPolicy
 from isthmus_bridge.policy.policy import Identity, Policy, parse
+from isthmus_bridge.pools.audit_events import Auditor
 from isthmus_bridge.pools.journal import Entry, Journal
 from isthmus_bridge.pools.pool_status import to_pool
 from isthmus_bridge.pools.pools import Pools
@@ -271,6 +273,7 @@ class AnyWorld(Generic[Slurm]):
         self.policy = policy(root, **policy_changes)
         self.slurm = slurm
         self.journal: CrashingJournal | None = None
+        self.audit_log: AuditLog | None = None
         self.boot()
 
     def clock(self) -> float:
@@ -289,12 +292,26 @@ class AnyWorld(Generic[Slurm]):
         self.journal = CrashingJournal(self.policy.journal_path, self.clock)
         self.metrics = Metrics()
         self.current_policy = CurrentPolicy(self.policy)
-        self.submitter = Submitter(self.current_policy, self.journal, self.slurm, self.metrics, self.clock)
+        if self.audit_log is not None:
+            self.audit_log.close()
+        self.audit_log = AuditLog(self.policy.audit_path, self.clock)
+        self.auditor = Auditor(self.audit_log, self.clock)
+        self.submitter = Submitter(
+            self.current_policy, self.journal, self.slurm, self.metrics, self.auditor, self.clock
+        )
         advance = self.submitter.advance
         self.reconciler = Reconciler(
-            self.policy, self.journal, self.slurm, self.submitter, self.metrics, advance, self.clock, self.clock
+            self.policy,
+            self.journal,
+            self.slurm,
+            self.submitter,
+            self.metrics,
+            self.auditor,
+            advance,
+            self.clock,
+            self.clock,
         )
-        self.pools = Pools(self.current_policy, self.journal, advance, clock=self.clock)
+        self.pools = Pools(self.current_policy, self.journal, self.auditor, advance, clock=self.clock)
 
     def ensure(self, key: str = KEY, **changes: object) -> Entry:
         """Ensure the pool, as EnsurePool does."""

@@ -1,4 +1,4 @@
-"""Creation of a site's certificates: a CA, the bridge's own, and one for each cluster's operator."""
+"""Creation of a site's certificates: a CA, the bridge's own, one for each cluster's operator; and its signing root."""
 
 import datetime as dt
 import secrets
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from isthmus_contracts.identities import CA_FILE, operator_identity
 from isthmus_contracts.wire.pki import Authority, Credentials, certificates_in
+
+from ..parties import signing_root
 
 CA_DAYS = 3650
 SERVER = "server"
@@ -21,7 +23,7 @@ def make(
     new_ca: bool = False,
     only_this_ca: bool = False,
 ) -> Iterator[str]:
-    """Write the certificates, and yield a line for each. An existing CA is used again.
+    """Write the certificates, and yield a line for each. An existing CA is used again, as is the site's signing root.
 
     ``new_ca``: replace it; the earlier CA stays trusted, and the bridge's own certificate, which operators cannot
     verify before they trust the new CA, does not change. ``only_this_ca``: stop trusting earlier CAs. Raises
@@ -48,8 +50,13 @@ def make(
     bundle = b"".join(trusted)
     certificate.write_bytes(bundle)
     if hosts:
+        public, fresh = signing_root.make(directory)
         _trusting(authority.issue(hosts[0], lifetime, hosts=hosts), bundle).write(directory / SERVER)
         yield f"the bridge's own, for {', '.join(hosts)}: {directory / SERVER}; set it as tls_dir in the policy"
+        signing_root.install(directory, directory / SERVER)
+        kept = "created; keep it as safe as the CA's key" if fresh else "kept"
+        yield f"the site's root for secure aggregation: {directory / signing_root.KEY_FILE} ({kept})"
+        yield f"other sites trust it as {public}"
     elif (directory / SERVER / CA_FILE).exists():
         (directory / SERVER / CA_FILE).write_bytes(bundle)
         if new_ca:

@@ -25,6 +25,7 @@ from ..slurm.unix_users import uid_of
 from ..slurm_adapters import slurm_adapter
 from ..users.sudoers import run_dir
 from ..users.user_checks import faults
+from . import privacy
 from .strict_modes import readable_by_others
 
 _SOON = dt.timedelta(days=30)
@@ -33,6 +34,7 @@ _SOON = dt.timedelta(days=30)
 def explain(policy: Policy, uri: str | None = None) -> Iterator[str]:
     """Yield lines that say what each identity, or the given one, may do."""
     yield f"site {policy.site}"
+    yield from privacy.explain(policy)
     chosen = [identity for identity in policy.identities if uri in (None, identity.uri)]
     if not chosen:
         known = ", ".join(identity.uri for identity in policy.identities)
@@ -114,6 +116,7 @@ def problems(policy: Policy) -> Iterator[str]:
     yield from _directory(policy)
     yield from faults(policy)
     yield from _tls(policy.tls_dir)
+    yield from privacy.problems(policy)
     for number, gateway in enumerate(policy.gateways):
         if gateway.ca is not None:
             yield from _lacking(f"gateways[{number}].ca", gateway.ca)

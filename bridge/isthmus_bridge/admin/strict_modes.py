@@ -15,6 +15,7 @@ from pathlib import Path
 
 from isthmus_contracts.identities import KEY_FILE
 
+from ..parties import signing_root
 from ..policy.policy import Policy, PolicyError
 from ..users.doctor import code_paths
 from ..users.sudoers import run_dir
@@ -79,11 +80,14 @@ def _items(policy: Policy, file: Path) -> Iterator[_Item]:
     yield _Item("tls_dir", policy.tls_dir)
     yield _Item("tls_dir", policy.tls_dir / KEY_FILE, secret=True)
     yield _Item("the site's CA", policy.tls_dir.parent / "ca.key", secret=True)
+    for folder in (policy.tls_dir, policy.tls_dir.parent):
+        yield _Item("the site's signing root", folder / signing_root.KEY_FILE, secret=True)
     for number, gateway in enumerate(policy.gateways):
         if (authority := gateway.authority_file(policy.tls_dir)) is not None:
             yield _Item(f"gateways[{number}].ca", authority)
     yield _Item("run_dir", policy.run_dir, written=True)
     yield _Item("journal", policy.journal_path, written=True)
+    yield _Item("audit_log", policy.audit_path, written=True)
     for name, path in (("slurm.bin_dir", policy.slurm.bin_dir), ("slurm.conf", policy.slurm.conf),
                        ("slurm.pyslurm.python", policy.slurm.pyslurm.python)):  # fmt: skip
         if path is not None:

@@ -13,6 +13,7 @@ from isthmus_contracts import identities as names
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from ..clients_per_job import per_job
+from ..files.run_directory import AUDIT_FOLDER
 from ..policy.authorization import Grant
 from ..policy.policy import Environment
 from ..slurm.model import Gres
@@ -72,6 +73,9 @@ def render(key: str, spec: pb.PoolSpec, grant: Grant, run_dir: Path, tls_dir: Pa
         carried=carried,
         unpack=_unpacking([name for name, _ in carried]),
         federation_env=list(_federation(spec, grant, tls_dir).items()),
+        audit_folder=AUDIT_FOLDER,
+        audit_name=names.ENV_AUDIT_DIR,
+        audit_dir=_audit_dir(environment),
         index_name=names.ENV_INDEX,
         client_name=names.ENV_CLIENT,
         first_index=spec.first_index,
@@ -135,6 +139,12 @@ def _federation(spec: pb.PoolSpec, grant: Grant, tls_dir: Path) -> Mapping[str, 
     if grant.data:
         env[names.ENV_DATA] = str(inside.data or grant.data)
     return env
+
+
+def _audit_dir(environment: Environment) -> Argument:
+    """Return the folder of the client's audit file, as the script in the container sees it."""
+    inside = environment.inside.work_dir
+    return str(inside / AUDIT_FOLDER) if inside else (Variable("work_dir"), f"/{AUDIT_FOLDER}")
 
 
 def _prefix(environment: Environment, grant: Grant, tls_dir: Path) -> list[Argument]:

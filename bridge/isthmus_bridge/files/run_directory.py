@@ -3,7 +3,7 @@
 ``.isthmus-pool``: shows that the bridge made the folder; ``batch.sh``: the script; ``client.sh``: the script of one
 client, if a job starts several; ``code/``: the job's files; ``tls/``: the clients' credentials while the pool is live;
 ``tasks/``: markers of the start and end of each client; ``logs/``: one file per client; ``work/``: the clients' working
-directories.
+directories, with their audit files.
 """
 
 import errno
@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from isthmus_contracts.identities import AUDIT_FILE
 
 from . import untrusted_files
 
@@ -26,6 +28,9 @@ _MARK_BYTES = 512
 # A file with the pool's key, in each folder that the bridge has made.
 _MARK_OF_OURS = ".isthmus-pool"
 _EXIT_CODE = re.compile(r"[0-9]{1,3}")
+_INDEX = re.compile(r"0|[1-9][0-9]{0,6}")
+# Of a client's working directory, which its container sees.
+AUDIT_FOLDER = ".isthmus-audit"
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class RunDirectory:
         self.code = self.path / "code"
         self._logs = self.path / "logs"
         self._tasks = self.path / "tasks"
+        self._work = self.path / "work"
 
     @property
     def log_pattern(self) -> str:
@@ -103,7 +109,7 @@ class RunDirectory:
         """Make the directory. Return whether it holds a script, from an earlier submission. Raises ``OSError``."""
         claim(self.path)
         known = self.script.exists()
-        for directory in (self._logs, self._tasks, self.path / "work"):
+        for directory in (self._logs, self._tasks, self._work):
             directory.mkdir(mode=0o700, exist_ok=True)
         self.write_credentials(credentials)
         return known
@@ -216,6 +222,34 @@ class RunDirectory:
         except OSError as error:
             return f"isthmus: the log of task {index} cannot be read: {error.strerror or error} ({log})"
         return _tail(log, lines, limit)
+
+    def departures(
+        self, offsets: Mapping[int, int], full: Collection[int], piece: int, most: int
+    ) -> dict[int, tuple[int, bytes]]:
+        """Return new bytes of the clients' audit files, by index, each with its offset in the file. Raises ``OSError``.
+
+        ``offsets``: where to begin; at 0 for others, and where the file is shorter. ``full``: clients to leave out.
+        ``piece``, ``most``: bounds on the bytes of one client, and of all.
+        """
+        found: dict[int, tuple[int, bytes]] = {}
+        for index in sorted(int(entry.name) for entry in self._work.iterdir() if _INDEX.fullmatch(entry.name)):
+            if index in full:
+                continue
+            try:
+                with untrusted_files.opened(self._work / str(index) / AUDIT_FOLDER / AUDIT_FILE) as file:
+                    size, start = file.seek(0, os.SEEK_END), offsets.get(index, 0)
+                    start = start if start <= size else 0
+                    file.seek(start)
+                    data = file.read(min(piece, most))
+            except OSError:
+                # Not written yet, or not a file.
+                continue
+            if data or start < offsets.get(index, 0):
+                found[index] = start, data
+                most -= len(data)
+            if most <= 0:
+                break
+        return found
 
     def _job_log(self, index: int) -> Path:
         return self._logs / f"job-{index}.log"

@@ -14,6 +14,7 @@ from ..slurm.model import Gres
 from ..slurm.options import Options
 from .parts import AllCallers, Limits, merged
 from .policy import Environment, Identity, Policy
+from .privacy import broken_rule
 
 _MINUTE = 60
 # A pattern of IP addresses: 10.1.* must not match the name 10.1.example.org.
@@ -167,6 +168,8 @@ def decide(policy: Policy, identity: Identity, spec: pb.PoolSpec) -> Grant | Den
         return denial
     if denial := _caps(limits_of(policy, identity), spec, who):
         return denial
+    if broken := broken_rule(policy.privacy, spec, runs_image=environment.runs_image):
+        return Denial(*broken)
     gres = tuple(Gres(item.name, item.type, item.count) for item in spec.gres)
     image = spec.image if environment.runs_image else ""
     endpoint = _endpoint(policy, spec, who)

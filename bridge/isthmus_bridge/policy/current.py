@@ -3,7 +3,10 @@
 from .policy import Policy, PolicyError
 
 # Settings with which the running bridge was built.
-_FIXED = ("site", "run_dir", "journal", "tls_dir", "listen", "gateways", "metrics_listen", "relay", "slurm", "users")
+_FIXED = (
+    "site", "run_dir", "journal", "audit_log", "tls_dir", "listen", "gateways", "metrics_listen", "relay", "slurm",
+    "users",
+)  # fmt: skip
 
 
 class CurrentPolicy:

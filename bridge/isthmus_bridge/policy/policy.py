@@ -26,6 +26,7 @@ from .fields import (
     rest_url,
 )
 from .parts import AllCallers, Limits, Part, Reason, SbatchOptions
+from .privacy import PrivacyRules
 
 # In tls_dir, beside the bridge's own certificate.
 GATEWAY_CA_FILE = "gateway-ca.crt"
@@ -283,6 +284,10 @@ class Policy(Part):
     keep waiting, and pools in Slurm run to their end."""
     users: UserSettings | None = None
     """Required if an identity names a local user."""
+    privacy: PrivacyRules = PrivacyRules()
+    """Protection that jobs must have, and what may run here and leave the site."""
+    audit_log: AbsolutePath | None = None
+    """Path of the audit log, to which the bridge only appends. Default: audit.jsonl beside the journal."""
     relay: RelaySettings | None = None
     """If left out, pools that need the relay are denied."""
     slurm: SlurmSettings = SlurmSettings()
@@ -353,6 +358,11 @@ class Policy(Part):
     def status_path(self) -> Path:
         """The file that the running bridge writes for `isthmus-bridge status`."""
         return self.journal_path.with_name("status.json")
+
+    @property
+    def audit_path(self) -> Path:
+        """The path of the audit log."""
+        return self.audit_log or self.journal_path.with_name("audit.jsonl")
 
     @property
     def journal_path(self) -> Path:

@@ -2,22 +2,27 @@
 
 import logging
 import re
+import time
 
 from ..files.run_directory import PATTERN_KEY, claimed
 from ..policy.policy import Policy
 from ..users.directory import owner
 from ..users.pool_directory import pool_directory
+from .audit_events import Auditor
+from .departures import DepartureCollector
 from .journal import Journal
 from .submitter import forget_credentials
 
 log = logging.getLogger(__name__)
 
 
-def clean_up(policy: Policy, journal: Journal, now: float) -> None:
+def clean_up(policy: Policy, journal: Journal, auditor: Auditor, now: float) -> None:
     """Remove what is due. Failures are logged, since they must not stop the bridge."""
+    departures = DepartureCollector(policy, auditor, time.monotonic)
     for entry in journal.finished_before(now + 1):
         if _holds_credentials(policy, entry.key, entry.user):
-            # The bridge died before it could remove them at the end of the pool.
+            # The bridge died before it could remove them at the end of the pool, and collect the clients' last lines.
+            departures.collect(entry, last=True)
             forget_credentials(policy, entry.key, entry.user)
     for entry in journal.finished_before(now - policy.retention_days * 86400):
         try:

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.wire.parties import PartyError
 from isthmus_contracts.wire.pki import Credentials
 
+from ..parties import party_files
 from ..policy.authorization import Denial, decide, draining, too_many
 from ..policy.current import CurrentPolicy
 from ..policy.policy import Identity, Policy
 from ..users.pool_directory import PoolDirectory, pool_directory
 from ..users.user_checks import fault
+from .audit_events import Auditor
 from .journal import Entry, Journal, State
 from .spec_checks import check_credentials, check_key, check_spec, differences, digest
 
@@ -57,6 +60,7 @@ class Pools:
         self,
         current_policy: CurrentPolicy,
         journal: Journal,
+        auditor: Auditor,
         advance: Callable[[str], None],
         wake: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
@@ -64,6 +68,7 @@ class Pools:
         """``advance`` starts work on a key and returns at once; ``wake`` makes the reconciler poll the queue soon."""
         self._current_policy = current_policy
         self._journal = journal
+        self._auditor = auditor
         self._advance = advance
         self._wake = wake
         self._clock = clock
@@ -110,7 +115,7 @@ class Pools:
         run = pool_directory(self._policy, key, user)
         # Before the entry: a recorded pool can be submitted at any time, also by a bridge that starts after a crash.
         # A script without an entry means that the journal was lost or restored from a backup: the array may exist.
-        known = run.create(_credentials(spec.federation))
+        known = run.create({**_credentials(spec.federation), **self._party_files(spec)})
         now = self._clock()
         entry = Entry(
             key=key,
@@ -129,6 +134,8 @@ class Pools:
             everyone = self._journal.live_specs()
             denial = too_many(self._policy, identity, spec, live, recent, everyone)
             if denial is None:
+                # Before the entry: a recorded pool is submitted whatever happens here.
+                self._auditor.accepted(identity.uri, key, spec, user)
                 return self._journal.insert(entry)
         if known:
             run.forget_credentials()
@@ -144,8 +151,24 @@ class Pools:
             raise SpecDiffers(f"key {entry.key} exists with another spec; it differs in: {names}")
         if entry.spec and not entry.state.over:
             # Tasks that start later read the newest credentials.
-            self._directory(entry).write_credentials(_credentials(spec.federation))
+            self._directory(entry).write_credentials({**_credentials(spec.federation), **self._trust()})
         return entry
+
+    def _party_files(self, spec: pb.PoolSpec) -> Mapping[str, bytes]:
+        """Return the files for secure aggregation of a new pool. Raises Denied, ``OSError``."""
+        needed = spec.privacy.secure_aggregation
+        try:
+            return party_files.for_new_pool(self._policy, spec.job_uid, spec.pool, needed=needed)
+        except PartyError as error:
+            raise Denied(Denial("privacy.secure_aggregation", str(error))) from None
+
+    def _trust(self) -> Mapping[str, bytes]:
+        """Return the present trust file; none, and a line in the log, if it cannot be made."""
+        try:
+            return party_files.renewed(self._policy)
+        except (OSError, PartyError) as error:
+            log.error("cannot renew the clients' trust file: %s", error)
+            return {}
 
     def _directory(self, entry: Entry) -> PoolDirectory:
         return pool_directory(self._policy, entry.key, entry.user)
@@ -228,7 +251,7 @@ class Pools:
         with self._keys.held(request.key):
             entry = self.get(identity, request.key)
             if entry.spec and not entry.state.over:
-                self._directory(entry).write_credentials(_credentials(request))
+                self._directory(entry).write_credentials({**_credentials(request), **self._trust()})
                 log.info("credentials renewed", extra={"key": entry.key, "caller": identity.uri})
         return entry
 

@@ -22,7 +22,9 @@ from ..slurm.unix_users import uid_of
 from ..users.user_checks import local_users
 from . import job_owners
 from .accounting_lookup import AccountingLookup
+from .audit_events import Auditor
 from .clients import by_client
+from .departures import DepartureCollector
 from .job_owners import Owner
 from .journal import Entry, Journal, State
 from .observation import Observation, choose, ended_by_limit, mark_lost, observe
@@ -53,6 +55,7 @@ class Reconciler:
         adapter: SlurmAdapter,
         submitter: Submitter,
         metrics: Metrics,
+        auditor: Auditor,
         advance: Callable[[str], None],
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -68,6 +71,8 @@ class Reconciler:
         self._monotonic = monotonic
         self._lookup = AccountingLookup(policy, adapter, monotonic)
         self._task_files = TaskFiles(policy, monotonic)
+        self._auditor = auditor
+        self._departures = DepartureCollector(policy, auditor, monotonic)
         self._users = set(local_users(policy))
         self._failures = 0
         self._asked_to_cancel: dict[tuple[str, int, int], float] = {}
@@ -223,6 +228,7 @@ class Reconciler:
         elif entry.unknown_since:
             changes |= {"unknown_since": 0.0, "missed_lookups": 0}
         observation = self._task_files.add_to(entry, spec, observation)
+        self._departures.collect(entry)
         surplus = self._surplus(entry, mine, jobs) if entry.kept_replicas else False
         if observation.over(jobs) and not surplus:
             warning = warning_seconds(self._policy, spec)
@@ -372,6 +378,8 @@ class Reconciler:
         if changed is None:
             return
         log.info("pool ended: %s", message or state, extra={"key": entry.key, "state": str(state)})
+        self._departures.collect(entry, last=True)
+        self._auditor.ended(entry, state, message)
         self._lookup.forget(entry.key)
         self._task_files.forget(entry.key)
         for asked in [asked for asked in self._asked_to_cancel if asked[0] == entry.key]:

@@ -8,16 +8,19 @@ from dataclasses import replace
 
 from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
+from isthmus_contracts.wire.parties import PartyError
 
 from ..batch import batch_script
 from ..clients_per_job import jobs_for, per_job
 from ..metrics import Metrics
+from ..parties import party_files
 from ..policy.authorization import Denial, Grant, decide, draining
 from ..policy.current import CurrentPolicy
 from ..policy.policy import Policy
 from ..slurm.model import Patience, SlurmAdapter, SlurmError, Submission, SubmissionAmbiguous, SubmissionRefused
 from ..users.pool_directory import PoolDirectory, pool_directory
 from ..users.user_checks import fault
+from .audit_events import Auditor
 from .journal import Entry, Journal, State
 
 log = logging.getLogger(__name__)
@@ -38,12 +41,14 @@ class Submitter:
         journal: Journal,
         adapter: SlurmAdapter,
         metrics: Metrics,
+        auditor: Auditor,
         clock: Callable[[], float],
     ) -> None:
         self._current_policy = current_policy
         self._journal = journal
         self._adapter = adapter
         self._metrics = metrics
+        self._auditor = auditor
         self._clock = clock
         self._busy: set[str] = set()
         self._lock = threading.Lock()
@@ -80,10 +85,15 @@ class Submitter:
         # Decide again: the policy may have changed since the pool was recorded.
         grant = self._decide(entry, spec)
         if isinstance(grant, Denial):
+            job = f"{spec.namespace}/{spec.job}"
+            self._auditor.denied(entry.identity, grant, key=key, job=job, pool=spec.pool)
             self._finish(entry, State.FAILED, str(grant))
             return
         try:
             run = pool_directory(self._policy, key, entry.user)
+            # The policy may have become stricter since the pool was recorded.
+            if trust := party_files.renewed(self._policy):
+                run.write_credentials(trust)
             run.write_code(spec.code)
             client = batch_script.render(key, spec, grant, run.path, run.tls)
             if per_job(spec) == 1:
@@ -92,6 +102,9 @@ class Submitter:
                 run.write_scripts(batch_script.render_job(key, spec, grant.gres, run.client_script), client)
         except OSError as error:
             self._defer(entry, f"cannot write the pool's files: {error.strerror}")
+            return
+        except PartyError as error:
+            self._defer(entry, f"cannot make the clients' trust file: {error}")
             return
         if self._record_intent(key, entry.kept_replicas):
             self._submit(key, submission(self._policy, key, entry.identity, spec, grant, run))
@@ -197,6 +210,7 @@ class Submitter:
             message or state,
             extra={"key": entry.key, "state": str(state), "caller": entry.identity},
         )
+        self._auditor.ended(entry, state, message)
         forget_credentials(self._policy, entry.key, entry.user)
 
     @contextmanager

@@ -4,6 +4,7 @@ The bridge's own ``run_dir`` has a folder with the same key. It records the time
 way, and the user's name in ``credentials-of`` while that user's directory may hold the pool's credentials.
 """
 
+import base64
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -94,6 +95,15 @@ class UserDirectory:
         answer = self._ask("tails", indices=wanted, lines=lines, limit=limit, of_jobs=of_jobs) if wanted else {}
         return {index: str(answer.get(str(index), "")) for index in wanted}
 
+    def departures(
+        self, offsets: Mapping[int, int], full: Collection[int], piece: int, most: int
+    ) -> dict[int, tuple[int, bytes]]:
+        """See :meth:`~..files.run_directory.RunDirectory.departures`."""
+        begin = {str(index): offset for index, offset in offsets.items()}
+        found = _read(_piece, self._ask("departures", offsets=begin, full=sorted(full), piece=piece, most=most))
+        # The answer may be forged.
+        return {i: (start, data[:piece]) for i, (start, data) in found.items() if 0 <= i < 10**7 and i not in full}
+
     def log_tail(self, index: int, lines: int, limit: int) -> str:
         """See :meth:`~..files.run_directory.RunDirectory.log_tail`."""
         return str(self._ask("log", index=index, lines=lines, limit=limit))
@@ -106,6 +116,11 @@ def _mark(answer: Any) -> TaskMarker:
 
 def _exit(answer: Any) -> Exit:
     return Exit(int(answer["array_id"]), int(answer["restarts"]), _code(answer["code"]))
+
+
+def _piece(answer: Any) -> tuple[int, bytes]:
+    start, data = answer
+    return max(0, int(start)), base64.b64decode(data, validate=True)
 
 
 def _code(answer: Any) -> int:

@@ -32,13 +32,14 @@ from ..slurm.command import CommandOutputTooLong, CommandTimeout, Result, run
 from ..slurm.environment import DEFAULT_PATH, program_environment
 from ..slurm.model import Gres, Submission
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_REQUEST = 16 << 20
 _LONGEST = 600.0
 _MAX_OUTPUT = 1 << 16
 # Share of the time left that sbatch gets.
 _SHARE = 0.9
 _MAX_TAIL = 1 << 20
+_MAX_DEPARTURES = 8 << 20
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 # The policy decides what is allowed. These patterns keep values from being options, or being expanded by Slurm.
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.+-]{0,63})?")
@@ -76,6 +77,14 @@ class Helper:
             "log": lambda pool, request, _: pool.log_tail(
                 _number(request["index"]), _number(request["lines"]), min(_MAX_TAIL, _number(request["limit"]))
             ),
+            "departures": lambda pool, request, _: {
+                index: [start, base64.b64encode(data).decode("ascii")]
+                for index, (start, data) in pool.departures(
+                    {int(index): _number(offset) for index, offset in request["offsets"].items()},
+                    frozenset(request["full"]), min(_MAX_TAIL, _number(request["piece"])),
+                    min(_MAX_DEPARTURES, _number(request["most"])),
+                ).items()
+            },
             "submit": self._submit,
         }  # fmt: skip
 

@@ -16,6 +16,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from isthmus_bridge.files.run_directory import AUDIT_FOLDER
+from isthmus_bridge.parties import signing_root
 from isthmus_bridge.policy.policy import Policy, PolicyError
 from isthmus_bridge.pools.housekeeping import clean_up
 from isthmus_bridge.pools.pools import Denied
@@ -25,6 +27,9 @@ from isthmus_bridge.users.doctor import changeable
 from isthmus_bridge.users.helper import PROTOCOL, Helper, respond
 from isthmus_bridge.users.helper_client import AsUser
 from isthmus_bridge.users.pool_directory import pool_directory
+from isthmus_contracts.identities import AUDIT_FILE, SIGNING_KEY_FILE
+from isthmus_contracts.wire.departures import Departure
+from isthmus_contracts.wire.parties import Signer, verify
 from tests.support.fake_slurm import KEY, NAME, OPERATOR, Array, World, policy
 
 from .test_script import NASTY
@@ -214,8 +219,53 @@ def test_without_the_rule_nothing_starts_and_credentials_are_removed_later(
     assert credentials.exists()
     missing.unlink()
     assert world.journal is not None
-    clean_up(world.policy, world.journal, world.now)
+    clean_up(world.policy, world.journal, world.auditor, world.now)
     assert not credentials.exists()
+
+
+def test_a_users_pool_has_its_keys_and_its_lines_are_collected(world: World, tmp_path: Path) -> None:
+    root, _ = signing_root.make(tmp_path)
+    (tmp_path / "tls").mkdir()
+    signing_root.install(tmp_path, tmp_path / "tls")
+    world.ensure()
+    files = tmp_path / "users" / ALICE / KEY
+    verify(Signer.read(files / "tls").credential, root)
+    assert (files / "tls" / SIGNING_KEY_FILE).stat().st_mode & 0o777 == 0o600
+    assert not (tmp_path / "run" / KEY / "tls").exists()
+    folder = files / "work" / "1" / AUDIT_FOLDER
+    folder.mkdir(parents=True)
+    lines = [
+        Departure(time=1.0, job="5e2b-uid", pool="lumi", index=1, round=number, size=10).line() for number in range(3)
+    ]
+    (folder / AUDIT_FILE).write_bytes(lines[0] + lines[1])
+    world.tick()
+    world.array().states = ["RUNNING"] * 3
+    world.tick(31)
+    (folder / AUDIT_FILE).open("ab").write(lines[2] + b"\xff\n")
+    world.array().states = ["COMPLETED"] * 3
+    world.tick(15, times=2)
+    assert world.phase() == "SUCCEEDED"
+    assert not (files / "tls").exists()
+    found = [json.loads(line) for line in world.policy.audit_path.read_bytes().splitlines()]
+    events = [(record["event"], record.get("round")) for record in found]
+    assert events == [
+        ("accepted", None), ("left", 0), ("left", 1), ("left", 2), ("malformed", None), ("ended", None),
+    ]  # fmt: skip
+    assert found[0]["user"] == ALICE
+
+
+def test_a_forged_answer_about_lines_is_refused(world: World, tmp_path: Path) -> None:
+    run = pool_directory(world.policy, KEY, ALICE)
+    run.create({})
+    for answer in ('{"0": [0]}', '{"0": ["x", "AA=="]}', '{"0": [0, "?"]}', "[]", '{"x": [0, "AA=="]}', '{"0": 1}'):
+        sudo = tmp_path / "sudo"
+        sudo.write_text(f"#!/bin/sh\nprintf '%s' '{{\"result\": {answer}}}'\n")
+        with pytest.raises(AsUserError, match="malformed"):
+            run.departures({}, frozenset(), 10, 10)
+    sudo.write_text(
+        """#!/bin/sh\nprintf '%s' '{"result": {"-1": [0, "AAAA"], "3": [-5, "AAAA"], "4": [0, "AA=="]}}'\n"""
+    )
+    assert run.departures({}, frozenset({4}), 2, 10) == {3: (0, b"\0\0")}
 
 
 def test_what_an_unrecorded_request_left_is_removed_and_a_lost_journal_finds_its_pool(
@@ -225,7 +275,7 @@ def test_what_an_unrecorded_request_left_is_removed_and_a_lost_journal_finds_its
     left.create({"tls.key": b"x"})
     world.ensure()
     assert world.journal is not None
-    clean_up(world.policy, world.journal, time.time() + 120)
+    clean_up(world.policy, world.journal, world.auditor, time.time() + 120)
     assert not left.path.exists() and not left.guard.exists()
     world.journal.close()
     world.journal = None

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from isthmus_bridge.batch.batch_script import _only_safe, comment, quote, render, render_job
-from isthmus_bridge.files.run_directory import RunDirectory, TaskMarker
+from isthmus_bridge.files.run_directory import AUDIT_FOLDER, RunDirectory, TaskMarker
 from isthmus_bridge.policy.authorization import Grant, decide
 from isthmus_bridge.policy.policy import Policy
 from isthmus_bridge.slurm.model import Gres
@@ -175,7 +175,9 @@ def test_the_environment_of_a_task(site: Policy) -> None:
         "ISTHMUS_ATTEMPT": "4003",
         "ISTHMUS_STEP": "",
         "ISTHMUS_DATA": "/data/co hort",
+        "ISTHMUS_AUDIT_DIR": str(run_dir / "work" / "2" / AUDIT_FOLDER),
     }
+    assert (run_dir / "work" / "2" / AUDIT_FOLDER).is_dir()
     assert env["PYTHONUNBUFFERED"] == "1"
     assert seen(site)["cwd"] == str(run_dir / "work" / "2")
     assert (run_dir / "tasks" / "2.exit").read_text() == "77 3 0\n"
@@ -261,7 +263,7 @@ def test_a_jobs_variables_act_inside_of_the_container_alone(tmp_path: Path, kind
 
 def test_a_container_gets_the_paths_inside_it(site: Policy, tmp_path: Path) -> None:
     program = tmp_path / "ch-run"
-    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$ISTHMUS_TLS_DIR" "$ISTHMUS_DATA"\n')
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$ISTHMUS_TLS_DIR" "$ISTHMUS_DATA" "$ISTHMUS_AUDIT_DIR"\n')
     program.chmod(0o755)
     request = spec(environment="container", command=["python3", "x y"], data_ref="cohort-a", image="reg/x:1",
                    env={"PATH": "/elsewhere"})  # fmt: skip
@@ -270,10 +272,12 @@ def test_a_container_gets_the_paths_inside_it(site: Policy, tmp_path: Path) -> N
     unpack = 'command export "$ISTHMUS_ENV_0" 2>/dev/null; unset ISTHMUS_ENV_0; exec "$@"'
     command = ["reg/x:1", "--", "sh", "-c", unpack, "sh", "python3", "x y"]
     result = run(site, request, PATH=f"{tmp_path}:/usr/bin:/bin")
-    assert result.stdout.splitlines() == [*binds, "--bind=/data/co hort:/mnt/2", *command, "/mnt/0", "/mnt/2"]
+    told = ["/mnt/0", "/mnt/2", "/mnt/1/.isthmus-audit"]
+    assert result.stdout.splitlines() == [*binds, "--bind=/data/co hort:/mnt/2", *command, *told]
     request.data_ref = ""
     result = run(site, request, PATH=f"{tmp_path}:/usr/bin:/bin")
-    assert result.stdout.splitlines() == [*binds, *command, "/mnt/0", ""], "an argument with {data} goes without it"
+    told[1] = ""
+    assert result.stdout.splitlines() == [*binds, *command, *told], "an argument with {data} goes without it"
 
 
 def test_a_prefix_that_the_node_lacks(site: Policy) -> None:

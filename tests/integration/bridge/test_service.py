@@ -1,6 +1,7 @@
 """The service over real gRPC with mutual TLS; only Slurm is fake."""
 
 import datetime as dt
+import json
 import sqlite3
 import threading
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from isthmus_bridge.audit.chain import verify
+from isthmus_bridge.parties import signing_root
 from isthmus_bridge.policy.policy import Policy
 from isthmus_bridge.pools.journal import Entry, Journal, State
 from isthmus_bridge.pools.observation import Observation, TaskObservation
@@ -18,6 +21,7 @@ from isthmus_bridge.server import Bridge
 from isthmus_contracts.identities import operator_identity
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
+from isthmus_contracts.wire.parties import Trust, new_root
 from isthmus_contracts.wire.pki import Authority, Credentials
 from isthmus_contracts.wire.transport import channel
 from tests.support.fake_slurm import KEY, NAME, FakeSlurm, policy, spec
@@ -219,6 +223,39 @@ def test_describe(connect: Connect) -> None:
     site = connect("prod").DescribeSite(pb.DescribeSiteRequest())
     assert (site.name, site.slurm_version, site.cluster) == ("test", "22.05.8", "fake")
     assert (list(site.partitions), list(site.environments)) == (["main", "debug"], ["plain"])
+
+
+def test_the_site_shows_its_root_and_refuses_what_the_policy_does_not_protect(
+    tmp_path: Path, authority: Authority, slurm: FakeSlurm
+) -> None:
+    authority.issue("localhost", DAY, hosts=["localhost"]).write(tmp_path / "tls")
+    root, _ = signing_root.make(tmp_path)
+    signing_root.install(tmp_path, tmp_path / "tls")
+    rules = {"secure_aggregation": {"required": True, "min_parties": 2, "roots": {"cloud": new_root()[1]}}}
+    bridge = Bridge(site(tmp_path, privacy=rules), slurm)
+    bridge.start()
+    try:
+        operator = authority.issue("prod", DAY, uris=[operator_identity("prod")])
+        with channel(f"127.0.0.1:{bridge.port}", operator, "localhost") as open_channel:
+            stub = rpc.BridgeStub(open_channel)
+            assert stub.DescribeSite(pb.DescribeSiteRequest(), timeout=60).signing_root == root
+            assert refused(lambda: ensure(stub)) == (
+                grpc.StatusCode.PERMISSION_DENIED,
+                "policy privacy.secure_aggregation.required: privacy.secureAggregation is not set in the manifest; this"
+                " site takes no job without it",
+            )
+            ensure(stub, privacy=pb.Privacy(secure_aggregation=True))
+    finally:
+        bridge.stop()
+    assert Trust.read(tmp_path / "run" / KEY / "tls").required
+    lines = (tmp_path / "audit.jsonl").read_bytes().splitlines()
+    assert verify(lines).faults == ()
+    policy_line, denied, accepted = map(json.loads, lines)
+    assert (policy_line["event"], policy_line["site"]) == ("policy", "test")
+    assert (denied["event"], denied["rule"]) == ("denied", "privacy.secure_aggregation.required")
+    assert (denied["job"], denied["pool"], denied["key"]) == ("default/fashion", "lumi", KEY)
+    assert (accepted["event"], accepted["privacy"]) == ("accepted", {"secure_aggregation": True})
+    assert accepted["caller"] == denied["caller"] == operator_identity("prod")
 
 
 def test_many_requests_for_one_key_at_once_submit_once(connect: Connect, slurm: FakeSlurm) -> None:

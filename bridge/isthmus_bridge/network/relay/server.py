@@ -6,6 +6,7 @@ message. It looks the name up among the live pools, so it connects to no other a
 
 import asyncio
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -27,6 +28,8 @@ _DIAL_SECONDS = 15.0
 _IDLE_SECONDS = 300.0
 _CHUNK = 64 << 10
 _SPARE_CONNECTIONS = 8
+# Directions, as the metric names them.
+_UP, _DOWN = "to-aggregator", "to-client"
 # Refusals for one reason are logged once in this time, with their number: anyone can cause them. Seconds.
 _QUIET_SECONDS = 10.0
 
@@ -67,6 +70,8 @@ class Relay:
         self._metrics = metrics
         self._most = settings.connections
         self._open = Counter[str]()
+        self._forwarded = Counter[tuple[str, str]]()
+        self._lock = threading.Lock()
         self._unnamed = 0
         # By reason: when the last refusal was logged, and how many were not logged since.
         self._reported: dict[str, tuple[float, int]] = {}
@@ -76,6 +81,12 @@ class Relay:
     def port(self) -> int:
         """The port at which it listens."""
         return self._server.port
+
+    def forwarded(self, name: str) -> tuple[int, int]:
+        """Return the bytes forwarded for a server name since the last call: to the aggregator, and to the clients."""
+        name = name.lower()
+        with self._lock:
+            return self._forwarded.pop((name, _UP), 0), self._forwarded.pop((name, _DOWN), 0)
 
     def start(self) -> None:
         """Start to listen. Raises ``OSError``."""
@@ -106,7 +117,7 @@ class Relay:
             self._open[name] += 1
             self._metrics.relay_connections.inc()
             try:
-                await self._join(first, reader, writer, route)
+                await self._join(first, reader, writer, route, name)
             finally:
                 self._metrics.relay_connections.dec()
                 self._open[name] -= 1
@@ -144,7 +155,7 @@ class Relay:
         log.warning("relay: %s%s", message, more, extra={"peer": str(peer[0]) if peer else ""})
 
     async def _join(
-        self, first: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, route: Route
+        self, first: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, route: Route, name: str
     ) -> None:
         try:
             async with asyncio.timeout(_DIAL_SECONDS):
@@ -158,10 +169,10 @@ class Relay:
             tune(writer)
             tune(far_writer)
             far_writer.write(first)
-            self._metrics.relay_bytes.labels("to-aggregator").inc(len(first))
+            self._count(name, _UP, len(first))
             async with asyncio.TaskGroup() as both:
-                both.create_task(self._pass_on(reader, far_writer, "to-aggregator"))
-                both.create_task(self._pass_on(far_reader, writer, "to-client"))
+                both.create_task(self._pass_on(reader, far_writer, name, _UP))
+                both.create_task(self._pass_on(far_reader, writer, name, _DOWN))
         except* TimeoutError:
             raise TimeoutError from None
         except* OSError as group:
@@ -169,8 +180,14 @@ class Relay:
         finally:
             far_writer.close()
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str) -> None:
-        counter = self._metrics.relay_bytes.labels(direction)
+    def _count(self, name: str, direction: str, size: int) -> None:
+        self._metrics.relay_bytes.labels(direction).inc(size)
+        with self._lock:
+            self._forwarded[name, direction] += size
+
+    async def _pass_on(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str, direction: str
+    ) -> None:
         while True:
             async with asyncio.timeout(_IDLE_SECONDS):
                 data = await reader.read(_CHUNK)
@@ -179,7 +196,7 @@ class Relay:
                 writer.write(data)
                 # Wait for a slow receiver. Its sender is not read in the meantime, so that TCP slows it down.
                 await writer.drain()
-            counter.inc(len(data))
+            self._count(name, direction, len(data))
         with suppress(OSError):
             writer.write_eof()
 

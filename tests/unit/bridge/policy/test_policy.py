@@ -23,6 +23,7 @@ from isthmus_bridge.policy.policy import (
     parse,
     schema,
 )
+from isthmus_bridge.policy.privacy import DifferentialPrivacyRules, PrivacyRules, SecureAggregationRules
 from isthmus_contracts.pb import bridge_pb2 as pb
 from tests.support.fake_slurm import spec
 
@@ -300,6 +301,9 @@ def test_the_commented_example_is_valid_and_shows_every_field() -> None:
         GatewaySettings,
         SbatchOptions,
         AllCallers,
+        PrivacyRules,
+        SecureAggregationRules,
+        DifferentialPrivacyRules,
     ]
     for model in models:
         for field in model.model_fields:

@@ -117,9 +117,9 @@ def test_cancel_of_a_pool_that_the_journal_has_lost_ends_its_array(
     assert mine.lives
     woken: list[bool] = []
     assert world.journal is not None
-    Pools(world.current_policy, world.journal, lambda key: None, lambda: woken.append(True), world.clock).cancel(
-        world.identity, KEY, "deleted"
-    )
+    Pools(
+        world.current_policy, world.journal, world.auditor, lambda key: None, lambda: woken.append(True), world.clock
+    ).cancel(world.identity, KEY, "deleted")
     assert woken and world.phase() == "CANCELLED"
     world.tick()
     assert not mine.lives and another.lives
@@ -187,7 +187,7 @@ def test_only_folders_that_the_bridge_made_are_removed_or_written_to(world: Worl
     (foreign / "thesis.txt").write_text("three years of work")
     leading.symlink_to(foreign)
     assert world.journal is not None
-    clean_up(world.policy, world.journal, time.time() + 120)
+    clean_up(world.policy, world.journal, world.auditor, time.time() + 120)
     assert not (world.policy.run_dir / own).exists()
     assert (foreign / "thesis.txt").exists() and (foreign / "tls").exists() and leading.is_symlink()
     with pytest.raises(OSError, match=r"holds files that the bridge has not made|not a private folder"):

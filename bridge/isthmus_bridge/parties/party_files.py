@@ -1,0 +1,65 @@
+"""Files for secure aggregation beside the TLS certificate of a pool's clients: signing key, credential and trust."""
+
+from isthmus_contracts.identities import TRUST_FILE
+from isthmus_contracts.wire.parties import PartyError, Trust, issue, party_files
+
+from ..policy.policy import Policy
+from . import signing_root
+
+
+class NoRootError(PartyError):
+    """The site has no root, and the policy or the job needs one."""
+
+
+def trust(policy: Policy, own: str) -> Trust:
+    """Return the conditions of the site's clients. ``own``: public key of the site's root; empty if there is none.
+
+    Raises :class:`PartyError`, which names the field of the policy.
+    """
+    rules = policy.privacy
+    secure = rules.secure_aggregation
+    roots = dict(secure.roots)
+    section = "privacy.secure_aggregation.roots"
+    if own:
+        if roots.get(policy.site, own) != own:
+            raise PartyError(f"{section}.{policy.site}: is not this site's root, which is {own}; leave it out")
+        if twin := next((party for party, root in roots.items() if root == own and party != policy.site), None):
+            raise PartyError(f"{section}.{twin}: is the root of this site, {policy.site}; leave it out")
+        roots[policy.site] = own
+    return Trust(
+        roots=roots,
+        min_parties=secure.min_parties,
+        min_clients=secure.min_clients,
+        required=secure.required,
+        tensors=list(rules.tensors),
+        max_bytes_per_round=rules.max_bytes_per_round,
+    )
+
+
+def for_new_pool(policy: Policy, job_uid: str, pool: str, *, needed: bool) -> dict[str, bytes]:
+    """Return the files by name, with a fresh signing key. ``needed``: the job uses secure aggregation.
+
+    A site without a root gives its clients the trust file only, and only if the policy has a ``privacy`` section.
+    Raises :class:`PartyError` and ``OSError``.
+    """
+    root = signing_root.read(policy.tls_dir)
+    if root is None:
+        if needed or policy.privacy.secure_aggregation.required:
+            missing = policy.tls_dir / signing_root.KEY_FILE
+            raise NoRootError(
+                f"this site has no root for secure aggregation ({missing}); `isthmus-bridge certs` creates it"
+            )
+        return _trust_file(policy, "")
+    signing_key, credential = issue(root, policy.site, job_uid, pool)
+    return party_files(signing_key, credential, trust(policy, signing_root.public(policy.tls_dir)))
+
+
+def renewed(policy: Policy) -> dict[str, bytes]:
+    """Return the trust file by its name, for a pool that has its signing key. Raises as :func:`for_new_pool`."""
+    return _trust_file(policy, signing_root.public(policy.tls_dir))
+
+
+def _trust_file(policy: Policy, own: str) -> dict[str, bytes]:
+    if not own and "privacy" not in policy.model_fields_set:
+        return {}
+    return {TRUST_FILE: trust(policy, own).serialized()}
