@@ -339,7 +339,9 @@ class FederatedJobSpec(Resource):
             return
         if problem := private.problem(self.strategy.algorithm, self.most_trainers):
             raise ValueError(f"privacy.{problem}")
-        if secure is not None and (problem := secure.problem_with_noise()):
+        if secure is not None and (
+            problem := secure.problem_with_noise(private.noise_multiplier, self.most_trainers, self.noise_contributors)
+        ):
             raise ValueError(problem)
         if self.strategy.deterministic:
             raise ValueError(

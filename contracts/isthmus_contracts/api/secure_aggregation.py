@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from ..dp_skellam import grid_of
 from .compression import HALVES, INTEGERS, NONE, TOP_K, Compression
 from .fields import PATTERN_METRIC, Decimal, Resource, exactly, single_precision_problem
 from .participation import Selection, Stragglers
@@ -160,8 +161,11 @@ class SecureAggregation(Resource):
             or self._metric_problem(metric)
         )
 
-    def problem_with_noise(self) -> str | None:
-        """Return the problem with differential privacy beside it, after the field's name, or ``None``."""
+    def problem_with_noise(self, noise_multiplier: str, clients: int, contributors: int) -> str | None:
+        """Return the problem with differential privacy beside it, after the field's name, or ``None``.
+
+        ``contributors``: the fewest whose noise is enough; 0 if clients add none.
+        """
         for field, used, why in (
             ("bits", self.bits == 16, "16 leaves no room for the noise; use 32"),
             ("rotation", self.rotation, "it would move coordinates past the bound of clipNorm; leave it out"),
@@ -169,6 +173,16 @@ class SecureAggregation(Resource):
         ):
             if used:
                 return f"{_NAME}.{field}: does not go with privacy.differentialPrivacy: {why}"
+        if contributors:
+            try:
+                steps = grid_of(self.bits, clients, float(noise_multiplier), contributors).steps
+            except ValueError:
+                steps = 0
+            if steps < FEWEST_STEPS:
+                return (
+                    f"privacy.differentialPrivacy.noiseMultiplier: {noise_multiplier} is too much noise of {clients}"
+                    f" clients for {self.bits} bits (privacy.secureAggregation); lower it, or use noise: Aggregator"
+                )
         return None
 
     def summary(self, cohort: Cohort) -> list[str]:

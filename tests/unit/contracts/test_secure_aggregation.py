@@ -271,6 +271,15 @@ def test_noise_needs_the_whole_ring_and_all_coordinates(settings: dict[str, Any]
     assert problem(spec(settings, privacy={"differentialPrivacy": noise})).startswith(f"{HERE}.{message}")
 
 
+def test_noise_of_clients_must_fit_into_the_ring() -> None:
+    noise = {"clipNorm": "1", "noiseMultiplier": "100000", "delta": "1e-6", "noise": "Distributed"}
+    parse_spec(spec(privacy={"differentialPrivacy": noise}))
+    assert problem(spec(pools=[cloud(1000)], privacy={"differentialPrivacy": noise})) == (
+        "spec.privacy.differentialPrivacy.noiseMultiplier: 100000 is too much noise of 1000 clients for 32 bits"
+        " (privacy.secureAggregation); lower it, or use noise: Aggregator"
+    )
+
+
 def test_an_undeclared_algorithm_is_refused() -> None:
     strategy = parse_spec(SPEC).strategy.model_copy(update={"algorithm": "FedNew"})
     said = SecureAggregation()._rule_problem(strategy)
