@@ -11,9 +11,10 @@ from ..clients.membership import Client, Membership
 from ..clients.outbox import Outbox
 from ..job import Job
 from ..model import messages
+from ..secure.rounds import SecureRounds
 from ..state.training_state import ActiveRound, TrainingState
 from ..updates.permissions import Permissions
-from .evaluation import Evaluations
+from .evaluation import ModelEvaluations
 from .offers import Offers
 
 log = logging.getLogger(__name__)
@@ -29,9 +30,9 @@ class ClientSessions:
 
     def __init__(
         self, job: Job, instance: str, training: TrainingState, members: Membership, permissions: Permissions,
-        offers: Offers, evaluations: Evaluations,
+        offers: Offers, evaluations: ModelEvaluations, secure: SecureRounds | None = None,
     ) -> None:  # fmt: skip
-        """``instance``: identity of this process."""
+        """``instance``: identity of this process. ``secure``: if the job uses secure aggregation."""
         self._spec = job.spec
         self._instance = instance
         self._training = training
@@ -39,6 +40,7 @@ class ClientSessions:
         self._permissions = permissions
         self._offers = offers
         self._evaluations = evaluations
+        self._secure = secure
 
     def check_hello(self, hello: pb.Hello) -> None:
         """Raise :class:`~..clients.membership.Refusal` for a client that does not belong to the job."""
@@ -68,8 +70,9 @@ class ClientSessions:
             client.successors -= 1
 
     def _is_training(self, client: Client, current: ActiveRound) -> bool:
-        """Return whether the client is expected to submit an update of that round."""
+        """Return whether the client is expected to submit an update of that round, or to help to open its sum."""
         pending = client.id in current.selected - current.accepted - current.rejected
+        pending |= self._secure is not None and self._secure.needs(client)
         return self._training.round is current and pending and time.monotonic() - client.last_heard <= SILENCE
 
     def join(self, hello: pb.Hello) -> Client:
@@ -87,9 +90,12 @@ class ClientSessions:
             case pb.FederationStatus.INITIALIZING if self._training.initialization.asked(client.id):
                 client.send(messages.INITIALIZE)
             case pb.FederationStatus.EVALUATING if client.evaluates and model is not None:
-                self._offers.evaluate(client, model)
+                if self._secure is None or self._secure.takes_part(client):
+                    self._offers.evaluate(client, model)
             case _:
                 self._repeat_offer(client)
+        if self._secure is not None:
+            self._secure.joined(client)
         log.info("%s joined (attempt %d)", client.name, client.attempt)
         self._training.changes.notify()
         return client
@@ -99,6 +105,8 @@ class ClientSessions:
         current = self._training.round
         if current is None or current.closing:
             return
+        if self._secure is not None and not self._secure.takes_part(client):
+            return  # it cannot join the instance; the next one may include it
         if self._permissions.resumes(client, current.number, current.base.digest):
             current.selected.add(client.id)
         if client.id in current.selected - current.accepted - current.rejected:
@@ -108,6 +116,8 @@ class ClientSessions:
         """Note that a control stream has ended."""
         self._members.leave(client, outbox)
         log.info("%s disconnected", client.name)
+        if self._secure is not None:
+            self._secure.lost()
         self._training.changes.notify()
 
     def receive(self, client: Client, message: pb.ClientMessage) -> None:
@@ -121,6 +131,10 @@ class ClientSessions:
             case "failure" if not client.failed:  # a client fails once: repeated reports must not fill the log
                 self._members.fail(client, message.failure)
                 log.warning("%s failed: %s", client.name, one_line(message.failure.message))
+                if self._secure is not None:
+                    self._secure.lost()
                 self._training.changes.notify()
+            case "secure" if self._secure is not None:
+                self._secure.receive(client, message.secure)
             case "leaving":
                 log.info("%s leaves: %s", client.name, one_line(message.leaving.reason))

@@ -25,9 +25,20 @@ def record_of(
     ``present``: the clients that can train. ``robust``: medians of the training metrics, not means weighted by
     examples.
     """
+    seconds = time.monotonic() - current.started
+    if (sums := current.sums) is not None:
+        # Single measurements are secret, so the mean takes the place of the value that most clients confirm.
+        means = progress.admit({_train_name(name): value for name, value in sums.metrics.items()})
+        record = RoundRecord(current.number, seconds, current.updates, round(sums.examples), means, time.time())
+        record.confirmed = {name: means[name] for name in (progress.objective.metric,) if name in means}
+        record.secure = {
+            "dropouts": sums.dropouts, "parties": sums.parties, "clipped_ratio": sums.clipped_ratio,
+        }  # fmt: skip
+        if budget is not None:
+            record.privacy = budget.account()
+        return record
     reported = current.training_means(robust=robust)
     means = progress.admit({_train_name(name): value for name, value in reported.means().items()})
-    seconds = time.monotonic() - current.started
     record = RoundRecord(current.number, seconds, current.updates, current.examples, means, time.time())
     objective = progress.objective.metric
     names = [name for name in {objective, objective.removeprefix(_TRAIN_PREFIX)} if _train_name(name) == objective]

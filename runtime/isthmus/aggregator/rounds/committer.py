@@ -27,7 +27,7 @@ from ..updates.intake import Intake
 from .commit_record import RECORD, committed_record, record_of
 from .delivery import Delivery
 from .durable_writer import DurableWriter
-from .evaluation import Evaluations
+from .evaluation import ModelEvaluations
 from .model_publisher import ModelPublisher
 from .offers import Offers
 from .privacy_budget import PrivacyBudget
@@ -44,8 +44,8 @@ class RoundCommitter:
     def __init__(
         self, spec: FederatedJobSpec, training: TrainingState, members: Membership, store: CheckpointStore,
         strategy: Strategy, compression: Compression, folder: Executor, progress: Progress, intake: Intake,
-        offers: Offers, evaluations: Evaluations, writer: DurableWriter, publisher: ModelPublisher, delivery: Delivery,
-        statistics: RoundStatistics, metrics: AggregatorMetrics, budget: PrivacyBudget | None,
+        offers: Offers, evaluations: ModelEvaluations, writer: DurableWriter, publisher: ModelPublisher,
+        delivery: Delivery, statistics: RoundStatistics, metrics: AggregatorMetrics, budget: PrivacyBudget | None,
     ) -> None:  # fmt: skip
         """``folder``: the thread in which updates are added to the result."""
         self._spec = spec

@@ -34,6 +34,19 @@ class WaitForChange(Protocol):
     def __call__(self, until: float | None = None) -> Awaitable[None]: ...
 
 
+class ModelEvaluations(Protocol):
+    """Evaluations of the newest committed model, in clear or as masked sums."""
+
+    def begin(self) -> None: ...
+    def take(self, client: Client, evaluation: pb.Evaluation) -> None: ...
+    @property
+    def missing(self) -> set[ClientId]: ...
+    async def close(self, record: RoundRecord | None, asked: set[ClientId] | None = None) -> None: ...
+    async def conclude(
+        self, model: GlobalModel, contributors: Collection[ClientId], record: RoundRecord | None, changed: WaitForChange
+    ) -> None: ...
+
+
 class Evaluations:
     """Evaluations of the newest committed model."""
 

@@ -6,6 +6,7 @@ from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.pb import federation_pb2 as pb
 
 from ..clients.membership import Membership
+from ..secure.rounds import SecureRounds
 from ..state.metrics_by_round import Progress
 from ..state.training_state import TrainingState
 from ..telemetry.metrics import AggregatorMetrics
@@ -23,6 +24,7 @@ class StatusReporter:
     def __init__(
         self, spec: FederatedJobSpec, training: TrainingState, members: Membership, progress: Progress,
         tracker: Tracker, publisher: ModelPublisher, metrics: AggregatorMetrics, budget: PrivacyBudget | None = None,
+        secure: SecureRounds | None = None,
     ) -> None:  # fmt: skip
         self._spec = spec
         self._training = training
@@ -32,6 +34,7 @@ class StatusReporter:
         self._publisher = publisher
         self._metrics = metrics
         self._budget = budget
+        self._secure = secure
         self._due: asyncio.TimerHandle | None = None
         metrics.rounds_planned.set(spec.rounds)
 
@@ -43,7 +46,7 @@ class StatusReporter:
         status = pb.FederationStatus(
             phase=training.phase,
             message=training.message or next(iter(warnings), ""),
-            current_round=current.number if current else completed,
+            current_round=min(current.number, self._spec.rounds) if current else completed,
             completed_rounds=completed,
             total_rounds=self._spec.rounds,
             min_clients=self._spec.min_clients,
@@ -61,6 +64,8 @@ class StatusReporter:
         )
         if self._budget is not None:
             status.privacy.CopyFrom(self._budget.status())
+        if self._secure is not None:
+            status.secure.CopyFrom(self._secure.status)
         return status
 
     def refresh_soon(self) -> None:

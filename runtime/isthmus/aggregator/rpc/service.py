@@ -134,6 +134,8 @@ class FederationService:
                     answering = asyncio.create_task(answer(message.update))
         except (aio.AioRpcError, asyncio.CancelledError):
             pass
+        except Exception:
+            log.exception("%s: one of its messages cannot be handled", client.name)
         finally:
             if answering is not None:
                 answering.cancel()

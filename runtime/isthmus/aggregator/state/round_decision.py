@@ -3,7 +3,7 @@
 import math
 from asyncio import Future
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Protocol
@@ -30,6 +30,8 @@ class RoundState:
     accepted: set[ClientId] = field(default_factory=set)
     rejected: set[ClientId] = field(default_factory=set)
     """Clients whose update was invalid. They may try again in the next round, or when the deadline is extended."""
+    able: Set[ClientId] | None = None
+    """Clients whose update can count, with secure aggregation; ``None``: all selected ones."""
     target: int | None = None
     """Number of updates that ends the round early; ``None`` waits for all selected clients."""
     late: set[UpdateKey] = field(default_factory=set)
@@ -117,7 +119,8 @@ def _outstanding(
 ) -> tuple[Collection[ClientId], float]:
     """Return the selected clients that may still submit, and when the passing of time may change that."""
     outstanding, recheck_at = [], state.deadline
-    for client in state.selected - state.accepted - state.rejected:
+    able = state.selected if state.able is None else state.able
+    for client in able - state.accepted - state.rejected:
         seen = presence.get(client)
         if seen is None or seen.failed:
             continue

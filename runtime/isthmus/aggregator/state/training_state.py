@@ -16,6 +16,7 @@ from ..storage.safetensors_file import SMALL_BYTES
 from .metrics_by_round import WeightedMeans
 from .notifier import Notifier
 from .round_decision import RoundState, UpdateKey
+from .round_sums import RoundSums
 
 UPDATE = "update"
 """Key of :attr:`TrainingState.storage_faults` for updates that a strategy keeps on disk."""
@@ -40,6 +41,14 @@ class ActiveRound(RoundState):
     """True while the result is computed. No update is accepted any more."""
     contributions: dict[UpdateKey, Contribution] = field(default_factory=dict)
     """One entry for each update that counts, in the order of arrival."""
+    sums: RoundSums | None = None
+    """The opened sum of secure aggregation, in which nobody knows a single contribution; ``None`` without it."""
+
+    def restart(self) -> None:
+        """Forget the updates that count, since a new sum begins."""
+        self.accepted.clear()
+        self.reports.clear()
+        self.contributions.clear()
 
     @property
     def examples(self) -> int:

@@ -34,6 +34,9 @@ class RoundRecord:
     """With differential privacy: ``epsilon`` and ``delta`` of all models up to this one, the ``rounds`` and
     ``mu_squared`` that they follow from, the ``clipped_ratio`` of this round's updates, the ``clip_norm`` that they
     were clipped to, and the ``next_clip_norm``."""
+    secure: dict[str, float] = field(default_factory=dict)
+    """With secure aggregation: ``dropouts`` (clients whose update is not in the sum), ``parties`` of the contributors,
+    and ``clipped_ratio``, the share of all their coordinates that the bounds cut."""
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     """``mean`` and ``max`` seconds of each stage: over the clients (wait, pull, evaluate, train, encode), over the
     updates (push, fold), and of the checkpoint."""

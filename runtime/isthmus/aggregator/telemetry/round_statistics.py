@@ -49,6 +49,14 @@ class RoundStatistics:
         """Record the seconds that folding an update took. Thread-safe."""
         self._book("fold", pool, seconds)
 
+    def withdraw_all(self) -> None:
+        """Remove all accepted updates, since a new sum begins."""
+        self._submissions.clear()
+
+    def phase(self, name: str, seconds: float) -> None:
+        """Record the duration of a phase of secure aggregation."""
+        self._times.add(f"secure_{name}", seconds)
+
     def checkpointed(self, seconds: float) -> None:
         """Record the seconds that writing a checkpoint took."""
         self._book("checkpoint", "", seconds)

@@ -4,10 +4,12 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
 from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.pb.federation_pb2 import TensorSpec
 
 from ...strategies import Strategy, StrategyError, Update
 from ...tensors import State
@@ -17,10 +19,12 @@ from ..clients.membership import ClientId, Membership
 from ..job import Job
 from ..model import messages
 from ..model.compression import Compression
+from ..model.global_model import GlobalModel
+from ..secure.rounds import SecureRounds
 from ..state.round_decision import UpdateKey
 from ..state.training_state import UPDATE, ActiveRound, Contribution, TrainingState
 from ..telemetry.round_statistics import RoundStatistics
-from . import validation
+from . import masked, validation
 from .base_models import BaseModels, rebase
 from .permissions import Permissions
 from .receive_slots import ReceiveSlots
@@ -39,13 +43,15 @@ class Intake:
     def __init__(
         self, job: Job, training: TrainingState, members: Membership, compression: Compression, strategy: Strategy,
         statistics: RoundStatistics, folder: Executor, directory: Path | None = None,
+        secure: SecureRounds | None = None,
     ) -> None:  # fmt: skip
-        """``directory``: where to receive updates that would take too much memory."""
+        """``directory``: where to receive updates that would take too much memory. ``secure``: if they are masked."""
         self._spec = job.spec
         self._training = training
         self._members = members
         self._compression = compression
         self._strategy = strategy
+        self._secure = secure
         self._statistics = statistics
         self._folder = folder
         self._folds_late = job.spec.folds_late
@@ -55,7 +61,11 @@ class Intake:
         self.base_models = BaseModels(job.spec.stragglers.max_staleness + 1 if self._folds_late else 1)
         self.client_history = ClientHistory()
         """Covers the committed rounds."""
-        self.receive_slots = ReceiveSlots(directory)
+        self.receive_slots = ReceiveSlots(directory, self._specs)
+
+    def _specs(self, model: GlobalModel) -> Sequence[TensorSpec]:
+        """Return the specs of updates from a model."""
+        return model.specs if self._secure is None else self._secure.specs
 
     def early_reply(self, header: pb.UpdateHeader) -> pb.PushReply | None:
         """Return the reply to an update that does not count, before it is received; ``None`` if it is to be received.
@@ -97,7 +107,10 @@ class Intake:
             return reply
         if current.closing:
             return validation.reply(pb.PushReply.CLOSED, f"round {current.number} has ended without it")
-        fault = validation.examine(header, current.base, self._compression, self._strategy)
+        if self._secure is None:
+            fault = validation.examine(header, current.base, self._compression, self._strategy)
+        else:
+            fault = masked.examine(header, self._secure.specs)
         return self.reject(header, fault) if fault else current
 
     def _reply_to_current(
@@ -107,6 +120,11 @@ class Intake:
             return validation.reply(pb.PushReply.STALE, "it was trained from another model than this round's")
         if not self.permissions.was_offered(header, self.client_history):
             return self._not_selected(header)
+        secure = self._secure
+        if secure is not None and not current.closing:
+            reply = masked.answer(header, secure.incarnation, takes=secure.takes_from(client_id))
+            if reply is not None:
+                return reply
         if client_id in current.accepted:
             return messages.reply(pb.PushReply.ACCEPTED, "counted before", current.number)
         return None
@@ -204,6 +222,9 @@ class Intake:
         return messages.reply(pb.PushReply.ACCEPTED, "")
 
     async def _examine_values(self, header: pb.UpdateHeader, tensors: State) -> Fault | None:
+        if self._secure is not None and header.round:
+            return None  # a mask makes every value as likely as any other
+
         def examine() -> Fault | None:
             fault = validation.examine_values(tensors)
             if fault is not None or not self._is_private or not self._training.frozen:
@@ -262,7 +283,7 @@ class Intake:
             if base is not None:
                 new_base = current.base.checkpoint.state
                 rebase(update.tensors, base, new_base, update.buffers, self._strategy.rebases)
-            self._strategy.accept(update)
+            (self._strategy if self._secure is None else self._secure).accept(update)
         except (OSError, StrategyError) as error:
             return error
         except Exception as error:

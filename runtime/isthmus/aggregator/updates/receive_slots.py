@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +52,14 @@ class ReceiveSlots:
     Fresh memory would be slower: its page faults take longer than the copy.
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
-        """``directory``: where to receive updates that would otherwise wait for a slow client."""
+    def __init__(
+        self, directory: Path | None = None,
+        specs: Callable[[GlobalModel], Sequence[TensorSpec]] = lambda model: model.specs,
+    ) -> None:  # fmt: skip
+        """``directory``: where to receive updates that would otherwise wait for a slow client. ``specs``: returns the
+        specs of updates from a model."""
         self._directory = directory
+        self._specs = specs
         self._limits: _Limits | None = None
         self._spare: list[State] = []
         self._in_files: set[int] = set()
@@ -153,7 +158,7 @@ class ReceiveSlots:
         try:
             if shutil.disk_usage(self._directory or tempfile.gettempdir()).free < (1 + _MODELS_LEFT_FREE) * model.size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return in_file(model.specs, self._directory)
+            return in_file(self._specs(model), self._directory)
         except OSError as error:
             log.warning("no file to receive an update into, so it waits: %s", error.strerror or error)
             return None

@@ -43,6 +43,7 @@ class Reason(StrEnum):
     SCALARS = "scalars"
     FROZEN = "frozen"
     BOUNDS = "bounds"
+    CLEAR = "clear"
     # To be sent again.
     CHECKSUM = "checksum"
     TRUNCATED = "truncated"
@@ -54,6 +55,7 @@ class Reason(StrEnum):
     CLOSED = "closed"
     FENCED = "fenced"
     NOT_SELECTED = "not_selected"
+    INCARNATION = "incarnation"
 
 
 _OF_VERDICT = {

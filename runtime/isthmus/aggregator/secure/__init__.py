@@ -1,0 +1,1 @@
+"""Secure aggregation at the aggregator: instances of the protocol, their timers, and what survives a crash."""

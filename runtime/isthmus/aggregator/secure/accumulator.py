@@ -1,0 +1,71 @@
+"""Sum of masked updates as a file that is mapped into memory, so that it survives the end of its process."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from isthmus_contracts.pb.federation_pb2 import TensorSpec
+
+from ...tensors import State, dtype_of
+
+_ALIGNMENT = 64
+
+
+class AccumulatorFile:
+    """File that holds the tensors of one sum, one behind the other."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._specs: list[TensorSpec] = []
+        self._shared: State = {}
+
+    def allocate(self, specs: Sequence[TensorSpec]) -> State:
+        """Return tensors of any values that are backed by the file. Raise ``OSError`` if the disk has no room.
+
+        The space is allocated first: access to a mapped page that the disk has no room for kills the process (SIGBUS,
+        mmap(2)).
+        """
+        if list(specs) != self._specs:
+            self._shared, self._specs = {}, []
+            # A file that is still mapped keeps its content: it is replaced and not truncated.
+            self._path.unlink(missing_ok=True)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, _size(specs))
+            finally:
+                os.close(descriptor)
+            self._shared, self._specs = self._map(specs, shared=True), list(specs)
+        return dict(self._shared)
+
+    def private(self, specs: Sequence[TensorSpec]) -> State:
+        """Return the file's tensors in memory whose changes are not written back (MAP_PRIVATE, mmap(2)).
+
+        Each page is copied when it is first changed. Raises ``OSError`` if there is no file of that size.
+        """
+        size = self._path.stat().st_size
+        if size != _size(specs):
+            raise OSError(f"{self._path} has {size} bytes, not {_size(specs)}")
+        return self._map(specs, shared=False)
+
+    def remove(self) -> None:
+        """Remove the file, if there is one. Raise ``OSError``."""
+        self._shared, self._specs = {}, []
+        self._path.unlink(missing_ok=True)
+
+    def _map(self, specs: Sequence[TensorSpec], *, shared: bool) -> State:
+        content = torch.from_file(str(self._path), shared=shared, size=_size(specs), dtype=torch.uint8)
+        tensors, offset = {}, 0
+        for spec in specs:
+            tensors[spec.name] = content[offset : offset + spec.size].view(dtype_of(spec)).view(tuple(spec.shape))
+            offset += _aligned(spec.size)
+        return tensors
+
+
+def _size(specs: Sequence[TensorSpec]) -> int:
+    return max(sum(_aligned(spec.size) for spec in specs), _ALIGNMENT)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
