@@ -158,9 +158,11 @@ TABLES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
         (
             _CLIENTS,
             Column("noise multiplier", "noise_multiplier", "{:g}".format),
+            Column("noise of", "noise"),
             Column("epsilon", "epsilon", "{:.2f}".format),
             Column("accuracy", "accuracy", percent),
             Column("clipped updates", "clipped", percent),
+            Column("last clipping norm", "last_clip_norm", "{:.2f}".format),
         ),
     ),
     "soak": (
