@@ -47,8 +47,9 @@ def _differential(rules: DifferentialPrivacyRules) -> str:
         "delta at most": rules.max_delta,
         "noiseMultiplier at least": rules.min_noise_multiplier,
     }
-    stated = ", ".join(f"{words} {value:g}" for words, value in bounds.items() if value is not None)
-    return "must use differential privacy" + (f": {stated}" if stated else "")
+    stated = ["noise Distributed"] * rules.distributed
+    stated += [f"{words} {value:g}" for words, value in bounds.items() if value is not None]
+    return "must use differential privacy" + (f": {', '.join(stated)}" if stated else "")
 
 
 def _approved(digests: list[str] | None, one: str, several: str) -> str:

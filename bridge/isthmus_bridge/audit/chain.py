@@ -1,7 +1,7 @@
 """The lines of the audit log, each of which holds the SHA-256 of the line before. Pure functions.
 
 A changed, removed or inserted line shows unless every later line is changed as well. Removed last lines show only to
-an admin who has noted the hash of one of them.
+an admin who has noted the hash of a later line.
 """
 
 import datetime as dt

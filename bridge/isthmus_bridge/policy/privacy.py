@@ -66,11 +66,14 @@ class DifferentialPrivacyRules(Part):
     """Largest budget (``maxEpsilon``) that a job may state; a job without a budget is denied."""
     max_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     min_noise_multiplier: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    distributed: bool = False
+    """Demand ``noise: Distributed``: the clients add the noise. Otherwise the aggregator may, which sees the sum
+    before."""
 
     @model_validator(mode="after")
     def _of_use(self) -> Self:
-        for name in ("max_epsilon", "max_delta", "min_noise_multiplier"):
-            if getattr(self, name) is not None and not self.required:
+        for name in ("max_epsilon", "max_delta", "min_noise_multiplier", "distributed"):
+            if getattr(self, name) not in (None, False) and not self.required:
                 raise ValueError(f"{name} needs required: true; otherwise a job without differential privacy passes")
         return self
 
@@ -122,6 +125,8 @@ def _differential(rules: DifferentialPrivacyRules, stated: pb.Privacy) -> tuple[
         return None
     if not stated.noise_multiplier:
         return f"{section}.required", f"{field} is not set in the manifest; this site takes no job without it"
+    if rules.distributed and not stated.distributed_noise:
+        return f"{section}.distributed", f"{field}.noise is Aggregator; this site demands Distributed"
     if (least := rules.min_noise_multiplier) is not None and stated.noise_multiplier < least:
         why = f"{field}.noiseMultiplier is {stated.noise_multiplier:g}; at least {least:g}"
         return f"{section}.min_noise_multiplier", why

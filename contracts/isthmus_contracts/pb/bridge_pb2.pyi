@@ -223,6 +223,7 @@ class Privacy(_message.Message):
     NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     MAX_EPSILON_FIELD_NUMBER: _builtins.int
+    DISTRIBUTED_NOISE_FIELD_NUMBER: _builtins.int
     secure_aggregation: _builtins.bool
     min_parties: _builtins.int
     """with secure aggregation, as is min_clients"""
@@ -233,6 +234,8 @@ class Privacy(_message.Message):
     delta: _builtins.float
     max_epsilon: _builtins.float
     """0: no budget"""
+    distributed_noise: _builtins.bool
+    """the clients add the noise, not the aggregator"""
     def __init__(
         self,
         *,
@@ -243,10 +246,11 @@ class Privacy(_message.Message):
         noise_multiplier: _builtins.float = ...,
         delta: _builtins.float = ...,
         max_epsilon: _builtins.float = ...,
+        distributed_noise: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_norm", b"clip_norm", "delta", b"delta", "max_epsilon", b"max_epsilon", "min_clients", b"min_clients", "min_parties", b"min_parties", "noise_multiplier", b"noise_multiplier", "secure_aggregation", b"secure_aggregation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_norm", b"clip_norm", "delta", b"delta", "distributed_noise", b"distributed_noise", "max_epsilon", b"max_epsilon", "min_clients", b"min_clients", "min_parties", b"min_parties", "noise_multiplier", b"noise_multiplier", "secure_aggregation", b"secure_aggregation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

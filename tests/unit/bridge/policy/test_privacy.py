@@ -59,6 +59,11 @@ def test_a_job_that_meets_every_rule_is_granted(tmp_path: Path) -> None:
             " site takes no job without it",
         ),
         (
+            {"differential_privacy": BOUNDS | {"distributed": True}}, PRIVATE,
+            "policy privacy.differential_privacy.distributed: privacy.differentialPrivacy.noise is Aggregator; this"
+            " site demands Distributed",
+        ),
+        (
             {"differential_privacy": BOUNDS}, altered(noise_multiplier=0.4),
             "policy privacy.differential_privacy.min_noise_multiplier: privacy.differentialPrivacy.noiseMultiplier is"
             " 0.4; at least 0.5",
@@ -139,6 +144,7 @@ def test_only_approved_images_run(tmp_path: Path) -> None:
         ({"secure_aggregation": {"roots": {"a": ROOT, "b": ROOT}}}, "a and b have the same root"),
         ({"secure_aggregation": {"roots": {"a b": ROOT}}}, "privacy.secure_aggregation.roots.a b"),
         ({"differential_privacy": {"max_epsilon": 8}}, "differential_privacy: max_epsilon needs required: true"),
+        ({"differential_privacy": {"distributed": True}}, "differential_privacy: distributed needs required: true"),
         ({"differential_privacy": {"required": True, "max_epsilon": 0}}, "privacy.differential_privacy.max_epsilon: "),
         ({"differential_privacy": {"required": True, "max_delta": 1}}, "privacy.differential_privacy.max_delta: "),
         ({"code_digests": ["AB" * 32]}, "privacy.code_digests[0]: "),

@@ -128,7 +128,7 @@ def test_a_site_learns_the_protection_and_no_keys() -> None:
     ).privacy
     assert told.secure_aggregation
     assert (told.min_parties, told.min_clients, told.clip_norm, told.noise_multiplier) == (2, 4, 1.5, 2)
-    assert (told.delta, told.max_epsilon) == (1e-5, 9)
+    assert (told.delta, told.max_epsilon, told.distributed_noise) == (1e-5, 9, False)
     assert not stated({}).HasField("privacy")
     assert not stated({"differentialPrivacy": {"clipNorm": "1", "noiseMultiplier": "2"}}).privacy.secure_aggregation
 
