@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
+from isthmus.aggregator.telemetry.secure_metrics import SecureMetrics
 from isthmus.aggregator.telemetry.stage_times import CLIENT_STAGES, SERVER_STAGES
 from isthmus.aggregator.updates.validation import Reason
 from isthmus.client.session.stage_timer import REPORTED_STAGES
@@ -19,7 +20,20 @@ DOCS = (Path(__file__).parents[3] / "docs" / "operating" / "metrics.md").read_te
 Description = tuple[str, frozenset[str]]  # type, labels
 OF_EVERY_JOB = {"namespace", "job"}
 # The contract's labels, and a few with small closed sets of values. None of them distinguishes clients.
-ALLOWED = {"namespace", "job", "pool", "site", "state", "stage", "result", "reason", "codec", "metric"}
+ALLOWED = {
+    "namespace",
+    "job",
+    "pool",
+    "site",
+    "state",
+    "stage",
+    "result",
+    "reason",
+    "codec",
+    "metric",
+    "phase",
+    "outcome",
+}
 
 
 def section(title: str) -> str:
@@ -52,7 +66,9 @@ def collected(families: Iterable[object]) -> dict[str, Description]:
 
 
 def test_the_aggregators() -> None:
-    found = registered(AggregatorMetrics("team", "job").registry)
+    metrics = AggregatorMetrics("team", "job")
+    SecureMetrics(metrics)
+    found = registered(metrics.registry)
     assert {name: (kind, labels - OF_EVERY_JOB) for name, (kind, labels) in found.items()} == documented("Aggregator")
     assert all(labels >= OF_EVERY_JOB for _, labels in found.values())
     assert set().union(*(labels for _, labels in found.values())) <= ALLOWED
