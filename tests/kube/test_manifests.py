@@ -86,8 +86,8 @@ REJECTED: list[tuple[str, Spoil, str, str]] = [
      "TemplateNotAllowed", "spec.aggregator.template.spec.serviceAccountName: the service account 'builder' is not"
      " allowed here; the platform's admin can allow service-account (operator.allowInTemplates)"),
     ("secure aggregation of two clients", lambda s: s.update(SECURE), "InvalidSpec",
-     "spec.pools: privacy.secureAggregation needs at least 3 clients that train, and there may be only 2: each could"
-     " compute the other's update from the sum; raise replicas"),
+     "spec.pools: privacy.secureAggregation needs at least 3 clients that train, and there may be only 2: with two,"
+     " each could compute the other's update from the sum; raise replicas"),
     ("secure aggregation with a rule for single updates",
      lambda s: s.update(SECURE, strategy={"algorithm": "CoordinateMedian"}), "InvalidSpec",
      "spec.strategy.algorithm: CoordinateMedian does not go with privacy.secureAggregation: it compares single updates,"

@@ -280,6 +280,7 @@ class FederatedJobSpec(Resource):
                 raise ValueError(
                     f"{field}: {number} is more than the {self.fewest_trainers} clients of {which}; {never}"
                 )
+        self._check_privacy()
         if self.min_updates < self.strategy.fewest_updates:
             raise ValueError(
                 f"stragglers.minUpdates: {self.min_updates} is too few for {self.strategy.algorithm}, which needs"
@@ -305,7 +306,6 @@ class FederatedJobSpec(Resource):
                 f"compression.upload: TopK does not go with {self.strategy.algorithm}, which {why}; use Int8 or"
                 " Rotation+Int4, or another algorithm"
             )
-        self._check_privacy()
         return self
 
     @property

@@ -150,6 +150,13 @@ class Privacy(Resource):
     """Mask the clients' updates, so that the aggregator sees their sum only. An empty mapping, {}, switches it on with
     safe defaults. Default: off."""
 
+    @field_validator("secure_aggregation", mode="before")
+    @classmethod
+    def _is_mapping(cls, given: object) -> object:
+        if isinstance(given, bool | str | int):
+            raise ValueError(f"must be a mapping, not {given!r}; {{}} switches it on with safe defaults")
+        return given
+
     @model_validator(mode="after")
     def _masks_distributed_noise(self) -> Self:
         private = self.differential_privacy

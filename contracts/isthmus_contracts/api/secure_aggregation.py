@@ -226,9 +226,10 @@ class SecureAggregation(Resource):
                 " travel in clear; leave the pool out, since the clients that train measure each model as well"
             )
         if cohort.fewest < FEWEST_CLIENTS:
+            field = "replicas" if cohort.fewest == sum(cohort.parties.values()) else "replicas or cloud.minReplicas"
             return (
                 f"pools: {_NAME} needs at least {FEWEST_CLIENTS} clients that train, and there may be only"
-                f" {cohort.fewest}: each could compute the other's update from the sum; raise replicas"
+                f" {cohort.fewest}: with two, each could compute the other's update from the sum; raise {field}"
             )
         if cohort.fewest < self.min_clients:
             return (

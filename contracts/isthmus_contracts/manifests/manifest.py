@@ -91,6 +91,7 @@ def parse_federated_job(manifest: Any) -> FederatedJob:
     if "spec" not in manifest:
         problems.append("spec: is missing")
     else:
+        problems += _empty_protection(manifest["spec"])
         try:
             spec = parse_spec(manifest["spec"])
         except ManifestError as error:
@@ -98,6 +99,19 @@ def parse_federated_job(manifest: Any) -> FederatedJob:
     if problems or spec is None:
         raise ManifestError(problems)
     return FederatedJob(name, namespace, spec)
+
+
+def _empty_protection(spec: Any) -> list[str]:
+    """Return the fields of ``privacy`` without a value: the job would run unprotected."""
+    privacy = spec.get("privacy") if isinstance(spec, Mapping) else None
+    if not isinstance(privacy, Mapping):
+        return []
+    ways = {"secureAggregation": "write {} to switch it on", "differentialPrivacy": "give its settings"}
+    return [
+        f"spec.privacy.{name}: is empty; {way}, or leave the field out"
+        for name, way in ways.items()
+        if name in privacy and privacy[name] is None
+    ]
 
 
 def check_job_name(name: str) -> list[str]:

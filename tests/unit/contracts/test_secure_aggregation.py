@@ -15,7 +15,8 @@ from isthmus_contracts.api.secure_aggregation import (
     threshold,
 )
 from isthmus_contracts.api.strategy import Algorithm
-from isthmus_contracts.manifests.manifest import ManifestError, parse_spec
+from isthmus_contracts.identities import API_VERSION
+from isthmus_contracts.manifests.manifest import ManifestError, parse_federated_job, parse_spec
 
 SPEC: dict[str, Any] = {
     "rounds": 10,
@@ -135,8 +136,13 @@ def test_a_bad_setting_is_one_line(settings: dict[str, Any], message: str) -> No
     [
         (
             spec(pools=[cloud(2)]),
-            f"spec.pools: {NAME} needs at least 3 clients that train, and there may be only 2: each could compute the"
-            " other's update from the sum; raise replicas",
+            f"spec.pools: {NAME} needs at least 3 clients that train, and there may be only 2: with two, each could"
+            " compute the other's update from the sum; raise replicas",
+        ),
+        (
+            spec(pools=[cloud(4) | {"cloud": {"minReplicas": 0}}, site("lumi", 2)]),
+            f"spec.pools: {NAME} needs at least 3 clients that train, and there may be only 2: with two, each could"
+            " compute the other's update from the sum; raise replicas or cloud.minReplicas",
         ),
         (
             spec(pools=[cloud(6), cloud(1, "eyes", role="Evaluate")]),
@@ -269,6 +275,27 @@ def test_noise_needs_the_whole_ring_and_all_coordinates(settings: dict[str, Any]
     noise = {"clipNorm": "1", "noiseMultiplier": "1", "delta": "1e-6"}
     parse_spec(spec(privacy={"differentialPrivacy": noise}))
     assert problem(spec(settings, privacy={"differentialPrivacy": noise})).startswith(f"{HERE}.{message}")
+
+
+@pytest.mark.parametrize("value", [True, "on", 1])
+def test_a_switch_is_answered_with_the_mapping_to_write(value: object) -> None:
+    assert problem(SPEC | {"privacy": {"secureAggregation": value}}) == (
+        f"{HERE}: must be a mapping, not {value!r}; {{}} switches it on with safe defaults"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "way"), [("secureAggregation", "write {} to switch it on"), ("differentialPrivacy", "give its settings")]
+)
+def test_protection_without_a_value_is_no_job_without_protection(field: str, way: str) -> None:
+    manifest = {"apiVersion": API_VERSION, "kind": "FederatedJob", "metadata": {"name": "demo"}}
+    with pytest.raises(ManifestError) as error:
+        parse_federated_job(manifest | {"spec": SPEC | {"privacy": {field: None}}})
+    assert str(error.value) == f"spec.privacy.{field}: is empty; {way}, or leave the field out"
+    # The accepted spec, as it is stored, has such fields.
+    stored = parse_spec(SPEC).model_dump(mode="json", by_alias=True)
+    assert stored["privacy"] == {"differentialPrivacy": None, "secureAggregation": None}
+    assert parse_spec(stored) == parse_spec(SPEC)
 
 
 def test_noise_of_clients_must_fit_into_the_ring() -> None:
