@@ -1,5 +1,6 @@
 """Explanation and checks of the policy's ``privacy`` section, and the digests that it names."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from ..parties import party_files, signing_root
 from ..policy.policy import Policy, PolicyError
 from ..policy.privacy import DifferentialPrivacyRules, SecureAggregationRules
 from ..policy.program_digest import digest_of
+
+_BOUND_ELSEWHERE = re.compile(r"\{work_dir\}:(?!\{work_dir\})")
 
 
 def explain(policy: Policy) -> Iterator[str]:
@@ -94,6 +97,12 @@ def warnings(policy: Policy) -> Iterator[str]:
         )
     elif rules.required and not others:
         yield f"{section}.roots: is empty, so clients of this site train with each other only"
+    for name, environment in sorted(policy.environments.items()):
+        if environment.inside.work_dir is None and any(_BOUND_ELSEWHERE.search(one) for one in environment.prefix):
+            yield (
+                f"environments.{name}.inside.work_dir: is not set, but the prefix binds {{work_dir}} to another path;"
+                " clients cannot write their audit file without it"
+            )
     if policy.privacy.code_digests == []:
         yield "privacy.code_digests: is empty, so every job is denied; leave it out to allow any program"
     if policy.privacy.image_digests == []:

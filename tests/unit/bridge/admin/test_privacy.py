@@ -151,6 +151,23 @@ def test_check_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str], rules: 
     assert [line for line in lines if line.startswith(words)], lines
 
 
+@pytest.mark.parametrize(
+    ("prefix", "inside", "warned"),
+    [
+        (["run", "--bind={work_dir}:/work"], {}, True),
+        (["run", "--bind={work_dir}:/work"], {"work_dir": "/work"}, False),
+        (["run", "--bind={work_dir}:{work_dir}"], {}, False),
+        (["run", "--bind={work_dir}"], {}, False),
+    ],
+)
+def test_check_warns_of_a_container_that_hides_the_audit_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], prefix: list[str], inside: dict[str, str], warned: bool
+) -> None:
+    path = policy_file(tmp_path, environments={"box": {"prefix": prefix, "inside": inside}})
+    words = "warning: environments.box.inside.work_dir: is not set"
+    assert any(line.startswith(words) for line in said(capsys, path)) == warned
+
+
 def test_a_site_that_requires_secure_aggregation_needs_a_root(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
