@@ -39,7 +39,10 @@ class Job:
     @property
     def rounds(self) -> list[dict[str, Any]]:
         """Return the records of the committed rounds."""
-        lines = (self.directory / "state" / "rounds.jsonl").read_text().splitlines()
+        try:
+            lines = (self.directory / "state" / "rounds.jsonl").read_text().splitlines()
+        except FileNotFoundError:  # before the first round
+            return []
         return [json.loads(line) for line in lines]
 
     def stage_seconds(self, stage: str) -> float:

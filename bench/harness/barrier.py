@@ -70,8 +70,12 @@ class BarrierController:
 
     def run(self, rounds: int) -> float:
         """Run this number of rounds and return their duration in seconds."""
-        assert self._program.stdin is not None
         started = time.perf_counter()
-        self._program.stdin.write(_ARRIVED * rounds)
+        self.release(rounds)
         self.await_all(rounds)
         return time.perf_counter() - started
+
+    def release(self, times: int = 1) -> None:
+        """Let every client pass the barrier ``times`` times."""
+        assert self._program.stdin is not None
+        self._program.stdin.write(_ARRIVED * times)

@@ -1,9 +1,15 @@
-"""Clients that do no training: ``python -m bench.harness.noop_clients CLIENTS PROCESSES PARAMETERS``."""
+"""Clients that do no training: ``python -m bench.harness.noop_clients CLIENTS PROCESSES PARAMETERS``.
+
+Two more arguments are ``SECONDS`` and ``SILENT``, by default 0. The clients wait for ``SECONDS`` before each update, as
+if each trained on a machine of its own. The last ``SILENT`` of them stay connected and never hand in an update.
+"""
 
 import logging
 import sys
 import threading
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -33,21 +39,35 @@ class Weights:
             tensor.copy_(state_dict[name])
 
 
-def participate(index: int, clients: int, parameters: int, barrier: Barrier) -> None:
-    context = Context(pool=POOL, index=index, pool_size=clients, client=index, clients=clients)
-    part = ClientLoop(Weights(parameters), None, None, context, Ranks(), threading.Event())
+@dataclass(frozen=True)
+class Plan:
+    """Number of clients, parameters of the model, seconds before each update, and clients that never submit."""
+
+    clients: int
+    parameters: int
+    seconds: float
+    silent: int
+
+
+def participate(index: int, plan: Plan, barrier: Barrier) -> None:
+    context = Context(pool=POOL, index=index, pool_size=plan.clients, client=index, clients=plan.clients)
+    part = ClientLoop(Weights(plan.parameters), None, None, context, Ranks(), threading.Event())
     for rnd in part.rounds():
         barrier.wait(index)
+        if index >= plan.clients - plan.silent:
+            threading.Event().wait()
+        time.sleep(plan.seconds)
         rnd.submit(num_examples=1)
 
 
 def main() -> None:
     logging.getLogger("isthmus").addHandler(logging.NullHandler())
-    clients, processes, parameters = map(int, sys.argv[1:])
+    clients, processes, parameters, seconds, silent = (*sys.argv[1:], "0", "0")[:5]
+    plan = Plan(int(clients), int(parameters), float(seconds), int(silent))
     torch.set_num_threads(1)
     connections_of_their_own()
-    barrier = Barrier(processes)
-    in_processes(clients, processes, lambda index: participate(index, clients, parameters, barrier), barrier)
+    barrier = Barrier(int(processes))
+    in_processes(plan.clients, int(processes), lambda index: participate(index, plan, barrier), barrier)
 
 
 if __name__ == "__main__":
