@@ -153,13 +153,14 @@ def _rounded(
     scale = _down(scale, dtype)
     clipped = 0
     for part in found.parts():
-        change = new[part.values].to(dtype, copy=True).sub_(old[part.values])
+        after, before = new[part.values], old[part.values]
+        change = after.sub(before) if after.dtype == dtype else after.to(dtype, copy=True).sub_(before)
         coordinates = found.forward(part, change.mul_(factor))
-        outside = len(coordinates) - int((coordinates.abs() <= 1).sum())  # NaN counts as outside
-        if outside:
-            if not bool(new[part.values].isfinite().all()) or bool(coordinates.isnan().any()):
+        least, most = coordinates.aminmax()
+        if not (least >= -1 and most <= 1):  # NaN is not
+            if not bool(after.isfinite().all()) or bool(coordinates.isnan().any()):
                 raise UpdateError(f"{name} holds NaN or infinity")
-            clipped += outside
+            clipped += int((coordinates.abs() > 1).sum())
             coordinates.clamp_(-1, 1)
         target[part.coordinates] = rounding.round(coordinates.mul_(scale))
     return clipped
