@@ -76,7 +76,7 @@ def fits(points: Mapping[int, int], threshold: int, prime: int) -> bool:
 
     Points that do not are found with a probability of 1 - 1 / prime, in a fraction of the time of :func:`decode`.
     """
-    # Values of such a polynomial are orthogonal to those of every polynomial of degree below n - threshold, if each is
+    # Values of this polynomial are orthogonal to those of every polynomial of degree below n - threshold, if each is
     # divided by its point's distances from the others (the dual of a Reed-Solomon code).
     if len(points) <= threshold:
         return True
