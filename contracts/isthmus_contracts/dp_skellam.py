@@ -129,7 +129,6 @@ def grid_of(bits: int, clients: int, noise_multiplier: float, contributors: int)
         middle = (low + high) // 2
         low, high = (middle, high) if candidate(middle).reach(clients) <= most else (low, middle)
     if low == 0:
-        raise ValueError(
-            f"a ring of {bits} bits has no room for {clients} clients and noise of {noise_multiplier:g} clipping norms"
-        )
+        noise = f" and noise of {noise_multiplier:g} clipping norms" if noise_multiplier else ""
+        raise ValueError(f"a ring of {bits} bits has no room for {clients} clients{noise}")
     return candidate(low)

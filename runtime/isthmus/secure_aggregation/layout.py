@@ -27,7 +27,7 @@ SLOPE = "slope/"
 EXACT_BITS = 64
 _DTYPES = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 _NAMES = {16: "I16", 32: "I32", 64: "I64"}
-# Numbers that divide a client's change, and the smallest that counts: FedNova's first step weighs 1 at least.
+# Numbers of a client that may divide its change.
 _DIVISORS = ("steps", "travel")
 # Largest clipping norm, noise multiplier, and noise of a count.
 _MOST_NOISE = 1e12

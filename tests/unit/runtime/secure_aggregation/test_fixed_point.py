@@ -21,7 +21,6 @@ from isthmus.secure_aggregation.layout import (
     wire_specs,
 )
 from isthmus.tensors import State, specs_of
-from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 
 from .secure_rounds import BUFFERS, model, trained
 
@@ -46,7 +45,7 @@ dtypes = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfl
     divisor=st.floats(1e-9, 1e9),
     metric=st.floats(allow_nan=True, allow_infinity=True),
 )
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_no_sum_over_the_clients_of_a_job_leaves_the_ring(
     bits: int, max_clients: int, max_examples: int, examples: int, clip: float, values: np.ndarray, base: np.ndarray,
     counter: int, dtype: torch.dtype, algorithm: str, divisor: float, metric: float,
@@ -91,10 +90,10 @@ def test_rounding_goes_to_a_neighbour_and_preserves_whole_numbers(numbers: list[
 
 
 @given(st.floats(-100, 100), st.sampled_from([torch.float32, torch.float64]))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_rounding_is_unbiased(number: float, dtype: torch.dtype) -> None:
-    """The mean of 2^18 roundings is within 6 standard errors, at most 0.006, of the number."""
-    count = 1 << 18
+    """The mean of 2^16 roundings is within 6 standard errors, at most 0.012, of the number."""
+    count = 1 << 16
     values = torch.full((count,), number, dtype=dtype)
     mean = float(Rounding().round(values.clone()).double().mean())
     assert abs(mean - float(values[0].double())) < 6 * 0.5 / math.sqrt(count)
@@ -224,25 +223,6 @@ def test_no_client_is_longer_than_the_norm_under_differential_privacy(
     assert squares <= levels(layout) ** 2
 
 
-def test_clients_add_noise_to_their_integers_and_the_ring_has_room_for_it() -> None:
-    base = {"w": torch.zeros(100_000)}
-    noise = pb.SecureNoise(kind=pb.SecureNoise.SKELLAM, clip_norm=1.0, standard_deviation=0.5, contributors=3)
-    layout = make_layout(Parameters(bits=16, max_clients=10, clip_norm=1.0), base, noise=noise)
-    deviation = 0.5 * levels(layout)
-    assert 10 * levels(layout) + 10 * math.sqrt(10) * deviation <= 2**15 - 1
-    dice = np.random.default_rng(1)
-
-    def add(name: str, integers: torch.Tensor) -> None:
-        assert (name, integers.dtype) == ("w", torch.int64)
-        integers += torch.from_numpy(dice.normal(0, deviation, len(integers)).round().astype(np.int64))
-
-    total = torch.zeros(100_000, dtype=torch.int64)
-    for _ in range(10):
-        total += quantise(layout, base, base, Contribution(5), noise=add).tensors["w"]
-    assert float(total.double().std()) == pytest.approx(math.sqrt(10) * deviation, rel=0.02)
-    assert int(total.abs().max()) < 2**15
-
-
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -250,8 +230,8 @@ def test_clients_add_noise_to_their_integers_and_the_ring_has_room_for_it() -> N
         ("layout.max_clients = 0", "out of range"),
         ("layout.max_examples = float('nan')", "out of range"),
         ("layout.keep_fraction = 2", "not a share"),
-        ("layout.bits = 16; layout.max_clients = 40000", "too few"),
-        ("layout.noise.standard_deviation = 1", "needs a bound"),
+        ("layout.bits = 16; layout.max_clients = 40000", "no room for 40000"),
+        ("layout.noise.noise_multiplier = 1; layout.noise.kind = 1", "needs a bound"),
         ("layout.noise.clip_norm = -1", "out of range"),
         ("layout.tensors[0].name = 'v'", "not in the model"),
         ("layout.tensors.append(layout.tensors[0])", "occurs twice"),
@@ -282,7 +262,7 @@ def test_a_job_whose_sums_do_not_fit_is_refused() -> None:
     base = {"w": torch.zeros(3)}
     with pytest.raises(LayoutError, match="maxExamples"):
         make_layout(Parameters(max_clients=1000, max_examples=10**12, metrics={"loss": 1e9}), base)
-    with pytest.raises(LayoutError, match="too few for a sum"):
+    with pytest.raises(LayoutError, match="16 bits has no room"):
         make_layout(Parameters(bits=16, max_clients=40_000), base)
 
 
