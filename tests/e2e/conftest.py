@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,7 @@ class Site:
             "identities": [{"uri": f"isthmus://operator/{CLUSTER}"}],
             "partitions": ["main"],
             "environments": {
-                "isthmus": {"prefix": prefix, "inside": {"tls_dir": "/mnt"}},
+                "isthmus": {"prefix": prefix, "inside": {"tls_dir": "/mnt", "work_dir": "/media"}},
             },
             "limits": {"replicas": 8, "memory_mib": 4096},
         }
@@ -103,6 +105,35 @@ class Site:
                 self.lab.command([str(part) for part in argv], user=self.lab.user),
                 env=self.lab.env(self.lab.user), cwd=self.directory, stdout=log, stderr=log,
             )  # fmt: skip
+
+    @contextmanager
+    def demanding(self, privacy: dict[str, Any]) -> Iterator[None]:
+        """Reload the policy with this privacy section, and afterwards with the earlier one."""
+        path = self.directory / "policy.yaml"
+        before = path.read_text()
+        try:
+            self._reload(yaml.safe_dump({**yaml.safe_load(before), "privacy": privacy}, sort_keys=False))
+            yield
+        finally:
+            self._reload(before)
+
+    def _reload(self, policy: str) -> None:
+        assert self.bridge is not None
+        (self.directory / "policy.yaml").write_text(policy)
+
+        def reloads() -> int:
+            return self.log.read_text().count("the policy was reloaded")
+
+        before = reloads()
+        self.bridge.send_signal(signal.SIGHUP)
+        eventually("the bridge has reloaded the policy", lambda: reloads() > before, 60)
+
+    def audit(self, *options: str) -> str:
+        """Return the output of `isthmus-bridge audit`."""
+        command = [self.lab.user_python(), "-m", "isthmus_bridge.cli", "audit"]
+        done = self.lab.run([*command, "--policy", self.directory / "policy.yaml", *options], user=self.lab.user,
+                            cwd=self.directory, check=True, capture_output=True, text=True)  # fmt: skip
+        return str(done.stdout)
 
     def kill_bridge(self) -> None:
         assert self.bridge is not None

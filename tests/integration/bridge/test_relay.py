@@ -1,6 +1,7 @@
 """The relay: the part of a connection that it reads, the destination that it selects, and its refusals."""
 
 import datetime as dt
+import json
 import resource
 import socket
 import ssl
@@ -229,6 +230,8 @@ def test_bytes_arrive_as_they_were_sent_and_half_a_connection_may_end(far: Far, 
         time.sleep(0.01)
     assert value(metrics, "isthmus_bridge_relay_bytes_total", direction="to-aggregator") == len(received)
     assert value(metrics, "isthmus_bridge_relay_bytes_total", direction="to-client") == len(b"answer")
+    assert relay.forwarded(NAME.upper()) == (len(received), len(b"answer"))
+    assert relay.forwarded(NAME) == (0, 0)
 
 
 def test_a_sender_waits_for_a_slow_receiver(far: Far, relaying: Any) -> None:
@@ -370,7 +373,8 @@ def test_grpc_with_mutual_tls_through_a_whole_bridge(tmp_path: Path) -> None:
     port = server.add_secure_port("127.0.0.1:0", server_credentials(job.issue("aggregator", DAY, hosts=[NAME])))
     server.start()
     relay = {"listen": "127.0.0.1:0", "address": "login1:7445", "destinations": [f"127.0.0.1:{port}"]}
-    bridge = Bridge(policy(tmp_path, listen="127.0.0.1:0", metrics_listen=None, relay=relay), FakeSlurm(time.time))
+    slurm = FakeSlurm(time.time)
+    bridge = Bridge(policy(tmp_path, listen="127.0.0.1:0", metrics_listen=None, relay=relay), slurm)
     bridge.start()
     try:
         client = job.issue("client", DAY, uris=["isthmus://job/u1/pool/p"])
@@ -390,6 +394,14 @@ def test_grpc_with_mutual_tls_through_a_whole_bridge(tmp_path: Path) -> None:
             assert answers == [bytes([n]) * 1000 for n in range(32)]
         script = (bridge.current_policy.policy.run_dir / "0123456789abcdef" / "batch.sh").read_text()
         assert "ISTHMUS_ENDPOINT=login1:7445" in script
+        slurm.arrays[0].states = ["COMPLETED"] * 3
+        assert bridge.pools.wait("0123456789abcdef", lambda entry: entry.state.over, 60) is not None
+        deadline = time.monotonic() + 60
+        while b'"event":"ended"' not in (log := (tmp_path / "audit.jsonl").read_bytes()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        record = json.loads(log.splitlines()[-1])
+        assert record["relayed_to_aggregator"] > len(payload) < record["relayed_to_clients"]
     finally:
         bridge.stop()
         server.stop(0).wait()
