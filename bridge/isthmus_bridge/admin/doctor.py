@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from isthmus_contracts.slurm_states import meaning
+from isthmus_contracts.wire.parties import PartyError
 
 from .. import slurm_adapters
 from ..network.gateway_check import reach
+from ..parties import signing_root
 from ..policy.authorization import widest
 from ..policy.policy import Policy
 from ..pools import job_owners
@@ -37,6 +39,7 @@ def examine(policy: Policy) -> Iterator[Line]:
         yield works or name != chosen, f"{shown} adapter ({use}): {found.line if isinstance(found, _Works) else found}"
         if isinstance(found, _Works) and name == chosen:
             in_use = found
+    yield _root(policy)
     yield from users.examine(policy)
     if in_use is None:
         return
@@ -46,6 +49,16 @@ def examine(policy: Policy) -> Iterator[Line]:
     yield _arrays(policy, in_use.described)
     yield from _partitions(policy, in_use.adapter)
     yield from site_limits.examine(policy, in_use.described)
+
+
+def _root(policy: Policy) -> Line:
+    try:
+        root = signing_root.public(policy.tls_dir)
+    except (OSError, PartyError) as error:
+        return False, f"secure aggregation: {error}"
+    if not root:
+        return None, "secure aggregation: this site has no root; `isthmus-bridge certs --host` creates it"
+    return True, f"secure aggregation: party {policy.site}, root {root}"
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,20 @@ def test_root_prints_the_entry_for_other_policies(tmp_path: Path, capsys: pytest
     assert "server/signing-root.key: root key: not a private key" in capsys.readouterr().err
 
 
+def test_doctor_shows_the_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def shown() -> str:
+        capsys.readouterr()
+        main(["doctor", "--policy", str(path)])
+        return next(line for line in capsys.readouterr().out.splitlines() if "secure aggregation" in line)
+
+    path = policy_file(tmp_path)
+    certs(tmp_path)
+    public = public_root((tmp_path / "certs" / KEY_FILE).read_bytes())
+    assert shown() == f"ok       secure aggregation: party lumi, root {public}"
+    (tmp_path / "certs" / "server" / KEY_FILE).write_text("damaged")
+    assert shown().startswith("PROBLEM  secure aggregation: ")
+
+
 def test_digest_prints_the_entry_for_code_digests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digest = digest_of(["python", "train.py"], {"SEED": "7"}, {"train.py": b"x = 1\n"})
     job = tmp_path / "job.yaml"
