@@ -187,6 +187,52 @@ DASHBOARD = Dashboard(
             steps=True,
         ),
         Panel(
+            "Secure aggregation: contributors",
+            "Clients whose updates are in the newest sum, and those that dropped out of it. For jobs with secure"
+            " aggregation.",
+            (
+                Query(f"max(isthmus_secure_survivors{{{_JOB}}})", "survivors"),
+                Query(f"max(isthmus_secure_dropouts{{{_JOB}}})", "dropouts"),
+            ),
+            stacked=True,
+            steps=True,
+        ),
+        Panel(
+            "Secure aggregation: phases",
+            "Mean time of each phase of an instance. The phase collect is the clients' training; the others should be"
+            " short beside it.",
+            (
+                Query(
+                    f"sum by (phase) ({_rate('isthmus_secure_phase_seconds_sum')})"
+                    f" / sum by (phase) ({_rate('isthmus_secure_phase_seconds_count')})",
+                    "{{phase}}",
+                ),
+            ),
+            unit="s",
+        ),
+        Panel(
+            "Secure aggregation: clipped coordinates",
+            "Share of the coordinates of the newest updates that were beyond the public bound. Above a hundredth, the"
+            " bound distorts the model: raise privacy.secureAggregation.clip.",
+            (Query(f"max(isthmus_secure_clipped_ratio{{{_JOB}}})", "clipped"),),
+            unit="percentunit",
+            steps=True,
+        ),
+        Panel(
+            "Secure aggregation: instances and faults",
+            "Instances in the last hour by outcome, and clients that were dropped from one, by reason. A failed"
+            " instance is done again.",
+            (
+                Query(f"sum by (outcome) (increase(isthmus_secure_instances_total{{{_JOB}}}[1h]))", "{{outcome}}"),
+                Query(
+                    f"sum by (reason) (increase(isthmus_secure_faults_total{{{_JOB}}}[1h]))",
+                    "fault: {{reason}}",
+                    right=True,
+                ),
+            ),
+            steps=True,
+        ),
+        Panel(
             "Conditions",
             "1: the condition is True.",
             (

@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import Metric
 
 from charts.dashboards.__main__ import main as write_dashboards
 from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
+from isthmus.aggregator.telemetry.secure_metrics import SecureMetrics
 from isthmus_bridge.metrics import Metrics as BridgeMetrics
 from isthmus_operator.metrics import REGISTRY, JobsCollector
 
@@ -70,7 +71,9 @@ def series(families: Iterable[Metric]) -> set[str]:
 
 def live() -> set[str]:
     jobs = JobsCollector(lambda: [], lambda: {}, lambda: {})
-    registries: list[CollectorRegistry] = [AggregatorMetrics("n", "j").registry, REGISTRY, BridgeMetrics().registry]
+    aggregator = AggregatorMetrics("n", "j")
+    SecureMetrics(aggregator)
+    registries: list[CollectorRegistry] = [aggregator.registry, REGISTRY, BridgeMetrics().registry]
     return series(jobs.collect()).union(*(series(registry.collect()) for registry in registries))
 
 

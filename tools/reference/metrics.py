@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
 from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
+from isthmus.aggregator.telemetry.secure_metrics import SecureMetrics
 from isthmus_bridge.metrics import Metrics as BridgeMetrics
 from isthmus_operator.metrics import REGISTRY, JobsCollector
 
@@ -27,8 +28,10 @@ _STATUS = {"pools": [{"name": "p"}], "conditions": [{"type": "Accepted", "status
 
 def page() -> str:
     """Return the page's content."""
+    aggregator = AggregatorMetrics("namespace", "job")
+    SecureMetrics(aggregator)
     rows = (
-        *_registered("aggregator", AggregatorMetrics("namespace", "job").registry, ()),
+        *_registered("aggregator", aggregator.registry, ()),
         *_registered("operator", REGISTRY, ()),
         *_collected(
             JobsCollector(lambda: [("namespace", "job", _STATUS)], lambda: {"site": True}, lambda: {"jobs": 1})
