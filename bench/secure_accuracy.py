@@ -1,16 +1,22 @@
 """Accuracy under secure aggregation: digits on eight unequal clients, with and without it.
 
 ``python -m bench.secure_accuracy``: a JSON line for each strategy, with the accuracies of each seed. In this process,
-through the client's quantisation, the masks and the aggregator's rules, without gRPC. The rounding is random: no two
-runs are equal to the last digit.
+through the client's quantisation, the masks and the aggregator's rules, without gRPC. ``--processes`` runs whole jobs
+instead, with ``isthmus run``. The rounding is random: no two runs are equal to the last digit.
 """
 
 import argparse
 import json
+import os
 import secrets
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,6 +77,7 @@ def main() -> None:
     parser.add_argument("--max-examples", type=int, default=1_000_000)
     parser.add_argument("--rotation", action="store_true")
     parser.add_argument("--keep", type=float, default=0.0)
+    parser.add_argument("--processes", action="store_true", help="run whole jobs, in processes of their own")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.strategies:
@@ -82,6 +89,11 @@ def measure(algorithm: str, options: argparse.Namespace) -> dict[str, object]:
     started = time.perf_counter()
     plain, secure, clipped = [], [], 0.0
     for seed in range(options.seeds):
+        if options.processes:
+            plain.append(accuracy_of_job(algorithm, options, seed, {}))
+            secure.append(accuracy_of_job(algorithm, options, seed, {"secureAggregation": settings(options)}))
+            print(f"{algorithm}, seed {seed}: {plain[-1]:.4f} {secure[-1]:.4f}", file=sys.stderr)
+            continue
         plain.append(accuracy(algorithm, options, seed, lambda rule: rule))
         made: list[Masked] = []
 
@@ -100,6 +112,7 @@ def measure(algorithm: str, options: argparse.Namespace) -> dict[str, object]:
         "ring": options.bits,
         "rotation": options.rotation,
         "keep": options.keep,
+        "processes": options.processes,
         "plain_accuracies": [round(result, 4) for result in plain],
         "accuracies": [round(result, 4) for result in secure],
         "largest_difference": round(max(abs(one - other) for one, other in zip(plain, secure, strict=True)), 4),
@@ -124,6 +137,46 @@ def accuracy(algorithm: str, options: argparse.Namespace, seed: int, protect: Ca
     for _ in federate(Spec.model_validate({"algorithm": algorithm}), model, clients, options.rounds, seed, protect):
         pass
     return evaluate(model, held_out)["accuracy"]
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the manifest's settings of secure aggregation."""
+    chosen = {
+        "bits": options.bits,
+        "maxExamples": options.max_examples,
+        "rotation": options.rotation,
+        "metrics": {"eval_loss": "100"},
+    }
+    return chosen | ({"keep": str(options.keep)} if options.keep else {})
+
+
+def accuracy_of_job(algorithm: str, options: argparse.Namespace, seed: int, privacy: dict[str, Any]) -> float:
+    """Run a job and return the accuracy of its final model on the held-out digits."""
+    environment = [{"name": "SEED", "value": str(seed)}, {"name": "DIRICHLET_ALPHA", "value": str(options.alpha)}]
+    command = ["python", "-m", "isthmus_examples.digits"]
+    manifest = {
+        "apiVersion": "isthmus.dev/v1alpha1",
+        "kind": "FederatedJob",
+        "metadata": {"name": "digits"},
+        "spec": {
+            "rounds": options.rounds,
+            "task": {"image": "localhost/isthmus-runtime", "command": command, "env": environment},
+            "strategy": {"algorithm": algorithm},
+            "privacy": privacy,
+            "selection": {"minClients": options.clients},
+            "pools": [{"name": "pool", "replicas": options.clients, "cloud": {}}],
+        },
+    }
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / "job.yaml").write_text(json.dumps(manifest), encoding="utf-8")
+        run = [sys.executable, "-m", "isthmus", "run", "job.yaml", "--dir", "run"]
+        process = subprocess.run(run, cwd=directory, env=os.environ, capture_output=True, text=True, check=False)
+        if process.returncode:
+            sys.exit(f"isthmus run failed ({process.returncode}): {process.stdout[-2000:]}{process.stderr[-2000:]}")
+        model = build(seed)
+        model.load_state_dict(torch.load(directory / "run/model.pt", weights_only=True))
+    return evaluate(model, load()[1])["accuracy"]
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ class History:
         for name, most in moved.items():
             least = max(firsts[name] * LEAST_SHARE, self.clips.get(name, firsts[name]) / _FALL)
             clips[name] = min(max(margin * most, least), _MOST_CLIP)
-        # No single weight exceeded the sum. A power of two says no more of the weights than it must.
-        bound = 2.0 ** math.ceil(math.log2(2 * weight)) if weight > 0 else 0.0
+        # No single weight exceeded the sum.
+        bound = 2.0 ** math.ceil(math.log2(weight)) if weight > 0 else 0.0
         if capped:
             bound = max(bound, 4 * self.weight)
         return replace(self, clips=clips, weight=bound, margin=margin)

@@ -39,8 +39,9 @@ def test_clipping_widens_the_margin_until_it_stops() -> None:
 
 
 def test_the_largest_weight_is_a_power_of_two_that_no_client_exceeded() -> None:
-    assert after(History(), 0.01, weight=500).weight == 1024
-    assert after(History(), 0.01, weight=512).weight == 1024
+    assert after(History(), 0.01, weight=500).weight == 512
+    assert after(History(), 0.01, weight=512).weight == 512
+    assert after(History(), 0.01, weight=1.0).weight == 1
     assert after(History(weight=1024), 0.01, weight=513, capped=1).weight == 4096
 
 
