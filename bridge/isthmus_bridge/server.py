@@ -94,6 +94,7 @@ class Bridge:
     """A running bridge."""
 
     def __init__(self, policy: Policy, adapter: SlurmAdapter | None = None) -> None:
+        """Open the journal and the audit log. Raises ``OSError``, ``JournalError`` and :class:`ServerError`."""
         self.metrics = Metrics()
         self._policy = policy
         self.current_policy = CurrentPolicy(policy)
@@ -101,7 +102,10 @@ class Bridge:
         self._adapter = adapter or slurm_adapter(policy, self.metrics.command)
         self._journal = Journal(policy.journal_path)
         self._relay = Relay(policy.relay, self._route, self.metrics) if policy.relay else None
-        self._audit_log = AuditLog(policy.audit_path)
+        try:
+            self._audit_log = AuditLog(policy.audit_path)
+        except OSError as error:
+            raise ServerError(f"audit_log {policy.audit_path}: {error.strerror}") from None
         relayed = nothing_relayed if self._relay is None else self._relay.forwarded
         self.auditor = auditor = Auditor(self._audit_log, relayed=relayed)
         self._dispatch = Dispatcher(_SUBMIT_THREADS)

@@ -17,7 +17,7 @@ from .slurm_site import Site, ensure, over, running, spec, until
 
 SECURE = pb.Privacy(secure_aggregation=True, min_parties=2)
 CLOUD = new_root()[1]
-# Copies what a client would read, and reports one message. The loop makes the pool live until it is told to end.
+# Copies what a client would read, and reports one message. The loop keeps the pool alive until the test ends it.
 TASK = """
 cd "$ISTHMUS_TLS_DIR" && stat -c '%a %n' {files} && cat {public} >"$OLDPWD/seen" && cd "$OLDPWD"
 printf '%s\\n' '{line}' >>"$ISTHMUS_AUDIT_DIR/audit.jsonl"

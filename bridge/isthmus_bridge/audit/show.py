@@ -4,12 +4,14 @@ import json
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from .chain import GENESIS, Verdict, parse, verify
 
 _HEADS = ("TIME", "EVENT", "JOB", "CLIENT", "DETAILS")
+_WIDTHS = (24, 9, 24, 12, 0)
 _LONGEST = 200
 # Fields with columns of their own, or that the table leaves out; --json shows all of them.
 _ELSEWHERE = frozenset({"n", "time", "previous", "event", "job", "job_uid", "pool", "index", "key", "reported_by"})
@@ -62,18 +64,24 @@ def as_json(path: Path, selection: Selection) -> Iterator[str]:
 
 
 def as_table(path: Path, selection: Selection) -> Iterator[str]:
-    """Yield the selected records as a table. Raises :class:`AuditError`."""
-    rows: list[Sequence[str]] = [_HEADS]
+    """Yield the selected records as a table. Raises :class:`AuditError`.
+
+    The columns have fixed widths, because the log may be larger than the memory.
+    """
     with closing(lines(path)) as found:
-        for line in found:
+        # Before the heads: it raises if the log cannot be read.
+        first = next(found, b"")
+        yield _aligned(_HEADS)
+        for line in chain([first], found):
             if (record := parse(line)) is not None and selection.takes(record):
-                rows.append(_row(record))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                yield _aligned(_cells(record))
 
 
-def _row(record: dict[str, Any]) -> Sequence[str]:
+def _aligned(cells: Sequence[str]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, _WIDTHS, strict=True)).rstrip()
+
+
+def _cells(record: dict[str, Any]) -> Sequence[str]:
     client = "/".join(str(record[name]) for name in ("pool", "index") if name in record)
     details = " ".join(f"{name}={_value(value)}" for name, value in record.items() if name not in _ELSEWHERE and value)
     cells = (record.get("time", ""), record["event"], record.get("job", "-"), client or "-", details)

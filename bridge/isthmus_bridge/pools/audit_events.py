@@ -79,6 +79,9 @@ class Auditor:
             up, down = self._relayed(spec.federation.server_name)
             fields |= {"relayed_to_aggregator": up, "relayed_to_clients": down}
         self._append("ended", {**fields, "message": one_line(message, _LONGEST)})
+        # The bridge's log often goes to another machine, where this hash shows later whether lines were removed.
+        head = self._log.head
+        log.info("audit log: record %d", head.number, extra={"key": entry.key, "audit_hash": head.hash})
 
     def policy_in_force(self, policy: Policy, changed: Sequence[str] = ()) -> None:
         """Record the policy under which the bridge decides from now on. ``changed``: fields that a reload changed."""

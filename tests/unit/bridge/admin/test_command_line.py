@@ -184,6 +184,15 @@ def test_a_journal_that_cannot_be_created_is_reported_with_its_path(
     assert said.startswith(f"isthmus-bridge: journal {journal}: ") and "run_dir" not in said
 
 
+def test_an_audit_log_that_cannot_be_created_is_reported_with_its_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    log = tmp_path / "file" / "audit.jsonl"
+    assert main(["serve", "--policy", str(policy_file(tmp_path, audit_log=str(log)))]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"isthmus-bridge: audit_log {log}: File exists"
+
+
 @pytest.mark.parametrize(
     "content",
     ["[]", "{}", '{"time": 1, "pid": 2, "pools": [{"key": "k"}]}', '{"time": "x", "pid": 2, "pools": []}',

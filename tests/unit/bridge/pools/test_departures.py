@@ -59,7 +59,8 @@ def finish(world: World) -> None:
     assert world.phase() == "SUCCEEDED"
 
 
-def test_a_pools_life_is_recorded(running: World) -> None:
+def test_a_pools_life_is_recorded(running: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     file_of(running, 1).write_bytes(departure(1).line() + departure(2).line())
     running.tick(31)
     file_of(running, 1).open("ab").write(departure(3).line())
@@ -77,6 +78,8 @@ def test_a_pools_life_is_recorded(running: World) -> None:
     assert first["client_time"] == 5.0
     assert (first["incarnation"], first["size"], first["sha256"]) == (7, 1000, "ab" * 32)
     assert (ended["state"], ended["slurm_job"]) == ("SUCCEEDED", 100)
+    noted = [record.__dict__["audit_hash"] for record in caplog.records if "audit_hash" in record.__dict__]
+    assert noted == [chain.hash_of(running.policy.audit_path.read_bytes().splitlines()[-1])]
 
 
 def test_lines_are_recorded_once_over_restarts_of_the_bridge(running: World) -> None:
