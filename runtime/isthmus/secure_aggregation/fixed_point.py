@@ -1,7 +1,8 @@
 """Quantisation of one client's update for a secure sum, and the sums that come out."""
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,7 @@ __all__ = [
     "quantise",
 ]  # fmt: skip
 
+Tensors = Mapping[str, torch.Tensor]
 # Relative margin below the norm's bound, larger than all rounding errors of doubles when a change is scaled.
 _SLACK = 1e-9
 # Bound of the rounding errors of single precision in quantise and mean_change, relative to the clip.
@@ -63,8 +65,8 @@ class Quantised:
 
 
 def quantise(
-    layout: pb.SecureLayout, base: State, trained: State, contribution: Contribution,
-    entropy: Entropy = os.urandom, noise: Noise | None = None,
+    layout: pb.SecureLayout, base: State, trained: Tensors, contribution: Contribution,
+    entropy: Entropy = os.urandom, noise: Noise | None = None, release: Callable[[str], None] | None = None,
 ) -> Quantised:  # fmt: skip
     """Return a client's update as integers, of which a sum over any clients of the job stays within the ring.
 
@@ -72,6 +74,7 @@ def quantise(
     ``[-1, 1]`` and rounded stochastically, so without bias. Whole numbers are sent exactly. ``base``: the model that
     the client trained from. With a bound of the norm (differential privacy) the whole change is scaled down to it, and
     rounded toward zero, which cannot make it longer. ``noise``: added then; default: what the layout asks for.
+    ``release`` is called with the name of each of the model's tensors once it is not read again.
     Memory: that of the result, and a few blocks. Raises :class:`LayoutError` and :class:`UpdateError`.
     """
     if problem := problem_with(layout, base):
@@ -87,6 +90,7 @@ def quantise(
         shrink = min(1.0, layout.noise.clip_norm * (1 - _SLACK) / norm) if norm else 1.0
     result: State = {}
     clipped = 0
+    uses = Counter(map(source, layout.tensors))
     for tensor in layout.tensors:
         name = source(tensor)
         out = torch.empty(list(tensor.shape), dtype=dtype_of(layout, tensor), device="cpu")
@@ -101,6 +105,10 @@ def quantise(
             found = projection(layout, tensor, old.numel())
             clipped += _rounded(tensor.name, found, new, old, target, factor, levels(layout) * share, rounding)
         result[tensor.name] = out
+        uses[name] -= 1
+        if release is not None and not uses[name]:
+            del new, old
+            release(name)
     values[scalars.CLIPPED] = float(clipped)
     result[SCALARS], limited = scalars.encode(layout, values, weight)
     add_count_noise(layout, result)
@@ -117,7 +125,7 @@ def _values(layout: pb.SecureLayout, contribution: Contribution) -> dict[str, fl
     return values | scalars.values_of(contribution.metrics, contribution.evaluation, contribution.evaluation_examples)
 
 
-def _check_rest(layout: pb.SecureLayout, base: State, trained: State) -> None:
+def _check_rest(layout: pb.SecureLayout, base: State, trained: Tensors) -> None:
     """Raise :class:`UpdateError` if a tensor has another form than the base's, or changed and does not travel."""
     travels = {source(tensor) for tensor in layout.tensors}
     if not travels:
@@ -195,7 +203,7 @@ def _truncated(
         target[part.coordinates] = numbers
 
 
-def _norm(layout: pb.SecureLayout, base: State, trained: State) -> float:
+def _norm(layout: pb.SecureLayout, base: State, trained: Tensors) -> float:
     """Return the L2 norm of a client's change. Raises :class:`UpdateError` if it is not finite."""
     squares = 0.0
     for tensor in layout.tensors:

@@ -138,7 +138,7 @@ class ClientLoop:
             self._unchanged.compare(live, offer.round)
             if offer.secure:
                 numbers = Numbers(num_examples, metrics, scalars, self._evaluation_of(offer))
-                held = self._secure.update(offer, self._compression.base, live, numbers, updated_state)
+                held = self._secure.update(offer, self._compression, live, numbers, updated_state)
                 correction.close()
                 if held is not None:
                     self._pending.keep(held, folds_late=False)

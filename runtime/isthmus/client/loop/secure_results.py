@@ -12,6 +12,7 @@ from isthmus_contracts.pb import secure_aggregation_pb2 as sa
 
 from ...secure_aggregation.fixed_point import UpdateError
 from ...tensors import State, sha256_of
+from ..session.compression import ClientCompression
 from ..session.secure.held_update import Numbers, Quantiser, Work, require_bounded
 from ..session.secure.participant import NotMaskedError
 from ..session.session import Session
@@ -62,7 +63,7 @@ class SecureResults:
             require_bounded(layout, evaluation.metrics, "the evaluation function")
 
     def update(
-        self, offer: pb.Offer, base: State, live: Mapping[str, torch.Tensor], numbers: Numbers,
+        self, offer: pb.Offer, compression: ClientCompression, live: Mapping[str, torch.Tensor], numbers: Numbers,
         updated_state: State | None,
     ) -> FinishedUpdate | None:  # fmt: skip
         """Return the update, to be held until its round is over, or ``None`` if it cannot be used.
@@ -73,7 +74,9 @@ class SecureResults:
         try:
             layout = self._session.secure.layout(work, self._interruption(offer))
             self._session.stages.enter("encoding")
-            held = self._quantiser.hold(work, layout, self._digest.result(), base, live, numbers)
+            held = self._quantiser.hold(
+                work, layout, self._digest.result(), compression.base, live, numbers, compression.release
+            )
         except NotMaskedError as reason:
             log.warning("round %d: update not used: %s", offer.round, reason)
         except UpdateError as reason:

@@ -74,14 +74,13 @@ class ClientCompression:
 
     @property
     def base(self) -> State:
-        """The newest global model, if updates are differences from it. Empty it, tensor by tensor, once they are made,
-        unless the next model is encoded as a difference (:attr:`keeps_base`)."""
+        """The newest global model, if updates are differences from it."""
         return self._base
 
-    @property
-    def keeps_base(self) -> bool:
-        """True if the next global model may be encoded as a difference from this one."""
-        return bool(self._base_digest)
+    def release(self, name: str) -> None:
+        """Free a tensor of the base, unless the next global model may be encoded as a difference from it."""
+        if not self._base_digest:
+            self._base.pop(name, None)
 
     def encode_update(
         self, offer: pb.Offer, live: Mapping[str, torch.Tensor], buffers: Collection[str], frozen: Collection[str]
