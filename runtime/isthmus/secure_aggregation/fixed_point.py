@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,7 +66,7 @@ class Quantised:
 
 def quantise(
     layout: pb.SecureLayout, base: State, trained: Tensors, contribution: Contribution,
-    entropy: Entropy = os.urandom, noise: Noise | None = None, release: Callable[[str], None] | None = None,
+    entropy: Entropy = os.urandom, noise: Noise | None = None, consume: bool = False,
 ) -> Quantised:  # fmt: skip
     """Return a client's update as integers, of which a sum over any clients of the job stays within the ring.
 
@@ -74,7 +74,7 @@ def quantise(
     ``[-1, 1]`` and rounded stochastically, so without bias. Whole numbers are sent exactly. ``base``: the model that
     the client trained from. With a bound of the norm (differential privacy) the whole change is scaled down to it, and
     rounded toward zero, which cannot make it longer. ``noise``: added then; default: what the layout asks for.
-    ``release`` is called with the name of each of the model's tensors once it is not read again.
+    ``consume``: take tensors out of ``base`` once they are not read again, and use their memory for the integers.
     Memory: that of the result, and a few blocks. Raises :class:`LayoutError` and :class:`UpdateError`.
     """
     if problem := problem_with(layout, base):
@@ -93,7 +93,10 @@ def quantise(
     uses = Counter(map(source, layout.tensors))
     for tensor in layout.tensors:
         name = source(tensor)
-        out = torch.empty(list(tensor.shape), dtype=dtype_of(layout, tensor), device="cpu")
+        uses[name] -= 1
+        out = _room(layout, tensor, base[name]) if consume and not uses[name] else None
+        if out is None:
+            out = torch.empty(list(tensor.shape), dtype=dtype_of(layout, tensor), device="cpu")
         new, old, target = flat(trained[name]), flat(base[name]), flat(out)
         if is_exact(tensor):
             clipped += _exact(tensor, new, old, target, weight)
@@ -105,16 +108,24 @@ def quantise(
             found = projection(layout, tensor, old.numel())
             clipped += _rounded(tensor.name, found, new, old, target, factor, levels(layout) * share, rounding)
         result[tensor.name] = out
-        uses[name] -= 1
-        if release is not None and not uses[name]:
-            del new, old
-            release(name)
+        if consume and not uses[name]:
+            del old
+            base.pop(name)
     values[scalars.CLIPPED] = float(clipped)
     result[SCALARS], limited = scalars.encode(layout, values, weight)
     add_count_noise(layout, result)
     known = scalars.metric_names(layout)
     unbounded = sorted({*contribution.metrics, *contribution.evaluation} - known)
     return Quantised(result, clipped, tuple(limited), bool(values[scalars.CAPPED]), tuple(unbounded))
+
+
+def _room(layout: pb.SecureLayout, tensor: pb.SecureTensor, old: torch.Tensor) -> torch.Tensor | None:
+    """Return the base tensor's memory as the masked tensor, if each integer takes the place of the value it is from."""
+    dtype = dtype_of(layout, tensor)
+    fits = old.element_size() == dtype.itemsize and old.is_floating_point() and old.is_contiguous()
+    if not fits or not projection(layout, tensor, old.numel()).is_identity:
+        return None
+    return flat(old).view(dtype).view(list(tensor.shape))
 
 
 def _values(layout: pb.SecureLayout, contribution: Contribution) -> dict[str, float]:

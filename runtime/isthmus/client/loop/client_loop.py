@@ -61,7 +61,7 @@ class ClientLoop:
         self._compression = ClientCompression(self._session)
         self._secure = SecureResults(self._session, ranks.check)
         self._counted: FinishedUpdate | None = None  # accepted under masks; its round is not committed yet
-        self._pending = PendingUpdates(self._on_dropped)
+        self._pending = PendingUpdates(lambda update: self._compression.on_dropped(update.tensors))
         self._corrections = CorrectionState(self._session)
         self._unchanged = UnchangedModelCheck()
 
@@ -234,12 +234,6 @@ class ClientLoop:
     def _evaluation_of(self, offer: pb.Offer) -> pb.Evaluation | None:
         """Return the evaluation of an offer's model, if there is one and it counts."""
         return self._evaluation if offer.base_round and self._evaluation.model_digest == offer.base_digest else None
-
-    def _on_dropped(self, update: FinishedUpdate) -> None:
-        if update.held is None:
-            self._compression.on_dropped(update.tensors)
-        else:
-            self._session.secure.reuse(update.held.tensors)
 
     def _on_commit(self, round_number: int) -> None:
         """Take note that a round is over."""

@@ -75,7 +75,13 @@ class SecureResults:
             layout = self._session.secure.layout(work, self._interruption(offer))
             self._session.stages.enter("encoding")
             held = self._quantiser.hold(
-                work, layout, self._digest.result(), compression.base, live, numbers, compression.release
+                work,
+                layout,
+                self._digest.result(),
+                compression.base,
+                live,
+                numbers,
+                consume=not compression.keeps_base,
             )
         except NotMaskedError as reason:
             log.warning("round %d: update not used: %s", offer.round, reason)
@@ -100,7 +106,7 @@ class SecureResults:
         work = Work(sa.SecureBegin.EVALUATE, begin.round, begin.attempt)
         known = self._evaluation
         if known is None or known.held is None or (known.held.work, known.base_digest) != (work, offer.base_digest):
-            held = self._quantiser.hold(work, begin.layout, self._digest.result(), {}, {}, numbers)
+            held = self._quantiser.hold(work, begin.layout, self._digest.result(), {}, {}, numbers, consume=False)
             known = self._evaluation = FinishedUpdate(work.round, offer.base_digest, 0, {}, held.tensors, held=held)
         return known
 

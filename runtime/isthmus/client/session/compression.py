@@ -77,10 +77,10 @@ class ClientCompression:
         """The newest global model, if updates are differences from it."""
         return self._base
 
-    def release(self, name: str) -> None:
-        """Free a tensor of the base, unless the next global model may be encoded as a difference from it."""
-        if not self._base_digest:
-            self._base.pop(name, None)
+    @property
+    def keeps_base(self) -> bool:
+        """True if the next global model may be encoded as a difference from this one."""
+        return bool(self._base_digest)
 
     def encode_update(
         self, offer: pb.Offer, live: Mapping[str, torch.Tensor], buffers: Collection[str], frozen: Collection[str]
@@ -111,7 +111,11 @@ class ClientCompression:
     def on_dropped(self, update: State | Encoded) -> None:
         """Reuse the memory of an update that is no longer needed."""
         if not isinstance(update, Encoded):
-            self._room = update
+            # Masked updates are integers in the memory of the model from which they were trained.
+            self._room = {
+                name: tensor.view(torch.float32) if tensor.dtype == torch.int32 else tensor
+                for name, tensor in update.items()
+            }
 
     def on_accepted(self, update: State | Encoded, round_number: int) -> None:
         """Make the values that an accepted update left out the residual. Calling it again has no effect."""

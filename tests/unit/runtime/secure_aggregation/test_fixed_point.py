@@ -286,3 +286,21 @@ def test_contributions_do_not_share_memory_with_the_update() -> None:
     layout = make_layout(Parameters(max_clients=3), base, BUFFERS, ["frozen"])
     quantise(layout, base, update.tensors, Contribution(5))
     assert all(torch.equal(before[name], update.tensors[name]) for name in before)
+
+
+@pytest.mark.parametrize("algorithm", ["FedAvg", "SCAFFOLD", "FedNova"])
+@pytest.mark.parametrize("bits", [16, 32])
+def test_integers_may_take_the_memory_of_the_base(algorithm: str, bits: int) -> None:
+    base = {"a": torch.randn(300, 7), "half": torch.randn(40).half(), "double": torch.randn(9).double(),
+            "count": torch.tensor(3)}  # fmt: skip
+    trained = {name: tensor + 1 for name, tensor in base.items()}
+    layout = make_layout(Parameters(algorithm=algorithm, bits=bits), base)
+    contribution = Contribution(3, {"steps": 2.0, "travel": 0.5})
+    same = lambda count: bytes(count)  # noqa: E731
+    expected = quantise(layout, base, trained, contribution, same).tensors
+    held = dict(base)
+    found = quantise(layout, held, trained, contribution, same, consume=True).tensors
+    assert not held
+    assert list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+    taken = {tensor.data_ptr() for tensor in found.values()} & {base["a"].data_ptr()}
+    assert bool(taken) == (bits == 32)

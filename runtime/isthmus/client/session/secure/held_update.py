@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -85,13 +85,13 @@ class Quantiser:
 
     def hold(
         self, work: Work, layout: sa.SecureLayout, base_sha256: str, base: State, live: Mapping[str, torch.Tensor],
-        numbers: Numbers, release: Callable[[str], None] | None = None,
+        numbers: Numbers, *, consume: bool,
     ) -> HeldUpdate:  # fmt: skip
         """Return a result in the layout's form, independent of later training.
 
-        ``base``: the model that it is the difference from. ``release`` is called with the name of each of its tensors
-        that is not needed any more. Raises :class:`ScriptError` for metrics without a bound,
-        ``UpdateError`` for weights that cannot be sent, and :class:`FederationError` if the layout does not fit them.
+        ``base``: the model that it is the difference from. ``consume``: the integers may take its memory.
+        Raises :class:`ScriptError` for metrics without a bound, ``UpdateError`` for weights that cannot be sent, and
+        :class:`FederationError` if the layout does not fit them.
         """
         evaluation = numbers.evaluation or pb.Evaluation()
         require_bounded(layout, numbers.metrics, "rnd.submit()")
@@ -100,7 +100,7 @@ class Quantiser:
             numbers.examples, numbers.scalars, numbers.metrics, dict(evaluation.metrics), evaluation.num_examples
         )  # fmt: skip
         try:
-            quantised = quantise(layout, base, _OnCpu(live), contribution, release=release)
+            quantised = quantise(layout, base, _OnCpu(live), contribution, consume=consume)
         except LayoutError as error:
             raise FederationError(f"secure aggregation: the layout does not fit: {error}") from None
         self._warn(layout, quantised, numbers)

@@ -263,11 +263,6 @@ class SecureParticipant:
         """Run a job in the thread that makes the masks."""
         return self._background.submit(job)
 
-    def reuse(self, state: State) -> None:
-        """Take the memory of integers that are no longer needed."""
-        with self._changed:
-            self._room = self._room or state
-
     @contextmanager
     def masked(self, update: HeldUpdate, interrupted: Callable[[], str], above: int = 0) -> Iterator[Masked]:
         """Wait for the masks of the newest instance, and yield the update under them.
