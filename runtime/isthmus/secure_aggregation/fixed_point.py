@@ -109,7 +109,6 @@ def quantise(
             clipped += _rounded(tensor.name, found, new, old, target, factor, levels(layout) * share, rounding)
         result[tensor.name] = out
         if consume and not uses[name]:
-            del old
             base.pop(name)
     values[scalars.CLIPPED] = float(clipped)
     result[SCALARS], limited = scalars.encode(layout, values, weight)

@@ -296,10 +296,9 @@ def test_integers_may_take_the_memory_of_the_base(algorithm: str, bits: int) -> 
     trained = {name: tensor + 1 for name, tensor in base.items()}
     layout = make_layout(Parameters(algorithm=algorithm, bits=bits), base)
     contribution = Contribution(3, {"steps": 2.0, "travel": 0.5})
-    same = lambda count: bytes(count)  # noqa: E731
-    expected = quantise(layout, base, trained, contribution, same).tensors
+    expected = quantise(layout, base, trained, contribution, bytes).tensors
     held = dict(base)
-    found = quantise(layout, held, trained, contribution, same, consume=True).tensors
+    found = quantise(layout, held, trained, contribution, bytes, consume=True).tensors
     assert not held
     assert list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
     taken = {tensor.data_ptr() for tensor in found.values()} & {base["a"].data_ptr()}
