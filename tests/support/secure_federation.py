@@ -1,7 +1,7 @@
 """A federation in memory that runs secure aggregation: clients, a server, and the masked sum between them."""
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -70,11 +70,11 @@ class Client:
     id: ClientId
     protocol: ClientProtocol
     update: State
-    attempt: int = 0
     refusals: list[Refusal] = field(default_factory=list)
     pushed: dict[int, State] = field(default_factory=dict)
     """By incarnation, the masked update."""
-    shield: Callable[[State], None] = lambda _: None
+    used: dict[bytes, str] = field(default_factory=dict)
+    """By key of a mask, the update that it has covered."""
 
     @property
     def participant(self) -> Participant:
@@ -97,6 +97,8 @@ class Client:
         masks, begin = self.protocol.masks, self.protocol.begin
         assert masks is not None and begin is not None
         self.protocol.contributed(self.key())
+        for key, _ in masks.keys:
+            assert self.used.setdefault(key, str(self.update)) == str(self.update), "a mask covers two updates"
         masked = {name: tensor.clone() for name, tensor in self.update.items()}
         add_masks(masked, masks.keys)
         self.pushed[begin.incarnation] = masked
@@ -129,6 +131,8 @@ class Federation:
     def __init__(self, places: Iterable[tuple[Party, int]], trust: Trust, seed: int = 0) -> None:
         """``places``: the party (its first pool) and the index of each client."""
         generator = torch.Generator().manual_seed(seed)
+        places = list(places)
+        self.parties = {party.name: party for party, _ in places}
         self.clients: dict[ClientId, Client] = {}
         for party, index in places:
             pool = next(iter(party.keys))
@@ -176,6 +180,20 @@ class Federation:
         message = pb.SecureClientMessage.FromString(message.SerializeToString())
         self.heard.append((who, message))
         self.send(self.server.receive(who, message))
+
+    def pause_before(self, step: str) -> dict[ClientId, pb.SecureServerMessage]:
+        """Deliver messages until only those of a step are left; return these instead of delivering them."""
+        waiting: deque[Outgoing] = deque()
+        while self.queue:
+            out = self.queue.popleft()
+            if out.message.WhichOneof("step") == step:
+                waiting.append(out)
+            else:
+                self.deliver(out)
+        copies = {out.who: pb.SecureServerMessage() for out in waiting}
+        for out in waiting:
+            copies[out.who].CopyFrom(out.message)
+        return copies
 
     def settle(self) -> None:
         """Deliver messages until none is left; a phase that then waits for somebody reaches its deadline."""

@@ -59,6 +59,8 @@ class Instance:
         self.masks: Masks | None = None
         self.consented = False
         """True if the client has signed a list of survivors."""
+        self.over = False
+        """True if the server has ended the instance."""
         self._trust = trust
         self._credentials = credentials
         self._signer = identity.signer
@@ -81,6 +83,8 @@ class Instance:
     def receive(self, message: pb.SecureServerMessage) -> list[pb.SecureClientMessage]:
         """Take a step after the begin. Raises ``Refusal``."""
         step = message.WhichOneof("step")
+        if self.over and step not in self._answered:
+            return []
         steps: dict[str, Callable[[Any], list[pb.SecureClientMessage]]] = {
             "roster": self._take_roster, "nonces": self._take_nonces, "shares": self._take_shares,
             "survivors": self._take_survivors, "consents": self._take_consents,
@@ -99,6 +103,14 @@ class Instance:
         answers = steps[step](getattr(message, step))
         self._answered[step] = (content, answers)
         return answers
+
+    def retire(self) -> None:
+        """Forget all secrets. What was answered is still answered in the same way."""
+        self.over = True
+        self.masks = None
+        self._keys = RoundKeys.generate()
+        self._nonce = self._seed = b""
+        self._held.clear()
 
     def _signed_entry(self, identity: Identity) -> pb.SecureEntry:
         pool, index = identity.pool, identity.index

@@ -39,7 +39,7 @@ class ClientProtocol:
     @property
     def begin(self) -> pb.SecureBegin | None:
         """The terms of the present instance; ``None`` before the first, and after one was refused or has ended."""
-        return self._instance.begin if self._instance is not None else None
+        return self._instance.begin if self._instance is not None and not self._instance.over else None
 
     @property
     def masks(self) -> Masks | None:
@@ -54,19 +54,20 @@ class ClientProtocol:
     def receive(self, message: pb.SecureServerMessage) -> list[pb.SecureClientMessage]:
         """Take a message of the server, and return the answers to it.
 
-        A repeated message gets the answer of the first time. Messages of earlier instances, and of one that was refused
-        or has ended, get none. Raises :class:`Refusal`.
+        A repeated message gets the answer of the first time, also after the end: a server that was restarted may ask
+        again. Messages of earlier instances, and of one that was refused, get none. Raises :class:`Refusal`.
         """
         if message.HasField("begin"):
             return self._begin(message)
         instance = self._instance
         if message.incarnation < self.seen or (message.incarnation == self.seen and instance is None):
             return []
+        if message.HasField("end"):
+            if instance is not None and message.incarnation == self.seen:
+                instance.retire()
+            return []
         if instance is None or message.incarnation != instance.begin.incarnation:
             raise Refusal(Reason.ORDER, f"a message of instance {message.incarnation} came before its begin")
-        if message.HasField("end"):
-            self._instance = None
-            return []
         try:
             if message.HasField("survivors") and not instance.consented and self._was_opened(instance.begin):
                 raise Refusal(Reason.OPENED, "the update is in a sum already that was opened")
@@ -86,7 +87,7 @@ class ClientProtocol:
         update is for another round or base model, or if it is in an opened sum.
         """
         instance = self._instance
-        if instance is None or instance.masks is None:
+        if instance is None or instance.over or instance.masks is None:
             raise Refusal(Reason.ORDER, "there are no masks: the instance has ended, or has not come so far")
         begin = instance.begin
         if (update_key.round, update_key.base_digest, update_key.attempt) != (

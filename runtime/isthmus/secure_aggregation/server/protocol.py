@@ -1,6 +1,5 @@
 """The server's side of one instance of the protocol."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..roster import name_of
 from ..transcript import Terms
 from . import journal, messages
 from .answers import Answers
+from .correspondence import Correspondence
 from .messages import CheckCredential
 from .recovery import Secrets, UnmaskPlan
 from .setup import Setup, id_of
@@ -28,6 +28,7 @@ _STEPS = {
     Phase.CONSENT: "consent",
     Phase.UNMASK: "unmask",
 }
+_PHASES = {step: phase for phase, step in _STEPS.items()}
 
 
 class ServerProtocol:
@@ -57,9 +58,7 @@ class ServerProtocol:
         """Clients that the instance began with; after :meth:`restore`, those in the roster."""
         self.dropped: dict[ClientId, str] = {}
         """Clients that the instance goes on without, and why."""
-        # By client, what it was sent, and hashes of what it has answered by step.
-        self._sent: dict[ClientId, list[pb.SecureServerMessage]] = {each.id: [] for each in participants}
-        self._answered: dict[ClientId, dict[str, bytes]] = {each.id: {} for each in participants}
+        self._mail = Correspondence(begin.incarnation, [each.id for each in participants])
         self._setup = Setup(self._terms)
         self._answers = Answers(self._setup, {each.id: each for each in participants}, check_credential)
 
@@ -107,17 +106,21 @@ class ServerProtocol:
 
     def start(self) -> list[Outgoing]:
         """Begin the instance at all participants."""
-        self.waiting_for = set(self._sent)
-        return [*self._send(self.waiting_for, begin=self.begin), *self._go_on()]
+        self.waiting_for = set(self._mail.clients)
+        return [*self._mail.send(self.waiting_for, begin=self.begin), *self._go_on()]
 
     def receive(self, who: ClientId, message: pb.SecureClientMessage) -> list[Outgoing]:
         """Take a client's message. A fault drops the client, and is noted in :attr:`faults`; nothing is raised."""
-        if who not in self._sent:
-            self.faults.append(Fault(who, Reason.STRANGER, "it is no participant of this instance"))
+        if message.incarnation < self.incarnation:
+            return []
+        if who not in self._mail.clients:
+            # After a restart, the clients without an entry in the roster are forgotten.
+            if self.phase <= Phase.COLLECT:
+                self.faults.append(Fault(who, Reason.STRANGER, "it is not in this instance"))
             return []
         step = message.WhichOneof("step")
-        # A client that does not know yet that it is late or out of the instance; or one of an instance before.
-        late = message.incarnation < self.incarnation or who in self.dropped or self.phase in _ENDED
+        # The client may not know yet that it is out of the instance, or that this has ended.
+        late = who in self.dropped or self.phase in _ENDED
         if late and not (step == "refusal" and message.incarnation == self.incarnation):
             return []
         try:
@@ -134,7 +137,7 @@ class ServerProtocol:
 
         It gets no message: its successor, which has the same name, would not understand it.
         """
-        if who in self._sent and who not in self.dropped and self.phase not in _ENDED:
+        if who in self._mail.clients and who not in self.dropped and self.phase not in _ENDED:
             self._note_drop(who, reason)
         return self._go_on()
 
@@ -163,7 +166,7 @@ class ServerProtocol:
 
     def resend(self, who: ClientId) -> list[Outgoing]:
         """Return all messages of the instance to a client so far, for one that has reconnected."""
-        return [] if who in self.dropped else [Outgoing(who, message) for message in self._sent.get(who, [])]
+        return [] if who in self.dropped else self._mail.sent(who)
 
     def plan(self) -> UnmaskPlan:
         """Return the masks in the sum, in DONE. It takes long with many dropouts; it changes nothing."""
@@ -198,16 +201,21 @@ class ServerProtocol:
         if state.phase != Phase.FAILED:
             result._ask_for_consent()
             result._answers.consents = {each.entry: each.signature for each in state.consents}
-            result.waiting_for -= result._ids(result._answers.consents)
+            for entry, signature in result._answers.consents.items():
+                result._note_answer(entry, consent=pb.SecureConsent(signature=signature))
         if state.phase in (Phase.UNMASK, Phase.DONE):
             result._ask_for_shares()
             for answer in state.unmasks:
                 result._answers.add_unmask(answer.entry, answer.unmask)
-            result.waiting_for -= result._ids(result._answers.unmasks)
+                result._note_answer(answer.entry, unmask=answer.unmask)
         result.phase = Phase(state.phase)
         if result.phase is Phase.DONE:
             result.waiting_for = set()
         return result
+
+    def _note_answer(self, entry: int, **step: Any) -> None:
+        self._mail.note(self._id(entry), pb.SecureClientMessage(incarnation=self.incarnation, **step))
+        self.waiting_for.discard(self._id(entry))
 
     # ---- messages of clients
 
@@ -218,18 +226,17 @@ class ServerProtocol:
         messages.check_size(message, len(neighbours), len(setup.entries))
         if message.incarnation != self.incarnation:
             raise Refusal(Reason.INCARNATION, f"a message of instance {message.incarnation}, which has not begun")
-        content = hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
-        if before := self._answered[who].get(step):
-            if before != content and step != "refusal":
-                raise Refusal(Reason.CHANGED, f"{step} came a second time with another content")
+        if self._mail.is_repeated(who, message):
             return False
+        if step in _PHASES and _PHASES[step] < self.phase:
+            return False  # answered before a restart, which forgot it
         if step == "complaint":
             expected = self.phase >= Phase.COLLECT and setup.numbers.get(who) in setup.senders
         else:
             expected = step == "refusal" or (step == _STEPS.get(self.phase) and who in self.waiting_for)
         if not expected:
             raise Refusal(Reason.ORDER, f"{step} came in the phase {self.phase.name}")
-        self._answered[who][step] = content
+        self._mail.note(who, message)
         return True
 
     def _consequences(self, who: ClientId, step: str, message: pb.SecureClientMessage) -> list[Outgoing]:
@@ -260,7 +267,7 @@ class ServerProtocol:
 
     def _out(self, who: ClientId, text: str) -> list[Outgoing]:
         self._note_drop(who, text)
-        return self._send([who], end=pb.SecureEnd(message=one_line(text)))
+        return self._mail.send([who], end=pb.SecureEnd(message=one_line(text)))
 
     def _note_drop(self, who: ClientId, reason: str) -> None:
         self.dropped[who] = one_line(reason)
@@ -302,7 +309,7 @@ class ServerProtocol:
             self.phase = Phase.SHARES
         else:
             self.phase = Phase.REVEAL
-        return self._send(self.waiting_for, roster=roster)
+        return self._mail.send(self.waiting_for, roster=roster)
 
     def _conclude_reveal(self) -> list[Outgoing]:
         nonces = {
@@ -314,7 +321,7 @@ class ServerProtocol:
         self.phase = Phase.SHARES
         self.waiting_for = set(self._ids(nonces))
         message = pb.SecureNonces(nonces=self._setup.nonces)
-        return self._send(self.waiting_for, nonces=message)
+        return self._mail.send(self.waiting_for, nonces=message)
 
     def _conclude_shares(self) -> list[Outgoing]:
         setup = self._setup
@@ -329,14 +336,14 @@ class ServerProtocol:
         for receiver in senders:
             sealed = [pb.SecureSealed(peer=sender, ciphertext=self._answers.sealed[sender][receiver])
                       for sender in sorted(setup.neighbours[receiver] & setup.senders)]  # fmt: skip
-            outs += self._send([self._id(receiver)], shares=pb.SecureShares(sealed=sealed, senders=senders))
+            outs += self._mail.send([self._id(receiver)], shares=pb.SecureShares(sealed=sealed, senders=senders))
         return outs
 
     def _ask_for_consent(self) -> list[Outgoing]:
         self.phase = Phase.CONSENT
         self.waiting_for = set(self.survivors - self.dropped.keys())
         message = pb.SecureSurvivors(entries=sorted(self._setup.survivors))
-        return self._send(self.waiting_for, survivors=message)
+        return self._mail.send(self.waiting_for, survivors=message)
 
     def _conclude_consent(self) -> list[Outgoing]:
         agreed = frozenset(self._agreed)
@@ -359,7 +366,7 @@ class ServerProtocol:
         outs = []
         for entry in sorted(asked):
             signed = journal.signatures({each: consents[each] for each in setup.neighbours[entry] & consents.keys()})
-            outs += self._send([self._id(entry)], consents=pb.SecureConsents(signatures=signed))
+            outs += self._mail.send([self._id(entry)], consents=pb.SecureConsents(signatures=signed))
         return outs
 
     def _conclude_unmask(self) -> list[Outgoing]:
@@ -384,17 +391,9 @@ class ServerProtocol:
 
     def _end(self, text: str) -> list[Outgoing]:
         self.waiting_for = set()
-        return self._send(self._sent.keys() - self.dropped.keys(), end=pb.SecureEnd(message=text))
+        return self._mail.send(self._mail.clients - self.dropped.keys(), end=pb.SecureEnd(message=text))
 
     # ---- names and messages
-
-    def _send(self, receivers: Iterable[ClientId], **step: Any) -> list[Outgoing]:
-        """Send one message to all receivers: the same object, since a roster for a thousand clients is large."""
-        message = pb.SecureServerMessage(incarnation=self.incarnation, **step)
-        outs = [Outgoing(who, message) for who in sorted(receivers)]
-        for out in outs:
-            self._sent[out.who].append(message)
-        return outs
 
     def _present(self, entries: Iterable[int]) -> frozenset[int]:
         return frozenset(entry for entry in entries if self._id(entry) not in self.dropped)
