@@ -486,7 +486,7 @@ def test_survivors_without_enough_consents_are_refused(edit: Callable[[Message, 
 
 
 def test_consents_to_another_list_of_survivors_do_not_count() -> None:
-    """The victim's neighbours are told that the victim dropped out, the victim that all have survived."""
+    """The victim's list of survivors names all, the lists of its neighbours all but the victim."""
     job = Federation.of(7)
     job.begin()
     job.settle()
@@ -507,7 +507,7 @@ def test_consents_to_another_list_of_survivors_do_not_count() -> None:
 
 
 def test_a_server_that_splits_its_clients_opens_nothing() -> None:
-    """Half of the clients hear that the last client has survived, half that it dropped out."""
+    """Half of the clients get a list with the last client among the survivors, half get one without it."""
     job = Federation.of(8)
     job.begin()
     job.settle()
