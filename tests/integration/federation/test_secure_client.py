@@ -28,7 +28,7 @@ def start(job: Federation, script: Path, parties: Parties | None = None, **env: 
     job.start_aggregator()
     parties = parties or Parties()
     return [
-        parties.start_client(job, script, index, **{identities.ENV_AUDIT_DIR: f"audit-{index}", **env})
+        parties.start_client(job, script, index, 0, "", ISTHMUS_AUDIT_DIR=f"audit-{index}", **env)
         for index in range(CLIENTS)
     ]
 
@@ -163,7 +163,7 @@ def test_two_ranks_are_one_client(federation: Make) -> None:
 
 
 def test_children_end_by_themselves_and_the_round_goes_on(federation: Make, tmp_path: Path) -> None:
-    """Forks that happen while the threads of secure aggregation hold locks do not hang."""
+    """The threads of secure aggregation hold locks at some of the forks."""
     script = tmp_path / "forks.py"
     script.write_text(FORKS)
     job = federation(CLIENTS, 1, privacy=SECURE)
@@ -201,13 +201,12 @@ def test_an_update_is_masked_again_after_a_restart(federation: Make, script: Pat
     job = federation(CLIENTS, 3, privacy=SECURE)
     parties = Parties()
     job.start_aggregator()
-    clients = [
-        parties.start_client(job, script, index, HOLD="2" if index == 0 else "9", **{identities.ENV_AUDIT_DIR: f"audit-{index}"})
-        for index in range(CLIENTS)
-    ]  # fmt: skip
-    eventually(
-        "two updates of round 2 are there", lambda: job.status().current_round == 2 and job.status().submitted == 2
-    )
+    clients = []
+    for index in range(CLIENTS):
+        environment = job.client_environment(index, HOLD="9" if index else "2", ISTHMUS_AUDIT_DIR=f"audit-{index}")
+        parties.files(job.directory / f"client-{index}-0")
+        clients.append(job.start(f"client-{index}-0", [script], environment))
+    job.wait_for(lambda status: status.current_round == 2 and status.submitted == 2)
     job.kill_aggregator()
     job.start_aggregator()
     job.let_go()

@@ -19,7 +19,7 @@ from isthmus.secure_aggregation.client import ClientProtocol
 from isthmus.secure_aggregation.encoding.scalars import SCALARS
 from isthmus.secure_aggregation.layout import wire_specs
 from isthmus.secure_aggregation.masks import add_masks
-from isthmus.secure_aggregation.parameters import Participant, Phase
+from isthmus.secure_aggregation.parameters import Outgoing, Participant, Phase
 from isthmus.secure_aggregation.server import ServerProtocol
 from isthmus.tensors import State, allocate
 from isthmus_contracts.pb import secure_aggregation_pb2 as sa
@@ -44,10 +44,9 @@ def layout(clients: int = 8) -> sa.SecureLayout:
     )  # fmt: skip
 
 
-def begin(incarnation: int = 7, number: int = 1, **more: object) -> sa.SecureBegin:
+def begin(incarnation: int = 7, number: int = 1) -> sa.SecureBegin:
     return sa.SecureBegin(
-        round=number, incarnation=incarnation, purpose=TRAIN, base_digest=BASE, layout=layout(), phase_seconds=60,
-        **more,
+        round=number, incarnation=incarnation, purpose=TRAIN, base_digest=BASE, layout=layout(), phase_seconds=60
     )  # fmt: skip
 
 
@@ -95,12 +94,12 @@ class World:
         self.server = ServerProtocol(JOB, of, everyone)
         self.carry(self.server.start(), unfinished or (lambda: self.server.phase is not Phase.COLLECT))
 
-    def carry(self, outgoing: list[object], unfinished: Callable[[], bool]) -> None:
+    def carry(self, outgoing: list[Outgoing], unfinished: Callable[[], bool]) -> None:
         """Deliver messages in both directions until there are no more, and the condition no longer holds."""
         waiting = list(outgoing)
         while waiting or unfinished():
             if waiting:
-                who, message = waiting.pop(0)  # type: ignore[misc]
+                who, message = waiting.pop(0)
                 if who == (POOL, 0):
                     self.participant.receive(message)
                 else:
