@@ -31,7 +31,7 @@ NOT_LINEAR: Mapping[Algorithm, str] = {
 }
 FEWEST_CLIENTS = 3
 """Minimum number of contributors of an opened sum. With two, each computes the other's update from it."""
-DEFAULT_BOUNDS: Mapping[str, str] = {"loss": "100", "accuracy": "1"}
+DEFAULT_BOUNDS: Mapping[str, str] = {"loss": "100", "eval_loss": "100", "val_loss": "100", "accuracy": "1"}
 """Largest absolute value of metrics that are masked without further settings."""
 FEWEST_STEPS = 1023
 """Minimum number of positive values of one coordinate of one client, after division of the ring by the clients."""
@@ -90,8 +90,8 @@ class SecureAggregation(Resource):
     max_examples: Annotated[int, Field(ge=1, le=1_000_000_000_000)] = 1_000_000
     """Largest number of training or evaluation examples of one client. It is public; the numbers are not."""
     metrics: Annotated[dict[str, Decimal], Field(max_length=64)] = dict(DEFAULT_BOUNDS)
-    """Largest absolute values of the metrics that the script reports, by name. A metric without one is refused. Loss
-    (100) and accuracy (1) have one unless it is given here."""
+    """Largest absolute values of the metrics that the script reports, by name. A metric without one stays at the
+    clients. Those of loss, eval_loss, val_loss (100) and accuracy (1) hold unless others are given here."""
     min_parties: Annotated[int, Field(ge=1, le=64)] = 1
     """Minimum number of parties in a round. Each site is a party, and all cloud pools are one. With 1, clients are
     protected from a curious aggregator, not from the cluster's admin. A site's policy may demand more."""

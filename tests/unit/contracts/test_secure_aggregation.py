@@ -53,7 +53,7 @@ def test_an_empty_mapping_switches_it_on_with_safe_defaults() -> None:
     assert secure is not None
     assert (secure.bits, secure.clip, secure.keep, secure.rotation) == (32, None, None, False)
     assert (secure.min_parties, secure.min_clients, secure.phase_deadline_seconds) == (1, 3, 60)
-    assert secure.metrics == {"loss": "100", "accuracy": "1"}
+    assert secure.metrics == {"loss": "100", "eval_loss": "100", "val_loss": "100", "accuracy": "1"}
     assert parse_spec(SPEC).privacy.secure_aggregation is None
 
 
@@ -67,7 +67,7 @@ def test_the_quorum_follows_the_least_number_of_clients() -> None:
 def test_bounds_are_added_to_the_default_ones() -> None:
     secure = parse_spec(spec({"metrics": {"f1": "1", "loss": "20"}})).privacy.secure_aggregation
     assert secure is not None
-    assert secure.metrics == {"loss": "20", "accuracy": "1", "f1": "1"}
+    assert secure.metrics == {"loss": "20", "eval_loss": "100", "val_loss": "100", "accuracy": "1", "f1": "1"}
 
 
 @pytest.mark.parametrize("algorithm", LINEAR)

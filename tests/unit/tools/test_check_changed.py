@@ -15,7 +15,7 @@ from tools.check_changed import commands, unit_tests
         (["bridge/isthmus_bridge/slurm/rest/format.py"], ["tests/unit/bridge/slurm"]),
         (["bridge/isthmus_bridge/cli.py"], ["tests/unit/bridge"]),
         (["bridge/isthmus_bridge/cli.py", "bridge/isthmus_bridge/slurm/model.py"], ["tests/unit/bridge"]),
-        (["runtime/isthmus/client/session/transfer.py"], ["tests/unit/runtime/client"]),
+        (["runtime/isthmus/client/session/transfer.py"], ["tests/unit/runtime/client/session"]),
         (["contracts/isthmus_contracts/wire/pki.py"], ["tests/unit/contracts"]),
         (["tests/unit/contracts/test_files.py"], ["tests/unit/contracts/test_files.py"]),
         (["tests/unit/bridge/conftest.py"], ["tests/unit/bridge"]),

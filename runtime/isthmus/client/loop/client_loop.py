@@ -218,8 +218,6 @@ class ClientLoop:
             assert self._evaluate is not None
             self._session.stages.enter("evaluating")
             self._evaluation = measure(self._evaluate, offer)
-            if offer.secure:
-                self._secure.check_evaluation(self._evaluation)
         if offer.secure:
             self._secure.on_loaded(self._compression.base)
         elif wanted and offer.base_round:

@@ -13,7 +13,7 @@ from isthmus_contracts.pb import secure_aggregation_pb2 as sa
 from ...secure_aggregation.fixed_point import UpdateError
 from ...tensors import State, sha256_of
 from ..session.compression import ClientCompression
-from ..session.secure.held_update import Numbers, Quantiser, Work, require_bounded
+from ..session.secure.held_update import Numbers, Quantiser, Work
 from ..session.secure.participant import NotMaskedError
 from ..session.session import Session
 from ..session.transfer import FinishedUpdate, push
@@ -57,19 +57,11 @@ class SecureResults:
         """Begin to hash the offer's model, which must not change until the update is made."""
         self._digest = self._session.secure.in_background(lambda: sha256_of(base))
 
-    def check_evaluation(self, evaluation: pb.Evaluation) -> None:
-        """Raise :class:`ScriptError` if an evaluation has a metric without a bound, as far as bounds are known."""
-        if (layout := self._session.secure.newest_layout) is not None:
-            require_bounded(layout, evaluation.metrics, "the evaluation function")
-
     def update(
         self, offer: pb.Offer, compression: ClientCompression, live: Mapping[str, torch.Tensor], numbers: Numbers,
         updated_state: State | None,
     ) -> FinishedUpdate | None:  # fmt: skip
-        """Return the update, to be held until its round is over, or ``None`` if it cannot be used.
-
-        Raises :class:`ScriptError` for metrics that cannot be masked.
-        """
+        """Return the update, to be held until its round is over, or ``None`` if it cannot be used."""
         work = Work(sa.SecureBegin.TRAIN, offer.round, offer.secure_attempt)
         try:
             layout = self._session.secure.layout(work, self._interruption(offer))

@@ -11,12 +11,11 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb import secure_aggregation_pb2 as sa
 from isthmus_contracts.text import one_line
 
-from ....secure_aggregation.encoding.scalars import metric_names
 from ....secure_aggregation.fixed_point import Contribution, Quantised, quantise
 from ....secure_aggregation.layout import LayoutError
 from ....secure_aggregation.parameters import UpdateKey
 from ....tensors import State
-from ...errors import FederationError, ScriptError
+from ...errors import FederationError
 
 log = logging.getLogger("isthmus")
 
@@ -65,20 +64,8 @@ class HeldUpdate:
         return UpdateKey(self.work.round, self.base_sha256, self.work.attempt, str(self.number))
 
 
-def require_bounded(layout: sa.SecureLayout, metrics: Mapping[str, float], source: str) -> None:
-    """Raise :class:`ScriptError` if a metric has no bound in the manifest, so that it cannot be masked."""
-    known = metric_names(layout)
-    for name in metrics:
-        if name not in known:
-            raise ScriptError(
-                f"{source} reports {one_line(name, 64)}, which has no bound in spec.{_FIELD}.metrics, so that it cannot"
-                " be masked and is not sent: add it there with its largest absolute value, or leave it out"
-                f" (with a bound: {', '.join(sorted(known)) or 'none'})"
-            )
-
-
 class Quantiser:
-    """Maker of held updates, which warns once of each number beyond its bound."""
+    """Maker of held updates, which warns once of each number without a bound or beyond it."""
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
@@ -90,12 +77,10 @@ class Quantiser:
         """Return a result in the layout's form, independent of later training.
 
         ``base``: the model that it is the difference from. ``consume``: the integers may take its memory.
-        Raises :class:`ScriptError` for metrics without a bound, ``UpdateError`` for weights that cannot be sent, and
-        :class:`FederationError` if the layout does not fit them.
+        Metrics without a bound in the manifest cannot be masked and stay here. Raises ``UpdateError`` for weights that
+        cannot be sent, and :class:`FederationError` if the layout does not fit them.
         """
         evaluation = numbers.evaluation or pb.Evaluation()
-        require_bounded(layout, numbers.metrics, "rnd.submit()")
-        require_bounded(layout, evaluation.metrics, "the evaluation function")
         contribution = Contribution(
             numbers.examples, numbers.scalars, numbers.metrics, dict(evaluation.metrics), evaluation.num_examples
         )  # fmt: skip
@@ -110,17 +95,23 @@ class Quantiser:
         bounds = {scalar.name: (scalar.least, scalar.most) for scalar in layout.scalars}
         for name in quantised.limited:
             least, most = bounds[name]
-            self._warn_once(name, f"{name} is beyond its bounds, {least:g} to {most:g} (spec.{_FIELD}.metrics)")
+            bounded = f"{name} is beyond its bounds, {least:g} to {most:g} (spec.{_FIELD}.metrics)"
+            self._warn_once(name, f"{bounded}: it counts as the bound")
         if quantised.capped:
-            most = layout.max_examples
+            above = f"num_examples is above the largest weight, {layout.max_examples:g} (spec.{_FIELD}.maxExamples)"
+            self._warn_once("examples", f"{above}: it counts as the bound")
+        for name in quantised.unbounded:
+            shown = one_line(name, 64)
             self._warn_once(
-                "examples", f"num_examples is above the largest weight, {most:g} (spec.{_FIELD}.maxExamples)"
+                f"unbounded {name}",
+                f"the metric {shown} has no bound and is not sent: to have its mean over all clients, add its largest"
+                f" absolute value to spec.{_FIELD}.metrics",
             )
 
     def _warn_once(self, name: str, text: str) -> None:
         if name not in self._warned:
             self._warned.add(name)
-            log.warning("secure aggregation: %s: it counts as the bound", text)
+            log.warning("secure aggregation: %s", text)
 
 
 class _OnCpu(Mapping[str, torch.Tensor]):

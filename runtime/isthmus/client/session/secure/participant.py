@@ -253,12 +253,6 @@ class SecureParticipant:
             lambda instance: instance.begin if instance.begin.purpose == evaluates else None, interrupted
         )  # fmt: skip
 
-    @property
-    def newest_layout(self) -> sa.SecureLayout | None:
-        """Form of the newest instance's vectors, or ``None`` before the first one."""
-        with self._changed:
-            return None if self._instance is None else self._instance.begin.layout
-
     def in_background(self, job: Callable[[], T]) -> "Future[T]":
         """Run a job in the thread that makes the masks."""
         return self._background.submit(job)
