@@ -57,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-NAMES = "curl faketime liblua5.1-0 prometheus shellcheck sudo"
+NAMES = "curl faketime git liblua5.1-0 prometheus shellcheck sudo"
 
 
 @pytest.mark.parametrize(
