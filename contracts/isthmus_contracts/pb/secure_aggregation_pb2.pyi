@@ -144,7 +144,7 @@ class SecureTensor(_message.Message):
     weighted: _builtins.bool
     """the sum counts each client by its examples; otherwise all clients alike"""
     bits: _builtins.int
-    """64: whole numbers, summed exactly; 0: as in the layout"""
+    """64: whole numbers, summed exactly; 32: a larger ring than the layout's; 0: the layout's"""
     source: _builtins.str
     """tensor of the model, where its name is not `name`"""
     divisor: _builtins.str

@@ -17,7 +17,7 @@ from .encoding import scalars
 from .encoding.projection import Projection
 from .encoding.rounding import Entropy, Rounding
 from .encoding.scalars import SCALARS, Measured
-from .layout import LayoutError, dtype_of, is_exact, levels, problem_with, projection, source, unit, weight_of
+from .layout import LayoutError, dtype_of, is_exact, levels, problem_with, projection, source, steps_of, unit, weight_of
 
 __all__ = [
     "SCALARS", "Contribution", "Measured", "Quantised", "Sums", "dequantise", "mean_change", "quantisation_bound",
@@ -106,7 +106,9 @@ def quantise(
             share = weight / max(scalars.weight_bound(layout), 1)
             factor = 1 / tensor.clip / _divisor(tensor, contribution)
             found = projection(layout, tensor, old.numel())
-            clipped += _rounded(tensor.name, found, new, old, target, factor, levels(layout) * share, rounding)
+            clipped += _rounded(
+                tensor.name, found, new, old, target, factor, steps_of(layout, tensor) * share, rounding
+            )
         result[tensor.name] = out
         if consume and not uses[name]:
             base.pop(name)
