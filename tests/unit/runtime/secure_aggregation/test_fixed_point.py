@@ -303,4 +303,4 @@ def test_integers_may_take_the_memory_of_the_base(algorithm: str, bits: int) -> 
     assert not held
     assert list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
     taken = {tensor.data_ptr() for tensor in found.values()} & {base["a"].data_ptr()}
-    assert bool(taken) == (bits == 32)
+    assert bool(taken) == (bits == 32 or algorithm == "SCAFFOLD")  # its slopes have 32 bits
