@@ -25,17 +25,27 @@ from isthmus.aggregator.rounds.delivery import Delivery
 from isthmus.aggregator.rounds.evaluation import Evaluations
 from isthmus.aggregator.rounds.privacy_budget import PrivacyBudget
 from isthmus.aggregator.rpc.push import PushHandler
+from isthmus.aggregator.secure.accumulator import AccumulatorFile
+from isthmus.aggregator.secure.incarnations import Incarnations
+from isthmus.aggregator.secure.instance import Instance
+from isthmus.aggregator.secure.journal import JournalFile
+from isthmus.aggregator.secure.rounds import SecureRounds
 from isthmus.aggregator.state.metrics_by_round import Progress
 from isthmus.aggregator.storage import checkpoints
 from isthmus.aggregator.updates.intake import Intake
 from isthmus.client.session import session, transfer
 from isthmus.codecs import Decoder
 from isthmus.privacy import Private
+from isthmus.secure_aggregation.server import ServerProtocol
+from isthmus.secure_aggregation.sum_rule import SecureSum
 from isthmus.strategies.averaging.fedavg import FedAvg
 from isthmus.strategies.deterministic import Deterministic
 from isthmus.strategies.spill import Spill
 from isthmus.tensors import RawDecoder
 from isthmus_contracts.wire import transport
+
+sys.path.insert(0, str(Path(__file__).parent))
+from wire_recorder import record
 
 # Points between the first chunk of an update and the announcement of its commit.
 POINTS: list[tuple[Any, str]] = [
@@ -47,6 +57,10 @@ POINTS: list[tuple[Any, str]] = [
     (checkpoints.CheckpointStore, "save"), (checkpoints.CheckpointStore, "append"), (checkpoints, "_publishing"),
     (os, "fdatasync"), (os, "fsync"), (Path, "rename"), (Path, "unlink"),
     (Membership, "admit"), (Membership, "leave"), (Client, "send"),
+    (Incarnations, "next"), (AccumulatorFile, "allocate"), (AccumulatorFile, "private"), (JournalFile, "write"),
+    (SecureRounds, "start"), (SecureRounds, "accept"), (SecureRounds, "end_round"), (Instance, "freeze"),
+    (Instance, "announce"), (ServerProtocol, "receive"), (ServerProtocol, "plan"), (SecureSum, "begin"),
+    (SecureSum, "unmask"), (SecureSum, "finish"),
 ]  # fmt: skip
 
 # Points after a model may have met the target, for processes that end at a point with a given name.
@@ -105,6 +119,8 @@ def become(request: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     if request["kill_at"] is None:
         hurry()
+        if "RECORD" in os.environ:
+            record(Path.cwd())
         sys.path.insert(0, str(Path(sys.argv[0]).parent))
         runpy.run_path(sys.argv[0], run_name="__main__")
         return

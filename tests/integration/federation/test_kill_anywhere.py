@@ -59,22 +59,28 @@ def nurseries() -> Iterator[tuple[Nursery, Nursery]]:
 
 
 def run(
-    job: Federation, script: Path, nurseries: tuple[Nursery, Nursery], kills: Iterable[int | str], **environment: str
-) -> list[str]:
-    """Run a job to its end; return the points at which its aggregators were killed."""
-    aggregators, clients = nurseries
+    job: Federation, script: Path, nurseries: tuple[Nursery, Nursery], kills: Iterable[int | str], *,
+    clients: int = CLIENTS, prepare: Callable[[Path], None] | None = None, **environment: str,
+) -> list[str]:  # fmt: skip
+    """Run a job to its end; return the points at which its aggregators were killed.
+
+    ``prepare`` is called with the directory of each client's certificate.
+    """
+    aggregators, trainers = nurseries
     port = free_port()
     description = {"name": "job", "namespace": "default", "uid": UID, "spec": job.spec}
     (job.directory / "job.json").write_text(json.dumps(description))
     job.authority.issue("aggregator", DAY, hosts=[SERVER_NAME]).write(job.directory / "server")
-    for index in range(CLIENTS):
+    for index in range(clients):
         job.credentials(index).write(job.directory / f"client-{index}")
+        if prepare is not None:
+            prepare(job.directory / f"client-{index}")
         env = {
             identities.ENV_ENDPOINT: f"127.0.0.1:{port}", identities.ENV_SERVER_NAME: SERVER_NAME,
             identities.ENV_TLS_DIR: f"client-{index}", identities.ENV_JOB_UID: UID, identities.ENV_POOL: POOL,
             identities.ENV_INDEX: str(index), identities.ENV_CLIENT: str(index), **environment,
         }  # fmt: skip
-        clients.start([script], job.directory, f"client-{index}-0.log", **env)
+        trainers.start([script], job.directory, f"client-{index}-0.log", **env)
     argv = ["aggregator", "--job", "job.json", "--tls", "server", "--state", "state",
             "--listen", f"127.0.0.1:{port}", "--metrics", "127.0.0.1:0"]  # fmt: skip
     points = []
@@ -83,7 +89,7 @@ def run(
         assert status == SIGKILLED, (status, kill_at, job.log("aggregator"))
         points.append((job.directory / "points").read_text().splitlines()[-1])
     assert aggregators.start(argv, job.directory, "aggregator.log", 0)["status"] == 0, job.log("aggregator")
-    for index in range(CLIENTS):
+    for index in range(clients):
         eventually(
             f"client {index} is done",
             lambda name=f"client-{index}-0": "training is complete" in job.log(name),  # type: ignore[misc]
@@ -91,9 +97,9 @@ def run(
     return points
 
 
-def verify(job: Federation, rounds: int) -> bytes:
-    assert updates(job) == dict.fromkeys(range(1, rounds + 1), CLIENTS)
-    for client in range(CLIENTS):
+def verify(job: Federation, rounds: int, clients: int = CLIENTS) -> bytes:
+    assert updates(job) == dict.fromkeys(range(1, rounds + 1), clients)
+    for client in range(clients):
         # No round was trained twice, and no trained round is missing.
         assert trained(job, client) == Counter(range(1, rounds + 1))
     return (job.state / "model.safetensors").read_bytes()

@@ -18,6 +18,9 @@ from .offers import Offers
 
 log = logging.getLogger(__name__)
 
+# Longest wait for processes that take over from older ones, which look for the round's end five times a second.
+_HANDOVER_SECONDS = 1.0
+
 
 class SecureInstances:
     """Runner of instances for one kind of sum."""
@@ -49,6 +52,7 @@ class SecureInstances:
         current.restart()
         self._statistics.withdraw_all()
         await self._secure.prepare(current, self._subject)
+        await self._handed_over()
         current.closing = False
         clients = candidates()
         current.selected.update(client.id for client in clients)
@@ -58,6 +62,12 @@ class SecureInstances:
         self._begun, self._begun_at = _processes(clients), time.monotonic()
         self._secure.start(current, clients)
         self._training.changes.notify()
+
+    async def _handed_over(self) -> None:
+        """Wait until newer processes have replaced those that they wait for, which takes a moment at a round's end."""
+        until = time.monotonic() + _HANDOVER_SECONDS
+        while any(client.successors for client in self._members) and time.monotonic() < until:  # noqa: ASYNC110
+            await asyncio.sleep(_HANDOVER_SECONDS / 20)
 
     @property
     def fewest(self) -> int:

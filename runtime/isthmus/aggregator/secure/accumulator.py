@@ -36,14 +36,17 @@ class AccumulatorFile:
                 os.posix_fallocate(descriptor, 0, _size(specs))
             finally:
                 os.close(descriptor)
-            self._shared, self._specs = self._map(specs, shared=True), list(specs)
+            self._specs = list(specs)
+        self._shared = self._shared or self._map(specs, shared=True)
         return dict(self._shared)
 
     def private(self, specs: Sequence[TensorSpec]) -> State:
         """Return the file's tensors in memory whose changes are not written back (MAP_PRIVATE, mmap(2)).
 
-        Each page is copied when it is first changed. Raises ``OSError`` if there is no file of that size.
+        Each page is copied when it is first changed. The tensors of :meth:`allocate` are not kept here any longer, so
+        that the sum is in memory once. Raises ``OSError`` if there is no file of that size.
         """
+        self._shared = {}
         size = self._path.stat().st_size
         if size != _size(specs):
             raise OSError(f"{self._path} has {size} bytes, not {_size(specs)}")

@@ -19,6 +19,8 @@ from ..state.round_decision import LOST_CLIENT_GRACE
 
 log = logging.getLogger(__name__)
 
+LOST, LATE = "lost", "late"
+"""Reasons of drops that are no faults: the process or its connection has ended; the phase's deadline was missed."""
 _SETTLED = frozenset({Phase.DONE, Phase.FAILED})
 
 OnFault = Callable[[ClientId, str, str], None]
@@ -30,18 +32,22 @@ class Instance:
 
     def __init__(
         self, protocol: ServerProtocol, begin: sa.SecureBegin, participants: Collection[Participant],
-        members: Membership, changed: Callable[[], None], on_fault: OnFault, on_phase: Callable[[Phase, float], None],
+        members: Membership, changed: Callable[[], None], on_fault: OnFault, on_drop: OnFault,
+        on_phase: Callable[[Phase, float], None],
     ) -> None:  # fmt: skip
-        """``on_phase``: called with a phase that is over and its seconds."""
+        """``on_fault``: for a client that breaks the protocol or refuses to go on. ``on_drop``: for one that is lost or
+        late. ``on_phase``: called with a phase that is over and its seconds."""
         self.protocol = protocol
         self.begin = begin
         self.participants: Mapping[ClientId, Participant] = {each.id: each for each in participants}
         self._members = members
         self._changed = changed
         self._on_fault = on_fault
+        self._on_drop = on_drop
         self._on_phase = on_phase
         self._phase = protocol.phase
         self._created = self._entered = time.monotonic()
+        self._deadline = self._entered + begin.phase_seconds
         self._faults = 0
         self._holds = False
         self._farewells: list[Outgoing] = []
@@ -67,7 +73,11 @@ class Instance:
         self._take(self.protocol.start())
 
     def resume(self) -> None:
-        """Go on with a restored instance: repeat its messages to the clients that are connected, and set the timer."""
+        """Go on with a restored instance: repeat its messages to the clients that are connected, and set the timer.
+
+        The others need a moment to reconnect to the new process, even if the phase has a short deadline.
+        """
+        self._deadline = time.monotonic() + max(self.begin.phase_seconds, LOST_CLIENT_GRACE)
         for client in self._members:
             self.joined(client)
         self._advance()
@@ -133,7 +143,12 @@ class Instance:
 
     def _take(self, messages: Iterable[Outgoing]) -> None:
         self._send(messages)
-        self._advance()
+        # With many clients, nothing here may be done for all of them at each message.
+        if self.protocol.phase is not self._phase:
+            self._advance()
+        elif len(self.protocol.faults) > self._faults:
+            self._report()
+            self._changed()
 
     def _send(self, messages: Iterable[Outgoing]) -> None:
         # Most messages are the same object for all clients. Wrapping copies it, once.
@@ -153,8 +168,9 @@ class Instance:
     def _advance(self) -> None:
         """Drop lost clients that a phase waits for, report what has happened, and set the timer for what may."""
         while lost := self._lost():
-            for client, reason in lost:
-                self._send(self.protocol.drop(client, reason))
+            for client_id, text in lost:
+                self._on_drop(client_id, LOST, text)
+                self._send(self.protocol.drop(client_id, text))
         self._possible = self.protocol.contributors_possible if self.collecting else self.participants.keys()
         self._report()
         self._set_timer()
@@ -196,6 +212,7 @@ class Instance:
         if protocol.phase is not self._phase:
             self._on_phase(self._phase, now - self._entered)
             self._phase, self._entered = protocol.phase, now
+            self._deadline = now + self.begin.phase_seconds
             log.debug("instance %d: %s", self.incarnation, protocol.phase.name)
 
     def _set_timer(self) -> None:
@@ -203,13 +220,14 @@ class Instance:
         waiting = self._awaited()
         if not waiting:
             return
-        due = self._entered + self.begin.phase_seconds
-        due = min([due, *(self._lost_until(client) for client in waiting)])
+        due = min([self._deadline, *(self._lost_until(client) for client in waiting)])
         delay = max(due - time.monotonic(), 0.0) + 0.001
         self._timer = asyncio.get_running_loop().call_later(delay, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
-        if self._awaited() and time.monotonic() >= self._entered + self.begin.phase_seconds:
+        if (late := self._awaited()) and time.monotonic() >= self._deadline:
+            for client_id in sorted(late):
+                self._on_drop(client_id, LATE, f"no answer in the phase {self.protocol.phase.name.lower()} in time")
             self._send(self.protocol.deadline())
         self._advance()

@@ -336,7 +336,7 @@ class SecureRounds:
 
     def _made(self, protocol: ServerProtocol, begin: sa.SecureBegin, participants: Collection[Participant]) -> Instance:
         return Instance(
-            protocol, begin, participants, self._members, self._training.changes.notify, self._on_fault,
+            protocol, begin, participants, self._members, self._training.changes.notify, self._on_fault, self._on_drop,
             lambda phase, seconds: self._phase_over(phase.name.lower(), seconds),
         )  # fmt: skip
 
@@ -363,6 +363,11 @@ class SecureRounds:
             current.rejected.add(client)
             current.fault = f"{name}: {text}"
             self._refusers.add(client)
+
+    def _on_drop(self, client: ClientId, reason: str, text: str) -> None:
+        """Note that the instance goes on without a client."""
+        log.info("%s/%d is left out of secure aggregation: %s", *client, text)
+        self._metrics.fault(reason)
 
     def _forgive(self) -> None:
         """Let clients that were dropped take part again: what they refused may have depended on who took part."""
