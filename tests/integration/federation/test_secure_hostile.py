@@ -168,7 +168,7 @@ def test_a_silent_client_delays_a_phase_by_its_deadline_only(federation: Make, s
     assert [client.wait() for client in clients] == [0] * HONEST, job.log("client-0-0")
     assert [record["updates"] for record in records(job)] == [HONEST, HONEST, HONEST + 1, HONEST + 1]
     log = job.log("aggregator")
-    for phase in SILENT[:3]:  # four of five sets of shares are enough, so the last phase waits for nobody
+    for phase in SILENT[:3]:  # four of five sets of shares are enough, so the last phase does not wait
         assert f"pool/{HONEST} is left out of secure aggregation: no answer in the phase {phase} in time" in log
 
 

@@ -170,6 +170,9 @@ class Coordinator:
         await self._evaluations.close(self._committer.record)
         if self._delivery.met:
             return await self._abandon(current)
+        if self._budget is not None and self._secure is not None and self._spec.noise_contributors:
+            # The aggregator may have seen their noisy sums.
+            self._budget.discarded = self._secure.failed_openings
         model = await self._committer.commit(current)
         if self._secure is not None:
             self._secure.end_round()
@@ -207,6 +210,8 @@ class Coordinator:
         """Open the masked sum of a round that an earlier process has collected; return whether that succeeded."""
         assert self._secure is not None
         self._statistics.begin()
+        for pool, index in recovered.accepted:
+            self._statistics.submitted(pb.UpdateHeader(pool=pool, index=index, base_digest=recovered.base.digest))
         self._offers.begin_round()
         self._training.begin_round(recovered)
         recovered.closing = True

@@ -104,7 +104,7 @@ class SecureEvaluations:
             opened = await self._measured(current, until, changed)
         if opened:
             await self.close(record)
-        else:
+        elif any(client.evaluates for client in self._members):
             self._skip(model)
         self._instances.end_round()
         self._training.end_round()
@@ -112,13 +112,10 @@ class SecureEvaluations:
     async def _measured(self, current: ActiveRound, until: float, changed: WaitForChange) -> bool:
         """Run instances until one is opened; return false if none can be in time."""
         evaluators = self._evaluators
+        # After a restart of the aggregator, the clients need a moment to reconnect.
         settled_at = time.monotonic() + LOST_CLIENT_GRACE
-        while len(evaluators()) < self._secure.fewest:
-            if time.monotonic() >= settled_at:
-                return False
+        while len(self._members.trainers()) < self._spec.min_clients and time.monotonic() < settled_at:
             await changed(until=settled_at)
-        if not any(client.evaluates for client in evaluators()):
-            return True  # the script has no evaluation
         while time.monotonic() < until and len(evaluators()) >= self._secure.fewest:
             if not self._instances.can_begin(evaluators()):
                 await changed(until=min(self._instances.next_try, until))

@@ -80,6 +80,11 @@ class SecureInstances:
         return self._secure.needed
 
     @property
+    def failed_openings(self) -> int:
+        """Number of sums of the round that were announced, or even opened, and that no model came of."""
+        return self._secure.attempt
+
+    @property
     def note(self) -> str:
         """Why the round is done again, in one line; empty if it is not."""
         return self._secure.note

@@ -70,7 +70,8 @@ class Instance:
 
     def start(self) -> None:
         """Send the first messages."""
-        self._take(self.protocol.start())
+        self._send(self.protocol.start())
+        self._advance()
 
     def resume(self) -> None:
         """Go on with a restored instance: repeat its messages to the clients that are connected, and set the timer.

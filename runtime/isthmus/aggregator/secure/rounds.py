@@ -9,6 +9,8 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from google.protobuf.message import DecodeError
+
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb import secure_aggregation_pb2 as sa
 from isthmus_contracts.pb.federation_pb2 import TensorSpec
@@ -316,7 +318,7 @@ class SecureRounds:
             begin = protocol.begin
             specs = wire_specs(begin.layout)
             accumulator = self._durable.accumulator.private(specs)
-        except (ValueError, OSError) as error:
+        except (DecodeError, ValueError, OSError) as error:
             log.warning("round %d: its instance cannot be restored: %s", entry.round, error)
             return None
         state = model.checkpoint.state
