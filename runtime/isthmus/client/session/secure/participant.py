@@ -40,11 +40,13 @@ T = TypeVar("T")
 # A wait that takes longer is explained in the log. Seconds.
 _EXPLAIN_AFTER = 5.0
 _POLL = 0.25
-# Refusals that end the client: the next instance cannot be better, since the job's settings are wrong or the aggregator
-# has replaced something. After any other one the client waits for the next instance.
-_ENDING = frozenset(
-    {Reason.PARTIES, Reason.CREDENTIAL, Reason.ENTRY, Reason.KEY, Reason.SIGNATURE, Reason.BASE}
-)  # fmt: skip
+# Refusals that end the client: the next instance cannot be better, since the job has too few parties for this site, or
+# the aggregator has replaced this client's entry or its model. After any other one the client waits for the next.
+_ENDING = frozenset({Reason.PARTIES, Reason.ENTRY, Reason.BASE})
+# Another client's entry with an unknown root or a replaced key may be that client's fault, which the aggregator then
+# leaves out. As many instances in a row with such an entry end this client.
+_AT_FAULT = frozenset({Reason.CREDENTIAL, Reason.KEY, Reason.SIGNATURE})
+_MOST_FAULTS = 3
 
 
 class NotMaskedError(Exception):
@@ -114,6 +116,7 @@ class SecureParticipant:
         self._protocol: ClientProtocol | None = None
         self._instance: _Instance | None = None
         self._error: FederationError | None = None
+        self._faults = 0  # instances in a row with another client's entry at fault
         self._room: State = {}
 
     # ---- in the session's thread
@@ -197,6 +200,7 @@ class SecureParticipant:
                 self._drop_masks()
         instance, masks = self._instance, self._protocol.masks
         if instance is not None and masks is not None and instance.total is None and not instance.over:
+            self._faults = 0
             keys = masks.keys
             room, self._room = self._room, {}
             instance.total = self._background.submit(lambda: _sum_of_masks(instance, keys, room))
@@ -224,7 +228,8 @@ class SecureParticipant:
         """Tell the aggregator that this client leaves the instance; end the client where the next cannot be better."""
         self._send(pb.ClientMessage(secure=refusal.answer(incarnation)))
         line = f"secure aggregation refused ({refusal.reason}): {refusal}"
-        if refusal.reason in _ENDING:
+        self._faults += refusal.reason in _AT_FAULT
+        if refusal.reason in _ENDING or self._faults == _MOST_FAULTS:
             self._fail(FederationError(line))
             return
         log.warning("%s; waiting for the next instance", line)

@@ -20,6 +20,7 @@ from isthmus.secure_aggregation.encoding.scalars import SCALARS
 from isthmus.secure_aggregation.layout import wire_specs
 from isthmus.secure_aggregation.masks import add_masks
 from isthmus.secure_aggregation.parameters import Outgoing, Participant, Phase
+from isthmus.secure_aggregation.refusal import Refusal
 from isthmus.secure_aggregation.server import ServerProtocol
 from isthmus.tensors import State, allocate
 from isthmus_contracts.pb import secure_aggregation_pb2 as sa
@@ -80,9 +81,9 @@ class World:
             JOB, here, "process", self.directory, SiteRules(self.directory, AuditLog(JOB, here, "")),
             send=lambda message: self.sent.put(message.secure), end=self.ended.append,
         )  # fmt: skip
-        signer, honest = Signer(key, credential), Trust(roots={"cloud": public})
+        signer, self.honest = Signer(key, credential), Trust(roots={"cloud": public})
         self.peers = {
-            (POOL, index): ClientProtocol(JOB, POOL, index, 0, f"process-{index}", signer, honest)
+            (POOL, index): ClientProtocol(JOB, POOL, index, 0, f"process-{index}", signer, self.honest)
             for index in range(1, self.clients)
         }
         self.server: ServerProtocol
@@ -103,7 +104,11 @@ class World:
                 if who == (POOL, 0):
                     self.participant.receive(message)
                 else:
-                    for answer in self.peers[who].receive(message):
+                    try:
+                        answers = self.peers[who].receive(message)
+                    except Refusal as refusal:
+                        answers = [refusal.answer(message.incarnation)]
+                    for answer in answers:
                         waiting += self.server.receive(who, answer)
             else:
                 answer = self.sent.get(timeout=PATIENCE)
@@ -254,6 +259,31 @@ def test_too_few_parties_end_the_client(tmp_path: Path) -> None:
     world = World(tmp_path, trust={"min_parties": 2})
     world.start(begin(), lambda: not world.ended)
     with pytest.raises(FederationError, match=r"refused \(parties\)"):
+        world.masked(update())
+    world.participant.close(PATIENCE)
+
+
+def test_a_client_of_an_unknown_root_is_left_out_or_ends_the_others(tmp_path: Path) -> None:
+    """An honest aggregator begins again without it. Where it stays in, the client under test ends with the reason."""
+    world = World(tmp_path, clients=4)
+    other, _ = new_root()
+    key, credential = issue(other, "nowhere", JOB, POOL)
+    honest = world.peers.pop((POOL, 3))
+    world.peers[POOL, 3] = ClientProtocol(JOB, POOL, 3, 0, "process-3", Signer(key, credential), world.honest)
+    for incarnation in (7, 8):
+        world.refusals.clear()
+        world.start(begin(incarnation), lambda: not world.refusals)
+        assert [refusal.reason for refusal in world.refusals] == ["credential"]
+        assert not world.ended
+    world.peers[POOL, 3] = honest
+    world.start(begin(9))
+    assert world.masked(update())[0] == 9
+    world.peers[POOL, 3] = ClientProtocol(JOB, POOL, 3, 0, "process-3", Signer(key, credential), world.honest)
+    for incarnation in (10, 11, 12):
+        assert not world.ended
+        world.refusals.clear()
+        world.start(begin(incarnation), lambda: not world.refusals)
+    with pytest.raises(FederationError, match=r"refused \(credential\): .*nowhere"):
         world.masked(update())
     world.participant.close(PATIENCE)
 
