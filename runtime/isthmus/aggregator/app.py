@@ -66,6 +66,7 @@ class Aggregator:
         evaluations: ModelEvaluations = Evaluations(spec, training, members, progress, offers, writer)
         instances = None
         if secure is not None:
+            secure.make_room = intake.receive_slots.clear
             assert isinstance(strategy, SecureSum)
             updates = TrainingSum(job.uid, strategy, training)
             instances = SecureInstances(training, members, secure, updates, offers, statistics, offers.train)

@@ -8,6 +8,7 @@ import torch
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2 import TensorSpec
 
+from ..libc import give_pages_back
 from ..privacy import Private
 from ..strategies.base import Strategy, StrategyError, Update
 from ..tensors import State, allocate, flat
@@ -51,7 +52,7 @@ class SecureSum(Strategy):
     order_free = True
 
     def __init__(self, rule: Strategy, parameters: Parameters, allocate: Allocate | None = None) -> None:
-        """``allocate``: returns tensors for the sum, which may be mapped from a file. Default: in memory."""
+        """``allocate``: returns tensors for the sum that are mapped from a file. Default: in memory."""
         self._rule = rule
         self._parameters = parameters
         self._allocate = allocate
@@ -165,12 +166,18 @@ class SecureSum(Strategy):
             if (tensor := tensors.get(name)) is None:
                 return model[name]
             by = factor if tensor.divisor else 1.0
-            return moved(layout, tensor, self._take(name), model[name], weight, by)
+            total = self._take(name)
+            value = moved(layout, tensor, total, model[name], weight, by)
+            self._spend(total)
+            return value
 
         def slope(name: str) -> torch.Tensor:
             if SLOPE + name not in tensors:
                 return torch.zeros_like(model[name])
-            return mean_change(layout, tensors[SLOPE + name], self._take(SLOPE + name), model[name], weight)
+            total = self._take(SLOPE + name)
+            value = mean_change(layout, tensors[SLOPE + name], total, model[name], weight)
+            self._spend(total)
+            return value
 
         slopes = _Lazy(slope) if any(name.startswith(SLOPE) for name in tensors) else {}
         self._rule.begin(model)
@@ -189,6 +196,11 @@ class SecureSum(Strategy):
     def _take(self, name: str) -> torch.Tensor:
         """Return a tensor of the sum. If its memory is the strategy's own, it is freed once it has been used."""
         return self.accumulator.pop(name) if self._allocate is None else self.accumulator[name]
+
+    def _spend(self, total: torch.Tensor) -> None:
+        """Free the memory of a tensor of the sum that is mapped from a file, which keeps the sum as it was."""
+        if self._allocate is not None:
+            give_pages_back(total.data_ptr(), total.nbytes)
 
     def _after(self, weight: float) -> History:
         """Return the history with this round's results."""

@@ -24,6 +24,8 @@ from ..clients.membership import Client, ClientId, Membership
 from ..job import Job
 from ..model.global_model import GlobalModel
 from ..state.training_state import ActiveRound, TrainingState
+from ..storage.checkpoints import Checkpoint
+from ..storage.safetensors_file import SMALL_BYTES, mapped
 from ..telemetry.round_statistics import RoundStatistics
 from ..telemetry.secure_metrics import SecureMetrics
 from .durable_state import DurableState
@@ -81,6 +83,8 @@ class SecureRounds:
         """Why the present round is done again, in one line; empty if it is not."""
         self.status = pb.SecureStatus()
         """The newest instance that was opened, or that failed."""
+        self.make_room: Callable[[], None] = lambda: None
+        """Called before a sum is opened, to free memory that only the reception of updates needs."""
 
     # Questions of the intake and of the round's decisions.
 
@@ -200,7 +204,7 @@ class SecureRounds:
         self._subject, base = subject, current.base
         if self._arranged != (arranged := (current.number, base.digest, subject)):
             self._base_digest, self.layout = await self._in_folder(
-                lambda: (sha256_of(base.checkpoint.state), subject.arrange(current.number, base.checkpoint.state))
+                lambda: (_sha256_of(base.checkpoint), subject.arrange(current.number, base.checkpoint.state))
             )
             self.specs, self._arranged = wire_specs(self.layout), arranged
         self._incarnation = await self._durable.next_incarnation()
@@ -247,10 +251,11 @@ class SecureRounds:
         instance, subject = self._instance, self._subject
         assert instance is not None and subject is not None
         started = time.monotonic()
+        self.make_room()
 
         def opened() -> None:
-            mapped = self._durable.accumulator.private(self.specs)
-            subject.adopt(current.base.checkpoint.state, mapped, len(current.accepted))
+            total = self._durable.accumulator.private(self.specs)
+            subject.adopt(current.base.checkpoint.state, total, len(current.accepted))
             subject.unmask(instance.protocol.plan().remaining, _threads())
 
         try:
@@ -383,6 +388,12 @@ class SecureRounds:
 
     async def _in_folder(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._folder, work)
+
+
+def _sha256_of(checkpoint: Checkpoint) -> str:
+    """Return the SHA-256 of a model's tensors. Pages that are read for it do not stay in this process's memory."""
+    file = checkpoint.file
+    return sha256_of(mapped(file.path) if file.size > SMALL_BYTES else checkpoint.state)
 
 
 def _threads() -> int:

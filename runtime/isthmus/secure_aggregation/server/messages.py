@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 from isthmus_contracts.wire.parties import Credential, PartyError
 
-from ..keys import KeyAgreementError, RoundKeys, agree
+from ..keys import KeyAgreementError, RoundKeys
 from ..parameters import (
     MOST_BYTES,
     NUMBER_BYTES,
@@ -19,6 +19,9 @@ from ..roster import check_form, check_signature, credential_of
 from ..shamir import SHARE_BYTES
 from ..shares import SEALED_BYTES
 from ..transcript import Terms
+
+# Keys that only tell whether others' keys are usable.
+_PROBE = RoundKeys.generate()
 
 CheckCredential = Callable[[Credential], None]
 """Raises ``PartyError`` for a credential that the job does not accept."""
@@ -50,7 +53,7 @@ def check_entry(
         raise Refusal(Reason.DUPLICATE, "a key of the entry is in use")
     for key in (entry.mask_key, entry.share_key):
         try:
-            agree(RoundKeys.generate().mask_secret_bytes, key)
+            _PROBE.agree_mask(key)
         except KeyAgreementError as error:
             raise Refusal(Reason.KEY, str(error)) from error
     try:
