@@ -10,10 +10,12 @@ import torch
 
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 
+from ..codecs import Residual
 from ..strategies.base import wide
 from ..tensors import State, flat
 from .client_noise import Noise, add_count_noise, coordinate_noise
 from .encoding import scalars
+from .encoding.feedback import Feedback
 from .encoding.projection import Projection
 from .encoding.rounding import Entropy, Rounding
 from .encoding.scalars import SCALARS, Measured
@@ -62,11 +64,13 @@ class Quantised:
     """True if the client has more examples than the layout's largest weight."""
     unbounded: tuple[str, ...]
     """Metrics that the layout has no room for, so that they stay here."""
+    residual: Residual | None = None
+    """What the client adds to its next change, once this one counts, if the layout keeps only some coordinates."""
 
 
 def quantise(
     layout: pb.SecureLayout, base: State, trained: Tensors, contribution: Contribution,
-    entropy: Entropy = os.urandom, noise: Noise | None = None, consume: bool = False,
+    entropy: Entropy = os.urandom, noise: Noise | None = None, consume: bool = False, residual: Residual | None = None,
 ) -> Quantised:  # fmt: skip
     """Return a client's update as integers, of which a sum over any clients of the job stays within the ring.
 
@@ -74,6 +78,7 @@ def quantise(
     ``[-1, 1]`` and rounded stochastically, so without bias. Whole numbers are sent exactly. ``base``: the model that
     the client trained from. With a bound of the norm (differential privacy) the whole change is scaled down to it, and
     rounded toward zero, which cannot make it longer. ``noise``: added then; default: what the layout asks for.
+    ``residual``: what the client left out in earlier rounds, if the layout keeps only some coordinates.
     ``consume``: take tensors out of ``base`` once they are not read again, and use their memory for the integers.
     Memory: that of the result, and a few blocks. Raises :class:`LayoutError` and :class:`UpdateError`.
     """
@@ -90,6 +95,7 @@ def quantise(
         shrink = min(1.0, layout.noise.clip_norm * (1 - _SLACK) / norm) if norm else 1.0
     result: State = {}
     clipped = 0
+    left_out: Residual | None = None
     uses = Counter(map(source, layout.tensors))
     for tensor in layout.tensors:
         name = source(tensor)
@@ -106,8 +112,12 @@ def quantise(
             share = weight / max(scalars.weight_bound(layout), 1)
             factor = 1 / tensor.clip / _divisor(tensor, contribution)
             found = projection(layout, tensor, old.numel())
+            feedback = None
+            if found.leaves_out and tensor.divisor != "travel":
+                left_out = left_out or Residual()
+                feedback = Feedback(name, base[name].shape, residual, left_out)
             clipped += _rounded(
-                tensor.name, found, new, old, target, factor, steps_of(layout, tensor) * share, rounding
+                tensor.name, found, new, old, target, factor, steps_of(layout, tensor) * share, rounding, feedback
             )
         result[tensor.name] = out
         if consume and not uses[name]:
@@ -117,7 +127,7 @@ def quantise(
     add_count_noise(layout, result)
     known = scalars.metric_names(layout)
     unbounded = sorted({*contribution.metrics, *contribution.evaluation} - known)
-    return Quantised(result, clipped, tuple(limited), bool(values[scalars.CAPPED]), tuple(unbounded))
+    return Quantised(result, clipped, tuple(limited), bool(values[scalars.CAPPED]), tuple(unbounded), left_out)
 
 
 def _room(layout: pb.SecureLayout, tensor: pb.SecureTensor, old: torch.Tensor) -> torch.Tensor | None:
@@ -166,7 +176,7 @@ def _divisor(tensor: pb.SecureTensor, contribution: Contribution) -> float:
 
 def _rounded(
     name: str, found: Projection, new: torch.Tensor, old: torch.Tensor, target: torch.Tensor, factor: float,
-    scale: float, rounding: Rounding,
+    scale: float, rounding: Rounding, feedback: Feedback | None,
 ) -> int:  # fmt: skip
     """Quantise one tensor; return the number of clipped coordinates."""
     dtype = wide(old.dtype)
@@ -175,7 +185,13 @@ def _rounded(
     for part in found.parts():
         after, before = new[part.values], old[part.values]
         change = after.sub(before) if after.dtype == dtype else after.to(dtype, copy=True).sub_(before)
-        coordinates = found.forward(part, change.mul_(factor))
+        if feedback is None:
+            coordinates = found.forward(part, change.mul_(factor))
+        else:
+            feedback.add(part, change)
+            coordinates = found.forward(part, change.clone())
+            feedback.keep(part, change.sub_(found.backward(part, coordinates)))
+            coordinates.mul_(factor)
         least, most = coordinates.aminmax()
         if not (least >= -1 and most <= 1):  # NaN is not
             if not bool(after.isfinite().all()) or bool(coordinates.isnan().any()):

@@ -237,6 +237,8 @@ class ClientLoop:
         """Take note that a round is over."""
         if self._counted is not None and self._counted.round <= round_number:
             self._corrections.on_accepted(self._counted)
+            if (held := self._counted.held) is not None:
+                self._compression.on_masked_committed(held.residual, held.work.round)
             self._counted = None
         self._pending.on_commit(round_number, self._session.aggregator)
 

@@ -74,6 +74,7 @@ class SecureResults:
                 live,
                 numbers,
                 consume=not compression.keeps_base,
+                residual=compression.masked_residual(layout.keep_fraction),
             )
         except NotMaskedError as reason:
             log.warning("round %d: update not used: %s", offer.round, reason)

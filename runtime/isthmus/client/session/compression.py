@@ -124,9 +124,19 @@ class ClientCompression:
             residual, update.residual = update.residual, None
             self._feedback.advance(residual, round_number)
 
+    def masked_residual(self, keep: float) -> Residual | None:
+        """Return what masked updates have left out so far. ``keep``: share of the coordinates that travel, or 0."""
+        return self._stored_residual() if keep else None
+
+    def on_masked_committed(self, residual: Residual | None, round_number: int) -> None:
+        """Replace the residual by that of a masked update which is part of a committed model."""
+        if residual is not None and self._feedback is not None:
+            self._feedback.advance(residual, round_number)
+
     def _residual(self, chain: Chain) -> Residual | None:
-        if not chain.sparse:
-            return None
+        return self._stored_residual() if chain.sparse else None
+
+    def _stored_residual(self) -> Residual | None:
         if self._feedback is None:
             self._feedback = ErrorFeedback(self._session.job_uid, self._session.context)
         return self._feedback.residual

@@ -37,11 +37,10 @@ class Projection:
 
     ``every`` above 1: one coordinate of each group of ``every`` is kept (random-k, Konecny et al., "Federated Learning:
     Strategies for Improving Communication Efficiency", 2016, section 2), at a place that the seed determines. The
-    others count as unchanged: a coordinate moves by its whole change in the rounds in which it is kept, which is one in
-    ``every``. The kept ones are not multiplied by ``every``, although the sum would then be unbiased: all clients keep
-    the same ones (others could not be summed), so the mean over clients would not reduce that variance.
-    There is no error feedback. The values that a client leaves out were computed at a model that the others have moved
-    since, and a client that is not selected for many rounds would add them when they are long out of date.
+    others count as unchanged. The kept ones are not multiplied by ``every``, although the sum would then be unbiased:
+    all clients keep the same ones (others could not be summed), so the mean over clients would not reduce that
+    variance. Clients add what they left out to their next change instead (error feedback: Stich et al., "Sparsified SGD
+    with Memory", 2018).
     """
 
     def __init__(self, count: int, *, rotate: bool = False, every: int = 1, seed: bytes = b"") -> None:
@@ -56,6 +55,11 @@ class Projection:
         digest = hashlib.sha256(b"isthmus projection" + seed).digest()
         self._signs_key = int.from_bytes(digest[:16], "big")
         self._places_key = int.from_bytes(digest[16:], "big")
+
+    @property
+    def leaves_out(self) -> bool:
+        """True if the coordinates are fewer than the values."""
+        return self._every > 1
 
     @property
     def is_identity(self) -> bool:

@@ -126,6 +126,16 @@ def test_only_accepted_updates_advance_it(compression: ClientCompression, tmp_pa
     assert one_round(ClientCompression(FakeSession()), 2).chunks == second.chunks  # type: ignore[arg-type]
 
 
+def test_a_masked_update_advances_it_once_it_is_committed(compression: ClientCompression) -> None:
+    assert compression.masked_residual(keep=0.25) is None
+    compression.on_masked_committed(None, 1)
+    compression.on_masked_committed(RESIDUAL, 2)
+    assert compression.masked_residual(keep=0.25) is RESIDUAL
+    assert compression.masked_residual(keep=0.0) is None  # all coordinates travel
+    restarted = ClientCompression(FakeSession())  # type: ignore[arg-type]
+    assert restarted.masked_residual(keep=0.25) is not None
+
+
 def test_a_model_that_adopts_what_it_loads_does_not_change_the_base(compression: ClientCompression) -> None:
     offer = pb.Offer(round=1, base_digest="d", codecs=["Delta", "Int8"])
     adopted = {"w": torch.zeros(1000)}

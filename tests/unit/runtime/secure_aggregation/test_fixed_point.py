@@ -9,9 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from isthmus.codecs import Residual
 from isthmus.secure_aggregation.encoding.history import History
 from isthmus.secure_aggregation.encoding.rounding import Rounding
-from isthmus.secure_aggregation.fixed_point import SCALARS, Contribution, UpdateError, dequantise, quantise
+from isthmus.secure_aggregation.fixed_point import (
+    SCALARS,
+    Contribution,
+    UpdateError,
+    dequantise,
+    mean_change,
+    quantise,
+)
 from isthmus.secure_aggregation.layout import (
     LayoutError,
     Parameters,
@@ -141,6 +149,36 @@ def test_values_that_are_not_finite_are_refused(value: float, parameters: Parame
     layout = make_layout(parameters, base)
     with pytest.raises(UpdateError, match="NaN"):
         quantise(layout, base, {"w": torch.tensor([0.0, value, 0.0])}, Contribution(1))
+
+
+@pytest.mark.parametrize("rotation", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_left_out_is_added_to_the_next_change(rotation: bool, dtype: torch.dtype) -> None:
+    """Over all rounds, a client has sent its changes but for the last residual."""
+    base = {"w": torch.zeros(3000, dtype=dtype), "b": torch.zeros(3, dtype=dtype)}
+    parameters = Parameters(max_clients=3, max_examples=10, rotation=rotation, keep=0.25, clip=16.0)
+    residual: Residual | None = None
+    changed, received = torch.zeros(3000, dtype=torch.float64), torch.zeros(3000, dtype=torch.float64)
+    for number in range(5):
+        layout = make_layout(parameters, base, seed=bytes([number]))
+        new = {name: torch.rand_like(tensor) for name, tensor in base.items()}
+        found = quantise(layout, base, new, Contribution(10), residual=residual)
+        residual = found.residual
+        tensor = layout.tensors[0]
+        received += mean_change(layout, tensor, found.tensors["w"], base["w"], 10.0).double()
+        changed += new["w"].double()
+    assert residual is not None
+    rest = residual.read("w", (3000,), 0, 3000)
+    assert rest is not None
+    assert residual.read("b", (3,), 0, 3) is None  # small tensors are sent whole
+    torch.testing.assert_close(received + rest.double(), changed, atol=2e-3, rtol=0)
+    assert float((received / changed).mean()) > 0.5  # without feedback: a quarter
+
+
+def test_all_coordinates_leave_no_residual() -> None:
+    base = {"w": torch.zeros(3000)}
+    layout = make_layout(Parameters(max_clients=3), base)
+    assert quantise(layout, base, base, Contribution(10), residual=Residual()).residual is None
 
 
 def test_a_frozen_tensor_that_changed_is_refused() -> None:

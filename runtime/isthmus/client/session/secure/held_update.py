@@ -11,6 +11,7 @@ from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb import secure_aggregation_pb2 as sa
 from isthmus_contracts.text import one_line
 
+from ....codecs import Residual
 from ....secure_aggregation.fixed_point import Contribution, Quantised, quantise
 from ....secure_aggregation.layout import LayoutError
 from ....secure_aggregation.parameters import UpdateKey
@@ -55,6 +56,8 @@ class HeldUpdate:
     layout: bytes
     """Form of the instance's vectors, serialized."""
     tensors: State
+    residual: Residual | None = None
+    """What the result leaves out, if only some coordinates travel."""
     number: int = field(default_factory=lambda: next(_numbers))
     """Number of the result in this process."""
 
@@ -72,11 +75,12 @@ class Quantiser:
 
     def hold(
         self, work: Work, layout: sa.SecureLayout, base_sha256: str, base: State, live: Mapping[str, torch.Tensor],
-        numbers: Numbers, *, consume: bool,
+        numbers: Numbers, *, consume: bool, residual: Residual | None = None,
     ) -> HeldUpdate:  # fmt: skip
         """Return a result in the layout's form, independent of later training.
 
         ``base``: the model that it is the difference from. ``consume``: the integers may take its memory.
+        ``residual``: what earlier rounds left out.
         Metrics without a bound in the manifest cannot be masked and stay here. Raises ``UpdateError`` for weights that
         cannot be sent, and :class:`FederationError` if the layout does not fit them.
         """
@@ -85,11 +89,12 @@ class Quantiser:
             numbers.examples, numbers.scalars, numbers.metrics, dict(evaluation.metrics), evaluation.num_examples
         )  # fmt: skip
         try:
-            quantised = quantise(layout, base, _OnCpu(live), contribution, consume=consume)
+            quantised = quantise(layout, base, _OnCpu(live), contribution, consume=consume, residual=residual)
         except LayoutError as error:
             raise FederationError(f"secure aggregation: the layout does not fit: {error}") from None
         self._warn(layout, quantised, numbers)
-        return HeldUpdate(work, base_sha256, layout.SerializeToString(deterministic=True), quantised.tensors)
+        form = layout.SerializeToString(deterministic=True)
+        return HeldUpdate(work, base_sha256, form, quantised.tensors, quantised.residual)
 
     def _warn(self, layout: sa.SecureLayout, quantised: Quantised, numbers: Numbers) -> None:
         bounds = {scalar.name: (scalar.least, scalar.most) for scalar in layout.scalars}
@@ -98,7 +103,8 @@ class Quantiser:
             bounded = f"{name} is beyond its bounds, {least:g} to {most:g} (spec.{_FIELD}.metrics)"
             self._warn_once(name, f"{bounded}: it counts as the bound")
         if quantised.capped:
-            above = f"num_examples is above the largest weight, {layout.max_examples:g} (spec.{_FIELD}.maxExamples)"
+            most = layout.max_examples
+            above = f"num_examples is above the largest weight of this round, {most:g} (spec.{_FIELD}.maxExamples)"
             self._warn_once("examples", f"{above}: it counts as the bound")
         for name in quantised.unbounded:
             shown = one_line(name, 64)
