@@ -129,7 +129,7 @@ def test_values_beyond_their_bounds_are_warned_of_once(federation: Make, script:
     log = job.log("client-2-0")
     loss = "metric.loss is beyond its bounds, -0.001 to 0.001 (spec.privacy.secureAggregation.metrics)"
     assert log.count(f"{loss}: it counts as the bound") == 1
-    examples = "num_examples is above the largest weight, 12 (spec.privacy.secureAggregation.maxExamples)"
+    examples = "num_examples is above the largest weight of this round, 12 (spec.privacy.secureAggregation.maxExamples)"
     assert log.count(f"{examples}: it counts as the bound") == 1
 
 

@@ -48,5 +48,5 @@ def test_numbers_beyond_their_bounds_are_told_once(caplog: pytest.LogCaptureFixt
         held(quantiser, Numbers(1000, {"loss": 1e6}))
     first, second = (record.message for record in caplog.records)
     assert "loss is beyond its bounds, -100 to 100 (spec.privacy.secureAggregation.metrics)" in first
-    assert "num_examples is above the largest weight, 100" in second
+    assert "num_examples is above the largest weight of this round, 100" in second
     assert first.endswith(": it counts as the bound") and second.endswith(": it counts as the bound")
