@@ -64,6 +64,26 @@ def percentages(shares: Iterable[float]) -> str:
     return " ".join(f"{share * 100:.2f}" for share in shares)
 
 
+def points(share: float) -> str:
+    """Return a difference of percentages."""
+    return f"{share * 100:.2f} points"
+
+
+def bits(count: int) -> str:
+    """Return the size of an integer."""
+    return f"{count} bits"
+
+
+def yes(fact: bool) -> str:
+    """Return ``yes``, or nothing."""
+    return "yes" if fact else ""
+
+
+def kept(share: float) -> str:
+    """Return the share of coordinates that travel; 0 means all."""
+    return percent(share or 1.0)
+
+
 def assignments(parameters: Mapping[str, str]) -> str:
     """Return the parameters of a strategy."""
     return ", ".join(f"{name} {value}" for name, value in parameters.items()) or "defaults"
@@ -109,6 +129,19 @@ TABLES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
             Column("torch's add, GB/s", "add_GBps", fixed(2)),
             Column("of its rate", "of_add_rate", fixed(2)),
             Column("finish", "finish_seconds", duration),
+        ),
+    ),
+    "secure_accuracy": (
+        "Accuracy under secure aggregation",
+        (
+            Column("strategy", "strategy"),
+            Column("ring", "ring", bits),
+            Column("rotation", "rotation", yes),
+            Column("kept", "keep", kept),
+            Column("whole jobs", "processes", yes),
+            Column("without", "plain_accuracies", percentages),
+            Column("with", "accuracies", percentages),
+            Column("largest difference", "largest_difference", points),
         ),
     ),
     "memory": (

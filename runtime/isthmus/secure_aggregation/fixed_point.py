@@ -258,7 +258,8 @@ class Sums:
     evaluation: Mapping[str, Measured]
     """Metrics of the base model."""
     clipped_share: float
-    """Share of all clients' coordinates that were clipped; under differential privacy, of clients whose change was."""
+    """Share of all clients' coordinates that were clipped. Under differential privacy whole changes are scaled down
+    instead; the scalar ``long`` counts them."""
     capped: int
     """Number of clients that have more examples than the largest weight."""
     limited: int
@@ -272,8 +273,6 @@ def dequantise(layout: pb.SecureLayout, total: State, contributors: int) -> Sums
     sums = scalars.decode(layout, total[SCALARS])
     coordinates = sum(total[tensor.name].numel() for tensor in layout.tensors)
     share = sums.get(scalars.CLIPPED, 0.0) / max(coordinates * contributors, 1)
-    if layout.noise.clip_norm:
-        share = sums.get(scalars.LONG, 0.0) / max(contributors, 1)
     return Sums(
         contributors=contributors, scalars=sums, weight=sums.get(scalars.EXAMPLES, 0.0),
         metrics=scalars.measured(sums, evaluation=False), evaluation=scalars.measured(sums, evaluation=True),

@@ -83,11 +83,6 @@ class SecureSum(Strategy):
         """Public results of the rounds so far, on which the next layout depends."""
         return self._history
 
-    @property
-    def clipped_ratio(self) -> float:
-        """Share of coordinates that were clipped in the last opened sum; of clients, under differential privacy."""
-        return self._sums.clipped_share if self._sums is not None else 0.0
-
     def arrange(
         self, model: State, buffers: Collection[str] = (), frozen: Collection[str] = (), seed: bytes = b"",
         noise: pb.SecureNoise | None = None,

@@ -7,7 +7,7 @@ from .projection import Part
 
 
 class Feedback:
-    """What earlier rounds left out of one tensor, and what this round leaves out.
+    """Values of one tensor that earlier rounds left out, and those that this round leaves out.
 
     The residual of an update becomes the client's once the update is part of a committed sum; an update that is lost
     leaves it as it was (Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes",
