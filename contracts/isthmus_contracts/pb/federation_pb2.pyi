@@ -134,7 +134,7 @@ class Heartbeat(_message.Message):
 
     STAGE_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """"waiting", "pulling", "evaluating", "training", "encoding", "pushing" """
+    """"waiting", "pulling", "evaluating", "training", "encoding", "masking", "pushing" """
     def __init__(
         self,
         *,

@@ -65,6 +65,9 @@ class Round:
     def submit(self, *, num_examples: int, **metrics: float) -> None:
         """Submit the model's present weights; return once the aggregator has replied.
 
+        With secure aggregation the weights and numbers are masked, and a metric without a bound in the manifest stays
+        here. The call waits for the other clients' keys, which are exchanged during training.
+
         ``num_examples`` is the update's weight; ``metrics`` (loss, accuracy, ...) are averaged over the clients with
         it. With torch.distributed every rank calls it, and the arguments of rank 0 count: its number of examples is
         that of all ranks together.

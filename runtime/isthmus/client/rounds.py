@@ -33,6 +33,9 @@ def rounds(model: Model, evaluate: Evaluate | None = None, parameters: Parameter
     ``evaluate`` returns anything else, :class:`ScriptError` (also a ``ValueError``) for a model that cannot be sent
     and ``parameters`` that choose nothing, and ``SystemExit`` (143) if the process receives SIGTERM while it waits.
 
+    With secure aggregation only masked sums of updates can be read by the aggregator, but for the initial weights: one
+    client sends those that ``model`` has when this is called, in clear.
+
     In an initialised torch.distributed process group every rank loops through the same rounds; only rank 0 is
     connected, and its numbers count.
     """
