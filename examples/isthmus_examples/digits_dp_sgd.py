@@ -27,7 +27,7 @@ SAMPLE_RATE = 0.1
 
 
 def steps_of(epochs: int) -> int:
-    """Return the number of steps in which each example is expected to be drawn so many times."""
+    """Return the number of steps in which each example is drawn this often on average."""
     return round(epochs / SAMPLE_RATE)
 
 
