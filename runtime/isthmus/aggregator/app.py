@@ -68,7 +68,7 @@ class Aggregator:
         if secure is not None:
             secure.make_room = intake.receive_slots.clear
             assert isinstance(strategy, SecureSum)
-            updates = TrainingSum(job.uid, strategy, training)
+            updates = TrainingSum(job.uid, spec, strategy, training)
             instances = SecureInstances(training, members, secure, updates, offers, statistics, offers.train)
             evaluations = SecureEvaluations(spec, training, members, progress, offers, writer, secure, SecureInstances(
                 training, members, secure, EvaluationSum(Parameters.of(spec), durable.accumulator), offers, statistics,

@@ -16,6 +16,11 @@ def welcome(heartbeat_seconds: float, rounds: int, instance: str) -> pb.ServerMe
     )
 
 
+def parameters(spec: FederatedJobSpec) -> dict[str, str]:
+    """Return the strategy's parameters as clients get them."""
+    return {name: repr(value) for name, value in spec.strategy.values.items()}
+
+
 def train(spec: FederatedJobSpec, round_number: int, base: GlobalModel, compression: Compression) -> pb.ServerMessage:
     """Return an offer to train."""
     return pb.ServerMessage(
@@ -26,7 +31,7 @@ def train(spec: FederatedJobSpec, round_number: int, base: GlobalModel, compress
             base_digest=base.digest,
             config=spec.task.config_of(round_number),
             algorithm=spec.strategy.algorithm,
-            parameters={name: repr(value) for name, value in spec.strategy.values.items()},
+            parameters=parameters(spec),
             codecs=compression.upload.names,
             model_codecs=compression.download.names,
             folds_late=spec.folds_late,

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
+from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.pb import secure_aggregation_pb2 as sa
 
+from ...secure_aggregation.basis import Settings, basis_digest
 from ...secure_aggregation.fixed_point import Measured, Sums, dequantise
 from ...secure_aggregation.layout import Parameters, evaluation_layout, public_seed, wire_specs
 from ...secure_aggregation.masks import add_masks
 from ...secure_aggregation.sum_rule import SecureSum
 from ...strategies import StrategyError, Update
-from ...tensors import State
+from ...tensors import State, sha256_of
+from ..model import messages
 from ..state.round_sums import RoundSums
 from ..state.training_state import TrainingState
 from .accumulator import AccumulatorFile
@@ -20,15 +23,23 @@ class TrainingSum:
 
     purpose = sa.SecureBegin.TRAIN
 
-    def __init__(self, job_uid: str, rule: SecureSum, training: TrainingState) -> None:
+    def __init__(self, job_uid: str, spec: FederatedJobSpec, rule: SecureSum, training: TrainingState) -> None:
         """``rule``: allocates its sums by :meth:`AccumulatorFile.allocate`."""
         self._job_uid = job_uid
+        self._spec = spec
         self._rule = rule
         self._training = training
 
     def arrange(self, number: int, model: State) -> sa.SecureLayout:
         training = self._training
         return self._rule.arrange(model, training.buffers, training.frozen, public_seed(self._job_uid, number))
+
+    def basis(self, number: int, model: State) -> str:
+        settings = Settings(
+            self._spec.strategy.algorithm, messages.parameters(self._spec), self._spec.task.config_of(number)
+        )
+        companion = self._rule.companion()
+        return basis_digest(sha256_of(model), settings, sha256_of(companion) if companion else "")
 
     def begin(self, model: State) -> None:
         self._rule.accumulator = {}  # unmasked in memory of its own: see adopt
@@ -67,6 +78,9 @@ class EvaluationSum:
 
     def arrange(self, number: int, model: State) -> sa.SecureLayout:
         return self._layout
+
+    def basis(self, number: int, model: State) -> str:
+        return basis_digest(sha256_of(model), Settings())
 
     def begin(self, model: State) -> None:
         self.adopt(model, self._file.allocate(wire_specs(self._layout)), 0)

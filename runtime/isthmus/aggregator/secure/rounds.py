@@ -19,7 +19,7 @@ from ...secure_aggregation.layout import wire_specs
 from ...secure_aggregation.parameters import Participant, Phase
 from ...secure_aggregation.server import ServerProtocol
 from ...strategies import StrategyError, Update
-from ...tensors import checksum_of, sha256_of
+from ...tensors import checksum_of
 from ..clients.membership import Client, ClientId, Membership
 from ..job import Job
 from ..model.global_model import GlobalModel
@@ -204,7 +204,10 @@ class SecureRounds:
         self._subject, base = subject, current.base
         if self._arranged != (arranged := (current.number, base.digest, subject)):
             self._base_digest, self.layout = await self._in_folder(
-                lambda: (_sha256_of(base.checkpoint), subject.arrange(current.number, base.checkpoint.state))
+                lambda: (
+                    subject.basis(current.number, _for_hashing(base.checkpoint)),
+                    subject.arrange(current.number, base.checkpoint.state),
+                )
             )
             self.specs, self._arranged = wire_specs(self.layout), arranged
         self._incarnation = await self._durable.next_incarnation()
@@ -390,10 +393,10 @@ class SecureRounds:
         return await asyncio.get_running_loop().run_in_executor(self._folder, work)
 
 
-def _sha256_of(checkpoint: Checkpoint) -> str:
-    """Return the SHA-256 of a model's tensors. Pages that are read for it do not stay in this process's memory."""
+def _for_hashing(checkpoint: Checkpoint) -> State:
+    """Return a model's tensors. Pages that are read of a large one do not stay in this process's memory."""
     file = checkpoint.file
-    return sha256_of(mapped(file.path) if file.size > SMALL_BYTES else checkpoint.state)
+    return mapped(file.path) if file.size > SMALL_BYTES else checkpoint.state
 
 
 def _threads() -> int:

@@ -18,6 +18,9 @@ class Subject(Protocol):
     def arrange(self, number: int, model: State) -> sa.SecureLayout:
         """Return the layout of a round on top of ``model``: the same whenever it is called for that round."""
 
+    def basis(self, number: int, model: State) -> str:
+        """Return the digest of all that the clients start from in a round on top of ``model``."""
+
     def begin(self, model: State) -> None:
         """Start a sum of nothing. Raise ``OSError`` if there is no room for it."""
 

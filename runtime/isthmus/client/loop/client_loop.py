@@ -124,6 +124,8 @@ class ClientLoop:
             inputs = self._corrections.inputs(offer)
         except OutdatedError:
             return
+        if offer.secure:
+            self._secure.on_companion(inputs.companion)
         self._ranks.send_command("train", offer=base64.b64encode(offer.SerializeToString()).decode())
         self._ranks.share(inputs.memory)
         self._ranks.share(inputs.companion)

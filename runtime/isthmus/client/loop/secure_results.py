@@ -10,6 +10,7 @@ import torch
 from isthmus_contracts.pb import federation_pb2 as pb
 from isthmus_contracts.pb import secure_aggregation_pb2 as sa
 
+from ...secure_aggregation.basis import Settings, basis_digest
 from ...secure_aggregation.fixed_point import UpdateError
 from ...tensors import State, sha256_of
 from ..session.compression import ClientCompression
@@ -33,7 +34,9 @@ class SecureResults:
         """``check_ranks``: raises if another rank of this client has failed."""
         self._session = session
         self._check_ranks = check_ranks
+        # Digests of the offer's model, and of the strategy's auxiliary tensors if there are any.
         self._digest: Future[str] = Future()
+        self._companion: Future[str] | None = None
         self._quantiser = Quantiser()
         self._round = self._attempt = self._repeats = 0
         self._evaluation: FinishedUpdate | None = None
@@ -56,6 +59,16 @@ class SecureResults:
     def on_loaded(self, base: State) -> None:
         """Begin to hash the offer's model, which must not change until the update is made."""
         self._digest = self._session.secure.in_background(lambda: sha256_of(base))
+        self._companion = None
+
+    def on_companion(self, companion: State) -> None:
+        """Hash the auxiliary tensors of the offer's round, before a correction uses them."""
+        self._companion = self._session.secure.in_background(lambda: sha256_of(companion)) if companion else None
+
+    def _basis(self, offer: pb.Offer) -> str:
+        """Return the digest of all that the offer's work starts from."""
+        settings = Settings(offer.algorithm, dict(offer.parameters), dict(offer.config))
+        return basis_digest(self._digest.result(), settings, self._companion.result() if self._companion else "")
 
     def update(
         self, offer: pb.Offer, compression: ClientCompression, live: Mapping[str, torch.Tensor], numbers: Numbers,
@@ -69,7 +82,7 @@ class SecureResults:
             held = self._quantiser.hold(
                 work,
                 layout,
-                self._digest.result(),
+                self._basis(offer),
                 compression.base,
                 live,
                 numbers,
@@ -99,7 +112,7 @@ class SecureResults:
         work = Work(sa.SecureBegin.EVALUATE, begin.round, begin.attempt)
         known = self._evaluation
         if known is None or known.held is None or (known.held.work, known.base_digest) != (work, offer.base_digest):
-            held = self._quantiser.hold(work, begin.layout, self._digest.result(), {}, {}, numbers, consume=False)
+            held = self._quantiser.hold(work, begin.layout, self._basis(offer), {}, {}, numbers, consume=False)
             known = self._evaluation = FinishedUpdate(work.round, offer.base_digest, 0, {}, held.tensors, held=held)
         return known
 

@@ -52,7 +52,7 @@ class HeldUpdate:
 
     work: Work
     base_sha256: str
-    """Of the model from which it was trained, or that was evaluated."""
+    """Of all that it was made from (``secure_aggregation.basis``)."""
     layout: bytes
     """Form of the instance's vectors, serialized."""
     tensors: State

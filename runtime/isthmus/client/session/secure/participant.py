@@ -329,8 +329,9 @@ class SecureParticipant:
         elif begin.base_digest != update.base_sha256:
             reason = Reason.BASE
             text = (
-                f"round {begin.round}: this client has trained from another model than the others are said to have:"
-                f" its SHA-256 is {update.base_sha256[:16]}..., not {begin.base_digest[:16]}..."
+                f"round {begin.round}: this client has trained from another model, or with other settings, than the"
+                f" others are said to have: their SHA-256 is {update.base_sha256[:16]}..., not"
+                f" {begin.base_digest[:16]}..."
             )
         else:
             return
