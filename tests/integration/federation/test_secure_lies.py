@@ -36,14 +36,14 @@ def test_clients_with_other_settings_give_nothing_away(
     )
     refusing = [index for index in range(3) if "with other settings" in job.log(f"client-{index}-0")]
     assert [clients[index].wait() for index in refusing] == [1] * len(refusing)
-    assert not records(job)
+    assert not (job.state / "rounds.jsonl").exists()
 
 
 @pytest.mark.parametrize("algorithm", ["FedProx", "SCAFFOLD", "FedAdam"])
 def test_an_honest_aggregator_gives_all_clients_the_same(federation: Make, script: Path, algorithm: str) -> None:
     """Settings that change from round to round, auxiliary tensors, and a model that is sent compressed."""
     job = federation(
-        3, 3, privacy=SECURE, strategy={"algorithm": algorithm}, compression={"download": "Delta+Zstd"},
+        3, 3, privacy=SECURE, strategy={"algorithm": algorithm}, compression={"download": "Delta+Int8"},
     )  # fmt: skip
     parties = Parties()
     job.start_aggregator()
