@@ -19,7 +19,7 @@ from ...secure_aggregation.layout import wire_specs
 from ...secure_aggregation.parameters import Participant, Phase
 from ...secure_aggregation.server import ServerProtocol
 from ...strategies import StrategyError, Update
-from ...tensors import checksum_of
+from ...tensors import State, checksum_of
 from ..clients.membership import Client, ClientId, Membership
 from ..job import Job
 from ..model.global_model import GlobalModel
