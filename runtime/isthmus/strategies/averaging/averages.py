@@ -123,7 +123,7 @@ class Averaging(Strategy):
         self._means = means_of(model, self._means)
 
     def release(self) -> None:
-        self._means = {}
+        self._means, self._model = {}, {}
 
     def accept(self, update: Update) -> None:
         for name, mean in self._means.items():
