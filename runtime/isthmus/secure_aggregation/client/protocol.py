@@ -148,6 +148,8 @@ def _check(begin: pb.SecureBegin) -> None:
         problem = f"purpose {begin.purpose} is unknown"
     elif not begin.round or not 0 < len(begin.base_digest) <= LONGEST_NAME:
         problem = "round or base model is missing"
+    elif begin.purpose == pb.SecureBegin.EVALUATE and layout.tensors:
+        problem = "an evaluation has no tensors"
     elif layout.bits not in _RINGS:
         problem = f"a ring of {layout.bits} bits is unknown"
     elif layout.max_clients < FEWEST_CLIENTS:

@@ -25,6 +25,8 @@ class Answers:
     participants: Mapping[ClientId, Participant]
     check_credential: CheckCredential | None
     entries: dict[ClientId, pb.SecureEntry] = field(default_factory=dict)
+    keys: set[bytes] = field(default_factory=set)
+    """All public keys of the entries."""
     nonces: dict[int, bytes] = field(default_factory=dict)
     sealed: dict[int, dict[int, bytes]] = field(default_factory=dict)
     """By sender and receiver."""
@@ -51,10 +53,10 @@ class Answers:
         self.secrets.add(number, unmask.shares)
 
     def _take_advertise(self, who: ClientId, message: pb.SecureAdvertise) -> None:
-        taken = {key for entry in self.entries.values() for key in (entry.mask_key, entry.share_key)}
-        terms = self.setup.terms
-        messages.check_entry(message.entry, terms, self.participants[who], taken, self.check_credential)
-        self.entries[who] = message.entry
+        entry, terms = message.entry, self.setup.terms
+        messages.check_entry(entry, terms, self.participants[who], self.keys, self.check_credential)
+        self.entries[who] = entry
+        self.keys |= {entry.mask_key, entry.share_key}
 
     def _take_reveal(self, who: ClientId, message: pb.SecureReveal) -> None:
         number = self.setup.numbers[who]

@@ -141,7 +141,8 @@ def _join(party: Party, begin: pb.SecureBegin, index: int, job_uid: str = JOB) -
 @pytest.mark.parametrize(
     "change",
     [
-        {"base_digest": "cd" * 32}, {"round": 2}, {"incarnation": 7}, {"purpose": pb.SecureBegin.EVALUATE},
+        {"base_digest": "cd" * 32}, {"round": 2}, {"incarnation": 7},
+        {"purpose": pb.SecureBegin.EVALUATE, "layout": pb.SecureLayout(bits=32, max_clients=1000)},
         {"attempt": 1}, {"layout": pb.SecureLayout(bits=32, max_clients=1000, max_examples=99)},
     ],
 )  # fmt: skip
@@ -183,7 +184,7 @@ def test_a_second_roster_is_refused() -> None:
     "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f")])  # fmt: skip
 @pytest.mark.parametrize("field", ["mask_key", "share_key"])
 def test_a_public_key_of_small_order_is_refused(low: bytes, field: str) -> None:
-    """Under such a key the shared secret is known to all (RFC 7748, section 6.1), although its owner has signed it."""
+    """The secret agreed on with one of these keys is public (RFC 7748, section 6.1), though its owner signed it."""
     some = make_parties("cloud", "east", "west")
     job = Federation([(party, 0) for party in some], trust_in(some))
     job.begin()

@@ -121,7 +121,7 @@ def test_sets_are_encoded_in_one_way() -> None:
 
 def test_the_encoding_does_not_depend_on_the_wire_form() -> None:
     wire = BEGIN.SerializeToString()
-    # The fields in another order, one of them twice: the last one counts.
+    # The fields in another order, and two fields twice: the last values count.
     other = pb.SecureBegin.FromString(pb.SecureBegin(attempt=9, round=1).SerializeToString() + wire)
     other.attempt = 0
     assert transcript.encode(other) == transcript.encode(BEGIN)
