@@ -7,13 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .conftest import Federation, eventually
+from .conftest import Federation
 from .linear_model import build, data, train
 from .secure_parties import Parties
 from .test_faults import records, updates
 
 Make = Callable[..., Federation]
 CLIENTS, VICTIMS = 16, 5
+RATE = "0.01"
+TASK = {"image": "unused", "command": ["python"], "config": {"rate": RATE}}
 PHASES = ("advertise", "shares", "push", "consent", "unmask")
 # Fixed bounds, so that every round has the same precision.
 SECURE = {"secureAggregation": {"metrics": {"score": "100"}, "clip": "16", "maxExamples": 200,
@@ -41,7 +43,7 @@ def reference(job: Federation, number: int, survivors: Collection[int]) -> dict[
     for client in survivors:
         model = build()
         model.load_state_dict(checkpoint(job, number - 1))
-        train(model, client, torch.optim.SGD(model.parameters(), lr=0.1))
+        train(model, client, torch.optim.SGD(model.parameters(), lr=float(RATE)))
         for name, tensor in model.state_dict().items():
             share = tensor.double() * len(data(client)[0]) / total
             sums[name] = sums[name] + share if name in sums else share
@@ -57,7 +59,8 @@ def assert_mean(job: Federation, number: int, survivors: Collection[int]) -> Non
 
 
 def test_one_round_equals_fedavg(federation: Make, script: Path) -> None:
-    job, parties = federation(4, 3, privacy=SECURE, aggregator={"checkpoint": {"keep": 100}}), Parties()
+    parties = Parties()
+    job = federation(4, 3, privacy=SECURE, task=TASK, aggregator={"checkpoint": {"keep": 100}})
     job.start_aggregator()
     clients = [parties.start_client(job, script, index) for index in range(4)]
     job.wait_for_completion()
@@ -83,12 +86,15 @@ def test_a_third_of_the_clients_die_in_each_phase(federation: Make, dying: Path)
     """In each round five of sixteen die at a step, and are replaced for the next round."""
     rounds, parties = len(PHASES) + 1, Parties()
     job = federation(
-        CLIENTS, rounds, privacy=SECURE, aggregator={"checkpoint": {"keep": 100}},
+        CLIENTS, rounds, privacy=SECURE, task=TASK, aggregator={"checkpoint": {"keep": 100}},
         stragglers={"minUpdates": CLIENTS - VICTIMS},
     )  # fmt: skip
     job.start_aggregator()
     attempts = [0] * CLIENTS
-    processes = {index: parties.start_client(job, dying, index, DIE=next_death(index)) for index in range(CLIENTS)}
+    hold = {"HOLD": str(rounds)}  # the last round, so that the aggregator is there until all is checked
+    processes = {
+        index: parties.start_client(job, dying, index, DIE=next_death(index), **hold) for index in range(CLIENTS)
+    }
     for number, phase in enumerate(PHASES, start=1):
         victims = victims_of(number)
         for index in victims:
@@ -96,12 +102,12 @@ def test_a_third_of_the_clients_die_in_each_phase(federation: Make, dying: Path)
         for index in victims:
             attempts[index] += 1
             fate = next_death(index, after=number)
-            processes[index] = parties.start_client(job, dying, index, attempts[index], DIE=fate)
+            processes[index] = parties.start_client(job, dying, index, attempts[index], DIE=fate, **hold)
         job.wait_for_round(number)
         gone = victims if phase in ("advertise", "shares", "push") else []
         assert_mean(job, number, set(range(CLIENTS)) - set(gone))
-        eventually("the status follows", lambda number=number: job.status().secure.round >= number)
         assert updates(job)[number] == CLIENTS - len(gone), phase
+    job.let_go()
     job.wait_for_completion()
     assert [process.wait() for process in processes.values()] == [0] * CLIENTS, job.log("aggregator")
     assert job.log("aggregator").count("is done again") == 0
