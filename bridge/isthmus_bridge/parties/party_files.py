@@ -17,7 +17,7 @@ def trust(policy: Policy, own: str) -> Trust:
     Raises :class:`PartyError`, which names the field of the policy.
     """
     rules = policy.privacy
-    secure = rules.secure_aggregation
+    secure, private = rules.secure_aggregation, rules.differential_privacy
     roots = dict(secure.roots)
     section = "privacy.secure_aggregation.roots"
     if own:
@@ -31,6 +31,7 @@ def trust(policy: Policy, own: str) -> Trust:
         min_parties=secure.min_parties,
         min_clients=secure.min_clients,
         required=secure.required,
+        noise_multiplier=(private.min_noise_multiplier or 0.0) if private.distributed else None,
         tensors=list(rules.tensors),
         max_bytes_per_round=rules.max_bytes_per_round,
     )

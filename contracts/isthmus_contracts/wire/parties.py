@@ -202,6 +202,9 @@ class Trust(BaseModel):
     """Least number of clients in a round."""
     required: bool = False
     """Refuse rounds without secure aggregation."""
+    noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Refuse rounds in which the clients add less noise than this to their updates, in clipping norms. With 0: those in
+    which they add none."""
     tensors: list[Annotated[str, Field(min_length=1, max_length=512)]] = ["*"]
     """Shell patterns of the names of tensors that may leave the client."""
     max_bytes_per_round: Annotated[int, Field(ge=1, lt=2**63)] | None = None

@@ -36,6 +36,8 @@ class Reason(StrEnum):
     """A public key or a commitment is malformed."""
     LAYOUT = "layout"
     """The begin of an instance is malformed."""
+    NOISE = "noise"
+    """The clients add less noise than this client's site demands."""
     NONCE = "nonce"
     """A nonce does not fit its commitment, or was replaced."""
     OPENED = "opened"

@@ -120,9 +120,20 @@ class ClientProtocol:
         self._newest = pb.SecureBegin()
         self._newest.CopyFrom(begin)
         _check(begin)
+        self._check_noise(begin)
         self._check_round(begin)
         self._instance = Instance(self._identity, self._newest, self._trust, self._credentials)
         return self._instance.advertise()
+
+    def _check_noise(self, begin: pb.SecureBegin) -> None:
+        wanted, noise = self._trust.noise_multiplier, begin.layout.noise.noise_multiplier
+        if wanted is None or begin.purpose != pb.SecureBegin.TRAIN or (noise > 0 and noise >= wanted):
+            return
+        demanded = f"a noise multiplier of {wanted:g} or more" if wanted else "noise"
+        raise Refusal(
+            Reason.NOISE,
+            f"this site demands {demanded} from the clients (noise: Distributed), and the round has {noise:g}",
+        )
 
     def _check_round(self, begin: pb.SecureBegin) -> None:
         newest, _ = self._opened.get(begin.purpose, (0, 0))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from isthmus_bridge.parties import signing_root
+from isthmus_bridge.parties import party_files, signing_root
 from isthmus_bridge.pools.pools import Denied
 from isthmus_contracts.identities import CREDENTIAL_FILE, SIGNING_KEY_FILE, TRUST_FILE
 from isthmus_contracts.pb import bridge_pb2 as pb
@@ -164,3 +164,18 @@ def test_a_root_is_made_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"signing-root\.key is missing: put it there .* {public} trust that one"):
         signing_root.make(tmp_path)
     assert not key.exists()
+
+
+@pytest.mark.parametrize(
+    ("rules", "noise"),
+    [
+        ({"required": True, "distributed": True, "min_noise_multiplier": 4.0}, 4.0),
+        ({"required": True, "distributed": True}, 0.0),
+        ({"required": True, "min_noise_multiplier": 4.0}, None),  # the aggregator may add it
+    ],
+)
+def test_clients_check_the_noise_that_the_site_demands_of_them(
+    world: World, root: str, rules: dict[str, Any], noise: float | None
+) -> None:
+    with_rules(world, differential_privacy=rules)
+    assert party_files.trust(world.current_policy.policy, root).noise_multiplier == noise

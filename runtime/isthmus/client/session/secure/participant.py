@@ -42,7 +42,7 @@ _EXPLAIN_AFTER = 5.0
 _POLL = 0.25
 # Refusals that end the client: the next instance cannot be better, since the job has too few parties for this site, or
 # the aggregator has replaced this client's entry or its model. After any other one the client waits for the next.
-_ENDING = frozenset({Reason.PARTIES, Reason.ENTRY, Reason.BASE})
+_ENDING = frozenset({Reason.PARTIES, Reason.ENTRY, Reason.BASE, Reason.NOISE})
 # Another client's entry with an unknown root or a replaced key may be that client's fault, which the aggregator then
 # leaves out. As many instances in a row with such an entry end this client.
 _AT_FAULT = frozenset({Reason.CREDENTIAL, Reason.KEY, Reason.SIGNATURE})
