@@ -17,6 +17,7 @@ QUICK = (
     "memory --clients 4 16 --parameters 10000000",
     "memory --library --parameters 10000000",
     "codecs --parameters 1000000",
+    "secure --cases tiny medium --turns 3",
 )
 ALL = (
     "rounds",
@@ -28,6 +29,8 @@ ALL = (
     "codecs --accuracy",
     "strategies",
     "privacy",
+    "secure",
+    "secure_parts",
     "soak",
 )
 

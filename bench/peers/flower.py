@@ -11,13 +11,14 @@ from ..harness.processes import family
 from .observed import Observed, memory_of, rounds_of
 from .started import await_port, free_port, started
 
-_APP = Path(__file__).with_name("flower_app")
+APP = Path(__file__).with_name("flower_app")
+SECURE_APP = Path(__file__).with_name("flower_secure_app")
 _DONE = ("finished:completed", "finished:failed", "finished:stopped")
 _POLL_SECONDS = 2.0
 
 
-def run(programs: Path, clients: int, parameters: int, rounds: int, directory: Path) -> Observed:
-    """Run this number of rounds. Raises ``RuntimeError`` if they fail."""
+def run(programs: Path, clients: int, parameters: int, rounds: int, directory: Path, source: Path = APP) -> Observed:
+    """Run this number of rounds of the app in ``source``. Raises ``RuntimeError`` if they fail."""
     environ = {
         **os.environ,
         "PATH": f"{programs}:{os.environ['PATH']}",
@@ -26,7 +27,7 @@ def run(programs: Path, clients: int, parameters: int, rounds: int, directory: P
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
     app, times, log = directory / "app", directory / "times", directory / "log"
-    shutil.copytree(_APP, app)
+    shutil.copytree(source, app)
     port = free_port()
     (directory / "home").mkdir()
     (directory / "home" / "config.toml").write_text(
@@ -55,6 +56,11 @@ def run(programs: Path, clients: int, parameters: int, rounds: int, directory: P
     except (OSError, RuntimeError) as error:
         raise RuntimeError(f"Flower: {error}; its log ends with:\n{log.read_text()[-3000:]}") from None
     return observed
+
+
+def run_secure(programs: Path, clients: int, parameters: int, rounds: int, directory: Path) -> Observed:
+    """Run this number of rounds under SecAgg+. Raises ``RuntimeError`` if they fail."""
+    return run(programs, clients, parameters, rounds, directory, SECURE_APP)
 
 
 def listing(programs: Path, environ: dict[str, str]) -> str:
