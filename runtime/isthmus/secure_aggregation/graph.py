@@ -5,9 +5,8 @@ O(log n) neighbours for each are enough if they are chosen at random.
 """
 
 import hashlib
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 # Up to this number every client is every other's neighbour.
 COMPLETE_UP_TO = 32
@@ -34,15 +33,30 @@ def neighbours(clients: int, seed: bytes) -> list[frozenset[int]]:
     Beyond ``COMPLETE_UP_TO`` clients this is the Harary graph of ``degree(clients)``, the smallest that stays connected
     without any ``degree - 1`` clients, over a permutation drawn from ``seed``.
     """
-    if clients <= COMPLETE_UP_TO:
-        return [frozenset(range(clients)) - {own} for own in range(clients)]
-    reach = degree(clients) // 2
-    places = permutation(clients, seed)
+    places = _places(clients, seed)
     result: list[frozenset[int]] = [frozenset()] * clients
     for place, client in enumerate(places):
-        distances = itertools.chain(range(-reach, 0), range(1, reach + 1))
-        result[client] = frozenset(places[(place + distance) % clients] for distance in distances)
+        result[client] = _near(places, place)
     return result
+
+
+def neighbours_of(own: int, clients: int, seed: bytes) -> frozenset[int]:
+    """Return one client's neighbours, as in :func:`neighbours`."""
+    places = _places(clients, seed)
+    return _near(places, places.index(own))
+
+
+def _places(clients: int, seed: bytes) -> Sequence[int]:
+    """Return the clients in the order of the circle."""
+    return range(clients) if clients <= COMPLETE_UP_TO else permutation(clients, seed)
+
+
+def _near(places: Sequence[int], place: int) -> frozenset[int]:
+    if len(places) <= COMPLETE_UP_TO:
+        return frozenset(places) - {places[place]}
+    reach = degree(len(places)) // 2
+    around = [*places[-reach:], *places, *places[:reach]]
+    return frozenset(around[place : place + reach] + around[place + reach + 1 : place + 2 * reach + 1])
 
 
 def permutation(length: int, seed: bytes) -> list[int]:

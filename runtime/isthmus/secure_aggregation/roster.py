@@ -174,7 +174,7 @@ class Roster:
         self.members = tuple(members)
         if len(members) < FEWEST_CLIENTS:
             raise Refusal(Reason.CLIENTS, f"only {len(members)} clients revealed their nonces")
-        adjacent = graph.neighbours(len(members), seed)[self.members.index(self.own)]
+        adjacent = graph.neighbours_of(self.members.index(self.own), len(members), seed)
         self.neighbours = frozenset(self.members[place] for place in adjacent)
         self._check_holders()
         for number in sorted(self.neighbours):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.secure_aggregation.graph import degree, neighbours, permutation, threshold
+from isthmus.secure_aggregation.graph import degree, neighbours, neighbours_of, permutation, threshold
 
 _clients = st.integers(0, 400)
 _seeds = st.binary(min_size=32, max_size=32)
@@ -29,6 +29,7 @@ def test_the_graph_is_regular_symmetric_and_reproducible(clients: int, seed: byt
     assert all(len(near) == degree(clients) for near in graph)
     assert all(own not in near and own in graph[other] for own, near in enumerate(graph) for other in near)
     assert graph == neighbours(clients, seed)
+    assert graph[:3] == [neighbours_of(own, clients, seed) for own in range(min(clients, 3))]
 
 
 @given(st.integers(2, 200), _seeds, st.randoms())
