@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from isthmus_contracts.dp_accounting import Spent
+from isthmus_contracts.dp_skellam import SkellamSpent, count_line, count_mean, grid_of
 
 from .conftest import Federation, eventually
+from .secure_parties import SECURE, Parties
 from .test_faults import records, trained
 
 Make = Callable[..., Federation]
@@ -187,3 +189,37 @@ def test_what_is_unfrozen_later_is_refused_with_the_reason(federation: Make) -> 
     assert re.search(r'isthmus_updates_refused_total\{.*reason="frozen"\} 1\.0', job.metrics())
     assert job.status().completed_rounds == 1
     assert client.poll() is None
+
+
+@pytest.mark.parametrize("adaptive", [{}, {"adaptiveClipping": {"countNoise": "1"}}], ids=["fixed", "adaptive"])
+def test_noise_of_the_clients_hides_the_sum_and_is_accounted_for(
+    federation: Make, script: Path, adaptive: dict[str, Any]
+) -> None:
+    """Secure aggregation of four clients, of which three are enough. The aggregator restarts in between."""
+    asked = private(noise="Distributed", **adaptive)
+    job = federation(
+        4, 3, privacy=asked | SECURE, stragglers={"minUpdates": 3}, aggregator={"checkpoint": {"keep": 100}},
+    )  # fmt: skip
+    parties = Parties()
+    job.start_aggregator()
+    clients = [parties.start_client(job, script, index, HOLD="3", **LAYER) for index in range(4)]
+    job.wait_for_round(2)
+    job.kill_aggregator()
+    job.start_aggregator()
+    job.let_go()
+    job.wait_for_completion()
+    assert [client.wait() for client in clients] == [0] * 4, job.log("client-0-0")
+    told = [record["privacy"] for record in records(job)]
+    assert [each["rounds"] for each in told] == [1, 2, 3]
+    lines = [grid_of(32, 4, NOISE if not adaptive else (NOISE**-2 - 2.0**-2) ** -0.5, 3).line]
+    if adaptive:
+        lines.append(count_line(count_mean(1.0, 3), 3))
+    bound = SkellamSpent().after(*lines, sums=3).epsilon(1e-5)
+    assert told[-1]["epsilon"] == pytest.approx(bound, rel=1e-6)
+    assert told[-1]["epsilon"] > Spent().after(NOISE, 3).epsilon(1e-5)
+    for record in records(job):
+        # Noise of all four, of which three are enough, and changes of at most the norm.
+        length, dimensions = norm_of_change(job, record["round"])
+        norm = record["privacy"]["clip_norm"]
+        noise = NOISE * norm * math.sqrt(dimensions * record["updates"] / 3)
+        assert (noise * 0.6 - 4 * norm) / 4 < length < (noise * 1.6 + 4 * norm) / 4
