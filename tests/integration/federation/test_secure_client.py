@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from isthmus_contracts import identities
 from isthmus_contracts.pb import federation_pb2 as pb
@@ -71,6 +72,20 @@ def test_the_model_is_the_one_without_masks(federation: Make, script: Path, stra
     assert list(masked) == list(clear)
     for name, tensor in clear.items():
         torch.testing.assert_close(masked[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_what_random_coordinates_leave_out_is_kept_from_round_to_round(
+    federation: Make, script: Path, tmp_path: Path
+) -> None:
+    few = {**SECURE["secureAggregation"], "bits": 16, "maxExamples": 30, "rotation": True, "keep": "0.5"}
+    job = federation(CLIENTS, 2, privacy={"secureAggregation": few})
+    clients = start(job, script, WIDTH="40", ISTHMUS_SCRATCH=str(tmp_path / "scratch"))
+    job.wait_for_completion()
+    assert [client.wait() for client in clients] == [0] * CLIENTS, job.log("client-0-0")
+    for index in range(CLIENTS):
+        with safe_open(tmp_path / "scratch" / f"residual-pool-{index}.safetensors", framework="pt") as file:
+            assert int(file.metadata()["round"]) >= 1
+            assert {name.partition("/")[2] for name in file.keys()} == {"4.weight"}  # noqa: SIM118 - of 40 x 40
 
 
 def test_all_that_leaves_is_masked_and_in_the_audit_log(federation: Make, script: Path) -> None:
