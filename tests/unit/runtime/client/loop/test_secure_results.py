@@ -17,6 +17,7 @@ from isthmus.client.session.secure.participant import Masked, NotMaskedError
 from isthmus.client.session.session import Incoming
 from isthmus.client.session.stage_timer import StageTimer
 from isthmus.client.session.transfer import FinishedUpdate
+from isthmus.secure_aggregation.basis import Settings, basis_digest
 from isthmus.secure_aggregation.encoding.scalars import SCALARS
 from isthmus.secure_aggregation.layout import Parameters, evaluation_layout, make_layout
 from isthmus.tensors import State, sha256_of
@@ -78,6 +79,9 @@ class Compression:
     def __init__(self) -> None:
         self.base: State = {name: tensor.clone() for name, tensor in BASE.items()}
 
+    def masked_residual(self, keep: float) -> None:
+        assert not keep
+
 
 def offer(number: int = 3, attempt: int = 0, kind: "pb.Offer.Kind.ValueType" = pb.Offer.TRAIN) -> pb.Offer:
     return pb.Offer(
@@ -114,7 +118,7 @@ def test_nothing_of_an_update_is_in_clear() -> None:
     assert (finished.num_examples, finished.metrics, finished.scalars, finished.seconds) == (0, {}, {}, {})
     assert list(finished.tensors) == ["weight", SCALARS]  # type: ignore[arg-type]
     assert not any(tensor.is_floating_point() for tensor in finished.held.tensors.values())
-    assert finished.held.base_sha256 == sha256_of(BASE)
+    assert finished.held.base_sha256 == basis_digest(sha256_of(BASE), Settings("", {}, {}), "")
     assert finished.secure_attempt == 0
 
 
