@@ -360,9 +360,9 @@ class World(AnyWorld[FakeSlurm]):
 
 
 @contextmanager
-def checked_world(directory: Path) -> Iterator[World]:
+def checked_world(directory: Path, **policy_changes: object) -> Iterator[World]:
     """Yield the bridge's parts over a fake Slurm; raise AssertionError at the end if a client ran twice."""
-    world = World(directory)
+    world = World(directory, **policy_changes)
     yield world
     assert world.slurm.doubles == 0
     assert world.journal is not None
