@@ -95,7 +95,9 @@ def test_a_site_shows_both_roots() -> None:
     assert "signing" not in site_status(body, bridge_pb2.Site(name="lumi"), NOW)
 
 
-@pytest.mark.parametrize(("reported", "words"), [(SITE_ROOT, SITE_ROOT), ("", "no signing root")])
+@pytest.mark.parametrize(
+    ("reported", "words"), [(SITE_ROOT, SITE_ROOT), ("", "no signing root")], ids=["another", "none"]
+)
 def test_a_root_that_differs_from_the_entered_one_is_told(reported: str, words: str) -> None:
     body: dict[str, Any] = {"metadata": {"name": "site", "generation": 1}, "spec": {"signingRoot": ROOT}}
     shown = site_status(body, bridge_pb2.Site(name="lumi", signing_root=reported), NOW)
