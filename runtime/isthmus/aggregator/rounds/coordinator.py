@@ -170,10 +170,9 @@ class Coordinator:
         # Before the commit: after it, a restarted aggregator would not ask for these evaluations again.
         await self._evaluations.close(self._committer.record)
         if self._delivery.met:
-            return await self._abandon(current)
-        if self._budget is not None and self._secure is not None and self._spec.noise_contributors:
-            # The aggregator may have seen their noisy sums.
-            self._budget.discarded = self._secure.failed_openings
+            return await self._abandon(current, opened=True)
+        if self._budget is not None:
+            self._budget.discarded = self._discarded_sums()
         model = await self._committer.commit(current)
         if self._secure is not None:
             self._secure.end_round()
@@ -219,9 +218,19 @@ class Coordinator:
         self._training.open.clear()
         return await self._secure.settle(recovered, self._changed)
 
-    async def _abandon(self, current: ActiveRound) -> GlobalModel:
-        """End a round that is not needed, since its base model meets the objective's target; return that model."""
+    def _discarded_sums(self) -> int:
+        """Return how many noisy sums of this round the aggregator may have seen that no model came of."""
+        return self._secure.failed_openings if self._secure is not None and self._spec.noise_contributors else 0
+
+    async def _abandon(self, current: ActiveRound, *, opened: bool = False) -> GlobalModel:
+        """End a round that is not needed, since its base model meets the objective's target; return that model.
+
+        ``opened``: its updates are summed already.
+        """
         current.closing = True
+        if self._budget is not None and self._spec.noise_contributors:
+            self._budget.discarded = self._discarded_sums() + opened
+            self._budget.charge_discarded()
         await self._evaluations.close(self._committer.record)
         if current.folding:
             await asyncio.wait(current.folding.values())

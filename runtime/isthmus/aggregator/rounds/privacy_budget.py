@@ -76,6 +76,11 @@ class PrivacyBudget:
         following, self.discarded = self._next(), 0
         self._take(following)
 
+    def charge_discarded(self) -> None:
+        """Charge the :attr:`discarded` sums of a round that is abandoned."""
+        charged, self.discarded = self._costs.after(self._spent, self.discarded), 0
+        self._take(charged)
+
     def status(self) -> pb.PrivacyStatus:
         """Return the account as shown in the job's status."""
         return pb.PrivacyStatus(

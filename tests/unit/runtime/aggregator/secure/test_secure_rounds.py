@@ -294,6 +294,17 @@ async def test_a_target_is_compared_with_the_mean(trials: Any) -> None:
     assert trial.status.completed_rounds == 1
 
 
+async def test_the_sum_that_shows_that_the_target_is_met_is_charged(trials: Any) -> None:
+    noise = {"clipNorm": "1", "noiseMultiplier": "1", "delta": "1e-3", "noise": "Distributed"}
+    target = {"metric": "score", "target": "1.5"}
+    trial = trials(rounds=5, objective=target, privacy={"differentialPrivacy": noise})
+    trial.start()
+    trial.connect()
+    await trial.complete()
+    assert trial.status.completed_rounds == 1
+    assert trial.status.privacy.rounds == 2
+
+
 async def test_the_job_ends_without_an_evaluation_that_cannot_be_opened(
     trials: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

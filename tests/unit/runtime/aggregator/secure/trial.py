@@ -10,6 +10,7 @@ import torch
 from isthmus.aggregator.app import Aggregator
 from isthmus.aggregator.clients.membership import Client
 from isthmus.aggregator.job import Job
+from isthmus.aggregator.rounds.privacy_budget import protect
 from isthmus.aggregator.storage.checkpoints import CheckpointStore
 from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
 from isthmus.aggregator.telemetry.tracking.tracker import make_tracker
@@ -35,10 +36,11 @@ class SecureTrial:
 
     def __init__(self, directory: Path, clients: int, rounds: int = 1, **changes: Any) -> None:
         secure = {"metrics": {"score": "10"}, "clip": "4", "maxExamples": 100, **changes.pop("secure", {})}
+        privacy = {"secureAggregation": secure, **changes.pop("privacy", {})}
         spec = {"rounds": rounds, "task": {"image": "unused", "command": ["python"]},
                 "pools": [{"name": POOL, "replicas": clients, "cloud": {}}],
                 "selection": {"minClients": clients}, "objective": {"metric": "score"},
-                "privacy": {"secureAggregation": secure}, **changes}  # fmt: skip
+                "privacy": privacy, **changes}  # fmt: skip
         self.job = Job("job", "default", UID, parse_spec(spec))
         self.directory = directory
         root, public = new_root()
@@ -51,8 +53,9 @@ class SecureTrial:
         self.store = CheckpointStore(self.directory, UID, keep=100)
         self.metrics = AggregatorMetrics("default", "job")
         rule = make_strategy(self.job.spec.strategy, self.directory, self.job.spec.most_trainers)
+        rule, budget = protect(self.job.spec, rule)
         tracker = make_tracker(self.job, self.directory)
-        self.aggregator = Aggregator(self.job, self.store, rule, self.metrics, tracker)
+        self.aggregator = Aggregator(self.job, self.store, rule, self.metrics, tracker, budget)
         self.running: asyncio.Task[None] | None = None
 
     def start(self) -> None:
