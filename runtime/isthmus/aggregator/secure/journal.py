@@ -30,6 +30,8 @@ class Entry:
     """Clients whose updates are in the accumulator."""
     protocol: bytes = b""
     """State of the protocol, as ServerProtocol.journal returns it."""
+    reason: str = ""
+    """Why the newest of those instances failed, in one line."""
 
     def is_of(self, job_uid: str, round_number: int, base_digest: str, purpose: int) -> bool:
         """Return whether the entry belongs to that round."""

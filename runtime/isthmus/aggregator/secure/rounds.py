@@ -31,6 +31,7 @@ from ..telemetry.secure_metrics import SecureMetrics
 from .durable_state import DurableState
 from .instance import Instance
 from .journal import Entry
+from .lost_sums import consequence, require_possible
 from .subject import Subject
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class SecureRounds:
         self._arranged: tuple[int, str, object] | None = None
         self._base_digest = ""
         self._incarnation = 0
+        self._reason = ""  # of the newest loss in the present round
         self._instance: Instance | None = None
         self._opened: Instance | None = None
         self._frozen = self._recovering = False
@@ -170,14 +172,17 @@ class SecureRounds:
         """Return the round on top of ``model`` whose survivors an earlier process had fixed, or ``None``.
 
         ``subject``: what the round sums. Whatever belongs to another round, or to another kind of sum, is removed.
+        Raise :class:`StrategyError` if the round's sum was lost too often.
         """
         number = model.round + 1
         entry = await self._durable.open()
         if entry is None or not entry.is_of(self._job.uid, number, model.digest, subject.purpose):
             await self._durable.discard()
             return None
-        self.attempt, self.awaited = entry.attempt, frozenset(entry.participants)
+        require_possible(entry)
+        self.attempt, self.awaited, self._reason = entry.attempt, frozenset(entry.participants), entry.reason
         if not entry.checksum:
+            self.note = consequence(entry) if self.attempt else ""
             return None
         current = await self._in_folder(lambda: self._recovered(entry, model, subject))
         if current is None:
@@ -285,7 +290,8 @@ class SecureRounds:
         return True
 
     async def fail(self, current: ActiveRound, reason: str = "") -> None:
-        """End an instance that cannot be opened. The round has to be done again."""
+        """End an instance that cannot be opened: the round has to be done again. Raise :class:`StrategyError` if it
+        cannot."""
         instance = self._instance
         assert instance is not None
         have, need = len(current.accepted), self.needed
@@ -294,7 +300,7 @@ class SecureRounds:
         if self._frozen:
             await self._give_up(current.number, current.base, reason)
         else:
-            self._show(current.number, reason)
+            self._show(reason, f"round {current.number} is done again: {reason}")
 
     def end_round(self) -> None:
         """End the present instance, with the notes on its round, which is committed or abandoned."""
@@ -302,21 +308,27 @@ class SecureRounds:
         if self._opened is not None:
             self._opened.say_farewell()
             self._opened = None
-        self.attempt, self.note = 0, ""
+        self.attempt, self.note, self._reason = 0, "", ""
         self._refusers.clear()
 
     async def _give_up(self, number: int, model: GlobalModel, reason: str) -> None:
-        """Have the clients train a round again: its updates may have been announced as parts of a sum."""
-        self.attempt += 1
-        assert self._subject is not None
-        await self._durable.write(Entry(self._job.uid, number, model.digest, self._subject.purpose, self.attempt))
-        self._show(number, f"{reason}; the clients train it again")
+        """Note that the updates of a round may have been announced as parts of a sum, so that no other may have them.
 
-    def _show(self, number: int, reason: str) -> None:
+        Raise :class:`StrategyError` if the round cannot be done again.
+        """
+        self.attempt, self._reason = self.attempt + 1, reason
+        assert self._subject is not None
+        entry = Entry(
+            self._job.uid, number, model.digest, self._subject.purpose, self.attempt, reason=reason
+        )  # fmt: skip
+        await self._durable.write(entry)
+        self._show(reason, consequence(entry))
+
+    def _show(self, reason: str, note: str) -> None:
         self.status.failed += 1
         self.status.message = reason
-        self.note = f"round {number} is done again: {reason}"
-        log.warning("%s", self.note)
+        self.note = note
+        log.warning("%s", note)
         self._training.changes.notify()
 
     def _recovered(self, entry: Entry, model: GlobalModel, subject: Subject) -> ActiveRound | None:
@@ -353,7 +365,8 @@ class SecureRounds:
     def _entry(self, current: ActiveRound, **fields: Any) -> Entry:
         assert self._subject is not None
         return Entry(
-            self._job.uid, current.number, current.base.digest, self._subject.purpose, self.attempt, **fields
+            self._job.uid, current.number, current.base.digest, self._subject.purpose, self.attempt,
+            reason=self._reason, **fields,
         )  # fmt: skip
 
     def _end(self, outcome: str) -> None:

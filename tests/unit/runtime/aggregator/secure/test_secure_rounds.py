@@ -12,6 +12,7 @@ import torch
 from isthmus.aggregator.secure import instance as instances
 from isthmus.aggregator.secure.journal import JournalFile
 from isthmus.aggregator.state import round_decision
+from isthmus.strategies import StrategyError
 from isthmus.tensors import State
 from isthmus_contracts.pb import federation_pb2 as pb
 
@@ -214,6 +215,28 @@ async def test_a_sum_that_cannot_be_opened_is_trained_again(trials: Any) -> None
     assert_mean(trial, trial.clients)
     assert all(client.trained == [(1, 0), (1, 1)] for client in trial.clients)
     assert (trial.status.secure.failed, trial.status.secure.message) == (1, "")
+
+
+async def test_a_sum_that_is_lost_twice_ends_the_job(trials: Any) -> None:
+    """Clients refuse a third one, so waiting would be for ever. A restarted aggregator says the same."""
+    trial = trials(secure={"phaseDeadlineSeconds": 1})
+    for client in trial.clients[2:]:
+        client.mute.add("consent")
+    trial.start()
+    trial.connect()
+    with pytest.raises(StrategyError) as first:
+        await trial.complete()
+    for part in ("round 1 cannot be done again", "lost twice", "too few clients agree", "from the model of round 0"):
+        assert part in str(first.value)
+    assert "\n" not in str(first.value)
+    assert all(client.trained == [(1, 0), (1, 1)] for client in trial.clients)
+    await trial.crash()
+    trial.start()
+    trial.connect()
+    with pytest.raises(StrategyError) as second:
+        await trial.complete()
+    assert str(second.value) == str(first.value)
+    assert not any(client.refusals for client in trial.clients)
 
 
 @pytest.mark.usefixtures("impatient")
