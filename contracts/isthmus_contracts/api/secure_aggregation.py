@@ -41,12 +41,14 @@ LARGEST_SUM = 2.0**43
 """Limit of a masked sum of scalars: 63 bits without sign, 20 of them for fractions."""
 
 
-def threshold(clients: int) -> int:
+def threshold(clients: int, foreign: int = 0) -> int:
     """Return the number of clients of a complete graph whose shares open a sum: more than two thirds.
 
     Bonawitz et al. (CCS 2017), section 7.2: with it, a malicious aggregator cannot have two sets of survivors opened.
+    ``foreign``: the size of the largest other party. If it colludes with the aggregator, that takes more than
+    ``(clients + foreign) / 2``.
     """
-    return 2 * clients // 3 + 1
+    return max(2 * clients // 3, (clients + foreign) // 2) + 1
 
 
 def ring_steps(bits: int, clients: int) -> int:
@@ -188,15 +190,17 @@ class SecureAggregation(Resource):
     def summary(self, cohort: Cohort) -> list[str]:
         """Return lines about the clients that a round needs, the parties, and the people who are kept from updates."""
         clients = cohort.selected
-        least = max(threshold(clients), self.min_clients)
         names = sorted(cohort.parties)
+        foreign = min(max(cohort.parties.values()), clients - 1) if len(names) > 1 else 0
+        least = max(threshold(clients, foreign), self.min_clients)
         if len(names) == 1:
             parties = f"all clients belong to one party, {party_title(names[0])}"
             scope = "it protects from a curious aggregator only, not from that party's admin"
         else:
             parties = f"parties: {', '.join(f'{party_title(name)} ({cohort.parties[name]})' for name in names)}"
             scope = (
-                "it protects from a curious aggregator; a site that demands two parties, from the cluster's admin too"
+                "it protects from a curious aggregator; if a site's policy demands two parties, also from the cluster's"
+                " admin"
             )
         return [
             f"of {clients} clients in a round at least {least} must hand in; only their sum is opened",

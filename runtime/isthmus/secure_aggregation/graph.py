@@ -6,7 +6,8 @@ O(log n) neighbours for each are enough if they are chosen at random.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 # Up to this number every client is every other's neighbour.
 COMPLETE_UP_TO = 32
@@ -22,9 +23,20 @@ def degree(clients: int) -> int:
     return min(clients - 1, 2 * math.ceil(math.log2(clients)) + 20)
 
 
-def threshold(holders: int) -> int:
-    """Return the number of shares that recover a secret, of all that its holders (owner included) have."""
-    return 2 * holders // 3 + 1
+def threshold(holders: int, foreign: int = 0) -> int:
+    """Return the number of shares that recover a secret, of all that its holders (owner included) have.
+
+    More than two thirds (Bonawitz et al. 2017, section 6.2). ``foreign``: the most holders that are of one party other
+    than the owner's. If these collude with the aggregator, they give it both kinds of share. It shows the honest
+    holders two lists of survivors, and needs ``threshold - foreign`` of them for either kind; more than
+    ``(holders + foreign) / 2`` shares cannot be had for both.
+    """
+    return max(2 * holders // 3, (holders + foreign) // 2) + 1
+
+
+def largest_foreign(own: str, others: Iterable[str]) -> int:
+    """Return how many of the others are of the party that has most of them, apart from the own party."""
+    return max(Counter(party for party in others if party != own).values(), default=0)
 
 
 def neighbours(clients: int, seed: bytes) -> list[frozenset[int]]:

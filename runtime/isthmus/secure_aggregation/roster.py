@@ -98,7 +98,8 @@ class Roster:
     @property
     def threshold(self) -> int:
         """Number of shares that recover a secret of this client."""
-        return graph.threshold(len(self.holders))
+        foreign = graph.largest_foreign(self.parties[self.own], (self.parties[each] for each in self.neighbours))
+        return graph.threshold(len(self.holders), foreign)
 
     def settle(self, nonces: Sequence[bytes], own_nonce: bytes) -> None:
         """Fix the graph by the nonces of all entries; a client without one takes no part. Raises ``Refusal``."""
@@ -187,12 +188,14 @@ class Roster:
         held: dict[str, int] = {}
         for number in self.neighbours:
             held[self.parties[number]] = held.get(self.parties[number], 0) + 1
+        # The threshold grows with the largest party, so this bound is the one without it.
+        most = graph.threshold(len(self.holders)) - 1
         for party, shares in sorted(held.items()):
-            if party != own_party and shares >= self.threshold:
+            if party != own_party and shares > most:
                 raise Refusal(
                     Reason.HOLDERS,
                     f"party {party!r} holds {shares} of the {len(self.holders)} shares of this client's secrets; "
-                    f"{self.threshold} open its update",
+                    f"at most {most} may be of one other party",
                 )
 
     def _missing(self, entries: Sequence[int]) -> Iterator[int]:

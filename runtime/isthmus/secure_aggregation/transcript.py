@@ -90,9 +90,14 @@ def roster_digest(terms: Terms, entries: bytes, members: Iterable[int], seed: by
     return _hash(canonical(_DOMAIN + "roster", terms.text, entries, packed(members), seed))
 
 
-def consent_text(terms: Terms, roster: bytes, senders: Iterable[int], survivors: Iterable[int]) -> bytes:
-    """Return the text that a client signs to have the sum of the survivors opened. ``roster``: its digest."""
-    return canonical(_DOMAIN + "survivors", terms.text, roster, packed(senders), packed(survivors))
+def consent_text(
+    terms: Terms, roster: bytes, senders: Iterable[int], survivors: Iterable[int], signer: int
+) -> bytes:  # fmt: skip
+    """Return the text that a client signs to have the sum of the survivors opened.
+
+    ``roster``: its digest. ``signer``: the client's entry, since all clients of a pool sign with one key.
+    """
+    return canonical(_DOMAIN + "survivors", terms.text, roster, packed(senders), packed(survivors), signer)
 
 
 def packed(entries: Iterable[int]) -> bytes:

@@ -319,9 +319,9 @@ def test_an_undeclared_algorithm_is_refused() -> None:
 def test_the_summary_names_the_threshold_and_the_parties() -> None:
     parsed = parse_spec(spec(pools=[cloud(4), site("lumi", 4)], selection={"policy": "Random", "fraction": "0.5"}))
     assert SecureAggregation().summary(parsed.cohort) == [
-        "of 4 clients in a round at least 3 must hand in; only their sum is opened",
+        "of 4 clients in a round at least 4 must hand in; only their sum is opened",
         "parties: the cluster (4), site lumi (4)",
-        "it protects from a curious aggregator; a site that demands two parties, from the cluster's admin too",
+        "it protects from a curious aggregator; if a site's policy demands two parties, also from the cluster's admin",
     ]
     alone = SecureAggregation().summary(parse_spec(spec(pools=[site("lumi", 4)])).cohort)
     assert alone[1:] == [

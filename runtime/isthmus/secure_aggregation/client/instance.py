@@ -201,16 +201,17 @@ class Instance:
         self._survivors = survivors
         self.consented = True
         self._next = "consents"
-        return [self._message(consent=pb.SecureConsent(signature=self._signer.sign(self._consent_text)))]
+        return [
+            self._message(consent=pb.SecureConsent(signature=self._signer.sign(self._consent_text(self._known.own))))
+        ]
 
     def _take_consents(self, message: pb.SecureConsents) -> list[pb.SecureClientMessage]:
         roster = self._known
-        text = self._consent_text
         asked = (roster.neighbours & self._survivors) - {roster.own}
         agreed = {roster.own}
         for each in message.signatures:
             if each.entry in asked and each.entry not in agreed and roster.verify_signature(
-                each.entry, text, each.signature
+                each.entry, self._consent_text(each.entry), each.signature
             ):  # fmt: skip
                 agreed.add(each.entry)
         if len(agreed) < roster.threshold:
@@ -254,9 +255,8 @@ class Instance:
         assert self._roster is not None
         return self._roster
 
-    @property
-    def _consent_text(self) -> bytes:
-        return transcript.consent_text(self._terms, self._known.digest, self._senders, self._survivors)
+    def _consent_text(self, signer: int) -> bytes:
+        return transcript.consent_text(self._terms, self._known.digest, self._senders, self._survivors, signer)
 
     def _message(self, **step: Any) -> pb.SecureClientMessage:
         return pb.SecureClientMessage(incarnation=self.begin.incarnation, **step)

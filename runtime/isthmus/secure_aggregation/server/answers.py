@@ -79,7 +79,7 @@ class Answers:
     def _take_consent(self, who: ClientId, message: pb.SecureConsent) -> None:
         setup = self.setup
         number = setup.numbers[who]
-        text = transcript.consent_text(setup.terms, setup.digest, setup.senders, setup.survivors)
+        text = transcript.consent_text(setup.terms, setup.digest, setup.senders, setup.survivors, number)
         key = setup.entries[number].credential.public_key
         messages.check_consent(message, lambda signature: verify_signature(key, text, signature))
         self.consents[number] = message.signature

@@ -71,8 +71,7 @@ class ServerProtocol:
     @property
     def threshold(self) -> int:
         """The largest number of survivors that a client needs among those that hold its shares."""
-        clients = len(self._setup.neighbours) or len(self.participants)
-        return graph.threshold(graph.degree(clients) + 1)
+        return self._setup.largest_threshold or graph.threshold(graph.degree(len(self.participants)) + 1)
 
     @property
     def contributors_possible(self) -> frozenset[ClientId]:

@@ -27,6 +27,7 @@ class Setup:
     survivors: frozenset[int] = frozenset()
     unusable: dict[int, set[int]] = field(default_factory=dict)
     """By entry, the holders that cannot open its shares."""
+    _thresholds: dict[int, int] = field(default_factory=dict)
 
     def fix_entries(self, entries: Iterable[pb.SecureEntry]) -> None:
         """Fix the roster."""
@@ -52,7 +53,16 @@ class Setup:
             member: frozenset(members[place] for place in places)
             for member, places in zip(members, adjacent, strict=True)
         }
+        parties = [entry.credential.party for entry in self.entries]
+        for member, adjacent_entries in self.neighbours.items():
+            foreign = graph.largest_foreign(parties[member], (parties[each] for each in adjacent_entries))
+            self._thresholds[member] = graph.threshold(len(adjacent_entries) + 1, foreign)
         self.digest = transcript.roster_digest(self.terms, entries, members, seed)
+
+    @property
+    def largest_threshold(self) -> int:
+        """The largest number of shares that recover a secret of an entry; 0 before the graph is fixed."""
+        return max(self._thresholds.values(), default=0)
 
     def fix_senders(self, senders: Collection[int]) -> None:
         """Fix whose shares are forwarded: of these, the clients of which enough holders have sent shares, too."""
@@ -73,7 +83,7 @@ class Setup:
 
     def threshold(self, entry: int) -> int:
         """Return the number of shares that recover a secret of an entry."""
-        return graph.threshold(len(self.neighbours[entry]) + 1)
+        return self._thresholds[entry]
 
     def parties_of(self, entries: Iterable[int]) -> set[str]:
         return {self.entries[entry].credential.party for entry in entries}

@@ -153,7 +153,7 @@ def test_the_condition_follows_the_instances() -> None:
     first = after({}, seen())
     shown = condition(first.status, "SecurelyAggregated") or {}
     assert (shown["status"], shown["reason"]) == ("False", "NoSumYet")
-    assert "of 7 clients in a round at least 5 must hand in" in shown["message"]
+    assert "of 7 clients in a round at least 6 must hand in" in shown["message"]
     assert "parties: the cluster (4), site site (3)" in shown["message"]
 
     opened = after(dict(first.status), seen(round=1, survivors=6, dropouts=1, parties=2, clipped_ratio=0.001))

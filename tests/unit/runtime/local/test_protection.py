@@ -35,7 +35,7 @@ def test_one_party_protects_from_a_curious_aggregator_only() -> None:
 
 def test_several_parties_are_named() -> None:
     lines = introduction(job(CLOUD, SITE, secure={}).spec)
-    assert "of 5 clients in a round at least 4 must hand in" in lines[0]
+    assert "of 5 clients in a round at least 5 must hand in" in lines[0]
     assert lines[1] == "secure aggregation: parties: the cluster (3), site cloud (2)"
 
 

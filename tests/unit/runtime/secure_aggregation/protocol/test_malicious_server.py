@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from isthmus.secure_aggregation.parameters import Outgoing, UpdateKey
+from isthmus.secure_aggregation.parameters import ClientId, Outgoing, UpdateKey
 from isthmus.secure_aggregation.refusal import Reason, Refusal
 from isthmus.secure_aggregation.transcript import Terms, consent_text, entry_text
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
@@ -407,7 +407,7 @@ def test_a_client_that_sent_no_update_is_no_survivor() -> None:
     [
         ([2, 2, 1], [0, 1, 2, 3], 3, 3, Reason.PARTIES),
         ([3, 3, 3], [0, 1, 2, 3, 4, 5, 6], 1, 8, Reason.CLIENTS),
-        ([2, 2], [0, 2, 3], 2, 3, Reason.ALONE),
+        ([2, 2], [0, 2, 3], 2, 3, Reason.SURVIVORS),
     ],
 )
 def test_survivors_that_the_site_does_not_trust_are_refused(
@@ -470,8 +470,8 @@ def _renumbered(message: Message, _: Federation) -> None:
 
 def _of_another_incarnation(message: Message, job: Federation) -> None:
     roster = job.server._setup
-    text = consent_text(Terms.of(JOB, begin_of(2)), roster.digest, roster.senders, roster.survivors)
     for each in message.consents.signatures:
+        text = consent_text(Terms.of(JOB, begin_of(2)), roster.digest, roster.senders, roster.survivors, each.entry)
         party = job.parties[roster.entries[each.entry].credential.party]
         each.signature = party.signer(party.name).sign(text)
 
@@ -525,6 +525,69 @@ def test_a_server_that_splits_its_clients_opens_nothing() -> None:
     for number, who in enumerate(sorted(job.clients)[:-1]):
         message = Message(incarnation=1, consents=pb.SecureConsents(signatures=signed[number % 2 == 0]))
         assert refused(job.clients[who], message) == Reason.CONSENTS
+
+
+def _split(job: Federation, lists: dict[ClientId, list[int]]) -> dict[ClientId, bytes]:
+    """Give each client its own list of survivors; return the consents of those that agree."""
+    messages = job.pause_before("survivors")
+    signed = {}
+    for who, entries in lists.items():
+        del messages[who].survivors.entries[:]
+        messages[who].survivors.entries.extend(entries)
+        (answer,) = job.clients[who].receive(messages[who])
+        if answer.HasField("consent"):
+            signed[who] = answer.consent.signature
+    return signed
+
+
+def test_a_consent_counts_for_its_signer_only() -> None:
+    """All clients of one pool sign with one key, and the server returns each its own consent as that of all others."""
+    (party,) = make_parties("cloud")
+    job = Federation([(party, index) for index in range(10)], trust_in([party]))
+    job.begin()
+    job.settle()
+    job.collect()
+    job.freeze()
+    everyone = list(range(10))
+    without = {who: [each for each in everyone if each not in (who[1] + 1, (who[1] + 2) % 10)] for who in job.clients}
+    signed = _split(job, {who: entries for who, entries in without.items() if who[1] in entries})
+    assert signed
+    for who, signature in signed.items():
+        copies = [pb.SecureSignature(entry=entry, signature=signature) for entry in everyone]
+        message = Message(incarnation=1, consents=pb.SecureConsents(signatures=copies))
+        assert refused(job.clients[who], message) == Reason.CONSENTS
+
+
+def test_one_other_party_and_a_lying_server_open_nothing() -> None:
+    """Three of seven clients are of the server's party, and agree to both lists: all, and all but the victim."""
+    site, cloud = make_parties("site", "cloud")
+    places = [(site, index) for index in range(4)] + [(cloud, index) for index in range(3)]
+    job = Federation(places, trust_in([site, cloud], min_parties=2))
+    job.begin()
+    job.settle()
+    job.collect()
+    job.freeze()
+    roster = job.server._setup
+    victim = roster.numbers["site", 0]
+    everyone = list(range(7))
+    others = [entry for entry in everyone if entry != victim]
+    lists = {("site", 0): everyone, ("site", 1): everyone, ("site", 2): others, ("site", 3): others}
+    signed = _split(job, lists)
+    terms = Terms.of(JOB, begin_of(1))
+    opened = 0
+    for who, entries in lists.items():
+        if who not in signed:
+            continue
+        alike = [each for each in signed if lists[each] == entries]
+        consents = [pb.SecureSignature(entry=roster.numbers[each], signature=signed[each]) for each in alike]
+        for index in range(3):
+            number = roster.numbers["cloud", index]
+            text = consent_text(terms, roster.digest, roster.senders, entries, number)
+            consents.append(pb.SecureSignature(entry=number, signature=cloud.signer("cloud").sign(text)))
+        message = Message(incarnation=1, consents=pb.SecureConsents(signatures=consents))
+        answers = job.clients[who].receive(message)
+        opened += any(answer.HasField("unmask") for answer in answers)
+    assert opened == 0
 
 
 # ---- instances and order

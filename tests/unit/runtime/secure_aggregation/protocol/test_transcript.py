@@ -99,11 +99,12 @@ def _hashes() -> dict[str, Callable[[Terms], bytes]]:
         "roster": lambda terms: transcript.roster_digest(terms, b"e", [1, 2], b""),
         "roster's members": lambda terms: transcript.roster_digest(terms, b"e", [1, 2, 3], b""),
         "roster's seed": lambda terms: transcript.roster_digest(terms, b"e", [1, 2], b"s"),
-        "consent": lambda terms: transcript.consent_text(terms, b"r", [1, 2, 3], [1, 2]),
-        "consent to others": lambda terms: transcript.consent_text(terms, b"r", [1, 2, 3], [1, 3]),
-        "other senders": lambda terms: transcript.consent_text(terms, b"r", [1, 2], [1, 2]),
-        "shifted": lambda terms: transcript.consent_text(terms, b"r", [1, 2], [3, 1, 2]),
-        "other roster": lambda terms: transcript.consent_text(terms, b"q", [1, 2, 3], [1, 2]),
+        "consent": lambda terms: transcript.consent_text(terms, b"r", [1, 2, 3], [1, 2], 1),
+        "consent to others": lambda terms: transcript.consent_text(terms, b"r", [1, 2, 3], [1, 3], 1),
+        "other senders": lambda terms: transcript.consent_text(terms, b"r", [1, 2], [1, 2], 1),
+        "shifted": lambda terms: transcript.consent_text(terms, b"r", [1, 2], [3, 1, 2], 1),
+        "other signer": lambda terms: transcript.consent_text(terms, b"r", [1, 2, 3], [1, 2], 2),
+        "other roster": lambda terms: transcript.consent_text(terms, b"q", [1, 2, 3], [1, 2], 1),
         "no entries": lambda terms: transcript.entries_digest(terms, []),
     }
 
