@@ -6,6 +6,7 @@ from pathlib import Path
 
 from isthmus_contracts.manifests.code_files import check_files
 from isthmus_contracts.manifests.manifest import ManifestError, load_code, load_federated_job
+from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.wire.parties import PartyError
 
 from ..parties import party_files, signing_root
@@ -65,7 +66,7 @@ def problems(policy: Policy) -> Iterator[str]:
     """Yield what makes the section unusable on this machine, one line each."""
     try:
         root = signing_root.public(policy.tls_dir)
-        party_files.trust(policy, root)
+        party_files.trust(policy, root, pb.Privacy())
     except PartyError as error:
         yield str(error)
         return

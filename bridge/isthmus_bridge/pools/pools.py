@@ -151,21 +151,20 @@ class Pools:
             raise SpecDiffers(f"key {entry.key} exists with another spec; it differs in: {names}")
         if entry.spec and not entry.state.over:
             # Tasks that start later read the newest credentials.
-            self._directory(entry).write_credentials({**_credentials(spec.federation), **self._trust()})
+            self._directory(entry).write_credentials({**_credentials(spec.federation), **self._trust(entry)})
         return entry
 
     def _party_files(self, spec: pb.PoolSpec) -> Mapping[str, bytes]:
         """Return the files for secure aggregation of a new pool. Raises Denied, ``OSError``."""
-        needed = spec.privacy.secure_aggregation
         try:
-            return party_files.for_new_pool(self._policy, spec.job_uid, spec.pool, needed=needed)
+            return party_files.for_new_pool(self._policy, spec)
         except PartyError as error:
             raise Denied(Denial("privacy.secure_aggregation", str(error))) from None
 
-    def _trust(self) -> Mapping[str, bytes]:
-        """Return the present trust file; none, and a line in the log, if it cannot be made."""
+    def _trust(self, entry: Entry) -> Mapping[str, bytes]:
+        """Return the pool's present trust file; none, and a line in the log, if it cannot be made."""
         try:
-            return party_files.renewed(self._policy)
+            return party_files.renewed(self._policy, entry.pool_spec())
         except (OSError, PartyError) as error:
             log.error("cannot renew the clients' trust file: %s", error)
             return {}
@@ -251,7 +250,7 @@ class Pools:
         with self._keys.held(request.key):
             entry = self.get(identity, request.key)
             if entry.spec and not entry.state.over:
-                self._directory(entry).write_credentials({**_credentials(request), **self._trust()})
+                self._directory(entry).write_credentials({**_credentials(request), **self._trust(entry)})
                 log.info("credentials renewed", extra={"key": entry.key, "caller": identity.uri})
         return entry
 

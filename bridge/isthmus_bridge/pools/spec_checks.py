@@ -83,6 +83,9 @@ def check_spec(spec: pb.PoolSpec) -> None:
     if spec.code and (problem := check_files(spec.code)):
         raise RequestError("spec.code", problem)
     _check_federation(spec.federation)
+    # The clients' trust file takes both. 0: the job does not say.
+    _between("spec.privacy.min_parties", spec.privacy.min_parties, 0, 1000)
+    _between("spec.privacy.min_clients", spec.privacy.min_clients, 0, 1_000_000)
     for name in ("clip_norm", "noise_multiplier", "delta", "max_epsilon"):
         # Also refuses NaN.
         if not 0 <= (value := getattr(spec.privacy, name)) < math.inf:

@@ -92,7 +92,7 @@ class Submitter:
         try:
             run = pool_directory(self._policy, key, entry.user)
             # The policy may have become stricter since the pool was recorded.
-            if trust := party_files.renewed(self._policy):
+            if trust := party_files.renewed(self._policy, spec):
                 run.write_credentials(trust)
             run.write_code(spec.code)
             client = batch_script.render(key, spec, grant, run.path, run.tls)

@@ -113,8 +113,8 @@ def test_a_site_that_requires_masks_trains_nothing_without(federation: Make, scr
     clients = start(job, script, Parties(required=True))
     assert [client.wait() for client in clients] == [1] * CLIENTS
     reason = (
-        "this site requires secure aggregation (trust.json: required), and the job does not use it: add"
-        " spec.privacy.secureAggregation to the job's manifest"
+        "this site requires secure aggregation (trust.json: required), and the aggregator offers work without it:"
+        " add spec.privacy.secureAggregation to the job's manifest if it is missing there"
     )
     for index in range(CLIENTS):
         assert job.log(f"client-{index}-0").splitlines()[-1] == f"isthmus.FederationError: {reason}"

@@ -75,8 +75,8 @@ class SiteRules:
             reason = "the aggregator offers work without secure aggregation, in a job that began with it"
         else:
             reason = (
-                f"this site requires secure aggregation ({self._path.name}: required), and the job does not use it:"
-                " add spec.privacy.secureAggregation to the job's manifest"
+                f"this site requires secure aggregation ({self._path.name}: required), and the aggregator offers"
+                " work without it: add spec.privacy.secureAggregation to the job's manifest if it is missing there"
             )
         self._refuse(Results(_WHAT[offer.kind], offer.round), reason)
 

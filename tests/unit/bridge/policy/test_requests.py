@@ -75,6 +75,8 @@ BAD: list[tuple[str, dict[str, object]]] = [
     ("spec.federation.private_key", {"federation": federation(private_key=b"hello")}),
     ("spec.federation.certificate", {"federation": federation(certificate=PEM + b"x" * 70_000)}),
     ("spec.privacy.noise_multiplier", {"privacy": pb.Privacy(noise_multiplier=float("nan"))}),
+    ("spec.privacy.min_parties", {"privacy": pb.Privacy(min_parties=1001)}),
+    ("spec.privacy.min_clients", {"privacy": pb.Privacy(min_clients=1_000_001)}),
     ("spec.privacy.max_epsilon", {"privacy": pb.Privacy(max_epsilon=-1)}),
 ]
 

@@ -77,11 +77,56 @@ def renew(world: World) -> None:
 def test_a_policy_that_became_stricter_reaches_a_pool_that_waits(world: World, root: str) -> None:
     world.slurm.script = ["full"]
     world.ensure(privacy=SECURE)
-    assert not Trust.read(tls(world)).required
+    assert Trust.read(tls(world)) == Trust(roots={"test": root}, required=True)
     with_rules(world, **RULES)
     world.tick(times=40)
     assert world.phase() == "PENDING"
-    assert Trust.read(tls(world)).required
+    trust = Trust.read(tls(world))
+    assert (trust.required, trust.min_parties, trust.min_clients) == (True, 2, 4)
+    assert trust.tensors == ["adapter.*"]
+
+
+ASKED = pb.Privacy(secure_aggregation=True, min_parties=3, min_clients=5)
+
+
+@pytest.mark.parametrize(
+    ("rules", "asked", "conditions"),
+    [
+        ({}, pb.Privacy(), (False, 1, 3)),
+        ({}, SECURE, (True, 1, 3)),
+        ({}, ASKED, (True, 3, 5)),
+        ({"min_parties": 2, "min_clients": 9}, ASKED, (True, 3, 9)),
+        ({"min_parties": 4, "min_clients": 4}, ASKED, (True, 4, 5)),
+        ({"required": True, "min_parties": 2}, SECURE, (True, 2, 3)),
+    ],
+)
+def test_clients_enforce_the_stricter_of_the_policy_and_the_job(
+    world: World, root: str, rules: dict[str, Any], asked: pb.Privacy, conditions: tuple[bool, int, int]
+) -> None:
+    with_rules(world, secure_aggregation=rules)
+    world.ensure(privacy=asked)
+    assert enforced(world) == conditions
+
+
+def enforced(world: World) -> tuple[bool, int, int]:
+    trust = Trust.read(tls(world))
+    return trust.required, trust.min_parties, trust.min_clients
+
+
+@pytest.mark.parametrize("how", ["repeat", "renewal", "submission"])
+def test_a_new_trust_file_keeps_what_the_job_demands(world: World, root: str, how: str) -> None:
+    world.slurm.script = ["full"]
+    world.ensure(privacy=ASKED)
+    (tls(world) / TRUST_FILE).unlink()
+    with_rules(world, secure_aggregation={"min_clients": 7}, tensors=["head.*"])
+    if how == "repeat":
+        world.ensure(privacy=ASKED)
+    elif how == "renewal":
+        renew(world)
+    else:
+        world.tick(times=40)
+    assert enforced(world) == (True, 3, 7)
+    assert Trust.read(tls(world)).tensors == ["head.*"]
 
 
 def test_the_files_vanish_with_the_pools_certificate(world: World, root: str) -> None:
@@ -178,4 +223,4 @@ def test_clients_check_the_noise_that_the_site_demands_of_them(
     world: World, root: str, rules: dict[str, Any], noise: float | None
 ) -> None:
     with_rules(world, differential_privacy=rules)
-    assert party_files.trust(world.current_policy.policy, root).noise_multiplier == noise
+    assert party_files.trust(world.current_policy.policy, root, pb.Privacy()).noise_multiplier == noise

@@ -22,7 +22,7 @@ from isthmus_operator.state.job_store import SiteStore
 from isthmus_operator.state.parties import ClusterParty, SiteParty
 from tests.support.fake_cluster import NOW, UID, job, spec
 
-SECURE = spec(cloud=4, hpc=3, privacy={"secureAggregation": {"minParties": 2}})
+SECURE = spec(cloud=4, hpc=3, privacy={"secureAggregation": {"minParties": 2, "minClients": 4}})
 SITE_ROOT = new_root()[1]
 SITE_BODY = {
     "metadata": {"name": "site", "resourceVersion": "1"},
@@ -132,7 +132,7 @@ async def test_cloud_clients_get_a_key_of_the_clusters_party_and_all_roots() -> 
     verify(credential, party.root)
     assert (credential.party, credential.job_uid, credential.pool) == ("cluster", UID, "cloud")
     assert trust.roots == {"cluster": party.root, "lumi": SITE_ROOT}
-    assert (trust.required, trust.min_parties) == (True, 2)
+    assert (trust.required, trust.min_parties, trust.min_clients) == (True, 2, 4)
     assert certificates.is_current(secret, wanted, authority, NOW, party)
 
 

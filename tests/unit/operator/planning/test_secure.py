@@ -77,6 +77,16 @@ def test_two_hpcsites_of_one_site_are_one_party() -> None:
     assert trust.roots == {"cluster": ROOT, "lumi": SITE_ROOT}
 
 
+@pytest.mark.parametrize(
+    ("stated", "least"), [({}, (1, 3)), ({"minParties": 2}, (2, 3)), ({"minParties": 2, "minClients": 5}, (2, 5))]
+)
+def test_cloud_clients_enforce_what_the_manifest_says(stated: dict[str, Any], least: tuple[int, int]) -> None:
+    wanted = parse_spec(spec(cloud=4, hpc=3, privacy={"secureAggregation": stated}))
+    trust = trust_of(wanted, "cluster", ROOT, SITES)
+    assert trust.required
+    assert (trust.min_parties, trust.min_clients) == least
+
+
 def test_the_root_that_the_admin_entered_takes_precedence() -> None:
     body = {"status": {"signing": {"party": "lumi", "root": SITE_ROOT}}}
     assert site_party(site(), body) == SiteParty("lumi", SITE_ROOT)

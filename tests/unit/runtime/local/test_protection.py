@@ -78,6 +78,14 @@ def test_clients_get_keys_of_their_party(tmp_path: Path) -> None:
     assert not list((tmp_path / ".aggregator").glob("signing*"))
 
 
+def test_every_client_refuses_clear_rounds_also_with_the_defaults(tmp_path: Path) -> None:
+    issue_certificates(job(CLOUD, SITE, secure={}), UID, tmp_path)
+    for pool, size in (("cloud", 3), ("hpc", 2)):
+        for index in range(size):
+            trust = Trust.read(client_directory(tmp_path, pool, index))
+            assert (trust.required, trust.min_parties, trust.min_clients) == (True, 1, 3)
+
+
 def test_a_job_without_it_gets_no_signing_keys(tmp_path: Path) -> None:
     issue_certificates(job(CLOUD, secure=None), UID, tmp_path)
     assert sorted(path.name for path in client_directory(tmp_path, "cloud", 0).iterdir()) == [
