@@ -98,6 +98,8 @@ class SecureEvaluations:
         if current is not None:
             self._training.round = current
             opened = await self._instances.settle(current, changed)
+        elif self._secure.attempt:
+            opened = False  # an earlier process has lost the only sum that the clients open
         else:
             current = ActiveRound(model.round + 1, time.monotonic(), until, base=model)
             self._training.round = current
@@ -124,7 +126,7 @@ class SecureEvaluations:
             if await self._handed_in(current, until, changed) and await self._instances.open(current, changed):
                 return True
             if self._secure.attempt:
-                return False  # its measurements may have been parts of an announced sum
+                return False  # clients may have agreed to open the sum that was lost, and open only one
         return False
 
     async def _handed_in(self, current: ActiveRound, until: float, changed: WaitForChange) -> bool:
@@ -148,6 +150,8 @@ class SecureEvaluations:
         self._training.warnings.append(note)
 
     def _reason(self) -> str:
+        if self._secure.attempt:
+            return self._secure.note
         ready, needed = len(self._evaluators()), self._secure.fewest
         if ready < needed:
             return f"{ready} clients with an evaluation are connected, and a sum is opened for {needed} or more"

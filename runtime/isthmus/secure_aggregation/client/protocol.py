@@ -136,6 +136,8 @@ class ClientProtocol:
         )
 
     def _check_round(self, begin: pb.SecureBegin) -> None:
+        if begin.purpose == pb.SecureBegin.EVALUATE:
+            self._check_evaluation(begin)
         newest, _ = self._opened.get(begin.purpose, (0, 0))
         if begin.round < newest:
             raise Refusal(Reason.ROUND, f"round {begin.round} is over: an update of round {newest} was opened")
@@ -147,7 +149,21 @@ class ClientProtocol:
                 f"the update of round {begin.round} is in a sum already that was opened, or may have been",
             )
 
+    def _check_evaluation(self, begin: pb.SecureBegin) -> None:
+        """Refuse a second sum of evaluations, over other clients or of another model than the first.
+
+        Measurements are not trained again: they hardly change, so the difference would be one client's.
+        """
+        if begin.attempt:
+            raise Refusal(Reason.RETRAINED, f"the evaluation of round {begin.round} is asked for again: it may not be")
+        if self._was_opened(begin):
+            raise Refusal(
+                Reason.OPENED, "a sum of evaluations was opened already, or may have been: a client opens one only"
+            )
+
     def _was_opened(self, begin: pb.SecureBegin) -> bool:
+        if begin.purpose == pb.SecureBegin.EVALUATE:
+            return begin.purpose in self._opened
         return (begin.round, begin.attempt) <= self._opened.get(begin.purpose, (0, -1))
 
 

@@ -15,6 +15,7 @@ from isthmus.aggregator.state import round_decision
 from isthmus.strategies import StrategyError
 from isthmus.tensors import State
 from isthmus_contracts.pb import federation_pb2 as pb
+from isthmus_contracts.pb import secure_aggregation_pb2 as sa
 
 from .trial import InProcess, SecureTrial
 
@@ -337,15 +338,52 @@ async def test_the_job_ends_without_an_evaluation_that_cannot_be_opened(
     trial.connect()
     await trial.until(lambda: trial.aggregator.training.round is not None)
     for client in trial.clients:
-        client.spoil = _silence_evaluation(client)
+        client.spoil = _silence_evaluation(client, "advertise")
     await trial.complete()
     assert trial.status.completed_rounds == 1
     assert any("the final model, of round 1, was not evaluated" in line for line in trial.status.warnings)
 
 
-def _silence_evaluation(client: InProcess) -> Any:
+@pytest.mark.parametrize("crash", [False, True])
+async def test_the_final_evaluation_is_asked_for_once(trials: Any, crash: bool) -> None:
+    """Its sum is lost after clients have agreed to open it: the job ends without it, and says so, also later."""
+    trial = trials(secure={"phaseDeadlineSeconds": 3600 if crash else 1})
+    for client in trial.clients[2:]:
+        client.spoil = _silence_evaluation(client, "consent")
+    trial.start()
+    trial.connect()
+    if crash:
+        await trial.until(lambda: all(_agreed_to_evaluate(client) for client in trial.clients))
+        await trial.crash()
+        file = trial.directory / "secure" / "accumulator"
+        file.write_bytes(b"\xff" * file.stat().st_size)
+        for client in trial.clients:
+            client.spoil = lambda message: None
+            client.mute.clear()
+        trial.start()
+        trial.connect()
+    await trial.complete()
+    assert trial.status.completed_rounds == 1
+    (warning,) = (line for line in trial.status.warnings if "was not evaluated" in line)
+    assert "the final model, of round 1, was not evaluated: its sum was lost after the clients had agreed" in warning
+    asked = [len(client.sent) for client in trial.clients]
+    await trial.crash()
+    trial.start()
+    trial.connect()
+    await trial.complete()
+    assert warning in trial.status.warnings
+    assert [len(client.sent) for client in trial.clients] == asked == [2] * 4
+    assert not any(client.refusals for client in trial.clients)
+
+
+def _agreed_to_evaluate(client: InProcess) -> bool:
+    begin = client.protocol.begin
+    return begin is not None and begin.purpose == sa.SecureBegin.EVALUATE and client.protocol.opened
+
+
+def _silence_evaluation(client: InProcess, step: str) -> Any:
     def spoil(message: Any) -> None:
-        if client.protocol.begin is not None and client.protocol.begin.purpose == 2:
-            client.mute.add("advertise")
+        if client.protocol.begin is not None and client.protocol.begin.purpose == sa.SecureBegin.EVALUATE:
+            client.mute.add(step)
 
     return spoil

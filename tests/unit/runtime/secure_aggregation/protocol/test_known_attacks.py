@@ -1,6 +1,7 @@
 """Attacks on other implementations and protocols of secure aggregation, tried on this one."""
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -272,3 +273,50 @@ def test_an_evaluation_takes_no_tensors() -> None:
     begin = begin_of(1, purpose=pb.SecureBegin.EVALUATE)
     (answer,) = client.receive(Message(incarnation=1, begin=begin))
     assert answer.refusal.reason == Reason.LAYOUT
+
+
+def evaluation_of(incarnation: int, round: int = 2, **fields: object) -> pb.SecureBegin:
+    layout = pb.SecureLayout(bits=32, max_clients=1000, scalars=[pb.SecureScalar(name="score", least=-1, most=1)])
+    return begin_of(incarnation, round, purpose=pb.SecureBegin.EVALUATE, layout=layout, **fields)
+
+
+@pytest.mark.parametrize(
+    "again", [{}, {"round": 3}, {"base_digest": "cd" * 32}, {"round": 3, "base_digest": "cd" * 32}]
+)
+def test_measurements_with_and_without_one_client(again: dict[str, Any]) -> None:
+    """They are not trained again, so two sums of them, also of slightly different models, give one client's."""
+    job = Federation.of(6)
+    job.begin(evaluation_of(1))
+    job.settle()
+    job.collect()
+    job.freeze()
+    job.pause_before("consents")  # all have consented, and nothing is open yet
+    victim = max(job.clients)
+    job.begin(evaluation_of(2, **again), among=job.clients.keys() - {victim})
+    for out in list(job.queue):
+        (answer,) = job.clients[out.who].receive(out.message)
+        assert answer.refusal.reason == Reason.OPENED
+        assert job.clients[out.who].protocol.begin is None
+
+
+def test_measurements_are_not_asked_for_as_a_second_attempt() -> None:
+    job = Federation.of(3)
+    job.begin(evaluation_of(1, attempt=1))
+    for out in list(job.queue):
+        (answer,) = job.clients[out.who].receive(out.message)
+        assert answer.refusal.reason == Reason.RETRAINED
+
+
+def test_measurements_are_asked_for_again_before_anyone_consents() -> None:
+    """Lost clients, or a restart, may make another instance necessary. Updates that were opened do not prevent it."""
+    job = Federation.of(5)
+    job.run()
+    job.begin(evaluation_of(2))
+    job.settle()
+    job.collect()
+    job.begin(evaluation_of(3))
+    job.settle()
+    job.collect()
+    job.freeze()
+    job.settle()
+    assert job.server.phase is Phase.DONE and not any(client.refusals for client in job.clients.values())
