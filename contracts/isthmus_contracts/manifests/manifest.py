@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic.alias_generators import to_camel
 
 from ..api.federated_job import FederatedJobSpec
 from ..api.fields import (
@@ -127,7 +128,7 @@ def check_job_name(name: str) -> list[str]:
 def parse_spec(spec: Any) -> FederatedJobSpec:
     """Validate a FederatedJob's spec. Raises :class:`ManifestError`."""
     try:
-        return FederatedJobSpec.model_validate(spec)
+        return FederatedJobSpec.model_validate(spec, by_alias=True, by_name=False)
     except ValidationError as error:
         raise ManifestError(one_liners(error)) from None
 
@@ -135,7 +136,7 @@ def parse_spec(spec: Any) -> FederatedJobSpec:
 def parse_site_spec(spec: Any) -> HpcSiteSpec:
     """Validate an HPCSite's spec. Raises :class:`ManifestError`."""
     try:
-        return HpcSiteSpec.model_validate(spec)
+        return HpcSiteSpec.model_validate(spec, by_alias=True, by_name=False)
     except ValidationError as error:
         raise ManifestError(one_liners(error)) from None
 
@@ -196,7 +197,9 @@ def _one_liner(item: dict[str, Any], root: str) -> str:
     if kind == "missing":
         return f"{path}: is missing"
     if kind == "extra_forbidden":
-        return f"{path}: unknown field"
+        name = path.rpartition(".")[2]
+        hint = f"; names are in camelCase: {to_camel(name)}" if "_" in name.strip("_") else ""
+        return f"{path}: unknown field{hint}"
     if kind == "literal_error":
         return f"{path}: must be one of {context['expected'].replace(' or ', ', ').replace(chr(39), '')}, not {value}"
     if kind == "string_pattern_mismatch":

@@ -328,3 +328,10 @@ def test_the_summary_names_the_threshold_and_the_parties() -> None:
         "all clients belong to one party, site lumi",
         "it protects from a curious aggregator only, not from that party's admin",
     ]
+
+
+@pytest.mark.parametrize("settings", [{"min_parties": 2}, None])
+def test_a_name_that_the_api_server_drops_does_not_count(settings: dict[str, Any] | None) -> None:
+    assert problem(spec(privacy={"secure_aggregation": settings})) == (
+        "spec.privacy.secure_aggregation: unknown field; names are in camelCase: secureAggregation"
+    )
