@@ -58,9 +58,13 @@ class DurableState:
         await self._persistently(_WHAT, lambda: self._journal.write(entry, sync=True))
 
     def note(self, entry: Entry) -> None:
-        """Replace the journal's entry, if possible. The old or the new one survives the end of the process."""
+        """Replace the journal's entry, if possible. The old or the new one survives the end of the process.
+
+        Where it counts lost sums, it also survives a power failure, as the entry that it replaces would: clients must
+        not be asked for another sum of the same updates.
+        """
         with suppress(OSError):
-            self._journal.write(entry, sync=False)
+            self._journal.write(entry, sync=entry.attempt > 0)
 
     async def discard(self) -> None:
         """Remove the journal's entry and the sum."""

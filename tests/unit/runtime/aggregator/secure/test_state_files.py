@@ -1,12 +1,16 @@
 """Files of secure aggregation in the state directory."""
 
 import errno
+import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from isthmus.aggregator.secure.accumulator import AccumulatorFile
+from isthmus.aggregator.secure.durable_state import DurableState
 from isthmus.aggregator.secure.incarnations import Incarnations
 from isthmus.aggregator.secure.journal import Entry, JournalFile
 from isthmus.tensors import specs_of
@@ -105,3 +109,22 @@ def test_a_journal_belongs_to_one_round_and_one_kind_of_sum() -> None:
     assert ENTRY.is_of("uid", 3, "digest", 1)
     for other in (("x", 3, "digest", 1), ("uid", 4, "digest", 1), ("uid", 3, "x", 1), ("uid", 3, "digest", 2)):
         assert not ENTRY.is_of(*other)
+
+
+@pytest.mark.parametrize(("attempt", "durable"), [(0, False), (1, True)])
+async def test_lost_sums_are_counted_durably(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempt: int, durable: bool
+) -> None:
+    """The entry of a new instance replaces the one that has counted them."""
+
+    async def at_once(_: str, write: Any) -> Any:
+        return write()
+
+    state = DurableState(tmp_path, at_once)
+    assert await state.open() is None
+    synced: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    state.note(replace(ENTRY, attempt=attempt))
+    directory = tmp_path / "secure"
+    assert synced == ([directory / ".journal.new", directory] if durable else [])
+    assert await state.open() == replace(ENTRY, attempt=attempt)
