@@ -1,6 +1,6 @@
 """Consequences of a sum that was lost after its survivors had been fixed, so that clients may have agreed to open it.
 
-The updates in such a sum must not be in another one, whose difference from the first would be one client's update.
+The updates in that sum must not be in another one, whose difference from the first would be one client's update.
 """
 
 from isthmus_contracts.pb import secure_aggregation_pb2 as sa
