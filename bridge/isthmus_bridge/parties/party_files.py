@@ -30,12 +30,14 @@ def trust(policy: Policy, own: str, job: pb.Privacy) -> Trust:
         if twin := next((party for party, root in roots.items() if root == own and party != policy.site), None):
             raise PartyError(f"{section}.{twin}: is the root of this site, {policy.site}; leave it out")
         roots[policy.site] = own
+    noise = [private.min_noise_multiplier or 0.0] if private.distributed else []
+    noise += [job.noise_multiplier] if job.distributed_noise else []
     return Trust(
         roots=roots,
         min_parties=max(secure.min_parties, job.min_parties),
         min_clients=max(secure.min_clients, job.min_clients),
         required=secure.required or job.secure_aggregation,
-        noise_multiplier=(private.min_noise_multiplier or 0.0) if private.distributed else None,
+        noise_multiplier=max(noise, default=None),
         tensors=list(rules.tensors),
         max_bytes_per_round=rules.max_bytes_per_round,
     )

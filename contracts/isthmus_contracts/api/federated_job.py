@@ -210,6 +210,12 @@ class FederatedJobSpec(Resource):
         return self.stragglers.min_updates or min(self.min_clients, self.strategy.round_size or self.min_clients)
 
     @property
+    def clients_noise_multiplier(self) -> float | None:
+        """Multiplier of the noise that clients add, which they demand in each round; ``None`` if they add none."""
+        private = self.privacy.differential_privacy
+        return float(private.noise_multiplier) if private is not None and self._clients_add_noise else None
+
+    @property
     def noise_contributors(self) -> int:
         """Number of clients whose noise is enough for differential privacy: the least of an opened sum. 0 if the
         aggregator adds the noise."""

@@ -52,7 +52,13 @@ def trust_of(spec: FederatedJobSpec, party: str, root: str, sites: Mapping[str, 
             raise TrustError(f"{field}: HPCSite {name!r}: signing root: {error}") from None
         roots[site.name], owners[site.root] = site.root, f"HPCSite {name!r}"
     try:
-        return Trust(roots=roots, min_parties=secure.min_parties, min_clients=secure.min_clients, required=True)
+        return Trust(
+            roots=roots,
+            min_parties=secure.min_parties,
+            min_clients=secure.min_clients,
+            required=True,
+            noise_multiplier=spec.clients_noise_multiplier,
+        )
     except ValidationError as error:
         wrong = ".".join(map(str, error.errors()[0]["loc"]))
         raise TrustError(f"secure aggregation: {wrong[:80]!r} is no name of a party, as it was configured") from None

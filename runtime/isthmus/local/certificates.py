@@ -50,6 +50,7 @@ def _issue_signing_keys(job: FederatedJob, uid: str, directory: Path) -> None:
         min_parties=secure.min_parties,
         min_clients=secure.min_clients,
         required=True,
+        noise_multiplier=job.spec.clients_noise_multiplier,
     )
     for pool in job.spec.pools:
         party = _party(pool)

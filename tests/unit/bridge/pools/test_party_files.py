@@ -224,3 +224,29 @@ def test_clients_check_the_noise_that_the_site_demands_of_them(
 ) -> None:
     with_rules(world, differential_privacy=rules)
     assert party_files.trust(world.current_policy.policy, root, pb.Privacy()).noise_multiplier == noise
+
+
+@pytest.mark.parametrize(
+    ("asked", "rules", "demanded"),
+    [
+        ({}, {}, None),
+        ({"noise_multiplier": 2.0}, {}, None),  # the aggregator adds it
+        ({"noise_multiplier": 2.0, "distributed_noise": True}, {}, 2.0),
+        (
+            {"noise_multiplier": 2.0, "distributed_noise": True},
+            {"required": True, "distributed": True, "min_noise_multiplier": 3.0},
+            3.0,
+        ),
+        (
+            {"noise_multiplier": 4.0, "distributed_noise": True},
+            {"required": True, "distributed": True, "min_noise_multiplier": 3.0},
+            4.0,
+        ),
+    ],
+)
+def test_clients_demand_the_larger_noise_of_policy_and_job(
+    asked: dict[str, Any], rules: dict[str, Any], demanded: float | None, tmp_path: Path
+) -> None:
+    settings = policy(tmp_path, privacy={"differential_privacy": rules})
+    trust = party_files.trust(settings, OTHER, pb.Privacy(secure_aggregation=True, **asked))
+    assert trust.noise_multiplier == demanded

@@ -70,6 +70,13 @@ def test_roots_that_cannot_be_trusted_are_named(sites: dict[str, SiteParty], wor
     assert words in str(error.value)
 
 
+def test_cloud_clients_demand_the_noise_that_they_are_to_add() -> None:
+    noise = {"clipNorm": "1", "noiseMultiplier": "2.5", "delta": "1e-3", "noise": "Distributed"}
+    private = spec(cloud=4, hpc=3, privacy={"secureAggregation": {}, "differentialPrivacy": noise})
+    assert trust_of(parse_spec(private), "cluster", ROOT, SITES).noise_multiplier == 2.5
+    assert trust_of(parse_spec(SECURE), "cluster", ROOT, SITES).noise_multiplier is None
+
+
 def test_two_hpcsites_of_one_site_are_one_party() -> None:
     two = spec(cloud=4, hpc=2, privacy={"secureAggregation": {}})
     two["pools"].append({"name": "gpu", "hpc": {"siteRef": {"name": "other"}, "environment": "py"}})

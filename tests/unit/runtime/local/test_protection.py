@@ -16,9 +16,10 @@ CLOUD: dict[str, Any] = {"name": "cloud", "replicas": 3, "cloud": {}}
 SITE: dict[str, Any] = {"name": "hpc", "replicas": 2, "hpc": {"siteRef": {"name": "cloud"}, "environment": "py"}}
 
 
-def job(*pools: dict[str, Any], secure: dict[str, Any] | None) -> FederatedJob:
+def job(*pools: dict[str, Any], secure: dict[str, Any] | None, private: dict[str, Any] | None = None) -> FederatedJob:
     spec: dict[str, Any] = {"rounds": 2, "task": {"image": "i", "command": ["true"]}, "pools": pools}
-    return FederatedJob("demo", "default", parse_spec(spec | {"privacy": {"secureAggregation": secure}}))
+    privacy = {"secureAggregation": secure, "differentialPrivacy": private}
+    return FederatedJob("demo", "default", parse_spec(spec | {"privacy": privacy}))
 
 
 def status(**secure: Any) -> pb.FederationStatus:
@@ -84,6 +85,14 @@ def test_every_client_refuses_clear_rounds_also_with_the_defaults(tmp_path: Path
         for index in range(size):
             trust = Trust.read(client_directory(tmp_path, pool, index))
             assert (trust.required, trust.min_parties, trust.min_clients) == (True, 1, 3)
+
+
+def test_clients_demand_the_noise_that_they_are_to_add(tmp_path: Path) -> None:
+    noise = {"clipNorm": "1", "noiseMultiplier": "2.5", "delta": "1e-3", "noise": "Distributed"}
+    for wanted, value in ((noise, 2.5), (noise | {"noise": "Aggregator"}, None)):
+        manifest = job(CLOUD, SITE, secure={}, private=wanted)
+        issue_certificates(manifest, UID, tmp_path)
+        assert Trust.read(client_directory(tmp_path, "cloud", 0)).noise_multiplier == value
 
 
 def test_a_job_without_it_gets_no_signing_keys(tmp_path: Path) -> None:
