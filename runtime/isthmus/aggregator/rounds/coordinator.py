@@ -322,14 +322,15 @@ class Coordinator:
             current.number, current.updates, spec.min_updates,
         )  # fmt: skip
         current.deadline = time.monotonic() + spec.stragglers.round_deadline_seconds
-        current.rejected.clear()
         if self._secure is not None:
+            self._secure.extended(current)
             # Those that have handed in need not wait for the others, if they are enough for an instance of their own.
             present = {client.id for client in self._members.trainers()}
             done = current.accepted & present
             current.selected |= present
             await self._begin_instance(current, done if len(done) >= self._secure.fewest else None)
             return
+        current.rejected.clear()
         for trainer in self._members.trainers():
             if trainer.id in current.selected - current.accepted:
                 self._offers.train(trainer, current)

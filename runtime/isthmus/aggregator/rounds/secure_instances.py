@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -93,12 +94,19 @@ class SecureInstances:
         """End the round's instance."""
         self._secure.end_round()
 
+    def extended(self, current: ActiveRound) -> None:
+        """Let the clients that a round has rejected try again, as its deadline is extended, but for culprits."""
+        self._secure.extended(current)
+
     def decide(self, current: ActiveRound, now: float) -> Decision:
         """Return the next step of a round, whose updates must suffice to open the sum. ``now``: monotonic seconds."""
         current.able = self._secure.able()
         decision = decide(current, self._members.by_id, self._secure.needed, now)
         if decision.verdict is Verdict.COMMIT and self._secure.shortage(current.accepted):
             decision = decide(current, self._members.by_id, current.updates + 1, now)
+        if decision.verdict in (Verdict.SELECT_MORE, Verdict.EXTEND) and self._secure.disputed:
+            # Who is at fault is known once all have answered; an instance without it can begin then.
+            return Decision(Verdict.WAIT, math.inf)
         if decision.verdict is Verdict.SELECT_MORE and now < self.next_try:
             return replace(decision, recheck_at=min(decision.recheck_at, self.next_try))
         return decision

@@ -68,6 +68,11 @@ class Instance:
         """True while masked updates are taken."""
         return self.protocol.phase is Phase.COLLECT
 
+    @property
+    def disputed(self) -> bool:
+        """True if clients were dropped for faults or refusals in a phase before updates are taken, which goes on."""
+        return bool(self.protocol.faults) and self.protocol.phase < Phase.COLLECT
+
     def start(self) -> None:
         """Send the first messages."""
         self._send(self.protocol.start())

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Executor
@@ -19,27 +18,24 @@ from ...secure_aggregation.layout import wire_specs
 from ...secure_aggregation.parameters import Participant, Phase
 from ...secure_aggregation.server import ServerProtocol
 from ...strategies import StrategyError, Update
-from ...tensors import State, checksum_of
+from ...tensors import checksum_of
 from ..clients.membership import Client, ClientId, Membership
 from ..job import Job
 from ..model.global_model import GlobalModel
 from ..state.training_state import ActiveRound, TrainingState
-from ..storage.checkpoints import Checkpoint
-from ..storage.safetensors_file import SMALL_BYTES, mapped
 from ..telemetry.round_statistics import RoundStatistics
 from ..telemetry.secure_metrics import SecureMetrics
 from .durable_state import DurableState
+from .exclusions import Exclusions
 from .instance import Instance
 from .journal import Entry
 from .lost_sums import consequence, require_possible
+from .resources import for_hashing, threads
 from .subject import Subject
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# Threads that remove masks: they share the memory's bandwidth.
-_MOST_THREADS = 8
 
 
 class SecureRounds:
@@ -72,7 +68,7 @@ class SecureRounds:
         self._instance: Instance | None = None
         self._opened: Instance | None = None
         self._frozen = self._recovering = False
-        self._refusers: set[ClientId] = set()
+        self._excluded = Exclusions()
         self.layout = sa.SecureLayout()
         """Form of the present instance's updates."""
         self.specs: list[TensorSpec] = []
@@ -126,6 +122,11 @@ class SecureRounds:
             return "its clients are still exchanging keys"
         return self._instance.protocol.shortage(contributors)
 
+    @property
+    def disputed(self) -> bool:
+        """True while clients of the present instance refuse to go on, and others may still name the same culprit."""
+        return self._instance is not None and self._instance.disputed
+
     def able(self) -> frozenset[ClientId]:
         """Return the clients whose update can be in the sum, whether it is already there or not."""
         return self._instance.able() if self._instance is not None else frozenset()
@@ -158,8 +159,13 @@ class SecureRounds:
         """Repeat the instance's messages to a client that has connected."""
         if self._instance is not None:
             self._instance.joined(client)
-        if not self.takes_part(client):
-            self._forgive()
+        current = self._training.round
+        if current is not None and not self.takes_part(client):
+            self._excluded.pardon(current.rejected)
+
+    def extended(self, current: ActiveRound) -> None:
+        """Let the clients that a round has rejected try again, as its deadline is extended."""
+        self._excluded.pardon_all(current.rejected)
 
     def lost(self) -> None:
         """Note that a client has disconnected or failed."""
@@ -210,7 +216,7 @@ class SecureRounds:
         if self._arranged != (arranged := (current.number, base.digest, subject)):
             self._base_digest, self.layout = await self._in_folder(
                 lambda: (
-                    subject.basis(current.number, _for_hashing(base.checkpoint)),
+                    subject.basis(current.number, for_hashing(base.checkpoint)),
                     subject.arrange(current.number, base.checkpoint.state),
                 )
             )
@@ -264,7 +270,7 @@ class SecureRounds:
         def opened() -> None:
             total = self._durable.accumulator.private(self.specs)
             subject.adopt(current.base.checkpoint.state, total, len(current.accepted))
-            subject.unmask(instance.protocol.plan().remaining, _threads())
+            subject.unmask(instance.protocol.plan().remaining, threads())
 
         try:
             await self._durable.keep(lambda: self._folder.submit(opened).result())
@@ -309,7 +315,7 @@ class SecureRounds:
             self._opened.say_farewell()
             self._opened = None
         self.attempt, self.note, self._reason = 0, "", ""
-        self._refusers.clear()
+        self._excluded.clear()
 
     async def _give_up(self, number: int, model: GlobalModel, reason: str) -> None:
         """Note that the updates of a round may have been announced as parts of a sum, so that no other may have them.
@@ -377,26 +383,22 @@ class SecureRounds:
             self._instance = None
 
     def _on_fault(self, client: ClientId, reason: str, text: str) -> None:
-        """Note that a client was dropped from the instance. It may take part in another one of a later round."""
+        """Note that a client was dropped from the instance. Those that object to a culprit can take part in another."""
         name = f"{client[0]}/{client[1]}"
         log.warning("%s is dropped from secure aggregation (%s): %s", name, reason, text)
         self._metrics.fault(reason)
         current = self._training.round
-        if current is not None:
+        if current is not None and self._instance is not None:
+            protocol = self._instance.protocol
             current.rejected.add(client)
             current.fault = f"{name}: {text}"
-            self._refusers.add(client)
+            self._excluded.add(client, culprit=client in protocol.culprits)
+            self._excluded.pardon(current.rejected, protocol.objectors)
 
     def _on_drop(self, client: ClientId, reason: str, text: str) -> None:
         """Note that the instance goes on without a client."""
         log.info("%s/%d is left out of secure aggregation: %s", *client, text)
         self._metrics.fault(reason)
-
-    def _forgive(self) -> None:
-        """Let clients that were dropped take part again: what they refused may have depended on who took part."""
-        if self._training.round is not None:
-            self._training.round.rejected -= self._refusers
-        self._refusers.clear()
 
     def _phase_over(self, phase: str, seconds: float) -> None:
         self._metrics.phase(phase, seconds)
@@ -404,13 +406,3 @@ class SecureRounds:
 
     async def _in_folder(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._folder, work)
-
-
-def _for_hashing(checkpoint: Checkpoint) -> State:
-    """Return a model's tensors. Pages that are read of a large one do not stay in this process's memory."""
-    file = checkpoint.file
-    return mapped(file.path) if file.size > SMALL_BYTES else checkpoint.state
-
-
-def _threads() -> int:
-    return max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0))))

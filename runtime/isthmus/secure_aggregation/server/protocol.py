@@ -98,6 +98,13 @@ class ServerProtocol:
         """Clients that a new instance should leave out, as they would spoil it, too."""
         return frozenset(fault.who for fault in self.faults if fault.reason not in (REFUSED, Reason.STRANGER))
 
+    @property
+    def objectors(self) -> frozenset[ClientId]:
+        """Clients that object to a culprit: nothing is known that speaks against an instance with them without it."""
+        culprits = self.culprits
+        blames = self._answers.blames.items()
+        return frozenset(who for entry, some in blames if self._id(entry) in culprits for who in some) - culprits
+
     def shortage(self, contributors: Iterable[ClientId]) -> str:
         """Return why the sum of these clients' updates could not be opened now; empty if it could."""
         chosen = frozenset(self._setup.numbers[who] for who in contributors)
