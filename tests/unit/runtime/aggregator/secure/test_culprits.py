@@ -85,7 +85,7 @@ async def test_it_stays_out_when_the_deadline_is_extended(trials: Callable[..., 
 
 async def test_no_other_instance_begins_before_most_have_named_the_culprit(trials: Callable[..., SecureTrial]) -> None:
     """After two refusals, the five updates that six clients need are impossible. The four that are left would suffice
-    for another instance, but one of them is the culprit."""
+    for another instance, but they include the culprit."""
     trial = trials(selection={"minClients": 4}, stragglers={"minUpdates": 3})
     slow = trial.clients[2:HONEST]
     for client in slow:
