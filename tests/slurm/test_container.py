@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from isthmus_bridge.files.run_directory import AUDIT_FOLDER
 from isthmus_contracts.pb import bridge_pb2 as pb
 
 from .slurm_site import Site, ensure, over, spec, tail
@@ -53,4 +54,4 @@ def test_the_script_runs_in_the_container(site: Site, image: Path) -> None:
     assert lines[1:4] == ["/mnt/0: ca.crt", "tls.crt", "tls.key"]
     assert lines[4] == "$(id) 'x'"
     assert "work" not in lines and "var" not in lines, "this is not the image's root"
-    assert [path.name for path in (site.folder / "run" / key / "work" / "1").iterdir()] == ["left"]
+    assert {path.name for path in (site.folder / "run" / key / "work" / "1").iterdir()} == {AUDIT_FOLDER, "left"}

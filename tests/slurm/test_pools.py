@@ -8,6 +8,7 @@ import time
 import grpc
 import pytest
 
+from isthmus_bridge.files.run_directory import AUDIT_FOLDER
 from isthmus_contracts.identities import slurm_job_name
 from isthmus_contracts.pb import bridge_pb2 as pb
 from isthmus_contracts.pb import bridge_pb2_grpc as rpc
@@ -44,7 +45,7 @@ def test_from_submission_to_success_with_the_promised_environment(site: Site, op
     }, own  # fmt: skip
     # They are removed once the pool's end is recorded.
     until(lambda: not (site.folder / "run" / key / "tls").exists(), "the credentials are gone with the pool")
-    assert not list((site.folder / "run" / key / "work" / "1").iterdir())
+    assert [path.name for path in (site.folder / "run" / key / "work" / "1").iterdir()] == [AUDIT_FOLDER]
 
 
 @pytest.mark.parametrize(("clients_per_job", "told"), [(1, "[] 0 of 2"), (2, "[0] 1 of 2")])
