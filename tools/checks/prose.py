@@ -6,6 +6,7 @@ import re
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 # Words and phrases that hide the actor or the action. CONTRIBUTING.md says what to write instead.
 PHRASES = re.compile(
@@ -62,18 +63,35 @@ def of_text(text: str) -> list[Fault]:
 
 def _docstrings(tree: ast.Module) -> Iterator[Fault]:
     for node in ast.walk(tree):
+        for text, line in _attribute_docstrings(node):
+            yield from _docstring(text, line)
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         docstring = ast.get_docstring(node, clean=False)
         if docstring is None:
             continue
         line = node.body[0].lineno
-        yield from (fault for n, text in enumerate(docstring.splitlines()) for fault in _phrases(text, line + n))
-        if opening := OPENINGS.match(docstring.lstrip()):
-            yield Fault(line, f'docstring begins with "{opening[0]}"')
+        yield from _docstring(docstring, line)
         first = docstring.split(maxsplit=1)[0].rstrip(".,:;") if docstring.strip() else ""
         if first in (FUNCTION_VERBS if _is_function(node) else VERBS):
             yield Fault(line, f'docstring begins with "{first}"; use the imperative, or a noun phrase')
+
+
+def _docstring(text: str, line: int) -> Iterator[Fault]:
+    """Yield the faults that are faults in every kind of docstring."""
+    yield from (fault for n, part in enumerate(text.splitlines()) for fault in _phrases(part, line + n))
+    if opening := OPENINGS.match(text.lstrip()):
+        yield Fault(line, f'docstring begins with "{opening[0]}"')
+
+
+def _attribute_docstrings(node: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield the strings that describe an assigned name (PEP 257), each with its line."""
+    if not isinstance(node, ast.Module | ast.ClassDef):
+        return
+    for statements in pairwise(node.body):
+        match statements:
+            case (ast.Assign() | ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str(text)), lineno=line)):
+                yield text, line
 
 
 def _is_function(node: ast.AST) -> bool:

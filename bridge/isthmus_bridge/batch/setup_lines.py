@@ -18,7 +18,7 @@ class Step:
     stage: str
     """The words for a failure, such as "running set-up line 2: module purge"."""
     sourced: str = ""
-    """The file that it sources, as the shell reads it. Such a command fails only if the file cannot be read."""
+    """The file that it sources, as the shell reads it. Sourcing fails only if the file cannot be read."""
 
 
 @functools.lru_cache(maxsize=256)

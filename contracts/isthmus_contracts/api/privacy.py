@@ -80,9 +80,9 @@ class DifferentialPrivacy(Resource):
     """The privacy budget. Training ends, with its present model, before the round that would exceed it. Default: no
     budget; all rounds run."""
     noise: Literal["Aggregator", "Distributed"] = "Aggregator"
-    """Who adds the noise. Aggregator: the aggregator, once to the sum, so it must be trusted with it. Distributed: each
-    client adds a share before it masks its update, so no single party sees a sum with less noise; it needs
-    privacy.secureAggregation."""
+    """The source of the noise. Aggregator: the aggregator adds it once to the sum, and must be trusted to do so.
+    Distributed: each client adds a share before it masks its update, so not even the aggregator sees a sum with less
+    noise; this needs privacy.secureAggregation."""
     adaptive_clipping: AdaptiveClipping | None = None
     """Let the clipping norm follow the updates. Default: clipNorm holds for all rounds."""
 

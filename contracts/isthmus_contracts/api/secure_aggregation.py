@@ -105,7 +105,7 @@ class SecureAggregation(Resource):
     """Rotate updates at random before they are rounded, for less error where few coordinates are much larger than the
     others."""
     keep: Decimal | None = None
-    """Share of each tensor's coordinates that travel in a round, drawn anew each round from a public seed (random-k):
+    """Share of each tensor's coordinates that travel in a round, drawn in each round from a public seed (random-k):
     above 0, below 1. Default: all."""
 
     @field_validator("bits", mode="before")

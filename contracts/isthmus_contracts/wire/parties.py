@@ -82,7 +82,7 @@ class Credential:
     public_key: bytes
     """Ed25519, 32 bytes: verifies the signatures of the pool's clients."""
     signature: bytes
-    """Of the party's root over the fields above, 64 bytes."""
+    """Signature of the party's root over the fields above, 64 bytes."""
 
     def __post_init__(self) -> None:
         for name in ("party", "job_uid", "pool"):

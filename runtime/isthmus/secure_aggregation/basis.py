@@ -15,9 +15,9 @@ class Settings:
 
     algorithm: str = ""
     parameters: Mapping[str, str] = field(default_factory=dict)
-    """Of the strategy."""
+    """Parameters of the strategy."""
     config: Mapping[str, str] = field(default_factory=dict)
-    """Of the script, in this round."""
+    """Configuration of the script in this round."""
 
 
 def basis_digest(model: str, settings: Settings, companion: str = "") -> str:

@@ -65,7 +65,7 @@ class Quantised:
     unbounded: tuple[str, ...]
     """Metrics that the layout has no room for, so that they stay here."""
     residual: Residual | None = None
-    """What the client adds to its next change, once this one counts, if the layout keeps only some coordinates."""
+    """Values to add to the client's next change, once this one counts; only if the layout keeps some coordinates."""
 
 
 def quantise(

@@ -48,11 +48,11 @@ class UpdateKey(NamedTuple):
 
     round: int
     base_digest: str
-    """Of the model that it was trained from, as in ``SecureBegin``."""
+    """Digest of the base model and the settings, as in ``SecureBegin``."""
     attempt: int
     """``Offer.secure_attempt`` for which it was trained."""
     digest: str
-    """Of its integers before masks were added."""
+    """Identity of its integers before masks were added."""
 
 
 @dataclass(frozen=True)

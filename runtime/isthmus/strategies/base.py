@@ -49,7 +49,8 @@ class Update:
     count: int = 1
     """Number of clients whose weighted mean this update is: more than 1 under secure aggregation only."""
     slopes: State = field(default_factory=dict)
-    """Weighted mean of the clients' changes, each divided by the client's ``travel``, if the update is such a mean."""
+    """Weighted mean of the clients' changes, each divided by the client's ``travel``: for SCAFFOLD
+    under secure aggregation only."""
 
     @property
     def weight(self) -> float:

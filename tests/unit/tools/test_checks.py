@@ -38,6 +38,8 @@ def test_plain_prose_passes() -> None:
         ('def run() -> None:\n    """Names the pool."""', '"Names"'),
         ('class Limits:\n    """Writes the file."""', '"Writes"'),
         ('"""Sizes.\n\nWhoever asks is served.\n"""', '"Whoever"'),
+        ('class Limits:\n    most: int\n    """Of one client."""', '"Of"'),
+        ('SIZE = 3\n"""Bytes of a word."""', '"a word"'),
         ("x = 1  # counted anew", '"anew"'),
     ],
 )

@@ -42,7 +42,7 @@ class ActiveRound(RoundState):
     contributions: dict[UpdateKey, Contribution] = field(default_factory=dict)
     """One entry for each update that counts, in the order of arrival."""
     sums: RoundSums | None = None
-    """The opened sum of secure aggregation, in which nobody knows a single contribution; ``None`` without it."""
+    """The opened sum of secure aggregation, which hides single contributions; ``None`` without it."""
 
     def restart(self) -> None:
         """Forget the updates that count, since a new sum begins."""

@@ -32,9 +32,9 @@ class Results:
     what: What
     round: int
     size: int = 0
-    """Of the data, in bytes."""
+    """Size of the data in bytes."""
     sha256: str = ""
-    """Of the data as it is sent, in hexadecimal."""
+    """Digest of the data as sent, in hexadecimal."""
     incarnation: int = 0
     """The instance of secure aggregation whose masks cover the data; 0: it is sent in clear."""
 

@@ -43,7 +43,7 @@ class Numbers:
     scalars: Mapping[str, float] = field(default_factory=dict)
     """Numbers about the training that the strategy requires."""
     evaluation: pb.Evaluation | None = None
-    """Of the base model."""
+    """Evaluation of the base model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +52,12 @@ class HeldUpdate:
 
     work: Work
     base_sha256: str
-    """Of all that it was made from (``secure_aggregation.basis``)."""
+    """Digest of the base model and the settings (``secure_aggregation.basis``)."""
     layout: bytes
     """Form of the instance's vectors, serialized."""
     tensors: State
     residual: Residual | None = None
-    """What the result leaves out, if only some coordinates travel."""
+    """The coordinates' values that the result leaves out, if only some travel."""
     number: int = field(default_factory=lambda: next(_numbers))
     """Number of the result in this process."""
 
