@@ -23,10 +23,10 @@ from isthmus.secure_aggregation.layout import Parameters
 from isthmus.secure_aggregation.sum_rule import SecureSum
 from isthmus.strategies import Strategy, Update
 from isthmus.tensors import State
-from isthmus_contracts.api.secure_aggregation import threshold
 from isthmus_contracts.api.strategy import Strategy as Spec
 from isthmus_contracts.dp_accounting import Spent
 from isthmus_contracts.dp_skellam import SkellamSpent, grid_of
+from isthmus_contracts.secure_sums import threshold
 from isthmus_examples.fashion_mnist import DEBIAN_DIRECTORY, load
 from isthmus_examples.partition import dirichlet_partition
 from isthmus_examples.training import Examples, Settings, evaluate

@@ -49,6 +49,7 @@ KEY_FILE = "tls.key"
 SIGNING_KEY_FILE = "signing.key"
 CREDENTIAL_FILE = "credential.json"
 TRUST_FILE = "trust.json"
+PARTY_FILES = (SIGNING_KEY_FILE, CREDENTIAL_FILE, TRUST_FILE)
 
 # Lines (JSON) of a client about each message with results that it sends; the site's bridge collects them.
 AUDIT_FILE = "audit.jsonl"

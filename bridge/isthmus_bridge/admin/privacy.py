@@ -122,7 +122,7 @@ def root_line(policy: Policy) -> str:
     root = signing_root.public(policy.tls_dir)
     if not root:
         missing = policy.tls_dir / signing_root.KEY_FILE
-        raise party_files.NoRootError(f"{missing} does not exist; `isthmus-bridge certs` creates it")
+        raise PartyError(f"{missing} does not exist; `isthmus-bridge certs` creates it")
     return f'{policy.site}: "{root}"'
 
 

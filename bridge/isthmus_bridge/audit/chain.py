@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# In the place of the hash, in the first line.
+# The first line's `previous`, since no line precedes it.
 GENESIS = "0" * 64
 # The event after a line that was not written to its end.
 TORN = "torn"

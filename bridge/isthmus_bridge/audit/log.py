@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from isthmus_contracts.process.files import sync_directory
+
 from .chain import GENESIS, TORN, Head, hash_of, parse, record_line
 
 log = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ class AuditLog:
             if not size:
                 if self._head.hash != GENESIS:
                     log.error("the audit log %s was removed; it goes on in a new file", self._path)
-                self._sync_folder()
+                sync_directory(self._path.parent)
                 return
             tail = os.pread(self._descriptor, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
             self._resume(tail)
@@ -109,13 +111,6 @@ class AuditLog:
         except FileNotFoundError:
             return None
         return found.st_dev, found.st_ino
-
-    def _sync_folder(self) -> None:
-        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
     def _forget(self) -> None:
         if self._descriptor >= 0:

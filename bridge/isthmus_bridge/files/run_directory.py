@@ -29,7 +29,7 @@ _MARK_BYTES = 512
 _MARK_OF_OURS = ".isthmus-pool"
 _EXIT_CODE = re.compile(r"[0-9]{1,3}")
 _INDEX = re.compile(r"0|[1-9][0-9]{0,6}")
-# Of a client's working directory, which its container sees.
+# Folder of the audit file, in the client's working directory, which its container sees.
 AUDIT_FOLDER = ".isthmus-audit"
 
 

@@ -8,10 +8,6 @@ from ..policy.policy import Policy
 from . import signing_root
 
 
-class NoRootError(PartyError):
-    """The site has no root, and the policy or the job needs one."""
-
-
 def trust(policy: Policy, own: str, job: pb.Privacy) -> Trust:
     """Return the conditions of a pool's clients: the stricter of the policy's and the job's.
 
@@ -53,7 +49,7 @@ def for_new_pool(policy: Policy, spec: pb.PoolSpec) -> dict[str, bytes]:
     if root is None:
         if spec.privacy.secure_aggregation or policy.privacy.secure_aggregation.required:
             missing = policy.tls_dir / signing_root.KEY_FILE
-            raise NoRootError(
+            raise PartyError(
                 f"this site has no root for secure aggregation ({missing}); `isthmus-bridge certs` creates it"
             )
         return _trust_file(policy, "", spec)

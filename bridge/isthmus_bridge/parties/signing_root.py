@@ -6,9 +6,9 @@ from pathlib import Path
 from isthmus_contracts.process import files
 from isthmus_contracts.wire.parties import PartyError, new_root, parse_public, public_root
 
-# Of the CA's folder, and of tls_dir, beside the bridge's own certificate.
+# In the CA's folder, and in tls_dir beside the bridge's own certificate.
 KEY_FILE = "signing-root.key"
-# Of the CA's folder.
+# In the CA's folder only.
 PUBLIC_FILE = "signing-root.pub"
 
 

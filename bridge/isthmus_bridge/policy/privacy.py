@@ -2,10 +2,11 @@
 
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from isthmus_contracts.pb import bridge_pb2 as pb
-from isthmus_contracts.wire.parties import FEWEST_CLIENTS, PartyName, PublicRoot
+from isthmus_contracts.secure_sums import FEWEST_CLIENTS
+from isthmus_contracts.wire.parties import PartyName, PublicRoot, distinct_roots
 
 from .fields import Line
 from .parts import Part
@@ -19,15 +20,8 @@ def _text(value: object) -> object:
     return value
 
 
-def _one_line(text: str) -> str:
-    # A pattern's `$` lets a trailing newline pass.
-    if "\n" in text:
-        raise ValueError("must be one line")
-    return text
-
-
-_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$"), BeforeValidator(_text), AfterValidator(_one_line)]
-_ImageDigest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$"), AfterValidator(_one_line)]
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$"), BeforeValidator(_text)]
+_ImageDigest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 _Root = Annotated[PublicRoot, BeforeValidator(_text)]
 
 
@@ -42,19 +36,9 @@ class SecureAggregationRules(Part):
     cluster. With 1, the clients of this site may be the only ones."""
     min_clients: Annotated[int, Field(ge=FEWEST_CLIENTS, le=1_000_000)] = FEWEST_CLIENTS
     """Least number of clients in a round."""
-    roots: dict[PartyName, _Root] = {}
+    roots: Annotated[dict[PartyName, _Root], AfterValidator(distinct_roots)] = {}
     """Public key of each other party's root, by the party's name. This site's own root is always trusted.
     ``isthmus-bridge root`` shows a site's."""
-
-    @field_validator("roots")
-    @classmethod
-    def _distinct(cls, roots: dict[str, str]) -> dict[str, str]:
-        owners: dict[str, str] = {}
-        for party, root in roots.items():
-            if root in owners:
-                raise ValueError(f"{owners[root]} and {party} have the same root: one party cannot count as two")
-            owners[root] = party
-        return roots
 
 
 class DifferentialPrivacyRules(Part):

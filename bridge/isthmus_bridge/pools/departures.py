@@ -57,11 +57,12 @@ class DepartureCollector:
         """Record new lines of a pool's clients if it is time, or with ``last`` all that are left. Failures are
         logged."""
         now = self._monotonic()
-        if not last and now < self._looked.get(entry.key, -math.inf) + _EVERY:
-            return
-        self._looked[entry.key] = now
         if last:
-            del self._looked[entry.key]
+            self._looked.pop(entry.key, None)
+        elif now < self._looked.get(entry.key, -math.inf) + _EVERY:
+            return
+        else:
+            self._looked[entry.key] = now
         try:
             run = pool_directory(self._policy, entry.key, entry.user)
             while self._step(entry, run) and last:
@@ -74,11 +75,11 @@ class DepartureCollector:
         spec = entry.pool_spec()
         taken = _read(run.guard)
         left = MOST_OF_POOL - sum(one.total for one in taken.values())
-        open_files = {i: one.offset for i, one in taken.items() if one.total < MOST_OF_CLIENT}
-        full = frozenset(taken.keys() - open_files.keys())
         if left <= 0:
             return False
-        pieces = run.departures(open_files, full, PIECE, min(left, _PIECES))
+        offsets = {index: one.offset for index, one in taken.items()}
+        full = frozenset(index for index, one in taken.items() if one.total >= MOST_OF_CLIENT)
+        pieces = run.departures(offsets, full, PIECE, min(left, _PIECES))
         records: list[Record] = []
         for index, (start, data) in sorted(pieces.items()):
             whole = _whole_lines(data)

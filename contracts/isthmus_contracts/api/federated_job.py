@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ..identities import RESERVED_POOL_NAMES
+from ..secure_sums import threshold
 from .aggregator import Aggregator
 from .compression import TOP_K, Compression
 from .fields import (
@@ -22,7 +23,7 @@ from .fields import (
 )
 from .participation import Selection, Stragglers
 from .privacy import Privacy
-from .secure_aggregation import Cohort, threshold
+from .secure_aggregation import Cohort
 from .strategy import Strategy
 from .task import Task
 from .tracking import Tracking
@@ -197,7 +198,7 @@ class FederatedJobSpec(Resource):
         """Effective quorum."""
         secure = self.privacy.secure_aggregation
         least = secure.min_clients if secure is not None else 2
-        if secure is not None and self._clients_add_noise:
+        if self._clients_add_noise:
             # The fewer may contribute, the more noise each adds. Two thirds of a round's clients are a compromise.
             replicas = sum(pool.replicas for pool in self.pools if pool.role == "Train")
             share = exactly(self.selection.fraction) if self.selection.policy != "All" else 1
@@ -213,7 +214,7 @@ class FederatedJobSpec(Resource):
     def clients_noise_multiplier(self) -> float | None:
         """Multiplier of the noise that clients add, which they demand in each round; ``None`` if they add none."""
         private = self.privacy.differential_privacy
-        return float(private.noise_multiplier) if private is not None and self._clients_add_noise else None
+        return float(private.noise_multiplier) if private is not None and private.distributed else None
 
     @property
     def noise_contributors(self) -> int:
@@ -227,7 +228,7 @@ class FederatedJobSpec(Resource):
     @property
     def _clients_add_noise(self) -> bool:
         private = self.privacy.differential_privacy
-        return private is not None and private.noise == "Distributed"
+        return private is not None and private.distributed
 
     @property
     def folds_late(self) -> bool:

@@ -86,6 +86,11 @@ class DifferentialPrivacy(Resource):
     adaptive_clipping: AdaptiveClipping | None = None
     """Let the clipping norm follow the updates. Default: clipNorm holds for all rounds."""
 
+    @property
+    def distributed(self) -> bool:
+        """True if the clients add the noise."""
+        return self.noise == "Distributed"
+
     @field_validator("clip_norm", "noise_multiplier")
     @classmethod
     def _is_size(cls, text: str) -> str:
@@ -119,7 +124,7 @@ class DifferentialPrivacy(Resource):
         if not (limit := float(self.max_epsilon)) > 0 or not math.isfinite(limit):
             raise ValueError(f"maxEpsilon: must be above 0 and finite, not {self.max_epsilon}")
         noise, delta = float(self.noise_multiplier), float(self.delta)
-        if self.noise == "Distributed":
+        if self.distributed:
             first = epsilon_of_line(1 / (2 * noise * noise), 0.0, delta)
         else:
             first = Spent().after(noise).epsilon(delta)
@@ -160,7 +165,7 @@ class Privacy(Resource):
     @model_validator(mode="after")
     def _masks_distributed_noise(self) -> Self:
         private = self.differential_privacy
-        if private is not None and private.noise == "Distributed" and self.secure_aggregation is None:
+        if private is not None and private.distributed and self.secure_aggregation is None:
             raise ValueError(
                 "differentialPrivacy.noise: Distributed needs privacy.secureAggregation, as a client's share of the"
                 " noise does not protect its update alone; add secureAggregation: {}, or use Aggregator"

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from ..dp_skellam import grid_of
+from ..secure_sums import FEWEST_CLIENTS, threshold
 from .compression import HALVES, INTEGERS, NONE, TOP_K, Compression
 from .fields import PATTERN_METRIC, Decimal, Resource, exactly, single_precision_problem
 from .participation import Selection, Stragglers
@@ -29,8 +30,6 @@ NOT_LINEAR: Mapping[Algorithm, str] = {
     **dict.fromkeys(("FedBuff", "FedAsync"), "the clients of its rounds are not known when the masks are made"),
     "Custom": "it may use single updates in any way",
 }
-FEWEST_CLIENTS = 3
-"""Minimum number of contributors of an opened sum. With two, each computes the other's update from it."""
 DEFAULT_BOUNDS: Mapping[str, str] = {"loss": "100", "eval_loss": "100", "val_loss": "100", "accuracy": "1"}
 """Largest absolute value of metrics that are masked without further settings."""
 FEWEST_STEPS = 1023
@@ -39,16 +38,6 @@ MOST_EXAMPLES_16 = 100_000
 """Largest maxExamples with bits 16. Above it, weights of typical clients would have no precision left."""
 LARGEST_SUM = 2.0**43
 """Limit of a masked sum of scalars: 63 bits without sign, 20 of them for fractions."""
-
-
-def threshold(clients: int, foreign: int = 0) -> int:
-    """Return the number of clients of a complete graph whose shares open a sum: more than two thirds.
-
-    Bonawitz et al. (CCS 2017), section 7.2: with it, a malicious aggregator cannot have two sets of survivors opened.
-    ``foreign``: the size of the largest other party. If it colludes with the aggregator, that takes more than
-    ``(clients + foreign) / 2``.
-    """
-    return max(2 * clients // 3, (clients + foreign) // 2) + 1
 
 
 def ring_steps(bits: int, clients: int) -> int:

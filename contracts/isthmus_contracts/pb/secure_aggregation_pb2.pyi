@@ -227,19 +227,16 @@ class SecureNoise(_message.Message):
 
     KIND_FIELD_NUMBER: _builtins.int
     CLIP_NORM_FIELD_NUMBER: _builtins.int
-    STANDARD_DEVIATION_FIELD_NUMBER: _builtins.int
     CONTRIBUTORS_FIELD_NUMBER: _builtins.int
     NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
     COUNT_NOISE_FIELD_NUMBER: _builtins.int
     kind: Global___SecureNoise.Kind.ValueType
     clip_norm: _builtins.float
     """longest change of one client (L2, over all tensors); 0: not bounded"""
-    standard_deviation: _builtins.float
-    """not used"""
     contributors: _builtins.int
     """the number of contributors whose noise is enough for the guarantee"""
     noise_multiplier: _builtins.float
-    """Standard deviation of the noise that so many add together, in lengths of a rounded change; 0: clients add none. The
+    """Standard deviation of the noise of that many clients, in lengths of a rounded change; 0: clients add none. The
     grid of the sum, and with it one client's noise, follows from the layout (isthmus_contracts.dp_skellam).
     """
     count_noise: _builtins.float
@@ -249,14 +246,13 @@ class SecureNoise(_message.Message):
         *,
         kind: Global___SecureNoise.Kind.ValueType = ...,
         clip_norm: _builtins.float = ...,
-        standard_deviation: _builtins.float = ...,
         contributors: _builtins.int = ...,
         noise_multiplier: _builtins.float = ...,
         count_noise: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_norm", b"clip_norm", "contributors", b"contributors", "count_noise", b"count_noise", "kind", b"kind", "noise_multiplier", b"noise_multiplier", "standard_deviation", b"standard_deviation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_norm", b"clip_norm", "contributors", b"contributors", "count_noise", b"count_noise", "kind", b"kind", "noise_multiplier", b"noise_multiplier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -686,7 +682,9 @@ Global___SecureConsent: _TypeAlias = SecureConsent  # noqa: Y015
 
 @_typing.final
 class SecureShare(_message.Message):
-    """What a client holds for one entry. Never both: with both, the server could open that entry's update."""
+    """A client's share of one of an entry's two secrets. Never of both: with both, the server could open that entry's
+    update.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -748,7 +746,7 @@ class SecureRefusal(_message.Message):
     """one line"""
     @_builtins.property
     def entries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """of the roster, that it objects to: where many object to one, it is left out next time"""
+        """Entries of the roster to which the client objects. One to which many object is left out of the next instance."""
 
     def __init__(
         self,

@@ -28,10 +28,10 @@ def replace(path: Path, content: bytes, mode: int = 0o666, *, sync: bool = False
             fresh.unlink(missing_ok=True)
         raise
     if sync:
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -27,8 +27,8 @@ def _finite(number: float) -> float:
 
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=253), AfterValidator(_printable)]
-_Word = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$"), AfterValidator(_printable)]
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=253)]
+_Word = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$")]
 
 
 class Departure(BaseModel):
@@ -50,7 +50,7 @@ class Departure(BaseModel):
     """``update`` or ``evaluation``."""
     size: _Count = 0
     """Bytes of the payload; 0 if nothing was sent."""
-    sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$"), AfterValidator(_printable)] = ""
+    sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     """Digest of the payload in hexadecimal digits; empty if nothing was sent."""
     protection: _Word = "none"
     """``none`` or ``secure-aggregation``."""

@@ -15,15 +15,14 @@ from typing import Annotated, Any, Self
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..identities import CREDENTIAL_FILE, SIGNING_KEY_FILE, TRUST_FILE
 from ..process.files import replace
+from ..secure_sums import FEWEST_CLIENTS
 
 PUBLIC_KEY_BYTES = 32
 SIGNATURE_BYTES = 64
-# No round with fewer contributors is ever opened: with two, each learns the other's update from the sum.
-FEWEST_CLIENTS = 3
 
 # Encodings of the lengths of most fields.
 _LENGTHS = [length.to_bytes(8, "big") for length in range(256)]
@@ -194,6 +193,16 @@ def _checked_root(text: str) -> str:
     return text
 
 
+def distinct_roots(roots: dict[str, str]) -> dict[str, str]:
+    """Return the public roots by party. Raises ``ValueError`` if two parties have the same one."""
+    owners: dict[str, str] = {}
+    for party, root in roots.items():
+        if root in owners:
+            raise ValueError(f"{owners[root]} and {party} have the same root: one party cannot count as two")
+        owners[root] = party
+    return roots
+
+
 PartyName = Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
 PublicRoot = Annotated[str, AfterValidator(_checked_root)]
 
@@ -203,7 +212,7 @@ class Trust(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    roots: dict[PartyName, PublicRoot]
+    roots: Annotated[dict[PartyName, PublicRoot], AfterValidator(distinct_roots)]
     """Public key of each trusted party's root: 64 hexadecimal digits."""
     min_parties: Annotated[int, Field(ge=1, le=1000)] = 1
     """Least number of distinct parties in a round."""
@@ -218,16 +227,6 @@ class Trust(BaseModel):
     """Shell patterns of the names of tensors that may leave the client."""
     max_bytes_per_round: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     """Most bytes that a client may send in one round."""
-
-    @field_validator("roots")
-    @classmethod
-    def _distinct(cls, roots: dict[str, str]) -> dict[str, str]:
-        owners: dict[str, str] = {}
-        for party, root in roots.items():
-            if root in owners:
-                raise ValueError(f"{owners[root]} and {party} have the same root: one party cannot count as two")
-            owners[root] = party
-        return roots
 
     @classmethod
     def parse(cls, text: bytes | str) -> Self:

@@ -18,7 +18,6 @@ from ..state.observed import Job
 from ..state.parties import ClusterParty
 
 RENEW_BEFORE = dt.timedelta(days=30)
-_SIGNING = (ids.SIGNING_KEY_FILE, ids.CREDENTIAL_FILE, ids.TRUST_FILE)
 
 
 def decoded(secret: Mapping[str, Any] | None) -> dict[str, bytes]:
@@ -94,7 +93,7 @@ def version(secret: Mapping[str, Any] | None) -> str:
 
 
 def _names(wanted: IssueCertificate) -> set[str]:
-    signing = _SIGNING if wanted.signing is not None else ()
+    signing = ids.PARTY_FILES if wanted.signing is not None else ()
     return {ids.CA_FILE, *signing, *(name for index, _ in wanted.clients for name in ids.client_files(index))}
 
 

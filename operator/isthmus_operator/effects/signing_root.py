@@ -22,7 +22,7 @@ DEFAULT_NAME = "isthmus-signing-root"
 
 
 class SigningRootError(Exception):
-    """The root cannot be had. ``str()`` is one line with the remedy."""
+    """The root can be neither read nor created. ``str()`` is one line with the remedy."""
 
 
 class SigningRoot:
@@ -64,8 +64,8 @@ class SigningRoot:
             return ClusterParty(self._party, public_root(key), key)
         except PartyError as error:
             raise SigningRootError(
-                f"secure aggregation: {where}: {KEY}: {error}; restore it from a backup, or delete it to have a new one"
-                " made, which sites must then be told"
+                f"secure aggregation: {where}: {KEY}: {error}; restore it from a backup, or delete it, so that a"
+                " new one is created, and give its public key to the sites"
             ) from None
 
     async def _create(self) -> dict[str, object] | None:

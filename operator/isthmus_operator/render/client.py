@@ -93,7 +93,7 @@ class ClientPods:
         crt, key = ids.client_files(index)
         files = {ids.CA_FILE: ids.CA_FILE, crt: ids.CERTIFICATE_FILE, key: ids.KEY_FILE}
         if self._spec.privacy.secure_aggregation is not None:
-            files |= {name: name for name in (ids.SIGNING_KEY_FILE, ids.CREDENTIAL_FILE, ids.TRUST_FILE)}
+            files |= {name: name for name in ids.PARTY_FILES}
         return {
             "secretName": names.clients_tls(self._job, self._pool.name, index),
             "items": [{"key": name, "path": path} for name, path in files.items()],

@@ -88,7 +88,7 @@ def _privacy(spec: FederatedJobSpec) -> bridge_pb2.Privacy | None:
     if private is not None:
         stated.clip_norm, stated.noise_multiplier = float(private.clip_norm), float(private.noise_multiplier)
         stated.delta, stated.max_epsilon = float(private.delta), float(private.max_epsilon or 0)
-        stated.distributed_noise = private.noise == "Distributed"
+        stated.distributed_noise = private.distributed
     return stated
 
 

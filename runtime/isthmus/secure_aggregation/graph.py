@@ -1,4 +1,4 @@
-"""Graph of the clients that share masks with each other, and the number of shares that recover a secret.
+"""Graph of the clients that share masks with each other.
 
 Bell et al., "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead" (CCS 2020): beyond a few dozen clients
 O(log n) neighbours for each are enough if they are chosen at random.
@@ -21,17 +21,6 @@ def degree(clients: int) -> int:
     if clients <= COMPLETE_UP_TO:
         return max(0, clients - 1)
     return min(clients - 1, 2 * math.ceil(math.log2(clients)) + 20)
-
-
-def threshold(holders: int, foreign: int = 0) -> int:
-    """Return the number of shares that recover a secret, of all that its holders (owner included) have.
-
-    More than two thirds (Bonawitz et al. 2017, section 6.2). ``foreign``: the most holders that are of one party other
-    than the owner's. If these collude with the aggregator, they give it both kinds of share. It shows the honest
-    holders two lists of survivors, and needs ``threshold - foreign`` of them for either kind; more than
-    ``(holders + foreign) / 2`` shares cannot be had for both.
-    """
-    return max(2 * holders // 3, (holders + foreign) // 2) + 1
 
 
 def largest_foreign(own: str, others: Iterable[str]) -> int:

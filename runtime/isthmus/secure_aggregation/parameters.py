@@ -5,12 +5,12 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
-from isthmus_contracts.wire.parties import FEWEST_CLIENTS, PUBLIC_KEY_BYTES, SIGNATURE_BYTES
+from isthmus_contracts.wire.parties import PUBLIC_KEY_BYTES, SIGNATURE_BYTES
 
 from .shamir import SHARE_BYTES
 from .shares import SEALED_BYTES
 
-__all__ = ["FEWEST_CLIENTS", "PUBLIC_KEY_BYTES", "SIGNATURE_BYTES"]
+__all__ = ["PUBLIC_KEY_BYTES", "SIGNATURE_BYTES"]
 
 HASH_BYTES = 32
 NONCE_BYTES = 32

@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Iterator, Sequence
 
+from isthmus_contracts import secure_sums
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
+from isthmus_contracts.secure_sums import FEWEST_CLIENTS
 from isthmus_contracts.wire.parties import Credential, PartyError, Trust, verify_signature
 
 from . import graph, transcript
 from .parameters import (
-    FEWEST_CLIENTS,
     HASH_BYTES,
     LONGEST_NAME,
     MOST_BYTES,
@@ -99,7 +100,7 @@ class Roster:
     def threshold(self) -> int:
         """Number of shares that recover a secret of this client."""
         foreign = graph.largest_foreign(self.parties[self.own], (self.parties[each] for each in self.neighbours))
-        return graph.threshold(len(self.holders), foreign)
+        return secure_sums.threshold(len(self.holders), foreign)
 
     def settle(self, nonces: Sequence[bytes], own_nonce: bytes) -> None:
         """Fix the graph by the nonces of all entries; a client without one takes no part. Raises ``Refusal``."""
@@ -189,7 +190,7 @@ class Roster:
         for number in self.neighbours:
             held[self.parties[number]] = held.get(self.parties[number], 0) + 1
         # The threshold grows with the largest party, so this bound is the one without it.
-        most = graph.threshold(len(self.holders)) - 1
+        most = secure_sums.threshold(len(self.holders)) - 1
         for party, shares in sorted(held.items()):
             if party != own_party and shares > most:
                 raise Refusal(

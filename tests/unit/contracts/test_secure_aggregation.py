@@ -6,17 +6,16 @@ from typing import Any, get_args
 import pytest
 
 from isthmus_contracts.api.secure_aggregation import (
-    FEWEST_CLIENTS,
     FEWEST_STEPS,
     LINEAR,
     NOT_LINEAR,
     SecureAggregation,
     ring_steps,
-    threshold,
 )
 from isthmus_contracts.api.strategy import Algorithm
 from isthmus_contracts.identities import API_VERSION
 from isthmus_contracts.manifests.manifest import ManifestError, parse_federated_job, parse_spec
+from isthmus_contracts.secure_sums import FEWEST_CLIENTS, threshold
 
 SPEC: dict[str, Any] = {
     "rounds": 10,

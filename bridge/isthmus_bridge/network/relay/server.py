@@ -169,7 +169,8 @@ class Relay:
             tune(writer)
             tune(far_writer)
             far_writer.write(first)
-            self._count(name, _UP, len(first))
+            self._metrics.relay_bytes.labels(_UP).inc(len(first))
+            self._note(name, _UP, len(first))
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._pass_on(reader, far_writer, name, _UP))
                 both.create_task(self._pass_on(far_reader, writer, name, _DOWN))
@@ -180,14 +181,14 @@ class Relay:
         finally:
             far_writer.close()
 
-    def _count(self, name: str, direction: str, size: int) -> None:
-        self._metrics.relay_bytes.labels(direction).inc(size)
+    def _note(self, name: str, direction: str, size: int) -> None:
         with self._lock:
             self._forwarded[name, direction] += size
 
     async def _pass_on(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str, direction: str
     ) -> None:
+        counter = self._metrics.relay_bytes.labels(direction)
         while True:
             async with asyncio.timeout(_IDLE_SECONDS):
                 data = await reader.read(_CHUNK)
@@ -196,7 +197,8 @@ class Relay:
                 writer.write(data)
                 # Wait for a slow receiver. Its sender is not read in the meantime, so that TCP slows it down.
                 await writer.drain()
-            self._count(name, direction, len(data))
+            counter.inc(len(data))
+            self._note(name, direction, len(data))
         with suppress(OSError):
             writer.write_eof()
 

@@ -3,9 +3,10 @@
 import math
 
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
+from isthmus_contracts.secure_sums import FEWEST_CLIENTS
 from isthmus_contracts.wire.parties import Signer, Trust
 
-from ..parameters import FEWEST_CLIENTS, LONGEST_NAME, MOST_ATTEMPTS, UpdateKey
+from ..parameters import LONGEST_NAME, MOST_ATTEMPTS, UpdateKey
 from ..refusal import Reason, Refusal
 from ..roster import CredentialCache
 from .instance import Identity, Instance, Masks

@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from isthmus_contracts import secure_sums
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
+from isthmus_contracts.secure_sums import FEWEST_CLIENTS
 from isthmus_contracts.text import one_line
 
 from .. import graph
-from ..parameters import FEWEST_CLIENTS, REFUSED, ClientId, Fault, Outgoing, Participant, Phase
+from ..parameters import REFUSED, ClientId, Fault, Outgoing, Participant, Phase
 from ..refusal import Reason, Refusal
 from ..roster import name_of
 from ..transcript import Terms
@@ -71,7 +73,7 @@ class ServerProtocol:
     @property
     def threshold(self) -> int:
         """The largest number of survivors that a client needs among those that hold its shares."""
-        return self._setup.largest_threshold or graph.threshold(graph.degree(len(self.participants)) + 1)
+        return self._setup.largest_threshold or secure_sums.threshold(graph.degree(len(self.participants)) + 1)
 
     @property
     def contributors_possible(self) -> frozenset[ClientId]:

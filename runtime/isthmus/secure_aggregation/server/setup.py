@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from isthmus_contracts import secure_sums
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 
 from .. import graph, transcript
@@ -56,7 +57,7 @@ class Setup:
         parties = [entry.credential.party for entry in self.entries]
         for member, adjacent_entries in self.neighbours.items():
             foreign = graph.largest_foreign(parties[member], (parties[each] for each in adjacent_entries))
-            self._thresholds[member] = graph.threshold(len(adjacent_entries) + 1, foreign)
+            self._thresholds[member] = secure_sums.threshold(len(adjacent_entries) + 1, foreign)
         self.digest = transcript.roster_digest(self.terms, entries, members, seed)
 
     @property

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.secure_aggregation.graph import degree, neighbours, neighbours_of, permutation, threshold
+from isthmus.secure_aggregation.graph import degree, neighbours, neighbours_of, permutation
+from isthmus_contracts.secure_sums import threshold
 
 _clients = st.integers(0, 400)
 _seeds = st.binary(min_size=32, max_size=32)

@@ -5,13 +5,13 @@ import hashlib
 import pytest
 import torch
 
-from isthmus.secure_aggregation import graph
 from isthmus.secure_aggregation.client.instance import Instance
 from isthmus.secure_aggregation.keys import KEY_BYTES, agree, pair_mask, self_mask_key
 from isthmus.secure_aggregation.masks import add_masks
 from isthmus.secure_aggregation.parameters import ClientId, Phase, point
 from isthmus.secure_aggregation.shamir import ShamirError, combine
 from isthmus.tensors import State
+from isthmus_contracts import secure_sums
 from tests.support.secure_federation import Client, Federation, equal
 
 ELEMENTS = 20_000
@@ -115,7 +115,7 @@ def attack(job: Federation, target: ClientId, colluders: list[ClientId], incarna
     setup = job.server._setup
     number = setup.numbers[target]
     known = {setup.numbers[who]: instance_of(job.clients[who]) for who in colluders}
-    needed = graph.threshold(len(setup.holders(number)))
+    needed = secure_sums.threshold(len(setup.holders(number)))
     guess = {name: tensor.clone() for name, tensor in job.clients[target].pushed[incarnation].items()}
     seed_shares = {point(each): instance._held[number].self_seed for each, instance in known.items()}
     mask_shares = {point(each): instance._held[number].mask_key for each, instance in known.items()}
@@ -154,7 +154,7 @@ def test_colluding_clients_recover_an_update_from_the_threshold_on_only(clients:
     number = job.server._setup.numbers[target]
     holders = [job.server._setup.entries[each] for each in sorted(job.server._setup.neighbours[number])]
     others = [(entry.pool, entry.index) for entry in holders]
-    threshold = graph.threshold(len(others) + 1)
+    threshold = secure_sums.threshold(len(others) + 1)
     keep = {who: instance_of(client) for who, client in job.clients.items()}
     if opened:
         job.freeze()
@@ -183,7 +183,7 @@ def test_an_update_that_comes_after_its_client_was_declared_gone_stays_hidden() 
     assert not equal(guess, job.clients[late].update)
     assert chi_square(guess["w"]) < MOST_CHI_SQUARE
     # Its seed would need the threshold's number of shares, all of which are with honest clients.
-    threshold = graph.threshold(len(job.clients))
+    threshold = secure_sums.threshold(len(job.clients))
     others = sorted(job.clients.keys() - {late})
     guess = attack(job, late, others[: threshold - 1])
     assert not equal(guess, job.clients[late].update)

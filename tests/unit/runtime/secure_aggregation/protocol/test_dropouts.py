@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from isthmus.secure_aggregation import graph
 from isthmus.secure_aggregation.parameters import ClientId, Outgoing, Phase
 from isthmus.secure_aggregation.server import ServerProtocol
+from isthmus_contracts import secure_sums
 from tests.support.secure_federation import Federation, begin_of, equal, random_update
 
 STEPS = ["begin", "roster", "nonces", "shares", "push", "survivors", "consents"]
@@ -27,7 +28,7 @@ CASES = [(clients, step) for clients in (5, 16, 40) for step in STEPS
 def test_a_sum_is_right_after_dropouts_in_any_phase(clients: int, noticed: bool, step: str) -> None:
     """As many clients leave as may; those that leave after their push are in the sum."""
     # With a sparse graph, a neighbourhood can lose more than its part.
-    leave = 4 if clients > graph.COMPLETE_UP_TO else clients - graph.threshold(clients, -(-clients // 3))
+    leave = 4 if clients > graph.COMPLETE_UP_TO else clients - secure_sums.threshold(clients, -(-clients // 3))
     assert leave
     job = Federation.of(clients)  # of three parties
     gone = sorted(job.clients)[1 : 1 + leave]
@@ -57,7 +58,7 @@ def test_a_sum_is_right_after_dropouts_in_any_phase(clients: int, noticed: bool,
 @pytest.mark.parametrize("step", ["begin", "roster", "shares", "push", "survivors", "consents"])
 def test_a_sum_with_too_few_left_is_not_opened(step: str) -> None:
     job = Federation.of(6)
-    gone = sorted(job.clients)[: 6 - graph.threshold(6) + (2 if step == "begin" else 1)]
+    gone = sorted(job.clients)[: 6 - secure_sums.threshold(6) + (2 if step == "begin" else 1)]
     job.begin(fewest=4)
     if step in ("push", "survivors", "consents"):
         job.settle()

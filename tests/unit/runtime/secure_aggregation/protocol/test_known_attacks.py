@@ -8,6 +8,7 @@ import pytest
 from isthmus.secure_aggregation import graph, transcript
 from isthmus.secure_aggregation.parameters import ClientId, Outgoing, Phase, point
 from isthmus.secure_aggregation.refusal import Reason, Refusal
+from isthmus_contracts import secure_sums
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 from tests.support.secure_federation import JOB, Client, Federation, begin_of, make_parties, trust_in
 
@@ -149,7 +150,7 @@ def test_a_graph_chosen_by_withheld_nonces() -> None:
             members = [number for number in range(40) if number not in withheld]
             seed = transcript.graph_seed(server._terms, entries, [nonces[number] for number in members])
             held = [members[place] for place in graph.neighbours(len(members), seed)[0]]
-            if sum(number >= 13 for number in held) >= graph.threshold(len(held) + 1):
+            if sum(number >= 13 for number in held) >= secure_sums.threshold(len(held) + 1):
                 message = messages["cloud", 0]
                 for number in withheld:
                     message.nonces.nonces[number] = b""

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from isthmus.secure_aggregation import graph
 from isthmus.secure_aggregation.parameters import REFUSED, ClientId, Outgoing, Participant, Phase
 from isthmus.secure_aggregation.refusal import Reason
 from isthmus.secure_aggregation.server import ServerProtocol
 from isthmus.secure_aggregation.transcript import Terms, entry_text
+from isthmus_contracts import secure_sums
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 from isthmus_contracts.wire import parties
 from isthmus_contracts.wire.parties import PartyError
@@ -352,7 +352,7 @@ def test_nobody_stalls_a_phase() -> None:
     for number, who in enumerate(silent):
         receive = job.clients[who].receive
         job.clients[who].receive = lambda message, receive=receive: receive(message)[:0]  # type: ignore[method-assign,misc]
-        assert number < 9 - graph.threshold(9)
+        assert number < 9 - secure_sums.threshold(9)
     job.run()
     assert job.server.phase is Phase.DONE
     assert job.server.dropped.keys() == set(silent)
