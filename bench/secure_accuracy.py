@@ -23,7 +23,7 @@ import torch
 from isthmus.codecs import Residual
 from isthmus.secure_aggregation.fixed_point import Contribution, quantise
 from isthmus.secure_aggregation.layout import Parameters, public_seed
-from isthmus.secure_aggregation.masks import add_masks
+from isthmus.secure_aggregation.primitives.masks import add_masks
 from isthmus.secure_aggregation.sum_rule import SecureSum
 from isthmus.strategies import Strategy, Update
 from isthmus.tensors import State

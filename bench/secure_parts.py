@@ -18,9 +18,9 @@ import torch
 from isthmus.secure_aggregation.client import ClientProtocol, Masks
 from isthmus.secure_aggregation.fixed_point import Contribution, quantise
 from isthmus.secure_aggregation.layout import Parameters, make_layout
-from isthmus.secure_aggregation.masks import add_masks
 from isthmus.secure_aggregation.parameters import ClientId, Participant, Phase, UpdateKey
-from isthmus.secure_aggregation.server import ServerProtocol, UnmaskPlan
+from isthmus.secure_aggregation.primitives.masks import add_masks
+from isthmus.secure_aggregation.server import ServerProtocol
 from isthmus.strategies.base import Update
 from isthmus.tensors import State
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
@@ -59,13 +59,14 @@ def measure(clients: int, parameters: int, dropouts: float, bits: int, threads: 
     layout = make_layout(settings, model)
     lost = round(clients * dropouts)
     times, masks, plan = protocol(layout, clients, lost)
+    removals = [(key, -sign) for key, sign in plan]
     contribution = Contribution(1000, metrics={"loss": 1.0})
     quantise_seconds, quantised = timed(lambda: quantise(layout, model, trained, contribution))
     vector = quantised.tensors
     mask_seconds, _ = timed(lambda: add_masks(vector, masks.keys))
     total = {name: torch.zeros_like(tensor) for name, tensor in vector.items()}
     add_seconds, _ = timed(lambda: accept(total, Update("one", 1, vector)))
-    unmask_seconds, _ = timed(lambda: add_masks(total, plan.removals, threads))
+    unmask_seconds, _ = timed(lambda: add_masks(total, removals, threads))
     size = parameters * 4
     return {
         "clients": clients,
@@ -81,13 +82,15 @@ def measure(clients: int, parameters: int, dropouts: float, bits: int, threads: 
         "server_protocol_seconds": round(times["server"], 4),
         "recover_seconds": round(times["server open"] + times["plan"], 4),
         "add_seconds": round(add_seconds, 5),
-        "masks_removed": len(plan.removals),
+        "masks_removed": len(removals),
         "unmask_threads": threads,
         "unmask_seconds": round(unmask_seconds, 4),
     }
 
 
-def protocol(layout: pb.SecureLayout, clients: int, lost: int) -> tuple[dict[str, float], Masks, UnmaskPlan]:
+def protocol(
+    layout: pb.SecureLayout, clients: int, lost: int
+) -> tuple[dict[str, float], Masks, list[tuple[bytes, int]]]:
     """Run one instance; return seconds by part, one client's masks, and the masks to remove at the end."""
     root, public = new_root()
     signer = Signer(*issue(root, PARTY, JOB, POOL))

@@ -32,6 +32,9 @@ _MOST_BYTES = 2**63 - 1
 # for the next chunk when receiving.
 _ALL_CHUNKS_BYTES = 16 << 20
 
+# Means, differences and squares of weights up to this bound stay finite in float32 in all strategies. Larger weights
+# come from training that has diverged: updates that hold them are refused, and results are clamped.
+GREATEST_WEIGHT = 2.0**60
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -142,10 +145,10 @@ def checksum_of(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def sha256_of(state: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of the tensors' names, dtypes, shapes and bytes, in hexadecimal, in any order of the names.
+    """Return the SHA-256 of the tensors' names, dtypes, shapes and bytes, in hexadecimal.
 
-    :func:`checksum_of` finds damage, but two models with the same checksum can be made on purpose; with the same
-    SHA-256 they cannot. In secure aggregation it is the ``base_digest`` of an instance.
+    The order of the names does not matter. :func:`checksum_of` finds damage only: two models with the same checksum can
+    be constructed, but not two with the same SHA-256.
     """
     digest = hashlib.sha256()
     for spec in sorted(specs_of(state), key=lambda spec: spec.name):
@@ -279,6 +282,11 @@ def first_beyond(limit: float, state: Mapping[str, torch.Tensor]) -> tuple[str, 
                 if not abs(extreme) <= limit:
                     return name, extreme
     return None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype for sums: at least single precision, and never narrower than the tensors themselves."""
+    return torch.float32 if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float64
 
 
 def group(name: str, state: State) -> State:

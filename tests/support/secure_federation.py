@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from isthmus.secure_aggregation.client import ClientProtocol
-from isthmus.secure_aggregation.masks import add_masks
 from isthmus.secure_aggregation.parameters import ClientId, Outgoing, Participant, Phase, UpdateKey
+from isthmus.secure_aggregation.primitives.masks import add_masks
 from isthmus.secure_aggregation.refusal import Refusal
 from isthmus.secure_aggregation.server import ServerProtocol
 from isthmus.tensors import State
@@ -226,7 +226,7 @@ class Federation:
     def opened(self) -> State:
         """Return the sum without masks."""
         total = {name: tensor.clone() for name, tensor in self.total.items()}
-        add_masks(total, self.server.plan().removals)
+        add_masks(total, [(key, -sign) for key, sign in self.server.plan()])
         return total
 
     def expected(self) -> State:

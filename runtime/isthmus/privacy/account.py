@@ -19,7 +19,7 @@ class Account(Protocol):
 
 
 class Costs(Protocol):
-    """Prices of releases."""
+    """Rule by which each release adds to an account."""
 
     def of(self, account: Mapping[str, float]) -> Account:
         """Return the account in a round's record; an empty one has spent nothing."""

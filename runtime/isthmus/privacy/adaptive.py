@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from isthmus_contracts.api.privacy import DifferentialPrivacy
 
-# Steps per client on which the count and its noise are rounded, as the sums of changes are: the last bits of a noisy
-# double would reveal the count.
-COUNT_STEPS = 2**20
+# Steps per client to which the aggregator's noise on the count is rounded: the last bits of a double would reveal the
+# count. (Noise of the clients has ``dp_skellam.COUNT_STEPS``.)
+_COUNT_STEPS = 2**20
 # Range of the norm. A wrong quantile must not lead to zero or infinity.
 _LEAST, _MOST = 1e-12, 1e12
 # Default noise of the count, as a share of the expected updates: section 3.1 of the paper.
@@ -53,7 +53,7 @@ class Adaptation:
 
         ``within``: their number. ``normal``: a standard normal number, or 0 if ``within`` has its noise already.
         """
-        noise = round(self.count_noise * COUNT_STEPS * normal) / COUNT_STEPS
+        noise = round(self.count_noise * _COUNT_STEPS * normal) / _COUNT_STEPS
         return 0.5 + (within - updates / 2 + noise) / self.expected
 
     def next_norm(self, norm: float, share: float) -> float:

@@ -7,8 +7,8 @@ import torch
 
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 
-from ..strategies.base import Strategy, StrategyError, Update, wide
-from ..tensors import State
+from ..strategies.base import Strategy, StrategyError, Update
+from ..tensors import State, wide
 from .adaptive import Adaptation
 from .noise import Normals, gaussian
 

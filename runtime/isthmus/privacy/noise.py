@@ -6,7 +6,7 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from .entropy import Entropy
+from ..entropy import Entropy
 
 Normals = npt.NDArray[np.float64]
 

@@ -11,13 +11,13 @@ import torch
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 
 from ..codecs import Residual
-from ..strategies.base import wide
-from ..tensors import State, flat
-from .client_noise import Noise, add_count_noise, coordinate_noise
+from ..entropy import Entropy
+from ..tensors import State, flat, wide
 from .encoding import scalars
+from .encoding.client_noise import Noise, add_count_noise, coordinate_noise
 from .encoding.feedback import Feedback
 from .encoding.projection import Projection
-from .encoding.rounding import Entropy, Rounding
+from .encoding.rounding import Rounding
 from .encoding.scalars import SCALARS, Measured
 from .layout import LayoutError, dtype_of, is_exact, levels, problem_with, projection, source, steps_of, unit, weight_of
 
@@ -109,7 +109,7 @@ def quantise(
         elif layout.noise.clip_norm:
             _truncated(layout, tensor, new, old, target, shrink, noise)
         else:
-            share = weight / max(scalars.weight_bound(layout), 1)
+            share = weight / scalars.weight_bound(layout)
             factor = 1 / tensor.clip / _divisor(tensor, contribution)
             found = projection(layout, tensor, old.numel())
             feedback = None

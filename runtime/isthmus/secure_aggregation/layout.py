@@ -5,20 +5,23 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
-from isthmus_contracts.api.federated_job import FederatedJobSpec
 from isthmus_contracts.dp_skellam import Grid, grid_of
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 from isthmus_contracts.pb.federation_pb2 import TensorSpec
 
-from ..strategies.base import GREATEST_WEIGHT
-from ..tensors import State
+from ..tensors import GREATEST_WEIGHT, State
 from .encoding import scalars
 from .encoding.history import FIRST_BUFFER_CLIP, FIRST_CLIP, FIRST_SLOPE, History
 from .encoding.projection import Projection, every_of
 from .encoding.scalars import SCALARS, LayoutError
+
+if TYPE_CHECKING:
+    # Clients import this module, and need no manifests.
+    from isthmus_contracts.api.federated_job import FederatedJobSpec
 
 __all__ = ["History", "LayoutError", "Parameters", "make_layout", "public_seed"]
 
@@ -28,7 +31,6 @@ EXACT_BITS = 64
 # In 16 bits they are too coarse: every step of the next round repeats the error (digits: 1.7 points of accuracy).
 _SLOPE_BITS = 32
 _DTYPES = {16: torch.int16, 32: torch.int32, 64: torch.int64}
-_NAMES = {16: "I16", 32: "I32", 64: "I64"}
 # Numbers of a client that may divide its change.
 _DIVISORS = ("steps", "travel")
 # Largest clipping norm, noise multiplier, and noise of a count.
@@ -56,7 +58,7 @@ class Parameters:
     """Longest change of one client under differential privacy (L2, over all tensors); 0: no differential privacy."""
 
     @classmethod
-    def of(cls, spec: FederatedJobSpec) -> "Parameters":
+    def of(cls, spec: "FederatedJobSpec") -> "Parameters":
         """Return the parameters of a job with secure aggregation."""
         secure, private = spec.privacy.secure_aggregation, spec.privacy.differential_privacy
         assert secure is not None
@@ -132,7 +134,7 @@ def _tensors(
         if not weighted and not trained:
             continue
         if not tensor.is_floating_point():
-            exact = min((2**63 - 1) // (layout.max_clients * max(int(layout.max_examples), 1)), _MOST_EXACT)
+            exact = min((2**63 - 1) // (layout.max_clients * scalars.weight_bound(layout)), _MOST_EXACT)
             yield pb.SecureTensor(name=name, shape=tensor.shape, clip=exact, weighted=weighted, bits=EXACT_BITS)
             continue
         if not weighted:
@@ -142,7 +144,7 @@ def _tensors(
         else:
             clip = history.clips.get(name, first_clip(parameters, name, trained=trained))
         part = pb.SecureTensor(name=name, clip=clip, weighted=weighted)
-        part.shape.extend(_shape(layout, name, tensor))
+        part.shape.extend(_shape(layout, part, tensor))
         if trained and parameters.algorithm == "FedNova":
             part.divisor = "steps"
         yield part
@@ -176,19 +178,16 @@ def is_exact(tensor: pb.SecureTensor) -> bool:
 
 def projection(layout: pb.SecureLayout, tensor: pb.SecureTensor, count: int) -> Projection:
     """Return the map from the ``count`` values of a tensor's change to its masked coordinates."""
-    return _projection(layout, source(tensor), count, exact=is_exact(tensor))
-
-
-def _projection(layout: pb.SecureLayout, name: str, count: int, *, exact: bool) -> Projection:
-    if exact:
+    if is_exact(tensor):
         return Projection(count)
-    seed = layout.public_seed + b"\0" + name.encode()
+    seed = layout.public_seed + b"\0" + source(tensor).encode()
     return Projection(count, rotate=layout.rotate, every=every_of(layout.keep_fraction), seed=seed)
 
 
-def _shape(layout: pb.SecureLayout, name: str, tensor: torch.Tensor) -> list[int]:
-    found = _projection(layout, name, tensor.numel(), exact=False)
-    return list(tensor.shape) if found.is_identity else [found.coordinates]
+def _shape(layout: pb.SecureLayout, tensor: pb.SecureTensor, base: torch.Tensor) -> list[int]:
+    """Return the shape of a masked tensor, of which only name, source and bits need to be set."""
+    found = projection(layout, tensor, base.numel())
+    return list(base.shape) if found.is_identity else [found.coordinates]
 
 
 def dtype_of(layout: pb.SecureLayout, tensor: pb.SecureTensor) -> torch.dtype:
@@ -200,7 +199,7 @@ def wire_specs(layout: pb.SecureLayout) -> list[TensorSpec]:
     """Return the specs of every masked update, and of their sum: the layout's tensors, and then the scalars."""
     specs = [
         TensorSpec(
-            name=tensor.name, dtype=_NAMES[tensor.bits or layout.bits], shape=tensor.shape,
+            name=tensor.name, dtype=f"I{tensor.bits or layout.bits}", shape=tensor.shape,
             size=math.prod(tensor.shape) * dtype_of(layout, tensor).itemsize,
         )
         for tensor in layout.tensors
@@ -244,7 +243,7 @@ def unit(layout: pb.SecureLayout, tensor: pb.SecureTensor) -> float:
     """Return the amount of weight times change that one step of a masked tensor stands for."""
     if is_exact(tensor):
         return 1.0
-    return tensor.clip * max(scalars.weight_bound(layout), 1) / steps_of(layout, tensor)
+    return tensor.clip * scalars.weight_bound(layout) / steps_of(layout, tensor)
 
 
 def problem_with(layout: pb.SecureLayout, base: State) -> str | None:
@@ -304,10 +303,8 @@ def _tensor_problem(layout: pb.SecureLayout, tensor: pb.SecureTensor, base: torc
         return "is weighted under differential privacy" if tensor.weighted else "is not weighted"
     if not 0 < tensor.clip <= GREATEST_WEIGHT:
         return f"has the clip {tensor.clip:g}"
-    if is_exact(tensor) and (int(tensor.clip) * layout.max_clients * max(int(layout.max_examples), 1) >= 1 << 63):
+    if is_exact(tensor) and (int(tensor.clip) * layout.max_clients * scalars.weight_bound(layout) >= 1 << 63):
         return f"has the clip {tensor.clip:g}, with which a sum may leave 63 bits"
-    found = projection(layout, tensor, base.numel())
-    shape = list(base.shape) if found.is_identity else [found.coordinates]
-    if list(tensor.shape) != shape:
+    if list(tensor.shape) != (shape := _shape(layout, tensor, base)):
         return f"has the shape {list(tensor.shape)} instead of {shape}"
     return None

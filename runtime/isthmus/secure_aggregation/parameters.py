@@ -7,8 +7,8 @@ from typing import NamedTuple
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 from isthmus_contracts.wire.parties import PUBLIC_KEY_BYTES, SIGNATURE_BYTES
 
-from .shamir import SHARE_BYTES
-from .shares import SEALED_BYTES
+from .primitives.shamir import SHARE_BYTES
+from .primitives.shares import SEALED_BYTES
 
 __all__ = ["PUBLIC_KEY_BYTES", "SIGNATURE_BYTES"]
 

@@ -1,5 +1,6 @@
 """The participants of an instance as a client sees them, and its checks of them."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
 from isthmus_contracts import secure_sums
@@ -186,9 +187,7 @@ class Roster:
 
     def _check_holders(self) -> None:
         own_party = self.parties[self.own]
-        held: dict[str, int] = {}
-        for number in self.neighbours:
-            held[self.parties[number]] = held.get(self.parties[number], 0) + 1
+        held = Counter(self.parties[number] for number in self.neighbours)
         # The threshold grows with the largest party, so this bound is the one without it.
         most = secure_sums.threshold(len(self.holders)) - 1
         for party, shares in sorted(held.items()):

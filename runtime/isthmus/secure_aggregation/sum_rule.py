@@ -1,6 +1,5 @@
 """Aggregation of masked updates: sums of integers, from which a rule gets one update that stands for all."""
 
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -27,7 +26,7 @@ from .layout import (
     unit,
     wire_specs,
 )
-from .masks import add_masks
+from .primitives.masks import add_masks
 
 Allocate = Callable[[Sequence[TensorSpec]], State]
 
@@ -113,13 +112,12 @@ class SecureSum(Strategy):
         self._model, self.contributors, self._sums = model, contributors, None
         self._rule.release()  # its result has been stored
         specs = wire_specs(self.layout)
-        held = {name: (list(tensor.shape), tensor.dtype) for name, tensor in self.accumulator.items()}
-        if self._allocate is not None:
-            wanted = {spec.name: list(spec.shape) for spec in specs}
-            if {name: shape for name, (shape, _) in held.items()} != wanted:
-                self.accumulator = self._allocate(specs)
-        else:
+        if self._allocate is None:
             self.accumulator = {spec.name: allocate(spec, self.accumulator) for spec in specs}
+            return
+        held = {name: list(tensor.shape) for name, tensor in self.accumulator.items()}
+        if held != {spec.name: list(spec.shape) for spec in specs}:
+            self.accumulator = self._allocate(specs)
 
     def accept(self, update: Update) -> None:
         """Add a masked update. Integers wrap around, which the masks need."""
@@ -127,14 +125,12 @@ class SecureSum(Strategy):
             total.add_(update.tensors[name])
         self.contributors += 1
 
-    def unmask(
-        self, plan: Sequence[tuple[bytes, int]], threads: int = 1, cancel: threading.Event | None = None
-    ) -> Sums:
+    def unmask(self, plan: Sequence[tuple[bytes, int]], threads: int = 1) -> Sums:
         """Subtract the masks that remain in the sum, given as keys with their signs, and return its scalars.
 
         The sum is changed in place, segment by segment. Raises :class:`ImplausibleSumError`.
         """
-        add_masks(self.accumulator, [(key, -sign) for key, sign in plan], threads, cancel)
+        add_masks(self.accumulator, [(key, -sign) for key, sign in plan], threads)
         return self.open()
 
     def open(self) -> Sums:
@@ -149,10 +145,10 @@ class SecureSum(Strategy):
         return self._sums
 
     def finish(self) -> State:
-        layout, model, sums = self.layout, self._model, self.sums
-        weight = sums.weight if layout.max_examples else float(self.contributors)
         if isinstance(self._rule, Private):
             return self._finish_private(self._rule)
+        layout, model, sums = self.layout, self._model, self.sums
+        weight = sums.weight if layout.max_examples else float(self.contributors)
         factor = sums.scalars[STEPS] / weight if STEPS in sums.scalars else 1.0
         tensors = {tensor.name: tensor for tensor in layout.tensors}
         self._history = self._after(weight)

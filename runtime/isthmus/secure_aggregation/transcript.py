@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 from isthmus_contracts.wire.parties import canonical
 
-from .keys import Scope
+from .primitives.keys import Scope
 
 _DOMAIN = "isthmus.dev/secure-aggregation/v1/"
 

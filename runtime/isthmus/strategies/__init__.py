@@ -5,6 +5,7 @@ from pathlib import Path
 
 from isthmus_contracts.api.strategy import Strategy as StrategySpec
 
+from ..tensors import GREATEST_WEIGHT
 from .asynchronous.fedasync import FedAsync
 from .asynchronous.fedbuff import FedBuff
 from .averaging.fedavg import FedAvg
@@ -12,7 +13,7 @@ from .averaging.feddyn import FedDyn
 from .averaging.fednova import FedNova
 from .averaging.qfedavg import QFedAvg
 from .averaging.scaffold import Scaffold
-from .base import GREATEST_WEIGHT, Setup, Strategy, StrategyError, Update
+from .base import Setup, Strategy, StrategyError, Update
 from .custom import Custom
 from .deterministic import Deterministic
 from .robust.coordinate_median import CoordinateMedian

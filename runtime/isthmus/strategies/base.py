@@ -7,13 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ..tensors import State
+from ..tensors import GREATEST_WEIGHT, State
 
 # The largest double that is an int64.
 _MOST = 2.0**63 - 1024
-# Means, differences and squares of weights up to this bound stay finite in float32 in all strategies. Larger weights
-# come from training that has diverged: updates that hold them are refused, and results are clamped.
-GREATEST_WEIGHT = 2.0**60
 
 
 class StrategyError(Exception):
@@ -121,11 +118,6 @@ class Strategy(ABC):
         If the job's strategy has been changed since, the state is empty or that of another rule; a strategy must then
         start without state.
         """
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype for sums: at least single precision, and never narrower than the tensors themselves."""
-    return torch.float32 if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float64
 
 
 def change(new: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

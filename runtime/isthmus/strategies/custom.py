@@ -9,8 +9,8 @@ import torch
 
 from isthmus_contracts.manifests.manifest import ManifestError
 
-from ..tensors import State, TransferError, checked, first_beyond, mismatch, non_finite, specs_of
-from .base import GREATEST_WEIGHT, Setup, Strategy, StrategyError, Update
+from ..tensors import GREATEST_WEIGHT, State, TransferError, checked, first_beyond, mismatch, non_finite, specs_of
+from .base import Setup, Strategy, StrategyError, Update
 
 T = TypeVar("T")
 

@@ -8,8 +8,7 @@ from typing import IO
 
 import torch
 
-from ..tensors import State, bytes_view
-from .base import wide
+from ..tensors import State, bytes_view, wide
 
 # Maximum memory for one block of all updates, before the arithmetic on it.
 BLOCK_BYTES = 16 << 20

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from isthmus.secure_aggregation.client import ClientProtocol
 from isthmus.secure_aggregation.layout import wire_specs
-from isthmus.secure_aggregation.masks import add_masks
 from isthmus.secure_aggregation.parameters import UpdateKey
+from isthmus.secure_aggregation.primitives.masks import add_masks
 from isthmus.secure_aggregation.refusal import Refusal
 from isthmus.tensors import State, allocate, checksum_of, chunks_of
 from isthmus_contracts.pb import federation_pb2 as pb

@@ -8,7 +8,7 @@ from isthmus_contracts.pb import secure_aggregation_pb2 as sa
 from ...secure_aggregation.basis import Settings, basis_digest
 from ...secure_aggregation.fixed_point import Measured, Sums, dequantise
 from ...secure_aggregation.layout import Parameters, evaluation_layout, public_seed, wire_specs
-from ...secure_aggregation.masks import add_masks
+from ...secure_aggregation.primitives.masks import add_masks
 from ...secure_aggregation.sum_rule import SecureSum
 from ...strategies import StrategyError, Update
 from ...tensors import State, sha256_of

@@ -270,7 +270,7 @@ class SecureRounds:
         def opened() -> None:
             total = self._durable.accumulator.private(self.specs)
             subject.adopt(current.base.checkpoint.state, total, len(current.accepted))
-            subject.unmask(instance.protocol.plan().remaining, threads())
+            subject.unmask(instance.protocol.plan(), threads())
 
         try:
             await self._durable.keep(lambda: self._folder.submit(opened).result())

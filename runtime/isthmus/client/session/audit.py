@@ -15,7 +15,6 @@ from typing import Literal
 
 from isthmus_contracts import identities
 from isthmus_contracts.text import one_line
-from isthmus_contracts.wire.departures import Departure
 
 from ..context import Context
 
@@ -70,6 +69,9 @@ class AuditLog:
     ) -> None:  # fmt: skip
         if self._path is None:
             return
+        # Its model needs pydantic, whose import most clients can do without.
+        from isthmus_contracts.wire.departures import Departure
+
         try:
             line = Departure(
                 time=time.time(),

@@ -10,12 +10,12 @@ from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 from isthmus_contracts.wire.parties import Signer, Trust
 
 from .. import transcript
-from ..keys import KeyAgreementError, RoundKeys, pair_mask, self_mask_key
 from ..parameters import NONCE_BYTES, SEED_BYTES, UpdateKey, point
+from ..primitives.keys import KeyAgreementError, RoundKeys, pair_mask, self_mask_key
+from ..primitives.shamir import split
+from ..primitives.shares import SharePair, SharesError, open_sealed, seal
 from ..refusal import Reason, Refusal
 from ..roster import CredentialCache, Roster, credential_message, name_of
-from ..shamir import split
-from ..shares import SharePair, SharesError, open_sealed, seal
 from ..transcript import Terms
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -63,7 +63,7 @@ class History:
         bound = 2.0 ** math.ceil(math.log2(weight)) if weight > 0 else 0.0
         if capped:
             bound = max(bound, 4 * self.weight)
-        return replace(self, clips=clips, weight=bound, margin=margin)
+        return History(clips, bound, margin)
 
     def state(self) -> State:
         """Return the history as tensors, for a checkpoint."""

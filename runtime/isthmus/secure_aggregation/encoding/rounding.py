@@ -1,7 +1,6 @@
 """Stochastic rounding with randomness from a cipher."""
 
 import os
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import GCM
 
-Entropy = Callable[[int], bytes]
+from ...entropy import Entropy
 
 _BITS = 24
 _AES_BYTES = 16

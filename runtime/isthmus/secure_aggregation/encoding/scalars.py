@@ -119,7 +119,7 @@ def implausible(layout: pb.SecureLayout, sums: Mapping[str, float], contributors
     """Return the names of the sums that bounded values of this number of clients cannot have."""
     found = []
     for scalar in layout.scalars:
-        most = contributors * max(weight_bound(layout), 1) if scalar.weighted else contributors
+        most = contributors * weight_bound(layout) if scalar.weighted else contributors
         room = 2.0 ** -fraction_bits(layout, scalar) * contributors
         if scalar.name == LONG and layout.noise.count_noise:
             room += _DEVIATIONS * layout.noise.count_noise * math.sqrt(contributors / layout.noise.contributors)
@@ -147,8 +147,8 @@ def metric_names(layout: pb.SecureLayout) -> frozenset[str]:
 
 
 def weight_bound(layout: pb.SecureLayout) -> int:
-    """Return the largest weight of one client; 0 if all weigh 1."""
-    return int(layout.max_examples)
+    """Return the largest weight of one client."""
+    return max(int(layout.max_examples), 1)
 
 
 def fraction_bits(layout: pb.SecureLayout, scalar: pb.SecureScalar) -> int:
@@ -159,7 +159,7 @@ def fraction_bits(layout: pb.SecureLayout, scalar: pb.SecureScalar) -> int:
     """
     bound = max(abs(scalar.least), abs(scalar.most)) * layout.max_clients
     if scalar.weighted:
-        bound *= max(weight_bound(layout), 1)
+        bound *= weight_bound(layout)
     if not math.isfinite(bound):
         raise LayoutError(f"the scalar {scalar.name} has no finite bounds")
     bits = min(_SUM_BITS - math.frexp(bound)[1], _MOST_FRACTION_BITS)

@@ -29,11 +29,11 @@ class Answers:
     """All public keys of the entries."""
     nonces: dict[int, bytes] = field(default_factory=dict)
     sealed: dict[int, dict[int, bytes]] = field(default_factory=dict)
-    """By sender and receiver."""
+    """Sealed shares by sender, and then by receiver."""
     consents: dict[int, bytes] = field(default_factory=dict)
     unmasks: dict[int, pb.SecureUnmask] = field(default_factory=dict)
     blames: dict[int, set[ClientId]] = field(default_factory=dict)
-    """By entry, the clients that object to it."""
+    """The clients that object to an entry, by entry."""
     secrets: Secrets | None = None
     """Recovered from the answers to UNMASK, once these are asked for."""
 

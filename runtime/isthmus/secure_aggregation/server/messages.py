@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Mapping
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 from isthmus_contracts.wire.parties import Credential, PartyError
 
-from ..keys import KeyAgreementError, RoundKeys
 from ..parameters import (
     MOST_BYTES,
     NUMBER_BYTES,
@@ -14,10 +13,11 @@ from ..parameters import (
     SIGNATURE_BYTES,
     Participant,
 )
+from ..primitives.keys import KeyAgreementError, RoundKeys
+from ..primitives.shamir import SHARE_BYTES
+from ..primitives.shares import SEALED_BYTES
 from ..refusal import Reason, Refusal
 from ..roster import check_form, check_signature, credential_of
-from ..shamir import SHARE_BYTES
-from ..shares import SEALED_BYTES
 from ..transcript import Terms
 
 # Keys that only tell whether others' keys are usable.

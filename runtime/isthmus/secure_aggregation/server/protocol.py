@@ -17,7 +17,7 @@ from . import journal, messages
 from .answers import Answers
 from .correspondence import Correspondence
 from .messages import CheckCredential
-from .recovery import Secrets, UnmaskPlan
+from .recovery import Secrets
 from .setup import Setup, id_of
 
 _ENDED = (Phase.DONE, Phase.FAILED)
@@ -176,8 +176,8 @@ class ServerProtocol:
         """Return all messages of the instance to a client so far, for one that has reconnected."""
         return [] if who in self.dropped else self._mail.sent(who)
 
-    def plan(self) -> UnmaskPlan:
-        """Return the masks in the sum, in DONE. It takes long with many dropouts; it changes nothing."""
+    def plan(self) -> list[tuple[bytes, int]]:
+        """Return the keys of the masks in the sum, with their signs, in DONE. With many dropouts this takes long."""
         if self.phase is not Phase.DONE or self._answers.secrets is None:
             raise ValueError(f"no secrets are known in the phase {self.phase.name}")
         return self._answers.secrets.plan()

@@ -7,27 +7,14 @@ from functools import cached_property
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 
 from .. import transcript
-from ..keys import agree, pair_mask, public_key, self_mask_key
 from ..parameters import point
-from ..shamir import ShamirError, combine
+from ..primitives.keys import agree, pair_mask, public_key, self_mask_key
+from ..primitives.shamir import ShamirError, combine
 from .setup import Setup
 
 # A secret is tried with the threshold's number of shares, and with one more, in case one is wrong. More wrong ones wait
 # until all shares are there.
 _EARLY_TRIALS = 2
-
-
-@dataclass(frozen=True)
-class UnmaskPlan:
-    """The masks that remain in the sum."""
-
-    remaining: list[tuple[bytes, int]]
-    """Keys of the masks, and the signs with which the sum has them."""
-
-    @property
-    def removals(self) -> list[tuple[bytes, int]]:
-        """Keys and signs to add to the sum (``masks.add_masks``), after which it is free of masks."""
-        return [(key, -sign) for key, sign in self.remaining]
 
 
 @dataclass
@@ -38,10 +25,10 @@ class Secrets:
     """
 
     setup: Setup
-    """With the survivors; it does not change any more."""
+    """Setup with its survivors fixed; it does not change any more."""
     found: dict[int, bytes] = field(default_factory=dict)
     wrong: dict[int, set[int]] = field(default_factory=dict)
-    """By holder, the entries for which its shares are wrong."""
+    """The entries for which a holder's shares are wrong, by holder."""
     _shares: dict[int, dict[int, bytes]] = field(default_factory=dict)
 
     @cached_property
@@ -74,15 +61,15 @@ class Secrets:
         counts = {entry: len(self._shares.get(entry, {})) for entry in self.missing}
         return {entry: count for entry, count in counts.items() if count < self.setup.threshold(entry)}
 
-    def plan(self) -> UnmaskPlan:
-        """Return the masks that are in the survivors' sum. All secrets must be known."""
+    def plan(self) -> list[tuple[bytes, int]]:
+        """Return the keys of the masks in the survivors' sum, with their signs. All secrets must be known."""
         setup, scope = self.setup, self.setup.terms.scope
         remaining = [(self_mask_key(self.found[entry], scope, entry), 1) for entry in sorted(setup.survivors)]
         for entry in sorted(setup.dropouts):
             for peer in sorted(setup.neighbours[entry] & setup.survivors):
                 secret = agree(self.found[entry], setup.entries[peer].mask_key)
                 remaining.append(pair_mask(secret, scope, peer, entry))
-        return UnmaskPlan(remaining)
+        return remaining
 
     def _try(self, entry: int) -> None:
         shares = self._shares.get(entry, {})

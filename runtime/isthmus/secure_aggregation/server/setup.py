@@ -22,12 +22,12 @@ class Setup:
     numbers: dict[ClientId, int] = field(default_factory=dict)
     nonces: Sequence[bytes] = ()
     neighbours: Mapping[int, frozenset[int]] = field(default_factory=dict)
-    """By entry, for those in the graph."""
+    """Neighbours of each entry in the graph."""
     digest: bytes = b""
     senders: frozenset[int] = frozenset()
     survivors: frozenset[int] = frozenset()
     unusable: dict[int, set[int]] = field(default_factory=dict)
-    """By entry, the holders that cannot open its shares."""
+    """The holders that cannot open an entry's shares, by entry."""
     _thresholds: dict[int, int] = field(default_factory=dict)
 
     def fix_entries(self, entries: Iterable[pb.SecureEntry]) -> None:

@@ -2,8 +2,8 @@
 
 import torch
 
-from ...tensors import State
-from ..base import Setup, Strategy, Update, change, narrow, wide
+from ...tensors import State, wide
+from ..base import Setup, Strategy, Update, change, narrow
 
 
 class FedAsync(Strategy):

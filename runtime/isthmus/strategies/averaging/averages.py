@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ...tensors import State
-from ..base import Setup, Strategy, Update, change, narrow, wide
+from ...tensors import State, wide
+from ..base import Setup, Strategy, Update, change, narrow
 
 # Values processed at a time, so that intermediate results stay in the processor's cache.
 _PART = 1 << 16

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ...tensors import State
-from ..base import Setup, Update, narrow, wide
+from ...tensors import State, wide
+from ..base import Setup, Update, narrow
 from .averages import Averaging, parts
 
 

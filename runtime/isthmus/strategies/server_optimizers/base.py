@@ -4,9 +4,9 @@ from abc import abstractmethod
 
 import torch
 
-from ...tensors import State, group, ungroup
+from ...tensors import State, group, ungroup, wide
 from ..averaging.changes import ChangeRule
-from ..base import Setup, wide
+from ..base import Setup
 
 
 class ServerOptimizer(ChangeRule):

@@ -7,7 +7,7 @@ import torch
 
 from isthmus.secure_aggregation.fixed_point import Contribution, quantise
 from isthmus.secure_aggregation.layout import Parameters
-from isthmus.secure_aggregation.masks import add_masks
+from isthmus.secure_aggregation.primitives.masks import add_masks
 from isthmus.secure_aggregation.sum_rule import SecureSum
 from isthmus.strategies import Strategy, Update, make_strategy
 from isthmus.tensors import State

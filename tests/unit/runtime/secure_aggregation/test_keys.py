@@ -2,7 +2,15 @@ from dataclasses import replace
 
 import pytest
 
-from isthmus.secure_aggregation.keys import KeyAgreementError, RoundKeys, Scope, agree, derive, hkdf, public_key
+from isthmus.secure_aggregation.primitives.keys import (
+    KeyAgreementError,
+    RoundKeys,
+    Scope,
+    agree,
+    derive,
+    hkdf,
+    public_key,
+)
 
 _SCOPE = Scope("job-1", 3, 17)
 

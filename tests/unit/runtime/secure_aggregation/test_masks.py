@@ -7,16 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.secure_aggregation.masks import (
+from isthmus.secure_aggregation.primitives.masks import (
     SEGMENT_BYTES,
-    Block,
     MaskError,
     MasksCancelledError,
-    MaskStream,
     add_masks,
-    counter_mode,
     sizes_of,
 )
+
+from .mask_stream import Block, MaskStream, counter_mode
 
 _DTYPES = [torch.int16, torch.int32, torch.int64]
 _KEY = bytes(range(32))

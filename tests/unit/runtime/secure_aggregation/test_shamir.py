@@ -7,7 +7,7 @@ import shamirs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.secure_aggregation.shamir import (
+from isthmus.secure_aggregation.primitives.shamir import (
     PRIME,
     SECRET_BYTES,
     SHARE_BYTES,

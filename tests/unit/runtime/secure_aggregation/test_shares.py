@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-from isthmus.secure_aggregation.keys import Scope
-from isthmus.secure_aggregation.shamir import SHARE_BYTES
-from isthmus.secure_aggregation.shares import SEALED_BYTES, SharePair, SharesError, open_sealed, seal
+from isthmus.secure_aggregation.primitives.keys import Scope
+from isthmus.secure_aggregation.primitives.shamir import SHARE_BYTES
+from isthmus.secure_aggregation.primitives.shares import SEALED_BYTES, SharePair, SharesError, open_sealed, seal
 
 _SECRET = bytes(range(32))
 _SCOPE = Scope("job-1", 3, 17)

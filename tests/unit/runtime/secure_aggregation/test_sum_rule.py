@@ -10,7 +10,7 @@ import torch
 from isthmus.privacy import Private
 from isthmus.secure_aggregation.fixed_point import Contribution, quantisation_bound, quantise
 from isthmus.secure_aggregation.layout import Parameters, levels, public_seed, wire_specs
-from isthmus.secure_aggregation.masks import add_masks
+from isthmus.secure_aggregation.primitives.masks import add_masks
 from isthmus.secure_aggregation.sum_rule import ImplausibleSumError, SecureSum
 from isthmus.strategies import StrategyError, Update
 from isthmus.tensors import State, allocate

@@ -23,7 +23,7 @@ from isthmus_contracts.wire.parties import PartyError, Signer
 
 from ....secure_aggregation.client import ClientProtocol
 from ....secure_aggregation.layout import source, wire_specs
-from ....secure_aggregation.masks import add_masks
+from ....secure_aggregation.primitives.masks import add_masks
 from ....secure_aggregation.refusal import Reason, Refusal
 from ....tensors import State, allocate
 from ...context import Context

@@ -16,8 +16,8 @@ from isthmus.aggregator.telemetry.metrics import AggregatorMetrics
 from isthmus.aggregator.telemetry.tracking.tracker import make_tracker
 from isthmus.secure_aggregation.client import ClientProtocol
 from isthmus.secure_aggregation.fixed_point import Contribution, Quantised, quantise
-from isthmus.secure_aggregation.masks import add_masks
 from isthmus.secure_aggregation.parameters import UpdateKey
+from isthmus.secure_aggregation.primitives.masks import add_masks
 from isthmus.secure_aggregation.refusal import Refusal
 from isthmus.strategies import make_strategy
 from isthmus.tensors import State, sha256_of, specs_of

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from isthmus.secure_aggregation.client.instance import Instance
-from isthmus.secure_aggregation.keys import KEY_BYTES, agree, pair_mask, self_mask_key
-from isthmus.secure_aggregation.masks import add_masks
 from isthmus.secure_aggregation.parameters import ClientId, Phase, point
-from isthmus.secure_aggregation.shamir import ShamirError, combine
+from isthmus.secure_aggregation.primitives.keys import KEY_BYTES, agree, pair_mask, self_mask_key
+from isthmus.secure_aggregation.primitives.masks import add_masks
+from isthmus.secure_aggregation.primitives.shamir import ShamirError, combine
 from isthmus.tensors import State
 from isthmus_contracts import secure_sums
 from tests.support.secure_federation import Client, Federation, equal

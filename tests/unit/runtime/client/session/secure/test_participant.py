@@ -18,8 +18,8 @@ from isthmus.client.session.site_rules import SiteRules
 from isthmus.secure_aggregation.client import ClientProtocol
 from isthmus.secure_aggregation.encoding.scalars import SCALARS
 from isthmus.secure_aggregation.layout import wire_specs
-from isthmus.secure_aggregation.masks import add_masks
 from isthmus.secure_aggregation.parameters import Outgoing, Participant, Phase
+from isthmus.secure_aggregation.primitives.masks import add_masks
 from isthmus.secure_aggregation.refusal import Refusal
 from isthmus.secure_aggregation.server import ServerProtocol
 from isthmus.tensors import State, allocate
@@ -160,7 +160,7 @@ def test_the_sum_is_opened_and_nothing_else(world: World) -> None:
         vectors.append(add(other.tensors, world.masks(of)))
     world.carry(world.server.freeze([(POOL, 0), *others]), lambda: world.server.phase is not Phase.DONE)
     total = add(*vectors)
-    add_masks(total, world.server.plan().removals)
+    add_masks(total, [(key, -sign) for key, sign in world.server.plan()])
     assert equal(total, add(held.tensors, *(other.tensors for other in others.values())))
 
 

@@ -5,7 +5,7 @@ keystream of AES-256 in counter mode (NIST SP 800-38A) over the counters of GCM 
 the segment's number, 32 bits that begin at 2 in each segment. Segments of 512 KiB can be made in any order.
 
 OpenSSL's GCM uses vector AES instructions, its counter mode does not: 21 GB/s against 8.6 on one core (AMD Zen 5). So
-whole segments come from GCM, without computing a tag; single blocks come from counter mode. Both give the same bytes.
+segments come from GCM, without computing a tag.
 """
 
 import threading
@@ -18,14 +18,13 @@ import numpy.typing as npt
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import CTR, GCM
+from cryptography.hazmat.primitives.ciphers.modes import GCM
 
 from .keys import KEY_BYTES
 
 # One for the keystream and one for the sum of masks fit a core's second-level cache of 1 MiB.
 SEGMENT_BYTES = 1 << 19
 _AES_BYTES = 16
-_FIRST_COUNTER = 2
 # Read-only pages of zeros, which the kernel backs with one.
 _ZEROS = bytes(SEGMENT_BYTES)
 _Dtype = np.dtype[np.signedinteger[Any]]
@@ -53,14 +52,6 @@ class Size(NamedTuple):
     elements: int
 
 
-class Block(NamedTuple):
-    """Elements ``start`` to ``stop`` of a flattened tensor."""
-
-    name: str
-    start: int
-    stop: int
-
-
 class _Part(NamedTuple):
     """Place of a tensor in the stream, in bytes."""
 
@@ -72,35 +63,6 @@ class _Part(NamedTuple):
 
 def sizes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Size]:
     return {name: Size(tensor.dtype, tensor.numel()) for name, tensor in tensors.items()}
-
-
-class MaskStream:
-    """Mask of one key for the tensors of a vector."""
-
-    def __init__(self, key: bytes, sizes: Mapping[str, Size]) -> None:
-        """``key`` has 32 bytes and serves no other vector. Raises ``MaskError`` for tensors that are not integers."""
-        self._key = _checked(key)
-        self._parts = {part.name: part for part in _parts(sizes)}
-
-    def add_to(self, state: Mapping[str, torch.Tensor], sign: int, blocks: Iterable[Block] | None = None) -> None:
-        """Add the mask to tensors, or subtract it if ``sign`` is -1; to ``blocks`` only, if they are given."""
-        if blocks is None:
-            blocks = [Block(name, 0, tensor.numel()) for name, tensor in state.items()]
-        for block in blocks:
-            target = _flat(block.name, state[block.name], self._parts[block.name])
-            step = SEGMENT_BYTES // target.itemsize
-            for start in range(block.start, block.stop, step):
-                stop = min(start + step, block.stop)
-                _add(target[start:stop], self.values(block.name, start, stop), sign)
-
-    def values(self, name: str, start: int, stop: int) -> Integers:
-        """Return the mask of elements ``start`` to ``stop`` of a tensor, as integers of the tensor's type."""
-        part = self._parts[name]
-        size = part.dtype.itemsize
-        if not 0 <= start <= stop <= (part.stop - part.start) // size:
-            raise MaskError(f"{name}: elements {start} to {stop} are not all in the tensor")
-        output = _keystream(self._key, part.start + start * size, (stop - start) * size)
-        return np.frombuffer(output, part.dtype)
 
 
 def add_masks(
@@ -200,25 +162,6 @@ def _whole(key: bytes, segment: _Segment, output: bytearray) -> None:
     cipher = Cipher(AES(key), GCM(segment.number.to_bytes(12, "big"))).encryptor()
     zeros = _ZEROS if segment.length == SEGMENT_BYTES else memoryview(_ZEROS)[: segment.length]
     cipher.update_into(zeros, output)
-
-
-def _keystream(key: bytes, start: int, length: int) -> bytes:
-    """Return bytes of the stream from any place on."""
-    pieces = []
-    stop = start + length
-    while start < stop:
-        number, inside = divmod(start, SEGMENT_BYTES)
-        end = min(stop - number * SEGMENT_BYTES, SEGMENT_BYTES)
-        block, skip = divmod(inside, _AES_BYTES)
-        counter = number.to_bytes(12, "big") + (_FIRST_COUNTER + block).to_bytes(4, "big")
-        pieces.append(counter_mode(key, counter, end - inside + skip)[skip:])
-        start = number * SEGMENT_BYTES + end
-    return b"".join(pieces)
-
-
-def counter_mode(key: bytes, counter: bytes, length: int) -> bytes:
-    """Return the keystream of AES in counter mode from a first counter block of 16 bytes on."""
-    return Cipher(AES(key), CTR(counter)).encryptor().update(bytes(length))
 
 
 def _parts(sizes: Mapping[str, Size]) -> list[_Part]:

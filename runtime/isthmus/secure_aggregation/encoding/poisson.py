@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from .entropy import Entropy
+from ...entropy import Entropy
 
 Integers = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]

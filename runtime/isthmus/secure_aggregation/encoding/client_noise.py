@@ -7,11 +7,11 @@ import torch
 from isthmus_contracts.dp_skellam import COUNT_STEPS, count_mean
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 
-from ..privacy.entropy import keystream
-from ..privacy.poisson import skellam
-from ..tensors import State
-from .encoding import scalars
-from .layout import grid
+from ...entropy import keystream
+from ...tensors import State
+from ..layout import grid
+from . import scalars
+from .poisson import skellam
 
 Noise = Callable[[str, torch.Tensor], None]
 """Function that adds a client's own noise to the integers (int64, one dimension) of a part of a masked tensor."""

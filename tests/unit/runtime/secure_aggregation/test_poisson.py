@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from isthmus.privacy.entropy import Entropy, keystream
-from isthmus.privacy.poisson import _COLUMN_BITS, _COLUMNS, Poisson, skellam
+from isthmus.entropy import Entropy, keystream
+from isthmus.secure_aggregation.encoding.poisson import _COLUMN_BITS, _COLUMNS, Poisson, skellam
 
 MEANS = [1, 2, 37, 1023, 1024, 1700, 142_635, 10**9, 3 * 10**16]
 

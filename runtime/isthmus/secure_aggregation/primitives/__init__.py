@@ -1,0 +1,1 @@
+"""Keys, masks, and shares of secrets, from the primitives of `cryptography`."""
