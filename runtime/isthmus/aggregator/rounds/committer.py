@@ -121,8 +121,6 @@ class RoundCommitter:
     async def commit(self, current: ActiveRound) -> GlobalModel:
         """Compute a round's result and make it the global model once it is durable."""
         base = current.base
-        if current.sums is not None:
-            self._intake.receive_slots.clear()  # the rule needs the memory of a model beside the sum
         result, broadcast = await asyncio.get_running_loop().run_in_executor(
             self._folder, self._compression.next_model, self._strategy.finish, current.number, base.checkpoint.state,
             base.digest, self._training.buffers,

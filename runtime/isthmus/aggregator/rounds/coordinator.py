@@ -70,7 +70,7 @@ class Coordinator:
         else:
             await self._committer.restore(checkpoint)
         model = self._committer.adopt(checkpoint)
-        del checkpoint  # its pages that are accessed would stay in memory
+        del checkpoint  # otherwise this frame would keep the first model in memory for the whole run
         recovered = await self._recovered(model)
         while model.round < self._spec.rounds and not self._delivery.met and not self._out_of_budget(model):
             if recovered is None:

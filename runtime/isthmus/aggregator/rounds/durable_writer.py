@@ -46,11 +46,7 @@ class DurableWriter:
 
     async def keep(self, what: str, write: Callable[[], T]) -> T:
         """Call ``write`` in a thread, with retries; return its result. ``what`` is shown while it fails."""
-
-        async def in_thread() -> T:
-            return await asyncio.to_thread(write)
-
-        return await self._persistently(what, in_thread)
+        return await self._persistently(what, lambda: asyncio.to_thread(write))
 
     async def record(self, record: RoundRecord) -> None:
         """Write a round's record to disk, with retries, and hand it to the trackers."""

@@ -91,7 +91,7 @@ class SecureEvaluations:
     async def conclude(
         self, model: GlobalModel, contributors: Collection[ClientId], record: RoundRecord | None, changed: WaitForChange
     ) -> None:
-        """Have the clients evaluate the final model together. The job ends without that if it is impossible."""
+        """Have the clients evaluate the final model together. If that is impossible, the job ends without it."""
         self._training.phase = pb.FederationStatus.EVALUATING
         until = time.monotonic() + EVALUATION_DEADLINE
         current = await self._instances.recovered(model, changed)

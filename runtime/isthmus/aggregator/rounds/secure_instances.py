@@ -111,10 +111,6 @@ class SecureInstances:
             return replace(decision, recheck_at=min(decision.recheck_at, self.next_try))
         return decision
 
-    def lacks(self, current: ActiveRound) -> str:
-        """Return what the sum of the updates so far lacks to be opened, in one line; empty if nothing."""
-        return self._secure.shortage(current.accepted)
-
     def can_begin(self, clients: Collection[Client]) -> bool:
         """Return whether another instance among clients may succeed. The same processes would fail in the same way."""
         again = _processes(clients) == self._begun and time.monotonic() < self.next_try

@@ -135,7 +135,7 @@ class FederationService:
         except (aio.AioRpcError, asyncio.CancelledError):
             pass
         except Exception:
-            log.exception("%s: one of its messages cannot be handled", client.name)
+            log.exception("%s: its control stream ends, since a message could not be handled", client.name)
         finally:
             if answering is not None:
                 answering.cancel()

@@ -4,13 +4,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from isthmus_contracts.pb.federation_pb2 import TensorSpec
 
-from ...tensors import State, dtype_of
-
-_ALIGNMENT = 64
+from ...tensors import State
+from ..storage.tensor_space import mapped, reserve, size_of
 
 
 class AccumulatorFile:
@@ -22,18 +19,14 @@ class AccumulatorFile:
         self._shared: State = {}
 
     def allocate(self, specs: Sequence[TensorSpec]) -> State:
-        """Return tensors of any values that are backed by the file. Raise ``OSError`` if the disk has no room.
-
-        The space is allocated first: access to a mapped page that the disk has no room for kills the process (SIGBUS,
-        mmap(2)).
-        """
+        """Return tensors of any values that are backed by the file. Raise ``OSError`` if the disk has no room."""
         if list(specs) != self._specs:
             self._shared, self._specs = {}, []
             # A file that is still mapped keeps its content: it is replaced and not truncated.
             self._path.unlink(missing_ok=True)
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                os.posix_fallocate(descriptor, 0, _size(specs))
+                reserve(descriptor, _size(specs))
             finally:
                 os.close(descriptor)
             self._specs = list(specs)
@@ -58,17 +51,8 @@ class AccumulatorFile:
         self._path.unlink(missing_ok=True)
 
     def _map(self, specs: Sequence[TensorSpec], *, shared: bool) -> State:
-        content = torch.from_file(str(self._path), shared=shared, size=_size(specs), dtype=torch.uint8)
-        tensors, offset = {}, 0
-        for spec in specs:
-            tensors[spec.name] = content[offset : offset + spec.size].view(dtype_of(spec)).view(tuple(spec.shape))
-            offset += _aligned(spec.size)
-        return tensors
+        return mapped(str(self._path), specs, _size(specs), shared=shared)
 
 
 def _size(specs: Sequence[TensorSpec]) -> int:
-    return max(sum(_aligned(spec.size) for spec in specs), _ALIGNMENT)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+    return max(size_of(specs), 1)  # a file of no bytes cannot be mapped

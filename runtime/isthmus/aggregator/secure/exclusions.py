@@ -8,8 +8,8 @@ from ..clients.membership import ClientId
 class Exclusions:
     """Clients of one round that have refused to go on, and culprits, which would spoil each instance.
 
-    What a client refuses may depend on who takes part, so it gets another chance. A culprit gets none in this round,
-    also not as a new process: each further instance with it is a fault that the others count, and end at.
+    A client's refusal may depend on who takes part, so it gets another chance. A culprit gets none in this round, not
+    even as a new process: the other clients count each further instance with it as a fault, and end after a few.
     """
 
     def __init__(self) -> None:

@@ -136,10 +136,7 @@ class Instance:
         They then forget the instance, so it must not be needed any more, not even after the end of this process.
         """
         farewells, self._farewells = self._farewells, []
-        for message in farewells:
-            client = self._members.get(message.who)
-            if client is not None and self.is_participant(client):
-                client.send(pb.ServerMessage(secure=message.message))
+        self._deliver(farewells)
 
     def close(self) -> None:
         """Stop the timer. The instance must not be used afterwards."""
@@ -157,12 +154,17 @@ class Instance:
             self._changed()
 
     def _send(self, messages: Iterable[Outgoing]) -> None:
+        """Send messages, but keep those that announce an open sum for :meth:`say_farewell`."""
+        now: list[Outgoing] = []
+        for message in messages:
+            is_farewell = message.message.HasField("end") and self.protocol.phase is Phase.DONE
+            (self._farewells if is_farewell else now).append(message)
+        self._deliver(now)
+
+    def _deliver(self, messages: Iterable[Outgoing]) -> None:
         # Most messages are the same object for all clients. Wrapping copies it, once.
         wrapped: dict[int, pb.ServerMessage] = {}
         for message in messages:
-            if message.message.HasField("end") and self.protocol.phase is Phase.DONE:
-                self._farewells.append(message)
-                continue
             client = self._members.get(message.who)
             if client is None or not self.is_participant(client):
                 continue

@@ -31,7 +31,7 @@ class Entry:
     protocol: bytes = b""
     """State of the protocol, as ServerProtocol.journal returns it."""
     reason: str = ""
-    """Why the newest of those instances failed, in one line."""
+    """Why the newest of the failed instances (:attr:`attempt`) failed, in one line."""
 
     def is_of(self, job_uid: str, round_number: int, base_digest: str, purpose: int) -> bool:
         """Return whether the entry belongs to that round."""

@@ -11,7 +11,7 @@ _MOST_THREADS = 8
 
 
 def for_hashing(checkpoint: Checkpoint) -> State:
-    """Return a model's tensors. Pages that are read of a large one do not stay in this process's memory."""
+    """Return a model's tensors. A large model is mapped for this alone, so that its pages are released afterwards."""
     file = checkpoint.file
     return mapped(file.path) if file.size > SMALL_BYTES else checkpoint.state
 

@@ -265,7 +265,7 @@ class SecureRounds:
         instance, subject = self._instance, self._subject
         assert instance is not None and subject is not None
         started = time.monotonic()
-        self.make_room()
+        self.make_room()  # the masks' removal, and later the rule, need the memory of a model beside the sum
 
         def opened() -> None:
             total = self._durable.accumulator.private(self.specs)
@@ -306,7 +306,7 @@ class SecureRounds:
         if self._frozen:
             await self._give_up(current.number, current.base, reason)
         else:
-            self._show(reason, f"round {current.number} is done again: {reason}")
+            self._show(current.number, reason, f"round {current.number} is done again: {reason}")
 
     def end_round(self) -> None:
         """End the present instance, with the notes on its round, which is committed or abandoned."""
@@ -324,13 +324,12 @@ class SecureRounds:
         """
         self.attempt, self._reason = self.attempt + 1, reason
         assert self._subject is not None
-        entry = Entry(
-            self._job.uid, number, model.digest, self._subject.purpose, self.attempt, reason=reason
-        )  # fmt: skip
+        entry = Entry(self._job.uid, number, model.digest, self._subject.purpose, self.attempt, reason=reason)
         await self._durable.write(entry)
-        self._show(reason, consequence(entry))
+        self._show(number, reason, consequence(entry))
 
-    def _show(self, reason: str, note: str) -> None:
+    def _show(self, number: int, reason: str, note: str) -> None:
+        self.status.round = number
         self.status.failed += 1
         self.status.message = reason
         self.note = note

@@ -11,13 +11,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from isthmus_contracts.pb.federation_pb2 import TensorSpec
 
-from ...tensors import State, dtype_of
+from ...tensors import State
 from ..model.global_model import GlobalModel
 from ..storage.safetensors_file import SMALL_BYTES
+from ..storage.tensor_space import mapped, reserve, size_of
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +32,6 @@ SECONDS_OF_EACH, BYTES_PER_SECOND = 0.05, 50e6
 GRACE_SECONDS = 1.0
 # Number of models for which files must leave room on the disk: checkpoints have priority.
 _MODELS_LEFT_FREE = 4
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -165,23 +163,10 @@ class ReceiveSlots:
 
 
 def in_file(specs: Iterable[TensorSpec], directory: Path | None) -> State:
-    """Return tensors in an unnamed file, which disappears with them. Raise ``OSError`` if the disk has no room.
-
-    The space is allocated first: access to a mapped page that the disk has no room for kills the process (SIGBUS,
-    mmap(2)).
-    """
-    offsets, size = [], 0
+    """Return tensors in an unnamed file, which disappears with them. Raise ``OSError`` if the disk has no room."""
     specs = [spec for spec in specs if spec.size]
-    for spec in specs:
-        offsets.append(size)
-        size += -(-spec.size // _ALIGNMENT) * _ALIGNMENT
-    if not size:
+    if not (size := size_of(specs)):
         return {}
     with tempfile.TemporaryFile(dir=directory, prefix="update-") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
-        # Unlike Python's mmap, torch's keeps no descriptor open.
-        content = torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=size, dtype=torch.uint8)
-    return {
-        spec.name: content[offset : offset + spec.size].view(dtype_of(spec)).view(tuple(spec.shape))
-        for spec, offset in zip(specs, offsets, strict=True)
-    }
+        reserve(file.fileno(), size)
+        return mapped(f"/proc/self/fd/{file.fileno()}", specs, size, shared=True)

@@ -12,6 +12,7 @@ from isthmus_contracts.pb import secure_aggregation_pb2 as sa
 
 from ...secure_aggregation.basis import Settings, basis_digest
 from ...secure_aggregation.fixed_point import UpdateError
+from ...secure_aggregation.parameters import MOST_ATTEMPTS
 from ...tensors import State, sha256_of
 from ..session.compression import ClientCompression
 from ..session.secure.held_update import Numbers, Quantiser, Work
@@ -23,8 +24,6 @@ log = logging.getLogger("isthmus")
 
 # A process that was told to stop waits this long for masks; its scheduler ends it soon after. Seconds.
 _WAIT_WHEN_STOPPING = 10.0
-# A round whose sum was lost is trained again once. Each further training would add to what is known of the data.
-_MOST_REPEATS = 1
 
 
 class SecureResults:
@@ -47,7 +46,7 @@ class SecureResults:
         if offer.round != self._round:
             self._round, self._attempt, self._repeats = offer.round, offer.secure_attempt, 0
         elif offer.secure_attempt != self._attempt:
-            if self._repeats == _MOST_REPEATS:
+            if self._repeats == MOST_ATTEMPTS:  # each further training would add to what is known of the data
                 log.error(
                     "round %d: not trained again: this client has trained it %d times already", offer.round,
                     1 + self._repeats,

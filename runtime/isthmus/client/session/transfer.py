@@ -72,7 +72,7 @@ class FinishedUpdate:
     frozen: Sequence[str] = ()
     """For initial weights: names of the parameters that require no gradient."""
     held: HeldUpdate | None = None
-    """With secure aggregation: the result itself, of which ``tensors`` are part; it leaves only under masks."""
+    """With secure aggregation: the result before masking, whose tensors are ``tensors``. It leaves only under masks."""
     number: int = field(default_factory=lambda: next(_numbers))
     """Number of the update in this process."""
 

@@ -1,0 +1,1 @@
+"""The client's part in secure aggregation: held updates, and the masks that cover them."""

@@ -202,13 +202,14 @@ async def test_a_sum_that_was_lost_is_trained_again(trials: Any, damage: str) ->
 
 
 async def test_a_sum_that_cannot_be_opened_is_trained_again(trials: Any) -> None:
-    """The status and the metrics say so. The clients' first updates are in no other sum."""
+    """The status says so. The clients' first updates are in no other sum."""
     trial = trials(secure={"phaseDeadlineSeconds": 1})
     for client in trial.clients[2:]:
         client.mute.add("consent")
     trial.start()
     trial.connect()
     await trial.until(lambda: trial.status.secure.failed == 1)
+    assert trial.status.secure.round == 1
     for client in trial.clients:
         client.mute.clear()
     await trial.until(lambda: "round 1 is done again: " in trial.status.message or trial.status.completed_rounds)
