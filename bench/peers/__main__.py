@@ -9,6 +9,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from .. import secure
@@ -17,18 +18,39 @@ from . import flower, nvflare
 from .environments import environment
 from .observed import Observed
 
-SECURE = "Flower's SecAgg+"
-SYSTEMS: dict[str, tuple[str, str, Callable[[Path, int, int, int, Path], Observed]]] = {
-    "flower": ("Flower's SuperLink", "flower", flower.run),
-    "flower-secure": (SECURE, "flower", flower.run_secure),
-    "nvflare": ("NVFlare", "nvflare", nvflare.run),
-}
-"""By name: title, environment, and function that runs its rounds."""
 # Cases of Isthmus, and the number of rounds of the others: these take seconds, and the first two do not count.
 CASES = {
     "tiny": (Case(8, 10_000, 50, 3), 6),
     "medium": (Case(16, 2_500_000, 2, 3), 5),
     "large": (Case(4, 100_000_000, 1, 2), 4),
+}
+
+
+def plain_rounds(case: Case) -> dict[str, float]:
+    """Return the rounds of Isthmus."""
+    return measure(case, case.clients)
+
+
+def secure_rounds(case: Case) -> dict[str, float]:
+    """Return the rounds of Isthmus with secure aggregation."""
+    found = secure.measure(secure.Case(case.clients, case.parameters, 2, 2, None), case.clients)
+    return {"round_seconds": found["secure_seconds"], "aggregator_peak_bytes": found["aggregator_peak_bytes"]}
+
+
+@dataclass(frozen=True)
+class System:
+    """Another framework, and the rounds of Isthmus to which its rounds are compared."""
+
+    title: str
+    environment: str
+    run: Callable[[Path, int, int, int, Path], Observed]
+    ours: Callable[[Case], dict[str, float]]
+
+
+SYSTEMS = {
+    "flower": System("Flower's SuperLink", "flower", flower.run, plain_rounds),
+    "flower-secure": System("Flower's SecAgg+", "flower", flower.run_secure, secure_rounds),
+    "nvflare": System("NVFlare", "nvflare", nvflare.run, plain_rounds),
 }
 
 
@@ -38,30 +60,22 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=["tiny", "medium"])
     parser.add_argument("--systems", nargs="*", choices=list(SYSTEMS), default=list(SYSTEMS))
     options = parser.parse_args()
-    programs = {name: environment(SYSTEMS[name][1]) for name in options.systems}
+    programs = {name: environment(SYSTEMS[name].environment) for name in options.systems}
     for name in options.cases:
         case, rounds = CASES[name]
         # Before each of the others, so that the background load is similar for all.
-        for system, directory in programs.items():
-            title, _, run = SYSTEMS[system]
-            ours = measured(case, title == SECURE)
+        for key, directory in programs.items():
+            system = SYSTEMS[key]
+            ours = system.ours(case)
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-                theirs = run(directory, case.clients, case.parameters, rounds, Path(scratch))
-            print(json.dumps(line(case, title, ours, theirs)), flush=True)
-
-
-def measured(case: Case, secure_rounds: bool) -> dict[str, float]:
-    """Return the rounds of Isthmus, with secure aggregation beside a system that has it."""
-    if not secure_rounds:
-        return measure(case, case.clients)
-    found = secure.measure(secure.Case(case.clients, case.parameters, 2, 2, None), case.clients)
-    return {"round_seconds": found["secure_seconds"], "aggregator_peak_bytes": found["aggregator_peak_bytes"]}
+                theirs = system.run(directory, case.clients, case.parameters, rounds, Path(scratch))
+            print(json.dumps(line(case, system.title, ours, theirs)), flush=True)
 
 
 def line(case: Case, title: str, ours: dict[str, float], theirs: Observed) -> dict[str, object]:
     """Return the result of one system and of Isthmus."""
     seconds, own = statistics.median(theirs.seconds), ours["round_seconds"]
-    result = {
+    result: dict[str, object] = {
         "bench": "peers",
         "system": title,
         "clients": case.clients,
@@ -73,7 +87,9 @@ def line(case: Case, title: str, ours: dict[str, float], theirs: Observed) -> di
         "server_peak_bytes": theirs.server_peak,
         "isthmus_peak_bytes": ours["aggregator_peak_bytes"],
     }
-    return result | {name: ours[name] for name in ("bare_grpc_seconds",) if name in ours}
+    if "bare_grpc_seconds" in ours:  # not measured beside secure rounds
+        result["bare_grpc_seconds"] = ours["bare_grpc_seconds"]
+    return result
 
 
 if __name__ == "__main__":

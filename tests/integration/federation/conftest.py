@@ -20,6 +20,7 @@ from isthmus_contracts.wire.pki import Authority, Credentials
 from isthmus_contracts.wire.transport import channel
 
 from . import subprocess_job
+from .nursery import Nursery
 from .subprocess_job import Forked
 
 DAY = dt.timedelta(days=1)
@@ -195,3 +196,12 @@ def script(tmp_path: Path) -> Path:
     path = tmp_path / "train.py"
     path.write_text((Path(__file__).parent / "linear_model.py").read_text())
     return path
+
+
+@pytest.fixture(scope="module")
+def nurseries() -> Iterator[tuple[Nursery, Nursery]]:
+    """Yield two processes that fork others: one for aggregators, one for clients."""
+    pair = Nursery(), Nursery()
+    yield pair
+    for nursery in pair:
+        nursery.close()

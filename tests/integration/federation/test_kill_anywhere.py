@@ -2,12 +2,9 @@
 
 import json
 import random
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -17,45 +14,13 @@ from isthmus_contracts.dp_accounting import Spent
 from tests.support.ports import free_port
 
 from .conftest import DAY, POOL, SERVER_NAME, UID, Federation, eventually
+from .nursery import Nursery
 from .test_faults import records, trained, updates
 
 Make = Callable[..., Federation]
 CLIENTS = 2
 SIGKILLED = -9
 pytestmark = pytest.mark.timeout(1800)  # more than a hundred processes, one after the other
-
-
-class Nursery:
-    """Process that has imported torch, and forks others, which start immediately."""
-
-    def __init__(self) -> None:
-        program = Path(__file__).parent / "crash_injection.py"
-        self._process = subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def start(
-        self, argv: list[Any], cwd: Path, log: str, kill_at: int | str | None = None, **env: str
-    ) -> dict[str, int]:
-        request = {"argv": list(map(str, argv)), "cwd": str(cwd), "env": env, "log": log, "kill_at": kill_at}
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
-        answer: dict[str, int] = json.loads(self._process.stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
-
-
-@pytest.fixture(scope="module")
-def nurseries() -> Iterator[tuple[Nursery, Nursery]]:
-    pair = Nursery(), Nursery()
-    yield pair
-    for nursery in pair:
-        nursery.close()
 
 
 def run(

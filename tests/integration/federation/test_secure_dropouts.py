@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from .conftest import Federation
 from .linear_model import build, data, train
 from .secure_parties import Parties
-from .test_faults import records, updates
+from .test_faults import records, trained, updates
 
 Make = Callable[..., Federation]
 CLIENTS, VICTIMS = 16, 5
@@ -63,8 +63,11 @@ def test_one_round_equals_fedavg(federation: Make, script: Path) -> None:
     job = federation(4, 3, privacy=SECURE, task=TASK, aggregator={"checkpoint": {"keep": 100}})
     job.start_aggregator()
     clients = [parties.start_client(job, script, index) for index in range(4)]
-    job.wait_for_completion()
+    status = job.wait_for_completion()
     assert [client.wait() for client in clients] == [0] * 4, job.log("client-0-0")
+    assert status.completed_rounds == 3
+    assert [record["updates"] for record in records(job)] == [4] * 3
+    assert all(trained(job, index).total() == 3 for index in range(4))
     for number in (1, 2, 3):
         assert_mean(job, number, range(4))
     assert [record["examples"] for record in records(job)] == [sum(len(data(k)[0]) for k in range(4))] * 3

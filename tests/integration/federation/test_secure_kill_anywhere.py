@@ -1,6 +1,6 @@
 """Secure aggregation whose aggregator is killed at every point: no mask covers two inputs, nothing is trained twice."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from .conftest import Federation
+from .nursery import Nursery
 from .secure_parties import SECURE, Parties
-from .test_kill_anywhere import Nursery, passed, run, verify
+from .test_kill_anywhere import passed, run, verify
 from .wire_recorder import check_one_input_per_mask
 
 Make = Callable[..., Federation]
@@ -22,14 +23,6 @@ NAMED = (
     "Instance.freeze", "JournalFile.write", "Instance.announce", "ServerProtocol.plan", "AccumulatorFile.private",
     "SecureSum.unmask", "SecureSum.finish", "CheckpointStore.save", "SecureRounds.end_round", "Client.send",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def nurseries() -> Iterator[tuple[Nursery, Nursery]]:
-    pair = Nursery(), Nursery()
-    yield pair
-    for nursery in pair:
-        nursery.close()
 
 
 def test_at_every_point_of_a_round(federation: Make, script: Path, nurseries: tuple[Nursery, Nursery]) -> None:

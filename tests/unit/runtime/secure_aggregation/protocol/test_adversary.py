@@ -12,7 +12,8 @@ from isthmus.secure_aggregation.primitives.masks import add_masks
 from isthmus.secure_aggregation.primitives.shamir import ShamirError, combine
 from isthmus.tensors import State
 from isthmus_contracts import secure_sums
-from tests.support.secure_federation import Client, Federation, equal
+
+from .secure_federation import Client, Federation, equal
 
 ELEMENTS = 20_000
 # Six standard deviations above the mean of chi-square with 255 degrees of freedom: once in 10^8 tests.

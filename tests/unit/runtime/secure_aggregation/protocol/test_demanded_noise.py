@@ -6,7 +6,8 @@ from isthmus.secure_aggregation.client import ClientProtocol
 from isthmus.secure_aggregation.refusal import Reason, Refusal
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 from isthmus_contracts.wire.parties import Trust
-from tests.support.secure_federation import JOB, begin_of, make_parties
+
+from .secure_federation import JOB, begin_of, make_parties
 
 
 def begin(noise: float, **fields: object) -> pb.SecureServerMessage:

@@ -13,7 +13,8 @@ from isthmus.secure_aggregation import graph
 from isthmus.secure_aggregation.parameters import ClientId, Outgoing, Phase
 from isthmus.secure_aggregation.server import ServerProtocol
 from isthmus_contracts import secure_sums
-from tests.support.secure_federation import Federation, begin_of, equal, random_update
+
+from .secure_federation import Federation, begin_of, equal, random_update
 
 STEPS = ["begin", "roster", "nonces", "shares", "push", "survivors", "consents"]
 

@@ -3,7 +3,8 @@
 import pytest
 
 from isthmus.secure_aggregation.parameters import Phase
-from tests.support.secure_federation import Federation, equal
+
+from .secure_federation import Federation, equal
 
 
 @pytest.mark.parametrize("clients", [3, 5, 16, 33, 100])

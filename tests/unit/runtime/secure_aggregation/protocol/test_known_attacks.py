@@ -10,7 +10,8 @@ from isthmus.secure_aggregation.parameters import ClientId, Outgoing, Phase, poi
 from isthmus.secure_aggregation.refusal import Reason, Refusal
 from isthmus_contracts import secure_sums
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
-from tests.support.secure_federation import JOB, Client, Federation, begin_of, make_parties, trust_in
+
+from .secure_federation import JOB, Client, Federation, begin_of, make_parties, trust_in
 
 Message = pb.SecureServerMessage
 

@@ -17,7 +17,8 @@ from isthmus_contracts.wire import parties
 from isthmus_contracts.wire.parties import PartyError
 from tests.integration.federation.protocol_messages import EDITS as EDITS_OF_BYTES
 from tests.integration.federation.protocol_messages import arbitrary, edited
-from tests.support.secure_federation import JOB, Federation, begin_of, equal
+
+from .secure_federation import JOB, Federation, begin_of, equal
 
 Answer = pb.SecureClientMessage
 Edit = Callable[[Answer], object]

@@ -9,7 +9,8 @@ from isthmus.secure_aggregation.refusal import Reason, Refusal
 from isthmus.secure_aggregation.transcript import Terms, consent_text, entry_text
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
 from isthmus_contracts.wire import parties
-from tests.support.secure_federation import (
+
+from .secure_federation import (
     JOB,
     Client,
     Federation,

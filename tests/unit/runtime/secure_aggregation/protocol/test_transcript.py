@@ -11,7 +11,8 @@ from isthmus.secure_aggregation import transcript
 from isthmus.secure_aggregation.transcript import Terms
 from isthmus_contracts.pb import federation_pb2
 from isthmus_contracts.pb import secure_aggregation_pb2 as pb
-from tests.support.secure_federation import JOB, begin_of
+
+from .secure_federation import JOB, begin_of
 
 ENTRY = pb.SecureEntry(
     pool="cloud", index=3, attempt=1, instance="i", mask_key=b"m", share_key=b"s", nonce_commitment=b"n",
